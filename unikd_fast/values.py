@@ -1,0 +1,31 @@
+"""The values that travel between the layers. They move down only and nobody changes them in place.
+
+Named tuples rather than dataclasses: they are pytrees, so torch.compile, DistributedDataParallel, DeepSpeed and CUDA
+graphs see the tensors inside without being told.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One micro-batch on one process."""
+
+    images: Tensor  # (N, 3, H, W) float, normalised
+    labels: Tensor  # (N,) int64
+    sample_ids: Tensor  # (N,) int64, position of the sample in its data set
+
+
+class Features(NamedTuple):
+    """What a network says about a batch: the end of each stage, fine to coarse, and the logits."""
+
+    levels: tuple[Tensor, ...]  # L x (N, C_l, H_l, W_l)
+    logits: Tensor  # (N, K)
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over the class axis (section 3.2 of the UniKD paper), in log-variance form."""
+
+    mean: Tensor  # (N, K)
+    log_var: Tensor  # (N, K)
