@@ -29,3 +29,17 @@ class Gaussian(NamedTuple):
 
     mean: Tensor  # (N, K)
     log_var: Tensor  # (N, K)
+
+
+class StudentOutput(NamedTuple):
+    """The student's side of a step: its logits and, for methods that compare features, the fused and pooled vector."""
+
+    logits: Tensor  # (N, K)
+    pooled: Tensor | None  # (N, D)
+
+
+class Target(NamedTuple):
+    """The teacher's side of a step, what the student is held to. A constant of the view unless the head still learns."""
+
+    logits: Tensor  # (N, K)
+    gaussian: Gaussian | None = None

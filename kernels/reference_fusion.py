@@ -1,0 +1,86 @@
+"""Adaptive Features Fusion (AFF) stage by stage in plain PyTorch: section 3.1 of the UniKD paper.
+
+    R_L = E_L(F_L)
+    g_l = sigmoid( conv3x3( E_l(F_l) ⊕ Up(R_{l+1}) ) )                       l = L-1 .. 1
+    R_l = g_l ⊙ E_l(F_l) + (1 - g_l) ⊙ Up(R_{l+1}),    F_R = R_1             (Eq. 4)
+
+Letters: N batch, D fused width, L levels from fine (1) to coarse (L), C_l x H_l x W_l the size of level l. Parameters
+are laid out as the convolutions that hold them: expand_weights[l] (D, C_l, 1, 1), expand_biases[l] (D,),
+gate_weights[l] (1 or D, 2D, 3, 3) with the input channels of E_l(F_l) before those of Up(R_{l+1}), gate_biases[l]
+(1,) or (D,). There is one gate fewer than there are levels. Lists start at level 1, index 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fuse_stagewise(
+    features: Sequence[Tensor],
+    expand_weights: Sequence[Tensor],
+    expand_biases: Sequence[Tensor],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+    *,
+    upsample: str = "nearest",
+) -> Tensor:
+    """Fuse a pyramid of features into one map at the finest resolution, Eq. 4.
+
+    Args:
+        features: L tensors (N, C_l, H_l, W_l), fine to coarse.
+        expand_weights: weights of the 1x1 convolutions E_l, (D, C_l, 1, 1).
+        expand_biases: their biases, (D,).
+        gate_weights: weights of the 3x3 convolutions of the gates, (1, 2D, 3, 3) or (D, 2D, 3, 3).
+        gate_biases: their biases, (1,) or (D,).
+        upsample: "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
+
+    Returns:
+        F_R (N, D, H_1, W_1), in the dtype of the features, or of autocast where that is on.
+
+    Example:
+        >>> features = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)]
+        >>> expand = [torch.randn(5, 4, 1, 1), torch.randn(5, 6, 1, 1)]
+        >>> fuse_stagewise(features, expand, [torch.zeros(5)] * 2, [torch.randn(1, 10, 3, 3)], [torch.zeros(1)]).shape
+        torch.Size([2, 5, 8, 8])
+    """
+    expanded = [
+        F.conv2d(feature, weight.to(feature.dtype), bias.to(feature.dtype))
+        for feature, weight, bias in zip(features, expand_weights, expand_biases, strict=True)
+    ]
+    return blend_top_down(expanded, gate_weights, gate_biases, upsample=upsample)
+
+
+def blend_top_down(
+    expanded: Sequence[Tensor],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+    *,
+    upsample: str = "nearest",
+) -> Tensor:
+    """Blend the expanded levels E_l(F_l) (N, D, H_l, W_l) from coarse to fine: the recursion of Eq. 4."""
+    fused = expanded[-1]
+    for level in reversed(range(len(expanded) - 1)):
+        fine = expanded[level]
+        coarse = resize(fused, fine.shape[-2:], upsample)
+        both = torch.cat([fine, coarse], dim=1)
+        weight, bias = gate_weights[level].to(both.dtype), gate_biases[level].to(both.dtype)
+        gate = torch.sigmoid(F.conv2d(both, weight, bias, padding=1))
+        fused = gate * fine + (1 - gate) * coarse
+    return fused
+
+
+def resize(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
+    """Give Up(x): `x` (N, C, h, w) at the size (H, W); the same size costs nothing."""
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=tuple(size), mode=upsample)
+
+
+def resize_adjoint(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
+    """Give Upᵀ(x): the transpose of `resize` from `size` (h, w), applied to `x` (N, C, H, W); differentiable."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    small, large = [*x.shape[:2], *size], list(x.shape[-2:])
+    if upsample == "nearest":
+        return torch.ops.aten.upsample_nearest2d_backward(x, large, small)
+    return torch.ops.aten.upsample_bilinear2d_backward(x, large, small, False)

@@ -1,0 +1,206 @@
+"""The collapsed AFF in plain PyTorch: the global average of F_R without a single D-channel map.
+
+The features' distribution is predicted from the average of F_R (section 3.2), and with spatial gates F_R is, once the
+gates are known, linear in the features. So each level is read twice, once to be projected on the taps of the gates,
+once to be averaged with the weight its pixels have in F_R, and everything between is scalar maps:
+
+    pooled = 1/(H_1 W_1) Σ_l [ E_l ( Σ_p w_l(p) F_l(p) ) + bias_l Σ_p w_l(p) ]
+    w_l = g_l ⊙ remaining_l,    remaining_1 = 1,    remaining_{l+1} = Upᵀ( (1 - g_l) ⊙ remaining_l ),    g_L = 1
+
+Upᵀ is the adjoint of the upsampling. This is Eq. 4 averaged, not an approximation of it: it follows from the
+linearity of E, Up and the average. Letters and the layout of the parameters are those of `reference_fusion`.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unikd_fast.kernels.reference_fusion import resize, resize_adjoint
+
+TAPS = 9  # of a 3x3 gate
+
+
+def pool_collapsed(
+    features: Sequence[Tensor],
+    expand_weights: Sequence[Tensor],
+    expand_biases: Sequence[Tensor],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+    *,
+    upsample: str = "nearest",
+) -> Tensor:
+    """Give the mean over H_1 x W_1 of `fuse_stagewise`, for spatial gates; the formula stands above.
+
+    Args:
+        features: L tensors (N, C_l, H_l, W_l), fine to coarse, contiguous or channels_last.
+        expand_weights: weights of the 1x1 convolutions E_l, (D, C_l, 1, 1).
+        expand_biases: their biases, (D,).
+        gate_weights: weights of the 3x3 convolutions of the gates, (1, 2D, 3, 3).
+        gate_biases: their biases, (1,).
+        upsample: "nearest" or "bilinear" (align_corners=False).
+
+    Returns:
+        (N, D) in fp32, or fp64 if a feature is fp64, under autocast too. Features in half precision are multiplied
+        as they are; the composite weights, gates and pixel weights are formed in fp32. Differentiable once.
+
+    Example:
+        >>> features = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)]
+        >>> expand = [torch.randn(5, 4, 1, 1), torch.randn(5, 6, 1, 1)]
+        >>> pool_collapsed(features, expand, [torch.zeros(5)] * 2, [torch.randn(1, 10, 3, 3)], [torch.zeros(1)]).shape
+        torch.Size([2, 5])
+    """
+    exact = torch.float64 if any(feature.dtype == torch.float64 for feature in features) else torch.float32
+    expand = [weight.flatten(1).to(exact) for weight in expand_weights]  # (D, C_l)
+    biases = [bias.to(exact) for bias in expand_biases]
+    taps = [weight.reshape(2, -1, TAPS).to(exact) for weight in gate_weights]  # own half, coarse half
+    with _autocast_off(features[0].device.type):
+        projections, factors = [], []
+        for level, feature in enumerate(features):
+            composite = _taps_on(level, taps, expand[level])  # (9 * gates, D)
+            seen, factor = _Project.apply(feature.flatten(2), composite @ expand[level])
+            seen = seen + (composite @ biases[level])[:, None]
+            projections.append(seen.unflatten(2, feature.shape[-2:]))
+            factors.append(factor)
+        gates = _gates(projections, [bias.to(exact) for bias in gate_biases], upsample)
+        return _pool(features, factors, expand, biases, gates, upsample)
+
+
+def _taps_on(level: int, taps: Sequence[Tensor], expand: Tensor) -> Tensor:
+    """Stack the taps that look at E_l(F_l), (9 * gates, D): every finer gate's coarse half, then the own gate's."""
+    columns = [taps[gate][1] for gate in range(level)]
+    if level < len(taps):
+        columns.append(taps[level][0])
+    return torch.cat(columns, dim=1).t() if columns else expand.new_empty(0, expand.shape[0])
+
+
+def _gates(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
+    """Run Eq. 4 on the projections (N, 9 * gates, H_l, W_l) alone and give the gates g_l (N, 1, H_l, W_l).
+
+    Projection commutes with Up and with a spatial gate, so the taps of R_l obey the recursion that R_l obeys.
+    """
+    gates: list[Tensor] = []
+    state = projections[-1]  # the taps of R_{l+1} for gates 1..l
+    for level in reversed(range(len(biases))):
+        seen = projections[level]
+        coarse = resize(state, seen.shape[-2:], upsample)
+        finer = TAPS * level
+        gate = torch.sigmoid(_sum_taps(seen[:, finer:] + coarse[:, finer:]) + biases[level])
+        state = torch.lerp(coarse[:, :finer], seen[:, :finer], gate)
+        gates.insert(0, gate)
+    return gates
+
+
+def _sum_taps(taps: Tensor) -> Tensor:
+    """Finish a zero-padded 3x3 convolution from what its taps saw, (N, 9, H, W): shift each and add, (N, 1, H, W).
+
+    Rows first, then columns. `fold` says the same in one call, but compiles to atomic adds: not the same twice.
+    """
+    h, w = taps.shape[-2:]
+    padded = F.pad(taps.unflatten(1, (3, 3)), (1, 1, 1, 1))
+    rows = padded[:, 0, :, :h] + padded[:, 1, :, 1 : h + 1] + padded[:, 2, :, 2:]
+    return (rows[:, 0, :, :w] + rows[:, 1, :, 1 : w + 1] + rows[:, 2, :, 2:])[:, None]
+
+
+def _pool(
+    features: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    expand: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    upsample: str,
+) -> Tensor:
+    """Average each level with its pixels' weights in F_R, then expand the averages: (N, D)."""
+    n, _, height, width = features[0].shape
+    remaining = expand[0].new_ones(n, 1, height, width)
+    pooled: Tensor | None = None
+    for level, feature in enumerate(features):
+        weight = remaining * gates[level] if level < len(gates) else remaining
+        flat = weight.flatten(2)[:, 0] / (height * width)  # (N, H_l W_l)
+        averaged = _Average.apply(feature.flatten(2), flat, factors[level])  # (N, C_l)
+        part = torch.addmm(flat.sum(1, keepdim=True) * biases[level], averaged, expand[level].t())
+        pooled = part if pooled is None else pooled + part
+        if level < len(gates):
+            remaining = resize_adjoint(remaining * (1 - gates[level]), features[level + 1].shape[-2:], upsample)
+    assert pooled is not None
+    return pooled
+
+
+# A level is read by two products, and autograd would write its gradient three times: once for each and once for the
+# sum. The gradient of the average is an outer product, so instead its two factors travel from _Average to _Project,
+# as the "gradient" of a tensor that exists for that alone, and _Project writes dF = Mᵀ dP + dA wᵀ in one product.
+
+
+class _Project(torch.autograd.Function):
+    """P = M F for a feature (N, C, P) and rows M (R, C), and the handle (N, C + P) that `_Average` takes."""
+
+    @staticmethod
+    def forward(feature: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        n, channels, pixels = feature.shape
+        # On a flattened feature the batched product is a view in both layouts; a 1x1 conv2d copies the contiguous one.
+        seen = torch.bmm(rows.to(feature.dtype).expand(n, -1, -1), feature)
+        # Never read: expanded, it takes up no memory.
+        return seen.to(rows.dtype), rows.new_zeros(()).expand(n, channels + pixels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_seen: Tensor, factors: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        feature, rows = ctx.saved_tensors
+        grad_feature = grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_average, weight = factors.split(feature.shape[1:], dim=1)
+            left = torch.cat([rows.expand(len(feature), -1, -1), grad_average[:, None]], dim=1).to(feature.dtype)
+            right = torch.cat([grad_seen, weight[:, None]], dim=1).to(feature.dtype)
+            if feature.stride(1) == 1:  # channels_last in, channels_last out
+                grad_feature = torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
+            else:
+                grad_feature = torch.bmm(left.transpose(1, 2), right)
+        if ctx.needs_input_grad[1]:
+            grad_rows = torch.bmm(grad_seen.to(feature.dtype), feature.transpose(1, 2)).to(rows.dtype).sum(0)
+        return grad_feature, grad_rows
+
+
+class _Average(torch.autograd.Function):
+    """A = F w for a feature (N, C, P) and weights w (N, P); the handle takes the gradient to `_Project`."""
+
+    @staticmethod
+    def forward(feature: Tensor, weight: Tensor, handle: Tensor) -> Tensor:
+        scale = _half_way(feature)
+        summed = torch.bmm((weight * scale).to(feature.dtype)[:, None], feature.transpose(1, 2))
+        return summed[:, 0].to(weight.dtype) / scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_average: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        feature, weight = ctx.saved_tensors
+        grad_weight = factors = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.bmm(grad_average.to(feature.dtype)[:, None], feature)[:, 0].to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            scale = _half_way(feature)
+            factors = torch.cat([grad_average / scale, weight * scale], dim=1)
+        return None, grad_weight, factors
+
+
+def _half_way(feature: Tensor) -> float:
+    """Scale for weights that sum to one: as they are they fall below the range of fp16, times P their sums leave it."""
+    return feature.shape[2] ** 0.5
+
+
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off: it would form the composite weights in half precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

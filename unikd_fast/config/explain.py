@@ -1,0 +1,56 @@
+"""Turns a schema violation into a sentence with the path, the value, what is allowed and the nearest valid key."""
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from unikd_fast.errors import ConfigError
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:
+    """Rewrites every violation of a pydantic error in the terms of the configuration file."""
+    lines = [f"{source}: {_explain_one(item, model)}" for item in error.errors()]
+    return ConfigError("\n".join(dict.fromkeys(lines)))
+
+
+def _explain_one(item: Any, model: type[BaseModel]) -> str:
+    path = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part))
+    kind, value, context = item["type"], item.get("input"), item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key {path!r}{nearest_key(path, model)}"
+    if kind == "missing":
+        return f"{path} is required and not set"
+    if kind == "value_error":
+        return str(context.get("error", item["msg"]))
+    allowed = item["msg"].replace("Input should be", "allowed:").replace("Input should", "it should")
+    return f"{path} = {value!r} is not valid; {allowed}"
+
+
+def _is_union_tag(part: object) -> bool:
+    # pydantic adds the member of a union it tried ("int", "literal['auto']") to the path.
+    return isinstance(part, str) and (part in {"int", "float", "str"} or part.startswith(("literal[", "constrained-")))
+
+
+def nearest_key(path: str, model: type[BaseModel]) -> str:
+    """A hint with the nearest valid key: in the same section first, then anywhere."""
+    known = list(all_keys(model))
+    head, _, leaf = path.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == head]
+    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
+    near = near or [key for key in known if key.rpartition(".")[2] == leaf][:1]
+    near = near or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    near = near or [key for key in known if leaf in key.rpartition(".")[2]][:1]
+    return f"; the nearest valid key is {near[0]!r}" if near else f"; valid keys here: {', '.join(siblings)}"
+
+
+def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a schema, sections included."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        keys.append(key)
+        for member in (field.annotation, *get_args(field.annotation)):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                keys += all_keys(member, key + ".")
+    return keys

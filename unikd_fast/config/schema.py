@@ -1,0 +1,254 @@
+"""The schema of a configuration file. One class a section, one docstring a field; unknown keys are errors.
+
+Fields that the UniKD paper leaves open carry our default and are listed in the README ("What the paper leaves open").
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where a run writes and how often."""
+
+    dir: str = "runs/{name}-{hash}"
+    """Run folder. {name} is the configuration file's name, {hash} a digest of the resolved configuration, so that the
+    same experiment always meets its own folder and another one never does."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the weights, the order of the samples and the augmentation."""
+    log_every_steps: PositiveInt = 50
+    """Steps between two lines of metrics; also the only steps at which the host reads from the device."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Steps between two checkpoints, besides the one at the end of every epoch."""
+    evaluate_every_epochs: PositiveInt = 1
+    """Epochs between two evaluations on the validation split; the last epoch is always evaluated."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+class AugmentationConfig(Section):
+    """How a training view is cut from an image. null fields take the data set's usual recipe."""
+
+    crop: Literal["none", "pad", "resized"] | None = None
+    """none; pad: zero padding and a random crop back to size; resized: a random area and aspect ratio, resized."""
+    padding: Annotated[int, Field(ge=0)] | None = None
+    """Pixels of zero padding on each side for crop = pad."""
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """Range of the crop's share of the image's area for crop = resized."""
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height for crop = resized."""
+    flip_probability: Fraction | None = None
+    """Probability of a horizontal flip."""
+    eval_resize: PositiveInt | None = None
+    """Short side in pixels before the centre crop of an evaluation image; null: image_size * 256 / 224."""
+
+
+class DataConfig(Section):
+    """The data set and how it is read."""
+
+    name: Literal["digits", "cifar100", "image_folder", "imagenet", "synthetic"]
+    """digits ships with scikit-learn; cifar100 and image folders are read from root; synthetic is generated."""
+    root: str | None = None
+    """Folder of the data set; environment variables are written ${IMAGENET_ROOT}."""
+    loader: Literal["auto", "device", "torchvision"] = "auto"
+    """device: tensors that live on the device, augmented by gathers; torchvision: files decoded by worker processes;
+    auto: device for data held in memory, torchvision for files."""
+    image_size: PositiveInt = 224
+    """Height and width in pixels of the images that the networks see."""
+    num_classes: PositiveInt | None = None
+    """Number of classes of synthetic data; checked against what is found on disk for the others."""
+    train_samples: PositiveInt | None = None
+    """Use a class-balanced subset of this many training samples; null: all."""
+    val_samples: Annotated[int, Field(ge=0)] = 0
+    """Held out of cifar100's training split for validation; 0: validate on the test split, as the literature does."""
+    synthetic_samples: PositiveInt = 1024
+    """Training images of synthetic data."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per training process of the torchvision loader."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """How a training view is cut from an image."""
+
+
+class TeacherTraining(Section):
+    """Train the teacher first, as the student would be trained alone. null fields: as in train and data."""
+
+    total_epochs: PositiveInt | None = None
+    """Epochs of the teacher's training."""
+    train_samples: PositiveInt | None = None
+    """Class-balanced subset the teacher is trained on; null: the whole training split."""
+    learning_rate: Positive | None = None
+    """Peak learning rate."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimiser step."""
+
+
+class TeacherConfig(Section):
+    """The frozen network the student learns from."""
+
+    model: str
+    """torchvision/<name>, timm/<name> or cifar/<name>."""
+    weights: str | None = None
+    """A file, a torchvision or timm weight identifier, or "random" to allow a teacher that knows nothing (smoke runs,
+    benchmarks). null needs teacher.training."""
+    training: TeacherTraining | None = None
+    """Train the teacher in this run before the student, when weights is null."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the teacher's forward pass."""
+    feature_nodes: tuple[str, ...] | None = None
+    """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
+
+
+class StudentConfig(Section):
+    """The network that is trained."""
+
+    model: str
+    """torchvision/<name>, timm/<name> or cifar/<name>."""
+    weights: str | None = None
+    """Weights to start from: a file or an identifier; null: random."""
+    feature_nodes: tuple[str, ...] | None = None
+    """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
+
+
+class DistillConfig(Section):
+    """The distillation method and what the paper leaves open about it."""
+
+    method: Literal["unikd", "kd", "none"] = "unikd"
+    """unikd: Eq. 7; kd: cross-entropy and softened KL; none: the student alone."""
+    alpha: NonNegative = 4.0
+    """Weight of the feature distribution loss L_FL (Eq. 7). Unpublished; 4 with the mean over classes."""
+    beta: NonNegative | None = None
+    """Weight of the logit loss L_L (Eq. 7); null: 1 for unikd, 0.9 for kd."""
+    ce_weight: NonNegative | None = None
+    """Weight of kd's cross-entropy; null: 0.1. Eq. 7 has 1 for unikd."""
+    temperature: Positive = 4.0
+    """Softmax temperature τ of the logit loss (Eq. 2): 4 on CIFAR, 1 on ImageNet."""
+    scale_by_t2: bool = True
+    """Multiply the logit loss by τ². Eq. 1 prints no τ²; without it the gradient shrinks as 1/τ²."""
+    feature_reduction: Literal["mean", "sum"] = "mean"
+    """Over classes in Eq. 6; the mean keeps alpha's meaning across numbers of classes."""
+    alpha_ramp_epochs: NonNegative | None = None
+    """Epochs over which alpha rises linearly from 0; null: 20, but at most 8 % of the run."""
+    teacher_head: Literal["prefit", "anchored", "literal"] = "prefit"
+    """What trains the teacher's side (AFF_t and FDP): fitted to the teacher's logits before the student and frozen;
+    fitted along with the student; or through the total loss, which collapses."""
+    head_steps: PositiveInt | None = None
+    """Batches of the prefit; null: 1000, but at most as many as the student's training has."""
+    head_learning_rate: Positive = 1e-3
+    """AdamW learning rate of the teacher's head (prefit and anchored)."""
+    width: PositiveInt | Literal["auto", "deepest"] = "auto"
+    """Fused width D of both AFF modules; auto: min(256, the teacher's deepest width); deepest: that width."""
+    fusion: Literal["aff", "last"] = "aff"
+    """aff: all levels, Eq. 4; last: the coarsest level alone (the paper's "FDP only" ablation)."""
+    gate: Literal["spatial", "channel"] = "spatial"
+    """One gate map for all channels, or one per channel."""
+    upsample: Literal["nearest", "bilinear"] = "nearest"
+    """Upsampling of the coarser level."""
+    norm: Literal["batch"] | None = None
+    """Normalisation after the 1x1 expanders."""
+    fdp_norm: Literal["layer", "none"] = "layer"
+    """Normalisation of the pooled vector before FDP."""
+    variance_floor: Positive = 0.1
+    """Lower bound of FDP's variances."""
+    max_levels: PositiveInt = 4
+    """Feature levels used at most, counted from the coarsest."""
+
+
+class LossConfig(Section):
+    """How the losses are computed."""
+
+    impl: Literal["auto", "reference", "fused"] = "auto"
+    """auto: fused kernels on a GPU, the PyTorch reference otherwise; fused raises where it cannot run."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Label smoothing of the cross-entropy."""
+
+
+class TrainConfig(Section):
+    """The optimisation of the student."""
+
+    total_epochs: PositiveInt
+    """Passes over the training split."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps, if that is earlier; the schedule then ends there as well."""
+    global_batch_size: PositiveInt
+    """Samples per optimiser step, over all processes and accumulation steps."""
+    accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimiser step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd (momentum) or adamw."""
+    learning_rate: Positive
+    """Peak learning rate."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov momentum of sgd."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """cosine: to zero at the end; step: times gamma at each milestone."""
+    milestones: tuple[NonNegative, ...] = ()
+    """Epochs of the step schedule's drops."""
+    gamma: Positive = 0.1
+    """Factor of each drop."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs of linear warm-up from zero."""
+    clip_grad_norm: NonNegative = 0.0
+    """Clip the gradient's norm to this; 0: off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the student's forward and backward; parameters and losses stay fp32."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Evaluate and export an exponential moving average of the student; null: off."""
+    channels_last: bool = False
+    """NHWC memory format, where it is safe (DeepSpeed ZeRO stage 0)."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.global_batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"train.global_batch_size ({self.global_batch_size}) must be divisible by train.accumulation_steps "
+                f"({self.accumulation_steps})"
+            )
+        return self
+
+
+class CompareConfig(Section):
+    """Several runs in one folder, over several seeds, with one table at the end."""
+
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Seeds; every run, the teacher's training included, is made once per seed."""
+    runs: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    """Label in the table -> settings of that run, {"distill.method": "kd", ...}."""
+
+
+class Config(Section):
+    """One experiment."""
+
+    json_schema: str | None = Field(default=None, alias="$schema")
+    """Path of the exported JSON schema, for editors."""
+    run: RunConfig = RunConfig()
+    """Where the run writes and how often."""
+    data: DataConfig
+    """The data set and how it is read."""
+    teacher: TeacherConfig | None = None
+    """The frozen network the student learns from; not needed for distill.method = none."""
+    student: StudentConfig
+    """The network that is trained."""
+    distill: DistillConfig = DistillConfig()
+    """The distillation method."""
+    loss: LossConfig = LossConfig()
+    """How the losses are computed."""
+    train: TrainConfig
+    """The optimisation of the student."""
+    compare: CompareConfig | None = None
+    """Several runs with one table; null: a single run."""
+    deepspeed: dict[str, Any] = {}
+    """Passed to DeepSpeed as it is. What this schema already states (batch size, precision, clipping, optimiser) may
+    not be repeated here."""

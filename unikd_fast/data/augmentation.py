@@ -1,0 +1,184 @@
+"""What an augmentation may do, and the numbers that say what it does to each sample of an epoch.
+
+The numbers come from a counter-based generator and the loaders take them as inputs, so a sample has one view per
+(seed, epoch, stream), whatever the batch size, the worker count, the world size or the loader.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, checked_ids, uniforms
+
+Crop = Literal["none", "pad", "resized"]
+
+ATTEMPTS = 10
+"""Draws of a resized crop before the central one is taken, as in torchvision."""
+
+# Columns of the uniforms of a sample. New kinds of augmentation take columns behind these or a stream of their own, so
+# that the views of today stay what they are.
+_FLIP, _PAD, _RESIZED = 0, slice(1, 3), 4
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The views a run trains on, and how images on disk are brought to size for evaluation.
+
+    Args:
+        crop: "none"; "pad": a window of the image's size anywhere in the zero-padded image, as CIFAR recipes have it;
+            "resized": a random window brought to the image size, torchvision's RandomResizedCrop.
+        padding: pixels added on each side by "pad".
+        scale: range of the area of a "resized" window, as a share of the image's.
+        ratio: range of its width over its height.
+        flip_probability: of a horizontal flip.
+        eval_resize: length in pixels the short side of an image file is brought to before its centre is cut out;
+            None is 8/7 of the image size, 256 for 224. Data sets in memory already have their size.
+
+    Raises:
+        ValueError: a field is outside its range.
+
+    Example:
+        >>> Augmentation(crop="pad", padding=4, flip_probability=0.5).crop
+        'pad'
+    """
+
+    crop: Crop = "none"
+    padding: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.0
+    eval_resize: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop not in get_args(Crop):
+            raise ValueError(f"Augmentation: crop must be one of {get_args(Crop)}, got {self.crop!r}")
+        if self.padding < 0:
+            raise ValueError(f"Augmentation: padding must be at least 0 pixels, got {self.padding}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"Augmentation: scale must be an ascending range within (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"Augmentation: ratio must be an ascending range of positive numbers, got {self.ratio}")
+        if not 0 <= self.flip_probability <= 1:
+            raise ValueError(f"Augmentation: flip_probability must be in [0, 1], got {self.flip_probability}")
+        if self.eval_resize is not None and self.eval_resize < 1:
+            raise ValueError(f"Augmentation: eval_resize must be at least 1 pixel, got {self.eval_resize}")
+
+    def short_side(self, image_size: int) -> int:
+        """Return the length in pixels the short side of an image file is resized to for evaluation.
+
+        Raises:
+            ValueError: `eval_resize` is too small to cut out `image_size`.
+
+        Example:
+            >>> Augmentation().short_side(224)
+            256
+        """
+        length = round(image_size * 8 / 7) if self.eval_resize is None else self.eval_resize
+        if length < image_size:
+            raise ValueError(
+                f"Augmentation: eval_resize {length} is below the image size {image_size}; raise it to at least that"
+            )
+        return length
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """The random numbers behind the views of N samples; made by `view_parameters`."""
+
+    augmentation: Augmentation
+    sample_ids: NDArray[np.int64]  # (N,)
+    flip: NDArray[np.bool_]  # (N,)
+    offsets: NDArray[np.int64]  # (N, 2) top, left of a "pad" window in the padded image
+    attempts: NDArray[np.float64]  # (N, ATTEMPTS, 4) uniforms for area, ratio, top, left; no attempts unless "resized"
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def crop_box(self, i: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return the window (top, left, height, width) of view i of an image of this size, in pixels.
+
+        A "pad" window is in coordinates of the padded image, the others in those of the image.
+
+        Example:
+            >>> views = view_parameters(Augmentation(crop="resized"), seed=0, epoch=0, sample_ids=[17])
+            >>> top, left, height, width = views.crop_box(0, 375, 500)
+        """
+        top, left, box_height, box_width = self._boxes(slice(i, i + 1), height, width)[0].tolist()
+        return top, left, box_height, box_width
+
+    def crop_boxes(self, height: int, width: int) -> NDArray[np.int64]:
+        """Return the windows of all views of images of one size, (N, 4); row i is `crop_box(i, height, width)`.
+
+        Example:
+            >>> view_parameters(Augmentation(), seed=0, epoch=0, sample_ids=[17, 18]).crop_boxes(32, 32)[0].tolist()
+            [0, 0, 32, 32]
+        """
+        return self._boxes(slice(None), height, width)
+
+    def _boxes(self, rows: slice, height: int, width: int) -> NDArray[np.int64]:
+        offsets = self.offsets[rows]
+        if self.augmentation.crop != "resized":
+            return np.column_stack((offsets, np.broadcast_to(np.array((height, width)), offsets.shape)))
+        return _resized_boxes(self.attempts[rows], self.augmentation, height, width)
+
+
+def view_parameters(
+    augmentation: Augmentation, *, seed: int, epoch: int, sample_ids: ArrayLike, stream: int = 0
+) -> ViewParameters:
+    """Draw the views of some samples; each depends on (seed, epoch, its id, stream) and on nothing else.
+
+    Args:
+        augmentation: what to draw.
+        seed: in [0, 2^64).
+        epoch: in [0, 2^32).
+        sample_ids: (N,) positions in the original data set.
+        stream: what the views are for: 0 training, 1 fitting a head, further ones for second views.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> views = view_parameters(Augmentation(flip_probability=0.5), seed=0, epoch=3, sample_ids=[5, 17, 40_000])
+        >>> views.flip.shape
+        (3,)
+    """
+    ids = checked_ids(sample_ids).astype(np.int64)
+    check_below("stream", stream, FIRST_RESERVED_STREAM)
+    columns = _RESIZED + (4 * ATTEMPTS if augmentation.crop == "resized" else 0)
+    draws = uniforms(seed, epoch, ids, columns, stream=stream)
+    padding = augmentation.padding if augmentation.crop == "pad" else 0
+    return ViewParameters(
+        augmentation=augmentation,
+        sample_ids=ids,
+        flip=draws[:, _FLIP] < augmentation.flip_probability,
+        offsets=np.floor(draws[:, _PAD] * (2 * padding + 1)).astype(np.int64),
+        attempts=draws[:, _RESIZED:].reshape(len(ids), (columns - _RESIZED) // 4, 4),
+    )
+
+
+def _resized_boxes(
+    attempts: NDArray[np.float64], augmentation: Augmentation, height: int, width: int
+) -> NDArray[np.int64]:
+    """Return the first attempt of each row that fits the image, else the central window, as torchvision does."""
+    log_low, log_high = np.log(augmentation.ratio)
+    area = height * width * (augmentation.scale[0] + attempts[..., 0] * (augmentation.scale[1] - augmentation.scale[0]))
+    ratio = np.exp(log_low + attempts[..., 1] * (log_high - log_low))
+    box_height, box_width = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
+    top = np.floor(attempts[..., 2] * (height - box_height + 1))
+    left = np.floor(attempts[..., 3] * (width - box_width + 1))
+    fits = (0 < box_width) & (box_width <= width) & (0 < box_height) & (box_height <= height)
+    boxes = np.stack((top, left, box_height, box_width), axis=-1).astype(np.int64)  # (N, ATTEMPTS, 4)
+    chosen = boxes[np.arange(len(boxes)), fits.argmax(axis=1)]
+    return np.where(fits.any(axis=1)[:, None], chosen, _central_box(augmentation.ratio, height, width))
+
+
+def _central_box(ratio: tuple[float, float], height: int, width: int) -> NDArray[np.int64]:
+    """Return the largest central window whose width over height is within `ratio`."""
+    box_height, box_width = height, width
+    if width / height < ratio[0]:
+        box_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        box_width = round(height * ratio[1])
+    return np.array(((height - box_height) // 2, (width - box_width) // 2, box_height, box_width))

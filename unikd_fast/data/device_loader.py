@@ -1,0 +1,110 @@
+"""The loader of small data sets: they live on the device, and a view is an index into them."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.pixels import Normalise, pad_crop, resized_crop
+from unikd_fast.data.schedule import Schedule
+from unikd_fast.data.splits import DataSplits, Split, TensorImages
+from unikd_fast.values import Batch
+
+
+class _Resident(NamedTuple):
+    """A split on the device."""
+
+    images: Tensor  # (N, 3, H, W) uint8
+    labels: Tensor  # (N,)
+    sample_ids: Tensor  # (N,)
+
+
+class DeviceLoader:
+    """Serve a data set from device memory; made by `build_loader`, which documents the methods.
+
+    Args:
+        splits: the data set, all in memory.
+        augmentation: the views to train on.
+        schedule: what this rank takes.
+        device: where the data set and the batches live.
+        channels_last: layout of the images.
+
+    Raises:
+        ValueError: a split is not in memory.
+
+    Example:
+        >>> loader = build_loader(splits, augmentation=Augmentation(), seed=0, global_batch_size=64, device="cpu")
+    """
+
+    def __init__(
+        self,
+        splits: DataSplits,
+        augmentation: Augmentation,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        channels_last: bool = False,
+    ) -> None:
+        self._augmentation = augmentation
+        self._schedule = schedule
+        self._device = device
+        self._image_size = splits.image_size
+        self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
+        self._train = self._to_device(splits.train)
+        self._held_out = {"val": self._to_device(splits.val)}
+        self._held_out["test"] = self._held_out["val"] if splits.test_is_val else self._to_device(splits.test)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch, the same on every rank."""
+        return self._schedule.steps_per_epoch
+
+    def train(self, epoch: int, start_step: int = 0, *, stream: int = 0) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of an epoch; see `Loader.train`."""
+        micro_batches = self._schedule.training(epoch, start_step, stream)
+        height, width = self._train.images.shape[-2:]
+        return (
+            self._batch(np.column_stack((positions, views.crop_boxes(height, width), views.flip)))
+            for positions, views in micro_batches
+        )
+
+    def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
+        """Yield this rank's share of a split; see `Loader.evaluate`."""
+        images, labels, sample_ids = self._held_out[split]
+        for part in self._schedule.evaluation(len(images)):
+            yield Batch(self._normalise(images[part]), labels[part], sample_ids[part])
+
+    def _batch(self, plan: np.ndarray) -> Batch:
+        """Make the micro-batch of a plan, (N, 6) int64: position, window (top, left, height, width), flip."""
+        # One small copy from pinned memory: the host does not wait for the device.
+        host_plan = torch.from_numpy(plan)
+        if self._device.type == "cuda":
+            host_plan = host_plan.pin_memory()
+        device_plan = host_plan.to(self._device, non_blocking=True)
+        positions, boxes, flip = device_plan[:, 0], device_plan[:, 1:5], device_plan[:, 5].bool()
+        images = self._train.images[positions]
+        if self._augmentation.crop == "resized":
+            images = resized_crop(images, boxes, flip, self._image_size)
+        else:
+            padding = self._augmentation.padding if self._augmentation.crop == "pad" else 0
+            images = pad_crop(images, boxes, flip, padding)
+        return Batch(self._normalise(images), self._train.labels[positions], self._train.sample_ids[positions])
+
+    def _to_device(self, split: Split) -> _Resident:
+        if not isinstance(split, TensorImages):
+            raise ValueError(
+                f"DeviceLoader: the data set must be in memory, got {type(split).__name__}; use kind 'torchvision'"
+            )
+        if split.images.shape[-2:] != (self._image_size, self._image_size):
+            raise ValueError(
+                f"DeviceLoader: images must be {self._image_size} pixels high and wide, the size of the data set, "
+                f"got {tuple(split.images.shape[-2:])}"
+            )
+        return _Resident(
+            split.images.to(self._device),
+            torch.from_numpy(split.labels).to(self._device),
+            torch.from_numpy(split.sample_ids).to(self._device),
+        )

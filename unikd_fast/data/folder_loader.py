@@ -1,0 +1,157 @@
+"""The loader of image files: worker processes decode, the device normalises."""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.decode import Decoder, DecodeRequest
+from unikd_fast.data.pixels import Normalise
+from unikd_fast.data.schedule import Schedule
+from unikd_fast.data.splits import DataSplits, ImageFiles, Split
+from unikd_fast.values import Batch
+
+_Decoded = tuple[Tensor, Tensor, Tensor]
+
+
+class FolderLoader:
+    """Serve image files through worker processes; made by `build_loader`, which documents the methods.
+
+    The training workers live as long as the loader and serve one iterator at a time: a new `train` takes them over.
+    Each evaluation has workers of its own and may run in the middle of an epoch.
+
+    Args:
+        splits: the data set, all files.
+        augmentation: the views to train on and the resize for evaluation.
+        schedule: what this rank takes.
+        device: where the batches go.
+        workers: decoding processes; 0 decodes in this one.
+        channels_last: layout of the images.
+
+    Raises:
+        ValueError: a split is not of files, or workers is negative.
+
+    Example:
+        >>> loader = build_loader(splits, augmentation=Augmentation(), seed=0, global_batch_size=64, device="cuda")
+    """
+
+    def __init__(
+        self,
+        splits: DataSplits,
+        augmentation: Augmentation,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        workers: int = 2,
+        channels_last: bool = False,
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"FolderLoader: workers must be at least 0, got {workers}")
+        self._train_files = _files(splits.train)
+        self._held_out = {"val": _files(splits.val), "test": _files(splits.test)}
+        self._schedule = schedule
+        self._device = device
+        self._workers = workers
+        self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
+        self._decoder = Decoder(splits.image_size, augmentation.short_side(splits.image_size))
+        self._requests = _Requests()
+        self._train_workers = self._data_loader(self._requests, persistent=workers > 0)
+        self._latest_train = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch, the same on every rank."""
+        return self._schedule.steps_per_epoch
+
+    def train(self, epoch: int, start_step: int = 0, *, stream: int = 0) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of an epoch, decoded ahead; see `Loader.train`.
+
+        Raises:
+            RuntimeError: a worker died, or the iterator is used after a newer `train` took over the workers.
+        """
+        files, micro_batches = self._train_files, self._schedule.training(epoch, start_step, stream)
+        sample_ids = files.sample_ids
+        self._requests.pending = (
+            DecodeRequest(tuple(files.paths[i] for i in rows), files.labels[rows], sample_ids[rows], views)
+            for rows, views in micro_batches
+        )
+        self._latest_train += 1
+        return self._train_batches(iter(self._train_workers), self._latest_train)
+
+    def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
+        """Yield this rank's share of a split; see `Loader.evaluate`.
+
+        Raises:
+            RuntimeError: a worker died.
+        """
+        files = self._held_out[split]
+        sample_ids = files.sample_ids
+        requests = [
+            DecodeRequest(tuple(files.paths[part]), files.labels[part], sample_ids[part], None)
+            for part in self._schedule.evaluation(len(files))
+        ]
+        if requests:
+            yield from self._batches(iter(self._data_loader(requests, persistent=False)))
+
+    def _train_batches(self, decoded: Iterator[_Decoded], ticket: int) -> Iterator[Batch]:
+        batches = self._batches(decoded)
+        while True:
+            if ticket != self._latest_train:
+                raise RuntimeError(
+                    "FolderLoader.train: this iterator ended when a newer call of train took over the workers; "
+                    "build a second loader to train from two iterators at once"
+                )
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _batches(self, decoded: Iterator[_Decoded]) -> Iterator[Batch]:
+        try:
+            for images, labels, sample_ids in decoded:
+                on_device = (part.to(self._device, non_blocking=True) for part in (images, labels, sample_ids))
+                pixels, labels, sample_ids = on_device
+                yield Batch(self._normalise(pixels), labels, sample_ids)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"FolderLoader: a decoding process died ({error}); short of memory, lower data.workers; short of "
+                "shared memory, enlarge /dev/shm (docker run --shm-size); workers 0 shows where it happens"
+            ) from error
+
+    def _data_loader(self, requests: Iterable[DecodeRequest], *, persistent: bool) -> DataLoader:
+        return DataLoader(
+            self._decoder,  # type: ignore[arg-type]
+            sampler=requests,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_as_decoded,
+            pin_memory=self._device.type == "cuda",
+            persistent_workers=persistent,
+            # Without a generator a DataLoader draws from the global one, and a resumed run would see other numbers.
+            generator=torch.Generator(),
+        )
+
+
+class _Requests:
+    """The queue of the training workers: a long-lived DataLoader asks anew for its sampler's items at each epoch."""
+
+    def __init__(self) -> None:
+        self.pending: Iterator[DecodeRequest] = iter(())
+
+    def __iter__(self) -> Iterator[DecodeRequest]:
+        return self.pending
+
+
+def _as_decoded(decoded: _Decoded) -> _Decoded:
+    return decoded
+
+
+def _files(split: Split) -> ImageFiles:
+    if not isinstance(split, ImageFiles):
+        raise ValueError(f"FolderLoader: the data set must be image files, got {type(split).__name__}; use 'device'")
+    return split

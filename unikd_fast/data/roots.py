@@ -1,0 +1,81 @@
+"""Where data sets lie. Imports neither torch nor numpy, so that a wrong path is reported at once."""
+
+import os
+import re
+from pathlib import Path
+
+_FOLDER_LAYOUT = ("train", "val")
+_CIFAR_FOLDER = "cifar-100-python"
+_CIFAR_LAYOUT = ("train", "test", "meta")
+
+# Data set -> (environment variable of its root, layout below the root in words); None where no files are needed.
+_ROOTS: dict[str, tuple[str, str] | None] = {
+    "digits": None,
+    "cifar100": ("CIFAR100_ROOT", f"{_CIFAR_FOLDER}/{{train,test,meta}}, the published python version unpacked"),
+    "image_folder": ("IMAGE_FOLDER_ROOT", "train/<class>/<image> and val/<class>/<image>"),
+    "imagenet": ("IMAGENET_ROOT", "train/<class>/<image> and val/<class>/<image>"),
+    "synthetic": None,
+}
+DATA_NAMES = tuple(_ROOTS)
+
+
+def check_root(name: str, root: str | None) -> Path | None:
+    """Return the folder of a data set, or None for those that need none.
+
+    Args:
+        name: one of `DATA_NAMES`.
+        root: path; `${VARIABLE}` and `~` are expanded. The root of cifar100 may be the unpacked folder or its parent.
+
+    Raises:
+        ValueError: the data set is unknown, or the root is not given or names an environment variable that is not set.
+        FileNotFoundError: the folder or a part of it is missing.
+
+    Example:
+        >>> check_root("digits", None) is None
+        True
+    """
+    if name not in _ROOTS:
+        raise ValueError(f"check_root: data set must be one of {', '.join(DATA_NAMES)}, got {name!r}")
+    needs = _ROOTS[name]
+    if needs is None:
+        return None
+    variable, layout = needs
+    if not root:
+        raise ValueError(f"check_root: data set {name} needs a root folder and got none; {_remedy(name, variable)}")
+    folder = Path(_expand(name, root)).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"check_root: the root of data set {name}, {folder}, is {'no folder' if folder.exists() else 'missing'}; "
+            f"it must hold {layout}; {_remedy(name, variable)}"
+        )
+    parts: tuple[str, ...] = _FOLDER_LAYOUT
+    if name == "cifar100":
+        parts = _CIFAR_LAYOUT
+        if (folder / _CIFAR_FOLDER).is_dir():
+            folder = folder / _CIFAR_FOLDER
+    for part in parts:
+        if not (folder / part).exists():
+            raise FileNotFoundError(
+                f"check_root: {folder / part} is missing; the root of data set {name} must hold {layout}; "
+                f"{_remedy(name, variable)}"
+            )
+    return folder
+
+
+def _expand(name: str, root: str) -> str:
+    """Put in the values of environment variables; a variable without a value is an error, not a literal name."""
+
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if not found:
+            raise ValueError(
+                f"check_root: the root of data set {name} is {root!r} and {match[1]} is not set; "
+                f"{_remedy(name, match[1])}"
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", value, root)
+
+
+def _remedy(name: str, variable: str) -> str:
+    return f"set it by `export {variable}=/path/to/{name}` or `--set data.root=/path/to/{name}`"

@@ -1,0 +1,124 @@
+"""The order of an epoch and its cut into micro-batches, as pure functions of (seed, epoch, position).
+
+There is nothing to save but those three numbers: any rank can compute any batch of any epoch.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, sort_keys
+
+_ORDER_STREAM = FIRST_RESERVED_STREAM
+
+
+class EpochSampler:
+    """Shuffle a data set of `num_samples` anew each epoch and deal it out in global batches.
+
+    The samples left over by the last full batch sit this epoch out; another epoch leaves out others.
+
+    Args:
+        num_samples: samples in the split.
+        global_batch_size: samples per optimiser step, over all ranks and micro-steps.
+        seed: in [0, 2^64).
+
+    Raises:
+        ValueError: the split does not fill one global batch, or the seed is out of range.
+
+    Example:
+        >>> sampler = EpochSampler(50_000, 64, seed=0)
+        >>> sampler.steps_per_epoch
+        781
+    """
+
+    def __init__(self, num_samples: int, global_batch_size: int, *, seed: int) -> None:
+        if global_batch_size < 1:
+            raise ValueError(f"EpochSampler: global_batch_size must be at least 1, got {global_batch_size}")
+        if num_samples < global_batch_size:
+            raise ValueError(
+                f"EpochSampler: {num_samples} samples do not fill one global batch of {global_batch_size}; "
+                f"lower the global batch size to {num_samples} or less, or use more samples"
+            )
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.seed = check_below("seed", seed, 2**64)
+        self._cached: tuple[int, NDArray[np.int64]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch; the incomplete last batch is dropped."""
+        return self.num_samples // self.global_batch_size
+
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order of an epoch, (num_samples,); a stable sort of random 64-bit keys, so ties go by position."""
+        if self._cached is None or self._cached[0] != epoch:
+            keys = sort_keys(self.seed, epoch, np.arange(self.num_samples), stream=_ORDER_STREAM)
+            order = keys.argsort(kind="stable")
+            order.flags.writeable = False
+            self._cached = (epoch, order)
+        return self._cached[1]
+
+    def global_batch(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """Return the (global_batch_size,) positions of one optimiser step.
+
+        Raises:
+            ValueError: the epoch has no such step.
+
+        Example:
+            >>> len(EpochSampler(100, 32, seed=0).global_batch(epoch=3, step=2))
+            32
+        """
+        if not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"EpochSampler.global_batch: step must be in [0, {self.steps_per_epoch}), got {step}")
+        start = step * self.global_batch_size
+        return self.permutation(epoch)[start : start + self.global_batch_size]
+
+    def local_batch(
+        self, epoch: int, step: int, rank: int, world_size: int, micro_step: int = 0, accumulation_steps: int = 1
+    ) -> NDArray[np.int64]:
+        """Return the positions one rank takes in one micro-step: slice `micro_step * world_size + rank` of the batch.
+
+        All world sizes and accumulations thus see the same samples in one optimiser step, and those with one product
+        see the same micro-batches, so BatchNorm does too.
+
+        Raises:
+            ValueError: the batch does not divide evenly, or rank or micro-step is out of range.
+
+        Example:
+            >>> len(EpochSampler(100, 32, seed=0).local_batch(0, 0, rank=1, world_size=2, accumulation_steps=4))
+            4
+        """
+        size = micro_batch_size(self.global_batch_size, world_size, accumulation_steps)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"EpochSampler.local_batch: rank must be in [0, {world_size}), got {rank}")
+        if not 0 <= micro_step < accumulation_steps:
+            raise ValueError(
+                f"EpochSampler.local_batch: micro_step must be in [0, {accumulation_steps}), got {micro_step}"
+            )
+        start = (micro_step * world_size + rank) * size
+        return self.global_batch(epoch, step)[start : start + size]
+
+
+def micro_batch_size(global_batch_size: int, world_size: int, accumulation_steps: int) -> int:
+    """Return the samples one rank takes in one micro-step.
+
+    Raises:
+        ValueError: the global batch does not divide evenly; the message holds the nearest sizes that do.
+
+    Example:
+        >>> micro_batch_size(512, world_size=8, accumulation_steps=2)
+        32
+    """
+    if world_size < 1 or accumulation_steps < 1:
+        raise ValueError(
+            "micro_batch_size: world_size and accumulation_steps must be at least 1, "
+            f"got {world_size} and {accumulation_steps}"
+        )
+    slices = world_size * accumulation_steps
+    if global_batch_size % slices:
+        below = global_batch_size // slices * slices
+        nearest = f"{below} or {below + slices}" if below else str(slices)
+        raise ValueError(
+            f"micro_batch_size: a global batch of {global_batch_size} does not divide into world_size {world_size} x "
+            f"accumulation_steps {accumulation_steps} = {slices} equal micro-batches; set it to {nearest}"
+        )
+    return global_batch_size // slices

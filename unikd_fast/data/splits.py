@@ -1,0 +1,130 @@
+"""A data set as the loaders see it: splits in memory or on disk, and what belongs to all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy, uint8
+
+Channels = tuple[float, float, float]
+
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorImages:
+    """A split held in memory.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) int64.
+        ids: (N,) position of each sample in the published split it comes from; None if the split is whole. Views and
+            caches are keyed on these, so they stay valid when a run takes part of a data set.
+
+    Raises:
+        ValueError: the images are no uint8 RGB batch, or the labels are not one per image.
+
+    Example:
+        >>> split = TensorImages(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), np.arange(10))
+        >>> split.select(np.array([7, 2])).sample_ids.tolist()
+        [7, 2]
+    """
+
+    images: Tensor
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(
+                f"TensorImages: images must be (N, 3, H, W) uint8, got {tuple(self.images.shape)} {self.images.dtype}"
+            )
+        _check_lengths("TensorImages", len(self.images), self.labels, self.ids)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """(N,) position of each sample in the published split."""
+        return np.arange(len(self)) if self.ids is None else self.ids
+
+    def select(self, positions: NDArray[np.int64]) -> "TensorImages":
+        """Return the samples at these positions; they keep their ids."""
+        return TensorImages(self.images[from_numpy(positions)], self.labels[positions], self.sample_ids[positions])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """A split of image files; paths (N,), labels and ids as for `TensorImages`.
+
+    Raises:
+        ValueError: the labels are not one per path.
+
+    Example:
+        >>> len(ImageFiles(["a.jpeg", "b.jpeg"], np.array([0, 1])))
+        2
+    """
+
+    paths: Sequence[str]
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        _check_lengths("ImageFiles", len(self.paths), self.labels, self.ids)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """(N,) position of each sample in the published split."""
+        return np.arange(len(self)) if self.ids is None else self.ids
+
+    def select(self, positions: NDArray[np.int64]) -> "ImageFiles":
+        """Return the samples at these positions; they keep their ids."""
+        return ImageFiles([self.paths[i] for i in positions], self.labels[positions], self.sample_ids[positions])
+
+
+Split = TensorImages | ImageFiles
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplits:
+    """A data set, ready for a loader.
+
+    Args:
+        train, val, test: the splits. Where none is published for testing, `test` is `val` and `test_is_val` says so.
+        num_classes: number of classes K.
+        class_names: K names, or None.
+        mean, std: per channel, of images in [0, 1].
+        image_size: height and width in pixels of the images a loader delivers.
+
+    Example:
+        >>> splits = open_data("digits", root=None, image_size=32)
+        >>> len(splits.train), len(splits.val), len(splits.test), splits.test_is_val
+        (1000, 297, 500, False)
+    """
+
+    train: Split
+    val: Split
+    test: Split
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    mean: Channels
+    std: Channels
+    image_size: int
+
+    @property
+    def test_is_val(self) -> bool:
+        """Whether `test` is but another name of `val`, so that its accuracy is one of a split used for selection."""
+        return self.test is self.val
+
+
+def _check_lengths(kind: str, count: int, labels: NDArray, ids: NDArray | None) -> None:
+    if labels.shape != (count,):
+        raise ValueError(f"{kind}: {count} images need {count} labels, got an array of shape {labels.shape}")
+    if ids is not None and ids.shape != (count,):
+        raise ValueError(f"{kind}: {count} images need {count} ids, got an array of shape {ids.shape}")

@@ -1,0 +1,115 @@
+"""The state of a run in one file, written atomically, readable at any ZeRO stage.
+
+It holds the student's side, the method's head, the optimiser by parameter name, the exponential average, and per
+process the buffers and random states that make a continued run equal to an uninterrupted one bit for bit. The teacher
+is not in it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unikd_fast.engine.optimizer_state import collect_optimizer_state
+from unikd_fast.engine.processes import Processes
+from unikd_fast.methods import Method
+
+FORMAT = 1
+LAST = Path("checkpoints") / "last.pt"
+BEST = Path("checkpoints") / "best.safetensors"
+
+
+def save_checkpoint(
+    folder: Path, *, step: int, engine: Any, method: Method, average: nn.Module | None, processes: Processes
+) -> None:
+    """Writes checkpoints/last.pt; all processes must call it, the first one writes.
+
+    The previous checkpoint stays readable until the new one is complete on disk.
+    """
+    side: nn.Module = engine.module
+    optimizer = collect_optimizer_state(engine)
+    own = {"buffers": dict(side.named_buffers()), "rng": _random_state(processes.device)}
+    of_processes = processes.gather(own)
+    if processes.is_first:
+        _write(
+            folder / LAST,
+            {
+                "format": FORMAT,
+                "step": step,
+                "world_size": processes.world_size,
+                "student": side.state_dict(),
+                "method": method.state_dict(),
+                "optimizer": optimizer,
+                "average": None if average is None else average.state_dict(),
+                "processes": of_processes,
+            },
+        )
+    processes.barrier()
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint of a run folder on the CPU, or None."""
+    path = folder / LAST
+    if not path.exists():
+        return None
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {checkpoint['format']}, this version reads {FORMAT}; start a new run folder"
+        )
+    return checkpoint
+
+
+def restore_weights(checkpoint: dict[str, Any], side: nn.Module, method: Method, processes: Processes) -> None:
+    """Before the engine is made: the student's side, this process's buffers and the method's head."""
+    side.load_state_dict(checkpoint["student"])
+    if checkpoint["world_size"] == processes.world_size:
+        buffers = checkpoint["processes"][processes.rank]["buffers"]
+        with torch.no_grad():
+            for name, buffer in side.named_buffers():
+                buffer.copy_(buffers[name])
+    method.load_state_dict(checkpoint["method"])
+
+
+def restore_random_state(checkpoint: dict[str, Any], processes: Processes) -> None:
+    """Last before training: this process's random states; at another number of processes they start afresh."""
+    if checkpoint["world_size"] != processes.world_size:
+        return
+    rng = checkpoint["processes"][processes.rank]["rng"]
+    torch.set_rng_state(rng["cpu"])
+    if processes.device.type == "cuda" and rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"], processes.device)
+
+
+def export_student(plain: nn.Module, path: Path) -> None:
+    """The plain network's state dict as safetensors; loads with strict=True into the same torchvision/timm/zoo model."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    tensors = {
+        k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in plain.state_dict().items()
+    }
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def import_student(plain: nn.Module, path: Path) -> None:
+    """Reads what :func:`export_student` wrote."""
+    plain.load_state_dict(load_file(path), strict=True)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

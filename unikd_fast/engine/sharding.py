@@ -1,0 +1,71 @@
+"""Our settings in DeepSpeed's terms, and the engine made from them."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from unikd_fast.config import Config, ConfigError
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.schedule import build_optimizer
+
+SUPPORTED_STAGES = (0, 1)
+
+
+def zero_stage(config: Config) -> int:
+    return int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def local_batch_size(config: Config, processes: Processes) -> int:
+    """Samples of one micro-batch on one process.
+
+    Raises:
+        ConfigError: the global batch does not divide by processes and accumulation steps.
+    """
+    train = config.train
+    parts = processes.world_size * train.accumulation_steps
+    size, rest = divmod(train.global_batch_size, parts)
+    if rest or not size:
+        near = [n * parts for n in (size, size + 1) if n]
+        raise ConfigError(
+            f"train.global_batch_size = {train.global_batch_size} is not divisible by {processes.world_size} processes "
+            f"x {train.accumulation_steps} accumulation steps; use {' or '.join(map(str, near))}"
+        )
+    return size
+
+
+def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
+    """The configuration DeepSpeed gets: the user's object and what our schema states, each thing once.
+
+    Raises:
+        ConfigError: an unsupported ZeRO stage or an indivisible batch.
+    """
+    if zero_stage(config) not in SUPPORTED_STAGES:
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage = {zero_stage(config)} is not supported; use one of {SUPPORTED_STAGES}"
+        )
+    ours: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": local_batch_size(config, processes),
+        "gradient_accumulation_steps": config.train.accumulation_steps,
+        "gradient_clipping": config.train.clip_grad_norm,
+        "steps_per_print": 10**9,  # the metrics are ours
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.train.precision == "bf16":
+        # Never bf16.enabled: it casts the parameters, and BatchNorm students crash with it.
+        ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return {**config.deepspeed, **ours}
+
+
+def start_engine(config: Config, module: nn.Module, processes: Processes) -> Any:
+    """The DeepSpeed engine that trains ``module``, whose weights are already those to start from."""
+    optimizer = build_optimizer(module.parameters(), config.train)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(config, processes), dist_init_required=False
+    )
+    if config.train.channels_last and zero_stage(config) == 0:
+        # Only now: channels_last parameters crash deepspeed.initialize.
+        module.to(memory_format=torch.channels_last)
+    return engine

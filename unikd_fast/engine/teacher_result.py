@@ -1,0 +1,43 @@
+"""The teacher's own accuracy, for the table, when it was not trained in this run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unikd_fast.config import Config
+from unikd_fast.engine.build import build_data, build_data_loader, build_network
+from unikd_fast.engine.evaluate import evaluate
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.run_folder import read_result, write_result
+from unikd_fast.teacher import OnlineTeacher
+
+
+def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, label: str) -> dict[str, Any]:
+    """Accuracy of the given teacher on the test split, in the form of a run's result; kept in ``folder``."""
+    known: dict[str, Any] | None = processes.broadcast(read_result(folder))
+    if known is not None:
+        return known
+    assert config.teacher is not None
+    splits = build_data(config)
+    torch.manual_seed(config.run.seed + 1)
+    network = build_network(config, "teacher", splits, levels=False)
+    teacher = OnlineTeacher(network, precision=config.teacher.precision).to(processes.device)
+    loader = build_data_loader(config, splits, processes)
+    found = evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes)
+    figures = {"epoch": None, "test": found}
+    result = {
+        "label": label,
+        "seed": config.run.seed,
+        "method": "given",
+        "model": config.teacher.model,
+        "steps": 0,
+        "test_is_val": splits.test_is_val,
+        "best": figures,
+        "last": figures,
+        "weights": config.teacher.weights,
+    }
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_result(folder, result)
+    return result

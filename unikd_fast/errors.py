@@ -1,0 +1,27 @@
+"""What ends a run with a message instead of a traceback, and with which exit code."""
+
+
+class RunError(Exception):
+    """The run ended for a reason the user can act on."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError, ValueError):
+    """The configuration is not usable; the message says what to change."""
+
+    exit_code = 2
+
+
+class NonFiniteLoss(RunError):
+    """A loss term became inf or NaN."""
+
+    exit_code = 3
+
+
+class Interrupted(RunError):
+    """SIGTERM or Ctrl-C; what could be saved is saved."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

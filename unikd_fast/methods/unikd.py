@@ -1,0 +1,173 @@
+"""UniKD: feature and logit knowledge under one KL paradigm (Eq. 4-7 of the paper)."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from unikd_fast.distribution import FeatureDistributionPrediction
+from unikd_fast.fusion import AdaptiveFeatureFusion
+from unikd_fast.losses import LossTerms, unikd_loss
+from unikd_fast.methods.method import Method
+from unikd_fast.methods.teacher_head import HeadTrainer, PooledFusion, TeacherHead
+from unikd_fast.values import Features, Gaussian, StudentOutput, Target
+
+TEACHER_HEADS = ("prefit", "anchored", "literal")
+
+
+class UniKD(Method):
+    """L = L_CE + alpha L_FL + beta L_L (Eq. 7).
+
+    Student and teacher have an AFF each; FDP is shared. ``teacher_head`` says what trains the teacher's side:
+    "prefit" (fitted to the teacher's logits first, then frozen), "anchored" (the same objective, along with the
+    student) or "literal" (through the total loss; it collapses and is kept for the record). In the first two the
+    student uses FDP with detached weights: sharing stays literal, and the student's loss cannot deform FDP.
+
+    Args:
+        student_channels, teacher_channels: C_l of each level, fine to coarse.
+        num_classes: K.
+        width: D, the fused width of both sides; None: min(256, the teacher's coarsest width).
+        fusion: "aff", or "last" for the coarsest level alone (the paper's "FDP only" row).
+        gate, upsample, norm: see AdaptiveFeatureFusion.
+        fdp_norm, variance_floor: see FeatureDistributionPrediction.
+        teacher_head, head_steps, head_learning_rate: see above; head_steps batches are used by "prefit".
+        alpha, beta, temperature, scale_by_t2, feature_reduction, label_smoothing, impl: see unikd_loss.
+        alpha_ramp_epochs: epochs over which alpha rises linearly from 0.
+
+    Raises:
+        ValueError: unknown teacher_head or fusion.
+    """
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        num_classes: int,
+        *,
+        width: int | None = None,
+        fusion: str = "aff",
+        gate: str = "spatial",
+        upsample: str = "nearest",
+        norm: str | None = None,
+        fdp_norm: str = "layer",
+        variance_floor: float = 0.1,
+        teacher_head: str = "prefit",
+        head_steps: int = 1000,
+        head_learning_rate: float = 1e-3,
+        alpha: float = 4.0,
+        beta: float = 1.0,
+        alpha_ramp_epochs: float = 0.0,
+        temperature: float = 4.0,
+        scale_by_t2: bool = True,
+        feature_reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if teacher_head not in TEACHER_HEADS:
+            raise ValueError(f"UniKD: teacher_head must be one of {', '.join(TEACHER_HEADS)}, got {teacher_head!r}")
+        if fusion not in ("aff", "last"):
+            raise ValueError(f"UniKD: fusion must be aff or last, got {fusion!r}")
+        first = 0 if fusion == "aff" else -1
+        width = width or min(256, teacher_channels[-1])
+        options = {"gate": gate, "upsample": upsample, "norm": norm}
+        self.adapter: PooledFusion = PooledFusion(AdaptiveFeatureFusion(student_channels[first:], width, **options)).to(
+            device
+        )
+        self.head = TeacherHead(
+            PooledFusion(AdaptiveFeatureFusion(teacher_channels[first:], width, **options)),
+            FeatureDistributionPrediction(width, num_classes, norm=fdp_norm, variance_floor=variance_floor),
+        ).to(device)
+        self.teacher_head, self.head_steps = teacher_head, head_steps
+        self.trainer = HeadTrainer(self.head, learning_rate=head_learning_rate)
+        if teacher_head == "literal":
+            self.companion: nn.Module | None = self.head
+        self.alpha_peak, self.alpha_ramp_epochs = alpha, alpha_ramp_epochs
+        # A device tensor, so that the ramp needs neither a host read nor a new capture of the step.
+        self.alpha = torch.full((), alpha, dtype=torch.float32, device=device)
+        self.loss_options = {
+            "beta": beta,
+            "temperature": temperature,
+            "scale_by_t2": scale_by_t2,
+            "feature_reduction": feature_reduction,
+            "label_smoothing": label_smoothing,
+            "impl": impl,
+        }
+
+    def prepare(self, batches: Iterable[Features]) -> None:
+        if self.teacher_head == "prefit":
+            self.trainer.fit(batches, self.head_steps)
+            self._freeze()
+
+    def set_progress(self, epochs: float) -> None:
+        share = min(1.0, epochs / self.alpha_ramp_epochs) if self.alpha_ramp_epochs else 1.0
+        self.alpha.fill_(self.alpha_peak * share)
+
+    def target(self, teacher: Features) -> Target:
+        if self.teacher_head == "prefit":
+            with torch.no_grad():
+                return Target(teacher.logits, self.head(teacher.levels))
+        if self.teacher_head == "anchored":
+            return Target(teacher.logits, self.trainer.predict(teacher.levels))
+        return Target(teacher.logits, self.head(teacher.levels))
+
+    def student_gaussian(self, pooled: Tensor) -> Gaussian:
+        """(m_s, log v_s) of the student's pooled vector, through the shared FDP."""
+        shared = self.head.distribution
+        if self.teacher_head == "literal":
+            return shared(pooled)
+        gaussian: Gaussian = functional_call(shared, {k: p.detach() for k, p in shared.named_parameters()}, (pooled,))
+        return gaussian
+
+    def loss(self, student: StudentOutput, target: Target | None, labels: Tensor) -> LossTerms:
+        assert target is not None
+        assert target.gaussian is not None
+        assert student.pooled is not None
+        gaussian = target.gaussian
+        if self.teacher_head != "literal":
+            gaussian = Gaussian(gaussian.mean.detach(), gaussian.log_var.detach())
+        terms = unikd_loss(
+            student.logits,
+            target.logits,
+            labels,
+            self.student_gaussian(student.pooled),
+            gaussian,
+            alpha=self.alpha,
+            **self.loss_options,
+        )
+        if self.teacher_head == "anchored":
+            terms = terms._replace(anchor=self.trainer.anchor(target.gaussian, target.logits))
+        return terms
+
+    def train_head(self, terms: LossTerms, *, accumulation_steps: int, update: bool) -> None:
+        if self.teacher_head != "anchored":
+            return
+        assert terms.anchor is not None
+        self.trainer.backward(terms.anchor, accumulation_steps=accumulation_steps)
+        if update:
+            self.trainer.update()
+
+    @torch.no_grad()
+    def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
+        """How alive the teacher's head is; a collapse shows as std(m_t) -> 0 and accuracy at chance."""
+        training = self.head.training
+        mean, log_var = self.head.eval()(teacher.levels)
+        self.head.train(training)
+        return {
+            "head_mean_std": mean.std(unbiased=False),
+            "head_variance": log_var.exp().mean(),
+            "head_accuracy": (mean.argmax(1) == labels).float().mean(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.trainer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state)
+        if self.teacher_head == "prefit":
+            self._freeze()
+
+    def _freeze(self) -> None:
+        self.head.requires_grad_(False).eval()

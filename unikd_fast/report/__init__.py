@@ -1,0 +1,1 @@
+"""Tables of results; figures will stand beside them."""

@@ -1,0 +1,86 @@
+"""Results of runs as a table: mean and standard deviation over seeds, best and last epoch."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+TEACHER = "teacher"
+HEADER = ("", "model", "best epoch", "last epoch", "seeds")
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of test top-1 accuracy, one row a label; reads well on a terminal too.
+
+    Args:
+        results: result.json contents; several with one label are seeds of one run.
+    """
+    rows = [HEADER, *(_row(label, group) for label, group in _by_label(results).items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([_caption(results), "", *lines])
+
+
+def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    """report.md: the table, every single run, and what the columns mean."""
+    data, train = config["data"], config["train"]
+    singles = [
+        f"| {r['label']} | {r['seed']} | {_epoch(r['best'])} | {r['best']['test']['accuracy']:.2f} | "
+        f"{_epoch(r['last'])} | {r['last']['test']['accuracy']:.2f} | {r['last']['test']['ce']:.4f} |"
+        for r in results
+    ]
+    return "\n".join(
+        [
+            f"# {data['name']}: {config['student']['model']}",
+            "",
+            results_table(results),
+            "",
+            f"{data['train_samples'] or 'All'} training samples, {train['total_epochs']} epochs, batch "
+            f"{train['global_batch_size']}. The configuration is in config.json, versions and hardware in "
+            "environment.json, each run's course in its metrics.jsonl.",
+            "",
+            "## Single runs",
+            "",
+            "| run | seed | best epoch | test top-1 | last epoch | test top-1 | test cross-entropy |",
+            "|---|---|---|---|---|---|---|",
+            *singles,
+            "",
+        ]
+    )
+
+
+def _caption(results: Sequence[dict[str, Any]]) -> str:
+    if any(result["test_is_val"] for result in results):
+        return (
+            "Test top-1 accuracy (%), mean ± standard deviation over seeds. There is no validation split: best epoch is "
+            "the maximum on the test split, as the literature reports it; last epoch has no such choice."
+        )
+    return (
+        "Test top-1 accuracy (%), mean ± standard deviation over seeds. The best epoch was chosen on the validation "
+        "split; the test split was used once, at the end."
+    )
+
+
+def _by_label(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in sorted(results, key=lambda result: result["label"] != TEACHER):
+        groups.setdefault(result["label"], []).append(result)
+    return groups
+
+
+def _row(label: str, group: list[dict[str, Any]]) -> tuple[str, ...]:
+    best = [result["best"]["test"]["accuracy"] for result in group]
+    last = [result["last"]["test"]["accuracy"] for result in group]
+    return label, group[0]["model"], _spread(best), _spread(last), str(len(group))
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _epoch(part: dict[str, Any]) -> str:
+    return "–" if part["epoch"] is None else str(part["epoch"])
