@@ -39,7 +39,7 @@ class StudentOutput(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The teacher's side of a step, what the student is held to. A constant of the view unless the head still learns."""
+    """The teacher's side of a step, what the student is held to; a constant of the view unless the head learns."""
 
     logits: Tensor  # (N, K)
     gaussian: Gaussian | None = None

@@ -49,7 +49,7 @@ class AugmentationConfig(Section):
     flip_probability: Fraction | None = None
     """Probability of a horizontal flip."""
     eval_resize: PositiveInt | None = None
-    """Short side in pixels before the centre crop of an evaluation image; null: image_size * 256 / 224."""
+    """Short side in pixels before the centre crop of an evaluation image; null: image_size * 8 / 7."""
 
 
 class DataConfig(Section):
@@ -72,6 +72,8 @@ class DataConfig(Section):
     """Held out of cifar100's training split for validation; 0: validate on the test split, as the literature does."""
     synthetic_samples: PositiveInt = 1024
     """Training images of synthetic data."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the few-sample subset and of synthetic images; fixed while run.seed changes, so all runs see one set."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per training process of the torchvision loader."""
     augmentation: AugmentationConfig = AugmentationConfig()

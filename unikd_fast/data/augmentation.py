@@ -168,7 +168,7 @@ def _resized_boxes(
     box_height, box_width = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
     top = np.floor(attempts[..., 2] * (height - box_height + 1))
     left = np.floor(attempts[..., 3] * (width - box_width + 1))
-    fits = (0 < box_width) & (box_width <= width) & (0 < box_height) & (box_height <= height)
+    fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
     boxes = np.stack((top, left, box_height, box_width), axis=-1).astype(np.int64)  # (N, ATTEMPTS, 4)
     chosen = boxes[np.arange(len(boxes)), fits.argmax(axis=1)]
     return np.where(fits.any(axis=1)[:, None], chosen, _central_box(augmentation.ratio, height, width))

@@ -42,9 +42,7 @@ def load_cifar100(folder: Path, *, val_samples: int = 0) -> DataSplits:
                 f"load_cifar100: val_samples must be in [0, {len(train)}), the size of the train split, "
                 f"got {val_samples}"
             )
-        kept, held_out = stratified_split(
-            train.labels, (len(train) - val_samples, val_samples), seed=_HOLD_OUT_SEED
-        )
+        kept, held_out = stratified_split(train.labels, (len(train) - val_samples, val_samples), seed=_HOLD_OUT_SEED)
         train, val = train.select(kept), train.select(held_out)
     names = _read_pickle(folder / "meta").get("fine_label_names")
     if not isinstance(names, list) or len(names) != NUM_CLASSES:
@@ -67,7 +65,7 @@ def _read_images(path: Path) -> TensorImages:
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
         found = f"{pixels.shape} {pixels.dtype}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise ValueError(f"load_cifar100: `data` in {path} must be (N, 3072) uint8, got {found}")
-    if not isinstance(labels, list) or len(labels) != len(pixels) or not set(labels) <= set(range(NUM_CLASSES)):
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(map(_is_class, labels)):
         raise ValueError(
             f"load_cifar100: `fine_labels` in {path} must be one class in [0, 100) per image, {len(pixels)} in all"
         )
@@ -90,28 +88,47 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return {_text(key): value for key, value in content.items()}
 
 
+def _is_class(label: object) -> bool:
+    return isinstance(label, int) and 0 <= label < NUM_CLASSES
+
+
 def _text(value: bytes | str) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
+# Stand-ins for the callables in files written by Python 2 (the published ones) and by Python 3, each able to do no more
+# than these files ask of it. The content of an array arrives in its state, after the call.
+
+
+class _ArrayType:
+    """Stand in for `numpy.ndarray`, of which the files only hold the name."""
+
+
+def _empty_array(subtype: type, shape: tuple[int, ...], type_code: bytes | str) -> np.ndarray:
+    if subtype is not _ArrayType:
+        raise pickle.UnpicklingError(f"refused to rebuild an array as {subtype!r}")
+    return np.empty(0, np.uint8)
+
+
+def _empty_bytes() -> bytes:
+    return b""
+
+
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stand in for `_codecs.encode`, by which Python 3 writes bytes in protocol 2; other codecs may do anything."""
+    # By this Python 3 writes bytes in protocol 2; other codecs may do anything.
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"refused to encode as {encoding!r}")
     return text.encode("latin1")
 
 
-# The globals in files written by Python 2 (the published ones) and by Python 3 with numpy 1 and 2. The function that
-# rebuilds an array is taken from an array itself, since numpy has moved it.
-_REBUILD_ARRAY = np.empty(0).__reduce__()[0]  # type: ignore[misc]
 _ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _REBUILD_ARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): _REBUILD_ARRAY,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy", "ndarray"): _ArrayType,
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): _encode_latin1,
-    ("builtins", "bytes"): bytes,
-    ("__builtin__", "bytes"): bytes,
+    ("__builtin__", "bytes"): _empty_bytes,
+    ("builtins", "bytes"): _empty_bytes,
 }
 
 

@@ -45,7 +45,8 @@ class Decoder:
         pixels = np.empty((len(request.paths), self.image_size, self.image_size, 3), np.uint8)
         for i, path in enumerate(request.paths):
             image = read_rgb(path)
-            pixels[i] = self.central_view(image) if request.views is None else self.training_view(image, request, i)
+            view = self.central_view(image) if request.views is None else self.training_view(image, request.views, i)
+            pixels[i] = np.asarray(view)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return images, torch.from_numpy(request.labels), torch.from_numpy(request.sample_ids)
 
@@ -53,18 +54,14 @@ class Decoder:
         """Resize the short side, then cut out the centre, as torchvision's Resize and CenterCrop do."""
         short, long = sorted(image.size)
         long_side = int(self.short_side * long / short)
-        width, height = (
-            (self.short_side, long_side) if image.width <= image.height else (long_side, self.short_side)
-        )
+        width, height = (self.short_side, long_side) if image.width <= image.height else (long_side, self.short_side)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
         return image.crop((left, top, left + self.image_size, top + self.image_size))
 
-    def training_view(self, image: Image.Image, request: DecodeRequest, i: int) -> Image.Image:
-        """Apply view i of the request: crop, resize where the crop asks for it, flip."""
-        views = request.views
-        assert views is not None
+    def training_view(self, image: Image.Image, views: ViewParameters, i: int) -> Image.Image:
+        """Apply view i: crop, resize where the crop asks for it, flip."""
         if views.augmentation.crop != "resized":
             image = self.central_view(image)
         if views.augmentation.crop == "pad":

@@ -1,7 +1,7 @@
 """The loader of image files: worker processes decode, the device normalises."""
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class FolderLoader:
     def _data_loader(self, requests: Iterable[DecodeRequest], *, persistent: bool) -> DataLoader:
         return DataLoader(
             self._decoder,  # type: ignore[arg-type]
-            sampler=requests,  # type: ignore[arg-type]
+            sampler=requests,
             batch_size=None,
             num_workers=self._workers,
             collate_fn=_as_decoded,
@@ -147,7 +147,7 @@ class _Requests:
         return self.pending
 
 
-def _as_decoded(decoded: _Decoded) -> _Decoded:
+def _as_decoded(decoded: Any) -> Any:
     return decoded
 
 

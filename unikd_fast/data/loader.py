@@ -101,6 +101,4 @@ def build_loader(
     where = torch.device(device)
     if fitting == "device":
         return DeviceLoader(splits, augmentation, schedule, device=where, channels_last=channels_last)
-    return FolderLoader(
-        splits, augmentation, schedule, device=where, workers=workers, channels_last=channels_last
-    )
+    return FolderLoader(splits, augmentation, schedule, device=where, workers=workers, channels_last=channels_last)

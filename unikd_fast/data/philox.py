@@ -74,7 +74,9 @@ def words(seed: int, epoch: int, sample_ids: ArrayLike, stream: int, count: int)
     epoch = check_below("epoch", epoch, 2**32)
     stream = check_below("stream", stream, 2**16)
     if not 1 <= count <= 2**18:
-        raise ValueError(f"philox: count must be in [1, {2**18}], got {count}; take further numbers from another stream")
+        raise ValueError(
+            f"philox: count must be in [1, {2**18}], got {count}; take further numbers from another stream"
+        )
     ids = checked_ids(sample_ids)
     blocks = (count + 3) // 4
     counter = np.empty((len(ids), blocks, 4), np.uint32)
@@ -95,7 +97,7 @@ def uniforms(seed: int, epoch: int, sample_ids: ArrayLike, count: int, *, stream
         >>> bool((uniforms(0, 3, [5, 6], 2)[1] == uniforms(0, 3, [6], 2)[0]).all())
         True
     """
-    return words(seed, epoch, sample_ids, stream, count) * 2.0**-32
+    return words(seed, epoch, sample_ids, stream, count).astype(np.float64) * 2.0**-32
 
 
 def sort_keys(seed: int, epoch: int, sample_ids: ArrayLike, *, stream: int) -> NDArray[np.uint64]:

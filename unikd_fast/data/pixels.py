@@ -98,14 +98,14 @@ def _weights(starts: Tensor, lengths: Tensor, size: int, extent: int) -> Tensor:
     """Return the (N, size, extent) weights of a triangle filter over the windows, as whole numbers in fp32."""
     pixel = torch.arange(extent, device=starts.device)
     inside = (pixel >= starts[:, None]) & (pixel < (starts + lengths)[:, None])  # (N, extent)
-    scale = lengths.double()[:, None, None] / size
+    scale = lengths.float()[:, None, None] / size
     out = torch.arange(size, device=starts.device)[:, None]
     centre = starts[:, None, None] + (out + 0.5) * scale  # (N, size, 1)
     # Downscaling widens the filter to the input pixels under one output pixel; upscaling never narrows it.
-    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0) * inside[:, None]
-    weight = (weight / weight.sum(-1, keepdim=True) * _WEIGHT_UNIT).round()
+    weight = (pixel + 0.5 - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0).mul_(inside[:, None])
+    weight.mul_(_WEIGHT_UNIT / weight.sum(-1, keepdim=True)).round_()
     # What rounding lost or gained goes to the pixel under the centre, so that a flat image stays flat.
-    return (weight + (_WEIGHT_UNIT - weight.sum(-1, keepdim=True)) * (pixel == centre.floor())).float()
+    return weight.addcmul_(_WEIGHT_UNIT - weight.sum(-1, keepdim=True), (pixel == centre.floor()).float())
 
 
 def _to_levels(sums: Tensor) -> Tensor:

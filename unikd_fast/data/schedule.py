@@ -72,9 +72,7 @@ class Schedule:
             raise ValueError(f"Schedule.training: start_step must be in [0, {self.steps_per_epoch}], got {start_step}")
         return self._training(epoch, start_step, stream)
 
-    def _training(
-        self, epoch: int, start_step: int, stream: int
-    ) -> Iterator[tuple[NDArray[np.int64], ViewParameters]]:
+    def _training(self, epoch: int, start_step: int, stream: int) -> Iterator[tuple[NDArray[np.int64], ViewParameters]]:
         for step in range(start_step, self.steps_per_epoch):
             for micro_step in range(self._accumulation_steps):
                 positions = self._sampler.local_batch(

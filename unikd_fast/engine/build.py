@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run: data, networks, method. Everything is checked against each other here."""
+"""From a configuration to the objects of a run: data, networks, method, checked against each other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,9 +90,9 @@ def _build(config: Config, processes: Processes) -> Experiment:
 
 
 def build_data(config: Config) -> DataSplits:
-    """Opens the data set; its number of classes must be the one the configuration states, if it states one."""
+    """Opens the data set."""
     data = config.data
-    splits = open_data(
+    return open_data(
         data.name,
         root=data.root,
         image_size=data.image_size,
@@ -100,14 +100,8 @@ def build_data(config: Config) -> DataSplits:
         train_samples=data.train_samples,
         val_samples=data.val_samples,
         synthetic_samples=data.synthetic_samples,
-        seed=config.run.seed,
+        seed=data.seed,
     )
-    if data.num_classes is not None and splits.num_classes != data.num_classes:
-        raise ConfigError(
-            f"data.num_classes = {data.num_classes}, but {data.name} at {data.root or 'its package'} has "
-            f"{splits.num_classes} classes; correct data.num_classes or data.root"
-        )
-    return splits
 
 
 def build_data_loader(config: Config, splits: DataSplits, processes: Processes) -> Loader:
@@ -119,7 +113,7 @@ def build_data_loader(config: Config, splits: DataSplits, processes: Processes) 
         scale=given.scale,
         ratio=given.ratio,
         flip_probability=given.flip_probability if given.flip_probability is not None else FLIP.get(data.name, 0.5),
-        eval_resize=given.eval_resize if given.eval_resize is not None else round(data.image_size * 256 / 224),
+        eval_resize=given.eval_resize,
     )
     return build_loader(
         splits,
@@ -160,7 +154,8 @@ def build_teacher_network(config: Config, splits: DataSplits, *, levels: bool) -
     if config.teacher.weights is None:
         raise ConfigError(
             f"teacher.weights is not set, so teacher {config.teacher.model} would know nothing; give a file or an "
-            "identifier, add teacher.training to train it first, or allow random weights with --set teacher.weights=random"
+            "identifier, add teacher.training to train it first, or allow random weights with --set "
+            "teacher.weights=random"
         )
     return build_network(config, "teacher", splits, levels=levels)
 

@@ -85,14 +85,14 @@ def restore_random_state(checkpoint: dict[str, Any], processes: Processes) -> No
 
 
 def export_student(plain: nn.Module, path: Path) -> None:
-    """The plain network's state dict as safetensors; loads with strict=True into the same torchvision/timm/zoo model."""
+    """The plain network's state dict as safetensors; loads strictly into the same torchvision, timm or zoo model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     tensors = {
         k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in plain.state_dict().items()
     }
     save_file(tensors, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def import_student(plain: nn.Module, path: Path) -> None:
@@ -112,4 +112,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -39,7 +39,8 @@ def describe(config: Config, processes: Processes) -> str:
     lines += [
         f"method    {config.distill.method}: {own:,} parameters beside the student's",
         f"batch     {config.train.global_batch_size} = {processes.world_size} processes x {batch} x "
-        f"{config.train.accumulation_steps} accumulation steps, ZeRO stage {zero_stage(config)}, {config.train.precision}",
+        f"{config.train.accumulation_steps} accumulation steps, ZeRO stage {zero_stage(config)}, "
+        f"{config.train.precision}",
         f"steps     {experiment.steps_per_epoch} per epoch, {experiment.total_steps} in all",
         *_memory(experiment, batch, processes),
     ]

@@ -1,7 +1,6 @@
 """Loss terms summed on the device, read by the host once per log line, and the places they are written to."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from unikd_fast.engine.processes import Processes
@@ -93,7 +91,7 @@ class MetricsWriter:
         kept = [record for record in read_metrics(folder) if record["step"] <= start_step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self._path)
+        temporary.replace(self._path)
         self._file = self._path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -158,4 +158,4 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def _write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)

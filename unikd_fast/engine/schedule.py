@@ -1,4 +1,4 @@
-"""The optimiser, and the learning rate as a pure function of the step, so that a resumed run needs no schedule state."""
+"""The optimiser, and the learning rate as a pure function of the step: resuming needs no schedule state."""
 
 import math
 from collections.abc import Iterable

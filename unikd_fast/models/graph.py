@@ -33,8 +33,16 @@ class _OutputTracer(fx.Tracer):
     operation, and `_1`, `_2`, ... where that module calls it again (`layer1.0.relu_1`).
     """
 
+    # What forward computes from parameters and buffers alone (standardised weights, relative position biases) is
+    # traced too: by default torch.fx computes it once and freezes the result.
+    proxy_buffer_attributes = True
+
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=tuple(get_notrace_functions()))
+        super().__init__(
+            autowrap_modules=(math, torchvision.ops),
+            autowrap_functions=tuple(get_notrace_functions()),
+            param_shapes_constant=True,
+        )
         self.leaves = (*_VISION_OPS, *get_notrace_modules())
         self.outputs: dict[str, fx.Node] = {}
         self._path = ""
@@ -64,16 +72,18 @@ class _OutputTracer(fx.Tracer):
         return proxy
 
     def _note(self, name: str, node: fx.Node) -> None:
-        calls = self._calls[name]
-        self._calls[name] += 1
-        self.outputs[f"{name}_{calls}" if calls else name] = node
+        key = name
+        while key in self.outputs:  # a module may bear the name that a second call would get
+            self._calls[name] += 1
+            key = f"{name}_{self._calls[name]}"
+        self.outputs[key] = node
 
 
 @dataclass(frozen=True)
 class NodeValue:
-    """What one node gives for a batch: its shape, and whether a later operation writes into it."""
+    """What one node gives for a batch: a tensor, or a tuple of tensors, and whether a later operation overwrites it."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None  # None: a tuple
     overwritten: bool
 
 
@@ -166,16 +176,19 @@ class _Prober(fx.Interpreter):
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, garbage_collect_values=False, graph=graph)
         self.versions: dict[fx.Node, tuple[Tensor, int]] = {}
+        self.tuples: list[fx.Node] = []
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.versions[n] = (value, value._version)
+        elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+            self.tuples.append(n)
         return value
 
 
 def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = False) -> dict[fx.Node, NodeValue]:
-    """Shapes of every tensor in the graph for two square images, without computing anything.
+    """Shapes of all tensors in the graph for two square images, without computing anything.
 
     Args:
         model: untouched; its tensors are replaced by fake ones.
@@ -199,12 +212,12 @@ def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = 
         except Exception as error:
             raise ValueError(
                 f"extract_features: {type(model).__name__} does not take images of {image_size}x{image_size} pixels "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); pass the size it was built for"
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); pass the size it was built for"
             ) from error
-    return {
-        node: NodeValue(tuple(tensor.shape), tensor._version != version)
-        for node, (tensor, version) in prober.versions.items()
-    }
+    values = {node: NodeValue(None, False) for node in prober.tuples}
+    for node, (tensor, version) in prober.versions.items():
+        values[node] = NodeValue(tuple(tensor.shape), tensor._version != version)
+    return values
 
 
 @contextmanager

@@ -21,7 +21,8 @@ class OnlineTeacher(nn.Module):
         precision: "fp32", "bf16" or "fp16"; weights and activations are held in it.
 
     Example:
-        >>> teacher = OnlineTeacher(extract_features(build_model("torchvision/resnet50", num_classes=1000), image_size=224))
+        >>> model = build_model("torchvision/resnet50", num_classes=1000, weights="IMAGENET1K_V1")
+        >>> teacher = OnlineTeacher(extract_features(model, image_size=224), precision="fp16")
         >>> features = teacher(images)
     """
 

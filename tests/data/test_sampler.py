@@ -1,0 +1,138 @@
+"""The order of an epoch: complete, reproducible, the same however the work is divided."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unikd_fast.data.sampler import EpochSampler, micro_batch_size
+
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))  # world size, accumulation, micro-batch
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(0, 100), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
+def test_every_id_at_most_once_and_only_the_remainder_missing(
+    division: tuple[int, int, int], extra: int, seed: int, epoch: int
+) -> None:
+    world_size, accumulation_steps, micro = division
+    batch = world_size * accumulation_steps * micro
+    sampler = EpochSampler(batch + extra, batch, seed=seed)
+    seen = np.concatenate(
+        [
+            sampler.local_batch(epoch, step, rank, world_size, micro_step, accumulation_steps)
+            for step in range(sampler.steps_per_epoch)
+            for micro_step in range(accumulation_steps)
+            for rank in range(world_size)
+        ]
+    )
+    assert len(np.unique(seen)) == len(seen) == (batch + extra) // batch * batch
+    assert seen.min() >= 0
+    assert seen.max() < batch + extra
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(0, 2**32), st.integers(0, 5))
+def test_a_step_is_its_global_batch_in_order_of_micro_step_and_rank(
+    division: tuple[int, int, int], seed: int, epoch: int
+) -> None:
+    world_size, accumulation_steps, micro = division
+    batch = world_size * accumulation_steps * micro
+    sampler = EpochSampler(3 * batch, batch, seed=seed)
+    parts = [
+        sampler.local_batch(epoch, 1, rank, world_size, micro_step, accumulation_steps)
+        for micro_step in range(accumulation_steps)
+        for rank in range(world_size)
+    ]
+    assert {len(part) for part in parts} == {micro}
+    assert np.array_equal(np.concatenate(parts), sampler.global_batch(epoch, 1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_id_exactly_once_per_epoch(world_size: int) -> None:
+    sampler = EpochSampler(48, 12, seed=3)
+    seen = [
+        sampler.local_batch(5, step, rank, world_size)
+        for step in range(sampler.steps_per_epoch)
+        for rank in range(world_size)
+    ]
+    assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(48))
+
+
+def test_one_slice_per_rank_or_per_micro_step_is_the_same_slice() -> None:
+    sampler = EpochSampler(64, 16, seed=0)
+    for part in range(4):
+        by_rank = sampler.local_batch(1, 2, part, 4)
+        by_micro_step = sampler.local_batch(1, 2, 0, 1, part, 4)
+        assert np.array_equal(by_rank, by_micro_step)
+
+
+def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    forward, jumping = EpochSampler(500, 10, seed=9), EpochSampler(500, 10, seed=9)
+    expected = [forward.global_batch(epoch, 7) for epoch in range(4)]
+    for epoch in (3, 0, 2, 1):  # the cache of one epoch must not leak into another
+        assert np.array_equal(jumping.global_batch(epoch, 7), expected[epoch])
+    other_batch = EpochSampler(500, 50, seed=9)
+    assert np.array_equal(other_batch.permutation(2), forward.permutation(2))
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    first = EpochSampler(1000, 10, seed=0)
+    orders = [
+        np.arange(1000),
+        first.permutation(0),
+        first.permutation(1),
+        EpochSampler(1000, 10, seed=1).permutation(0),
+    ]
+    for i, order in enumerate(orders):
+        for other in orders[:i]:
+            assert (order == other).mean() < 0.01
+
+
+def test_shuffles_evenly() -> None:
+    # Each of 6 ids in each of 6 places about equally often: 1200 epochs, 200 expected, 6 standard deviations allowed.
+    sampler = EpochSampler(6, 1, seed=0)
+    counts = np.zeros((6, 6))
+    for epoch in range(1200):
+        counts[np.arange(6), sampler.permutation(epoch)] += 1
+    assert np.abs(counts - 200).max() < 6 * np.sqrt(200 * 5 / 6)
+
+
+def test_callers_cannot_disturb_the_order() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        EpochSampler(10, 5, seed=0).global_batch(0, 0)[0] = 3
+
+
+@pytest.mark.parametrize("step", [-1, 3])
+def test_refuses_a_step_outside_the_epoch(step: int) -> None:
+    with pytest.raises(ValueError, match=rf"step must be in \[0, 3\), got {step}"):
+        EpochSampler(35, 10, seed=0).global_batch(0, step)
+
+
+def test_refuses_too_few_samples() -> None:
+    with pytest.raises(ValueError, match=r"63 samples do not fill one global batch of 64; lower .* 63 or less"):
+        EpochSampler(63, 64, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "nearest"),
+    [(100, "96 or 108"), (5, "set it to 12$"), (13, "12 or 24")],
+    ids=["between", "below", "above"],
+)
+def test_refuses_an_uneven_batch_and_names_the_nearest(batch: int, nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"{batch} .*world_size 4 x accumulation_steps 3 .*{nearest}"):
+        micro_batch_size(batch, world_size=4, accumulation_steps=3)
+
+
+def test_refuses_ranks_and_micro_steps_out_of_range() -> None:
+    sampler = EpochSampler(16, 8, seed=0)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        sampler.local_batch(0, 0, 2, 2)
+    with pytest.raises(ValueError, match=r"micro_step must be in \[0, 2\), got 2"):
+        sampler.local_batch(0, 0, 0, 1, 2, 2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        sampler.local_batch(0, 0, 0, 0)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        EpochSampler(16, 0, seed=0)
+    with pytest.raises(ValueError, match="seed must be in"):
+        EpochSampler(16, 8, seed=-1)

@@ -1,0 +1,108 @@
+"""Starts real runs of launch_distill.py on tiny data, as a user would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"],
+    "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"],
+}
+
+# Small, but with everything that has state: dropout, BatchNorm, momentum, a ramp, a head with its own optimiser,
+# augmentation, several epochs.
+TINY: dict[str, Any] = {
+    "run": {"log_every_steps": 1, "checkpoint_every_steps": 1, "tensorboard": False},
+    "data": {
+        "name": "synthetic",
+        "image_size": 32,
+        "num_classes": 10,
+        "synthetic_samples": 96,
+        "augmentation": {"crop": "pad", "padding": 2, "flip_probability": 0.5},
+    },
+    "teacher": {"model": "cifar/resnet8", "weights": "random"},
+    "student": {"model": "torchvision/mobilenet_v3_small"},
+    "distill": {"method": "unikd", "teacher_head": "anchored", "alpha_ramp_epochs": 1.0},
+    "train": {
+        "total_epochs": 3,
+        "global_batch_size": 16,
+        "accumulation_steps": 2,
+        "learning_rate": 0.05,
+        "weight_decay": 0.0005,
+        "clip_grad_norm": 5.0,
+    },
+}
+
+
+def write_config(folder: Path, *, name: str = "tiny", **sections: dict[str, Any]) -> Path:
+    """TINY with the given keys changed, writing to ``folder / name``."""
+    config = json.loads(json.dumps(TINY))
+    config["run"]["dir"] = str(folder / name)
+    for section, values in sections.items():
+        config.setdefault(section, {}).update(values)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def command(config: Path, *arguments: str, launcher: str = "python", processes: int = 1) -> list[str]:
+    start = LAUNCHERS[launcher] + ([] if launcher == "python" else [str(processes)])
+    if launcher == "deepspeed":
+        start += ["--master_port", str(29600 + os.getpid() % 300)]
+    return [*start, str(ROOT / "launch_distill.py"), "--config", str(config), *arguments]
+
+
+def run(
+    config: Path, *arguments: str, launcher: str = "python", processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Runs to the end."""
+    return subprocess.run(
+        command(config, *arguments, launcher=launcher, processes=processes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def start(config: Path, *arguments: str, launcher: str = "python", processes: int = 1) -> subprocess.Popen[str]:
+    """Starts in a process group of its own, so that the whole of it can be killed."""
+    return subprocess.Popen(
+        command(config, *arguments, launcher=launcher, processes=processes),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 120.0) -> None:
+    """Until metrics.jsonl shows the step."""
+    deadline = time.monotonic() + timeout_s
+    path = folder / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and any(f'"step": {n}' in path.read_text() for n in range(step, step + 3)):
+            return
+        assert process.poll() is None, f"ended with {process.returncode}:\n{process.communicate()[0]}"
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"step {step} not reached in {timeout_s} s:\n{process.communicate()[0]}")
+
+
+def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+    os.killpg(process.pid, number)
+
+
+def train_records(folder: Path) -> list[dict[str, float]]:
+    """The loss terms and accuracies of every record, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = {"images_per_s", "data_wait_share", "memory_gib"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]

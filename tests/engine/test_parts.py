@@ -1,0 +1,172 @@
+"""The engine's parts by themselves: schedule, meter, evaluation, BatchNorm buffers, teacher, DeepSpeed settings."""
+
+import itertools
+import math
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from unikd_fast.config import Config, ConfigError
+from unikd_fast.config.schema import TrainConfig
+from unikd_fast.engine.batch_norm import average_buffers
+from unikd_fast.engine.evaluate import evaluate
+from unikd_fast.engine.metrics import LossMeter
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.schedule import learning_rate
+from unikd_fast.engine.sharding import deepspeed_config
+from unikd_fast.errors import NonFiniteLoss
+from unikd_fast.losses import LossTerms
+from unikd_fast.teacher import OnlineTeacher
+from unikd_fast.values import Batch, Features
+
+ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def train_section(**values: object) -> TrainConfig:
+    return TrainConfig.model_validate({"total_epochs": 10, "global_batch_size": 8, "learning_rate": 0.4, **values})
+
+
+def test_cosine_with_warm_up_starts_low_peaks_and_ends_at_zero() -> None:
+    train = train_section(schedule="cosine", warmup_epochs=2.0)
+    rates = [learning_rate(train, step, total_steps=100, steps_per_epoch=10) for step in range(101)]
+    assert rates[0] == pytest.approx(0.4 / 20)
+    assert max(rates) == rates[19] == rates[20] == pytest.approx(0.4)
+    assert rates[60] == pytest.approx(0.2)
+    assert rates[100] == pytest.approx(0.0)
+    assert all(a >= b for a, b in itertools.pairwise(rates[20:]))
+
+
+def test_step_schedule_drops_at_the_first_step_of_the_milestone_epoch() -> None:
+    train = train_section(schedule="step", milestones=[3, 6], gamma=0.1)
+    rates = [learning_rate(train, step, total_steps=100, steps_per_epoch=10) for step in (0, 29, 30, 59, 60)]
+    assert rates == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004])
+
+
+def terms(value: float) -> LossTerms:
+    t = torch.tensor(value)
+    return LossTerms(t, 2 * t, 3 * t, 4 * t)
+
+
+def test_the_meter_averages_and_starts_again() -> None:
+    meter = LossMeter(ALONE)
+    meter.update(terms(1.0), 0)
+    meter.update(terms(3.0), 1)
+    assert meter.read() == {"total": 2.0, "ce": 4.0, "feature_kl": 6.0, "logit_kl": 8.0, "anchor": 0.0}
+    meter.update(terms(5.0), 2)
+    assert meter.read()["total"] == 5.0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_the_meter_remembers_the_first_bad_step(bad: float) -> None:
+    meter = LossMeter(ALONE)
+    for step, value in enumerate([1.0, 2.0, bad, math.nan]):
+        meter.update(terms(value), step)
+    for call in (meter.check, meter.read):
+        with pytest.raises(NonFiniteLoss, match=f"step 2 on process 0: total {bad:g}"):
+            call()
+
+
+class Fixed(nn.Module):
+    """Logits that are the images' first values."""
+
+    def forward(self, images: Tensor) -> Features:
+        return Features((), images[:, 0, 0, :])
+
+
+def test_evaluation_counts_every_sample_of_uneven_batches() -> None:
+    images = torch.zeros(5, 1, 1, 8)
+    labels = torch.tensor([0, 1, 2, 3, 4])
+    images[torch.arange(5), 0, 0, torch.tensor([0, 1, 2, 7, 7])] = 5.0
+    images[4, 0, 0, 4] = -5.0  # the last of its row: not in the top five
+    batches = [Batch(images[:3], labels[:3], labels[:3]), Batch(images[3:], labels[3:], labels[3:])]
+    found = evaluate(Fixed(), batches, ALONE)
+    assert found["accuracy"] == pytest.approx(60.0)
+    assert found["top5"] == pytest.approx(80.0)
+    assert found["samples"] == 5
+    logits = images[:, 0, 0, :]
+    assert found["ce"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_the_teacher_stays_in_eval_mode_and_keeps_its_buffers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images: Tensor) -> Features:
+            out = self.norm(images)
+            return Features((out,), out.mean((2, 3)))
+
+    teacher = OnlineTeacher(Net(), precision="bf16")
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    features = teacher(torch.randn(4, 3, 8, 8) + 3)
+    assert features.logits.dtype == torch.float32
+    assert features.levels[0].dtype == torch.bfloat16
+    assert not features.logits.requires_grad
+    assert all(torch.equal(before[name], buffer) for name, buffer in teacher.named_buffers())
+    with pytest.raises(ValueError, match="got 'int8'"):
+        OnlineTeacher(Net(), precision="int8")
+
+
+def full_config(**train: object) -> Config:
+    raw = {"data": {"name": "digits"}, "student": {"model": "cifar/resnet8"}, "distill": {"method": "none"}}
+    sizes = {"total_epochs": 1, "global_batch_size": 24, "learning_rate": 0.1}
+    return Config.model_validate({**raw, "train": {**sizes, **train}, "deepspeed": {"wall_clock_breakdown": True}})
+
+
+def test_deepspeed_gets_each_setting_once_and_the_users_own() -> None:
+    two = Processes(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
+    found = deepspeed_config(full_config(accumulation_steps=3, precision="bf16", clip_grad_norm=1.5), two)
+    assert found["train_batch_size"] == 24
+    assert found["train_micro_batch_size_per_gpu"] == 4
+    assert found["gradient_accumulation_steps"] == 3
+    assert found["gradient_clipping"] == 1.5
+    assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "bf16" not in found
+    assert found["wall_clock_breakdown"] is True
+    with pytest.raises(ConfigError, match="24 is not divisible by 5 processes x 1 accumulation steps; use 20 or 25"):
+        deepspeed_config(full_config(), Processes(0, 5, 0, torch.device("cpu")))
+
+
+def _two_processes(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    own = Processes(rank, 2, rank, torch.device("cpu"))
+    norm = nn.BatchNorm2d(4)
+    torch.manual_seed(rank)
+    norm(torch.randn(8, 4, 3, 3) * (rank + 1))
+    local = norm.running_var.clone()  # type: ignore[operator, union-attr]
+    average_buffers(norm, own)
+    images = torch.zeros(3 - 2 * rank, 1, 1, 8)  # three samples here, one there
+    images[:, 0, 0, rank] = 1.0
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    found = evaluate(Fixed(), [Batch(images, labels, labels)], own)
+    meter = LossMeter(own)
+    meter.update(terms(float("nan") if rank else 1.0), 4)
+    try:
+        meter.check()
+        message = ""
+    except NonFiniteLoss as error:
+        message = str(error)
+    torch.save({"local": local, "mean": norm.running_var, "found": found, "message": message}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_on_buffers_evaluation_and_failure(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_two_processes, args=(port, str(tmp_path)), nprocs=2)
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(a["local"], b["local"])
+    assert torch.equal(a["mean"], b["mean"])
+    torch.testing.assert_close(a["mean"], (a["local"] + b["local"]) / 2)
+    assert a["found"] == b["found"]
+    assert a["found"]["accuracy"] == pytest.approx(75.0)
+    assert a["message"] == b["message"]
+    assert "step 4 on process 1" in a["message"]

@@ -1,0 +1,170 @@
+"""Methods: the loss they state, what their gradients reach, and what trains the teacher's head."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unikd_fast.methods import KD, StudentAlone, UniKD
+from unikd_fast.values import Features, StudentOutput, Target
+
+CLASSES = 7
+STUDENT, TEACHER = (4, 6), (5, 8, 10)
+
+
+def features(channels: tuple[int, ...], n: int = 12, *, seed: int = 0) -> tuple[Features, Tensor]:
+    """Levels that carry the class, so that a head can learn to read it, and logits that state it."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    levels = []
+    for index, channel in enumerate(channels):
+        size = 2 ** (len(channels) - index + 1)
+        codes = torch.randn(CLASSES, channel, generator=torch.Generator().manual_seed(99 + index))
+        noise = 0.3 * torch.randn(n, channel, size, size, generator=generator)
+        levels.append(codes[labels][:, :, None, None] + noise)
+    logits = 4.0 * F.one_hot(labels, CLASSES) + 0.3 * torch.randn(n, CLASSES, generator=generator)
+    return Features(tuple(levels), logits), labels
+
+
+def stream() -> Iterator[Features]:
+    seed = 1
+    while True:
+        yield features(TEACHER, 32, seed=seed)[0]
+        seed += 1
+
+
+def build(**options: object) -> UniKD:
+    torch.manual_seed(0)
+    return UniKD(STUDENT, TEACHER, CLASSES, width=16, **options)  # type: ignore[arg-type]
+
+
+def student_output(method: UniKD) -> tuple[StudentOutput, Tensor]:
+    student, labels = features(STUDENT, seed=5)
+    logits = student.logits.clone().requires_grad_()
+    return StudentOutput(logits, method.adapter(student.levels)), labels
+
+
+def test_student_alone_is_cross_entropy() -> None:
+    student, labels = features(STUDENT)
+    terms = StudentAlone().loss(StudentOutput(student.logits, None), None, labels)
+    torch.testing.assert_close(terms.total, F.cross_entropy(student.logits, labels))
+
+
+def test_kd_is_the_weighted_sum_of_the_literature() -> None:
+    student, labels = features(STUDENT)
+    teacher = features(TEACHER, seed=3)[0].logits
+    terms = KD(ce_weight=0.1, beta=0.9, temperature=4.0).loss(
+        StudentOutput(student.logits, None), Target(teacher), labels
+    )
+    soft = F.kl_div((student.logits / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean") * 16
+    expected = 0.1 * F.cross_entropy(student.logits, labels) + 0.9 * soft
+    torch.testing.assert_close(terms.total, expected)
+
+
+def test_prefit_fits_the_head_then_freezes_it() -> None:
+    method = build(teacher_head="prefit", head_steps=150, head_learning_rate=3e-3)
+    teacher, labels = features(TEACHER, 200, seed=0)
+    before = method.indicators(teacher, labels)
+    method.prepare(stream())
+    after = method.indicators(teacher, labels)
+    assert before["head_accuracy"] < 0.5
+    assert after["head_accuracy"] > 0.9
+    assert after["head_mean_std"] > 0.5
+    target = method.target(teacher)
+    assert target.gaussian is not None
+    assert not target.gaussian.mean.requires_grad
+    assert not any(p.requires_grad for p in method.head.parameters())
+
+
+def test_prepare_takes_exactly_its_batches() -> None:
+    method = build(teacher_head="prefit", head_steps=3)
+    batches = stream()
+    method.prepare(batches)
+    assert torch.equal(next(batches).logits, features(TEACHER, 32, seed=4)[0].logits)
+
+
+@pytest.mark.parametrize("teacher_head", ["prefit", "anchored"])
+def test_the_students_loss_trains_the_student_and_not_the_head(teacher_head: str) -> None:
+    method = build(teacher_head=teacher_head)
+    output, labels = student_output(method)
+    terms = method.loss(output, method.target(features(TEACHER, seed=5)[0]), labels)
+    terms.total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.adapter.parameters())
+    assert all(p.grad is None for p in method.head.parameters())
+    assert method.companion is None
+
+
+def test_the_literal_head_is_trained_by_the_total_loss() -> None:
+    method = build(teacher_head="literal")
+    output, labels = student_output(method)
+    terms = method.loss(output, method.target(features(TEACHER, seed=5)[0]), labels)
+    terms.total.backward()
+    assert method.companion is method.head
+    assert all(p.grad is not None for p in method.head.parameters())
+
+
+def test_anchored_trains_the_head_alone_and_accumulates() -> None:
+    method, whole = build(teacher_head="anchored"), build(teacher_head="anchored")
+    teacher = features(TEACHER, 12, seed=5)[0]
+    halves = [Features(tuple(f[i : i + 6] for f in teacher.levels), teacher.logits[i : i + 6]) for i in (0, 6)]
+    output, labels = student_output(method)
+    start = {name: p.clone() for name, p in method.head.named_parameters()}
+    for index, half in enumerate(halves):
+        part = StudentOutput(output.logits[:6], output.pooled[:6])  # type: ignore[index]
+        terms = method.loss(part, method.target(half), labels[:6])
+        method.train_head(terms, accumulation_steps=2, update=index == 1)
+    output, labels = student_output(whole)
+    whole.train_head(whole.loss(output, whole.target(teacher), labels), accumulation_steps=1, update=True)
+    moved = False
+    for (name, a), b in zip(method.head.named_parameters(), whole.head.parameters(), strict=True):
+        # AdamW's first step is the sign of the gradient: a wrong scale would not show, a wrong sum would.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        moved |= bool((a != start[name]).any())
+    assert moved
+    assert all(p.grad is None for p in method.adapter.parameters())
+
+
+def test_alpha_ramps_linearly_without_replacing_its_tensor() -> None:
+    method = build(alpha=4.0, alpha_ramp_epochs=2.0)
+    tensor = method.alpha
+    seen = []
+    for epochs in (0.0, 0.5, 1.0, 2.0, 5.0):
+        method.set_progress(epochs)
+        seen.append(tensor.item())
+    assert seen == [0.0, 1.0, 2.0, 4.0, 4.0]
+    output, labels = student_output(method)
+    target = method.target(features(TEACHER, seed=5)[0])
+    method.set_progress(0.5)
+    terms = method.loss(output, target, labels)
+    torch.testing.assert_close(terms.total, terms.ce + 1.0 * terms.feature_kl + terms.logit_kl)
+
+
+def test_the_ablation_uses_the_coarsest_level_alone() -> None:
+    method = build(fusion="last")
+    student, _ = features(STUDENT, seed=5)
+    changed = (torch.zeros_like(student.levels[0]), student.levels[1])
+    torch.testing.assert_close(method.adapter(student.levels), method.adapter(changed))
+    pooled = method.adapter.fusion.expanders[0](student.levels[1]).mean((2, 3))
+    torch.testing.assert_close(method.adapter(student.levels), pooled)
+
+
+def test_state_comes_back_and_a_prefit_head_stays_frozen() -> None:
+    method, other = build(teacher_head="prefit", head_steps=2), build(teacher_head="prefit")
+    method.prepare(stream())
+    other.load_state_dict(method.state_dict())
+    teacher = features(TEACHER, seed=5)[0]
+    a, b = method.target(teacher).gaussian, other.target(teacher).gaussian
+    assert a is not None
+    assert b is not None
+    assert torch.equal(a.mean, b.mean)
+    assert not any(p.requires_grad for p in other.head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [({"teacher_head": "fixed"}, "got 'fixed'"), ({"fusion": "first"}, "got 'first'")]
+)
+def test_unknown_options_are_named(options: dict[str, str], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        build(**options)

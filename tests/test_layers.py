@@ -1,0 +1,102 @@
+"""The import direction: lower layers never import upper ones, and only the engine imports DeepSpeed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "unikd_fast"
+
+# What each layer may import of the package, besides itself. Anything not listed is a violation.
+ALLOWED: dict[str, set[str]] = {
+    "values": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "kernels": {"values"},
+    "losses": {"kernels", "values"},
+    "fusion": {"kernels", "values"},
+    "distribution": {"kernels", "values"},
+    "methods": {"losses", "fusion", "distribution", "kernels", "values"},
+    "models": {"values"},
+    "data": {"values"},
+    "teacher": {"values"},
+    "report": set(),
+    "engine": {"config", "errors", "methods", "losses", "models", "data", "teacher", "report", "values"},
+}
+FIRST_PARTY_ONLY_TORCH = ("values", "errors", "kernels", "losses", "fusion", "distribution")
+
+
+def modules() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    own = layer(path)
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        assert top != "kernels", f"{path}: import unikd_fast.kernels, another package bears the name kernels"
+        if top == "unikd_fast":
+            other = rest.partition(".")[0]
+            assert other == own or other in ALLOWED[own], f"{path}: {own} must not import {other}"
+        if top == "deepspeed":
+            assert own == "engine", f"{path}: only the engine imports deepspeed"
+        if own in FIRST_PARTY_ONLY_TORCH and top not in sys.stdlib_module_names:
+            assert top in {"torch", "triton", "unikd_fast"}, f"{path}: {own} must need torch alone, imports {top}"
+
+
+def test_kernel_references_import_torch_only() -> None:
+    for path in (ROOT / "kernels").glob("reference*.py"):
+        for name in imported(path):
+            top = name.partition(".")[0]
+            assert top in sys.stdlib_module_names or top == "torch" or name.startswith("unikd_fast.kernels.reference")
+
+
+def test_the_public_names_need_torch_alone() -> None:
+    """In a process where every other dependency fails to import."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in {"torchvision", "timm", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm", "sklearn",
+                   "psutil", "nvidia", "PIL", "numpy"}:
+            raise ImportError(f"refused {name}")
+sys.meta_path.insert(0, Refuse())
+import unikd_fast
+for name in unikd_fast.__all__:
+    getattr(unikd_fast, name)
+import torch
+gaussian = unikd_fast.Gaussian(torch.zeros(2, 3), torch.zeros(2, 3))
+terms = unikd_fast.unikd_loss(torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0, 1]), gaussian, gaussian)
+assert abs(terms.ce.item() - 1.0986) < 1e-3
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    code = (
+        "import sys; from unikd_fast.config import load_config; from unikd_fast.data.roots import check_root; "
+        "load_config('configs/digits.json'); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
