@@ -6,6 +6,7 @@ Started by deepspeed, torchrun or python alone. ``--help`` lists the options.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from unikd_fast.config import load_config
@@ -39,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"launch_distill: error: {error}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") != "0":
+        # The first process speaks for all, and its launcher then ends this one. If it did not fail, this one speaks.
+        time.sleep(3)
+    print(f"launch_distill: error: {error}", file=sys.stderr, flush=True)
     return code
 
 

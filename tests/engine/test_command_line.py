@@ -93,7 +93,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     for part in (
         "1,528,106 parameters",
         "96 training samples",
-        "6 per epoch, 18 in all",
+        "6 per epoch, 12 in all",
         "MiB per process",
         "16 = 1 processes x 8 x 2",
     ):
@@ -105,6 +105,7 @@ def test_a_batch_that_does_not_divide_names_all_numbers(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="odd", train={"global_batch_size": 9, "accumulation_steps": 1})
     done = run(config, launcher="torchrun", processes=2)
     assert done.returncode != 0
-    assert (
-        "train.global_batch_size = 9 is not divisible by 2 processes x 1 accumulation steps; use 8 or 10" in done.stderr
-    )
+    message = "a global batch of 9 does not divide into world_size 2 x accumulation_steps 1"
+    assert done.stderr.count(message) == 1  # one process speaks for all
+    assert "set it to 8 or 10" in done.stderr
+    assert not (tmp_path / "odd").exists()

@@ -78,10 +78,12 @@ class Fixed(nn.Module):
 
 
 def test_evaluation_counts_every_sample_of_uneven_batches() -> None:
-    images = torch.zeros(5, 1, 1, 8)
     labels = torch.tensor([0, 1, 2, 3, 4])
-    images[torch.arange(5), 0, 0, torch.tensor([0, 1, 2, 7, 7])] = 5.0
-    images[4, 0, 0, 4] = -5.0  # the last of its row: not in the top five
+    rank_of_label = torch.tensor([0, 0, 0, 3, 6])  # three are first, one is among five, one is not
+    images = torch.stack(
+        [torch.arange(0.0, -8.0, -1.0).roll(int(k - r)) for k, r in zip(labels, rank_of_label, strict=True)]
+    )
+    images = images[:, None, None, :]
     batches = [Batch(images[:3], labels[:3], labels[:3]), Batch(images[3:], labels[3:], labels[3:])]
     found = evaluate(Fixed(), batches, ALONE)
     assert found["accuracy"] == pytest.approx(60.0)
@@ -130,7 +132,9 @@ def test_deepspeed_gets_each_setting_once_and_the_users_own() -> None:
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert "bf16" not in found
     assert found["wall_clock_breakdown"] is True
-    with pytest.raises(ConfigError, match="24 is not divisible by 5 processes x 1 accumulation steps; use 20 or 25"):
+    with pytest.raises(
+        ConfigError, match=r"train.global_batch_size = 24: .* world_size 5 x accumulation_steps 1 .* set it to 20 or 25"
+    ):
         deepspeed_config(full_config(), Processes(0, 5, 0, torch.device("cpu")))
 
 

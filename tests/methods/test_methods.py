@@ -20,7 +20,7 @@ def features(channels: tuple[int, ...], n: int = 12, *, seed: int = 0) -> tuple[
     labels = torch.randint(0, CLASSES, (n,), generator=generator)
     levels = []
     for index, channel in enumerate(channels):
-        size = 2 ** (len(channels) - index + 1)
+        size = 2 ** (len(channels) - index)
         codes = torch.randn(CLASSES, channel, generator=torch.Generator().manual_seed(99 + index))
         noise = 0.3 * torch.randn(n, channel, size, size, generator=generator)
         levels.append(codes[labels][:, :, None, None] + noise)
@@ -31,7 +31,7 @@ def features(channels: tuple[int, ...], n: int = 12, *, seed: int = 0) -> tuple[
 def stream() -> Iterator[Features]:
     seed = 1
     while True:
-        yield features(TEACHER, 32, seed=seed)[0]
+        yield features(TEACHER, 24, seed=seed)[0]
         seed += 1
 
 
@@ -64,7 +64,7 @@ def test_kd_is_the_weighted_sum_of_the_literature() -> None:
 
 
 def test_prefit_fits_the_head_then_freezes_it() -> None:
-    method = build(teacher_head="prefit", head_steps=150, head_learning_rate=3e-3)
+    method = build(teacher_head="prefit", head_steps=300, head_learning_rate=1e-2)
     teacher, labels = features(TEACHER, 200, seed=0)
     before = method.indicators(teacher, labels)
     method.prepare(stream())
@@ -82,7 +82,7 @@ def test_prepare_takes_exactly_its_batches() -> None:
     method = build(teacher_head="prefit", head_steps=3)
     batches = stream()
     method.prepare(batches)
-    assert torch.equal(next(batches).logits, features(TEACHER, 32, seed=4)[0].logits)
+    assert torch.equal(next(batches).logits, features(TEACHER, 24, seed=4)[0].logits)
 
 
 @pytest.mark.parametrize("teacher_head", ["prefit", "anchored"])

@@ -115,6 +115,10 @@ class FolderLoader:
                 on_device = (part.to(self._device, non_blocking=True) for part in (images, labels, sample_ids))
                 pixels, labels, sample_ids = on_device
                 yield Batch(self._normalise(pixels), labels, sample_ids)
+        except ValueError as error:
+            # The error of a bad file. torch's frame holds it and is held by its traceback; without one the workers end
+            # now and not at some garbage collection. What happened in the worker is part of the message.
+            raise error.with_traceback(None)  # noqa: B904
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

@@ -1,6 +1,7 @@
 """From a configuration to the objects of a run: data, networks, method, checked against each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +39,23 @@ class Experiment:
     total_steps: int
 
 
+@contextmanager
+def refusing_misfits() -> Iterator[None]:
+    """Turns what the lower layers say about data, weights and models that do not fit into a ConfigError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
 def build_experiment(config: Config, processes: Processes) -> Experiment:
     """Builds data, teacher, student and method of a run.
 
     Raises:
         ConfigError: whatever does not exist or does not fit together, before training starts.
     """
-    try:
+    with refusing_misfits():
         return _build(config, processes)
-    except (ValueError, OSError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
 def _build(config: Config, processes: Processes) -> Experiment:

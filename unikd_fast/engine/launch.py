@@ -10,6 +10,7 @@ from unikd_fast.config.load import override, teacher_config
 from unikd_fast.engine.dry_run import describe
 from unikd_fast.engine.processes import Processes, start_processes
 from unikd_fast.engine.run_folder import open_run_folder, read_result
+from unikd_fast.engine.sharding import deepspeed_config
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.teacher_result import evaluate_teacher
 from unikd_fast.engine.trainer import Trainer
@@ -29,6 +30,8 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         if processes.is_first:
             print(text)
         return None
+    for *_, single in run_configs(config):
+        deepspeed_config(single, processes)  # before the folder exists
     with open_run_folder(config, processes, resume=resume) as folder, StopSignal(processes) as stop:
         results = _run_all(config, folder, processes, stop, resume=resume)
         if processes.is_first:
@@ -36,7 +39,8 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
             sys.stderr.flush()
             print(f"\n{results_table(results)}\n\nrun folder: {folder}", flush=True)
         processes.barrier()
-        return folder
+    processes.leave()
+    return folder
 
 
 def _run_all(

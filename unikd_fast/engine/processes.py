@@ -51,6 +51,10 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Ends the process group after a run that went well."""
+        dist.destroy_process_group()
+
 
 def start_processes() -> Processes:
     """Joins the process group that deepspeed, torchrun or plain python started (the last: a group of one)."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from unikd_fast.config import Config, ConfigError
+from unikd_fast.data.sampler import micro_batch_size
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.schedule import build_optimizer
 
@@ -24,15 +25,10 @@ def local_batch_size(config: Config, processes: Processes) -> int:
         ConfigError: the global batch does not divide by processes and accumulation steps.
     """
     train = config.train
-    parts = processes.world_size * train.accumulation_steps
-    size, rest = divmod(train.global_batch_size, parts)
-    if rest or not size:
-        near = [n * parts for n in (size, size + 1) if n]
-        raise ConfigError(
-            f"train.global_batch_size = {train.global_batch_size} is not divisible by {processes.world_size} processes "
-            f"x {train.accumulation_steps} accumulation steps; use {' or '.join(map(str, near))}"
-        )
-    return size
+    try:
+        return micro_batch_size(train.global_batch_size, processes.world_size, train.accumulation_steps)
+    except ValueError as error:
+        raise ConfigError(f"train.global_batch_size = {train.global_batch_size}: {error}") from error
 
 
 def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:

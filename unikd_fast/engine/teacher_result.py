@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from unikd_fast.config import Config
-from unikd_fast.engine.build import build_data, build_data_loader, build_network
+from unikd_fast.engine.build import build_data, build_data_loader, build_network, refusing_misfits
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.run_folder import read_result, write_result
@@ -19,11 +19,12 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
     if known is not None:
         return known
     assert config.teacher is not None
-    splits = build_data(config)
-    torch.manual_seed(config.run.seed + 1)
-    network = build_network(config, "teacher", splits, levels=False)
+    with refusing_misfits():
+        splits = build_data(config)
+        torch.manual_seed(config.run.seed + 1)
+        network = build_network(config, "teacher", splits, levels=False)
+        loader = build_data_loader(config, splits, processes)
     teacher = OnlineTeacher(network, precision=config.teacher.precision).to(processes.device)
-    loader = build_data_loader(config, splits, processes)
     found = evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes)
     figures = {"epoch": None, "test": found}
     result = {

@@ -193,11 +193,11 @@ class Trainer:
                 self.method, self.experiment.teacher, self.experiment.loader.evaluate("val"), self.processes
             )
         )
-        best = max((r["accuracy"] for r in self.evaluations), default=-1.0)
-        if values["accuracy"] > best and self.processes.is_first:
+        record = {"step": self.step, **values}
+        if _best([*self.evaluations, record]) is record and self.processes.is_first:
             ckpt.export_student(self.evaluated.plain, self.folder / ckpt.BEST)
         self.writer.write("evaluation", self.step, values)
-        self.evaluations.append({"step": self.step, **values})
+        self.evaluations.append(record)
         self.processes.barrier()
 
     def _evaluate(self, split: str) -> dict[str, float]:
@@ -210,7 +210,7 @@ class Trainer:
         if self.processes.is_first:
             ckpt.export_student(plain, self.folder / "student.safetensors")
         last = self.evaluations[-1]
-        best = max(self.evaluations, key=lambda r: (r["accuracy"], -r["step"]))
+        best = _best(self.evaluations)
         if self.experiment.splits.test_is_val:
             last_test, best_test = last, best
         else:
@@ -243,3 +243,8 @@ class Trainer:
             write_result(self.folder, result)
         self.processes.barrier()
         return result
+
+
+def _best(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation with the highest accuracy; small splits tie often, so the lower cross-entropy decides."""
+    return max(evaluations, key=lambda record: (record["accuracy"], -record["ce"]))

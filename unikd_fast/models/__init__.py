@@ -1,0 +1,17 @@
+"""Networks by name, their weights, and the features at the end of their stages."""
+
+from unikd_fast.models.build import build_model, parameter_count
+from unikd_fast.models.extract import FeatureExtractor, extract_features
+from unikd_fast.models.load import load_weights
+from unikd_fast.models.logits_only import LogitsOnly
+from unikd_fast.models.zoo import CIFAR_MODELS
+
+__all__ = [
+    "CIFAR_MODELS",
+    "FeatureExtractor",
+    "LogitsOnly",
+    "build_model",
+    "extract_features",
+    "load_weights",
+    "parameter_count",
+]

@@ -158,15 +158,20 @@ class CifarResNet4Stage(nn.Module):
         self.conv1 = _conv3x3(3, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        widths = [64 // block.expansion, 64, 128, 256, 512]  # the stem counts as a stage of 64 channels
-        for stage in range(1, 5):
-            in_channels, stride = widths[stage - 1] * block.expansion, 1 if stage == 1 else 2
-            first = block(in_channels, widths[stage], stride)
-            rest = (block(widths[stage] * block.expansion, widths[stage], 1) for _ in range(blocks[stage - 1] - 1))
-            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        self.layer1 = self._stage(block, 64, 64, blocks[0], stride=1)
+        self.layer2 = self._stage(block, 64 * block.expansion, 128, blocks[1], stride=2)
+        self.layer3 = self._stage(block, 128 * block.expansion, 256, blocks[2], stride=2)
+        self.layer4 = self._stage(block, 256 * block.expansion, 512, blocks[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(512 * block.expansion, num_classes)
         init_kaiming_fan_out(self)
+
+    @staticmethod
+    def _stage(
+        block: type[ShortcutBlock] | type[ShortcutBottleneck], in_channels: int, width: int, blocks: int, stride: int
+    ) -> nn.Sequential:
+        rest = (block(width * block.expansion, width, 1) for _ in range(blocks - 1))
+        return nn.Sequential(block(in_channels, width, stride), *rest)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))  # (N, 64, H, W)

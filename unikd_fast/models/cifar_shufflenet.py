@@ -70,14 +70,16 @@ class CifarShuffleNetV1(nn.Module):
         self.conv1 = _conv1x1(3, _STEM_CHANNELS)
         self.bn1 = nn.BatchNorm2d(_STEM_CHANNELS)
         self.relu = nn.ReLU(inplace=True)
-        in_channels = _STEM_CHANNELS
-        for stage, (out_channels, count) in enumerate(zip(channels, blocks, strict=True), start=1):
-            first = ShuffleUnitV1(in_channels, out_channels - in_channels, 2, groups)  # concatenation adds the rest
-            rest = (ShuffleUnitV1(out_channels, out_channels, 1, groups) for _ in range(count - 1))
-            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
-            in_channels = out_channels
+        self.layer1 = self._stage(_STEM_CHANNELS, channels[0], blocks[0], groups)
+        self.layer2 = self._stage(channels[0], channels[1], blocks[1], groups)
+        self.layer3 = self._stage(channels[1], channels[2], blocks[2], groups)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(in_channels, num_classes)
+        self.linear = nn.Linear(channels[2], num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, groups: int) -> nn.Sequential:
+        first = ShuffleUnitV1(in_channels, channels - in_channels, 2, groups)  # concatenation adds the rest
+        return nn.Sequential(first, *(ShuffleUnitV1(channels, channels, 1, groups) for _ in range(blocks - 1)))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))  # (N, 24, H, W)
@@ -161,15 +163,19 @@ class CifarShuffleNetV2(nn.Module):
         self.conv1 = _conv1x1(3, _STEM_CHANNELS)
         self.bn1 = nn.BatchNorm2d(_STEM_CHANNELS)
         self.relu = nn.ReLU(inplace=True)
-        in_channels = _STEM_CHANNELS
-        for stage, (out_channels, count) in enumerate(zip(channels[:3], blocks, strict=True), start=1):
-            units = (ShuffleUnitV2(out_channels) for _ in range(count))
-            self.add_module(f"layer{stage}", nn.Sequential(ShuffleDownUnitV2(in_channels, out_channels), *units))
-            in_channels = out_channels
-        self.conv2 = _conv1x1(in_channels, channels[3])
+        self.layer1 = self._stage(_STEM_CHANNELS, channels[0], blocks[0])
+        self.layer2 = self._stage(channels[0], channels[1], blocks[1])
+        self.layer3 = self._stage(channels[1], channels[2], blocks[2])
+        self.conv2 = _conv1x1(channels[2], channels[3])
         self.bn2 = nn.BatchNorm2d(channels[3])
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels[3], num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
+        return nn.Sequential(
+            ShuffleDownUnitV2(in_channels, channels), *(ShuffleUnitV2(channels) for _ in range(blocks))
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))  # (N, 24, H, W)

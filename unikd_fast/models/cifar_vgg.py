@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from unikd_fast.models.cifar_init import init_kaiming_fan_out
 
-_CHANNELS = (64, 128, 256, 512, 512)
-
 # Convolutions in each of the five blocks.
 VGG_DEPTHS: dict[int, tuple[int, int, int, int, int]] = {
     8: (1, 1, 1, 1, 1),
@@ -41,21 +39,27 @@ class CifarVGG(nn.Module):
         torch.Size([2, 100])
     """
 
-    # The blocks hold no final ReLU, so that their keys are those of the published checkpoints; the ReLUs end the stages.
+    # The blocks end on BatchNorm, so that their keys are those of the published checkpoints; ReLUs end the stages.
     stage_modules: ClassVar[tuple[str, ...]] = ("relu1", "relu2", "relu3", "relu4")
 
     def __init__(self, depth: int, *, num_classes: int) -> None:
         super().__init__()
         if depth not in VGG_DEPTHS:
             raise ValueError(f"CifarVGG: depth must be one of {sorted(VGG_DEPTHS)}, got {depth}")
-        in_channels = 3
-        for index, (convolutions, channels) in enumerate(zip(VGG_DEPTHS[depth], _CHANNELS, strict=True)):
-            self.add_module(f"block{index}", _block(in_channels, channels, convolutions))
-            self.add_module(f"relu{index}", nn.ReLU(inplace=True))
-            in_channels = channels
+        counts = VGG_DEPTHS[depth]
+        self.block0 = _block(3, 64, counts[0])
+        self.block1 = _block(64, 128, counts[1])
+        self.block2 = _block(128, 256, counts[2])
+        self.block3 = _block(256, 512, counts[3])
+        self.block4 = _block(512, 512, counts[4])
+        self.relu0 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.relu4 = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(in_channels, num_classes)
+        self.classifier = nn.Linear(512, num_classes)
         init_kaiming_fan_out(self, linear_std=0.01)
 
     def forward(self, images: Tensor) -> Tensor:

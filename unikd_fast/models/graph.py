@@ -130,7 +130,9 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
             "depend on its input, which torch.fx would freeze; register them as buffers of the model"
         )
     result = next(node for node in graph.nodes if node.op == "output").args[0]
-    # Networks with auxiliary heads return (logits, auxiliary logits, ...) in training mode.
+    # Networks with auxiliary heads return (logits, auxiliary logits, ...) in training mode, maybe as a named tuple.
+    if isinstance(result, fx.Node) and isinstance(result.target, type) and issubclass(result.target, tuple):
+        result = result.args
     logits = result[0] if isinstance(result, tuple | list) and result else result
     if not isinstance(logits, fx.Node):
         raise ValueError(f"extract_features: {type(model).__name__} must return logits (N, K), got {type(result)}")
@@ -191,7 +193,7 @@ def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = 
     """Shapes of all tensors in the graph for two square images, without computing anything.
 
     Args:
-        model: untouched; its tensors are replaced by fake ones.
+        model: its tensors are exchanged for fake ones meanwhile, so that nothing of it changes.
         traced: of the same mode.
         image_size: side of the images in pixels.
         training: mode of the modules while probing.
@@ -206,7 +208,8 @@ def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = 
     prober = _Prober(model, traced.graph)
     parameter = next(model.parameters(), None)
     device, dtype = ("cpu", torch.float32) if parameter is None else (parameter.device, parameter.dtype)
-    with _mode(model, training=training), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _mode(model, training=training), _fake_tensors(model, fake), torch.no_grad(), fake:
         try:
             prober.run(torch.empty(2, 3, image_size, image_size, device=device, dtype=dtype))
         except Exception as error:
@@ -230,3 +233,19 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def _fake_tensors(model: nn.Module, fake: FakeTensorMode) -> Iterator[None]:
+    # In training mode BatchNorm would count a step: under FakeTensorMode alone it writes into its real counter.
+    holders: list[Any] = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
+    originals = [dict(holder) for holder in holders]
+    try:
+        for holder in holders:
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    holder[name] = fake.from_tensor(tensor)
+        yield
+    finally:
+        for holder, original in zip(holders, originals, strict=True):
+            holder.update(original)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
+import torch
 from torch import fx, nn
 
 from unikd_fast.models.graph import NodeValue, Trace, probe
@@ -35,7 +36,7 @@ def find_stages(
 
     A class may state them as `stage_modules`; timm's networks carry `feature_info`. Otherwise, among the 4-D outputs of
     the children and of the children of containers, the last at each resolution that every path to the classifier
-    passes through.
+    passes through. Poolings do not count, nor does a stem of one convolution where two stages remain.
 
     Args:
         model: the network.
@@ -99,18 +100,25 @@ def check_nodes(nodes: Sequence[str], traced: Trace, values: Mapping[fx.Node, No
 
 def _stated(model: nn.Module, traced: Trace) -> list[str] | None:
     names = getattr(model, "stage_modules", None)
-    if names is None:
-        # Plain timm networks hold a list of dicts, wrapped ones an object that yields them.
-        info = getattr(model, "feature_info", None) or []
-        entries = info if isinstance(info, list) else list(getattr(info, "info", []))
-        names = [entry["module"] for entry in entries if "module" in entry]
-    return list(names) if names and all(name in traced.outputs for name in names) else None
+    if names is not None:
+        unknown = [name for name in names if name not in traced.outputs]
+        if unknown:
+            raise ValueError(
+                f"extract_features: stage_modules of {type(model).__name__} names {unknown}, which its forward does "
+                "not call; correct the class"
+            )
+        return list(names)
+    info = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object around one
+    entries = info if isinstance(info, list) else getattr(info, "info", [])
+    names = [entry["module"] for entry in entries if "module" in entry]
+    return names if names and all(name in traced.outputs for name in names) else None
 
 
 def _found(model: nn.Module, traced: Trace, values: Mapping[fx.Node, NodeValue]) -> list[str]:
     on_every_path = _on_every_path(traced, values)
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
-    classifier = max((order[node] for node in values if _holds_parameters(model, node)), default=len(order))
+    weights = {node: shapes for node in traced.graph.nodes if (shapes := _weight_shapes(model, node))}
+    classifier = max((order[node] for node in weights), default=len(order))
     candidates: dict[fx.Node, _Candidate] = {}
     for name in _shallow_modules(model):
         node = traced.outputs.get(name)
@@ -127,6 +135,8 @@ def _found(model: nn.Module, traced: Trace, values: Mapping[fx.Node, NodeValue])
     for candidate in sorted(candidates.values(), key=lambda candidate: order[candidate.node]):
         last_at_side[candidate.side] = candidate
     levels = list(last_at_side.values())
+    if len(levels) > 2 and _convolutions(weights, order, until=levels[0].node) < 2:
+        del levels[0]
     return [_clearest_name(level, levels) for level in levels]
 
 
@@ -160,11 +170,19 @@ def _on_every_path(traced: Trace, values: Mapping[fx.Node, NodeValue]) -> set[fx
     return result
 
 
-def _holds_parameters(model: nn.Module, node: fx.Node) -> bool:
+def _weight_shapes(model: nn.Module, node: fx.Node) -> list[torch.Size]:
     if node.op == "get_attr":
         owner, _, attribute = str(node.target).rpartition(".")
-        return attribute in model.get_submodule(owner)._parameters
-    return node.op == "call_module" and next(model.get_submodule(str(node.target)).parameters(), None) is not None
+        parameter = model.get_submodule(owner)._parameters.get(attribute)
+        return [] if parameter is None else [parameter.shape]
+    if node.op == "call_module":
+        return [parameter.shape for parameter in model.get_submodule(str(node.target)).parameters()]
+    return []
+
+
+def _convolutions(weights: Mapping[fx.Node, list[torch.Size]], order: Mapping[fx.Node, int], *, until: fx.Node) -> int:
+    executed = (shapes for node, shapes in weights.items() if order[node] <= order[until])
+    return sum(len(shape) == 4 for shapes in executed for shape in shapes)
 
 
 def _repeats(model: nn.Module, node: fx.Node) -> bool:

@@ -1,0 +1,282 @@
+"""The loader of image files: torchvision's pixels, any number of workers, death of a worker reported."""
+
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch import Tensor
+
+from unikd_fast.data.augmentation import Augmentation, view_parameters
+from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
+from unikd_fast.values import Batch
+
+SIZE = 16
+RESIZED = Augmentation(crop="resized", flip_probability=0.5, eval_resize=20)
+CROPS = [
+    Augmentation(flip_probability=0.5, eval_resize=20),
+    Augmentation(crop="pad", padding=3, flip_probability=0.5, eval_resize=20),
+    RESIZED,
+]
+crops = pytest.mark.parametrize("augmentation", CROPS, ids=lambda a: a.crop)
+
+
+def write_images(root: Path, sizes: dict[str, int], fixed_size: int | None = None) -> Path:
+    generator = np.random.default_rng(0)
+    for part, count in sizes.items():
+        for i in range(count):
+            folder = root / part / f"class_{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            height, width = (fixed_size,) * 2 if fixed_size else generator.integers(14, 60, 2)
+            pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
+    return load_image_folder(write_images(tmp_path_factory.mktemp("images"), {"train": 26, "val": 11}), SIZE)
+
+
+def loader(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: int | bool) -> Loader:
+    arguments = {"seed": 3, "global_batch_size": 8, "workers": 0, **changes}
+    return build_loader(splits, augmentation=augmentation, device="cpu", **arguments)  # type: ignore[arg-type]
+
+
+def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
+    for batch, other in zip(batches, expected, strict=True):
+        for part, other_part in zip(batch, other, strict=True):
+            assert torch.equal(part, other_part)
+
+
+def levels(images: Tensor, splits: DataSplits) -> Tensor:
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (splits.mean, splits.std))
+    return ((images * std + mean) * 255).round().to(torch.uint8)
+
+
+@crops
+def test_training_pixels_are_torchvisions(splits: DataSplits, augmentation: Augmentation) -> None:
+    assert isinstance(splits.train, ImageFiles)
+    batch = next(loader(splits, augmentation).train(epoch=2, stream=1))
+    views = view_parameters(augmentation, seed=3, epoch=2, sample_ids=batch.sample_ids.numpy(), stream=1)
+    for i, sample_id in enumerate(batch.sample_ids.tolist()):
+        image = Image.open(splits.train.paths[sample_id])
+        if augmentation.crop != "resized":
+            image = TF.pad(TF.center_crop(TF.resize(image, [20]), [SIZE]), [augmentation.padding])
+        height, width = (SIZE, SIZE) if augmentation.crop == "pad" else (image.height, image.width)
+        image = TF.resized_crop(image, *views.crop_box(i, height, width), size=[SIZE, SIZE])
+        image = TF.hflip(image) if views.flip[i] else image
+        assert torch.equal(levels(batch.images[i], splits), TF.pil_to_tensor(image))
+        assert batch.labels[i] == splits.train.labels[sample_id]
+
+
+@pytest.mark.parametrize("eval_resize", [16, 20, 33])
+def test_evaluation_pixels_are_torchvisions(splits: DataSplits, eval_resize: int) -> None:
+    assert isinstance(splits.val, ImageFiles)
+    batches = list(loader(splits, Augmentation(eval_resize=eval_resize)).evaluate("val"))
+    images = torch.cat([batch.images for batch in batches])
+    for image, path in zip(images, splits.val.paths, strict=True):
+        expected = TF.center_crop(TF.resize(Image.open(path), [eval_resize]), [SIZE])
+        assert torch.equal(levels(image, splits), TF.pil_to_tensor(expected))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_evaluation_takes_every_sample_once_in_order(splits: DataSplits, world_size: int) -> None:
+    batches = [
+        batch
+        for rank in range(world_size)
+        for batch in loader(splits, rank=rank, world_size=world_size).evaluate("val")
+    ]
+    assert torch.cat([batch.sample_ids for batch in batches]).tolist() == list(range(11))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == splits.val.labels.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(splits: DataSplits, workers: int) -> None:
+    alone, helped = loader(splits), loader(splits, workers=workers)
+    for epoch in (0, 1):  # the second epoch reuses the workers
+        assert_same(list(helped.train(epoch)), list(alone.train(epoch)))
+    assert_same(list(helped.evaluate("test")), list(alone.evaluate("test")))
+
+
+@pytest.mark.parametrize(("world_size", "accumulation_steps"), [(2, 1), (1, 4), (2, 2)])
+def test_a_step_has_the_same_pixels_for_any_division(
+    splits: DataSplits, world_size: int, accumulation_steps: int
+) -> None:
+    division = {"world_size": world_size, "accumulation_steps": accumulation_steps}
+    ranks = [list(loader(splits, rank=rank, **division).train(1)) for rank in range(world_size)]
+    for step, expected in enumerate(loader(splits).train(1)):
+        parts = [
+            ranks[rank][step * accumulation_steps + micro_step]
+            for micro_step in range(accumulation_steps)
+            for rank in range(world_size)
+        ]
+        assert_same([Batch(*map(torch.cat, zip(*parts, strict=True)))], [expected])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumes_at_any_step_even_with_an_epoch_left_half_way(splits: DataSplits, workers: int) -> None:
+    through = list(loader(splits, accumulation_steps=2).train(1))
+    resuming = loader(splits, accumulation_steps=2, workers=workers)
+    for start in (1, 3, 0, 2):
+        resumed = resuming.train(1, start)
+        if start < 3:
+            assert_same([next(resumed)], through[2 * start : 2 * start + 1])  # the rest stays in the workers' queues
+    assert_same(list(resuming.train(1, 1)), through[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluates_in_the_middle_of_an_epoch(splits: DataSplits, workers: int) -> None:
+    both = loader(splits, workers=workers)
+    training = both.train(0)
+    batches = [next(training)]
+    evaluated = list(both.evaluate("val"))
+    assert_same([*batches, *training], list(loader(splits).train(0)))
+    assert_same(evaluated, list(loader(splits).evaluate("val")))
+
+
+def test_an_iterator_that_lost_its_workers_says_so(splits: DataSplits) -> None:
+    one = loader(splits)
+    old = one.train(0)
+    next(old)
+    assert len(list(one.train(1))) == 3
+    with pytest.raises(RuntimeError, match="ended when a newer call of train took over"):
+        next(old)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_random_numbers_are_left_alone(splits: DataSplits, workers: int) -> None:
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    built = loader(splits, workers=workers)
+    for epoch in range(2):
+        list(built.train(epoch))
+    list(built.evaluate("val"))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), numpy_state, strict=True))  # noqa: NPY002
+    assert random.getstate() == python_state
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_reported_with_what_to_do(splits: DataSplits) -> None:
+    before = {process.pid for process in multiprocessing.active_children()}
+    training = loader(splits, workers=2, global_batch_size=2).train(0)
+    next(training)
+    workers = [process.pid for process in multiprocessing.active_children() if process.pid not in before]
+    assert len(workers) == 2
+    # torch may report from a signal handler, so before the loader has a chance to add the remedy.
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        for pid in workers:
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        list(training)
+
+
+def test_the_report_of_a_dead_worker_names_the_remedies(splits: DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    monkeypatch.setattr("unikd_fast.data.decode.Decoder.__getitem__", die)
+    with pytest.raises(RuntimeError, match=r"decoding process died .*pid\(s\) 7.* data\.workers; .*/dev/shm"):
+        next(loader(splits).train(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n broken", b"text"], ids=["empty", "broken", "text"])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes, workers: int) -> None:
+    root = write_images(tmp_path, {"train": 3, "val": 3})
+    (root / "train" / "class_1" / "bad.png").write_bytes(content)
+    broken = load_image_folder(root, SIZE)
+    with pytest.raises(ValueError, match=r"cannot decode .*class_1/bad\.png: .*repair the file or remove it"):
+        list(loader(broken, global_batch_size=4, workers=workers).train(0))
+
+
+def test_a_truncated_file_and_a_vanished_one_are_named(tmp_path: Path) -> None:
+    root = write_images(tmp_path, {"train": 3, "val": 3})
+    path = root / "train" / "class_1" / "001.png"
+    path.write_bytes(path.read_bytes()[:200])
+    broken = load_image_folder(root, SIZE)
+    with pytest.raises(ValueError, match=r"cannot decode .*001\.png"):
+        list(loader(broken, global_batch_size=3).train(0))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"cannot decode .*001\.png"):
+        list(loader(broken, global_batch_size=3).train(0))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    root = write_images(tmp_path, {"train": 3, "val": 3})
+    path = root / "train" / "class_0" / ("000.png" if mode != "CMYK" else "000.jpg")
+    (root / "train" / "class_0" / "000.png").unlink()
+    Image.new("RGB", (30, 30), (255, 255, 255)).convert(mode).save(path)
+    folder = load_image_folder(root, SIZE)
+    images = {
+        int(i): image for b in loader(folder, global_batch_size=3).train(0) for image, _, i in zip(*b, strict=True)
+    }
+    assert levels(images[0], folder).min() >= 250
+
+
+@crops
+def test_agrees_with_the_device_loader_on_images_of_the_final_size(tmp_path: Path, augmentation: Augmentation) -> None:
+    files = load_image_folder(write_images(tmp_path, {"train": 9, "val": 6}, fixed_size=SIZE), SIZE)
+
+    def in_memory(split: object) -> TensorImages:
+        assert isinstance(split, ImageFiles)
+        images = torch.stack([TF.pil_to_tensor(Image.open(path)) for path in split.paths])
+        return TensorImages(images, split.labels)
+
+    val = in_memory(files.val)
+    tensors = DataSplits(in_memory(files.train), val, val, 3, None, files.mean, files.std, SIZE)
+    same_size = Augmentation(augmentation.crop, augmentation.padding, flip_probability=0.5, eval_resize=SIZE)
+    loaders = [loader(data, same_size, global_batch_size=3) for data in (files, tensors)]
+    batches, expected = (list(one.train(1)) for one in loaders)
+    if augmentation.crop == "resized":
+        for batch, other in zip(batches, expected, strict=True):
+            assert torch.equal(batch.sample_ids, other.sample_ids)
+            difference = levels(batch.images, files).int() - levels(other.images, files).int()
+            assert difference.abs().max() <= 1
+    else:
+        assert_same(batches, expected)
+    assert_same(*(list(one.evaluate("val")) for one in loaders))
+
+
+def test_layout_is_as_asked(splits: DataSplits) -> None:
+    for channels_last in (False, True):
+        batch = next(loader(splits, channels_last=channels_last).train(0))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert batch.images.is_contiguous(memory_format=layout)
+        assert batch.images.dtype == torch.float32
+
+
+def test_refuses_kinds_that_do_not_fit(splits: DataSplits) -> None:
+    memory = TensorImages(torch.zeros(8, 3, SIZE, SIZE, dtype=torch.uint8), np.zeros(8, np.int64))
+    tensors = DataSplits(memory, memory, memory, 3, None, splits.mean, splits.std, SIZE)
+    shared = {"augmentation": RESIZED, "seed": 0, "global_batch_size": 8, "device": "cpu"}
+    for data, kind, fitting in ((splits, "device", "torchvision"), (tensors, "torchvision", "device")):
+        with pytest.raises(ValueError, match=f"kind '{kind}' does not load .*use '{fitting}' or 'auto'"):
+            build_loader(data, kind=kind, **shared)  # type: ignore[arg-type]
+        assert build_loader(data, kind=fitting, **shared).steps_per_epoch >= 1  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"kind must be one of .* got 'dali'"):
+        build_loader(splits, kind="dali", **shared)  # type: ignore[arg-type]
+    mixed = DataSplits(splits.train, memory, memory, 3, None, splits.mean, splits.std, SIZE)
+    with pytest.raises(ValueError, match="must be image files, got TensorImages"):
+        build_loader(mixed, **shared)  # type: ignore[arg-type]
+
+
+def test_refuses_a_small_eval_resize_and_negative_workers(splits: DataSplits) -> None:
+    with pytest.raises(ValueError, match="eval_resize 15 is below the image size 16"):
+        loader(splits, Augmentation(eval_resize=15))
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        loader(splits, workers=-1)

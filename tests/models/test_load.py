@@ -1,0 +1,167 @@
+"""Weights from files: the layouts in the wild, and refusals that say why."""
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unikd_fast.models import build_model, extract_features, load_weights
+
+
+@pytest.fixture
+def trained() -> nn.Module:
+    model = build_model("cifar/resnet8", num_classes=10)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 1)
+            else:
+                tensor.fill_(7)
+    return model
+
+
+def _assert_loads(path: Path, trained: nn.Module) -> None:
+    model = build_model("cifar/resnet8", num_classes=10, weights=str(path))
+    state = model.state_dict()
+    for key, value in trained.state_dict().items():
+        assert torch.equal(state[key], value), key
+
+
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "model_state", "student"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_layouts_in_the_wild(tmp_path: Path, trained: nn.Module, key: str | None, prefix: str) -> None:
+    state = {prefix + name: value for name, value in trained.state_dict().items()}
+    path = tmp_path / "weights.pt"
+    torch.save(state if key is None else {"epoch": 3, key: state}, path)
+    _assert_loads(path, trained)
+
+
+@pytest.mark.parametrize("era", ["today", "before torch 1.6", "before torch 1.6 and numpy 2"])
+def test_published_teacher_checkpoint(tmp_path: Path, trained: nn.Module, era: str) -> None:
+    folder = tmp_path / "resnet8_vanilla"
+    folder.mkdir()
+    path = folder / "ckpt_epoch_240.pth"
+    optimiser = torch.optim.SGD(trained.parameters(), lr=0.05, momentum=0.9)
+    content = {
+        "opt": argparse.Namespace(model="resnet8", learning_rate=0.05, lr_decay_epochs=[150, 180, 210]),
+        "epoch": 240,
+        "model": trained.state_dict(),
+        "best_acc": np.float64(72.34),
+        "accuracy": np.float32(72.3),
+        "optimizer": optimiser.state_dict(),
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=era == "today")
+    if "numpy" in era:
+        raw = path.read_bytes()
+        assert b"numpy._core.multiarray" in raw
+        path.write_bytes(raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    _assert_loads(path, trained)
+
+
+def test_safetensors_roundtrip_of_the_extractors_plain_network(tmp_path: Path, trained: nn.Module) -> None:
+    extractor = extract_features(trained, image_size=16)
+    path = tmp_path / "student.safetensors"
+    save_file(extractor.plain.state_dict(), path)
+    _assert_loads(path, trained)
+    fresh = build_model("cifar/resnet8", num_classes=10, weights=str(path)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(fresh(images), extractor.eval()(images).logits)
+
+
+def test_counters_may_be_missing_as_in_old_checkpoints(tmp_path: Path, trained: nn.Module) -> None:
+    state = {key: value for key, value in trained.state_dict().items() if "num_batches_tracked" not in key}
+    torch.save(state, tmp_path / "old.pth")
+    model = build_model("cifar/resnet8", num_classes=10, weights=str(tmp_path / "old.pth"))
+    assert torch.equal(model.fc.weight, trained.fc.weight)
+
+
+def test_half_precision_weights_are_widened(tmp_path: Path, trained: nn.Module) -> None:
+    torch.save(trained.half().state_dict(), tmp_path / "half.pth")
+    model = build_model("cifar/resnet8", num_classes=10, weights=str(tmp_path / "half.pth"))
+    assert model.fc.weight.dtype == torch.float32
+    assert torch.equal(model.fc.weight, trained.fc.weight.float())
+
+
+def _refused(tmp_path: Path, content: Any, model: nn.Module | None = None, role: str = "teacher") -> str:
+    path = tmp_path / "refused.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    model = model or build_model("cifar/resnet8", num_classes=10)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        load_weights(model, path, role=role)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    message = str(caught.value)
+    assert str(path) in message
+    assert role in message
+    return message
+
+
+def test_another_number_of_classes(tmp_path: Path) -> None:
+    state = build_model("cifar/resnet8", num_classes=100).state_dict()
+    message = _refused(tmp_path, {"model": state})
+    assert "100 classes and the teacher 10" in message
+    assert "fc.weight is (100, 64) in the file and (10, 64) in the model" in message
+    assert "set num_classes to 100" in message
+
+
+def test_another_model(tmp_path: Path) -> None:
+    message = _refused(tmp_path, build_model("cifar/resnet8x4", num_classes=10).state_dict(), role="student")
+    assert "checkpoint of another model than the student (CifarResNet)" in message
+    assert "conv1.weight: (32, 3, 3, 3) in the file, (16, 3, 3, 3) in the model" in message
+    shown = message.splitlines()[1:]
+    assert len(shown) == 6
+    assert shown[-1].startswith("  and ")
+
+
+def test_missing_and_unexpected_tensors(tmp_path: Path, trained: nn.Module) -> None:
+    state: dict[str, Tensor] = dict(trained.state_dict())
+    state["head.weight"] = state.pop("fc.weight")
+    message = _refused(tmp_path, state)
+    assert "0 tensors differ in shape, 1 are missing, 1 unexpected" in message
+    assert "fc.weight: missing in the file, (10, 64) in the model" in message
+    assert "head.weight: (10, 64) in the file, not in the model" in message
+
+
+class Runs:
+    """Unpickling this would execute code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("the checkpoint executed code",)
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path: Path, trained: nn.Module) -> None:
+    message = _refused(tmp_path, {"model": trained.state_dict(), "hook": Runs()})
+    assert "only executing code" in message
+    assert "save model.state_dict()" in message
+    assert "only executing code" in _refused(tmp_path, trained)  # a whole pickled network
+    assert "only executing code" in _refused(tmp_path, pickle.dumps(Runs(), protocol=2))
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>not found", b"PK\x03\x04truncated"])
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    _refused(tmp_path, content)
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(build_model("cifar/resnet8", num_classes=10), path)
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3, "optimizer": {}}, [1, 2], {}])
+def test_a_file_without_a_state_dict(tmp_path: Path, content: Any) -> None:
+    assert "no state dict at top level or under model, state_dict" in _refused(tmp_path, content)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "resnet56_vanilla" / "ckpt_epoch_240.pth"
+    with pytest.raises(FileNotFoundError, match=r"no file .*ckpt_epoch_240\.pth for the teacher; check the path"):
+        build_model("cifar/resnet56", num_classes=100, weights=str(path), role="teacher")
