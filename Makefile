@@ -35,8 +35,9 @@ lint: setup ## ruff and mypy
 bench: setup ## the benchmarks; correctness is asserted before anything is timed
 	$(RUN) pytest benchmarks/ --benchmark-only
 
-schema: setup ## write configs/schema.json from the code
-	$(BIN)/python -m unikd_fast.config > configs/schema.json
+schema: setup ## write configs/schema.json and docs/configuration.md from the code
+	$(BIN)/python -m unikd_fast.config schema > configs/schema.json
+	$(BIN)/python -m unikd_fast.config reference > docs/configuration.md
 
 clean: ## remove the environment and what tools left behind; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,6 +6,8 @@ is detached: a tensor gets a gradient if it asks for one. The reductions and the
 here once; the fused kernels follow them.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -165,3 +167,10 @@ def reduce_rows(rows: Tensor, reduction: str, *, classes: int, ignore_mask: Tens
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off for products that belong in full precision; the losses need none of this, they have none."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

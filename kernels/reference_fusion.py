@@ -45,11 +45,14 @@ def fuse_stagewise(
         >>> fuse_stagewise(features, expand, [torch.zeros(5)] * 2, [torch.randn(1, 10, 3, 3)], [torch.zeros(1)]).shape
         torch.Size([2, 5, 8, 8])
     """
-    expanded = [
-        F.conv2d(feature, weight.to(feature.dtype), bias.to(feature.dtype))
-        for feature, weight, bias in zip(features, expand_weights, expand_biases, strict=True)
-    ]
+    levels = zip(features, expand_weights, expand_biases, strict=True)
+    expanded = [expand(feature, weight, bias) for feature, weight, bias in levels]
     return blend_top_down(expanded, gate_weights, gate_biases, upsample=upsample)
+
+
+def expand(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Give E_l(F_l) (N, D, H_l, W_l), a 1x1 convolution in the dtype of the feature."""
+    return F.conv2d(feature, weight.to(feature.dtype), bias.to(feature.dtype))
 
 
 def blend_top_down(

@@ -11,7 +11,6 @@ Upᵀ is the adjoint of the upsampling. This is Eq. 4 averaged, not an approxima
 linearity of E, Up and the average. Letters and the layout of the parameters are those of `reference_fusion`.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unikd_fast.kernels.reference import autocast_off
 from unikd_fast.kernels.reference_fusion import resize, resize_adjoint
 
 TAPS = 9  # of a 3x3 gate
@@ -58,7 +58,7 @@ def pool_collapsed(
     expand = [weight.flatten(1).to(exact) for weight in expand_weights]  # (D, C_l)
     biases = [bias.to(exact) for bias in expand_biases]
     taps = [weight.reshape(2, -1, TAPS).to(exact) for weight in gate_weights]  # own half, coarse half
-    with _autocast_off(features[0].device.type):
+    with autocast_off(features[0].device):  # it would form the composite weights in half precision
         projections, factors = [], []
         for level, feature in enumerate(features):
             composite = _taps_on(level, taps, expand[level])  # (9 * gates, D)
@@ -197,10 +197,3 @@ class _Average(torch.autograd.Function):
 def _half_way(feature: Tensor) -> float:
     """Scale for weights that sum to one: as they are they fall below the range of fp16, times P their sums leave it."""
     return feature.shape[2] ** 0.5
-
-
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Switch autocast off: it would form the composite weights in half precision."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

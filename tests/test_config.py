@@ -7,6 +7,7 @@ import pytest
 
 from unikd_fast.config import Config, ConfigError, config_hash, load_config, run_configs
 from unikd_fast.config.load import teacher_config
+from unikd_fast.config.reference import reference
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs" / "digits.json"
@@ -19,6 +20,10 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     else:
         config = load_config(path)
         assert config.run.dir == f"runs/{path.stem}-{config_hash(config)}"
+
+
+def test_the_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), "run `make schema`"
 
 
 def test_overrides_reach_values_lists_nulls_and_new_sections() -> None:

@@ -2,14 +2,15 @@
 
     L = L_CE + α L_FL + β L_L                                                (Eq. 7)
 
-The formulas live in `unikd_fast.kernels.reference`, the checks in `unikd_fast._loss_checks`.
+The formulas live in `unikd_fast.kernels.reference`, the checks in `unikd_fast.kernels._checks`.
 """
 
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from unikd_fast._loss_checks import (
+from unikd_fast.kernels import reference
+from unikd_fast.kernels._checks import (
     check_feature_reduction,
     check_gaussians,
     check_label_smoothing,
@@ -20,7 +21,6 @@ from unikd_fast._loss_checks import (
     check_temperature,
     choose_impl,
 )
-from unikd_fast.kernels import reference
 from unikd_fast.values import Gaussian
 
 
@@ -173,8 +173,8 @@ def unikd_loss(
 
     Raises:
         TypeError: a tensor of the wrong dtype.
-        ValueError: shapes or devices that differ, a student or teacher that is no pair, labels out of range (seen on CPU
-            tensors), a bad setting.
+        ValueError: shapes or devices that differ, student or teacher no pair, labels out of range (looked at on the
+            CPU), a bad setting.
         NotImplementedError: impl="fused" where there is no kernel.
 
     Example:

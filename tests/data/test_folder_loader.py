@@ -1,9 +1,6 @@
-"""The loader of image files: torchvision's pixels, any number of workers, death of a worker reported."""
+"""The loader of image files: torchvision's pixels, any number of workers."""
 
-import multiprocessing
-import os
 import random
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +120,20 @@ def test_a_step_has_the_same_pixels_for_any_division(
         assert_same([Batch(*map(torch.cat, zip(*parts, strict=True)))], [expected])
 
 
+def test_a_subset_keeps_ids_and_views(splits: DataSplits) -> None:
+    def by_id(data: DataSplits, batch_size: int) -> dict[int, tuple[Tensor, Tensor]]:
+        batches = loader(data, global_batch_size=batch_size).train(2)
+        return {int(i): (image, label) for batch in batches for image, label, i in zip(*batch, strict=True)}
+
+    positions = np.array([20, 3, 17, 8, 22])
+    subset = DataSplits(splits.train.select(positions), splits.val, splits.val, 3, None, splits.mean, splits.std, SIZE)
+    whole, part = by_id(splits, 26), by_id(subset, 5)
+    assert set(part) == set(positions.tolist())
+    for i, (image, label) in part.items():
+        assert torch.equal(image, whole[i][0])
+        assert label == whole[i][1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumes_at_any_step_even_with_an_epoch_left_half_way(splits: DataSplits, workers: int) -> None:
@@ -146,15 +157,6 @@ def test_evaluates_in_the_middle_of_an_epoch(splits: DataSplits, workers: int) -
     assert_same(evaluated, list(loader(splits).evaluate("val")))
 
 
-def test_an_iterator_that_lost_its_workers_says_so(splits: DataSplits) -> None:
-    one = loader(splits)
-    old = one.train(0)
-    next(old)
-    assert len(list(one.train(1))) == 3
-    with pytest.raises(RuntimeError, match="ended when a newer call of train took over"):
-        next(old)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_global_random_numbers_are_left_alone(splits: DataSplits, workers: int) -> None:
@@ -166,53 +168,6 @@ def test_global_random_numbers_are_left_alone(splits: DataSplits, workers: int) 
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), numpy_state, strict=True))  # noqa: NPY002
     assert random.getstate() == python_state
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_reported_with_what_to_do(splits: DataSplits) -> None:
-    before = {process.pid for process in multiprocessing.active_children()}
-    training = loader(splits, workers=2, global_batch_size=2).train(0)
-    next(training)
-    workers = [process.pid for process in multiprocessing.active_children() if process.pid not in before]
-    assert len(workers) == 2
-    # torch may report from a signal handler, so before the loader has a chance to add the remedy.
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        for pid in workers:
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
-        list(training)
-
-
-def test_the_report_of_a_dead_worker_names_the_remedies(splits: DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*_: object) -> None:
-        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-
-    monkeypatch.setattr("unikd_fast.data.decode.Decoder.__getitem__", die)
-    with pytest.raises(RuntimeError, match=r"decoding process died .*pid\(s\) 7.* data\.workers; .*/dev/shm"):
-        next(loader(splits).train(0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n broken", b"text"], ids=["empty", "broken", "text"])
-def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes, workers: int) -> None:
-    root = write_images(tmp_path, {"train": 3, "val": 3})
-    (root / "train" / "class_1" / "bad.png").write_bytes(content)
-    broken = load_image_folder(root, SIZE)
-    with pytest.raises(ValueError, match=r"cannot decode .*class_1/bad\.png: .*repair the file or remove it"):
-        list(loader(broken, global_batch_size=4, workers=workers).train(0))
-
-
-def test_a_truncated_file_and_a_vanished_one_are_named(tmp_path: Path) -> None:
-    root = write_images(tmp_path, {"train": 3, "val": 3})
-    path = root / "train" / "class_1" / "001.png"
-    path.write_bytes(path.read_bytes()[:200])
-    broken = load_image_folder(root, SIZE)
-    with pytest.raises(ValueError, match=r"cannot decode .*001\.png"):
-        list(loader(broken, global_batch_size=3).train(0))
-    path.unlink()
-    with pytest.raises(ValueError, match=r"cannot decode .*001\.png"):
-        list(loader(broken, global_batch_size=3).train(0))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
@@ -258,25 +213,3 @@ def test_layout_is_as_asked(splits: DataSplits) -> None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         assert batch.images.is_contiguous(memory_format=layout)
         assert batch.images.dtype == torch.float32
-
-
-def test_refuses_kinds_that_do_not_fit(splits: DataSplits) -> None:
-    memory = TensorImages(torch.zeros(8, 3, SIZE, SIZE, dtype=torch.uint8), np.zeros(8, np.int64))
-    tensors = DataSplits(memory, memory, memory, 3, None, splits.mean, splits.std, SIZE)
-    shared = {"augmentation": RESIZED, "seed": 0, "global_batch_size": 8, "device": "cpu"}
-    for data, kind, fitting in ((splits, "device", "torchvision"), (tensors, "torchvision", "device")):
-        with pytest.raises(ValueError, match=f"kind '{kind}' does not load .*use '{fitting}' or 'auto'"):
-            build_loader(data, kind=kind, **shared)  # type: ignore[arg-type]
-        assert build_loader(data, kind=fitting, **shared).steps_per_epoch >= 1  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"kind must be one of .* got 'dali'"):
-        build_loader(splits, kind="dali", **shared)  # type: ignore[arg-type]
-    mixed = DataSplits(splits.train, memory, memory, 3, None, splits.mean, splits.std, SIZE)
-    with pytest.raises(ValueError, match="must be image files, got TensorImages"):
-        build_loader(mixed, **shared)  # type: ignore[arg-type]
-
-
-def test_refuses_a_small_eval_resize_and_negative_workers(splits: DataSplits) -> None:
-    with pytest.raises(ValueError, match="eval_resize 15 is below the image size 16"):
-        loader(splits, Augmentation(eval_resize=15))
-    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
-        loader(splits, workers=-1)

@@ -79,6 +79,12 @@ def test_split_is_shuffled_and_depends_on_the_seed(labels: np.ndarray) -> None:
     assert not np.array_equal(train, np.arange(200))
 
 
+def test_split_favours_no_class_where_they_cannot_all_be_served() -> None:
+    equal = np.tile(np.arange(10), 20)
+    taken = np.concatenate([equal[stratified_split(equal, (5, 195), seed=seed)[0]] for seed in range(200)])
+    assert np.abs(np.bincount(taken, minlength=10) - 100).max() < 6 * np.sqrt(100 / 2)
+
+
 @pytest.mark.parametrize("sizes", [(0, 10), (200, 91), (), (-1, 5)])
 def test_split_refuses_sizes_that_do_not_fit(labels: np.ndarray, sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="positive and add up to at most 290"):

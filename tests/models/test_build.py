@@ -122,7 +122,7 @@ def test_failed_downloads_name_the_identifier_and_the_remedy(monkeypatch: pytest
     monkeypatch.setattr("timm.models._hub.download_cached_file", unreachable)
     for name, weights in (("torchvision/mobilenet_v2", "IMAGENET1K_V2"), ("timm/test_resnet", "r160_in1k")):
         with pytest.raises(
-            RuntimeError, match=f"could not download weights '{weights}' of {name} for the teacher"
+            ConnectionError, match=f"could not download weights '{weights}' of {name} for the teacher"
         ) as e:
             build_model(name, num_classes=1000, weights=weights, role="teacher")
         assert "pass that path" in str(e.value)

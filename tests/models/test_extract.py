@@ -171,7 +171,7 @@ class Standardised(nn.Module):
         self.head = nn.Linear(4, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        weight = (self.weight - self.weight.mean()) * self.scale
+        weight = (self.weight - self.weight.mean()) * self.scale.exp()
         return self.head(nn.functional.conv2d(images, weight).relu().mean((2, 3)))
 
 
@@ -184,7 +184,7 @@ def test_weights_that_forward_computes_stay_alive() -> None:
     assert model.weight.grad.abs().sum() > 0
     with torch.no_grad():
         model.weight.mul_(3)
-        model.scale.mul_(3)
+        model.scale.add_(1)
     assert torch.equal(extractor(images).logits, model(images))
 
 

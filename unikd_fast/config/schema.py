@@ -70,7 +70,7 @@ class DataConfig(Section):
     """Use a class-balanced subset of this many training samples; null: all."""
     val_samples: Annotated[int, Field(ge=0)] = 0
     """Held out of cifar100's training split for validation; 0: validate on the test split, as the literature does."""
-    synthetic_samples: PositiveInt = 1024
+    synthetic_samples: PositiveInt = 256
     """Training images of synthetic data."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the few-sample subset and of synthetic images; fixed while run.seed changes, so all runs see one set."""

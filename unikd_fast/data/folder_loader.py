@@ -1,5 +1,6 @@
 """The loader of image files: worker processes decode, the device normalises."""
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, ImageFiles, Split
 from unikd_fast.values import Batch
+
+_WORD_OF_DEATH_S = 1.0
 
 _Decoded = tuple[Tensor, Tensor, Tensor]
 
@@ -122,10 +125,12 @@ class FolderLoader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise RuntimeError(
-                f"FolderLoader: a decoding process died ({error}); short of memory, lower data.workers; short of "
-                "shared memory, enlarge /dev/shm (docker run --shm-size); workers 0 shows where it happens"
-            ) from error
+            raise _dead_worker(error) from error
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            # Files that cannot be read are ValueErrors, so this is a batch whose maker is no longer there to hand over
+            # its memory.
+            cause = _cause_of_death(error)
+            raise _dead_worker(cause) from cause
 
     def _data_loader(self, requests: Iterable[DecodeRequest], *, persistent: bool) -> DataLoader:
         return DataLoader(
@@ -149,6 +154,27 @@ class _Requests:
 
     def __iter__(self) -> Iterator[DecodeRequest]:
         return self.pending
+
+
+def _dead_worker(cause: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"FolderLoader: a decoding process died ({type(cause).__name__}: {cause}); short of memory, lower "
+        "data.workers; short of shared memory, enlarge /dev/shm (docker run --shm-size); "
+        "workers 0 shows where it happens"
+    )
+
+
+def _cause_of_death(broken_connection: Exception) -> Exception:
+    """Return what torch has to say of the death of a worker, or else how it was noticed.
+
+    torch raises from a signal handler, a moment after the connection breaks and wherever this process is by then. Wait
+    for it here, where it can be told; later it could strike while the error is being printed.
+    """
+    try:
+        time.sleep(_WORD_OF_DEATH_S)
+    except RuntimeError as error:
+        return error
+    return broken_connection
 
 
 def _as_decoded(decoded: Any) -> Any:

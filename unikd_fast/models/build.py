@@ -29,7 +29,7 @@ def build_model(name: str, *, num_classes: int, weights: str | None = None, role
     Raises:
         ValueError: the name or the identifier is unknown, or the weights have another number of classes.
         FileNotFoundError: there is no such checkpoint.
-        RuntimeError: the weights could not be downloaded.
+        ConnectionError: the weights could not be downloaded.
 
     Example:
         >>> teacher = build_model("cifar/resnet56", num_classes=100, weights="resnet56_vanilla/ckpt_epoch_240.pth")
@@ -150,7 +150,7 @@ def _downloaded(build: Callable[[], nn.Module], name: str, weights: str, role: s
     try:
         return build()
     except OSError as error:  # every failure of urllib and of the Hugging Face client derives from it
-        raise RuntimeError(
+        raise ConnectionError(
             f"build_model: could not download weights {weights!r} of {name} for the {role} ({error}); save them on a "
             "machine that is connected (torch.save(model.state_dict(), path)) and pass that path"
         ) from error

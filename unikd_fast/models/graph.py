@@ -33,15 +33,14 @@ class _OutputTracer(fx.Tracer):
     operation, and `_1`, `_2`, ... where that module calls it again (`layer1.0.relu_1`).
     """
 
-    # What forward computes from parameters and buffers alone (standardised weights, relative position biases) is
-    # traced too: by default torch.fx computes it once and freezes the result.
+    # What forward computes from buffers alone (relative position biases) is traced too: by default torch.fx computes it
+    # once and freezes the result.
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
         super().__init__(
             autowrap_modules=(math, torchvision.ops),
             autowrap_functions=tuple(get_notrace_functions()),
-            param_shapes_constant=True,
         )
         self.leaves = (*_VISION_OPS, *get_notrace_modules())
         self.outputs: dict[str, fx.Node] = {}

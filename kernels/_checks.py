@@ -4,8 +4,6 @@ All but one of the checks look at shapes, types and devices alone: no synchronis
 them under torch.compile. `check_labels` reads the labels where that is free, on the CPU outside of a compiled graph.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,7 @@ def check_feature_reduction(function: str, feature_reduction: str) -> None:
 def check_temperature(function: str, temperature: float | Tensor) -> None:
     if isinstance(temperature, Tensor):
         raise TypeError(f"{function}: temperature must be a number, got a tensor; pass temperature.item()")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < float("inf"):  # says no to NaN too, and unlike math.isfinite yes to a symbolic float
         raise ValueError(
             f"{function}: temperature must be finite and above 0, got {temperature}; 4.0 is usual on CIFAR"
         )

@@ -1,0 +1,168 @@
+"""What the loader of image files says when something goes wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
+
+SIZE = 16
+RESIZED = Augmentation(crop="resized", flip_probability=0.5, eval_resize=20)
+
+
+def write_images(root: Path, sizes: dict[str, int]) -> Path:
+    generator = np.random.default_rng(0)
+    for part, count in sizes.items():
+        for i in range(count):
+            folder = root / part / f"class_{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
+    return load_image_folder(write_images(tmp_path_factory.mktemp("images"), {"train": 26, "val": 11}), SIZE)
+
+
+def loader(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: int | bool) -> Loader:
+    arguments = {"seed": 3, "global_batch_size": 8, "workers": 0, **changes}
+    return build_loader(splits, augmentation=augmentation, device="cpu", **arguments)  # type: ignore[arg-type]
+
+
+def test_an_iterator_that_lost_its_workers_says_so(splits: DataSplits) -> None:
+    one = loader(splits)
+    old = one.train(0)
+    next(old)
+    assert len(list(one.train(1))) == 3
+    with pytest.raises(RuntimeError, match="ended when a newer call of train took over"):
+        next(old)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_and_is_named(splits: DataSplits) -> None:
+    assert isinstance(splits.train, ImageFiles)
+    program = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.loader import build_loader
+
+splits = load_image_folder(Path(sys.argv[1]), 16)
+loader = build_loader(
+    splits, augmentation=Augmentation(eval_resize=20), seed=0, global_batch_size=2, device="cpu", workers=2
+)
+training = loader.train(0)
+next(training)
+first, second = multiprocessing.active_children()
+print("killed", first.pid, flush=True)
+os.kill(first.pid, signal.SIGKILL)
+print("batches", len(list(training)))
+"""
+    # In a process of its own: torch raises from a signal handler, which may strike anywhere in the main thread, pytest
+    # included.
+    root = Path(splits.train.paths[0]).parents[2]
+    run = subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True, text=True, timeout=120)
+    assert run.stdout.startswith("killed ")
+    assert "batches" not in run.stdout
+    assert run.returncode == 1
+    assert "DataLoader worker" in run.stderr
+    assert run.stdout.split()[1] in run.stderr
+
+
+@pytest.mark.parametrize(
+    "symptom",
+    [
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        EOFError(),
+        ConnectionResetError(104, "Connection reset by peer"),
+        FileNotFoundError(2, "No such file or directory"),
+    ],
+    ids=lambda symptom: type(symptom).__name__,
+)
+def test_the_report_of_a_dead_worker_names_the_remedies(
+    splits: DataSplits, monkeypatch: pytest.MonkeyPatch, symptom: Exception
+) -> None:
+    def die(*_: object) -> None:
+        raise symptom
+
+    monkeypatch.setattr("unikd_fast.data.folder_loader._WORD_OF_DEATH_S", 0.0)
+    monkeypatch.setattr("unikd_fast.data.decode.Decoder.__getitem__", die)
+    with pytest.raises(RuntimeError, match=rf"process died \({type(symptom).__name__}: .* data\.workers; .*/dev/shm"):
+        next(loader(splits).train(0))
+
+
+def test_torchs_word_on_a_dead_worker_is_waited_for(splits: DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object) -> None:
+        raise EOFError
+
+    def signal_arrives(_: float) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("unikd_fast.data.decode.Decoder.__getitem__", die)
+    monkeypatch.setattr("time.sleep", signal_arrives)
+    with pytest.raises(RuntimeError, match=r"process died \(RuntimeError: .*pid 7.* killed by signal.* data\.workers"):
+        next(loader(splits).train(0))
+
+
+def test_other_errors_of_the_device_pass_unchanged(splits: DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("unikd_fast.data.pixels.Normalise.__call__", die)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: out of memory$"):
+        next(loader(splits).train(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n broken", b"text"], ids=["empty", "broken", "text"])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes, workers: int) -> None:
+    root = write_images(tmp_path, {"train": 3, "val": 3})
+    (root / "train" / "class_1" / "bad.png").write_bytes(content)
+    broken = load_image_folder(root, SIZE)
+    with pytest.raises(ValueError, match=r"cannot decode .*class_1/bad\.png: .*repair the file or remove it"):
+        list(loader(broken, global_batch_size=4, workers=workers).train(0))
+
+
+def test_a_truncated_file_and_a_vanished_one_are_named(tmp_path: Path) -> None:
+    root = write_images(tmp_path, {"train": 3, "val": 3})
+    path = root / "train" / "class_1" / "001.png"
+    path.write_bytes(path.read_bytes()[:200])
+    broken = load_image_folder(root, SIZE)
+    with pytest.raises(ValueError, match=r"cannot decode .*001\.png"):
+        list(loader(broken, global_batch_size=3).train(0))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"cannot decode .*001\.png"):
+        list(loader(broken, global_batch_size=3).train(0))
+
+
+def test_refuses_kinds_that_do_not_fit(splits: DataSplits) -> None:
+    memory = TensorImages(torch.zeros(8, 3, SIZE, SIZE, dtype=torch.uint8), np.zeros(8, np.int64))
+    tensors = DataSplits(memory, memory, memory, 3, None, splits.mean, splits.std, SIZE)
+    shared = {"augmentation": RESIZED, "seed": 0, "global_batch_size": 8, "device": "cpu"}
+    for data, kind, fitting in ((splits, "device", "torchvision"), (tensors, "torchvision", "device")):
+        with pytest.raises(ValueError, match=f"kind '{kind}' does not load .*use '{fitting}' or 'auto'"):
+            build_loader(data, kind=kind, **shared)  # type: ignore[arg-type]
+        assert build_loader(data, kind=fitting, **shared).steps_per_epoch >= 1  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"kind must be one of .* got 'dali'"):
+        build_loader(splits, kind="dali", **shared)  # type: ignore[arg-type]
+    mixed = DataSplits(splits.train, memory, memory, 3, None, splits.mean, splits.std, SIZE)
+    with pytest.raises(ValueError, match="must be image files, got TensorImages"):
+        build_loader(mixed, **shared)  # type: ignore[arg-type]
+
+
+def test_refuses_a_small_eval_resize_and_negative_workers(splits: DataSplits) -> None:
+    with pytest.raises(ValueError, match="eval_resize 15 is below the image size 16"):
+        loader(splits, Augmentation(eval_resize=15))
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        loader(splits, workers=-1)

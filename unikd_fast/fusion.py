@@ -1,0 +1,206 @@
+"""Adaptive Features Fusion (AFF), section 3.1 of the UniKD paper, as a module: F_R by stages, its average collapsed."""
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unikd_fast.kernels.reference_fusion import blend_top_down, expand
+from unikd_fast.kernels.reference_pooled import pool_collapsed
+
+_logger = logging.getLogger("unikd_fast")
+
+
+class AdaptiveFeatureFusion(nn.Module):
+    """Fuses the feature levels of one network, coarse to fine: each gate weighs a level against what lies above it.
+
+        R_L = E_L(F_L)
+        g_l = sigmoid( conv3x3( E_l(F_l) ⊕ Up(R_{l+1}) ) )                   l = L-1 .. 1
+        R_l = g_l ⊙ E_l(F_l) + (1 - g_l) ⊙ Up(R_{l+1}),    F_R = R_1         (Eq. 4)
+
+    `forward` gives F_R and `pooled` its global average, which is all that UniKD reads. Where the average can be
+    collapsed it costs a fraction: the features are projected and averaged, and no D-channel map is ever formed. A
+    teacher and its student have one AFF each. The parameters, and so the state dict, do not depend on the path.
+
+    Args:
+        in_channels: C_l of each level, fine to coarse.
+        width: D, the fused width.
+        gate: "spatial" for one map per gate, broadcast over D, or "channel" for D maps.
+        upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
+        norm: None for E as the paper has it, a 1x1 convolution, or "batch" for batch normalisation after it.
+        path: of `pooled`. "auto" is collapsed where that is exact; "collapsed" raises where it is not; "stagewise".
+
+    Raises:
+        ValueError: no level, a size below 1, an unknown option, or path="collapsed" with gate="channel".
+
+    Example:
+        >>> fusion = AdaptiveFeatureFusion([64, 128, 256], 32)
+        >>> features = [torch.randn(2, 64, 32, 32), torch.randn(2, 128, 16, 16), torch.randn(2, 256, 8, 8)]
+        >>> fusion(features).shape, fusion.pooled(features).shape
+        (torch.Size([2, 32, 32, 32]), torch.Size([2, 32]))
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        width: int,
+        *,
+        gate: str = "spatial",
+        upsample: str = "nearest",
+        norm: str | None = None,
+        path: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not in_channels or min(*in_channels, width) < 1:
+            raise ValueError(
+                f"AdaptiveFeatureFusion: there must be at least one level and every size must be at least 1, got "
+                f"in_channels {tuple(in_channels)} and width {width}"
+            )
+        _check_option("gate", gate, ("spatial", "channel"))
+        _check_option("upsample", upsample, ("nearest", "bilinear"))
+        _check_option("norm", norm, (None, "batch"))
+        _check_option("path", path, ("auto", "collapsed", "stagewise"))
+        self.in_channels, self.width = tuple(in_channels), width
+        self.gate, self.upsample, self.norm, self.path = gate, upsample, norm, path
+        maps = 1 if gate == "spatial" else width
+        self.expanders = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in in_channels if norm == "batch")
+        self.gates = nn.ModuleList(nn.Conv2d(2 * width, maps, 3, padding=1) for _ in in_channels[1:])
+        self.reset_parameters()
+        if path == "collapsed" and gate == "channel":
+            raise ValueError(
+                "AdaptiveFeatureFusion: path='collapsed' needs gate='spatial', got gate='channel': a gate per channel "
+                "cannot be pulled out of the projections; use path='auto'"
+            )
+        # Said here and not at the first call, which may be inside of a compiled graph.
+        _logger.info("AdaptiveFeatureFusion of %s to %d: %s", self.in_channels, width, self._path_and_reason())
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters: expanders that keep the size of the features, gates near 1/2."""
+        for expander in _convolutions(self.expanders):
+            nn.init.kaiming_uniform_(expander.weight, a=1)
+        for gate in _convolutions(self.gates):
+            nn.init.normal_(gate.weight, std=0.01)
+        for convolution in (*_convolutions(self.expanders), *_convolutions(self.gates)):
+            assert convolution.bias is not None
+            nn.init.zeros_(convolution.bias)
+        for norm in _batch_norms(self.norms):
+            norm.reset_parameters()
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Give F_R, Eq. 4, stage by stage.
+
+        Args:
+            features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
+
+        Returns:
+            (N, D, H_1, W_1) in the dtype of the features, or of autocast where that is on.
+
+        Raises:
+            ValueError: features that do not fit the module or each other.
+        """
+        self._check(features)
+        weights, biases = _weights_and_biases(self.expanders)
+        expanded = [expand(*level) for level in zip(features, weights, biases, strict=True)]
+        if self.norm == "batch":
+            expanded = [norm(x) for norm, x in zip(self.norms, expanded, strict=True)]
+        return blend_top_down(expanded, *_weights_and_biases(self.gates), upsample=self.upsample)
+
+    def pooled(self, features: Sequence[Tensor]) -> Tensor:
+        """Give the mean of F_R over H_1 x W_1, collapsed where that is exact.
+
+        It is exact with spatial gates, and without batch normalisation or in eval mode, where that folds into E.
+
+        Args:
+            features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
+
+        Returns:
+            (N, D) in fp32 (fp64 for fp64 features), whatever the features' dtype and autocast: what follows is small
+            and wants the precision. Collapsed, it can be differentiated once.
+
+        Raises:
+            ValueError: features that do not fit, or path="collapsed" with batch normalisation in training mode.
+        """
+        if self._collapses():
+            self._check(features)
+            gates = _weights_and_biases(self.gates)
+            return pool_collapsed(features, *self._folded_expanders(), *gates, upsample=self.upsample)
+        if self.path == "collapsed":
+            raise ValueError(
+                "AdaptiveFeatureFusion: path='collapsed' needs fixed batch statistics, got norm='batch' in training "
+                "mode, where they come from the D-channel maps; use path='auto' or .eval()"
+            )
+        fused = self(features)
+        return fused.mean((2, 3), dtype=torch.promote_types(fused.dtype, torch.float32))
+
+    def extra_repr(self) -> str:
+        return f"gate={self.gate!r}, upsample={self.upsample!r}, norm={self.norm!r}, path={self.path!r}"
+
+    def _collapses(self) -> bool:
+        fixed = not any(norm.training for norm in self.norms)
+        return self.path != "stagewise" and self.gate == "spatial" and fixed
+
+    def _path_and_reason(self) -> str:
+        if self.path == "stagewise":
+            return "pooled() runs stage-wise, as asked for"
+        if self.gate == "channel":
+            return "pooled() runs stage-wise: a gate per channel has no collapsed form"
+        if self.norm == "batch":
+            return "pooled() runs collapsed in eval mode, where batch norm folds into E, and stage-wise in training"
+        return "pooled() runs collapsed: with spatial gates and no norm that is exact"
+
+    def _folded_expanders(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Give E_l with the batch normalisation of eval mode folded in: γ (E F + b - μ) / sqrt(σ² + ε) + β."""
+        weights, biases = _weights_and_biases(self.expanders)
+        for level, norm in enumerate(_batch_norms(self.norms)):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            weights[level] = weights[level] * scale[:, None, None, None]
+            biases[level] = (biases[level] - norm.running_mean) * scale + norm.bias
+        return weights, biases
+
+    def _check(self, features: Sequence[Tensor]) -> None:
+        shapes = [tuple(feature.shape) for feature in features]
+        if len(shapes) != len(self.in_channels):
+            raise ValueError(
+                f"AdaptiveFeatureFusion: expected one feature per entry of in_channels, {len(self.in_channels)}, got "
+                f"{len(shapes)}; build it with the channels of the network that is read"
+            )
+        if any(len(shape) != 4 for shape in shapes):
+            raise ValueError(f"AdaptiveFeatureFusion: features must be (N, C, H, W), got {shapes}; unflatten tokens")
+        if tuple(shape[1] for shape in shapes) != self.in_channels:
+            raise ValueError(
+                f"AdaptiveFeatureFusion: features must have in_channels {self.in_channels}, fine to coarse, got "
+                f"{tuple(shape[1] for shape in shapes)}; build it with the channels of the network that is read"
+            )
+        if len({shape[0] for shape in shapes}) != 1:
+            raise ValueError(f"AdaptiveFeatureFusion: features must be of one batch, got {shapes}")
+        for fine, coarse in itertools.pairwise(shapes):
+            if fine[2] < coarse[2] or fine[3] < coarse[3]:
+                raise ValueError(
+                    f"AdaptiveFeatureFusion: features must go from fine to coarse, got {fine[2:]} before {coarse[2:]}; "
+                    f"pass the early stages first"
+                )
+
+
+def _check_option(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"AdaptiveFeatureFusion: {name} must be one of {allowed}, got {value!r}")
+
+
+def _convolutions(modules: Iterable[nn.Module]) -> list[nn.Conv2d]:
+    return [module for module in modules if isinstance(module, nn.Conv2d)]
+
+
+def _batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """Give them typed; conversion to SyncBatchNorm leaves another subclass here."""
+    return [module for module in modules if isinstance(module, _BatchNorm)]
+
+
+def _weights_and_biases(modules: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
+    convolutions = _convolutions(modules)
+    return [m.weight for m in convolutions], [m.bias for m in convolutions if m.bias is not None]
