@@ -4,6 +4,7 @@ What AFF, FDP and the losses add is what is above 1 in the ratio.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def experiment(method: str) -> Experiment:
 
 
 @pytest.mark.benchmark(group="step R50 -> MobileNetV1, 224 px, batch 8, fp32")
-def test_distillation_step_over_teacher_forward_and_student_step(benchmark) -> None:  # noqa: ANN001
+def test_distillation_step_over_teacher_forward_and_student_step(benchmark: Any) -> None:
     processes = start_processes()
     distilled, alone = experiment("unikd"), experiment("none")
     method, teacher = distilled.method, distilled.teacher

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unikd_fast.config import Config, ConfigError
-from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.augmentation import Augmentation, Crop
 from unikd_fast.data.datasets import DataSplits, open_data
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.engine.processes import Processes
@@ -19,7 +19,13 @@ from unikd_fast.methods import KD, Method, StudentAlone, UniKD
 from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, extract_features
 from unikd_fast.teacher import OnlineTeacher
 
-CROP = {"digits": "pad", "cifar100": "pad", "synthetic": "none", "image_folder": "resized", "imagenet": "resized"}
+CROP: dict[str, Crop] = {
+    "digits": "pad",
+    "cifar100": "pad",
+    "synthetic": "none",
+    "image_folder": "resized",
+    "imagenet": "resized",
+}
 PADDING = {"digits": 1, "cifar100": 4}
 FLIP = {"digits": 0.0}  # a mirrored 2 is no digit
 

@@ -17,7 +17,7 @@ def collect_optimizer_state(engine: Any) -> dict[str, Any]:
     if not engine.zero_optimization():
         states = {name: engine.optimizer.state.get(p, {}) for name, p in trained.items()}
         tensors = {name: _tensors(state, trained[name].shape) for name, state in states.items()}
-        some = next((state for state in states.values() if state), {})
+        some: dict[str, Any] = next((state for state in states.values() if state), {})
         return {"tensors": tensors, "shared": _shared(some)}
     flat = engine.optimizer.single_partition_of_fp32_groups[0]
     state = engine.optimizer.optimizer.state.get(flat, {})

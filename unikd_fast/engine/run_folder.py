@@ -101,7 +101,7 @@ def _lock(folder: Path) -> Any:
 
 def environment(processes: Processes) -> dict[str, Any]:
     """Versions, commit, hardware and command of this run."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -22,7 +22,7 @@ class StopSignal:
         self._processes = processes
         self._signal = 0
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if processes.world_size > 1 else None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:

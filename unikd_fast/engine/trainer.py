@@ -3,10 +3,9 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unikd_fast.config import Config
@@ -23,6 +22,7 @@ from unikd_fast.engine.sharding import start_engine
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.train_step import train_step
 from unikd_fast.errors import Interrupted, NonFiniteLoss
+from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.values import Features
 
 PREPARATION_STREAM = 1  # augmentation views of the head's fit; training uses stream 0
@@ -74,9 +74,9 @@ class Trainer:
         self.evaluations = processes.broadcast([r for r in read_metrics(folder) if r["kind"] == "evaluation"])
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated(self) -> FeatureExtractor | LogitsOnly:
         """The network that is evaluated and exported: the student or its exponential average."""
-        return self.experiment.student if self.average is None else self.average.module
+        return self.experiment.student if self.average is None else cast(LogitsOnly, self.average.module)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the result that is also written to result.json.
@@ -200,7 +200,7 @@ class Trainer:
         self.evaluations.append(record)
         self.processes.barrier()
 
-    def _evaluate(self, split: str) -> dict[str, float]:
+    def _evaluate(self, split: Literal["val", "test"]) -> dict[str, float]:
         bf16 = self.config.train.precision == "bf16"
         return evaluate(self.evaluated, self.experiment.loader.evaluate(split), self.processes, bf16=bf16)
 

@@ -1,6 +1,7 @@
 """UniKD: feature and logit knowledge under one KL paradigm (Eq. 4-7 of the paper)."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,12 +73,10 @@ class UniKD(Method):
             raise ValueError(f"UniKD: fusion must be aff or last, got {fusion!r}")
         first = 0 if fusion == "aff" else -1
         width = width or min(256, teacher_channels[-1])
-        options = {"gate": gate, "upsample": upsample, "norm": norm}
-        self.adapter: PooledFusion = PooledFusion(AdaptiveFeatureFusion(student_channels[first:], width, **options)).to(
-            device
-        )
+        fused = partial(AdaptiveFeatureFusion, width=width, gate=gate, upsample=upsample, norm=norm)
+        self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(device)
         self.head = TeacherHead(
-            PooledFusion(AdaptiveFeatureFusion(teacher_channels[first:], width, **options)),
+            PooledFusion(fused(teacher_channels[first:])),
             FeatureDistributionPrediction(width, num_classes, norm=fdp_norm, variance_floor=variance_floor),
         ).to(device)
         self.teacher_head, self.head_steps = teacher_head, head_steps
@@ -87,14 +86,15 @@ class UniKD(Method):
         self.alpha_peak, self.alpha_ramp_epochs = alpha, alpha_ramp_epochs
         # A device tensor, so that the ramp needs neither a host read nor a new capture of the step.
         self.alpha = torch.full((), alpha, dtype=torch.float32, device=device)
-        self.loss_options = {
-            "beta": beta,
-            "temperature": temperature,
-            "scale_by_t2": scale_by_t2,
-            "feature_reduction": feature_reduction,
-            "label_smoothing": label_smoothing,
-            "impl": impl,
-        }
+        self.terms = partial(
+            unikd_loss,
+            beta=beta,
+            temperature=temperature,
+            scale_by_t2=scale_by_t2,
+            feature_reduction=feature_reduction,
+            label_smoothing=label_smoothing,
+            impl=impl,
+        )
 
     def prepare(self, batches: Iterable[Features]) -> None:
         if self.teacher_head == "prefit":
@@ -128,14 +128,13 @@ class UniKD(Method):
         gaussian = target.gaussian
         if self.teacher_head != "literal":
             gaussian = Gaussian(gaussian.mean.detach(), gaussian.log_var.detach())
-        terms = unikd_loss(
+        terms = self.terms(
             student.logits,
             target.logits,
             labels,
             self.student_gaussian(student.pooled),
             gaussian,
             alpha=self.alpha,
-            **self.loss_options,
         )
         if self.teacher_head == "anchored":
             terms = terms._replace(anchor=self.trainer.anchor(target.gaussian, target.logits))
