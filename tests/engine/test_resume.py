@@ -4,8 +4,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import kill_group, run, start, train_records, wait_for_step, write_config
 from safetensors.torch import load_file
 
@@ -60,6 +62,28 @@ def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
     saved = torch.load(tmp_path / "stopped" / "checkpoints" / "last.pt", weights_only=True)
     assert f"stopped at step {saved['step']}" in output
     assert 2 <= saved["step"] < 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path, number: int) -> None:
+    """Ctrl-C on a terminal, and DeepSpeed's launcher, signal every process of the run."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 4)):
+        for index in range(2 * count):
+            folder = tmp_path / "data" / split / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
+    data = {"name": "image_folder", "root": str(tmp_path / "data"), "num_classes": None, "workers": 2}
+    config = write_config(
+        tmp_path, name="files", data=data, run={"checkpoint_every_steps": None}, train={"total_epochs": 9}
+    )
+    process = start(config)
+    wait_for_step(tmp_path / "files", 2, process)
+    kill_group(process, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "stopped at step" in output
+    assert (tmp_path / "files" / "checkpoints" / "last.pt").exists()
 
 
 def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:

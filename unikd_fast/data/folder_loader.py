@@ -1,5 +1,6 @@
 """The loader of image files: worker processes decode, the device normalises."""
 
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -141,6 +142,7 @@ class FolderLoader:
             collate_fn=_as_decoded,
             pin_memory=self._device.type == "cuda",
             persistent_workers=persistent,
+            worker_init_fn=_leave_stop_signals_to_the_run,
             # Without a generator a DataLoader draws from the global one, and a resumed run would see other numbers.
             generator=torch.Generator(),
         )
@@ -175,6 +177,12 @@ def _cause_of_death(broken_connection: Exception) -> Exception:
     except RuntimeError as error:
         return error
     return broken_connection
+
+
+def _leave_stop_signals_to_the_run(worker: int) -> None:
+    # Ctrl-C and launchers signal the decoding processes too; they must serve until the run has saved and ends them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_decoded(decoded: Any) -> Any:
