@@ -132,6 +132,14 @@ class TestSoftmaxKL:
         assert student.grad is not None
         assert torch.equal(student.grad[0], torch.tensor([1.0, -1.0, 0.0], dtype=dtype))
 
+    def test_a_class_that_the_teacher_all_but_excludes(self) -> None:
+        """p = 6e-42 and p_s / p = 1e41: the ratio overflows fp32, and yet the class adds p_s alone."""
+        student, teacher = torch.tensor([[0.0, 0.0]], requires_grad=True), torch.tensor([[-95.0, 0.0]])
+        loss = reference.softmax_kl(student, teacher)
+        loss.backward()
+        torch.testing.assert_close(loss.item(), math.log(2), rtol=1e-6, atol=0)  # fp32
+        assert torch.equal(student.grad, torch.tensor([[0.5, -0.5]]))
+
     def test_student_close_to_teacher_is_not_lost_to_cancellation(self) -> None:
         """p_y = 0.999 and logits apart by a rounding of bf16: the plain formula in fp32 is wrong by its own size."""
         teacher = 0.1 * randn(16, 1000, seed=1)

@@ -37,6 +37,7 @@ TINY: dict[str, Any] = {
         "learning_rate": 0.05,
         "weight_decay": 0.0005,
         "clip_grad_norm": 5.0,
+        "ema_decay": 0.9,
     },
 }
 

@@ -31,7 +31,11 @@ def save_checkpoint(
     """
     side: nn.Module = engine.module
     optimizer = collect_optimizer_state(engine)
-    own = {"buffers": dict(side.named_buffers()), "rng": _random_state(processes.device)}
+    own = {
+        "buffers": dict(side.named_buffers()),
+        "average_buffers": {} if average is None else dict(average.named_buffers()),
+        "rng": _random_state(processes.device),
+    }
     of_processes = processes.gather(own)
     if processes.is_first:
         _write(
@@ -66,12 +70,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 def restore_weights(checkpoint: dict[str, Any], side: nn.Module, method: Method, processes: Processes) -> None:
     """Before the engine is made: the student's side, this process's buffers and the method's head."""
     side.load_state_dict(checkpoint["student"])
-    if checkpoint["world_size"] == processes.world_size:
-        buffers = checkpoint["processes"][processes.rank]["buffers"]
-        with torch.no_grad():
-            for name, buffer in side.named_buffers():
-                buffer.copy_(buffers[name])
+    _restore_buffers(checkpoint, "buffers", side, processes)
     method.load_state_dict(checkpoint["method"])
+
+
+def restore_average(checkpoint: dict[str, Any], average: nn.Module, processes: Processes) -> None:
+    """The exponential average, with this process's buffers."""
+    average.load_state_dict(checkpoint["average"])
+    _restore_buffers(checkpoint, "average_buffers", average, processes)
 
 
 def restore_random_state(checkpoint: dict[str, Any], processes: Processes) -> None:
@@ -98,6 +104,14 @@ def export_student(plain: nn.Module, path: Path) -> None:
 def import_student(plain: nn.Module, path: Path) -> None:
     """Reads what :func:`export_student` wrote."""
     plain.load_state_dict(load_file(path), strict=True)
+
+
+@torch.no_grad()
+def _restore_buffers(checkpoint: dict[str, Any], key: str, module: nn.Module, processes: Processes) -> None:
+    if checkpoint["world_size"] == processes.world_size:
+        own = checkpoint["processes"][processes.rank][key]
+        for name, buffer in module.named_buffers():
+            buffer.copy_(own[name])
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

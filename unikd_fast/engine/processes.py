@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.cpp_extension import is_ninja_available
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ def start_processes() -> Processes:
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    if int(os.environ["WORLD_SIZE"]) == 1 or shutil.which("c++") is None or not is_ninja_available():
+        # DeepSpeed compiles its shared-memory all-reduce on first use: half a minute for nothing in a single process,
+        # and an exception without a compiler. gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)

@@ -53,14 +53,13 @@ class Trainer:
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
         if saved is None:
-            average_buffers(self.side, processes)
             self.method.prepare(self._teacher_batches())
             torch.manual_seed(config.run.seed + 3 + processes.rank)  # dropout differs between processes
         else:
             self.step = int(saved["step"])
             restore_optimizer_state(self.engine, saved["optimizer"])
             if self.average is not None:
-                self.average.load_state_dict(saved["average"])
+                ckpt.restore_average(saved, self.average, processes)
             ckpt.restore_random_state(saved, processes)
         self.meter = LossMeter(processes)
         self.writer = MetricsWriter(
@@ -165,6 +164,8 @@ class Trainer:
                 self._save()
                 raise Interrupted(number, f"[{self.name}] stopped at step {self.step}; saved {self.folder / ckpt.LAST}")
         average_buffers(self.side, self.processes)
+        if self.average is not None:
+            average_buffers(self.average, self.processes)
         self._save()
         if number := self.stop.agreed():
             raise Interrupted(number, f"[{self.name}] stopped at step {self.step}; saved {self.folder / ckpt.LAST}")
