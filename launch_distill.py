@@ -13,6 +13,10 @@ from unikd_fast.config import load_config
 from unikd_fast.data.roots import check_root
 from unikd_fast.errors import RunError
 
+# Before torch is loaded. OpenMP's threads spin while they wait for each other; where another process shares the cores
+# that costs two orders of magnitude (measured: 9 ms against 900 ms for one forward pass on 2 cores, one of them busy).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Distil a student from a teacher.")

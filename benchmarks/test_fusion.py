@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from timing import interleaved_medians
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def assert_same(forms: dict[str, Computation]) -> None:
 
 @pytest.mark.parametrize("form", ["stagewise", "collapsed"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_pooled_fusion(benchmark, case: Case, form: str) -> None:
+def test_pooled_fusion(benchmark: BenchmarkFixture, case: Case, form: str) -> None:
     forms = computations(case)
     assert_same(forms)
     benchmark.group = f"pooled fusion, {case}, fp32"
@@ -92,17 +93,30 @@ def test_pooled_fusion(benchmark, case: Case, form: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "target"), TARGETS, ids=str)
-def test_ratio_of_stagewise_to_collapsed(benchmark, case: Case, target: float) -> None:
+def test_ratio_of_stagewise_to_collapsed(benchmark: BenchmarkFixture, case: Case, target: float) -> None:
+    """Recorded on one thread and on all; asserted on one.
+
+    The collapsed form is many short operations. Where the cores are shared, each operation on several threads waits for
+    a time slice of the scheduler (8 ms seen), more than it takes itself: then the ratio is one of waiting times.
+    """
     forms = computations(case)
     assert_same(forms)
     benchmark.group = f"ratio, {case}, fp32"
-    times = interleaved_medians(forms, rounds=5 if case.width > 1024 else 21)
-    ratio = times["stagewise"] / times["collapsed"]
+    threads = torch.get_num_threads()
+    ratios: dict[int, float] = {}
+    try:
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            times = interleaved_medians(forms, rounds=5 if case.width > 1024 else 15)
+            ratios[count] = times["stagewise"] / times["collapsed"]
+            benchmark.extra_info[f"median_ms_{count}_threads"] = {k: round(1000 * v, 2) for k, v in times.items()}
+        benchmark.pedantic(forms["collapsed"], rounds=5, warmup_rounds=1)
+    finally:
+        torch.set_num_threads(threads)
     benchmark.extra_info.update(
-        ratio=round(ratio, 2),
-        median_ms={name: round(1000 * seconds, 2) for name, seconds in times.items()},
+        ratio=round(ratios[1], 2),
+        ratio_all_threads=round(ratios[threads], 2),
         torch=torch.__version__,
-        threads=torch.get_num_threads(),
+        threads=threads,
     )
-    benchmark.pedantic(forms["collapsed"], rounds=5, warmup_rounds=1)
-    assert ratio >= target, f"{case}: stage-wise over collapsed is {ratio:.1f}, must be at least {target}"
+    assert ratios[1] >= target, f"{case}: stage-wise over collapsed is {ratios[1]:.1f}, must be at least {target}"

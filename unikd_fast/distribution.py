@@ -1,4 +1,4 @@
-"""Feature Distribution Prediction (FDP), section 3.2 of the UniKD paper: the Gaussian that a pooled feature stands for."""
+"""Feature Distribution Prediction (FDP), section 3.2 of the UniKD paper: the Gaussian a pooled feature stands for."""
 
 import torch
 import torch.nn.functional as F
