@@ -80,10 +80,19 @@ def resize(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
 
 
 def resize_adjoint(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
-    """Give Upᵀ(x): the transpose of `resize` from `size` (h, w), applied to `x` (N, C, H, W); differentiable."""
+    """Give Upᵀ(x): the transpose of `resize` from `size` (h, w), applied to `x` (N, C, H, W).
+
+    Up works on rows and columns apart, Up(z) = A z Bᵀ, so Upᵀ(x) = Aᵀ x B. As products rather than by the backward
+    operator of the upsampling, which on a GPU adds in no fixed order and does not compile for changing sizes.
+    """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    small, large = [*x.shape[:2], *size], list(x.shape[-2:])
-    if upsample == "nearest":
-        return torch.ops.aten.upsample_nearest2d_backward(x, large, small)
-    return torch.ops.aten.upsample_bilinear2d_backward(x, large, small, False)
+    rows = _resize_matrix(size[0], x.shape[-2], x, upsample)
+    columns = _resize_matrix(size[1], x.shape[-1], x, upsample)
+    return rows.t() @ x @ columns
+
+
+def _resize_matrix(small: int, large: int, like: Tensor, upsample: str) -> Tensor:
+    """Give the matrix (large, small) by which Up acts on one axis: what it makes of the unit vectors."""
+    unit_vectors = torch.eye(small, dtype=like.dtype, device=like.device)[None, None]
+    return resize(unit_vectors, (large, small), upsample)[0, 0]

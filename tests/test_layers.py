@@ -79,7 +79,7 @@ class Refuse:
         top = name.partition(".")[0]
         if top in {"torchvision", "timm", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm", "sklearn",
                    "psutil", "nvidia", "PIL", "numpy"}:
-            raise ImportError(f"refused {name}")
+            raise ModuleNotFoundError(f"refused {name}", name=name)
 sys.meta_path.insert(0, Refuse())
 import unikd_fast
 for name in unikd_fast.__all__:
