@@ -1,5 +1,19 @@
-"""Before torch is loaded: OpenMP's threads must not spin, see launch_distill.py."""
+"""Settings of the benchmarks: OpenMP must not spin (see launch_distill.py), and the ratios are printed."""
 
 import os
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """pytest-benchmark shows times, and keeps what was measured beside them for its JSON."""
+    session = getattr(config, "_benchmarksession", None)
+    measured = [b for b in getattr(session, "benchmarks", []) if "ratio" in b.extra_info]
+    if measured:
+        terminalreporter.section("ratios")
+    for benchmark in measured:
+        figures = "  ".join(f"{name} {value}" for name, value in benchmark.extra_info.items())
+        terminalreporter.write_line(f"{benchmark.group}: {figures}")

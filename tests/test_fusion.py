@@ -158,6 +158,15 @@ class TestModule:
         for compiled, eager in zip(*results, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)  # fp32, other decompositions
 
+    def test_compiled_for_a_changing_batch_and_size(self) -> None:
+        """The last batch of an epoch, images of another size: bilinear, as its operators are the pickier ones."""
+        torch._dynamo.reset()
+        fusion = module(upsample="bilinear")
+        compiled = torch.compile(fusion.pooled, fullgraph=True, backend="aot_eager")
+        for batch, scale in ((4, 1), (3, 1), (5, 2)):
+            features = features_of([(scale * h, scale * w) for h, w in SIZES], CHANNELS, batch=batch)
+            torch.testing.assert_close(compiled(features), fusion.pooled(features), rtol=1e-5, atol=1e-6)  # fp32
+
     def test_says_once_which_path_runs_and_why(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, logger="unikd_fast"):
             for options in ({}, {"gate": "channel"}, {"norm": "batch"}, {"path": "stagewise"}):

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unikd_fast.distribution import FeatureDistributionPrediction
     from unikd_fast.fusion import AdaptiveFeatureFusion
-    from unikd_fast.losses import (
-        GaussianKL,
-        LossTerms,
-        SoftmaxKL,
-        UniKDLoss,
-        gaussian_kl,
-        softmax_kl,
-        unikd_loss,
-    )
+    from unikd_fast.loss_modules import GaussianKL, SoftmaxKL, UniKDLoss
+    from unikd_fast.losses import LossTerms, gaussian_kl, softmax_kl, unikd_loss
     from unikd_fast.values import Batch, Features, Gaussian
 
 __version__ = "0.1.0"
@@ -41,6 +34,9 @@ __all__ = [
 _HOME = {
     "AdaptiveFeatureFusion": "fusion",
     "FeatureDistributionPrediction": "distribution",
+    "GaussianKL": "loss_modules",
+    "SoftmaxKL": "loss_modules",
+    "UniKDLoss": "loss_modules",
     "Batch": "values",
     "Features": "values",
     "Gaussian": "values",
