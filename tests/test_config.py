@@ -40,13 +40,13 @@ def test_the_hash_names_the_experiment_and_not_its_place() -> None:
         load_config(DIGITS, ["run.dir=elsewhere"]),
         load_config(DIGITS, ["run.tensorboard=false"]),
     ]
-    other = [load_config(DIGITS, ["run.seed=1"]), load_config(DIGITS, ["distill.alpha=3"])]
+    other = [load_config(DIGITS, ["run.seed=1"]), load_config(DIGITS, ["distill.temperature=3"])]
     assert len({config_hash(c) for c in same}) == 1
     assert len({config_hash(c) for c in same + other}) == 3
 
 
 def test_a_comparison_is_its_single_runs_per_seed() -> None:
-    config = load_config(DIGITS, ["distill.alpha=7"])
+    config = load_config(DIGITS, ["distill.temperature=7"])
     runs = list(run_configs(config))
     assert [(label, seed) for label, seed, _ in runs[:4]] == [
         ("student alone", 0),
@@ -55,7 +55,7 @@ def test_a_comparison_is_its_single_runs_per_seed() -> None:
         ("student alone", 1),
     ]
     assert [run.distill.method for *_, run in runs[:3]] == ["none", "kd", "unikd"]
-    assert all(run.compare is None and run.run.seed == seed and run.distill.alpha == 7 for _, seed, run in runs)
+    assert all(run.compare is None and run.run.seed == seed and run.distill.temperature == 7 for _, seed, run in runs)
 
 
 def test_the_teacher_is_trained_like_a_student_alone() -> None:

@@ -18,6 +18,7 @@ from unikd_fast.values import Batch
 
 _WORD_OF_DEATH_S = 1.0
 
+_GRACE_S = 10
 _Decoded = tuple[Tensor, Tensor, Tensor]
 
 
@@ -142,7 +143,7 @@ class FolderLoader:
             collate_fn=_as_decoded,
             pin_memory=self._device.type == "cuda",
             persistent_workers=persistent,
-            worker_init_fn=_leave_stop_signals_to_the_run,
+            worker_init_fn=_outlive_stop_signals,
             # Without a generator a DataLoader draws from the global one, and a resumed run would see other numbers.
             generator=torch.Generator(),
         )
@@ -179,10 +180,11 @@ def _cause_of_death(broken_connection: Exception) -> Exception:
     return broken_connection
 
 
-def _leave_stop_signals_to_the_run(worker: int) -> None:
-    # Ctrl-C and launchers signal the decoding processes too; they must serve until the run has saved and ends them.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_stop_signals(worker: int) -> None:
+    # Ctrl-C and launchers signal the decoding processes too; they must serve until the run has finished its step and
+    # saved. But SIGTERM is also how Python ends them at exit, so it is put off and not ignored.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 
 def _as_decoded(decoded: Any) -> Any:
