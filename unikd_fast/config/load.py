@@ -46,8 +46,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for key, value in settings.items():
         _assign(raw, key, value, "--set")
     config = _validate(raw, str(path))
-    if config.compare:
-        _check_comparison(config, settings)
+    _check_collisions(config, settings)
+    for _, _, single in run_configs(config):  # every run must be valid before the first one starts
+        if single.teacher is not None and single.teacher.training is not None:
+            teacher_config(single)
     name = Path(path).stem
     run_dir = config.run.dir.replace("{name}", name).replace("{hash}", config_hash(config))
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
@@ -78,6 +80,7 @@ def teacher_config(config: Config) -> Config:
         "compare": None,
         "teacher": None,
         "distill.method": "none",
+        "distill.ce_weight": None,
         "student.model": config.teacher.model,
         "student.feature_nodes": config.teacher.feature_nodes,
         "student.weights": None,
@@ -160,13 +163,11 @@ def _validate(raw: dict[str, Any], source: str) -> Config:
     return config
 
 
-def _check_comparison(config: Config, settings: dict[str, Any]) -> None:
-    assert config.compare is not None
-    for label, own in config.compare.runs.items():
+def _check_collisions(config: Config, settings: dict[str, Any]) -> None:
+    for label, own in config.compare.runs.items() if config.compare else ():
         for key in own:
             if key in settings:
                 raise ConfigError(
                     f"--set {key}: compare.runs[{label!r}] sets {key} to {own[key]!r} itself; add --set compare=null "
                     "for a single run"
                 )
-    list(run_configs(config))  # each run's settings must be valid before the first one starts
