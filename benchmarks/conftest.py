@@ -1,11 +1,11 @@
-"""Settings of the benchmarks: OpenMP must not spin (see launch_distill.py), and the ratios are printed."""
+"""Settings of the benchmarks: OpenMP must not spin for long (see launch_distill.py), and the ratios are printed."""
 
 import os
 from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -62,7 +62,7 @@ def pool_collapsed(
         projections, factors = [], []
         for level, feature in enumerate(features):
             composite = _taps_on(level, taps, expand[level])  # (9 * gates, D)
-            seen, factor = _Project.apply(feature.flatten(2), composite @ expand[level])
+            seen, factor = _Project.apply(feature, composite @ expand[level])
             seen = seen + (composite @ biases[level])[:, None]
             projections.append(seen.unflatten(2, feature.shape[-2:]))
             factors.append(factor)
@@ -136,13 +136,14 @@ def _pool(
 
 
 class _Project(torch.autograd.Function):
-    """P = M F for a feature (N, C, P) and rows M (R, C), and the handle (N, C + P) that `_Average` takes."""
+    """M F for a feature (N, C, H, W) and rows M (R, C), (N, R, P); and the handle (N, C + P) that `_Average` takes."""
 
     @staticmethod
     def forward(feature: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        n, channels, pixels = feature.shape
         # On a flattened feature the batched product is a view in both layouts; a 1x1 conv2d copies the contiguous one.
-        seen = torch.bmm(rows.to(feature.dtype).expand(n, -1, -1), feature)
+        flat = feature.flatten(2)
+        n, channels, pixels = flat.shape
+        seen = torch.bmm(rows.to(feature.dtype).expand(n, -1, -1), flat)
         # Never read: expanded, it takes up no memory.
         return seen.to(rows.dtype), rows.new_zeros(()).expand(n, channels + pixels)
 
@@ -156,16 +157,32 @@ class _Project(torch.autograd.Function):
         feature, rows = ctx.saved_tensors
         grad_feature = grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_average, weight = factors.split(feature.shape[1:], dim=1)
+            grad_average, weight = factors.split((feature.shape[1], feature.shape[2] * feature.shape[3]), dim=1)
             left = torch.cat([rows.expand(len(feature), -1, -1), grad_average[:, None]], dim=1).to(feature.dtype)
             right = torch.cat([grad_seen, weight[:, None]], dim=1).to(feature.dtype)
-            if feature.stride(1) == 1:  # channels_last in, channels_last out
-                grad_feature = torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
-            else:
-                grad_feature = torch.bmm(left.transpose(1, 2), right)
+            grad_feature = _outer_sum(left, right, feature)
         if ctx.needs_input_grad[1]:
-            grad_rows = torch.bmm(grad_seen.to(feature.dtype), feature.transpose(1, 2)).to(rows.dtype).sum(0)
+            grad_rows = torch.bmm(grad_seen.to(feature.dtype), feature.flatten(2).transpose(1, 2))
+            grad_rows = grad_rows.to(rows.dtype).sum(0)
         return grad_feature, grad_rows
+
+
+def _outer_sum(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """Give leftᵀ right, left (N, R, C) and right (N, R, P), in the shape and layout of `like` (N, C, H, W).
+
+    Written into a tensor of its own and not viewed as one: autograd adds the network's own gradient of a level in place
+    where it can, and into a view it cannot.
+    """
+    if like.is_contiguous():
+        result = torch.empty_like(like)
+        torch.bmm(left.transpose(1, 2), right, out=result.view(len(like), like.shape[1], -1))
+    elif like.is_contiguous(memory_format=torch.channels_last):
+        result = torch.empty_like(like)
+        by_pixel = result.permute(0, 2, 3, 1)
+        torch.bmm(right.transpose(1, 2), left, out=by_pixel.view(len(like), -1, like.shape[1]))
+    else:
+        result = torch.bmm(left.transpose(1, 2), right).unflatten(2, like.shape[2:])
+    return result
 
 
 class _Average(torch.autograd.Function):

@@ -1,5 +1,5 @@
-"""Before torch is loaded: OpenMP's threads must not spin, see launch_distill.py."""
+"""Before torch is loaded: OpenMP's threads must not spin for long, see launch_distill.py."""
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -28,7 +28,7 @@ class RunConfig(Section):
     log_every_steps: PositiveInt = 50
     """Steps between two lines of metrics; also the only steps at which the host reads from the device."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Steps between two checkpoints, besides the one at the end of every epoch."""
+    """Steps between two checkpoints, besides the one before every evaluation."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between two evaluations on the validation split; the last epoch is always evaluated."""
     tensorboard: bool = True

@@ -1,5 +1,6 @@
 """The processes of a run: who they are, where they compute, and the few things they say to each other."""
 
+import ctypes
 import logging
 import os
 import shutil
@@ -69,6 +70,7 @@ def start_processes() -> Processes:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
@@ -79,6 +81,17 @@ def start_processes() -> Processes:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc reuse the memory of freed activations instead of returning it to the system after every layer.
+
+    Returned memory comes back as zeroed pages, one fault each: 10 to 20 % of a training step on 2 cores.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger blocks are mapped one by one
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap is kept up to this
 
 
 def _free_port() -> str:

@@ -54,7 +54,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         if saved is None:
             self.method.prepare(self._teacher_batches())
-            torch.manual_seed(config.run.seed + 3 + processes.rank)  # dropout differs between processes
+            torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes
         else:
             self.step = int(saved["step"])
             restore_optimizer_state(self.engine, saved["optimizer"])
@@ -166,8 +166,10 @@ class Trainer:
         average_buffers(self.side, self.processes)
         if self.average is not None:
             average_buffers(self.average, self.processes)
-        self._save()
-        if number := self.stop.agreed():
+        number = self.stop.agreed()
+        if number or self._evaluation_due():  # short epochs would otherwise spend their time on the disk
+            self._save()
+        if number:
             raise Interrupted(number, f"[{self.name}] stopped at step {self.step}; saved {self.folder / ckpt.LAST}")
 
     def _save(self) -> None:
@@ -181,13 +183,18 @@ class Trainer:
             processes=self.processes,
         )
 
+    def _evaluation_due(self) -> bool:
+        """Whether this step ends the run, or an epoch that is evaluated, and was not evaluated before a resume."""
+        epoch, inside = divmod(self.step, self.experiment.steps_per_epoch)
+        due = not inside and epoch > 0 and epoch % self.config.run.evaluate_every_epochs == 0
+        last = self.step == self.experiment.total_steps
+        return (due or last) and not any(record["step"] == self.step for record in self.evaluations)
+
     def _evaluate_if_due(self) -> None:
         """Evaluates at the end of an epoch, once, and keeps the best student."""
-        per_epoch, total = self.experiment.steps_per_epoch, self.experiment.total_steps
-        epoch = -(-self.step // per_epoch)
-        due = self.step == total or (self.step % per_epoch == 0 and epoch % self.config.run.evaluate_every_epochs == 0)
-        if not due or self.step == 0 or any(r["step"] == self.step for r in self.evaluations):
+        if not self._evaluation_due():
             return
+        epoch = -(-self.step // self.experiment.steps_per_epoch)
         values: dict[str, Any] = {"epoch": epoch, **self._evaluate("val")}
         values.update(
             head_indicators(
