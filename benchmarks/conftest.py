@@ -7,6 +7,10 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from unikd_fast.engine.processes import reuse_freed_memory
+
+reuse_freed_memory()  # as a run does; here before any benchmark, so that their order does not matter
+
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """pytest-benchmark shows times, and keeps what was measured beside them for its JSON."""

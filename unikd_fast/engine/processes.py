@@ -70,7 +70,7 @@ def start_processes() -> Processes:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _keep_freed_memory()
+        reuse_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
@@ -83,7 +83,7 @@ def start_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
-def _keep_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Makes glibc reuse the memory of freed activations instead of returning it to the system after every layer.
 
     Returned memory comes back as zeroed pages, one fault each: 10 to 20 % of a training step on 2 cores.
