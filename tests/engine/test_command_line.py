@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, run, write_config
+from real_runs import ROOT, run, write_config
 from safetensors.torch import load_file
 
 from unikd_fast.models import build_model

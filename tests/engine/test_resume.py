@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import kill_group, run, start, train_records, wait_for_step, write_config
+from real_runs import kill_group, run, start, train_records, wait_for_step, write_config
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
