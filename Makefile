@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench]'
 	@touch $@
 
-distill: setup ## distil on scikit-learn's digits and print the table (5 minutes on 2 cores)
+distill: setup ## distil on scikit-learn's digits and print the table (2 minutes on 2 cores)
 	$(RUN) deepspeed launch_distill.py --config configs/digits.json --resume auto
 
 test: setup ## the test suite
