@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
     "student": {"model": "torchvision/mobilenet_v3_small"},
     "distill": {"method": "unikd", "teacher_head": "anchored", "alpha_ramp_epochs": 1.0},
     "train": {
-        "total_epochs": 2,
+        "total_epochs": 3,
         "global_batch_size": 16,
         "accumulation_steps": 2,
         "learning_rate": 0.05,

@@ -93,7 +93,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     for part in (
         "1,528,106 parameters",
         "96 training samples",
-        "6 per epoch, 12 in all",
+        "6 per epoch, 18 in all",
         "MiB per process",
         "16 = 1 processes x 8 x 2",
     ):

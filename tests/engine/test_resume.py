@@ -42,7 +42,7 @@ def test_killed_mid_epoch_and_resumed_equals_uninterrupted(
     kill_group(process, signal.SIGKILL)
     process.wait()
     saved = torch.load(tmp_path / "cut" / "checkpoints" / "last.pt", weights_only=True)
-    assert 7 <= saved["step"] < 12
+    assert 7 <= saved["step"] < 18
     assert not (tmp_path / "cut" / "result.json").exists()
 
     done = run(cut, "--resume", "auto", launcher=launcher, processes=processes)
@@ -61,7 +61,7 @@ def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
     assert process.returncode == 128 + number, output
     saved = torch.load(tmp_path / "stopped" / "checkpoints" / "last.pt", weights_only=True)
     assert f"stopped at step {saved['step']}" in output
-    assert 2 <= saved["step"] < 12
+    assert 2 <= saved["step"] < 18
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
