@@ -7,35 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from folder_images import RESIZED, SIZE, loader, write_images
 
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import build_loader
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
-
-SIZE = 16
-RESIZED = Augmentation(crop="resized", flip_probability=0.5, eval_resize=20)
-
-
-def write_images(root: Path, sizes: dict[str, int]) -> Path:
-    generator = np.random.default_rng(0)
-    for part, count in sizes.items():
-        for i in range(count):
-            folder = root / part / f"class_{i % 3}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{i:03}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
     return load_image_folder(write_images(tmp_path_factory.mktemp("images"), {"train": 26, "val": 11}), SIZE)
-
-
-def loader(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: int | bool) -> Loader:
-    arguments = {"seed": 3, "global_batch_size": 8, "workers": 0, **changes}
-    return build_loader(splits, augmentation=augmentation, device="cpu", **arguments)  # type: ignore[arg-type]
 
 
 def test_an_iterator_that_lost_its_workers_says_so(splits: DataSplits) -> None:

@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from folder_images import RESIZED, SIZE, loader, write_images
 from PIL import Image
 from torch import Tensor
 
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 from unikd_fast.values import Batch
 
-SIZE = 16
-RESIZED = Augmentation(crop="resized", flip_probability=0.5, eval_resize=20)
 CROPS = [
     Augmentation(flip_probability=0.5, eval_resize=20),
     Augmentation(crop="pad", padding=3, flip_probability=0.5, eval_resize=20),
@@ -26,26 +24,9 @@ CROPS = [
 crops = pytest.mark.parametrize("augmentation", CROPS, ids=lambda a: a.crop)
 
 
-def write_images(root: Path, sizes: dict[str, int], fixed_size: int | None = None) -> Path:
-    generator = np.random.default_rng(0)
-    for part, count in sizes.items():
-        for i in range(count):
-            folder = root / part / f"class_{i % 3}"
-            folder.mkdir(parents=True, exist_ok=True)
-            height, width = (fixed_size,) * 2 if fixed_size else generator.integers(14, 60, 2)
-            pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i:03}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
     return load_image_folder(write_images(tmp_path_factory.mktemp("images"), {"train": 26, "val": 11}), SIZE)
-
-
-def loader(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: int | bool) -> Loader:
-    arguments = {"seed": 3, "global_batch_size": 8, "workers": 0, **changes}
-    return build_loader(splits, augmentation=augmentation, device="cpu", **arguments)  # type: ignore[arg-type]
 
 
 def assert_same(batches: list[Batch], expected: list[Batch]) -> None:

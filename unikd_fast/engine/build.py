@@ -13,7 +13,7 @@ from unikd_fast.data.augmentation import Augmentation, Crop
 from unikd_fast.data.datasets import DataSplits, open_data
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.sharding import local_batch_size, zero_stage
+from unikd_fast.engine.sharding import local_batch_size
 from unikd_fast.engine.student import StudentSide
 from unikd_fast.methods import KD, Method, StudentAlone, UniKD
 from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, extract_features
@@ -91,10 +91,6 @@ def _build(config: Config, processes: Processes) -> Experiment:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
     )
-    if method.companion is not None and zero_stage(config) > 1:
-        raise ConfigError(
-            "distill.teacher_head = 'literal' trains the head outside the engine's forward; use ZeRO stage 0 or 1"
-        )
     side = StudentSide(student, method.adapter, method.companion).to(processes.device)
     teacher = None
     if teacher_network is not None:
