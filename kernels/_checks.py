@@ -4,22 +4,45 @@ All but one of the checks look at shapes, types and devices alone: no synchronis
 them under torch.compile. `check_labels` reads the labels where that is free, on the CPU outside of a compiled graph.
 """
 
+import importlib.util
+import math
+import os
+
 import torch
 from torch import Tensor
+
+from unikd_fast.kernels.reference_divergences import DIVERGENCES
+from unikd_fast.values import QuantizedLogits, TopKLogits
 
 _REDUCTIONS = ("batchmean", "mean", "sum", "none")
 _FEATURE_REDUCTIONS = ("mean", "sum")
 _IMPLS = ("auto", "reference", "fused")
 
 
-def choose_impl(function: str, impl: str) -> str:
-    """Give the implementation that runs for `impl`; "fused" never falls back."""
-    _check_one_of(function, "impl", impl, _IMPLS)
+def choose_impl(function: str, impl: str, *tensors: Tensor) -> str:
+    """Give the implementation that runs for `impl`, "fused" or "reference"; "fused" never falls back."""
+    check_impl(function, impl)
+    if impl == "reference":
+        return impl
+    device = tensors[0].device
+    reason = ""
+    if device.type not in ("cuda", "cpu"):
+        reason = f"needs a GPU, got tensors on {device}; move them to one or use impl='auto'"
+    elif any(x.dtype == torch.float64 for x in tensors):
+        reason = "computes in fp32, got torch.float64; use impl='auto', or pass .float()"
+    elif device.type == "cpu" and (impl == "auto" or os.environ.get("TRITON_INTERPRET") != "1"):
+        reason = "needs a GPU, got tensors on cpu; move them to one or use impl='auto'"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "needs the package triton, which is not installed; install it or use impl='auto'"
+    if not reason:
+        return "fused"
     if impl == "fused":
-        raise NotImplementedError(
-            f"{function}: impl='fused' has no kernel in this version; use impl='auto' or impl='reference'"
-        )
+        raise RuntimeError(f"{function}: impl='fused' {reason}")
     return "reference"
+
+
+def check_impl(function: str, impl: str) -> None:
+    _check_one_of(function, "impl", impl, _IMPLS)
 
 
 def check_reduction(function: str, reduction: str) -> None:
@@ -44,8 +67,109 @@ def check_label_smoothing(function: str, label_smoothing: float) -> None:
         raise ValueError(f"{function}: label_smoothing must lie in [0, 1], got {label_smoothing}")
 
 
-def check_logits(function: str, student: Tensor, teacher: Tensor) -> None:
-    _check_same(function, "student and teacher logits", "student logits", student, "teacher logits", teacher)
+def check_divergence(function: str, divergence: str, beta: float) -> None:
+    _check_one_of(function, "divergence", divergence, DIVERGENCES)
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(
+            f"{function}: beta must lie in (0, 1) for divergence='jsd', got {beta}; its limits are "
+            f"divergence='forward' and 'reverse'"
+        )
+
+
+def check_standardizable(function: str, logits: Tensor) -> None:
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"{function}: standardized=True needs at least 2 classes, got {logits.shape[-1]}; leave it out"
+        )
+
+
+def check_two_classes(function: str, logits: Tensor) -> None:
+    if logits.shape[-1] < 2:
+        raise ValueError(f"{function}: needs at least 2 classes, got {logits.shape[-1]}; there is nothing to decouple")
+
+
+def check_weight(function: str, name: str, weight: float | Tensor, logits: Tensor) -> None:
+    """Refuse a tensor that is not a constant 0-d one on the logits' device."""
+    if not isinstance(weight, Tensor):
+        return
+    if weight.ndim != 0:
+        raise ValueError(f"{function}: {name} must be a number or a 0-d tensor, got shape {tuple(weight.shape)}")
+    if weight.device != logits.device:
+        raise ValueError(
+            f"{function}: {name} must be on the logits' device, got {weight.device} and {logits.device}; "
+            f"pass {name}.to(logits.device)"
+        )
+    if weight.requires_grad:
+        raise ValueError(f"{function}: {name} is a constant, got a tensor that requires a gradient; detach it")
+
+
+def check_normalizer(function: str, normalizer: float | Tensor | None, logits: Tensor) -> None:
+    if normalizer is None:
+        return
+    check_weight(function, "normalizer", normalizer, logits)
+    if not isinstance(normalizer, Tensor) and not 0 < normalizer < float("inf"):
+        raise ValueError(
+            f"{function}: normalizer must be finite and above 0, got {normalizer}; pass the number of rows"
+        )
+
+
+def check_teacher(function: str, student: Tensor, teacher: Tensor | QuantizedLogits | TopKLogits) -> None:
+    """Refuse a teacher that does not fit the student's logits, whatever the form it is stored in."""
+    if isinstance(teacher, Tensor):
+        _check_same(function, "student and teacher logits", "student logits", student, "teacher logits", teacher)
+        return
+    _check_floating(function, "student logits", student)
+    if not isinstance(teacher, (QuantizedLogits, TopKLogits)):
+        raise TypeError(
+            f"{function}: the teacher must be logits, QuantizedLogits or TopKLogits, got {type(teacher).__name__}"
+        )
+    if isinstance(teacher, QuantizedLogits):
+        if teacher.values.dtype not in (torch.uint8, torch.float16):
+            raise TypeError(
+                f"{function}: quantised values must be uint8 or float16, got {teacher.values.dtype}; "
+                f"make them with quantize_logits"
+            )
+        if teacher.values.shape != student.shape:
+            raise ValueError(
+                f"{function}: student logits and the teacher's quantised values must have one shape, got "
+                f"{tuple(student.shape)} and {tuple(teacher.values.shape)}"
+            )
+        per_row = {"scale": teacher.scale, "offset": teacher.offset}
+    else:
+        _check_topk(function, student, teacher)
+        per_row = {"log_sum_exp": teacher.log_sum_exp}
+    for name, x in per_row.items():
+        _check_floating(function, f"the teacher's {name}", x)
+        _check_rows(function, f"the teacher's {name}", x, student)
+    for x in teacher:
+        if x.device != student.device:
+            raise ValueError(
+                f"{function}: student and teacher must be on one device, got {student.device} and {x.device}; "
+                f"move one of them"
+            )
+
+
+def check_topk_settings(function: str, temperature: float, divergence: str, standardized: bool) -> None:
+    if temperature != 1 or divergence != "forward" or standardized:
+        raise ValueError(
+            f"{function}: TopKLogits hold the teacher at temperature 1, for the forward divergence of logits as they "
+            f"are, got temperature {temperature}, divergence {divergence!r}, standardized {standardized}; store "
+            f"QuantizedLogits instead"
+        )
+
+
+def check_anchor(function: str, anchor: tuple[Tensor, Tensor], teacher: Tensor | QuantizedLogits | TopKLogits) -> None:
+    if isinstance(teacher, TopKLogits):
+        raise TypeError(f"{function}: anchor needs all of the teacher's logits, got TopKLogits; store QuantizedLogits")
+    if len(anchor) != 2:
+        raise ValueError(f"{function}: anchor must be a pair (mean, log_var), got {len(anchor)} items")
+    _check_same(function, "anchor mean and log_var", "anchor mean", anchor[0], "anchor log_var", anchor[1])
+    logits = teacher.values if isinstance(teacher, QuantizedLogits) else teacher
+    if anchor[0].shape != logits.shape:
+        raise ValueError(
+            f"{function}: anchor and teacher logits must have one shape, got {tuple(anchor[0].shape)} and "
+            f"{tuple(logits.shape)}"
+        )
 
 
 def check_gaussians(function: str, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> None:
@@ -68,9 +192,20 @@ def check_mask(function: str, mask: Tensor | None, logits: Tensor) -> None:
     _check_rows(function, "ignore_mask", mask, logits)
 
 
-def check_labels(function: str, labels: Tensor, logits: Tensor, ignore_index: int) -> None:
+def check_labels(function: str, labels: Tensor, logits: Tensor, ignore_index: int, *, soft: bool = False) -> None:
+    """Refuse labels that are neither class indices (...,) nor, where `soft`, weights of the classes (..., K)."""
+    if soft and labels.is_floating_point() and labels.shape == logits.shape:
+        if labels.device != logits.device:
+            raise ValueError(
+                f"{function}: labels must be on the logits' device, got {labels.device} and {logits.device}"
+            )
+        return
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"{function}: labels must be integers, got {labels.dtype}; pass class indices as int64")
+        also = f", or as weights of the classes of shape {tuple(logits.shape)}" if soft else ""
+        raise TypeError(
+            f"{function}: labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}; pass class "
+            f"indices as int64{also}"
+        )
     _check_rows(function, "labels", labels, logits)
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -88,16 +223,47 @@ def _check_one_of(function: str, argument: str, value: str, allowed: tuple[str, 
         raise ValueError(f"{function}: {argument} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def _check_floating(function: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{function}: {name} must be floating point, got {tensor.dtype}; pass {name}.float()")
+
+
 def _check_same(function: str, both: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    for name, tensor in ((name_a, a), (name_b, b)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{function}: {name} must be floating point, got {tensor.dtype}; pass {name}.float()")
+    _check_floating(function, name_a, a)
+    _check_floating(function, name_b, b)
     if a.shape != b.shape:
         raise ValueError(f"{function}: {both} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     if a.ndim == 0 or a.shape[-1] == 0:
         raise ValueError(f"{function}: {both} must be (..., K) with at least one class, got {tuple(a.shape)}")
     if a.device != b.device:
         raise ValueError(f"{function}: {both} must be on one device, got {a.device} and {b.device}; move one of them")
+
+
+def _check_topk(function: str, student: Tensor, teacher: TopKLogits) -> None:
+    values, indices, _ = teacher
+    _check_floating(function, "the teacher's values", values)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{function}: the teacher's indices must be int32 or int64, got {indices.dtype}")
+    k, classes = values.shape[-1], student.shape[-1]
+    if values.shape != indices.shape or values.shape[:-1] != student.shape[:-1] or not 0 < k <= classes:
+        raise ValueError(
+            f"{function}: the teacher's values and indices must both be (..., k), 0 < k <= {classes}, for student "
+            f"logits {tuple(student.shape)}, got {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    low, high = indices.min().item(), indices.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{function}: the teacher's indices must lie in [0, {classes}), got {low if low < 0 else high}; check that "
+            f"teacher and student have as many classes"
+        )
+    excess = (values.double().logsumexp(-1) - teacher.log_sum_exp.double()).max().item()
+    if excess > 1e-2:
+        raise ValueError(
+            f"{function}: the teacher's stored probabilities must sum to at most 1, got {math.exp(excess):.4f}; "
+            f"log_sum_exp is that of all of the teacher's logits at temperature 1"
+        )
 
 
 def _check_rows(function: str, name: str, rows: Tensor, logits: Tensor) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unikd_fast.kernels.reference_divergences import divergence_rows, standardize
+
 
 def softmax_kl(
     student_logits: Tensor,
@@ -21,13 +23,14 @@ def softmax_kl(
     reduction: str = "batchmean",
     scale_by_t2: bool = True,
     ignore_mask: Tensor | None = None,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    standardized: bool = False,
+    normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """Give the divergence of the student's class distribution from the teacher's, Eq. 1 and 2.
 
         L_L = τ² KL( p_t || p_s ) = τ² Σ_k p_t,k ( ln p_t,k - ln p_s,k ),    p = softmax(z / τ)
-
-    Summed as Σ_k p_t φ(u), φ(u) = eᵘ - 1 - u, u = ln p_s - ln p_t, which is the same because p_s and p_t sum to one.
-    There every term is positive, so a student close to its teacher does not drown in cancellation.
 
     Args:
         student_logits: (..., K).
@@ -36,6 +39,10 @@ def softmax_kl(
         reduction: over rows: "none" (...,); "sum"; "batchmean" divides by the rows kept; "mean" by rows kept times K.
         scale_by_t2: whether the factor τ² is there. Eq. 1 prints none; it keeps the gradient's size independent of τ.
         ignore_mask: (...,) bool, True for a row to leave out: loss 0 and gradient 0 whatever the row holds.
+        divergence: "forward" as above, "reverse" or "jsd", see `reference_divergences.divergence_rows`.
+        beta: weight of the teacher in "jsd".
+        standardized: whether each row of logits is standardised first, gradient included.
+        normalizer: what "batchmean" and "mean" divide by in place of the number of rows kept.
 
     Returns:
         A scalar, or (...,). No rows at all give 0. A class at -inf in both adds 0, in the student alone +inf.
@@ -44,23 +51,18 @@ def softmax_kl(
         >>> softmax_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, float("-inf")]]))
         tensor(0.6931)
     """
-    student, teacher = _at_least_fp32(student_logits), _at_least_fp32(teacher_logits)
+    student, teacher = at_least_fp32(student_logits), at_least_fp32(teacher_logits)
     if ignore_mask is not None:  # before the softmax: what is masked may be NaN, and 0 * NaN is NaN in a gradient
         student = student.masked_fill(ignore_mask[..., None], 0.0)
         teacher = teacher.masked_fill(ignore_mask[..., None], 0.0)
+    if standardized:
+        student, teacher = standardize(student), standardize(teacher)
     log_q = F.log_softmax(student / temperature, dim=-1)
     log_p = F.log_softmax(teacher / temperature, dim=-1)
-    q, p = log_q.exp(), log_p.exp()
-    absent = p == 0  # 0 ln 0 = 0
-    u = (log_q - log_p).masked_fill(absent, 0.0)
-    far = absent | (u.abs() >= 1)
-    # eᵘ may overflow where p is tiny, so away from u = 0 write p eᵘ as q; there nothing cancels.
-    small_u = u.masked_fill(far, 0.0)
-    terms = torch.where(far, q - p - p * u, p * (torch.expm1(small_u) - small_u))
-    rows = terms.sum(dim=-1)
+    rows = divergence_rows(log_p, log_q, divergence, beta)
     if scale_by_t2:
         rows = rows * temperature**2
-    return reduce_rows(rows, reduction, classes=student.shape[-1], ignore_mask=ignore_mask)
+    return reduce_rows(rows, reduction, classes=student.shape[-1], ignore_mask=ignore_mask, normalizer=normalizer)
 
 
 def gaussian_kl(
@@ -71,6 +73,7 @@ def gaussian_kl(
     *,
     reduction: str = "batchmean",
     feature_reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """Give the divergence of the teacher's feature distribution from the student's, Eq. 6, for v = σ².
 
@@ -85,6 +88,7 @@ def gaussian_kl(
         teacher_log_var: ln v_t (..., K).
         reduction: over rows: "none" (...,); "sum"; "batchmean" and "mean" divide by the rows.
         feature_reduction: over k: "sum" as in Eq. 6, or "mean", which keeps the weight α meaningful across K.
+        normalizer: what "batchmean" and "mean" divide by in place of the number of rows.
 
     Returns:
         A scalar, or (...,).
@@ -94,39 +98,50 @@ def gaussian_kl(
         >>> gaussian_kl(zero + 2, zero, zero, zero, feature_reduction="sum")
         tensor(4.)
     """
-    mean_s, log_var_s = _at_least_fp32(student_mean), _at_least_fp32(student_log_var)
-    mean_t, log_var_t = _at_least_fp32(teacher_mean), _at_least_fp32(teacher_log_var)
+    mean_s, log_var_s = at_least_fp32(student_mean), at_least_fp32(student_log_var)
+    mean_t, log_var_t = at_least_fp32(teacher_mean), at_least_fp32(teacher_log_var)
     d = log_var_s - log_var_t
     terms = 0.5 * (torch.expm1(d) - d + (mean_t - mean_s).square() * torch.exp(-log_var_t))
     rows = terms.mean(dim=-1) if feature_reduction == "mean" else terms.sum(dim=-1)
     # The class axis has been dealt with, so "mean" has no K left to divide by.
-    return reduce_rows(rows, reduction, classes=1)
+    return reduce_rows(rows, reduction, classes=1, normalizer=normalizer)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
     """Give the task loss L_CE of Eq. 7, the mean over the labelled rows; 0 if there are none.
 
     Args:
         logits: (..., K).
-        labels: (...,) integer.
+        labels: (...,) integer, or (..., K) floating-point weights of the classes, as mixup makes them.
         label_smoothing: share of the target spread evenly over the K classes, in [0, 1].
         ignore_index: label of the rows to leave out.
+        normalizer: what the sum over rows is divided by in place of the number of labelled rows.
 
     Example:
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
         tensor(0.6931)
     """
-    rows = F.cross_entropy(
-        _at_least_fp32(logits).reshape(-1, logits.shape[-1]),
-        labels.reshape(-1).long(),
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction="sum",
+    rows = at_least_fp32(logits).reshape(-1, logits.shape[-1])
+    if labels.is_floating_point():
+        targets, kept = at_least_fp32(labels).reshape(rows.shape), max(rows.shape[0], 1)
+        total = F.cross_entropy(rows, targets.to(rows.dtype), label_smoothing=label_smoothing, reduction="sum")
+        return total / (kept if normalizer is None else normalizer)
+    total = F.cross_entropy(
+        rows, labels.reshape(-1).long(), label_smoothing=label_smoothing, ignore_index=ignore_index, reduction="sum"
     )
-    return rows / (labels != ignore_index).sum().clamp(min=1)
+    return total / ((labels != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
 
 
-def gaussian_anchor(teacher_logits: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+def gaussian_anchor(
+    teacher_logits: Tensor, mean: Tensor, log_var: Tensor, *, normalizer: float | Tensor | None = None
+) -> Tensor:
     """Give the loss that holds the predicted Gaussian to the teacher's own logits, so that the head cannot collapse.
 
         L_anchor = 1/2 mean_k[ (y - m)² / v + ln v ],    y = ( z - mean_k z ) / sqrt( var_k z + 1e-5 )
@@ -139,6 +154,7 @@ def gaussian_anchor(teacher_logits: Tensor, mean: Tensor, log_var: Tensor) -> Te
         teacher_logits: z (..., K), before the temperature.
         mean: m (..., K), predicted from the teacher's features.
         log_var: ln v (..., K), likewise.
+        normalizer: what the sum over rows is divided by in place of their number.
 
     Returns:
         A scalar, which may be negative.
@@ -148,24 +164,36 @@ def gaussian_anchor(teacher_logits: Tensor, mean: Tensor, log_var: Tensor) -> Te
         >>> gaussian_anchor(torch.tensor([[1.0, 3.0]]), zero, zero)
         tensor(0.5000)
     """
-    logits, mean, log_var = _at_least_fp32(teacher_logits), _at_least_fp32(mean), _at_least_fp32(log_var)
+    logits, mean, log_var = at_least_fp32(teacher_logits), at_least_fp32(mean), at_least_fp32(log_var)
     target = F.layer_norm(logits, logits.shape[-1:], eps=1e-5)
     terms = 0.5 * ((target - mean).square() * torch.exp(-log_var) + log_var)
-    return reduce_rows(terms.mean(dim=-1), "batchmean", classes=1)
+    return reduce_rows(terms.mean(dim=-1), "batchmean", classes=1, normalizer=normalizer)
 
 
-def reduce_rows(rows: Tensor, reduction: str, *, classes: int, ignore_mask: Tensor | None = None) -> Tensor:
+def reduce_rows(
+    rows: Tensor,
+    reduction: str,
+    *,
+    classes: int,
+    ignore_mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
     """Reduce per-row losses (...,); ignored rows do not count and no rows give 0. The count stays on the device."""
     if reduction == "none":
-        return rows
+        # What was masked went through the arithmetic as a row of zeros; its loss is 0 up to rounding, here exactly.
+        return rows if ignore_mask is None else rows.masked_fill(ignore_mask, 0.0)
     total = rows.sum()
     if reduction == "sum":
         return total
-    kept = max(rows.numel(), 1) if ignore_mask is None else (~ignore_mask).sum().clamp(min=1)
+    kept: float | Tensor
+    if normalizer is not None:
+        kept = normalizer
+    else:
+        kept = max(rows.numel(), 1) if ignore_mask is None else (~ignore_mask).sum().clamp(min=1)
     return total / (kept * classes if reduction == "mean" else kept)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 

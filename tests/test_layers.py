@@ -17,7 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "kernels": {"values"},
     "losses": {"kernels", "values"},
-    "loss_modules": {"losses", "kernels", "values"},
+    "compressed": {"kernels", "values"},
+    "compat": {"losses", "kernels", "values"},
     "fusion": {"kernels", "values"},
     "distribution": {"kernels", "values"},
     "methods": {"losses", "fusion", "distribution", "kernels", "values"},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": set(),
     "engine": {"config", "errors", "methods", "losses", "models", "data", "teacher", "report", "values"},
 }
-FIRST_PARTY_ONLY_TORCH = ("values", "errors", "kernels", "losses", "loss_modules", "fusion", "distribution")
+FIRST_PARTY_ONLY_TORCH = ("values", "errors", "kernels", "losses", "compressed", "fusion", "distribution")
 
 
 def modules() -> list[Path]:

@@ -66,9 +66,9 @@ class TestErrors:
                 "impl must be one of auto, reference, fused, got 'triton'",
             ),
             (
-                lambda: softmax_kl(logits(2, 3), logits(2, 3), impl="fused"),
-                NotImplementedError,
-                "softmax_kl: impl='fused' has no kernel in this version; use impl='auto' or impl='reference'",
+                lambda: softmax_kl(logits(2, 3, device="meta"), logits(2, 3, device="meta"), impl="fused"),
+                RuntimeError,
+                "softmax_kl: impl='fused' needs a GPU, got tensors on meta; move them to one or use impl='auto'",
             ),
             (
                 lambda: softmax_kl(logits(2, 3), logits(2, 3), ignore_mask=torch.ones(2)),

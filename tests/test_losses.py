@@ -193,5 +193,5 @@ class TestModules:
             SoftmaxKL(temperature=-1)
         with pytest.raises(ValueError, match="GaussianKL: feature_reduction must be one of mean, sum, got 'max'"):
             GaussianKL(feature_reduction="max")
-        with pytest.raises(NotImplementedError, match="UniKDLoss: impl='fused' has no kernel"):
-            UniKDLoss(impl="fused")
+        with pytest.raises(ValueError, match="UniKDLoss: impl must be one of auto, reference, fused, got 'triton'"):
+            UniKDLoss(impl="triton")

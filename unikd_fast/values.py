@@ -31,6 +31,22 @@ class Gaussian(NamedTuple):
     log_var: Tensor  # (N, K)
 
 
+class QuantizedLogits(NamedTuple):
+    """A teacher's logits in one or two bytes a class: z ≈ scale values + offset, row by row."""
+
+    values: Tensor  # (..., K) uint8 or fp16
+    scale: Tensor  # (...,) fp32
+    offset: Tensor  # (...,) fp32
+
+
+class TopKLogits(NamedTuple):
+    """A teacher's k largest logits, and the log-sum-exp of all K of them at τ = 1."""
+
+    values: Tensor  # (..., k)
+    indices: Tensor  # (..., k) int32 or int64, distinct in a row
+    log_sum_exp: Tensor  # (...,)
+
+
 class StudentOutput(NamedTuple):
     """The student's side of a step: its logits and, for methods that compare features, the fused and pooled vector."""
 

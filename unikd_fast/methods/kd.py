@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from unikd_fast.kernels import reference
-from unikd_fast.losses import LossTerms, softmax_kl
+from unikd_fast.losses import LossTerms, unikd_loss
 from unikd_fast.methods.method import Method
 from unikd_fast.values import StudentOutput, Target
 
@@ -17,7 +16,7 @@ class KD(Method):
         temperature: τ.
         scale_by_t2: with the factor τ².
         label_smoothing: of the cross-entropy.
-        impl: implementation of the softmax KL.
+        impl: implementation of the losses, see unikd_loss.
     """
 
     needs_levels = False
@@ -38,13 +37,14 @@ class KD(Method):
 
     def loss(self, student: StudentOutput, target: Target | None, labels: Tensor) -> LossTerms:
         assert target is not None
-        ce = reference.cross_entropy(student.logits, labels, label_smoothing=self.label_smoothing)
-        logit_kl = softmax_kl(
+        return unikd_loss(
             student.logits,
             target.logits,
+            labels,
+            ce_weight=self.ce_weight,
+            beta=self.beta,
             temperature=self.temperature,
             scale_by_t2=self.scale_by_t2,
+            label_smoothing=self.label_smoothing,
             impl=self.impl,
         )
-        total = self.ce_weight * ce + self.beta * logit_kl
-        return LossTerms(total, ce.detach(), ce.new_zeros(()), logit_kl.detach())

@@ -128,17 +128,15 @@ class UniKD(Method):
         gaussian = target.gaussian
         if self.teacher_head != "literal":
             gaussian = Gaussian(gaussian.mean.detach(), gaussian.log_var.detach())
-        terms = self.terms(
+        return self.terms(
             student.logits,
             target.logits,
             labels,
             self.student_gaussian(student.pooled),
             gaussian,
             alpha=self.alpha,
+            anchor=target.gaussian if self.teacher_head == "anchored" else None,
         )
-        if self.teacher_head == "anchored":
-            terms = terms._replace(anchor=self.trainer.anchor(target.gaussian, target.logits))
-        return terms
 
     def train_head(self, terms: LossTerms, *, accumulation_steps: int, update: bool) -> None:
         if self.teacher_head != "anchored":
