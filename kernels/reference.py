@@ -179,9 +179,10 @@ def reduce_rows(
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """Reduce per-row losses (...,); ignored rows do not count and no rows give 0. The count stays on the device."""
+    if ignore_mask is not None:
+        rows = rows.masked_fill(ignore_mask, 0.0)
     if reduction == "none":
-        # What was masked went through the arithmetic as a row of zeros; its loss is 0 up to rounding, here exactly.
-        return rows if ignore_mask is None else rows.masked_fill(ignore_mask, 0.0)
+        return rows
     total = rows.sum()
     if reduction == "sum":
         return total

@@ -66,7 +66,7 @@ def topk_kl(
     student, top, lse = at_least_fp32(student_logits), at_least_fp32(values), at_least_fp32(log_sum_exp)
     if ignore_mask is not None:
         student, top = (x.masked_fill(ignore_mask[..., None], 0.0) for x in (student, top))
-        lse = lse.masked_fill(ignore_mask, 0.0)
+        lse = lse.masked_fill(ignore_mask, math.log(top.shape[-1]))
     index = indices.long()
     log_p, log_q_all = top - lse[..., None], F.log_softmax(student, dim=-1)
     log_q = log_q_all.gather(-1, index)

@@ -57,5 +57,4 @@ def dkd(
         binary.append(torch.cat([log_p.gather(-1, target), without_target.logsumexp(-1, keepdim=True)], dim=-1))
         others.append(F.log_softmax(without_target, dim=-1))
     rows = (alpha * kl_rows(*binary) + beta * kl_rows(*others)) * temperature**2
-    rows = rows.masked_fill(ignored, 0.0)
     return reduce_rows(rows, reduction, classes=student.shape[-1], ignore_mask=ignored, normalizer=normalizer)

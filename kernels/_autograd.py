@@ -1,0 +1,178 @@
+"""Losses whose gradient is computed together with their value.
+
+A kernel that has both rows of logits on chip can write the gradient for the price of its bytes; a backward pass of its
+own would read both rows again. What is left for backward is the upstream gradient:
+
+- It is 1 for a loss that is backpropagated as it is. Looking would cost a synchronisation, so a kernel looks, and
+  touches the gradient only if it has to. It writes in place, since the buffer is used once.
+- A second backward pass through the same graph finds the buffer gone and computes the gradient anew.
+- fp16 gradients before the multiplication by a loss scale would underflow: for fp16 inputs nothing is computed in
+  forward, and backward computes the gradient with the upstream factor inside.
+
+Under torch.compile the same launch is a functional custom operator, for which graphs and fake tensors work; in eager
+mode that would cost several times the time per call, so there it is an autograd.Function.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unikd_fast.kernels._multiply import multiply_in_place
+
+Tensors = Sequence[Tensor | None]
+# Inputs, whose gradients are wanted, upstream factors (then no outputs), settings -> outputs, gradients.
+LaunchLoss = Callable[..., tuple[list[Tensor | None], list[Tensor | None]]]
+
+
+class FusedLoss:
+    """One loss: how it is launched, and what its inputs and outputs are.
+
+    Args:
+        name: of the operator, `unikd_fast::name`.
+        inputs: names of the tensors; all but the first may be None.
+        gradient_of: for each input, the output whose gradient it gets; -1 for an input that never has one.
+        settings: schema of what else `launch` takes, by name, such as {"temperature": "float"}.
+        outputs: how many; the first `differentiable` of them carry gradients.
+        launch: `launch(inputs, wanted, upstream, **settings)` gives the outputs and the gradients of the inputs.
+            `wanted` says of each input whether its gradient is wanted. With `upstream`, a factor per differentiable
+            output (0-d, or one per row), the gradients are multiplied by it and there are no outputs.
+        output_shapes: shape of each output given the first input and the settings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        inputs: Sequence[str],
+        gradient_of: Sequence[int],
+        settings: dict[str, str],
+        outputs: int,
+        launch: LaunchLoss,
+        differentiable: int = 1,
+        output_shapes: Callable[..., list[tuple[int, ...]]],
+    ) -> None:
+        self.inputs, self.gradient_of, self.settings = tuple(inputs), tuple(gradient_of), settings
+        self.outputs, self.differentiable = outputs, differentiable
+        self.launch, self.output_shapes = launch, output_shapes
+        arguments = [f"Tensor{'' if i == 0 else '?'} {x}" for i, x in enumerate(inputs)]
+        arguments += ["bool[] wanted", *(f"Tensor? upstream{i}" for i in range(differentiable))]
+        arguments += [f"{kind} {x}" for x, kind in settings.items()]
+        returns = ", ".join(["Tensor"] * (outputs + len(inputs)))
+        operator = torch.library.custom_op(
+            f"unikd_fast::{name}", self._operator, mutates_args=(), schema=f"({', '.join(arguments)}) -> ({returns})"
+        )
+        operator.register_fake(self._fake)
+        operator.register_autograd(self._operator_backward, setup_context=self._setup_context)
+        self.operator = getattr(torch.ops.unikd_fast, name)
+
+    def __call__(self, tensors: Tensors, **settings: Any) -> tuple[Tensor, ...]:
+        """Give the outputs, differentiable by the inputs that require a gradient."""
+        wanted = [
+            torch.is_grad_enabled() and output >= 0 and x is not None and x.requires_grad
+            for x, output in zip(tensors, self.gradient_of, strict=True)
+        ]
+        if torch.compiler.is_compiling():
+            ordered = [settings[name] for name in self.settings]
+            results = self.operator(*tensors, _now(tensors, wanted), *[None] * self.differentiable, *ordered)
+            return tuple(results[: self.outputs])
+        if not any(wanted):
+            return tuple(x for x in self.launch(tensors, wanted, None, **settings)[0] if x is not None)
+        results = _GradientInForward.apply(self, settings, wanted, *tensors)
+        return tuple(results)
+
+    def _split(self, arguments: Sequence[Any]) -> tuple[Tensors, Any, Tensors | None, dict[str, Any]]:
+        n = len(self.inputs)
+        upstream = arguments[n + 1 : n + 1 + self.differentiable]
+        settings = dict(zip(self.settings, arguments[n + 1 + self.differentiable :], strict=True))
+        return arguments[:n], arguments[n], None if all(x is None for x in upstream) else upstream, settings
+
+    def _operator(self, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, wanted, upstream, settings = self._split(arguments)
+        outputs, gradients = self.launch(tensors, wanted, upstream, **settings)
+        nothing = [None] * self.outputs
+        return tuple(_nothing(arguments[0]) if x is None else x for x in [*(outputs or nothing), *gradients])
+
+    def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, wanted, upstream, settings = self._split(arguments)
+        first = arguments[0]
+        outputs = [
+            first.new_empty(shape, dtype=torch.float32) if upstream is None else _nothing(first)
+            for shape in self.output_shapes(first, **settings)
+        ]
+        gradients = [
+            x.new_empty(x.shape) if x is not None and w else _nothing(first)
+            for x, w in zip(tensors, wanted, strict=True)
+        ]
+        return (*outputs, *gradients)
+
+    def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
+        tensors, ctx.computed, _, ctx.settings = self._split(inputs)
+        ctx.save_for_backward(*tensors, *output[self.outputs :])
+
+    def _operator_backward(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(self.inputs)
+        tensors, gradients = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        factors = upstream[: self.differentiable]
+        result: list[Tensor | None] = [None] * n
+        missing = [False] * n
+        for i, output in enumerate(self.gradient_of):
+            factor = factors[output] if output >= 0 and ctx.needs_input_grad[i] else None
+            if factor is None:
+                continue
+            if ctx.computed[i]:
+                result[i] = (gradients[i] * (factor[..., None] if factor.ndim else factor)).to(gradients[i].dtype)
+            else:
+                missing[i] = True
+        if any(missing):
+            again = self.operator(*tensors, missing, *factors, *ctx.settings.values())[self.outputs :]
+            result = [g if m else r for g, m, r in zip(again, missing, result, strict=True)]
+        return (*result, None, *[None] * self.differentiable, *[None] * len(self.settings))
+
+
+class _GradientInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: FusedLoss, settings: dict[str, Any], wanted: list[bool], *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        outputs, ctx.gradients = loss.launch(tensors, _now(tensors, wanted), None, **settings)
+        ctx.loss, ctx.settings, ctx.wanted = loss, settings, wanted
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(x for x in outputs[loss.differentiable :] if x is not None))
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        factors = upstream[: ctx.loss.differentiable]
+        result: list[Tensor | None] = [None] * len(ctx.wanted)
+        ready: list[tuple[Tensor, Tensor]] = []
+        missing = [False] * len(ctx.wanted)
+        for i, (wanted, output) in enumerate(zip(ctx.wanted, ctx.loss.gradient_of, strict=True)):
+            factor = factors[output] if wanted else None
+            if factor is None:
+                continue
+            gradient = ctx.gradients[i]
+            if gradient is None:
+                missing[i] = True
+            else:
+                result[i], ctx.gradients[i] = gradient, None
+                ready.append((gradient, factor))
+        tensors = ctx.saved_tensors  # raises if an input was changed in place since
+        if any(missing):
+            again = ctx.loss.launch(tensors, missing, factors, **ctx.settings)[1]
+            result = [g if m else r for g, m, r in zip(again, missing, result, strict=True)]
+        multiply_in_place(ready)
+        return (None, None, None, *result)
+
+
+def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:
+    """Which gradients forward computes: not those in fp16."""
+    return [bool(w and x is not None and x.dtype != torch.float16) for x, w in zip(tensors, wanted, strict=True)]
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.float32)

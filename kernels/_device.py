@@ -1,0 +1,197 @@
+"""Device functions that the loss kernels share. Everything is fp32; tiles are (ROWS, BLOCK_K), row sums (ROWS, 1).
+
+Letters as in `reference_divergences`: p the teacher's and q the student's probabilities, φ(u) = eᵘ - 1 - u.
+"""
+
+import triton
+import triton.language as tl
+
+FORWARD = tl.constexpr(0)
+REVERSE = tl.constexpr(1)
+JSD = tl.constexpr(2)
+
+
+@triton.jit
+def scalar(value, IS_POINTER: tl.constexpr):
+    """A number given as such, or in a 0-d tensor."""
+    if IS_POINTER:
+        return tl.load(value).to(tl.float32)
+    else:
+        return value
+
+
+@triton.jit
+def row_pointers(ptr, rows, stride: tl.constexpr):
+    """Pointers (ROWS, 1). The product is taken in 64 bits: N K may exceed 2^31."""
+    return ptr + rows[:, None].to(tl.int64) * stride
+
+
+@triton.jit
+def tile_pointers(row_ptrs, cols, stride: tl.constexpr):
+    if stride == 1:
+        return row_ptrs + cols[None, :]
+    else:
+        return row_ptrs + cols[None, :].to(tl.int64) * stride
+
+
+@triton.jit
+def load_logits(row_ptrs, cols, live, stride: tl.constexpr, K: tl.constexpr):
+    """Logits (ROWS, BLOCK_K) in fp32, -inf past the last class, 0 in rows that are not live."""
+    inside = (cols < K)[None, :]
+    ptrs = tile_pointers(row_ptrs, cols, stride)
+    x = tl.load(ptrs, mask=live[:, None] & inside, other=0).to(tl.float32)
+    return tl.where(inside, x, -float("inf"))
+
+
+@triton.jit
+def store_tile(row_ptrs, cols, live, x, K: tl.constexpr):
+    ptrs = row_ptrs + cols[None, :]
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=live[:, None] & (cols < K)[None, :])
+
+
+@triton.jit
+def row_sum(x):
+    return tl.sum(x, axis=1)[:, None]
+
+
+@triton.jit
+def online_max_sum(top, total, x, factor):
+    """Carry the maximum of x and Σ exp(factor (x - maximum)) over one more tile; factor > 0 is (ROWS, 1)."""
+    new = tl.maximum(top, tl.max(x, axis=1)[:, None])
+    at = tl.where(new == -float("inf"), 0.0, new)  # -inf - -inf is NaN
+    return new, total * tl.exp((top - at) * factor) + row_sum(tl.exp((x - at) * factor))
+
+
+@triton.jit
+def mean_std(ptrs, live, scale, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
+    """Mean (before the scale) and unbiased standard deviation (after it) of each row."""
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        total += row_sum(tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K), 0.0))
+    mean = total / K
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        x = tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K) - mean, 0.0)
+        total += row_sum(x * x)
+    return mean, scale * tl.sqrt(total / (K - 1))
+
+
+@triton.jit
+def standardization_share(dot, std, K: tl.constexpr):
+    """What the standardised z' takes from its gradient, as a factor of z': dot is Σ gradient z'.
+
+    The mean takes nothing from a gradient that sums to 0, the deviation its share; a constant row has none.
+    """
+    return tl.where(std == 0, 0.0, dot / ((K - 1) * tl.where(std == 0, 1.0, std)))
+
+
+@triton.jit
+def phi_near(u):
+    """φ(u) for |u| < 1/2 by its series, to the last bit of fp32."""
+    s = 1.0 / 5040 + u * (1.0 / 40320)
+    s = 1.0 / 720 + u * s
+    s = 1.0 / 120 + u * s
+    s = 1.0 / 24 + u * s
+    s = 1.0 / 6 + u * s
+    s = 0.5 + u * s
+    return u * u * s
+
+
+@triton.jit
+def expm1(u):
+    return tl.where(tl.abs(u) < 0.5, u + phi_near(u), tl.exp(u) - 1.0)
+
+
+@triton.jit
+def log1p(w):
+    """ln(1 + w) for w > -1: the rounding of 1 + w is divided out (Kahan)."""
+    y = 1.0 + w
+    return tl.where(y == 1.0, w, tl.log(y) * (w / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def phi(u):
+    return tl.where(tl.abs(u) < 0.5, phi_near(u), tl.exp(u) - 1.0 - u)
+
+
+@triton.jit
+def kl_terms(p, q, u):
+    """p φ(u), u = ln q - ln p: terms that sum to KL(p || q) over all classes."""
+    u = tl.where(p > 0, u, 1.0)  # where p is 0 the second form gives q, whatever u is
+    return tl.where(tl.abs(u) < 0.5, p * phi_near(u), (q - p) - p * u)
+
+
+@triton.jit
+def mixture_log_ratios(u, beta):
+    """ln m - ln p and ln m - ln q, for m = beta p + (1 - beta) q; of u = ln q - ln p alone, so nothing is lost in ln m."""
+    near = log1p((1 - beta) * expm1(tl.where(tl.abs(u) < 0.5, u, 0.0)))
+    a = tl.exp(-tl.abs(u))
+    far = tl.log(tl.where(u >= 0, (1 - beta) + beta * a, beta + (1 - beta) * a))
+    to_p = tl.where(tl.abs(u) < 0.5, near, tl.where(u >= 0, u + far, far))
+    to_q = tl.where(tl.abs(u) < 0.5, near - u, tl.where(u >= 0, far, far - u))
+    return to_p, to_q
+
+
+@triton.jit
+def divergence_terms(u, p, q, beta, KIND: tl.constexpr):
+    """Terms of the divergence, u = ln q - ln p; for JSD those of KL(p || m) and KL(q || m), else the second is 0."""
+    if KIND == FORWARD:
+        return kl_terms(p, q, u), 0.0 * p
+    elif KIND == REVERSE:
+        return kl_terms(q, p, -u), 0.0 * p
+    else:
+        to_p, to_q = mixture_log_ratios(u, beta)
+        m = beta * p + (1 - beta) * q
+        return kl_terms(p, m, to_p), kl_terms(q, m, to_q)
+
+
+@triton.jit
+def student_gradient(u, p, q, d1, d2, beta, KIND: tl.constexpr):
+    """Derivative of the divergence by the student's scaled logits; d1, d2 are the row sums of the terms."""
+    if KIND == FORWARD:
+        return q - p
+    elif KIND == REVERSE:
+        return q * (tl.where(q > 0, u, 0.0) - d1)
+    else:
+        _, to_q = mixture_log_ratios(u, beta)
+        return (1 - beta) * q * (-tl.where(q > 0, to_q, 0.0) - d2)
+
+
+@triton.jit
+def teacher_gradient(u, p, q, d1, d2, beta, KIND: tl.constexpr):
+    if KIND == FORWARD:
+        return p * (-tl.where(p > 0, u, 0.0) - d1)
+    elif KIND == REVERSE:
+        return p - q
+    else:
+        to_p, _ = mixture_log_ratios(u, beta)
+        return beta * p * (-tl.where(p > 0, to_p, 0.0) - d1)
+
+
+@triton.jit
+def block_sum(x):
+    """One number of a (ROWS, 1) column."""
+    return tl.sum(tl.sum(x, axis=1), axis=0)
+
+
+@triton.jit
+def last_to_arrive(ticket_ptr):
+    """Whether this program is the last one of the launch; then it sees what all the others stored before.
+
+    An integer ticket, not a lock: nobody waits. The last one resets it for the next launch on this stream.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit
+def sum_of_partials(partial_ptr, MAX_PROGRAMS: tl.constexpr):
+    """Sum over programs in one fixed order, past the L1 cache, which may be older than the other programs' stores."""
+    programs = tl.arange(0, MAX_PROGRAMS)
+    x = tl.load(partial_ptr + programs, mask=programs < tl.num_programs(0), other=0.0, cache_modifier=".cg")
+    return tl.sum(x, axis=0)

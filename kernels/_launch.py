@@ -1,0 +1,166 @@
+"""Launch sizes, and what a launch needs besides its tensors: the device, the ticket, strides.
+
+The sizes are fixed rules, one per bucket of K, so that the same input gives the same bits; no autotuning. They were
+chosen from the registers that compilation reports and from bytes in flight; no GPU has confirmed them yet.
+"""
+
+import contextlib
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Classes of a row that a tile holds on chip without spilling registers; longer rows are read block by block, twice.
+LARGEST_SINGLE_BLOCK = 16384
+MAX_PROGRAMS = 2048
+
+
+class Launch(NamedTuple):
+    """Size of a launch over rows of K classes."""
+
+    rows: int  # rows of a tile
+    block_k: int  # classes of a tile
+    single: bool  # whether a tile holds the whole row
+    num_warps: int
+    programs: int  # at most so many; each takes tiles in turn
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton takes beside the arguments.
+
+        Its default for the fusion of products and sums is about to change. Without a bound the assembler spills
+        registers to keep more threads resident than these launches have.
+        """
+        registers = min(65536 // (32 * self.num_warps), 255) // 8 * 8
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, "maxnreg": None if torch.version.hip else registers}
+
+
+class Device(NamedTuple):
+    """What the sizes depend on."""
+
+    multiprocessors: int
+    warp_size: int
+    l2_bytes: int
+
+
+def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = False) -> Launch:
+    """Give the launch for kernels that reduce rows of logits.
+
+    Args:
+        classes: K.
+        row_bytes: of all logits read for one row.
+        device: where.
+        heavy: a kernel that keeps many numbers per class: a quarter of the classes on chip.
+    """
+    block = max(16, triton.next_power_of_2(classes))
+    if block <= LARGEST_SINGLE_BLOCK // (4 if heavy else 1):
+        rows = max(1, 2048 // block)
+        return Launch(rows, block, True, _warps(rows * block, 8 if heavy else 16, device), MAX_PROGRAMS)
+    # The second reading finds in the L2 what was read before if few rows are under way: two a multiprocessor, or one.
+    resident = 2 if 2 * device.multiprocessors * row_bytes <= device.l2_bytes else 1
+    block = 2048 if heavy else 8192 // resident
+    return Launch(1, block, False, _warps(block, 8 if heavy else 16, device), resident * device.multiprocessors)
+
+
+def elementwise_launch(classes: int, device: Device) -> Launch:
+    """Give the launch for kernels that need no statistics of a row before its elements."""
+    block = min(2048, max(16, triton.next_power_of_2(classes)))
+    rows = max(1, 2048 // block)
+    return Launch(rows, block, classes <= block, _warps(rows * block, 16, device), MAX_PROGRAMS)
+
+
+def _warps(elements: int, per_thread: int, device: Device) -> int:
+    # At most half of the threads a block can have, which leaves each 128 registers.
+    return min(max(elements // (device.warp_size * per_thread), 1), 512 // device.warp_size)
+
+
+def row_launch_for(student: Tensor, teacher: Tensor, *, heavy: bool = False) -> Launch:
+    """Give `row_launch` for two tensors (N, K) where they are."""
+    classes = student.shape[-1]
+    row_bytes = classes * (student.element_size() + teacher.element_size())
+    return row_launch(classes, row_bytes, describe(student.device), heavy=heavy)
+
+
+def elementwise_launch_for(x: Tensor) -> Launch:
+    return elementwise_launch(x.shape[-1], describe(x.device))
+
+
+def programs_for(launch: Launch, rows: int, device: torch.device) -> int:
+    """Give how many programs run: no more than there are tiles, and on the CPU few, so that each takes several."""
+    limit = launch.programs if device.type == "cuda" else 3
+    return max(1, min(launch.programs, limit, math.ceil(rows / launch.rows)))
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    """Give the sizes of a device; of an H200 for the CPU, where kernels are interpreted or compiled but not timed."""
+    if device.type != "cuda":
+        return Device(132, 32, 50 * 2**20)
+    p = torch.cuda.get_device_properties(device)
+    return Device(p.multi_processor_count, getattr(p, "warp_size", 32), getattr(p, "L2_cache_size", 2**22))
+
+
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def ticket(device: torch.device) -> Tensor:
+    """Give the counter by which the last program of a launch knows itself: 0 before and after each launch.
+
+    One per stream, because launches on two streams overlap. A captured graph gets its own, zeroed in the graph.
+    """
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on the tensor's device, which need not be the current one."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Give (..., K) as (N, K): a view where the strides allow it, else a copy."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def strides(x: Tensor) -> tuple[int, int]:
+    """(row stride, class stride) of (N, K); the stride of an axis of one entry is arbitrary, and here always the same."""
+    rows, classes = x.shape
+    return (x.stride(0) if rows > 1 else classes, x.stride(1) if classes > 1 else 1)
+
+
+def flat(x: Tensor | None) -> Tensor | None:
+    """Give (...,) as a dense (N,): an upstream gradient may be an expanded number."""
+    return None if x is None else x.reshape(-1).contiguous()
+
+
+def new_gradient(x: Tensor | None, wanted: bool) -> Tensor | None:
+    """Give a dense buffer for the gradient of `x`."""
+    if x is None or not wanted:
+        return None
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def normalizer_of(
+    logits: Tensor, reduction: str, ignore_mask: Tensor | None, normalizer: float | Tensor | None
+) -> tuple[float, Tensor | None]:
+    """Give what the sum over rows is divided by: a number, or a 0-d tensor that takes its place."""
+    if reduction in ("none", "sum"):
+        return 1.0, None
+    if isinstance(normalizer, Tensor):
+        return 1.0, normalizer
+    if normalizer is not None:
+        return float(normalizer), None
+    if ignore_mask is not None:
+        return 1.0, (~ignore_mask).sum().clamp(min=1)
+    return float(max(logits.numel() // logits.shape[-1], 1)), None

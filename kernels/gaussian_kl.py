@@ -1,0 +1,223 @@
+"""Divergence of diagonal Gaussians and its gradients in one pass (Eq. 6).
+
+    L = 1/2 Σ_k [ v_s/v_t - 1 - ln( v_s/v_t ) + (m_t - m_s)² / v_t ] = 1/2 Σ_k [ φ(d) + (m_t - m_s)² e^(-l_t) ]
+
+m the means, l = ln v the log-variances, d = l_s - l_t, φ(d) = eᵈ - 1 - d. Bytes moved: four parameters read and the
+gradients asked for written, two or four.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unikd_fast.kernels._autograd import FusedLoss, Tensors
+from unikd_fast.kernels._device import (
+    block_sum,
+    expm1,
+    last_to_arrive,
+    phi,
+    row_pointers,
+    row_sum,
+    scalar,
+    store_tile,
+    sum_of_partials,
+    tile_pointers,
+)
+from unikd_fast.kernels._launch import (
+    MAX_PROGRAMS,
+    elementwise_launch_for,
+    flat,
+    new_gradient,
+    normalizer_of,
+    on_device,
+    programs_for,
+    rows_of,
+    ticket,
+)
+
+
+@triton.jit
+def load_dense(ptr, rows, cols, inside, K: tl.constexpr):
+    """A tile of a dense (N, K) in fp32, 0 outside."""
+    return tl.load(tile_pointers(row_pointers(ptr, rows, K), cols, 1), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gaussian_rows(
+    student_mean_ptr,
+    student_log_var_ptr,
+    teacher_mean_ptr,
+    teacher_log_var_ptr,
+    student_mean_grad_ptr,
+    student_log_var_grad_ptr,
+    teacher_mean_grad_ptr,
+    teacher_log_var_grad_ptr,
+    rows,
+    live,
+    weight,  # (ROWS, 1) of a term's gradient
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sum over k of each row (ROWS, 1); writes the gradients that have a buffer."""
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        inside = live[:, None] & (cols < K)[None, :]
+        m_s = load_dense(student_mean_ptr, rows, cols, inside, K)
+        l_s = load_dense(student_log_var_ptr, rows, cols, inside, K)
+        m_t = load_dense(teacher_mean_ptr, rows, cols, inside, K)
+        l_t = load_dense(teacher_log_var_ptr, rows, cols, inside, K)
+        d = l_s - l_t
+        precision = tl.exp(-l_t)
+        distance = m_t - m_s
+        total += row_sum(tl.where(inside, 0.5 * (phi(d) + distance * distance * precision), 0.0))
+        pull = distance * precision * weight
+        if student_mean_grad_ptr is not None:
+            store_tile(row_pointers(student_mean_grad_ptr, rows, K), cols, live, -pull, K)
+        if student_log_var_grad_ptr is not None:
+            store_tile(row_pointers(student_log_var_grad_ptr, rows, K), cols, live, 0.5 * expm1(d) * weight, K)
+        if teacher_mean_grad_ptr is not None:
+            store_tile(row_pointers(teacher_mean_grad_ptr, rows, K), cols, live, pull, K)
+        if teacher_log_var_grad_ptr is not None:
+            g = -0.5 * (expm1(d) * weight + distance * pull)
+            store_tile(row_pointers(teacher_log_var_grad_ptr, rows, K), cols, live, g, K)
+    return total
+
+
+@triton.jit(do_not_specialize=["N"])
+def _gaussian_kl_kernel(
+    student_mean_ptr,  # (N, K) dense, as all that follow
+    student_log_var_ptr,
+    teacher_mean_ptr,
+    teacher_log_var_ptr,
+    normalizer,  # number, or 0-d
+    upstream_ptr,  # 0-d, (N,), or None
+    loss_ptr,  # (N,) if PER_ROW, else 0-d; None to leave it out
+    partial_ptr,  # (PROGRAMS,)
+    ticket_ptr,
+    student_mean_grad_ptr,  # (N, K), or None
+    student_log_var_grad_ptr,
+    teacher_mean_grad_ptr,
+    teacher_log_var_grad_ptr,
+    N,
+    weight,  # of a row's sum
+    K: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    NORMALIZER_IS_POINTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
+    accumulated = 0.0
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        live = rows < N
+        row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
+        if upstream_ptr is not None:
+            if PER_ROW:
+                row_weight *= tl.load(upstream_ptr + rows, mask=live, other=0.0).to(tl.float32)[:, None]
+            else:
+                row_weight *= tl.load(upstream_ptr).to(tl.float32)
+        sums = gaussian_rows(
+            student_mean_ptr, student_log_var_ptr, teacher_mean_ptr, teacher_log_var_ptr,
+            student_mean_grad_ptr, student_log_var_grad_ptr, teacher_mean_grad_ptr, teacher_log_var_grad_ptr,
+            rows, live, row_weight, K, ROWS, BLOCK_K,
+        )  # fmt: skip
+        if loss_ptr is not None:
+            losses = sums * per_row_weight
+            if PER_ROW:
+                tl.store(loss_ptr + rows[:, None], losses, mask=live[:, None])
+            else:
+                accumulated += block_sum(losses)
+    if loss_ptr is not None and not PER_ROW:
+        tl.store(partial_ptr + tl.program_id(0), accumulated)
+        if last_to_arrive(ticket_ptr):
+            tl.store(loss_ptr, sum_of_partials(partial_ptr, PROGRAMS))
+
+
+def _launch(
+    tensors: Tensors,  # student mean, log_var, teacher mean, log_var (..., K), normalizer 0-d
+    wanted: Sequence[bool],
+    upstream: Tensors | None,
+    *,
+    weight: float,
+    per_row: bool,
+    normalizer_value: float,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    first, normalizer = tensors[0], tensors[4]
+    assert first is not None
+    classes = first.shape[-1]
+    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
+    loss = partial = None
+    if upstream is None:
+        loss = torch.empty(first.shape[:-1] if per_row else (), dtype=torch.float32, device=first.device)
+    rows = first.numel() // classes
+    if rows == 0:
+        return [None if loss is None else loss.zero_()], gradients
+    parameters = [rows_of(x).contiguous() for x in tensors[:4] if x is not None]
+    launch = elementwise_launch_for(parameters[0])
+    with on_device(first):
+        if loss is not None and not per_row:
+            partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=first.device)
+        _gaussian_kl_kernel[(programs_for(launch, rows, first.device),)](
+            *parameters,
+            normalizer_value if normalizer is None else normalizer,
+            None if upstream is None else flat(upstream[0]),
+            loss,
+            partial,
+            None if partial is None else ticket(first.device),
+            *gradients[:4],
+            rows,
+            weight,
+            classes,
+            PER_ROW=per_row,
+            NORMALIZER_IS_POINTER=normalizer is not None,
+            ROWS=launch.rows,
+            BLOCK_K=launch.block_k,
+            PROGRAMS=MAX_PROGRAMS,
+            **launch.options,
+        )
+    return [loss], gradients
+
+
+_loss = FusedLoss(
+    "gaussian_kl",
+    inputs=("student_mean", "student_log_var", "teacher_mean", "teacher_log_var", "normalizer"),
+    gradient_of=(0, 0, 0, 0, -1),
+    settings={"weight": "float", "per_row": "bool", "normalizer_value": "float"},
+    outputs=1,
+    launch=_launch,
+    output_shapes=lambda first, per_row, **_: [first.shape[:-1] if per_row else ()],
+)
+
+
+def fused_gaussian_kl(
+    student_mean: Tensor,
+    student_log_var: Tensor,
+    teacher_mean: Tensor,
+    teacher_log_var: Tensor,
+    *,
+    reduction: str = "batchmean",
+    feature_reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Give `reference.gaussian_kl` from one launch."""
+    # The class axis is reduced by feature_reduction, so "mean" over rows is "batchmean".
+    value, tensor = normalizer_of(student_mean, reduction, None, normalizer)
+    (loss,) = _loss(
+        (student_mean, student_log_var, teacher_mean, teacher_log_var, tensor),
+        weight=1.0 / student_mean.shape[-1] if feature_reduction == "mean" else 1.0,
+        per_row=reduction == "none",
+        normalizer_value=value,
+    )
+    return loss
+
+
+def bytes_moved(rows: int, classes: int, element_bytes: int, *, teacher_gradient: bool = False) -> int:
+    """Give the least there is to move: four parameters read, two gradients written, or four."""
+    return (8 if teacher_gradient else 6) * rows * classes * element_bytes

@@ -1,0 +1,236 @@
+"""Divergence from a teacher of whom the largest logits are stored, and its gradient (`reference_compressed.topk_kl`).
+
+    L = Σ_{j in top k} p_j ln( p_j / q_j ) + r_t ln( r_t / r_s ),    r = 1 - Σ_{j in top k} p_j
+
+    ∂L/∂z_j = q_j - p_j in the top k,    q_j - r_t q_j / r_s elsewhere
+
+Bytes moved: the student's row and its gradient, one byte a class that marks the top k, and the stored teacher, which is
+small.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unikd_fast.kernels._autograd import FusedLoss, Tensors
+from unikd_fast.kernels._device import (
+    block_sum,
+    kl_terms,
+    last_to_arrive,
+    load_logits,
+    online_max_sum,
+    row_pointers,
+    row_sum,
+    scalar,
+    store_tile,
+    sum_of_partials,
+    tile_pointers,
+)
+from unikd_fast.kernels._launch import (
+    MAX_PROGRAMS,
+    flat,
+    new_gradient,
+    normalizer_of,
+    on_device,
+    programs_for,
+    row_launch_for,
+    rows_of,
+    strides,
+    ticket,
+)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _topk_kl_kernel(
+    student_ptr,  # (N, K)
+    marks_ptr,  # (N, K) uint8 dense, 1 in the top k
+    values_ptr,  # (N, TOP) dense
+    indices_ptr,  # (N, TOP) dense
+    log_sum_exp_ptr,  # (N,)
+    mask_ptr,  # (N,) bool, or None
+    normalizer,
+    upstream_ptr,
+    loss_ptr,
+    partial_ptr,
+    ticket_ptr,
+    grad_ptr,  # (N, K) dense, or None
+    N,
+    weight,
+    STUDENT_ROW: tl.constexpr,
+    STUDENT_COL: tl.constexpr,
+    K: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    NORMALIZER_IS_POINTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
+    accumulated = 0.0
+    top = tl.arange(0, BLOCK_TOP)
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = rows < N
+        live = inside
+        if mask_ptr is not None:
+            live = inside & (tl.load(mask_ptr + rows, mask=inside, other=1) == 0)
+        student_rows = row_pointers(student_ptr, rows, STUDENT_ROW)
+        mark_rows = row_pointers(marks_ptr, rows, K)
+        # The rest of the classes by their own maximum, so that it is exact however little there is of it.
+        max_all = tl.full([ROWS, 1], -float("inf"), tl.float32)
+        max_rest = max_all
+        sum_all = tl.zeros([ROWS, 1], tl.float32)
+        sum_rest = sum_all
+        one = tl.full([ROWS, 1], 1.0, tl.float32)
+        for start in range(0, K, BLOCK_K):
+            cols = start + tl.arange(0, BLOCK_K)
+            x = load_logits(student_rows, cols, live, STUDENT_COL, K)
+            marks = tl.load(
+                tile_pointers(mark_rows, cols, 1), mask=live[:, None] & (cols < K)[None, :], other=0
+            )
+            max_all, sum_all = online_max_sum(max_all, sum_all, x, one)
+            max_rest, sum_rest = online_max_sum(max_rest, sum_rest, tl.where(marks == 0, x, -float("inf")), one)
+        log_sum_all = max_all + tl.log(sum_all)
+        stored = live[:, None] & (top < TOP)[None, :]
+        top_ptrs = row_pointers(indices_ptr, rows, TOP) + top[None, :]
+        index = tl.load(top_ptrs, mask=stored, other=0).to(tl.int64)
+        z_t = tl.load(row_pointers(values_ptr, rows, TOP) + top[None, :], mask=stored, other=0.0).to(tl.float32)
+        z_s = tl.load(student_rows + index * STUDENT_COL, mask=stored, other=0.0).to(tl.float32)
+        lse = tl.load(log_sum_exp_ptr + rows, mask=live, other=0.0).to(tl.float32)[:, None]
+        log_p = z_t - lse
+        log_q = (z_s - max_all) - tl.log(sum_all)
+        p = tl.where(stored, tl.exp(log_p), 0.0)
+        q = tl.where(stored, tl.exp(log_q), 0.0)
+        sums = row_sum(kl_terms(p, q, log_q - log_p))
+        rest_p = tl.zeros([ROWS, 1], tl.float32)
+        if TOP < K:
+            rest_p = tl.maximum(1.0 - row_sum(p), 0.0)
+            log_rest_q = (max_rest + tl.log(sum_rest)) - log_sum_all
+            sums += kl_terms(rest_p, tl.exp(log_rest_q), log_rest_q - tl.log(rest_p))
+        if grad_ptr is not None:
+            row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
+            if upstream_ptr is not None:
+                if PER_ROW:
+                    row_weight *= tl.load(upstream_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+                else:
+                    row_weight *= tl.load(upstream_ptr).to(tl.float32)
+            grad_rows = row_pointers(grad_ptr, rows, K)
+            ptrs = grad_rows + index
+            tl.store(ptrs, ((q - p) * row_weight).to(ptrs.dtype.element_ty), mask=stored)
+            for start in range(0, K, BLOCK_K):
+                cols = start + tl.arange(0, BLOCK_K)
+                within = inside[:, None] & (cols < K)[None, :]
+                x = load_logits(student_rows, cols, live, STUDENT_COL, K)
+                marks = tl.load(tile_pointers(mark_rows, cols, 1), mask=within, other=1)
+                share = tl.exp(x - max_rest) / sum_rest
+                g = (tl.exp(x - max_all) / sum_all - rest_p * share) * row_weight
+                # The top k have theirs already, except in ignored rows, where nothing was stored above.
+                ptrs = grad_rows + cols[None, :]
+                tl.store(
+                    ptrs,
+                    tl.where(live[:, None], g, 0.0).to(ptrs.dtype.element_ty),
+                    mask=within & ((marks == 0) | (live[:, None] == 0)),
+                )
+        if loss_ptr is not None:
+            losses = tl.where(live[:, None], sums * per_row_weight, 0.0)
+            if PER_ROW:
+                tl.store(loss_ptr + rows[:, None], losses, mask=inside[:, None])
+            else:
+                accumulated += block_sum(losses)
+    if loss_ptr is not None and not PER_ROW:
+        tl.store(partial_ptr + tl.program_id(0), accumulated)
+        if last_to_arrive(ticket_ptr):
+            tl.store(loss_ptr, sum_of_partials(partial_ptr, PROGRAMS))
+
+
+def _launch(
+    tensors: Tensors,  # student (..., K), values (..., k), indices (..., k), log_sum_exp (...,), mask (...,), normalizer
+    wanted: Sequence[bool],
+    upstream: Tensors | None,
+    *,
+    weight: float,
+    per_row: bool,
+    normalizer_value: float,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    student, values, indices, log_sum_exp, mask, normalizer = tensors
+    assert student is not None
+    assert values is not None
+    assert indices is not None
+    classes, k = student.shape[-1], values.shape[-1]
+    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
+    loss = partial = None
+    if upstream is None:
+        loss = torch.empty(student.shape[:-1] if per_row else (), dtype=torch.float32, device=student.device)
+    rows = student.numel() // classes
+    if rows == 0:
+        return [None if loss is None else loss.zero_()], gradients
+    s, index = rows_of(student), rows_of(indices).contiguous()
+    launch = row_launch_for(s, s, heavy=True)
+    with on_device(student):
+        marks = torch.zeros(s.shape, dtype=torch.uint8, device=s.device).scatter_(1, index.long(), 1)
+        if loss is not None and not per_row:
+            partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=student.device)
+        _topk_kl_kernel[(programs_for(launch, rows, student.device),)](
+            s,
+            marks,
+            rows_of(values).contiguous(),
+            index,
+            flat(log_sum_exp),
+            flat(mask),
+            normalizer_value if normalizer is None else normalizer,
+            None if upstream is None else flat(upstream[0]),
+            loss,
+            partial,
+            None if partial is None else ticket(student.device),
+            gradients[0],
+            rows,
+            weight,
+            *strides(s),
+            classes,
+            TOP=k,
+            BLOCK_TOP=triton.next_power_of_2(k),
+            PER_ROW=per_row,
+            NORMALIZER_IS_POINTER=normalizer is not None,
+            ROWS=launch.rows,
+            BLOCK_K=launch.block_k,
+            PROGRAMS=MAX_PROGRAMS,
+            **launch.options,
+        )
+    return [loss], gradients
+
+
+_loss = FusedLoss(
+    "topk_kl",
+    inputs=("student_logits", "values", "indices", "log_sum_exp", "ignore_mask", "normalizer"),
+    gradient_of=(0, -1, -1, -1, -1, -1),
+    settings={"weight": "float", "per_row": "bool", "normalizer_value": "float"},
+    outputs=1,
+    launch=_launch,
+    output_shapes=lambda student, per_row, **_: [student.shape[:-1] if per_row else ()],
+)
+
+
+def fused_topk_kl(
+    student_logits: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    reduction: str = "batchmean",
+    ignore_mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Give `reference_compressed.topk_kl`."""
+    value, tensor = normalizer_of(student_logits, reduction, ignore_mask, normalizer)
+    (loss,) = _loss(
+        (student_logits, values, indices, log_sum_exp, ignore_mask, tensor),
+        weight=1.0 / student_logits.shape[-1] if reduction == "mean" else 1.0,
+        per_row=reduction == "none",
+        normalizer_value=value,
+    )
+    return loss

@@ -1,0 +1,170 @@
+"""Compiles the kernels for real GPUs without having one, exactly as the launching code would launch them.
+
+Run as a process of its own, because `TRITON_INTERPRET` is read when a kernel is defined:
+
+    python tests/kernels/compile_check.py CASE [CASE ...]
+
+prints one JSON line per compiled launch. The launching code runs on CPU tensors with its kernels replaced by a recorder;
+what it would launch is compiled for every target, and the assembler reports registers and spills.
+"""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+class Recorder:
+    """Stands in for a kernel: remembers its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, maxnreg: int | None, **kwargs: Any) -> None:
+            names = list(inspect.signature(self.kernel.fn).parameters)
+            bound = dict(zip(names, args, strict=False)) | kwargs
+            assert set(bound) == set(names), f"{self.kernel.fn.__name__}: {set(names) ^ set(bound)}"
+            self.launches.append((bound, {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion, "maxnreg": maxnreg}))
+
+        return launch
+
+
+@contextmanager
+def recorded(modules: list[Any], names: list[str]) -> Iterator[list[Recorder]]:
+    """Replace kernels in the modules that launch them."""
+    recorders = [Recorder(getattr(module, name)) for module, name in zip(modules, names, strict=True)]
+    for module, name, recorder in zip(modules, names, recorders, strict=True):
+        setattr(module, name, recorder)
+    try:
+        yield recorders
+    finally:
+        for module, name, recorder in zip(modules, names, recorders, strict=True):
+            setattr(module, name, recorder.kernel)
+
+
+def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], target: str) -> dict[str, Any]:
+    """Compile one launch and give what the assembler says of it."""
+    constexpr_names = {p.name for p in kernel.params if p.is_constexpr}
+    unspecialized = {p.name for p in kernel.params if p.do_not_specialize}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, (name, value) in enumerate((p.name, bound[p.name]) for p in kernel.params):
+        if name in constexpr_names or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and name not in unspecialized:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    if not target.startswith("sm_"):
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=dict(options)
+    )
+    report: dict[str, Any] = {"kernel": kernel.fn.__name__, "target": target, **options}
+    if target.startswith("sm_"):
+        report |= _nvidia(compiled, target)
+    else:
+        report |= _amd(compiled)
+    report["int32_row_offsets"] = int32_row_offsets(compiled.asm["ttir"])
+    return report
+
+
+def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    arch = re.search(r"\.target (sm_\w+)", ptx)
+    assert arch is not None
+    ptxas = nvidia.get_ptxas(TARGETS[target].arch).path
+    # As Triton of this version calls it.
+    options = ["--regAllocOptLevel=2"] if "--regAllocOptLevel=2" in inspect.getsource(nvidia) else []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        done = subprocess.run(
+            [ptxas, "-v", *options, f"--gpu-name={arch[1]}", str(source), "-o", str(source.with_suffix(".cubin"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", done.stderr))
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    widths = [_width(x) for x in re.findall(r"ld\.global[\w.:]*?((?:\.v\d)?\.b\d+)", ptx)]
+    stores = [_width(x) for x in re.findall(r"st\.global[\w.:]*?((?:\.v\d)?\.b\d+)", ptx)]
+    return {
+        "spills": spills,
+        "registers": int(registers[1]) if registers else 0,
+        "widest_load": max(widths, default=0),
+        "widest_store": max(stores, default=0),
+    }
+
+
+def _width(suffix: str) -> int:
+    """Bytes of a vector access such as .v4.b32."""
+    parts = re.fullmatch(r"(?:\.v(\d))?\.b(\d+)", suffix)
+    assert parts is not None
+    return int(parts[1] or 1) * int(parts[2]) // 8
+
+
+def _amd(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+    spills = sum(int(x) for x in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    wide = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+    loads = [wide[x] for x in re.findall(r"(?:global|buffer)_load_(dword(?:x\d)?)\b", text)]
+    stores = [wide[x] for x in re.findall(r"(?:global|buffer)_store_(dword(?:x\d)?)\b", text)]
+    return {
+        "spills": spills,
+        "registers": int(registers[1]) if registers else 0,
+        "widest_load": max(loads, default=0),
+        "widest_store": max(stores, default=0),
+    }
+
+
+def int32_row_offsets(ttir: str) -> int:
+    """Count pointer tiles (ROWS, 1) whose offset was formed in 32 bits: N K may exceed 2^31."""
+    pattern = r"tt\.addptr .*: tensor<\d+x1x!tt\.ptr<\w+>>, tensor<\d+x1xi(\d+)>"
+    return sum(width == "32" for width in re.findall(pattern, ttir))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    from compile_cases import CASES
+
+    for name in sys.argv[1:]:
+        for report in CASES[name]():
+            print(json.dumps({"case": name, **report}), flush=True)
