@@ -1,0 +1,308 @@
+"""Decoupled knowledge distillation and its gradient in one launch (Zhao et al., CVPR 2022, Eq. 7; `reference_dkd`).
+
+    L = τ² ( α KL(b_t || b_s) + β KL(p̂_t || p̂_s) ),    b = (p_y, 1 - p_y),  p̂ = p without y, renormalised
+
+    ∂L/∂z_y = τ α (q_y - p_y),    ∂L/∂z_k = τ ( β (q̂_k - p̂_k) - α (q_y - p_y) q̂_k )
+
+p_y comes from the log-odds z_y/τ - lse of the others, so that neither p_y nor 1 - p_y loses digits near 0 or 1. Bytes
+moved: 3 N K size; the second reading of a row finds it in the cache.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unikd_fast.kernels._autograd import FusedLoss, Tensors
+from unikd_fast.kernels._device import (
+    block_sum,
+    kl_terms,
+    last_to_arrive,
+    load_logits,
+    log1p,
+    mean_std,
+    online_max_sum,
+    row_pointers,
+    row_sum,
+    scalar,
+    standardization_share,
+    store_tile,
+    sum_of_partials,
+)
+from unikd_fast.kernels._launch import (
+    MAX_PROGRAMS,
+    flat,
+    new_gradient,
+    normalizer_of,
+    on_device,
+    programs_for,
+    row_launch_for,
+    rows_of,
+    strides,
+    ticket,
+)
+
+
+@triton.jit
+def _others(ptrs, target, live, factor, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
+    """Maximum and sum of exponentials over all classes but the target, (ROWS, 1) each."""
+    top = tl.full([ROWS, 1], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        x = load_logits(ptrs, cols, live, COL, K)
+        top, total = online_max_sum(top, total, tl.where(cols[None, :] == target, -float("inf"), x), factor)
+    return top, total
+
+
+@triton.jit
+def _log_sigmoid(x):
+    """ln 1/(1 + e^-x)."""
+    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _dkd_kernel(
+    student_ptr,  # (N, K)
+    teacher_ptr,  # (N, K)
+    scale_ptr,  # (N,), or None
+    labels_ptr,  # (N,) integer
+    normalizer,
+    alpha,
+    beta,
+    upstream_ptr,
+    loss_ptr,
+    partial_ptr,
+    ticket_ptr,
+    grad_ptr,  # (N, K) dense, or None
+    N,
+    ignore_index,
+    inverse_temperature,
+    weight,
+    STUDENT_ROW: tl.constexpr,
+    STUDENT_COL: tl.constexpr,
+    TEACHER_ROW: tl.constexpr,
+    TEACHER_COL: tl.constexpr,
+    K: tl.constexpr,
+    STANDARDIZED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    NORMALIZER_IS_POINTER: tl.constexpr,
+    ALPHA_IS_POINTER: tl.constexpr,
+    BETA_IS_POINTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
+    w_target = scalar(alpha, ALPHA_IS_POINTER)
+    w_others = scalar(beta, BETA_IS_POINTER)
+    accumulated = 0.0
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = rows < N
+        label = tl.load(labels_ptr + rows, mask=inside, other=ignore_index).to(tl.int64)
+        live = inside & (label != ignore_index)
+        wrong = live & ((label < 0) | (label >= K))
+        target = tl.where(live & (wrong == 0), label, 0)[:, None]
+        student_rows = row_pointers(student_ptr, rows, STUDENT_ROW)
+        teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
+        a_s = tl.full([ROWS, 1], 1.0, tl.float32)
+        a_t = a_s
+        if scale_ptr is not None:
+            a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
+        if STANDARDIZED:
+            mean_s, std_s = mean_std(student_rows, live, a_s, STUDENT_COL, K, BLOCK_K, ROWS)
+            _, std_t = mean_std(teacher_rows, live, a_t, TEACHER_COL, K, BLOCK_K, ROWS)
+            a_s = 1.0 / (std_s + 1e-7)
+            a_t = a_t / (std_t + 1e-7)
+        f_s = a_s * inverse_temperature
+        f_t = a_t * inverse_temperature
+        max_s, sum_s = _others(student_rows, target, live, f_s, STUDENT_COL, K, BLOCK_K, ROWS)
+        max_t, sum_t = _others(teacher_rows, target, live, f_t, TEACHER_COL, K, BLOCK_K, ROWS)
+        z_s = tl.load(student_rows + target * STUDENT_COL, mask=live[:, None], other=0.0).to(tl.float32)
+        z_t = tl.load(teacher_rows + target * TEACHER_COL, mask=live[:, None], other=0).to(tl.float32)
+        odds_s = (z_s - max_s) * f_s - tl.log(sum_s)
+        odds_t = (z_t - max_t) * f_t - tl.log(sum_t)
+        log_in_s = _log_sigmoid(odds_s)
+        log_in_t = _log_sigmoid(odds_t)
+        log_out_s = _log_sigmoid(-odds_s)
+        log_out_t = _log_sigmoid(-odds_t)
+        in_s = tl.exp(log_in_s)
+        in_t = tl.exp(log_in_t)
+        out_s = tl.exp(log_out_s)
+        out_t = tl.exp(log_out_t)
+        tckd = kl_terms(in_t, in_s, log_in_s - log_in_t) + kl_terms(out_t, out_s, log_out_s - log_out_t)
+        pull = w_target * tl.where(odds_t > 0, out_t - out_s, in_s - in_t)  # α (q_y - p_y)
+
+        row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
+        if upstream_ptr is not None:
+            if PER_ROW:
+                row_weight *= tl.load(upstream_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+            else:
+                row_weight *= tl.load(upstream_ptr).to(tl.float32)
+        row_weight = tl.where(wrong[:, None], float("nan"), row_weight)
+        log_ratio = tl.log(sum_s) - tl.log(sum_t)
+        nckd = tl.zeros([ROWS, 1], tl.float32)
+        share = tl.zeros([ROWS, 1], tl.float32)
+        if STANDARDIZED and grad_ptr is not None:
+            dot = tl.zeros([ROWS, 1], tl.float32)
+            for start in range(0, K, BLOCK_K):
+                cols = start + tl.arange(0, BLOCK_K)
+                s = load_logits(student_rows, cols, live, STUDENT_COL, K)
+                t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
+                q = tl.exp((s - max_s) * f_s) / sum_s
+                p = tl.exp((t - max_t) * f_t) / sum_t
+                g = tl.where(cols[None, :] == target, pull, w_others * (q - p) - pull * q)
+                dot += row_sum(tl.where((cols < K)[None, :], g * ((s - mean_s) * a_s), 0.0))
+            share = standardization_share(dot * inverse_temperature, std_s, K)
+        for start in range(0, K, BLOCK_K):
+            cols = start + tl.arange(0, BLOCK_K)
+            s = load_logits(student_rows, cols, live, STUDENT_COL, K)
+            t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
+            is_target = cols[None, :] == target
+            d_s = (s - max_s) * f_s
+            d_t = (t - max_t) * f_t
+            q = tl.where(is_target, 0.0, tl.exp(d_s) / sum_s)
+            p = tl.where(is_target, 0.0, tl.exp(d_t) / sum_t)
+            nckd += row_sum(kl_terms(p, q, (d_s - d_t) - log_ratio))
+            if grad_ptr is not None:
+                g = tl.where(is_target, pull, w_others * (q - p) - pull * q) * f_s
+                if STANDARDIZED:
+                    g -= share * ((s - mean_s) * a_s)
+                grad_rows = row_pointers(grad_ptr, rows, K)
+                store_tile(grad_rows, cols, inside, tl.where(live[:, None], g * row_weight, 0.0), K)
+        if loss_ptr is not None:
+            losses = tl.where(live[:, None], (w_target * tckd + w_others * nckd) * per_row_weight, 0.0)
+            losses = tl.where(wrong[:, None], float("nan"), losses)
+            if PER_ROW:
+                tl.store(loss_ptr + rows[:, None], losses, mask=inside[:, None])
+            else:
+                accumulated += block_sum(losses)
+    if loss_ptr is not None and not PER_ROW:
+        tl.store(partial_ptr + tl.program_id(0), accumulated)
+        if last_to_arrive(ticket_ptr):
+            tl.store(loss_ptr, sum_of_partials(partial_ptr, PROGRAMS))
+
+
+def _launch(
+    tensors: Tensors,  # student (..., K), teacher (..., K), scale (...,), labels (...,), normalizer, alpha, beta 0-d
+    wanted: Sequence[bool],
+    upstream: Tensors | None,
+    *,
+    alpha_value: float,
+    beta_value: float,
+    temperature: float,
+    weight: float,
+    ignore_index: int,
+    standardized: bool,
+    per_row: bool,
+    normalizer_value: float,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    student, teacher, scale, labels, normalizer, alpha, beta = tensors
+    assert student is not None
+    assert teacher is not None
+    classes = student.shape[-1]
+    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
+    loss = partial = None
+    if upstream is None:
+        loss = torch.empty(student.shape[:-1] if per_row else (), dtype=torch.float32, device=student.device)
+    rows = student.numel() // classes
+    if rows == 0:
+        return [None if loss is None else loss.zero_()], gradients
+    s, t = rows_of(student), rows_of(teacher)
+    launch = row_launch_for(s, t, heavy=True)
+    with on_device(student):
+        if loss is not None and not per_row:
+            partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=student.device)
+        _dkd_kernel[(programs_for(launch, rows, student.device),)](
+            s,
+            t,
+            flat(scale),
+            flat(labels),
+            normalizer_value if normalizer is None else normalizer,
+            alpha_value if alpha is None else alpha,
+            beta_value if beta is None else beta,
+            None if upstream is None else flat(upstream[0]),
+            loss,
+            partial,
+            None if partial is None else ticket(student.device),
+            gradients[0],
+            rows,
+            ignore_index,
+            1.0 / temperature,
+            weight,
+            *strides(s),
+            *strides(t),
+            classes,
+            STANDARDIZED=standardized,
+            PER_ROW=per_row,
+            NORMALIZER_IS_POINTER=normalizer is not None,
+            ALPHA_IS_POINTER=alpha is not None,
+            BETA_IS_POINTER=beta is not None,
+            ROWS=launch.rows,
+            BLOCK_K=launch.block_k,
+            PROGRAMS=MAX_PROGRAMS,
+            **launch.options,
+        )
+    return [loss], gradients
+
+
+_loss = FusedLoss(
+    "dkd",
+    inputs=("student_logits", "teacher_logits", "scale", "labels", "normalizer", "alpha", "beta"),
+    gradient_of=(0, -1, -1, -1, -1, -1, -1),
+    settings={
+        "alpha_value": "float",
+        "beta_value": "float",
+        "temperature": "float",
+        "weight": "float",
+        "ignore_index": "int",
+        "standardized": "bool",
+        "per_row": "bool",
+        "normalizer_value": "float",
+    },
+    outputs=1,
+    launch=_launch,
+    output_shapes=lambda student, per_row, **_: [student.shape[:-1] if per_row else ()],
+)
+
+
+def fused_dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    scale: Tensor | None,
+    labels: Tensor,
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 8.0,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    standardized: bool = False,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Give `reference_dkd.dkd` from one launch; the teacher is a constant."""
+    weight = temperature**2 / (student_logits.shape[-1] if reduction == "mean" else 1)
+    value, tensor = 1.0, None
+    if reduction in ("batchmean", "mean"):
+        # The rows kept are those with a label; counting them stays on the device.
+        value, tensor = normalizer_of(student_logits, reduction, labels == ignore_index, normalizer)
+    (loss,) = _loss(
+        (student_logits, teacher_logits, scale, labels, tensor, *(x if isinstance(x, Tensor) else None for x in (alpha, beta))),
+        alpha_value=1.0 if isinstance(alpha, Tensor) else float(alpha),
+        beta_value=1.0 if isinstance(beta, Tensor) else float(beta),
+        temperature=float(temperature),
+        weight=weight,
+        ignore_index=ignore_index,
+        standardized=standardized,
+        per_row=reduction == "none",
+        normalizer_value=value,
+    )
+    return loss
+
+
+def bytes_moved(rows: int, classes: int, element_bytes: int) -> int:
+    """Give the least there is to move: both logits read, the gradient written."""
+    return 3 * rows * classes * element_bytes
