@@ -6,7 +6,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test lint bench schema clean
+.PHONY: help setup distill test test-compat conformance lint bench gpu-check schema clean
 
 help: ## list the tasks
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,6 +27,23 @@ distill: setup ## distil on scikit-learn's digits and print the table (2 minutes
 test: setup ## the test suite
 	$(RUN) pytest tests
 
+# The codebases that the drop-ins stand in for bring many packages along. They go into an environment on top of .venv.
+COMPAT := $(VENV)/compat
+SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+
+$(COMPAT)/.installed: $(INSTALLED)
+	$(BIN)/python -m venv $(COMPAT)
+	$(BIN)/python $(SITE) > "$$($(COMPAT)/bin/python $(SITE))/venv-below.pth"
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[compat-test]'
+	@touch $@
+
+test-compat: $(COMPAT)/.installed ## the drop-in losses against torchdistill, timm, Liger-Kernel, TRL and Model Optimizer
+	$(COMPAT)/bin/python -m pytest tests_compat
+
+conformance: $(COMPAT)/.installed ## write docs/conformance.md: how closely the drop-in losses agree
+	$(COMPAT)/bin/python -W ignore -m unikd_fast.compat.conformance > $(COMPAT)/conformance.md
+	mv $(COMPAT)/conformance.md docs/conformance.md
+
 lint: setup ## ruff and mypy
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -34,6 +51,12 @@ lint: setup ## ruff and mypy
 
 bench: setup ## the benchmarks; correctness is asserted before anything is timed
 	$(RUN) pytest benchmarks/ --benchmark-only
+
+# A python named by PYTHON is used as it is: nothing is installed and no .venv is made.
+CHECKED := $(if $(filter file default undefined,$(origin PYTHON)),,given)
+
+gpu-check: $(if $(CHECKED),,setup) ## all GPU tests and benchmarks, 10 minutes; PYTHON=python3 takes that environment, OUT=folder
+	PYTHONPATH=. $(if $(CHECKED),$(PYTHON),$(BIN)/python) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
 schema: setup ## write configs/schema.json and docs/configuration.md from the code
 	$(BIN)/python -m unikd_fast.config schema > configs/schema.json

@@ -1,0 +1,191 @@
+"""`make gpu-check` and the table made from it: whatever of them needs no GPU."""
+
+import datetime
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_check
+import pytest
+import results_table
+import torch
+from gpu_check_plugin import LEFT_OUT, missing_package, read_record, summarise
+from speed_targets import Target
+
+ROOT = Path(__file__).parents[1]
+
+
+def measured(**changes: Any) -> dict[str, Any]:
+    row = {
+        "loss": "softmax_kl",
+        "variant": "ours",
+        "rows": 8192,
+        "classes": 32768,
+        "dtype": "bfloat16",
+        "median_ms": 0.4,
+        "p20_ms": 0.39,
+        "p80_ms": 0.42,
+        "launches": 1,
+        "cpu_us": 21.4,
+        "peak_mib": 512.5,
+        "retained_mib": 512.5,
+        "gb_s": 4026.5,
+        "percent_of_copy_roof": 100.7,
+        "ratio_eager": 7.25,
+        "targets": [],
+    }
+    return row | changes
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    counts = {"passed": 40, "missed": 0, "failed": 0, "skipped": 2, "left_out": 1, "unfinished": 0}
+    environment = {"gpu": "Some GPU", "commit": "0123456789ab", "dirty": True, "torch": "2.11.0", "triton": "3.6.0"}
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "environment": environment | {"python": "3.12.3", "driver": "580.1"},
+        "roofs": [{"dtype": "bfloat16", "rows": 8192, "classes": 32768, "copy_gb_s": 4000.0}],
+        "rows": [measured(), measured(variant="eager")],
+        "tests": {"counts": counts},
+    } | changes
+
+
+SAMPLE = {
+    "tests/test_missing.py": "import no_such_package",
+    "tests/test_own.py": "import unikd_fast.no_such_module",
+    "tests/test_sample.py": """
+import time, pytest
+from speed_targets import TargetMissed
+
+def test_passes(record_property): record_property("benchmark_rows", [{"a": 1}])
+def test_fails(): assert 1 == 2
+def test_misses(record_property):
+    record_property("roofs", {"copy": 3})
+    raise TargetMissed("too slow")
+def test_lacks(): import no_such_package.part
+@pytest.mark.skip(reason="no camera")
+def test_skipped(): pass
+@pytest.fixture
+def broken():
+    yield
+    raise OSError("no teardown")
+def test_teardown(broken): pass
+""",
+}
+
+
+def run_sample(folder: Path, deadline: float) -> dict[str, Any]:
+    for name, text in SAMPLE.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", "-p", "gpu_check_plugin"]
+    command += [
+        f"--gpu-check-record={folder / 'record'}",
+        f"--gpu-check-deadline={deadline}",
+        "-p",
+        "no:hypothesispytest",
+    ]
+    subprocess.run(
+        [*command, "--continue-on-collection-errors"],
+        cwd=folder,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"},
+        capture_output=True,
+    )
+    return summarise(read_record(folder / "record"))
+
+
+def test_outcomes_are_recorded(tmp_path: Path) -> None:
+    found = run_sample(tmp_path, time.time() + 60)
+    sample = "tests/test_sample.py::"
+    assert found["counts"] == {"passed": 1, "missed": 1, "failed": 3, "skipped": 3, "left_out": 0, "unfinished": 0}
+    assert found["skipped"] == {
+        "tests/test_missing.py": "needs no_such_package, which is not installed",
+        f"{sample}test_lacks": "needs no_such_package, which is not installed",
+        f"{sample}test_skipped": "no camera",
+    }
+    assert found["failed"].keys() == {"tests/test_own.py", f"{sample}test_fails", f"{sample}test_teardown"}
+    assert "unikd_fast.no_such_module" in found["failed"]["tests/test_own.py"]
+    assert found["missed"] == {f"{sample}test_misses": "too slow"}
+    assert (found["rows"], found["roofs"]) == ([{"a": 1}], [{"copy": 3}])
+
+
+def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
+    found = run_sample(tmp_path, time.time() - 1)
+    assert len(found["left_out"]) == found["counts"]["left_out"] == 6
+    assert found["counts"]["passed"] == 0
+
+
+def test_a_process_that_died_names_the_test_it_was_in(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    passed = {"test": "a", "when": "call", "outcome": "passed", "reason": ""}
+    entries = [passed, {"test": "b", "when": "start"}]
+    record.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"test": "b", "wh')
+    found = summarise(read_record(record))
+    assert found["unfinished"] == ["b"]
+    assert found["counts"]["passed"] == found["counts"]["unfinished"] == 1
+    assert gpu_check.conclude(found, -11)["failed_run"]  # a crash
+    assert not gpu_check.conclude(found, None)["failed_run"]  # stopped for time
+    assert not gpu_check.conclude(found, 5)["failed_run"]  # no test found
+    left = summarise([{"test": "a", "when": "setup", "outcome": "skipped", "reason": LEFT_OUT}])
+    assert left["left_out"] == ["a"]
+    assert left["skipped"] == {}
+    assert read_record(tmp_path / "none") == []
+
+
+def test_only_packages_of_others_may_be_missing() -> None:
+    assert missing_package(ModuleNotFoundError("x", name="timm.models"), {"unikd_fast"}) == "timm"
+    assert missing_package(ModuleNotFoundError("x", name="unikd_fast.models"), {"unikd_fast"}) is None
+    assert missing_package(ImportError("cannot import name"), set()) is None
+    packages = gpu_check.packages_of(ROOT / "pyproject.toml")
+    assert {"deepspeed", "hypothesis", "liger-kernel", "pytest-benchmark"} <= set(packages)
+    assert "unikd-fast" not in packages
+    assert gpu_check.missing_packages(["torch", "no-such-package"]) == ["no-such-package"]
+
+
+def test_the_file_is_named_after_gpu_day_and_commit(tmp_path: Path) -> None:
+    path = gpu_check.result_path(tmp_path, "NVIDIA H100 80GB HBM3", datetime.date(2026, 1, 2), "abc")
+    assert path == tmp_path / "nvidia-h100-80gb-hbm3" / "2026-01-02-abc.json"
+    assert gpu_check.commit(tmp_path, {"UNIKD_COMMIT": "abc-dirty"}) == ("abc", True)
+    assert gpu_check.commit(tmp_path, {}) == ("unknown", None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("gpu-check: there is no GPU: torch ")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_table_of_the_newest_result_of_each_gpu(tmp_path: Path) -> None:
+    assert results_table.render(results_table.newest_results(tmp_path)) == results_table.NOTHING
+    missed = Target("percent_of_copy_roof", "at_least", 110).judge(measured())
+    newer = result(date="2026-01-03T00:00:00+00:00", rows=[measured(targets=[missed])])
+    (tmp_path / "some-gpu").mkdir()
+    for name, content in (("a", newer), ("b", result())):
+        (tmp_path / "some-gpu" / f"{name}.json").write_text(json.dumps(content))
+    table = results_table.render(results_table.newest_results(tmp_path))
+    assert table.splitlines() == [
+        "**Some GPU**, 2026-01-03, commit 0123456789ab with changes, torch 2.11.0, triton 3.6.0, Python 3.12.3, "
+        "driver 580.1. GPU tests: 40 passed, 0 failed, 2 skipped, 1 not run to the end.",
+        "",
+        "| " + " | ".join(results_table.COLUMNS) + " |",
+        "|---" * len(results_table.COLUMNS) + "|",
+        "| softmax_kl 8192x32768, bfloat16 | 0.4000 (0.3900 to 0.4200) | 4026 | 101 % | 1 | 21 | 512.5 / 512.5 "
+        "| 7.2x |  |  | missed: percent of copy roof |",
+        "",
+        "Device copy in the same run, GB/s: 4000 (bfloat16 8192x32768).",
+    ]
+
+
+def test_the_readmes_block_is_current() -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = results_table.render(results_table.newest_results(results_table.RESULTS))
+    assert results_table.replace_block(readme, block) == readme, "run `python benchmarks/results_table.py`"
+    with pytest.raises(ValueError, match="each once"):
+        results_table.replace_block("no marks", block)
