@@ -1,0 +1,56 @@
+"""Drop-in for the loss of mmrazor: `KLDivergence` of mmrazor.models.losses.
+
+mmrazor finds losses by name in its registry. To use this one by name, register it in a module that the configuration
+lists in `custom_imports`:
+
+    from mmrazor.registry import MODELS
+    from unikd_fast.compat.mmrazor import KLDivergence
+
+    MODELS.register_module(name="UniKDFastKLDivergence", module=KLDivergence)
+"""
+
+from torch import Tensor, nn
+
+from unikd_fast.compat._kl_div import kl_div
+
+_REDUCTIONS = ("none", "batchmean", "sum", "mean")
+
+
+class KLDivergence(nn.Module):
+    """mmrazor's `KLDivergence`: the divergence over axis 1, times τ² and a weight.
+
+        L = λ τ² KL( softmax_1(z_t / τ) || softmax_1(z_s / τ) )
+
+    It computes in fp32 and returns it, where mmrazor keeps the dtype of the logits.
+
+    Args:
+        tau: τ > 0.
+        reduction: as `torch.nn.functional.kl_div` has it: "batchmean" divides by N alone, "mean" by the number of
+            elements; "none" gives the terms of the sum, in plain PyTorch.
+        loss_weight: λ.
+        teacher_detach: whether the teacher is a constant; if False, it gets a gradient.
+
+    Raises:
+        ValueError: an unknown reduction, where mmrazor asserts.
+    """
+
+    def __init__(
+        self, tau: float = 1.0, reduction: str = "batchmean", loss_weight: float = 1.0, teacher_detach: bool = True
+    ) -> None:
+        super().__init__()
+        if reduction not in _REDUCTIONS:
+            raise ValueError(f"KLDivergence: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+        self.tau = tau
+        self.reduction = reduction
+        self.loss_weight = loss_weight
+        self.teacher_detach = teacher_detach
+
+    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
+        """Give the loss.
+
+        Args:
+            preds_S: student's logits (N, K) or (N, K, H, W).
+            preds_T: teacher's logits, the same shape.
+        """
+        teacher = preds_T.detach() if self.teacher_detach else preds_T
+        return self.loss_weight * kl_div(preds_S, teacher, temperature=self.tau, reduction=self.reduction, dim=1)
