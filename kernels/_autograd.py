@@ -14,7 +14,7 @@ mode that would cost several times the time per call, so there it is an autograd
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,10 +78,14 @@ class FusedLoss:
             ordered = [settings[name] for name in self.settings]
             results = self.operator(*tensors, _now(tensors, wanted), *[None] * self.differentiable, *ordered)
             return tuple(results[: self.outputs])
-        if not any(wanted):
-            return tuple(x for x in self.launch(tensors, wanted, None, **settings)[0] if x is not None)
-        results = _GradientInForward.apply(self, settings, wanted, *tensors)
-        return tuple(results)
+        with torch.no_grad():
+            outputs, gradients = self.launch(tensors, _now(tensors, wanted), None, **settings)
+        for output in range(self.differentiable):
+            members = [i for i, of in enumerate(self.gradient_of) if of == output and wanted[i]]
+            if members:
+                call = _Call(self, settings, tensors, gradients, outputs[output], output, members)
+                outputs[output] = _GradientInForward.apply(call, *(tensors[i] for i in members))
+        return tuple(x for x in outputs if x is not None)
 
     def _split(self, arguments: Sequence[Any]) -> tuple[Tensors, Any, Tensors | None, dict[str, Any]]:
         n = len(self.inputs)
@@ -132,41 +136,46 @@ class FusedLoss:
         return (*result, None, *[None] * self.differentiable, *[None] * len(self.settings))
 
 
+class _Call(NamedTuple):
+    """What backward of one output needs to know of the launch."""
+
+    loss: FusedLoss
+    settings: dict[str, Any]
+    tensors: Tensors
+    gradients: list[Tensor | None]
+    value: Tensor | None
+    output: int
+    members: list[int]  # the inputs that get the gradient of this output
+
+
 class _GradientInForward(torch.autograd.Function):
+    """One differentiable output of a launch: each has a node, and so a backward pass, of its own."""
+
     @staticmethod
-    def forward(
-        ctx: Any, loss: FusedLoss, settings: dict[str, Any], wanted: list[bool], *tensors: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        outputs, ctx.gradients = loss.launch(tensors, _now(tensors, wanted), None, **settings)
-        ctx.loss, ctx.settings, ctx.wanted = loss, settings, wanted
-        ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*(x for x in outputs[loss.differentiable :] if x is not None))
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
+    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor | None:
+        # What is not an input here must not keep the graph alive that it came from.
+        others = [None if x is None else x.detach() for x in call.tensors]
+        for i, x in zip(call.members, inputs, strict=True):
+            others[i] = x
+        ctx.save_for_backward(*others)
+        ctx.gradients = [call.gradients[i] for i in call.members]
+        ctx.call = call._replace(tensors=(), gradients=[], value=None)
+        return call.value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        factors = upstream[: ctx.loss.differentiable]
-        result: list[Tensor | None] = [None] * len(ctx.wanted)
-        ready: list[tuple[Tensor, Tensor]] = []
-        missing = [False] * len(ctx.wanted)
-        for i, (wanted, output) in enumerate(zip(ctx.wanted, ctx.loss.gradient_of, strict=True)):
-            factor = factors[output] if wanted else None
-            if factor is None:
-                continue
-            gradient = ctx.gradients[i]
-            if gradient is None:
-                missing[i] = True
-            else:
-                result[i], ctx.gradients[i] = gradient, None
-                ready.append((gradient, factor))
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        loss, settings, *_, output, members = ctx.call
         tensors = ctx.saved_tensors  # raises if an input was changed in place since
-        if any(missing):
-            again = ctx.loss.launch(tensors, missing, factors, **ctx.settings)[1]
-            result = [g if m else r for g, m, r in zip(again, missing, result, strict=True)]
-        multiply_in_place(ready)
-        return (None, None, None, *result)
+        gradients, ctx.gradients = ctx.gradients, [None] * len(members)
+        missing = [i for i, g in zip(members, gradients, strict=True) if g is None]
+        multiply_in_place([(g, upstream) for g in gradients if g is not None])
+        if missing:
+            wanted = [i in missing for i in range(len(tensors))]
+            factors = [upstream if o == output else None for o in range(loss.differentiable)]
+            computed = loss.launch(tensors, wanted, factors, **settings)[1]
+            gradients = [computed[i] if g is None else g for i, g in zip(members, gradients, strict=True)]
+        return (None, *gradients)
 
 
 def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:

@@ -41,6 +41,18 @@ def choose_impl(function: str, impl: str, *tensors: Tensor) -> str:
     return "reference"
 
 
+def without_teacher_gradient(function: str, impl: str, teacher: Tensor | QuantizedLogits | TopKLogits) -> str:
+    """Give the `impl` for a loss whose kernel takes the teacher's logits as a constant."""
+    if impl == "reference" or not (isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled()):
+        return impl
+    if impl == "fused":
+        raise ValueError(
+            f"{function}: impl='fused' takes the teacher's logits as a constant, got logits that require a gradient; "
+            f"detach them, or use impl='reference'"
+        )
+    return "reference"
+
+
 def check_impl(function: str, impl: str) -> None:
     _check_one_of(function, "impl", impl, _IMPLS)
 

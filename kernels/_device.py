@@ -125,7 +125,7 @@ def kl_terms(p, q, u):
 
 @triton.jit
 def mixture_log_ratios(u, beta):
-    """ln m - ln p and ln m - ln q, for m = beta p + (1 - beta) q; of u = ln q - ln p alone, so nothing is lost in ln m."""
+    """ln m - ln p and ln m - ln q, m = beta p + (1 - beta) q; of u = ln q - ln p alone, so nothing is lost in ln m."""
     near = log1p((1 - beta) * expm1(tl.where(tl.abs(u) < 0.5, u, 0.0)))
     a = tl.exp(-tl.abs(u))
     far = tl.log(tl.where(u >= 0, (1 - beta) + beta * a, beta + (1 - beta) * a))

@@ -26,16 +26,19 @@ class Launch(NamedTuple):
     single: bool  # whether a tile holds the whole row
     num_warps: int
     programs: int  # at most so many; each takes tiles in turn
+    amd: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton takes beside the arguments.
 
-        Its default for the fusion of products and sums is about to change. Without a bound the assembler spills
+        Its default for the fusion of products and sums is about to change. Without a bound the assemblers spill
         registers to keep more threads resident than these launches have.
         """
-        registers = min(65536 // (32 * self.num_warps), 255) // 8 * 8
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True, "maxnreg": None if torch.version.hip else registers}
+        options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        if self.amd:
+            return options | {"waves_per_eu": 1}
+        return options | {"maxnreg": min(65536 // (32 * self.num_warps), 255) // 8 * 8}
 
 
 class Device(NamedTuple):
@@ -44,6 +47,7 @@ class Device(NamedTuple):
     multiprocessors: int
     warp_size: int
     l2_bytes: int
+    amd: bool = False
 
 
 def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = False) -> Launch:
@@ -58,18 +62,19 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = Fa
     block = max(16, triton.next_power_of_2(classes))
     if block <= LARGEST_SINGLE_BLOCK // (4 if heavy else 1):
         rows = max(1, 2048 // block)
-        return Launch(rows, block, True, _warps(rows * block, 8 if heavy else 16, device), MAX_PROGRAMS)
+        return Launch(rows, block, True, _warps(rows * block, 8 if heavy else 16, device), MAX_PROGRAMS, device.amd)
     # The second reading finds in the L2 what was read before if few rows are under way: two a multiprocessor, or one.
     resident = 2 if 2 * device.multiprocessors * row_bytes <= device.l2_bytes else 1
     block = 2048 if heavy else 8192 // resident
-    return Launch(1, block, False, _warps(block, 8 if heavy else 16, device), resident * device.multiprocessors)
+    warps = _warps(block, 8 if heavy else 16, device)
+    return Launch(1, block, False, warps, resident * device.multiprocessors, device.amd)
 
 
 def elementwise_launch(classes: int, device: Device) -> Launch:
     """Give the launch for kernels that need no statistics of a row before its elements."""
     block = min(2048, max(16, triton.next_power_of_2(classes)))
     rows = max(1, 2048 // block)
-    return Launch(rows, block, classes <= block, _warps(rows * block, 16, device), MAX_PROGRAMS)
+    return Launch(rows, block, classes <= block, _warps(rows * block, 16, device), MAX_PROGRAMS, device.amd)
 
 
 def _warps(elements: int, per_thread: int, device: Device) -> int:
@@ -100,7 +105,8 @@ def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(132, 32, 50 * 2**20)
     p = torch.cuda.get_device_properties(device)
-    return Device(p.multi_processor_count, getattr(p, "warp_size", 32), getattr(p, "L2_cache_size", 2**22))
+    amd = torch.version.hip is not None
+    return Device(p.multi_processor_count, getattr(p, "warp_size", 32), getattr(p, "L2_cache_size", 2**22), amd)
 
 
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
@@ -134,7 +140,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def strides(x: Tensor) -> tuple[int, int]:
-    """(row stride, class stride) of (N, K); the stride of an axis of one entry is arbitrary, and here always the same."""
+    """(row stride, class stride) of (N, K); that of an axis of one entry is arbitrary, and here always the same."""
     rows, classes = x.shape
     return (x.stride(0) if rows > 1 else classes, x.stride(1) if classes > 1 else 1)
 

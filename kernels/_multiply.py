@@ -14,7 +14,7 @@ MOST_BUFFERS = 8
 
 
 def multiply_in_place(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Multiply each contiguous gradient (..., K) by its factor, 0-d or (...,), all in one launch without a host read."""
+    """Multiply each dense gradient (..., K) by its factor, 0-d or (...,), all in one launch without a host read."""
     for start in range(0, len(pairs), MOST_BUFFERS):
         _multiply(pairs[start : start + MOST_BUFFERS])
 
@@ -50,7 +50,9 @@ def _multiply(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 @triton.jit
-def _multiply_rows(ptr, factor_ptr, N, K: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def _multiply_rows(
+    ptr, factor_ptr, N, K: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+):
     if PER_ROW:
         tiles = tl.cdiv(N, ROWS)
     else:

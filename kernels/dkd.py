@@ -177,7 +177,7 @@ def _dkd_kernel(
             losses = tl.where(live[:, None], (w_target * tckd + w_others * nckd) * per_row_weight, 0.0)
             losses = tl.where(wrong[:, None], float("nan"), losses)
             if PER_ROW:
-                tl.store(loss_ptr + rows[:, None], losses, mask=inside[:, None])
+                tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
@@ -290,7 +290,14 @@ def fused_dkd(
         # The rows kept are those with a label; counting them stays on the device.
         value, tensor = normalizer_of(student_logits, reduction, labels == ignore_index, normalizer)
     (loss,) = _loss(
-        (student_logits, teacher_logits, scale, labels, tensor, *(x if isinstance(x, Tensor) else None for x in (alpha, beta))),
+        (
+            student_logits,
+            teacher_logits,
+            scale,
+            labels,
+            tensor,
+            *(x if isinstance(x, Tensor) else None for x in (alpha, beta)),
+        ),
         alpha_value=1.0 if isinstance(alpha, Tensor) else float(alpha),
         beta_value=1.0 if isinstance(beta, Tensor) else float(beta),
         temperature=float(temperature),

@@ -131,7 +131,7 @@ def _gaussian_kl_kernel(
         if loss_ptr is not None:
             losses = sums * per_row_weight
             if PER_ROW:
-                tl.store(loss_ptr + rows[:, None], losses, mask=live[:, None])
+                tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=live[:, None])
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:

@@ -34,12 +34,12 @@ from unikd_fast.kernels._device import (
 )
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
-    row_launch_for,
     flat,
     new_gradient,
     normalizer_of,
     on_device,
     programs_for,
+    row_launch_for,
     rows_of,
     strides,
     ticket,
@@ -209,7 +209,7 @@ def _softmax_kl_kernel(
                 divergence = beta * d1 + (1 - beta) * d2
             losses = tl.where(live[:, None], divergence * per_row_weight, 0.0)
             if PER_ROW:
-                tl.store(loss_ptr + rows[:, None], losses, mask=inside[:, None])
+                tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:

@@ -90,9 +90,7 @@ def _topk_kl_kernel(
         for start in range(0, K, BLOCK_K):
             cols = start + tl.arange(0, BLOCK_K)
             x = load_logits(student_rows, cols, live, STUDENT_COL, K)
-            marks = tl.load(
-                tile_pointers(mark_rows, cols, 1), mask=live[:, None] & (cols < K)[None, :], other=0
-            )
+            marks = tl.load(tile_pointers(mark_rows, cols, 1), mask=live[:, None] & (cols < K)[None, :], other=0)
             max_all, sum_all = online_max_sum(max_all, sum_all, x, one)
             max_rest, sum_rest = online_max_sum(max_rest, sum_rest, tl.where(marks == 0, x, -float("inf")), one)
         log_sum_all = max_all + tl.log(sum_all)
@@ -120,26 +118,17 @@ def _topk_kl_kernel(
                 else:
                     row_weight *= tl.load(upstream_ptr).to(tl.float32)
             grad_rows = row_pointers(grad_ptr, rows, K)
-            ptrs = grad_rows + index
-            tl.store(ptrs, ((q - p) * row_weight).to(ptrs.dtype.element_ty), mask=stored)
             for start in range(0, K, BLOCK_K):
                 cols = start + tl.arange(0, BLOCK_K)
-                within = inside[:, None] & (cols < K)[None, :]
                 x = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                marks = tl.load(tile_pointers(mark_rows, cols, 1), mask=within, other=1)
-                share = tl.exp(x - max_rest) / sum_rest
-                g = (tl.exp(x - max_all) / sum_all - rest_p * share) * row_weight
-                # The top k have theirs already, except in ignored rows, where nothing was stored above.
-                ptrs = grad_rows + cols[None, :]
-                tl.store(
-                    ptrs,
-                    tl.where(live[:, None], g, 0.0).to(ptrs.dtype.element_ty),
-                    mask=within & ((marks == 0) | (live[:, None] == 0)),
-                )
+                g = (tl.exp(x - max_all) / sum_all - rest_p * tl.exp(x - max_rest) / sum_rest) * row_weight
+                store_tile(grad_rows, cols, inside, tl.where(live[:, None], g, 0.0), K)
+            tl.debug_barrier()  # whoever wrote the classes of the top k as part of the rest has done so
+            tl.store(grad_rows + index, ((q - p) * row_weight).to(grad_ptr.dtype.element_ty), mask=stored)
         if loss_ptr is not None:
             losses = tl.where(live[:, None], sums * per_row_weight, 0.0)
             if PER_ROW:
-                tl.store(loss_ptr + rows[:, None], losses, mask=inside[:, None])
+                tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
@@ -149,7 +138,7 @@ def _topk_kl_kernel(
 
 
 def _launch(
-    tensors: Tensors,  # student (..., K), values (..., k), indices (..., k), log_sum_exp (...,), mask (...,), normalizer
+    tensors: Tensors,  # student (..., K), values, indices (..., k), log_sum_exp, mask (...,), normalizer 0-d
     wanted: Sequence[bool],
     upstream: Tensors | None,
     *,

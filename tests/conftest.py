@@ -1,5 +1,13 @@
-"""Before torch is loaded: OpenMP's threads must not spin for long, see launch_distill.py."""
+"""Before torch and the kernels are loaded: OpenMP's threads must not spin for long, see launch_distill.py.
+
+Without a GPU the kernels run interpreted, which Triton decides when a kernel is defined.
+"""
 
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -78,8 +78,3 @@ def _weighted_log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     """a (ln a - ln b), with 0 ln 0 = 0."""
     a = log_a.exp()
     return a * (log_a - log_b).masked_fill(a == 0, 0.0)
-
-
-def dkd_impl(teacher_logits: Tensor) -> str:
-    """Give the implementation of `dkd_loss` for a teacher: the kernel takes it for a constant."""
-    return "reference" if teacher_logits.requires_grad and torch.is_grad_enabled() else "auto"

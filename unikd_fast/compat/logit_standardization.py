@@ -5,7 +5,6 @@ Both compute in fp32 and return it, where the fork keeps the dtype of the logits
 
 from torch import Tensor
 
-from unikd_fast.compat._kl_div import dkd_impl
 from unikd_fast.kernels.reference import at_least_fp32
 from unikd_fast.kernels.reference_divergences import standardize
 from unikd_fast.losses import dkd_loss as _dkd_loss
@@ -64,5 +63,4 @@ def dkd_loss(
         beta=beta,
         temperature=temperature,
         standardized=bool(logit_stand),
-        impl=dkd_impl(logits_teacher_in),
     )

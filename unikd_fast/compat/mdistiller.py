@@ -5,7 +5,6 @@ Both compute in fp32 and return it, where mdistiller keeps the dtype of the logi
 
 from torch import Tensor
 
-from unikd_fast.compat._kl_div import dkd_impl
 from unikd_fast.losses import dkd_loss as _dkd_loss
 from unikd_fast.losses import softmax_kl
 
@@ -54,5 +53,4 @@ def dkd_loss(
         alpha=alpha,
         beta=beta,
         temperature=temperature,
-        impl=dkd_impl(logits_teacher),
     )

@@ -120,7 +120,8 @@ def dkd_loss(
 
     Args:
         student_logits: (..., K), K >= 2; logits, not probabilities.
-        teacher_logits: (..., K), or `QuantizedLogits`. A constant: it must not ask for a gradient under impl="fused".
+        teacher_logits: (..., K), or `QuantizedLogits`. The kernel takes it as a constant: where it asks
+            for a gradient "auto" is plain PyTorch and "fused" an error.
         labels: (...,) integer. Out of range is an error on the CPU. On a GPU, where looking would cost a
             synchronisation, the fused kernel answers NaN, loss and gradient of that row.
         alpha, beta: weights of the two terms, numbers or 0-d tensors.
@@ -161,6 +162,7 @@ def dkd_loss(
         "standardized": standardized,
         "normalizer": normalizer,
     }
+    impl = checks.without_teacher_gradient(name, impl, teacher_logits)
     if checks.choose_impl(name, impl, student_logits, *_tensors(teacher_logits)) == "fused":
         from unikd_fast.kernels.dkd import fused_dkd
 

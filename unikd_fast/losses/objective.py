@@ -76,7 +76,8 @@ def unikd_loss(
         impl: "auto", "reference" or "fused", as in `softmax_kl`.
 
     Returns:
-        The terms; `total` and `anchor` carry gradients. Under impl="fused" the logits of the teacher get none.
+        The terms; `total` and `anchor` carry gradients. The kernel takes the teacher's logits as a constant: where they
+        ask for a gradient "auto" is plain PyTorch and "fused" an error.
 
     Raises:
         TypeError: a tensor of the wrong dtype.
@@ -110,12 +111,13 @@ def unikd_loss(
         pairs = (*pairs, *anchor)
     if isinstance(teacher_logits, TopKLogits):
         checks.check_topk_settings(name, temperature, "forward", standardized=False)
+    impl = checks.without_teacher_gradient(name, impl, teacher_logits)
     stored = (teacher_logits,) if isinstance(teacher_logits, Tensor) else teacher_logits
     if checks.choose_impl(name, impl, student_logits, *stored, *pairs) == "fused":
         from unikd_fast.kernels.unikd_loss import fused_unikd_loss
 
         values, scale = (None, None) if isinstance(teacher_logits, TopKLogits) else stored_rows(teacher_logits)
-        total, ce, feature_kl, logit_kl, anchored = fused_unikd_loss(
+        total, ce, feature_kl, logit_kl, anchor_term = fused_unikd_loss(
             student_logits,
             values,
             scale,
@@ -136,7 +138,7 @@ def unikd_loss(
         if isinstance(teacher_logits, TopKLogits):
             logit_kl = softmax_kl(student_logits, teacher_logits, normalizer=normalizer, impl=impl)
             total, logit_kl = total + beta * logit_kl, logit_kl.detach()
-        return LossTerms(total, ce, feature_kl, logit_kl, anchored if anchor is not None else None)
+        return LossTerms(total, ce, feature_kl, logit_kl, anchor_term if anchor is not None else None)
     ce = reference.cross_entropy(
         student_logits, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, normalizer=normalizer
     )
@@ -157,7 +159,7 @@ def unikd_loss(
             *student, *teacher, feature_reduction=feature_reduction, normalizer=normalizer
         )
         total = ce_weight * ce + alpha * feature_kl + beta * logit_kl
-    anchored = None
+    anchored: Tensor | None = None
     if anchor is not None and not isinstance(teacher_logits, TopKLogits):
         logits = dense_logits(teacher_logits).detach()
         anchored = reference.gaussian_anchor(logits, *anchor, normalizer=normalizer)

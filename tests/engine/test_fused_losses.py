@@ -1,0 +1,39 @@
+"""Training with the fused losses: interpreted on a CPU, natively on a GPU, it is the run with the plain ones."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_runs import run, write_config
+
+DIGITS: dict[str, Any] = {
+    "data": {"name": "digits", "image_size": 16, "train_samples": 200, "num_classes": 10},
+    "train": {"total_epochs": 4, "global_batch_size": 32, "accumulation_steps": 1, "max_steps": 20},
+    "student": {"model": "cifar/resnet8"},
+}
+TERMS = ("total", "ce", "feature_kl", "logit_kl", "anchor")
+
+
+def curves(folder: Path, method: dict[str, Any], impl: str) -> list[dict[str, float]]:
+    config = write_config(folder, name=impl, distill=method, loss={"impl": impl}, **DIGITS)
+    done = run(config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (folder / impl / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x[name] for name in TERMS} for x in lines if x["kind"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{"method": "unikd", "teacher_head": "anchored"}, {"method": "kd"}], ids=str)
+def test_fused_losses_follow_the_plain_loss_curve_on_digits(tmp_path: Path, method: dict[str, Any]) -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "needs the interpreter"
+    plain, fused, auto = (curves(tmp_path, method, impl) for impl in ("reference", "fused", "auto"))
+    assert len(plain) == 20
+    assert len({x["total"] for x in plain}) == 20  # it trains
+    for name in TERMS:  # of order 1, but for small ones that training amplifies differences in
+        values = [[x[name] for x in run] for run in (plain, fused)]
+        tolerance = {"rel": 1e-4} if name == "total" else {"abs": 1e-4}
+        assert values[1] == pytest.approx(values[0], **tolerance), name
+    assert auto == plain  # without a GPU "auto" is the plain one
+    assert fused != plain  # and the other really was another

@@ -1,0 +1,145 @@
+"""What is compiled: every kernel, at every launch size and with every feature that changes its code.
+
+The sizes of `_launch.py` depend on K alone, so one K for each bucket is all of them: 10 (many rows a tile), 100, 1000
+(not a multiple of 16), 1003 (odd), 4096 and 16384 (the largest on chip), 32768 (two rows a multiprocessor), 128256.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from compile_check import TARGETS, compile_launch, recorded
+from torch import Tensor
+
+from unikd_fast.kernels import _launch, _multiply, dkd, gaussian_kl, softmax_kl, topk_kl, unikd_loss
+
+SIZES = (10, 100, 1000, 1003, 4096, 16384, 32768, 128256)
+ROWS = 4
+
+
+def logits(classes: int, dtype: torch.dtype = torch.bfloat16, *, grad: bool = False) -> Tensor:
+    return torch.zeros(ROWS, classes, dtype=dtype, requires_grad=grad)
+
+
+def softmax_case(classes: int, dtype: torch.dtype = torch.bfloat16, *, teacher: str = "same", **settings: Any) -> None:
+    """Launch forward; and backward, for fp16."""
+    scale = None
+    other = logits(classes, dtype, grad=teacher == "gradient")
+    if teacher == "uint8":
+        other, scale = logits(classes, torch.uint8), torch.ones(ROWS)
+    loss = softmax_kl.fused_softmax_kl(logits(classes, dtype, grad=True), other, scale, temperature=4.0, **settings)
+    if dtype == torch.float16:
+        loss.sum().backward()
+
+
+def dkd_case(classes: int, *, standardized: bool = False) -> None:
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    dkd.fused_dkd(logits(classes, grad=True), logits(classes), None, labels, standardized=standardized)
+
+
+def topk_case(classes: int, k: int) -> None:
+    student, values = logits(classes, grad=True), logits(k)
+    indices = torch.arange(k, dtype=torch.int32).repeat(ROWS, 1)
+    topk_kl.fused_topk_kl(student, values, indices, torch.zeros(ROWS), ignore_mask=torch.zeros(ROWS, dtype=torch.bool))
+
+
+def gaussian_case(classes: int, *, teacher_gradient: bool = False, reduction: str = "batchmean") -> None:
+    parameters = [logits(classes, grad=i < 2 or teacher_gradient) for i in range(4)]
+    gaussian_kl.fused_gaussian_kl(*parameters, reduction=reduction)
+
+
+def unikd_case(classes: int, *, soft: bool = False, anchor: bool = False, teacher: str = "same") -> None:
+    pair = (logits(classes, grad=True), logits(classes, grad=True))
+    fixed = (logits(classes), logits(classes))
+    labels = torch.zeros(ROWS, classes) if soft else torch.zeros(ROWS, dtype=torch.int64)
+    other, scale = logits(classes), None
+    if teacher == "uint8":
+        other, scale = logits(classes, torch.uint8), torch.ones(ROWS)
+    unikd_loss.fused_unikd_loss(
+        logits(classes, grad=True),
+        None if teacher == "none" else other,
+        scale,
+        labels,
+        pair,
+        fixed,
+        (logits(classes, grad=True), logits(classes, grad=True)) if anchor else None,
+        alpha=torch.tensor(4.0),
+        beta=1.0,
+        ce_weight=1.0,
+        temperature=4.0,
+        scale_by_t2=True,
+        feature_reduction="mean",
+        label_smoothing=0.1 if soft else 0.0,
+        ignore_index=-100,
+        normalizer=None,
+    )
+
+
+def multiply_case(classes: int) -> None:
+    pairs = [(logits(classes), torch.ones(())), (logits(classes, torch.float32), torch.ones(ROWS))]
+    _multiply.multiply_in_place(pairs)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {}
+for size in SIZES:
+    LAUNCHES[f"softmax_kl-{size}"] = partial(softmax_case, size)
+    LAUNCHES[f"softmax_kl-jsd-{size}"] = partial(softmax_case, size, divergence="jsd", beta=0.3)
+    LAUNCHES[f"dkd-{size}"] = partial(dkd_case, size)
+    LAUNCHES[f"gaussian_kl-{size}"] = partial(gaussian_case, size)
+    LAUNCHES[f"unikd_loss-{size}"] = partial(unikd_case, size, anchor=True)
+    LAUNCHES[f"topk_kl-{size}"] = partial(topk_case, size, 10)
+for size in (1000, 16384, 128256):
+    LAUNCHES[f"softmax_kl-fp32-{size}"] = partial(softmax_case, size, torch.float32)
+    LAUNCHES[f"softmax_kl-fp16-{size}"] = partial(softmax_case, size, torch.float16)
+    LAUNCHES[f"softmax_kl-reverse-{size}"] = partial(softmax_case, size, divergence="reverse")
+    LAUNCHES[f"softmax_kl-standardized-{size}"] = partial(softmax_case, size, standardized=True, reduction="none")
+    LAUNCHES[f"softmax_kl-teacher_gradient-{size}"] = partial(
+        softmax_case, size, teacher="gradient", divergence="jsd", standardized=True
+    )
+    LAUNCHES[f"softmax_kl-uint8-{size}"] = partial(softmax_case, size, teacher="uint8")
+    LAUNCHES[f"dkd-standardized-{size}"] = partial(dkd_case, size, standardized=True)
+    LAUNCHES[f"gaussian_kl-teacher_gradient-{size}"] = partial(gaussian_case, size, teacher_gradient=True)
+    LAUNCHES[f"unikd_loss-soft-{size}"] = partial(unikd_case, size, soft=True)
+    LAUNCHES[f"unikd_loss-uint8-{size}"] = partial(unikd_case, size, teacher="uint8")
+    LAUNCHES[f"unikd_loss-no_teacher-{size}"] = partial(unikd_case, size, teacher="none")
+    LAUNCHES[f"multiply-{size}"] = partial(multiply_case, size)
+LAUNCHES["gaussian_kl-none-1000"] = partial(gaussian_case, 1000, reduction="none")
+LAUNCHES["topk_kl-all-100"] = partial(topk_case, 100, 100)
+
+
+def spilling_case() -> None:
+    """A tile larger than the rules allow."""
+    allowed, _launch.LARGEST_SINGLE_BLOCK = _launch.LARGEST_SINGLE_BLOCK, 65536
+    try:
+        softmax_case(65536)
+    finally:
+        _launch.LARGEST_SINGLE_BLOCK = allowed
+
+
+LAUNCHES["spilling"] = spilling_case
+
+KERNELS = {
+    softmax_kl: "_softmax_kl_kernel",
+    dkd: "_dkd_kernel",
+    topk_kl: "_topk_kl_kernel",
+    gaussian_kl: "_gaussian_kl_kernel",
+    unikd_loss: "_unikd_kernel",
+    _multiply: "_multiply_kernel",
+}
+
+
+def reports(name: str) -> Iterator[dict[str, Any]]:
+    """Compile what a case launches, for every target, with the sizes that target gets."""
+    for target, description in TARGETS.items():
+        device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
+        original, _launch.describe = _launch.describe, lambda _, device=device: device
+        try:
+            with recorded(list(KERNELS), list(KERNELS.values())) as recorders:
+                LAUNCHES[name]()
+        finally:
+            _launch.describe = original
+        launches = [(r.kernel, *launch) for r in recorders for launch in r.launches]
+        assert launches, name
+        for kernel, bound, options in launches:
+            yield compile_launch(kernel, bound, options, target)

@@ -1,0 +1,95 @@
+"""The kernels on hardware that is not here: they compile, spill nothing, and load 16 bytes at a time.
+
+Each is compiled as it would be launched, for every architecture, by processes of their own (`compile_check.py`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ALIGNED = (1000, 4096, 16384, 32768, 128256)  # rows of whole 16 bytes, in bf16 too
+TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+
+Reports = dict[str, list[dict[str, Any]]]
+
+
+def python(*arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def reports() -> Reports:
+    """What the compilers say of every case, two processes at a time."""
+    listed = python(str(HERE / "compile_check.py"), "--list")
+    names = listed.communicate()[0].split()
+    assert len(names) > 50
+    running = [python(str(HERE / "compile_check.py"), *names[i::2]) for i in range(2)]
+    collected: Reports = defaultdict(list)
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        for line in out.splitlines():
+            report = json.loads(line)
+            collected[report["case"]].append(report)
+    assert set(collected) == set(names)
+    return collected
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target(reports: Reports) -> None:
+    for case, compiled in reports.items():
+        assert {x["target"] for x in compiled} == TARGETS, case
+
+
+@pytest.mark.slow
+def test_nothing_spills(reports: Reports) -> None:
+    spilling = [x for case, rows in reports.items() if case != "spilling" for x in rows if x["spills"]]
+    assert not spilling, spilling
+
+
+@pytest.mark.slow
+def test_a_tile_too_large_is_seen_to_spill(reports: Reports) -> None:
+    """What `test_nothing_spills` looks at would show it."""
+    assert all(x["spills"] for x in reports["spilling"] if x["target"].startswith("sm_"))
+
+
+@pytest.mark.slow
+def test_aligned_rows_move_16_bytes_at_a_time(reports: Reports) -> None:
+    """K = 1000 is the one that is lost first: it is not a multiple of 16."""
+    for case, compiled in reports.items():
+        classes = int(case.rsplit("-", 1)[1]) if case[-1].isdigit() else 0
+        for x in compiled:
+            if classes in ALIGNED:
+                assert x["widest_load"] == x["widest_store"] == 16, x
+            if classes == 1003:  # the figure is that of the rows: nothing else in a kernel is wide
+                assert x["widest_load"] < 16, x
+
+
+@pytest.mark.slow
+def test_row_offsets_have_64_bits(reports: Reports) -> None:
+    assert not [x for rows in reports.values() for x in rows if x["int32_row_offsets"]]
+
+
+def test_row_offsets_of_32_bits_are_seen() -> None:
+    sys.path.insert(0, str(HERE))
+    try:
+        from compile_check import int32_row_offsets
+    finally:
+        sys.path.remove(str(HERE))
+    line = "%1 = tt.addptr %a, %b : tensor<2x1x!tt.ptr<bf16>>, tensor<2x1xi{}> loc(#loc)"
+    assert int32_row_offsets(line.format(32)) == 1
+    assert int32_row_offsets(line.format(64)) == 0
