@@ -41,8 +41,7 @@ test-compat: $(COMPAT)/.installed ## the drop-in losses against torchdistill, ti
 	$(COMPAT)/bin/python -m pytest tests_compat
 
 conformance: $(COMPAT)/.installed ## write docs/conformance.md: how closely the drop-in losses agree
-	$(COMPAT)/bin/python -W ignore -m unikd_fast.compat.conformance > $(COMPAT)/conformance.md
-	mv $(COMPAT)/conformance.md docs/conformance.md
+	$(COMPAT)/bin/python -W ignore -m unikd_fast.compat.conformance docs/conformance.md
 
 lint: setup ## ruff and mypy
 	$(RUN) ruff check .

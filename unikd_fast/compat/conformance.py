@@ -1,6 +1,6 @@
 """Writes docs/conformance.md: how closely each drop-in agrees with its original, and which original that was.
 
-    python -m unikd_fast.compat.conformance > docs/conformance.md
+    python -m unikd_fast.compat.conformance docs/conformance.md
 
 It needs the packages of the extra `compat-test`, and says which is missing: a table never loses a row silently.
 """
@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def main() -> None:
         for target in preset.targets
         for dtype in DTYPES
     ]
-    print(introduction + "\n".join(rows))
+    # To a file: what the compared packages say while they load goes to the terminal.
+    Path(sys.argv[1]).write_text(introduction + "\n".join(rows) + "\n")
 
 
 def row(preset_name: str, preset: Preset, target: Target, dtype: torch.dtype, device: str) -> str:
