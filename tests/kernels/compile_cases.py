@@ -124,7 +124,7 @@ KERNELS = {
     dkd: "_dkd_kernel",
     topk_kl: "_topk_kl_kernel",
     gaussian_kl: "_gaussian_kl_kernel",
-    unikd_loss: "_unikd_kernel",
+    unikd_loss: "unikd_kernel",
     _multiply: "_multiply_kernel",
 }
 

@@ -123,6 +123,7 @@ def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
     spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", done.stderr))
     registers = re.search(r"Used (\d+) registers", done.stderr)
     widths = [_width(x) for x in re.findall(r"ld\.global[\w.:]*?((?:\.v\d)?\.b\d+)", ptx)]
+    widths += [int(x, 0) for x in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, (0x\w+|\d+)[,;]", ptx)]
     stores = [_width(x) for x in re.findall(r"st\.global[\w.:]*?((?:\.v\d)?\.b\d+)", ptx)]
     return {
         "spills": spills,

@@ -1,0 +1,157 @@
+"""What the tests of the kernels share: inputs, the five losses with one signature, and how exact they have to be.
+
+All tests run through the public API on a GPU if there is one, else interpreted on the CPU. "Case 7" in the name or text
+of a test is one of the twenty things that every kernel has to survive.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_no_worse_than_eager
+from torch import Tensor
+
+from unikd_fast import (
+    Gaussian,
+    QuantizedLogits,
+    TopKLogits,
+    dkd_loss,
+    gaussian_kl,
+    softmax_kl,
+    top_k_logits,
+    unikd_loss,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rounding of a result where the kernel adds K terms tile by tile and eager PyTorch in an order of its own: either is
+# within a few ε of the truth, and either may by luck be nearer.
+UNITS = 8
+# The launch sizes depend on K: many rows a tile, one row, odd rows, and more blocks than one. 1000 is not a multiple of
+# 16; from 4097 on (16385 for the plain forward divergence) a row takes several blocks.
+SIZES = (2, 10, 100, 1000, 1003, 5000, 21841, 50257, 128256, 262144)
+
+
+def rows_for(classes: int) -> int:
+    """Several tiles where tiles are small, two rows where they are large: the interpreter is slow."""
+    return 67 if classes <= 100 else 5 if classes <= 1003 else 2
+
+
+def randn(
+    *shape: int, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float32, grad: bool = False
+) -> Tensor:
+    x = scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(DEVICE, dtype).requires_grad_(grad)
+
+
+def close_logits(classes: int, rows: int = 4) -> tuple[Tensor, Tensor]:
+    """Give bf16 logits of a student and of its teacher, who gives class 0 a probability of 0.999."""
+    teacher = randn(rows, classes, seed=2, scale=0.5)
+    teacher[:, 0] = teacher[:, 1:].logsumexp(-1) + math.log(999)
+    return (teacher + randn(rows, classes, seed=1, scale=0.02)).bfloat16(), teacher.bfloat16()
+
+
+def labels_for(rows: int, classes: int, *, ignored: Sequence[int] = ()) -> Tensor:
+    labels = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(7))
+    labels[list(ignored)] = -100
+    return labels.to(DEVICE)
+
+
+def compare(function: Callable[..., Any], inputs: Sequence[Any], *, units: float = UNITS, **settings: Any) -> None:
+    """Hold impl="fused" against impl="reference"; `function` takes `inputs`, `impl` and the settings."""
+    assert_no_worse_than_eager(
+        lambda *x: function(*x, impl="fused", **settings),
+        lambda *x: function(*x, impl="reference", **settings),
+        inputs,
+        units=units,
+    )
+
+
+def topk_kl(student: Tensor, values: Tensor, indices: Tensor, log_sum_exp: Tensor, **settings: Any) -> Tensor:
+    return softmax_kl(student, TopKLogits(values, indices, log_sum_exp), **settings)
+
+
+def quantized_kl(values: Tensor) -> Callable[..., Tensor]:
+    """Give softmax KL as a function of the rest: in float64 the values stay as they are stored."""
+
+    def compute(student: Tensor, scale: Tensor, offset: Tensor, **settings: Any) -> Tensor:
+        return softmax_kl(student, QuantizedLogits(values, scale, offset), **settings)
+
+    return compute
+
+
+def objective(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    student_mean: Tensor,
+    student_log_var: Tensor,
+    teacher_mean: Tensor,
+    teacher_log_var: Tensor,
+    **settings: Any,
+) -> tuple[Tensor, ...]:
+    """Give the terms of `unikd_loss` that there are, of tensors alone."""
+    pairs = Gaussian(student_mean, student_log_var), Gaussian(teacher_mean, teacher_log_var)
+    return tuple(x for x in unikd_loss(student, teacher, labels, *pairs, **settings) if x is not None)
+
+
+def total(*inputs: Any, **settings: Any) -> Tensor:
+    return objective(*inputs, **settings)[0]
+
+
+def gaussians(rows: int, classes: int, *, dtype: torch.dtype = torch.float32, grad: Sequence[bool]) -> list[Tensor]:
+    """Give means of size 1 and log-variances of size 1/2 of student and teacher."""
+    return [
+        randn(rows, classes, seed=20 + i, scale=scale, dtype=dtype, grad=g)
+        for i, (scale, g) in enumerate(zip((1, 0.5, 1, 0.5), grad, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as a function of tensors: `compute(*make(rows, classes, dtype), impl=..., **settings)`."""
+
+    compute: Callable[..., Tensor]
+    make: Callable[[int, int, torch.dtype], list[Tensor]]
+    reduces: bool = True  # has the setting `reduction`
+
+
+def _softmax(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    return [randn(rows, classes, seed=1, dtype=dtype, grad=True), randn(rows, classes, seed=2, dtype=dtype)]
+
+
+def _topk(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    student, teacher = _softmax(rows, classes, dtype)
+    return [student, *top_k_logits(teacher, min(3, classes))]
+
+
+def _dkd(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    return [*_softmax(rows, classes, dtype), labels_for(rows, classes)]
+
+
+def _gaussian(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    return gaussians(rows, classes, dtype=dtype, grad=(True, True, False, False))
+
+
+def _unikd(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    return [*_dkd(rows, classes, dtype), *_gaussian(rows, classes, dtype)]
+
+
+LOSSES = {
+    "softmax_kl": Loss(softmax_kl, _softmax),
+    "gaussian_kl": Loss(gaussian_kl, _gaussian),
+    "dkd_loss": Loss(dkd_loss, _dkd),
+    "topk_kl": Loss(topk_kl, _topk),
+    "unikd_loss": Loss(total, _unikd, reduces=False),
+}
+
+
+def leaves_of(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x for x in inputs if x.requires_grad]
+
+
+# numpy, which interprets the kernels, warns where a GPU gives inf or NaN.
+quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,0 +1,166 @@
+"""What only a GPU shows: no synchronisation, graphs, streams, other devices, races, memory."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_inputs import DTYPES, LOSSES, compare, leaves_of, rows_for, softmax_kl
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+every_loss = pytest.mark.parametrize("name", LOSSES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def step(name: str, inputs: list[Tensor], factor: Tensor | None = None) -> list[Tensor]:
+    """Give the loss and its gradients."""
+    loss = LOSSES[name].compute(*inputs, impl="fused")
+    return [loss.detach(), *torch.autograd.grad(loss, leaves_of(inputs), factor)]
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_synchronisation_would_be_seen(no_synchronisation: None) -> None:
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones((), device="cuda").item()
+
+
+@every_loss
+@every_dtype
+def test_no_synchronisation(name: str, dtype: torch.dtype) -> None:
+    """Case 14, forward and backward, with an upstream gradient other than 1."""
+    for rows, classes in ((5, 11), (2, 50257)):
+        inputs = LOSSES[name].make(rows, classes, dtype)
+        factor = torch.tensor(3.0, device="cuda")
+        step(name, inputs, factor)  # compiled, and the ticket made, before
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(name, inputs, factor)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@every_loss
+@every_dtype
+def test_cuda_graph(name: str, dtype: torch.dtype) -> None:
+    """Case 14: captured once, replayed on other numbers; a replay gives what eager mode gives, to the bit."""
+    inputs = LOSSES[name].make(300, 1000, dtype)
+    factor = torch.tensor(3.0, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(name, inputs, factor)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(name, inputs, factor)
+    for i in range(3):
+        with torch.no_grad():
+            inputs[0].copy_(torch.roll(inputs[0], 1, 0))
+            factor.fill_(i + 1.0)
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        graph.replay()
+        again = [x.clone() for x in captured]
+        for a, b, c in zip(replayed, again, step(name, inputs, factor), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
+
+@every_loss
+def test_two_streams_at_once(name: str) -> None:
+    """Each stream has a ticket of its own."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    inputs = LOSSES[name].make(512, 1000, torch.float32)
+    expected = step(name, inputs)
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(step(name, inputs))
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@every_loss
+@every_dtype
+def test_same_bits_a_hundred_times(name: str, dtype: torch.dtype) -> None:
+    """Case 20, with more programs than run at once: whoever comes last adds up in the same order."""
+    inputs = LOSSES[name].make(8192, 100, dtype)
+    expected = step(name, inputs)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(step(name, inputs), expected, strict=True))
+
+
+@every_loss
+def test_many_rows(name: str) -> None:
+    """More tiles than programs."""
+    for rows, classes in ((200_000, 10), (20_000, 1000), (600, 50257)):
+        compare(LOSSES[name].compute, LOSSES[name].make(rows, classes, torch.float32))
+        gc.collect()
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """Case 2, in earnest: the last rows equal the same rows alone."""
+    rows, classes = 2**31 // 32768 + 3, 32768
+    if torch.cuda.mem_get_info()[0] < 5 * rows * classes * 2:
+        pytest.skip("needs 22 GB of GPU memory")
+    student = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    teacher = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16)
+    loss = softmax_kl(student, teacher, reduction="none", impl="fused")
+    (gradient,) = torch.autograd.grad(loss, student, torch.ones_like(loss))
+    tail = student.detach()[-4:].clone().requires_grad_()
+    expected = softmax_kl(tail, teacher[-4:].clone(), reduction="none", impl="fused")
+    expected.sum().backward()
+    assert torch.equal(loss[-4:], expected)
+    assert torch.equal(gradient[-4:], tail.grad)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_loss
+@every_dtype
+def test_another_device_than_the_current_one(name: str, dtype: torch.dtype) -> None:
+    """Case 18."""
+    here = LOSSES[name].make(5, 1000, dtype)
+    there = [x.detach().to("cuda:1").requires_grad_(x.requires_grad) for x in here]
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(step(name, here), step(name, there), strict=True):
+        assert b.device.index == 1
+        assert torch.equal(a, b.to(a.device))
+
+
+@every_loss
+def test_memory(name: str) -> None:
+    """Forward takes the gradient's bytes and little else; after backward nothing but the gradient is left."""
+    inputs: list[Any] = LOSSES[name].make(4096, rows_for(2) * 100, torch.bfloat16)
+    leaves = leaves_of(inputs)
+    step(name, inputs)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    wanted = sum(x.numel() * x.element_size() for x in leaves)
+    marks = inputs[0].numel() if name == "topk_kl" else 0
+    torch.cuda.reset_peak_memory_stats()
+    loss = LOSSES[name].compute(*inputs, impl="fused")
+    slack = 2**20
+    assert torch.cuda.max_memory_allocated() - before < wanted + marks + slack
+    assert torch.cuda.memory_allocated() - before < wanted + slack
+    gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert torch.cuda.max_memory_allocated() - before < wanted + marks + slack
+    del gradients
+    assert torch.cuda.memory_allocated() - before < slack

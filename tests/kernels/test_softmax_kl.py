@@ -1,0 +1,306 @@
+"""The kernel of softmax KL against plain PyTorch and float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_inputs import DEVICE, DTYPES, close_logits, compare, quantized_kl, quiet, randn
+from numerics import relative_error
+from torch import Tensor
+
+from unikd_fast import quantize_logits, softmax_kl
+from unikd_fast.kernels import reference
+from unikd_fast.kernels._launch import LARGEST_SINGLE_BLOCK
+
+pytestmark = quiet
+INF = math.inf
+DIVERGENCES = ("forward", "reverse", "jsd")
+
+
+@pytest.mark.parametrize("classes", [7, 1003, LARGEST_SINGLE_BLOCK // 4 + 1])
+@pytest.mark.parametrize("standardized", [False, True])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+class TestDivergences:
+    def test_both_gradients(self, divergence: str, standardized: bool, classes: int) -> None:
+        """Case 17: each of the two logits gets its gradient if it asks for one."""
+        for dtype in DTYPES:
+            inputs = [randn(3, classes, seed=seed, dtype=dtype, grad=True) for seed in (1, 2)]
+            compare(softmax_kl, inputs, divergence=divergence, standardized=standardized, beta=0.3, temperature=2.0)
+
+    def test_the_teachers_alone(self, divergence: str, standardized: bool, classes: int) -> None:
+        """Case 17, the other way round."""
+        inputs = [randn(3, classes, seed=1), randn(3, classes, seed=2, grad=True)]
+        compare(softmax_kl, inputs, divergence=divergence, standardized=standardized)
+
+
+def test_the_teacher_gets_no_gradient_unasked() -> None:
+    """Case 17."""
+    student, teacher = randn(3, 5, seed=1, grad=True), randn(3, 5, seed=2)
+    softmax_kl(student, teacher, impl="fused").backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("classes", [6, LARGEST_SINGLE_BLOCK + 1])
+class TestExtremes:
+    """Case 1."""
+
+    def test_absent_from_both(self, classes: int, divergence: str) -> None:
+        student, teacher = randn(3, classes, seed=1), randn(3, classes, seed=2)
+        for x in (student, teacher):
+            x[:, 1::3] = -INF
+        compare(softmax_kl, [student.requires_grad_(), teacher], divergence=divergence)
+
+    def test_absent_from_the_teacher(self, classes: int, divergence: str) -> None:
+        student, teacher = randn(3, classes, seed=1, grad=True), randn(3, classes, seed=2)
+        teacher[:, 1::3] = -INF
+        if divergence == "reverse":
+            assert softmax_kl(student, teacher, divergence=divergence, impl="fused").item() == INF
+        else:
+            compare(softmax_kl, [student, teacher], divergence=divergence)
+
+    def test_absent_from_the_student(self, classes: int, divergence: str) -> None:
+        student, teacher = randn(3, classes, seed=1), randn(3, classes, seed=2)
+        student[:, 1::3] = -INF
+        if divergence != "forward":
+            compare(softmax_kl, [student.requires_grad_(), teacher], divergence=divergence)
+            return
+        loss = softmax_kl(student.requires_grad_(), teacher, impl="fused")
+        loss.backward()
+        assert loss.item() == INF
+        assert student.grad is not None
+        expected = (student.softmax(-1) - teacher.softmax(-1)).detach() / 3
+        torch.testing.assert_close(student.grad, expected, rtol=1e-5, atol=1e-8)
+
+    def test_huge_logits(self, classes: int, divergence: str) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher = (randn(3, classes, seed=seed, dtype=dtype) for seed in (1, 2))
+            student[:, 0], student[:, 1], teacher[:, 1], teacher[:, 2] = 1e4, -1e4, 1e4, -1e4
+            compare(softmax_kl, [student.requires_grad_(), teacher.requires_grad_()], divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("scale_by_t2", [True, False])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+def test_temperature(temperature: float, scale_by_t2: bool, divergence: str) -> None:
+    """Case 6."""
+    for dtype in DTYPES:
+        inputs = [randn(9, 100, seed=1, dtype=dtype, grad=True), randn(9, 100, seed=2, dtype=dtype)]
+        compare(softmax_kl, inputs, temperature=temperature, scale_by_t2=scale_by_t2, divergence=divergence)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_reductions(reduction: str, masked: bool) -> None:
+    """Case 8, with a random upstream vector for "none"; ignored rows hold NaN."""
+    mask = torch.arange(67, device=DEVICE) % 3 == 1
+    for dtype in DTYPES:
+        student, teacher = (randn(67, 11, seed=seed, dtype=dtype) for seed in (1, 2))
+        chosen: dict[str, Any] = {"reduction": reduction}
+        if masked:
+            chosen["ignore_mask"] = mask
+            student[mask], teacher[mask] = math.nan, INF
+        _assert_zero_where(mask if masked else ~(mask | ~mask), student, teacher, chosen)
+        student, teacher = student.nan_to_num(3.0), teacher.nan_to_num(posinf=2.0)  # the oracle compares with itself
+        compare(softmax_kl, [student.requires_grad_(), teacher.requires_grad_()], **chosen)
+
+
+def _assert_zero_where(mask: Tensor, student: Tensor, teacher: Tensor, chosen: dict[str, Any]) -> None:
+    leaves = [x.clone().requires_grad_() for x in (student, teacher)]
+    loss = softmax_kl(*leaves, impl="fused", **chosen)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert (leaf.grad[mask] == 0).all()
+        assert leaf.grad.isfinite().all()
+
+
+def test_an_infinite_upstream_gradient_of_an_ignored_row() -> None:
+    """The mean over kept rows as 1 / count gives one: the plain loss answers 0 there."""
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    weights = torch.tensor([INF, 0.5, math.nan], device=DEVICE)
+    for dtype in DTYPES:
+        gradients = []
+        for impl in ("fused", "reference"):
+            student = randn(3, 7, seed=1, dtype=dtype, grad=True)
+            loss = softmax_kl(student, randn(3, 7, seed=2, dtype=dtype), reduction="none", ignore_mask=mask, impl=impl)
+            loss.backward(weights)
+            gradients.append(student.grad)
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+@pytest.mark.parametrize("normalizer", [13.0, torch.tensor(13.0), torch.tensor(13)])
+def test_normalizer(normalizer: float | Tensor, reduction: str) -> None:
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(DEVICE)
+    inputs = [randn(5, 11, seed=1, grad=True), randn(5, 11, seed=2)]
+    mask = torch.tensor([False, True, False, False, True], device=DEVICE)
+    for given_mask in (None, mask):
+        compare(softmax_kl, inputs, reduction=reduction, normalizer=normalizer, ignore_mask=given_mask)
+
+
+class TestShapes:
+    """Case 4: strides of all kinds, different ones for the two sides."""
+
+    def test_strides(self) -> None:
+        student = randn(7, 40, seed=1)[:, ::2].requires_grad_()  # a class stride of 2
+        teacher = randn(20, 7, seed=2).T  # transposed
+        compare(softmax_kl, [student, teacher])
+        compare(softmax_kl, [teacher.clone(memory_format=torch.preserve_format).requires_grad_(), student.detach()])
+
+    def test_every_other_row(self) -> None:
+        compare(softmax_kl, [randn(14, 20, seed=1)[::2].requires_grad_(), randn(9, 20, seed=2)[2:].requires_grad_()])
+
+    def test_expanded(self) -> None:
+        teacher = randn(1, 20, seed=2).expand(7, 20)
+        compare(softmax_kl, [randn(7, 20, seed=1, grad=True), teacher])
+        compare(softmax_kl, [randn(7, 1, seed=1).expand(7, 20), randn(7, 20, seed=2, grad=True)])
+
+    def test_sequences(self) -> None:
+        mask = torch.arange(12, device=DEVICE).reshape(3, 4) % 5 == 0
+        student = randn(4, 3, 20, seed=1).transpose(0, 1).requires_grad_()
+        for reduction in ("none", "batchmean", "mean"):
+            compare(softmax_kl, [student, randn(3, 4, 20, seed=2)], ignore_mask=mask, reduction=reduction)
+
+    def test_maps(self) -> None:
+        """Class maps (N, K, H, W), as dense prediction has them, moved to (N, H, W, K)."""
+        student, teacher = (randn(2, 6, 3, 5, seed=seed).movedim(1, -1) for seed in (1, 2))
+        compare(softmax_kl, [student.requires_grad_(), teacher], reduction="none")
+        compare(softmax_kl, [student.detach().contiguous().requires_grad_(), teacher])
+
+    def test_one_row_without_axes(self) -> None:
+        for reduction in ("none", "batchmean"):
+            compare(softmax_kl, [randn(9, seed=1, grad=True), randn(9, seed=2)], reduction=reduction)
+
+    def test_one_class(self) -> None:
+        student = randn(3, 1, seed=1, grad=True)
+        loss = softmax_kl(student, randn(3, 1, seed=2), impl="fused")
+        loss.backward()
+        assert loss.item() == 0
+        assert student.grad is not None
+        assert (student.grad == 0).all()
+
+    def test_unequal_classes(self) -> None:
+        """Case 5."""
+        with pytest.raises(ValueError, match=r"logits must have one shape, got \(2, 3\) and \(2, 4\)"):
+            softmax_kl(randn(2, 3), randn(2, 4), impl="fused")
+
+    def test_dtypes_may_differ(self) -> None:
+        for student_dtype in DTYPES:
+            for teacher_dtype in DTYPES:
+                student = randn(5, 20, seed=1, dtype=student_dtype, grad=True)
+                compare(softmax_kl, [student, randn(5, 20, seed=2, dtype=teacher_dtype, grad=True)])
+
+    def test_more_than_2_to_the_31_elements(self) -> None:
+        """Case 2: the last of three rows starts at 2^31. Pages that nobody touches take up no memory."""
+        stride, classes = 2**30, 16
+        try:
+            student = torch.empty(2 * stride + classes, dtype=torch.bfloat16, device=DEVICE)
+            teacher = torch.empty(2 * stride + classes, dtype=torch.uint8, device=DEVICE)
+        except RuntimeError:
+            pytest.skip("no room for 6 GiB of addresses")
+        student, teacher = (x.as_strided((3, classes), (stride, 1)) for x in (student, teacher))
+        student.copy_(randn(3, classes, seed=1))
+        stored = quantize_logits(randn(3, classes, seed=2))
+        teacher.copy_(stored.values)
+        compare(quantized_kl(teacher), [student.requires_grad_(), stored.scale, stored.offset], reduction="none")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["none", "batchmean", "mean"])
+def test_no_rows(reduction: str, divergence: str) -> None:
+    """Case 9: no rows at all, none kept, and one."""
+    for shape in ((0, 5), (3, 0, 5)):
+        student, teacher = (torch.empty(shape, device=DEVICE, requires_grad=True) for _ in range(2))
+        loss = softmax_kl(student, teacher, reduction=reduction, divergence=divergence, impl="fused")
+        loss.sum().backward()
+        assert loss.sum().item() == 0
+        assert student.grad is not None
+        assert student.grad.shape == shape
+    for rows in (1, 4):
+        mask = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+        leaves = [randn(rows, 5, seed=seed, grad=True) for seed in (1, 2)]
+        loss = softmax_kl(*leaves, reduction=reduction, divergence=divergence, ignore_mask=mask, impl="fused")
+        loss.sum().backward()
+        assert (loss == 0).all()
+        assert all((x.grad == 0).all() for x in leaves)
+    compare(softmax_kl, [randn(1, 5, seed=1, grad=True), randn(1, 5, seed=2)], reduction=reduction)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("classes", [100, LARGEST_SINGLE_BLOCK + 1])
+class TestAStudentCloseToItsTeacher:
+    """Case 12: bf16 logits, p_y = 0.999. Within half a percent of the same logits in float64."""
+
+    def test_loss(self, classes: int, divergence: str, temperature: float) -> None:
+        student, teacher = close_logits(classes)
+        chosen: dict[str, Any] = {"divergence": divergence, "temperature": temperature}
+        truth = reference.softmax_kl(student.double(), teacher.double(), **chosen)
+        assert relative_error(softmax_kl(student, teacher, impl="fused", **chosen), truth) < 0.005
+
+    def test_gradient(self, classes: int, divergence: str, temperature: float) -> None:
+        """In fp32, of the same logits: rounding to bf16 would hide what is lost before it."""
+        student, teacher = close_logits(classes)
+        leaf, exact = student.float().requires_grad_(), student.double().requires_grad_()
+        chosen: dict[str, Any] = {"divergence": divergence, "temperature": temperature}
+        softmax_kl(leaf, teacher, impl="fused", **chosen).backward()
+        reference.softmax_kl(exact, teacher.double(), **chosen).backward()
+        assert leaf.grad is not None
+        assert exact.grad is not None
+        assert relative_error(leaf.grad, exact.grad) < 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+@pytest.mark.parametrize("standardized", [False, True])
+def test_quantized_teachers(standardized: bool, dtype: torch.dtype) -> None:
+    for classes in (10, 1000, LARGEST_SINGLE_BLOCK + 1):
+        stored = quantize_logits(randn(3, classes, seed=2, scale=5), dtype)
+        for divergence in DIVERGENCES if classes == 10 else ("forward",):
+            student = randn(3, classes, seed=1, dtype=torch.bfloat16, grad=True)
+            inputs = [student, stored.scale, stored.offset]
+            compare(quantized_kl(stored.values), inputs, divergence=divergence, standardized=standardized)
+
+
+def test_fp16_teachers_beyond_its_range_and_without_a_class() -> None:
+    teacher = randn(3, 10, seed=2)
+    teacher[0, 0], teacher[1, 4] = 1e5, -INF
+    stored = quantize_logits(teacher, torch.float16)
+    compare(quantized_kl(stored.values), [randn(3, 10, seed=1, grad=True), stored.scale, stored.offset])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_anything(data: st.DataObject) -> None:
+    """Shapes, strides, dtypes, settings and sizes of logits nobody thought of.
+
+    But no two sides that are both nearly uniform: for them see `TestAStudentCloseToItsTeacher`. And where a gradient is
+    that of the first argument of a KL, p (u - mean of u), no p that is 1 but for ε: that gradient is ε itself.
+    """
+    rows, classes = data.draw(st.integers(1, 40)), data.draw(st.integers(2, 70))
+    divergence, both = data.draw(st.sampled_from(DIVERGENCES)), data.draw(st.booleans())
+    scales = [1.0, 2.0] if both or divergence != "forward" else [1.0, 30.0, 300.0]
+    inputs = []
+    for seed in (1, 2):
+        scale = data.draw(st.sampled_from(scales + [0.0, 1e-3] * (seed == 1)))
+        dtype = data.draw(st.sampled_from(DTYPES))
+        row_step, column_step = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+        x = randn(rows * row_step, classes * column_step, seed=seed, scale=scale, dtype=dtype)
+        x = x[::row_step, ::column_step]
+        if data.draw(st.booleans()):
+            x = x.T.contiguous().T
+        inputs.append(x.requires_grad_(seed == 1 or both))
+    compare(
+        softmax_kl,
+        inputs,
+        divergence=divergence,
+        temperature=data.draw(st.sampled_from([1.0, 4.0])),
+        reduction=data.draw(st.sampled_from(["none", "sum", "batchmean", "mean"])),
+        beta=data.draw(st.sampled_from([0.1, 0.5, 0.9])),
+    )
