@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unikd_fast.kernels._multiply import multiply_in_place
 
@@ -133,6 +132,7 @@ class FusedLoss:
         if any(missing):
             again = self.operator(*tensors, missing, *factors, *ctx.settings.values())[self.outputs :]
             result = [g if m else r for g, m, r in zip(again, missing, result, strict=True)]
+        result = [_once(g, x) for g, x in zip(result, tensors, strict=True)]
         return (*result, None, *[None] * self.differentiable, *[None] * len(self.settings))
 
 
@@ -163,7 +163,6 @@ class _GradientInForward(torch.autograd.Function):
         return call.value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         loss, settings, *_, output, members = ctx.call
         tensors = ctx.saved_tensors  # raises if an input was changed in place since
@@ -175,7 +174,30 @@ class _GradientInForward(torch.autograd.Function):
             factors = [upstream if o == output else None for o in range(loss.differentiable)]
             computed = loss.launch(tensors, wanted, factors, **settings)[1]
             gradients = [computed[i] if g is None else g for i, g in zip(members, gradients, strict=True)]
-        return (None, *gradients)
+        inputs = [tensors[i] for i in members]
+        return (None, *(_once(g, x) for g, x in zip(gradients, inputs, strict=True)))
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as a function of the input, whose own derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "the fused losses can be differentiated once, got a second derivative; use impl='reference' for it"
+        )
+
+
+def _once(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """Let a second derivative fail where one is prepared (create_graph=True): as a constant it would be silently 0."""
+    if gradient is None or x is None or not torch.is_grad_enabled():
+        return gradient
+    result: Tensor = _Once.apply(gradient.detach(), x)
+    return result
 
 
 def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:

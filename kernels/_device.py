@@ -55,14 +55,6 @@ def row_sum(x):
 
 
 @triton.jit
-def online_max_sum(top, total, x, factor):
-    """Carry the maximum of x and Σ exp(factor (x - maximum)) over one more tile; factor > 0 is (ROWS, 1)."""
-    new = tl.maximum(top, tl.max(x, axis=1)[:, None])
-    at = tl.where(new == -float("inf"), 0.0, new)  # -inf - -inf is NaN
-    return new, total * tl.exp((top - at) * factor) + row_sum(tl.exp((x - at) * factor))
-
-
-@triton.jit
 def mean_std(ptrs, live, scale, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
     """Mean (before the scale) and unbiased standard deviation (after it) of each row."""
     total = tl.zeros([ROWS, 1], tl.float32)
@@ -117,6 +109,34 @@ def phi(u):
 
 
 @triton.jit
+def online_max_sum(top, count, rest, x, factor):
+    """Carry the maximum of x, how often it occurs, and Σ exp(factor (x - maximum)) of all else over one more tile.
+
+    Σ exp = count + rest. Kept apart, because where one class dominates rest is small, and added to 1 its digits are
+    lost, and with them the difference of two such sums. factor > 0 is (ROWS, 1).
+    """
+    new = tl.maximum(top, tl.max(x, axis=1)[:, None])
+    at = tl.where(new == -float("inf"), 0.0, new)  # -inf - -inf is NaN
+    is_top = x == new
+    same = top == new
+    carried = tl.where(same, rest, (rest + count) * tl.exp((top - at) * factor))
+    count = tl.where(same, count, 0.0) + row_sum(is_top.to(tl.float32))
+    return new, count, carried + row_sum(tl.where(is_top, 0.0, tl.exp((x - at) * factor)))
+
+
+@triton.jit
+def log_sum(count, rest):
+    """ln(count + rest), exact where rest is small."""
+    return tl.log(count) + log1p(rest / count)
+
+
+@triton.jit
+def difference(p, q, u):
+    """q - p; of a class that dominates p (eᵘ - 1), u = ln q - ln p: q and p are close to 1 then, and u to 0."""
+    return tl.where((p > 0.5) & (tl.abs(u) < 0.5), p * (u + phi_near(u)), q - p)
+
+
+@triton.jit
 def kl_terms(p, q, u):
     """p φ(u), u = ln q - ln p: terms that sum to KL(p || q) over all classes."""
     u = tl.where(p > 0, u, 1.0)  # where p is 0 the second form gives q, whatever u is
@@ -151,7 +171,7 @@ def divergence_terms(u, p, q, beta, KIND: tl.constexpr):
 def student_gradient(u, p, q, d1, d2, beta, KIND: tl.constexpr):
     """Derivative of the divergence by the student's scaled logits; d1, d2 are the row sums of the terms."""
     if KIND == FORWARD:
-        return q - p
+        return difference(p, q, u)
     elif KIND == REVERSE:
         return q * (tl.where(q > 0, u, 0.0) - d1)
     else:
@@ -164,7 +184,7 @@ def teacher_gradient(u, p, q, d1, d2, beta, KIND: tl.constexpr):
     if KIND == FORWARD:
         return p * (-tl.where(p > 0, u, 0.0) - d1)
     elif KIND == REVERSE:
-        return p - q
+        return -difference(p, q, u)
     else:
         to_p, _ = mixture_log_ratios(u, beta)
         return beta * p * (-tl.where(p > 0, to_p, 0.0) - d1)

@@ -160,7 +160,10 @@ def new_gradient(x: Tensor | None, wanted: bool) -> Tensor | None:
 def normalizer_of(
     logits: Tensor, reduction: str, ignore_mask: Tensor | None, normalizer: float | Tensor | None
 ) -> tuple[float, Tensor | None]:
-    """Give what the sum over rows is divided by: a number, or a 0-d tensor that takes its place."""
+    """Give what the sum over rows is divided by: a number, or a 0-d tensor that takes its place.
+
+    0 is the number of rows: to read it here would make it a constant of a compiled graph.
+    """
     if reduction in ("none", "sum"):
         return 1.0, None
     if isinstance(normalizer, Tensor):
@@ -169,4 +172,4 @@ def normalizer_of(
         return float(normalizer), None
     if ignore_mask is not None:
         return 1.0, (~ignore_mask).sum().clamp(min=1)
-    return float(max(logits.numel() // logits.shape[-1], 1)), None
+    return 0.0, None

@@ -70,7 +70,8 @@ def _multiply_rows(
             cols = start + tl.arange(0, BLOCK_K)
             inside = live[:, None] & (cols < K)[None, :]
             x = tl.load(tile_pointers(row_ptrs, cols, 1), mask=inside, other=0.0).to(tl.float32)
-            store_tile(row_ptrs, cols, live, x * factors, K)
+            # A row that was left out stays left out: 0 · inf is NaN.
+            store_tile(row_ptrs, cols, live, tl.where(x == 0.0, 0.0, x * factors), K)
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7"])

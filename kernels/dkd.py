@@ -18,10 +18,13 @@ from torch import Tensor
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
     block_sum,
+    difference,
+    expm1,
     kl_terms,
     last_to_arrive,
     load_logits,
     log1p,
+    log_sum,
     mean_std,
     online_max_sum,
     row_pointers,
@@ -47,20 +50,29 @@ from unikd_fast.kernels._launch import (
 
 @triton.jit
 def _others(ptrs, target, live, factor, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
-    """Maximum and sum of exponentials over all classes but the target, (ROWS, 1) each."""
+    """`online_max_sum` over all classes but the target."""
     top = tl.full([ROWS, 1], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS, 1], tl.float32)
+    count = tl.zeros([ROWS, 1], tl.float32)
+    rest = count
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         x = load_logits(ptrs, cols, live, COL, K)
-        top, total = online_max_sum(top, total, tl.where(cols[None, :] == target, -float("inf"), x), factor)
-    return top, total
+        x = tl.where(cols[None, :] == target, -float("inf"), x)
+        top, count, rest = online_max_sum(top, count, rest, x, factor)
+    return top, count, rest
 
 
 @triton.jit
 def _log_sigmoid(x):
     """ln 1/(1 + e^-x)."""
     return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _log_ratio(p, moved, far):
+    """ln((p + moved) / p), from what moved where that is little."""
+    near = (p > 0) & (tl.abs(moved) < 0.5 * p)
+    return tl.where(near, log1p(moved / tl.where(near, p, 1.0)), far)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -119,22 +131,27 @@ def _dkd_kernel(
             a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature
         f_t = a_t * inverse_temperature
-        max_s, sum_s = _others(student_rows, target, live, f_s, STUDENT_COL, K, BLOCK_K, ROWS)
-        max_t, sum_t = _others(teacher_rows, target, live, f_t, TEACHER_COL, K, BLOCK_K, ROWS)
+        max_s, n_s, rest_s = _others(student_rows, target, live, f_s, STUDENT_COL, K, BLOCK_K, ROWS)
+        max_t, n_t, rest_t = _others(teacher_rows, target, live, f_t, TEACHER_COL, K, BLOCK_K, ROWS)
         z_s = tl.load(student_rows + target * STUDENT_COL, mask=live[:, None], other=0.0).to(tl.float32)
         z_t = tl.load(teacher_rows + target * TEACHER_COL, mask=live[:, None], other=0).to(tl.float32)
-        odds_s = (z_s - max_s) * f_s - tl.log(sum_s)
-        odds_t = (z_t - max_t) * f_t - tl.log(sum_t)
-        log_in_s = _log_sigmoid(odds_s)
-        log_in_t = _log_sigmoid(odds_t)
-        log_out_s = _log_sigmoid(-odds_s)
-        log_out_t = _log_sigmoid(-odds_t)
-        in_s = tl.exp(log_in_s)
-        in_t = tl.exp(log_in_t)
-        out_s = tl.exp(log_out_s)
-        out_t = tl.exp(log_out_t)
-        tckd = kl_terms(in_t, in_s, log_in_s - log_in_t) + kl_terms(out_t, out_s, log_out_s - log_out_t)
-        pull = w_target * tl.where(odds_t > 0, out_t - out_s, in_s - in_t)  # α (q_y - p_y)
+        sum_s = n_s + rest_s
+        sum_t = n_t + rest_t
+        log_ratio = log_sum(n_s, rest_s) - log_sum(n_t, rest_t)
+        top_s = (z_s - max_s) * f_s
+        top_t = (z_t - max_t) * f_t
+        odds_s = top_s - log_sum(n_s, rest_s)
+        odds_t = top_t - log_sum(n_t, rest_t)
+        in_s = tl.exp(_log_sigmoid(odds_s))
+        in_t = tl.exp(_log_sigmoid(odds_t))
+        out_s = tl.exp(_log_sigmoid(-odds_s))
+        out_t = tl.exp(_log_sigmoid(-odds_t))
+        # σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b - a)), from the difference of the odds, which is known better than either.
+        delta = (top_s - top_t) - log_ratio
+        moved = tl.where(delta >= 0, -in_s * out_t * expm1(-delta), in_t * out_s * expm1(delta))
+        tckd = kl_terms(in_t, in_s, _log_ratio(in_t, moved, _log_sigmoid(odds_s) - _log_sigmoid(odds_t)))
+        tckd += kl_terms(out_t, out_s, _log_ratio(out_t, -moved, _log_sigmoid(-odds_s) - _log_sigmoid(-odds_t)))
+        pull = w_target * moved  # α (q_y - p_y)
 
         row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
         if upstream_ptr is not None:
@@ -143,7 +160,6 @@ def _dkd_kernel(
             else:
                 row_weight *= tl.load(upstream_ptr).to(tl.float32)
         row_weight = tl.where(wrong[:, None], float("nan"), row_weight)
-        log_ratio = tl.log(sum_s) - tl.log(sum_t)
         nckd = tl.zeros([ROWS, 1], tl.float32)
         share = tl.zeros([ROWS, 1], tl.float32)
         if STANDARDIZED and grad_ptr is not None:
@@ -154,7 +170,8 @@ def _dkd_kernel(
                 t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
                 q = tl.exp((s - max_s) * f_s) / sum_s
                 p = tl.exp((t - max_t) * f_t) / sum_t
-                g = tl.where(cols[None, :] == target, pull, w_others * (q - p) - pull * q)
+                u = ((s - max_s) * f_s - (t - max_t) * f_t) - log_ratio
+                g = tl.where(cols[None, :] == target, pull, w_others * difference(p, q, u) - pull * q)
                 dot += row_sum(tl.where((cols < K)[None, :], g * ((s - mean_s) * a_s), 0.0))
             share = standardization_share(dot * inverse_temperature, std_s, K)
         for start in range(0, K, BLOCK_K):
@@ -166,9 +183,10 @@ def _dkd_kernel(
             d_t = (t - max_t) * f_t
             q = tl.where(is_target, 0.0, tl.exp(d_s) / sum_s)
             p = tl.where(is_target, 0.0, tl.exp(d_t) / sum_t)
-            nckd += row_sum(kl_terms(p, q, (d_s - d_t) - log_ratio))
+            u = (d_s - d_t) - log_ratio
+            nckd += row_sum(kl_terms(p, q, u))
             if grad_ptr is not None:
-                g = tl.where(is_target, pull, w_others * (q - p) - pull * q) * f_s
+                g = tl.where(is_target, pull, w_others * difference(p, q, u) - pull * q) * f_s
                 if STANDARDIZED:
                     g -= share * ((s - mean_s) * a_s)
                 grad_rows = row_pointers(grad_ptr, rows, K)
@@ -221,7 +239,7 @@ def _launch(
             t,
             flat(scale),
             flat(labels),
-            normalizer_value if normalizer is None else normalizer,
+            (normalizer_value or float(rows)) if normalizer is None else normalizer,
             alpha_value if alpha is None else alpha,
             beta_value if beta is None else beta,
             None if upstream is None else flat(upstream[0]),

@@ -166,7 +166,7 @@ def _launch(
             partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=first.device)
         _gaussian_kl_kernel[(programs_for(launch, rows, first.device),)](
             *parameters,
-            normalizer_value if normalizer is None else normalizer,
+            (normalizer_value or float(rows)) if normalizer is None else normalizer,
             None if upstream is None else flat(upstream[0]),
             loss,
             partial,

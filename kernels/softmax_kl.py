@@ -18,9 +18,11 @@ from torch import Tensor
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
     block_sum,
+    difference,
     divergence_terms,
     last_to_arrive,
     load_logits,
+    log_sum,
     mean_std,
     online_max_sum,
     row_pointers,
@@ -115,20 +117,26 @@ def _softmax_kl_kernel(
             d_t0 = (t0 - max_t) * f_t
             e_s0 = tl.exp(d_s0)
             e_t0 = tl.exp(d_t0)
-            sum_s = row_sum(e_s0)
-            sum_t = row_sum(e_t0)
+            n_s = row_sum((s0 == max_s).to(tl.float32))
+            n_t = row_sum((t0 == max_t).to(tl.float32))
+            rest_s = row_sum(tl.where(s0 == max_s, 0.0, e_s0))
+            rest_t = row_sum(tl.where(t0 == max_t, 0.0, e_t0))
         else:
             max_s = tl.full([ROWS, 1], -float("inf"), tl.float32)
             max_t = max_s
-            sum_s = tl.zeros([ROWS, 1], tl.float32)
-            sum_t = sum_s
+            n_s = tl.zeros([ROWS, 1], tl.float32)
+            n_t = n_s
+            rest_s = n_s
+            rest_t = n_s
             for i in range(BLOCKS):
                 cols = i * BLOCK_K + tl.arange(0, BLOCK_K)
                 s = load_logits(student_rows, cols, live, STUDENT_COL, K)
                 t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                max_s, sum_s = online_max_sum(max_s, sum_s, s, f_s)
-                max_t, sum_t = online_max_sum(max_t, sum_t, t, f_t)
-        log_ratio = tl.log(sum_s) - tl.log(sum_t)
+                max_s, n_s, rest_s = online_max_sum(max_s, n_s, rest_s, s, f_s)
+                max_t, n_t, rest_t = online_max_sum(max_t, n_t, rest_t, t, f_t)
+        sum_s = n_s + rest_s
+        sum_t = n_t + rest_t
+        log_ratio = log_sum(n_s, rest_s) - log_sum(n_t, rest_t)
 
         row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
         if upstream_ptr is not None:
@@ -157,11 +165,12 @@ def _softmax_kl_kernel(
                 d_t = (load_logits(teacher_rows, cols, live, TEACHER_COL, K) - max_t) * f_t
                 q = tl.exp(d_s) / sum_s
                 p = tl.exp(d_t) / sum_t
-            terms1, terms2 = divergence_terms((d_s - d_t) - log_ratio, p, q, beta, KIND)
+            u = (d_s - d_t) - log_ratio
+            terms1, terms2 = divergence_terms(u, p, q, beta, KIND)
             d1 += row_sum(terms1)
             d2 += row_sum(terms2)
             if FUSED_PASS and WANT_GRAD:
-                g = (q - p) * (row_weight * f_s)
+                g = difference(p, q, u) * (row_weight * f_s)
                 store_tile(grad_rows_s, cols, inside, tl.where(live[:, None], g, 0.0), K)
 
         if WANT_GRAD and not FUSED_PASS:
@@ -252,7 +261,7 @@ def _launch(
             t,
             flat(scale),
             flat(mask),
-            normalizer_value if normalizer is None else normalizer,
+            (normalizer_value or float(rows)) if normalizer is None else normalizer,
             None if upstream is None else flat(upstream[0]),
             loss,
             partial,

@@ -18,9 +18,12 @@ from torch import Tensor
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
     block_sum,
+    difference,
+    expm1,
     kl_terms,
     last_to_arrive,
     load_logits,
+    log_sum,
     online_max_sum,
     row_pointers,
     row_sum,
@@ -84,16 +87,21 @@ def _topk_kl_kernel(
         # The rest of the classes by their own maximum, so that it is exact however little there is of it.
         max_all = tl.full([ROWS, 1], -float("inf"), tl.float32)
         max_rest = max_all
-        sum_all = tl.zeros([ROWS, 1], tl.float32)
-        sum_rest = sum_all
+        n_all = tl.zeros([ROWS, 1], tl.float32)
+        n_rest = n_all
+        rest_all = n_all
+        rest_rest = n_all
         one = tl.full([ROWS, 1], 1.0, tl.float32)
         for start in range(0, K, BLOCK_K):
             cols = start + tl.arange(0, BLOCK_K)
             x = load_logits(student_rows, cols, live, STUDENT_COL, K)
             marks = tl.load(tile_pointers(mark_rows, cols, 1), mask=live[:, None] & (cols < K)[None, :], other=0)
-            max_all, sum_all = online_max_sum(max_all, sum_all, x, one)
-            max_rest, sum_rest = online_max_sum(max_rest, sum_rest, tl.where(marks == 0, x, -float("inf")), one)
-        log_sum_all = max_all + tl.log(sum_all)
+            max_all, n_all, rest_all = online_max_sum(max_all, n_all, rest_all, x, one)
+            unmarked = tl.where(marks == 0, x, -float("inf"))
+            max_rest, n_rest, rest_rest = online_max_sum(max_rest, n_rest, rest_rest, unmarked, one)
+        sum_all = n_all + rest_all
+        sum_rest = n_rest + rest_rest
+        log_all = log_sum(n_all, rest_all)
         stored = live[:, None] & (top < TOP)[None, :]
         top_ptrs = row_pointers(indices_ptr, rows, TOP) + top[None, :]
         index = tl.load(top_ptrs, mask=stored, other=0).to(tl.int64)
@@ -101,15 +109,23 @@ def _topk_kl_kernel(
         z_s = tl.load(student_rows + index * STUDENT_COL, mask=stored, other=0.0).to(tl.float32)
         lse = tl.load(log_sum_exp_ptr + rows, mask=live, other=0.0).to(tl.float32)[:, None]
         log_p = z_t - lse
-        log_q = (z_s - max_all) - tl.log(sum_all)
+        log_q = (z_s - max_all) - log_all
         p = tl.where(stored, tl.exp(log_p), 0.0)
         q = tl.where(stored, tl.exp(log_q), 0.0)
         sums = row_sum(kl_terms(p, q, log_q - log_p))
+        excess = row_sum(difference(p, q, log_q - log_p))  # Σ q - p: 0, but for the rounding of what was stored
         rest_p = tl.zeros([ROWS, 1], tl.float32)
         if TOP < K:
-            rest_p = tl.maximum(1.0 - row_sum(p), 0.0)
-            log_rest_q = (max_rest + tl.log(sum_rest)) - log_sum_all
-            sums += kl_terms(rest_p, tl.exp(log_rest_q), log_rest_q - tl.log(rest_p))
+            # 1 - Σ p, without losing it in the largest p.
+            log_top = tl.max(tl.where(stored, log_p, -float("inf")), axis=1)[:, None]
+            is_top = stored & (log_p == log_top)
+            n_top = row_sum(is_top.to(tl.float32))
+            outside_top = tl.where(n_top == 1.0, -expm1(log_top), 1.0 - n_top * tl.exp(log_top))
+            rest_p = tl.maximum(outside_top - row_sum(tl.where(is_top, 0.0, p)), 0.0)
+            log_rest_q = (max_rest - max_all) + (log_sum(n_rest, rest_rest) - log_all)
+            log_ratio = log_rest_q - tl.log(rest_p)
+            sums += kl_terms(rest_p, tl.exp(log_rest_q), log_ratio)
+            excess += difference(rest_p, tl.exp(log_rest_q), log_ratio)
         if grad_ptr is not None:
             row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
             if upstream_ptr is not None:
@@ -121,10 +137,12 @@ def _topk_kl_kernel(
             for start in range(0, K, BLOCK_K):
                 cols = start + tl.arange(0, BLOCK_K)
                 x = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                g = (tl.exp(x - max_all) / sum_all - rest_p * tl.exp(x - max_rest) / sum_rest) * row_weight
+                q_all = tl.exp(x - max_all) / sum_all * (1.0 - excess)
+                g = (q_all - rest_p * tl.exp(x - max_rest) / sum_rest) * row_weight
                 store_tile(grad_rows, cols, inside, tl.where(live[:, None], g, 0.0), K)
             tl.debug_barrier()  # whoever wrote the classes of the top k as part of the rest has done so
-            tl.store(grad_rows + index, ((q - p) * row_weight).to(grad_ptr.dtype.element_ty), mask=stored)
+            g = (difference(p, q, log_q - log_p) - q * excess) * row_weight
+            tl.store(grad_rows + index, g.to(grad_ptr.dtype.element_ty), mask=stored)
         if loss_ptr is not None:
             losses = tl.where(live[:, None], sums * per_row_weight, 0.0)
             if PER_ROW:
@@ -171,7 +189,7 @@ def _launch(
             index,
             flat(log_sum_exp),
             flat(mask),
-            normalizer_value if normalizer is None else normalizer,
+            (normalizer_value or float(rows)) if normalizer is None else normalizer,
             None if upstream is None else flat(upstream[0]),
             loss,
             partial,
