@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 # Classes of a row that a tile holds on chip without spilling registers; longer rows are read block by block, twice.
-LARGEST_SINGLE_BLOCK = 16384
+LARGEST_SINGLE_BLOCK = 8192
 MAX_PROGRAMS = 2048
 
 
@@ -65,8 +65,8 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = Fa
         return Launch(rows, block, True, _warps(rows * block, 8 if heavy else 16, device), MAX_PROGRAMS, device.amd)
     # The second reading finds in the L2 what was read before if few rows are under way: two a multiprocessor, or one.
     resident = 2 if 2 * device.multiprocessors * row_bytes <= device.l2_bytes else 1
-    block = 2048 if heavy else 8192 // resident
-    warps = _warps(block, 8 if heavy else 16, device)
+    block = 2048 if heavy else 4096
+    warps = _warps(block, 8, device)
     return Launch(1, block, False, warps, resident * device.multiprocessors, device.amd)
 
 

@@ -61,21 +61,39 @@ def pool_collapsed(
     with autocast_off(features[0].device):  # it would form the composite weights in half precision
         projections, factors = [], []
         for level, feature in enumerate(features):
-            composite = _taps_on(level, taps, expand[level])  # (9 * gates, D)
+            composite = taps_on(level, taps, expand[level])  # (9 * gates, D)
             seen, factor = _Project.apply(feature, composite @ expand[level])
             seen = seen + (composite @ biases[level])[:, None]
             projections.append(seen.unflatten(2, feature.shape[-2:]))
             factors.append(factor)
-        gates = _gates(projections, [bias.to(exact) for bias in gate_biases], upsample)
-        return _pool(features, factors, expand, biases, gates, upsample)
+        weights = pixel_weights(projections, [bias.to(exact) for bias in gate_biases], upsample)
+        return _pool(features, factors, expand, biases, weights)
 
 
-def _taps_on(level: int, taps: Sequence[Tensor], expand: Tensor) -> Tensor:
+def taps_on(level: int, taps: Sequence[Tensor], expand: Tensor) -> Tensor:
     """Stack the taps that look at E_l(F_l), (9 * gates, D): every finer gate's coarse half, then the own gate's."""
     columns = [taps[gate][1] for gate in range(level)]
     if level < len(taps):
         columns.append(taps[level][0])
     return torch.cat(columns, dim=1).t() if columns else expand.new_empty(0, expand.shape[0])
+
+
+def pixel_weights(projections: Sequence[Tensor], gate_biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
+    """Give the weight of each pixel of each level in the average of F_R, w_l / (H_1 W_1), (N, H_l W_l); they sum to 1.
+
+    Args:
+        projections: what the taps of the gates saw of each level, (N, 9 * gates, H_l, W_l), see `taps_on`.
+        gate_biases: (1,) each.
+        upsample: "nearest" or "bilinear".
+    """
+    gates = _gates(projections, gate_biases, upsample)
+    n, _, height, width = projections[0].shape
+    remaining = projections[0].new_full((n, 1, height, width), 1 / (height * width))
+    weights = []
+    for level, gate in enumerate(gates):
+        weights.append((remaining * gate).flatten(1))
+        remaining = resize_adjoint(remaining * (1 - gate), projections[level + 1].shape[-2:], upsample)
+    return [*weights, remaining.flatten(1)]
 
 
 def _gates(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
@@ -111,21 +129,14 @@ def _pool(
     factors: Sequence[Tensor],
     expand: Sequence[Tensor],
     biases: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    upsample: str,
+    weights: Sequence[Tensor],
 ) -> Tensor:
     """Average each level with its pixels' weights in F_R, then expand the averages: (N, D)."""
-    n, _, height, width = features[0].shape
-    remaining = expand[0].new_ones(n, 1, height, width)
     pooled: Tensor | None = None
-    for level, feature in enumerate(features):
-        weight = remaining * gates[level] if level < len(gates) else remaining
-        flat = weight.flatten(2)[:, 0] / (height * width)  # (N, H_l W_l)
-        averaged = _Average.apply(feature.flatten(2), flat, factors[level])  # (N, C_l)
-        part = torch.addmm(flat.sum(1, keepdim=True) * biases[level], averaged, expand[level].t())
+    for level, (feature, weight) in enumerate(zip(features, weights, strict=True)):
+        averaged = _Average.apply(feature.flatten(2), weight, factors[level])  # (N, C_l)
+        part = torch.addmm(weight.sum(1, keepdim=True) * biases[level], averaged, expand[level].t())
         pooled = part if pooled is None else pooled + part
-        if level < len(gates):
-            remaining = resize_adjoint(remaining * (1 - gates[level]), features[level + 1].shape[-2:], upsample)
     assert pooled is not None
     return pooled
 

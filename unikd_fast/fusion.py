@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unikd_fast.kernels._checks import choose_impl
 from unikd_fast.kernels.reference_fusion import blend_top_down, expand
 from unikd_fast.kernels.reference_pooled import pool_collapsed
 
@@ -32,6 +33,8 @@ class AdaptiveFeatureFusion(nn.Module):
         upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
         norm: None for E as the paper has it, a 1x1 convolution, or "batch" for batch normalisation after it.
         path: of `pooled`. "auto" is collapsed where that is exact; "collapsed" raises where it is not; "stagewise".
+        impl: of the collapsed path. "auto" takes the kernels on a GPU and plain PyTorch elsewhere and in a graph that
+            torch.compile traces; "reference" plain PyTorch; "fused" the kernels or an error.
 
     Raises:
         ValueError: no level, a size below 1, an unknown option, or path="collapsed" with gate="channel".
@@ -52,6 +55,7 @@ class AdaptiveFeatureFusion(nn.Module):
         upsample: str = "nearest",
         norm: str | None = None,
         path: str = "auto",
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         if not in_channels or min(*in_channels, width) < 1:
@@ -63,8 +67,9 @@ class AdaptiveFeatureFusion(nn.Module):
         _check_option("upsample", upsample, ("nearest", "bilinear"))
         _check_option("norm", norm, (None, "batch"))
         _check_option("path", path, ("auto", "collapsed", "stagewise"))
+        _check_option("impl", impl, ("auto", "reference", "fused"))
         self.in_channels, self.width = tuple(in_channels), width
-        self.gate, self.upsample, self.norm, self.path = gate, upsample, norm, path
+        self.gate, self.upsample, self.norm, self.path, self.impl = gate, upsample, norm, path, impl
         maps = 1 if gate == "spatial" else width
         self.expanders = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in in_channels if norm == "batch")
@@ -126,8 +131,12 @@ class AdaptiveFeatureFusion(nn.Module):
         """
         if self._collapses():
             self._check(features)
-            gates = _weights_and_biases(self.gates)
-            return pool_collapsed(features, *self._folded_expanders(), *gates, upsample=self.upsample)
+            parameters = (*self._folded_expanders(), *_weights_and_biases(self.gates))
+            if self._fuses(features):
+                from unikd_fast.kernels.pooled_fusion import fused_pool
+
+                return fused_pool(features, *parameters, upsample=self.upsample)
+            return pool_collapsed(features, *parameters, upsample=self.upsample)
         if self.path == "collapsed":
             raise ValueError(
                 "AdaptiveFeatureFusion: path='collapsed' needs fixed batch statistics, got norm='batch' in training "
@@ -137,11 +146,17 @@ class AdaptiveFeatureFusion(nn.Module):
         return fused.mean((2, 3), dtype=torch.promote_types(fused.dtype, torch.float32))
 
     def extra_repr(self) -> str:
-        return f"gate={self.gate!r}, upsample={self.upsample!r}, norm={self.norm!r}, path={self.path!r}"
+        names = ("gate", "upsample", "norm", "path", "impl")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _collapses(self) -> bool:
         fixed = not any(norm.training for norm in self.norms)
         return self.path != "stagewise" and self.gate == "spatial" and fixed
+
+    def _fuses(self, features: Sequence[Tensor]) -> bool:
+        if self.impl == "auto" and torch.compiler.is_compiling():
+            return False
+        return choose_impl("AdaptiveFeatureFusion", self.impl, *features) == "fused"
 
     def _path_and_reason(self) -> str:
         if self.path == "stagewise":

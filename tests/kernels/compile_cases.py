@@ -1,7 +1,7 @@
 """What is compiled: every kernel, at every launch size and with every feature that changes its code.
 
 The sizes of `_launch.py` depend on K alone, so one K for each bucket is all of them: 10 (many rows a tile), 100, 1000
-(not a multiple of 16), 1003 (odd), 4096 and 16384 (the largest on chip), 32768 (two rows a multiprocessor), 128256.
+(not a multiple of 16), 1003 (odd), 8192 (the largest on chip), 16384 and 32768 (two rows a multiprocessor), 128256.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,9 +12,20 @@ import torch
 from compile_check import TARGETS, compile_launch, recorded
 from torch import Tensor
 
-from unikd_fast.kernels import _launch, _multiply, dkd, gaussian_kl, softmax_kl, topk_kl, unikd_loss
+from unikd_fast.kernels import (
+    _launch,
+    _multiply,
+    dkd,
+    gaussian_kl,
+    pixel_weights,
+    pooled_fusion,
+    softmax_kl,
+    topk_kl,
+    unikd_loss,
+)
 
-SIZES = (10, 100, 1000, 1003, 4096, 16384, 32768, 128256)
+SIZES = (10, 100, 1000, 1003, 8192, 16384, 32768, 128256)
+HEAVY_SIZES = (10, 1000, 1003, 8192, 128256)  # on chip up to 2048, then one and two rows a multiprocessor
 ROWS = 4
 
 
@@ -81,15 +92,32 @@ def multiply_case(classes: int) -> None:
     _multiply.multiply_in_place(pairs)
 
 
+def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str) -> None:
+    """Forward and backward on the features of a ResNet-50 at 224 pixels."""
+    shapes = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+    width, gates = 8, len(shapes) - 1
+    features = [torch.zeros(2, c, size, size, dtype=dtype).contiguous(memory_format=layout) for c, size in shapes]
+    parameters = [
+        [torch.zeros(width, c, 1, 1) for c, _ in shapes],
+        [torch.zeros(width) for _ in shapes],
+        [torch.zeros(1, 2 * width, 3, 3) for _ in range(gates)],
+        [torch.zeros(1) for _ in range(gates)],
+    ]
+    for x in (*features, *(p for group in parameters for p in group)):
+        x.requires_grad_()
+    pooled_fusion.fused_pool(features, *parameters, upsample=upsample).sum().backward()
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {}
 for size in SIZES:
     LAUNCHES[f"softmax_kl-{size}"] = partial(softmax_case, size)
+for size in HEAVY_SIZES:
     LAUNCHES[f"softmax_kl-jsd-{size}"] = partial(softmax_case, size, divergence="jsd", beta=0.3)
     LAUNCHES[f"dkd-{size}"] = partial(dkd_case, size)
     LAUNCHES[f"gaussian_kl-{size}"] = partial(gaussian_case, size)
     LAUNCHES[f"unikd_loss-{size}"] = partial(unikd_case, size, anchor=True)
     LAUNCHES[f"topk_kl-{size}"] = partial(topk_case, size, 10)
-for size in (1000, 16384, 128256):
+for size in (1000, 128256):
     LAUNCHES[f"softmax_kl-fp32-{size}"] = partial(softmax_case, size, torch.float32)
     LAUNCHES[f"softmax_kl-fp16-{size}"] = partial(softmax_case, size, torch.float16)
     LAUNCHES[f"softmax_kl-reverse-{size}"] = partial(softmax_case, size, divergence="reverse")
@@ -103,9 +131,13 @@ for size in (1000, 16384, 128256):
     LAUNCHES[f"unikd_loss-soft-{size}"] = partial(unikd_case, size, soft=True)
     LAUNCHES[f"unikd_loss-uint8-{size}"] = partial(unikd_case, size, teacher="uint8")
     LAUNCHES[f"unikd_loss-no_teacher-{size}"] = partial(unikd_case, size, teacher="none")
-    LAUNCHES[f"multiply-{size}"] = partial(multiply_case, size)
+LAUNCHES["softmax_kl-fp32-8192"] = partial(softmax_case, 8192, torch.float32)
+LAUNCHES["multiply-1000"] = partial(multiply_case, 1000)
 LAUNCHES["gaussian_kl-none-1000"] = partial(gaussian_case, 1000, reduction="none")
 LAUNCHES["topk_kl-all-100"] = partial(topk_case, 100, 100)
+LAUNCHES["pooled_fusion-bf16-channels_last"] = partial(pooled_case, torch.bfloat16, torch.channels_last, "bilinear")
+LAUNCHES["pooled_fusion-bf16-contiguous"] = partial(pooled_case, torch.bfloat16, torch.contiguous_format, "nearest")
+LAUNCHES["pooled_fusion-fp32-channels_last"] = partial(pooled_case, torch.float32, torch.channels_last, "nearest")
 
 
 def spilling_case() -> None:
@@ -119,26 +151,36 @@ def spilling_case() -> None:
 
 LAUNCHES["spilling"] = spilling_case
 
-KERNELS = {
-    softmax_kl: "_softmax_kl_kernel",
-    dkd: "_dkd_kernel",
-    topk_kl: "_topk_kl_kernel",
-    gaussian_kl: "_gaussian_kl_kernel",
-    unikd_loss: "unikd_kernel",
-    _multiply: "_multiply_kernel",
-}
+KERNELS = [
+    (softmax_kl, "_softmax_kl_kernel"),
+    (dkd, "_dkd_kernel"),
+    (topk_kl, "_topk_kl_kernel"),
+    (gaussian_kl, "_gaussian_kl_kernel"),
+    (unikd_loss, "unikd_kernel"),
+    (_multiply, "_multiply_kernel"),
+    (pixel_weights, "pixel_weights_kernel"),
+    (pixel_weights, "pixel_weights_backward_kernel"),
+    (pooled_fusion, "_project_kernel"),
+    (pooled_fusion, "_average_kernel"),
+    (pooled_fusion, "_weight_gradient_kernel"),
+    (pooled_fusion, "_feature_gradient_kernel"),
+]
 
 
 def reports(name: str) -> Iterator[dict[str, Any]]:
     """Compile what a case launches, for every target, with the sizes that target gets."""
     for target, description in TARGETS.items():
         device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
-        original, _launch.describe = _launch.describe, lambda _, device=device: device
+        users = (_launch, pixel_weights, pooled_fusion)
+        original = _launch.describe
         try:
-            with recorded(list(KERNELS), list(KERNELS.values())) as recorders:
+            for module in users:
+                module.describe = lambda _, device=device: device
+            with recorded([module for module, _ in KERNELS], [kernel for _, kernel in KERNELS]) as recorders:
                 LAUNCHES[name]()
         finally:
-            _launch.describe = original
+            for module in users:
+                module.describe = original
         launches = [(r.kernel, *launch) for r in recorders for launch in r.launches]
         assert launches, name
         for kernel, bound, options in launches:

@@ -1,0 +1,250 @@
+"""The kernels of the collapsed AFF against the stage-wise form, values and every gradient."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
+from torch import Tensor
+
+from unikd_fast import AdaptiveFeatureFusion
+from unikd_fast.kernels.pixel_weights import geometry, pixel_weights_forward, rows_of_level
+from unikd_fast.kernels.pooled_fusion import fused_pool
+from unikd_fast.kernels.reference_fusion import fuse_stagewise
+from unikd_fast.kernels.reference_pooled import pixel_weights, pool_collapsed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Sums over pixels, channels and images in another order than eager's.
+UNITS = 8.0
+
+# L = 1 to 5; a ratio of 2, odd sizes, other ratios, equal sizes, one pixel; channels below, at, off a multiple of 16.
+PYRAMIDS = {
+    "one level": ((5,), ((5, 4),)),
+    "ratio 2": ((16, 8), ((8, 8), (4, 4))),
+    "odd": ((3, 20, 33), ((7, 9), (4, 5), (3, 2))),
+    "equal and one pixel": ((17, 70, 8, 4), ((6, 6), (6, 6), (3, 3), (1, 1))),
+    "five": ((2, 3, 4, 5, 6), ((9, 7), (7, 7), (7, 5), (3, 4), (1, 2))),
+    "many pixels": ((4, 5), ((40, 30), (7, 9))),  # more than a block of them
+}
+
+
+def inputs(
+    pyramid: str,
+    width: int = 6,
+    *,
+    images: int = 2,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Features in `dtype`, then parameters in fp32 as a module under autocast has them; all ask for a gradient."""
+    channels, sizes = PYRAMIDS[pyramid]
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = [
+        randn(images, c, *size).to(dtype).contiguous(memory_format=layout)
+        for c, size in zip(channels, sizes, strict=True)
+    ]
+    parameters = [
+        *(randn(width, c, 1, 1, scale=c**-0.5) for c in channels),
+        *(randn(width) for _ in channels),
+        *(randn(1, 2 * width, 3, 3, scale=(18 * width) ** -0.5) for _ in channels[1:]),
+        *(randn(1) for _ in channels[1:]),
+    ]
+    return [x.to(DEVICE).requires_grad_() for x in (*features, *parameters)]
+
+
+def groups(x: Sequence[Any]) -> tuple[Sequence[Any], ...]:
+    """Split the list that `inputs` gives: three a level, and two a gate."""
+    n = (len(x) + 2) // 5
+    return x[:n], x[n : 2 * n], x[2 * n : 3 * n], x[3 * n : 4 * n - 1], x[4 * n - 1 :]
+
+
+def fused(*x: Tensor, upsample: str = "nearest") -> Tensor:
+    return fused_pool(*groups(x), upsample=upsample)
+
+
+def fused_pixel_weights(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
+    layout = geometry(tuple((x.shape[2], x.shape[3]) for x in projections), upsample, projections[0].device)
+    seen = torch.cat([x.flatten(1) for x in projections], dim=1)
+    weights = pixel_weights_forward(seen, torch.cat(list(biases)), layout, upsample)[0]
+    return list(weights.split([x.shape[2] * x.shape[3] for x in projections], dim=1))
+
+
+def stagewise(*x: Tensor, upsample: str = "nearest") -> Tensor:
+    result = fuse_stagewise(*groups(x), upsample=upsample)
+    return result.mean((2, 3), dtype=torch.promote_types(result.dtype, torch.float32))
+
+
+def assert_no_worse(x: Sequence[Tensor], *, upsample: str = "nearest") -> None:
+    """The oracle of `numerics`, for the value and for the gradients of each kind of input taken together.
+
+    Together, because the gradient of one gate's bias is a sum of numbers that cancel: its error belongs to their size,
+    not to its own.
+    """
+    forms = [partial(form, upsample=upsample) for form in (fused, stagewise)]
+    assert_no_worse_than_eager(*forms, [t.detach() for t in x], units=UNITS)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in x]
+    truth, tested, plain = (
+        outputs_and_gradients(form, given)[1] for form, given in ((forms[1], exact), (forms[0], x), (forms[1], x))
+    )
+    wanted = [i for i, t in enumerate(x) if t.requires_grad]
+    kinds = {i: kind for kind, group in enumerate(groups(range(len(x)))) for i in group}
+    for kind in {kinds[i] for i in wanted}:
+        members = [j for j, i in enumerate(wanted) if kinds[i] == kind]
+        together = [torch.cat([g[j].double().flatten() for j in members]) for g in (tested, plain, truth)]
+        error, allowance = relative_error(together[0], together[2]), relative_error(together[1], together[2])
+        eps = torch.finfo(tested[members[0]].dtype).eps
+        assert error <= allowance + UNITS * eps, f"gradients of kind {kind}: {error:.1e}, plain {allowance:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "upsample"),
+    [
+        (torch.float32, "nearest"),
+        (torch.float32, "bilinear"),
+        (torch.bfloat16, "bilinear"),
+        (torch.float16, "nearest"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+def test_no_worse_than_stagewise(pyramid: str, dtype: torch.dtype, upsample: str) -> None:
+    assert_no_worse(inputs(pyramid, dtype=dtype, channels_last=dtype == torch.bfloat16), upsample=upsample)
+
+
+def test_more_accurate_than_stagewise_in_bf16() -> None:
+    x = [t.detach() for t in inputs("odd", 64, images=4, dtype=torch.bfloat16)]
+    exact = stagewise(*(t.double() for t in x))
+    assert 2 * relative_error(fused(*x), exact) < relative_error(stagewise(*x), exact)
+
+
+@pytest.mark.parametrize(("images", "width"), [(1, 1), (1, 6), (40, 1)])  # 40: more images than groups of ∂M
+def test_one_image_one_width_many_images(images: int, width: int) -> None:
+    assert_no_worse(inputs("ratio 2", width, images=images))
+
+
+def test_no_images() -> None:
+    x = inputs("ratio 2", images=0)
+    y = fused(*x)
+    assert y.shape == (0, 6)
+    grads = torch.autograd.grad(y.sum(), x)
+    assert all((g == 0).all() for g in grads)
+
+
+def test_non_contiguous_features() -> None:
+    x = inputs("ratio 2")
+    strided = [
+        t.detach()[:, :, ::1].transpose(2, 3).requires_grad_() if t.ndim == 4 and i < 2 else t for i, t in enumerate(x)
+    ]
+    wide = torch.randn(2, 16, 8, 16, device=DEVICE)[..., ::2].detach().requires_grad_()
+    assert not wide.is_contiguous()
+    assert_no_worse([wide, *strided[1:]])
+
+
+@pytest.mark.parametrize("frozen", ["features", "parameters"])
+def test_only_what_asks_for_a_gradient_gets_one(frozen: str) -> None:
+    x = inputs("odd")
+    for i, t in enumerate(x):
+        t.requires_grad_((i < 3) != (frozen == "features"))
+    assert_no_worse(x)
+
+
+@pytest.mark.parametrize("bias", [-1e4, 1e4])
+def test_saturated_gates(bias: float) -> None:
+    x = inputs("odd")
+    with torch.no_grad():
+        for gate in groups(x)[4]:
+            gate.fill_(bias)
+    assert_no_worse(x)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_reaches_its_own_image_alone(value: float) -> None:
+    x = [t.detach() for t in inputs("odd")]
+    clean = fused(*x)
+    x[1][1, 0, 2, 2] = value
+    spoilt = fused(*x)
+    assert torch.equal(spoilt[0], clean[0])
+    assert not spoilt[1].isfinite().any()
+
+
+def test_same_bits_twice_and_a_second_backward_pass() -> None:
+    x = inputs("odd", dtype=torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        y = fused(*x)
+        upstream = torch.arange(y.numel(), device=DEVICE).view_as(y) / y.numel()
+        first = torch.autograd.grad(y, x, upstream, retain_graph=True)
+        second = torch.autograd.grad(y, x, 2 * upstream)
+        runs.append([y, *first])
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(2 * a.float(), b.float(), rtol=1e-2, atol=1e-4)  # bf16 rounds both
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+def test_pixel_weights_sum_to_one(upsample: str) -> None:
+    sizes = ((7, 9), (4, 5), (3, 2))
+    projections = [torch.randn(2, rows_of_level(i, 3), *s, device=DEVICE) for i, s in enumerate(sizes)]
+    biases = [torch.randn(1, device=DEVICE) for _ in sizes[1:]]
+    weights = fused_pixel_weights(projections, biases, upsample)
+    total = sum(w.sum(1) for w in weights)
+    torch.testing.assert_close(total, torch.ones_like(total))
+    for w, expected in zip(weights, pixel_weights(projections, biases, upsample), strict=True):
+        torch.testing.assert_close(w, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=3),
+    st.sampled_from(["nearest", "bilinear"]),
+    st.integers(0, 2**16),
+)
+def test_any_sizes(corners: list[tuple[int, int]], upsample: str, seed: int) -> None:
+    """Sizes that shrink by any ratio, from the sums of what is drawn."""
+    sizes = [(sum(h for h, _ in corners[i:]), sum(w for _, w in corners[i:])) for i in range(len(corners))]
+    generator = torch.Generator().manual_seed(seed)
+    projections = [
+        torch.randn(1, rows_of_level(i, len(sizes)), *s, generator=generator).to(DEVICE) for i, s in enumerate(sizes)
+    ]
+    biases = [torch.randn(1, generator=generator).to(DEVICE) for _ in sizes[1:]]
+    for w, expected in zip(
+        fused_pixel_weights(projections, biases, upsample), pixel_weights(projections, biases, upsample), strict=True
+    ):
+        torch.testing.assert_close(w, expected, rtol=1e-4, atol=1e-6)  # fp32 through up to two sigmoids
+
+
+class TestModule:
+    def test_fused_is_what_pooled_gives(self) -> None:
+        torch.manual_seed(0)
+        modules = [AdaptiveFeatureFusion([4, 6], 5, impl=impl).to(DEVICE) for impl in ("fused", "reference")]
+        modules[0].load_state_dict(modules[1].state_dict())
+        features = [torch.randn(2, 4, 8, 8, device=DEVICE), torch.randn(2, 6, 4, 4, device=DEVICE)]
+        results = [m.pooled(features) for m in modules]
+        torch.testing.assert_close(*results)
+        assert not torch.equal(*results)  # another order of summation: it was another path
+        assert torch.equal(
+            results[1],
+            pool_collapsed(
+                features,
+                [e.weight for e in modules[1].expanders],
+                [e.bias for e in modules[1].expanders],
+                [g.weight for g in modules[1].gates],
+                [g.bias for g in modules[1].gates],
+            ),
+        )
+
+    def test_fused_without_a_gpu_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        fusion = AdaptiveFeatureFusion([4], 5, impl="fused")
+        with pytest.raises(RuntimeError, match="AdaptiveFeatureFusion: impl='fused' needs a GPU, got tensors on cpu"):
+            fusion.pooled([torch.zeros(1, 4, 2, 2)])
