@@ -215,3 +215,23 @@ def sum_of_partials(partial_ptr, MAX_PROGRAMS: tl.constexpr):
     programs = tl.arange(0, MAX_PROGRAMS)
     x = tl.load(partial_ptr + programs, mask=programs < tl.num_programs(0), other=0.0, cache_modifier=".cg")
     return tl.sum(x, axis=0)
+
+
+@triton.jit
+def store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, MAX_PROGRAMS: tl.constexpr):
+    """Store the sum over programs of what each has accumulated; the last program does."""
+    tl.store(partial_ptr + tl.program_id(0), accumulated)
+    if last_to_arrive(ticket_ptr):
+        tl.store(loss_ptr, sum_of_partials(partial_ptr, MAX_PROGRAMS))
+
+
+@triton.jit
+def times_upstream(weight, upstream_ptr, rows, inside, PER_ROW: tl.constexpr, ROWS: tl.constexpr):
+    """The factor of each row's gradient (ROWS, 1): weight, times the upstream gradient if it is given."""
+    factor = tl.full([ROWS, 1], 1.0, tl.float32) * weight
+    if upstream_ptr is not None:
+        if PER_ROW:
+            factor *= tl.load(upstream_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+        else:
+            factor *= tl.load(upstream_ptr).to(tl.float32)
+    return factor

@@ -157,6 +157,18 @@ def new_gradient(x: Tensor | None, wanted: bool) -> Tensor | None:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def new_loss(x: Tensor, per_row: bool) -> Tensor:
+    """Give the buffer of a loss of `x` (..., K): one number, or one per row."""
+    return torch.empty(x.shape[:-1] if per_row else (), dtype=torch.float32, device=x.device)
+
+
+def partial_sums(loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Give what programs need to form one number together: a sum for each, and the ticket."""
+    if loss is None or loss.ndim > 0:
+        return None, None
+    return torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=loss.device), ticket(loss.device)
+
+
 def normalizer_of(
     logits: Tensor, reduction: str, ignore_mask: Tensor | None, normalizer: float | Tensor | None
 ) -> tuple[float, Tensor | None]:

@@ -10,7 +10,6 @@ moved: 3 N K size; the second reading of a row finds it in the cache.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +20,6 @@ from unikd_fast.kernels._device import (
     difference,
     expm1,
     kl_terms,
-    last_to_arrive,
     load_logits,
     log1p,
     log_sum,
@@ -32,19 +30,21 @@ from unikd_fast.kernels._device import (
     scalar,
     standardization_share,
     store_tile,
-    sum_of_partials,
+    store_total,
+    times_upstream,
 )
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     flat,
     new_gradient,
+    new_loss,
     normalizer_of,
     on_device,
+    partial_sums,
     programs_for,
     row_launch_for,
     rows_of,
     strides,
-    ticket,
 )
 
 
@@ -153,12 +153,7 @@ def _dkd_kernel(
         tckd += kl_terms(out_t, out_s, _log_ratio(out_t, -moved, _log_sigmoid(-odds_s) - _log_sigmoid(-odds_t)))
         pull = w_target * moved  # α (q_y - p_y)
 
-        row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
-        if upstream_ptr is not None:
-            if PER_ROW:
-                row_weight *= tl.load(upstream_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-            else:
-                row_weight *= tl.load(upstream_ptr).to(tl.float32)
+        row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
         row_weight = tl.where(wrong[:, None], float("nan"), row_weight)
         nckd = tl.zeros([ROWS, 1], tl.float32)
         share = tl.zeros([ROWS, 1], tl.float32)
@@ -199,9 +194,7 @@ def _dkd_kernel(
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
-        tl.store(partial_ptr + tl.program_id(0), accumulated)
-        if last_to_arrive(ticket_ptr):
-            tl.store(loss_ptr, sum_of_partials(partial_ptr, PROGRAMS))
+        store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, PROGRAMS)
 
 
 def _launch(
@@ -223,17 +216,13 @@ def _launch(
     assert teacher is not None
     classes = student.shape[-1]
     gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = partial = None
-    if upstream is None:
-        loss = torch.empty(student.shape[:-1] if per_row else (), dtype=torch.float32, device=student.device)
+    loss = new_loss(student, per_row) if upstream is None else None
     rows = student.numel() // classes
     if rows == 0:
         return [None if loss is None else loss.zero_()], gradients
     s, t = rows_of(student), rows_of(teacher)
     launch = row_launch_for(s, t, heavy=True)
     with on_device(student):
-        if loss is not None and not per_row:
-            partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=student.device)
         _dkd_kernel[(programs_for(launch, rows, student.device),)](
             s,
             t,
@@ -244,8 +233,7 @@ def _launch(
             beta_value if beta is None else beta,
             None if upstream is None else flat(upstream[0]),
             loss,
-            partial,
-            None if partial is None else ticket(student.device),
+            *partial_sums(loss),
             gradients[0],
             rows,
             ignore_index,

@@ -8,7 +8,6 @@ gradients asked for written, two or four.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,25 +16,26 @@ from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
     block_sum,
     expm1,
-    last_to_arrive,
     phi,
     row_pointers,
     row_sum,
     scalar,
     store_tile,
-    sum_of_partials,
+    store_total,
     tile_pointers,
+    times_upstream,
 )
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     elementwise_launch_for,
     flat,
     new_gradient,
+    new_loss,
     normalizer_of,
     on_device,
+    partial_sums,
     programs_for,
     rows_of,
-    ticket,
 )
 
 
@@ -117,12 +117,7 @@ def _gaussian_kl_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         live = rows < N
-        row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
-        if upstream_ptr is not None:
-            if PER_ROW:
-                row_weight *= tl.load(upstream_ptr + rows, mask=live, other=0.0).to(tl.float32)[:, None]
-            else:
-                row_weight *= tl.load(upstream_ptr).to(tl.float32)
+        row_weight = times_upstream(per_row_weight, upstream_ptr, rows, live, PER_ROW, ROWS)
         sums = gaussian_rows(
             student_mean_ptr, student_log_var_ptr, teacher_mean_ptr, teacher_log_var_ptr,
             student_mean_grad_ptr, student_log_var_grad_ptr, teacher_mean_grad_ptr, teacher_log_var_grad_ptr,
@@ -135,9 +130,7 @@ def _gaussian_kl_kernel(
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
-        tl.store(partial_ptr + tl.program_id(0), accumulated)
-        if last_to_arrive(ticket_ptr):
-            tl.store(loss_ptr, sum_of_partials(partial_ptr, PROGRAMS))
+        store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, PROGRAMS)
 
 
 def _launch(
@@ -153,24 +146,19 @@ def _launch(
     assert first is not None
     classes = first.shape[-1]
     gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = partial = None
-    if upstream is None:
-        loss = torch.empty(first.shape[:-1] if per_row else (), dtype=torch.float32, device=first.device)
+    loss = new_loss(first, per_row) if upstream is None else None
     rows = first.numel() // classes
     if rows == 0:
         return [None if loss is None else loss.zero_()], gradients
     parameters = [rows_of(x).contiguous() for x in tensors[:4] if x is not None]
     launch = elementwise_launch_for(parameters[0])
     with on_device(first):
-        if loss is not None and not per_row:
-            partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=first.device)
         _gaussian_kl_kernel[(programs_for(launch, rows, first.device),)](
             *parameters,
             (normalizer_value or float(rows)) if normalizer is None else normalizer,
             None if upstream is None else flat(upstream[0]),
             loss,
-            partial,
-            None if partial is None else ticket(first.device),
+            *partial_sums(loss),
             *gradients[:4],
             rows,
             weight,

@@ -10,7 +10,6 @@ more often, since each needs a sum over the whole row before the next.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,6 @@ from unikd_fast.kernels._device import (
     block_sum,
     difference,
     divergence_terms,
-    last_to_arrive,
     load_logits,
     log_sum,
     mean_std,
@@ -30,21 +28,23 @@ from unikd_fast.kernels._device import (
     scalar,
     standardization_share,
     store_tile,
+    store_total,
     student_gradient,
-    sum_of_partials,
     teacher_gradient,
+    times_upstream,
 )
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     flat,
     new_gradient,
+    new_loss,
     normalizer_of,
     on_device,
+    partial_sums,
     programs_for,
     row_launch_for,
     rows_of,
     strides,
-    ticket,
 )
 from unikd_fast.kernels.reference_divergences import DIVERGENCES
 
@@ -138,12 +138,7 @@ def _softmax_kl_kernel(
         sum_t = n_t + rest_t
         log_ratio = log_sum(n_s, rest_s) - log_sum(n_t, rest_t)
 
-        row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
-        if upstream_ptr is not None:
-            if PER_ROW:
-                row_weight *= tl.load(upstream_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-            else:
-                row_weight *= tl.load(upstream_ptr).to(tl.float32)
+        row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
         grad_rows_s = student_rows  # replaced where there is a gradient
         grad_rows_t = teacher_rows
         if student_grad_ptr is not None:
@@ -222,9 +217,7 @@ def _softmax_kl_kernel(
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
-        tl.store(partial_ptr + tl.program_id(0), accumulated)
-        if last_to_arrive(ticket_ptr):
-            tl.store(loss_ptr, sum_of_partials(partial_ptr, PROGRAMS))
+        store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, PROGRAMS)
 
 
 def _launch(
@@ -243,19 +236,15 @@ def _launch(
     student, teacher, scale, mask, normalizer = tensors
     assert student is not None
     assert teacher is not None
-    shape, classes = student.shape, student.shape[-1]
+    classes = student.shape[-1]
     gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = partial = None
-    if upstream is None:
-        loss = torch.empty(shape[:-1] if per_row else (), dtype=torch.float32, device=student.device)
+    loss = new_loss(student, per_row) if upstream is None else None
     rows = student.numel() // classes
     if rows == 0:
         return [None if loss is None else loss.zero_()], gradients
     s, t = rows_of(student), rows_of(teacher)
     launch = row_launch_for(s, t, heavy=divergence != "forward" or standardized or wanted[1])
     with on_device(student):
-        if loss is not None and not per_row:
-            partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=student.device)
         _softmax_kl_kernel[(programs_for(launch, rows, student.device),)](
             s,
             t,
@@ -264,8 +253,7 @@ def _launch(
             (normalizer_value or float(rows)) if normalizer is None else normalizer,
             None if upstream is None else flat(upstream[0]),
             loss,
-            partial,
-            None if partial is None else ticket(student.device),
+            *partial_sums(loss),
             gradients[0],
             gradients[1],
             rows,

@@ -21,7 +21,6 @@ from unikd_fast.kernels._device import (
     difference,
     expm1,
     kl_terms,
-    last_to_arrive,
     load_logits,
     log_sum,
     online_max_sum,
@@ -29,20 +28,22 @@ from unikd_fast.kernels._device import (
     row_sum,
     scalar,
     store_tile,
-    sum_of_partials,
+    store_total,
     tile_pointers,
+    times_upstream,
 )
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     flat,
     new_gradient,
+    new_loss,
     normalizer_of,
     on_device,
+    partial_sums,
     programs_for,
     row_launch_for,
     rows_of,
     strides,
-    ticket,
 )
 
 
@@ -127,12 +128,7 @@ def _topk_kl_kernel(
             sums += kl_terms(rest_p, tl.exp(log_rest_q), log_ratio)
             excess += difference(rest_p, tl.exp(log_rest_q), log_ratio)
         if grad_ptr is not None:
-            row_weight = tl.full([ROWS, 1], 1.0, tl.float32) * per_row_weight
-            if upstream_ptr is not None:
-                if PER_ROW:
-                    row_weight *= tl.load(upstream_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-                else:
-                    row_weight *= tl.load(upstream_ptr).to(tl.float32)
+            row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
             grad_rows = row_pointers(grad_ptr, rows, K)
             for start in range(0, K, BLOCK_K):
                 cols = start + tl.arange(0, BLOCK_K)
@@ -150,9 +146,7 @@ def _topk_kl_kernel(
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
-        tl.store(partial_ptr + tl.program_id(0), accumulated)
-        if last_to_arrive(ticket_ptr):
-            tl.store(loss_ptr, sum_of_partials(partial_ptr, PROGRAMS))
+        store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, PROGRAMS)
 
 
 def _launch(
@@ -170,9 +164,7 @@ def _launch(
     assert indices is not None
     classes, k = student.shape[-1], values.shape[-1]
     gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = partial = None
-    if upstream is None:
-        loss = torch.empty(student.shape[:-1] if per_row else (), dtype=torch.float32, device=student.device)
+    loss = new_loss(student, per_row) if upstream is None else None
     rows = student.numel() // classes
     if rows == 0:
         return [None if loss is None else loss.zero_()], gradients
@@ -180,8 +172,6 @@ def _launch(
     launch = row_launch_for(s, s, heavy=True)
     with on_device(student):
         marks = torch.zeros(s.shape, dtype=torch.uint8, device=s.device).scatter_(1, index.long(), 1)
-        if loss is not None and not per_row:
-            partial = torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=student.device)
         _topk_kl_kernel[(programs_for(launch, rows, student.device),)](
             s,
             marks,
@@ -192,8 +182,7 @@ def _launch(
             (normalizer_value or float(rows)) if normalizer is None else normalizer,
             None if upstream is None else flat(upstream[0]),
             loss,
-            partial,
-            None if partial is None else ticket(student.device),
+            *partial_sums(loss),
             gradients[0],
             rows,
             weight,
