@@ -267,7 +267,10 @@ def unikd_kernel(
             ce_sum += block_sum(tl.where(labelled[:, None], ce_rows * nan, 0.0))
             kl_sum += block_sum(tl.where(live[:, None], kl_rows, 0.0))
     else:
-        for tile in range(pid - LOGIT_PROGRAMS, tl.cdiv(GAUSSIAN_ROWS, ROWS_G), tl.num_programs(0) - LOGIT_PROGRAMS):
+        other_rows = GAUSSIAN_ROWS
+        if anchor_mean_ptr is not None:  # its rows are those of the logits
+            other_rows = tl.maximum(GAUSSIAN_ROWS, N)
+        for tile in range(pid - LOGIT_PROGRAMS, tl.cdiv(other_rows, ROWS_G), tl.num_programs(0) - LOGIT_PROGRAMS):
             rows = tile * ROWS_G + tl.arange(0, ROWS_G)
             live = rows < GAUSSIAN_ROWS
             if student_mean_ptr is not None:
@@ -285,7 +288,7 @@ def unikd_kernel(
                     anchor_up = tl.load(anchor_upstream_ptr).to(tl.float32)
                 sums = _anchor_rows(
                     teacher_ptr, scale_ptr, anchor_mean_ptr, anchor_log_var_ptr,
-                    anchor_mean_grad_ptr, anchor_log_var_grad_ptr, rows, live, anchor_up / gaussian_norm,
+                    anchor_mean_grad_ptr, anchor_log_var_grad_ptr, rows, rows < N, anchor_up / rows_norm,
                     TEACHER_ROW, TEACHER_COL, K, ROWS_G, BLOCK_G,
                 )  # fmt: skip
                 anchor_sum += block_sum(sums)
@@ -301,5 +304,5 @@ def unikd_kernel(
             tl.store(ce_ptr, ce)
             tl.store(logit_kl_ptr, logit_kl)
             tl.store(feature_kl_ptr, feature_kl)
-            tl.store(anchor_ptr, sum_of_partials(partial_ptr + 3 * PROGRAMS, PROGRAMS) / gaussian_norm)
+            tl.store(anchor_ptr, sum_of_partials(partial_ptr + 3 * PROGRAMS, PROGRAMS) / rows_norm)
             tl.store(total_ptr, ce_weight * ce + a * feature_kl + b * logit_kl)

@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from unikd_fast.kernels._launch import MAX_PROGRAMS, Launch, describe, on_device
 from unikd_fast.kernels.pixel_weights import (
-    Geometry,
     Saved,
     geometry,
     pixel_weights_backward,
@@ -335,6 +334,3 @@ def fused_pool(
 def bytes_moved(features: Sequence[Tensor], *, backward: bool = False) -> int:
     """Give the least there is to move: the features once; backward read once and their gradients written."""
     return sum(f.numel() * f.element_size() for f in features) * (2 if backward else 1)
-
-
-__all__ = ["Geometry", "bytes_moved", "fused_pool"]

@@ -76,8 +76,10 @@ def _launch(
         outputs = [torch.empty((), dtype=torch.float32, device=device) for _ in range(5)]
     rows = student.numel() // classes
     of_gaussians = next((x for x in parameters if x is not None), None)
-    gaussian_rows = 0 if of_gaussians is None else of_gaussians.numel() // of_gaussians.shape[-1]
-    if rows == 0 and gaussian_rows == 0:
+    gaussian_rows = 0 if parameters[0] is None else parameters[0].numel() // parameters[0].shape[-1]
+    # L_anchor has the rows of the logits, which need not be those of L_FL.
+    other_rows = gaussian_rows if parameters[4] is None else max(gaussian_rows, rows)
+    if rows == 0 and other_rows == 0:
         return [x.zero_() for x in outputs if x is not None], gradients
     s = rows_of(student)
     t = s if teacher is None else rows_of(teacher)
@@ -87,7 +89,7 @@ def _launch(
     of_dense = s if of_gaussians is None else rows_of(of_gaussians)
     gaussian = elementwise_launch_for(of_dense)
     logit_programs = programs_for(launch, rows, device) if rows else 0
-    programs = logit_programs + (programs_for(gaussian, gaussian_rows, device) if gaussian_rows else 0)
+    programs = logit_programs + (programs_for(gaussian, other_rows, device) if other_rows else 0)
     given = normalizer is not None or normalizer_value > 0
     ce_normalizer: Any = normalizer if normalizer is not None else normalizer_value or float(max(rows, 1))
     count = not soft and not given

@@ -18,7 +18,7 @@ from kernel_inputs import (
     quiet,
     randn,
 )
-from numerics import relative_error
+from numerics import assert_no_worse_than_eager, relative_error
 from torch import Tensor
 
 from unikd_fast import QuantizedLogits, TopKLogits, quantize_logits, top_k_logits, unikd_loss
@@ -342,3 +342,22 @@ def test_anything(data: st.DataObject) -> None:
         label_smoothing=data.draw(st.sampled_from([0.0, 0.1])),
         normalizer=data.draw(st.sampled_from([None, 7.0])),
     )
+
+
+def test_the_anchor_has_the_rows_of_the_logits_whatever_those_of_the_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()
+
+    labels = torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
+
+    def terms(impl: str) -> Any:
+        def compute(z: torch.Tensor, t: torch.Tensor, *g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            result = unikd_loss(z, t.detach(), labels, g[:2], g[2:4], anchor=g[4:], impl=impl)
+            return result.total, result.anchor
+
+        return compute
+
+    inputs = [randn(3, 4, 9), randn(3, 4, 9).detach(), *(randn(3, 9) for _ in range(4)), randn(3, 4, 9), randn(3, 4, 9)]
+    assert_no_worse_than_eager(terms("fused"), terms("reference"), inputs, units=8)

@@ -70,7 +70,7 @@ def softmax_kl(
     checks.check_normalizer(name, normalizer, student_logits)
     if standardized:
         checks.check_standardizable(name, student_logits)
-    fused = checks.choose_impl(name, impl, student_logits, *_tensors(teacher_logits)) == "fused"
+    fused = checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits)) == "fused"
     if isinstance(teacher_logits, TopKLogits):
         checks.check_topk_settings(name, temperature, divergence, standardized)
         if fused:
@@ -163,7 +163,7 @@ def dkd_loss(
         "normalizer": normalizer,
     }
     impl = checks.without_teacher_gradient(name, impl, teacher_logits)
-    if checks.choose_impl(name, impl, student_logits, *_tensors(teacher_logits)) == "fused":
+    if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits)) == "fused":
         from unikd_fast.kernels.dkd import fused_dkd
 
         values, scale = stored_rows(teacher_logits)
@@ -181,5 +181,6 @@ def stored_rows(teacher: Tensor | QuantizedLogits) -> tuple[Tensor, Tensor | Non
     return (teacher.values, teacher.scale) if isinstance(teacher, QuantizedLogits) else (teacher, None)
 
 
-def _tensors(teacher: Tensor | QuantizedLogits | TopKLogits) -> tuple[Tensor, ...]:
+def tensors_of(teacher: Tensor | QuantizedLogits | TopKLogits) -> tuple[Tensor, ...]:
+    """Give what a teacher is stored in."""
     return (teacher,) if isinstance(teacher, Tensor) else tuple(teacher)

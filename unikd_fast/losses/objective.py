@@ -10,7 +10,7 @@ from torch import Tensor
 from unikd_fast.kernels import _checks as checks
 from unikd_fast.kernels import reference
 from unikd_fast.kernels.reference_compressed import topk_kl
-from unikd_fast.losses.logits import dense_logits, softmax_kl, stored_rows
+from unikd_fast.losses.logits import dense_logits, softmax_kl, stored_rows, tensors_of
 from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
 
 GaussianPair = Gaussian | tuple[Tensor, Tensor]
@@ -112,8 +112,7 @@ def unikd_loss(
     if isinstance(teacher_logits, TopKLogits):
         checks.check_topk_settings(name, temperature, "forward", standardized=False)
     impl = checks.without_teacher_gradient(name, impl, teacher_logits)
-    stored = (teacher_logits,) if isinstance(teacher_logits, Tensor) else teacher_logits
-    if checks.choose_impl(name, impl, student_logits, *stored, *pairs) == "fused":
+    if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits), *pairs) == "fused":
         from unikd_fast.kernels.unikd_loss import fused_unikd_loss
 
         values, scale = (None, None) if isinstance(teacher_logits, TopKLogits) else stored_rows(teacher_logits)
@@ -152,13 +151,14 @@ def unikd_loss(
             scale_by_t2=scale_by_t2,
             normalizer=normalizer,
         )
-    total = ce_weight * ce + beta * logit_kl
+    total = ce_weight * ce
     feature_kl = ce.new_zeros(())
     if student is not None and teacher is not None:
         feature_kl = reference.gaussian_kl(
             *student, *teacher, feature_reduction=feature_reduction, normalizer=normalizer
         )
-        total = ce_weight * ce + alpha * feature_kl + beta * logit_kl
+        total = total + alpha * feature_kl
+    total = total + beta * logit_kl
     anchored: Tensor | None = None
     if anchor is not None and not isinstance(teacher_logits, TopKLogits):
         logits = dense_logits(teacher_logits).detach()
