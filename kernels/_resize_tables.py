@@ -18,6 +18,7 @@ class AxisTable(NamedTuple):
     w1: Tensor  # (fine,) fp32, 0 where i1 is i0
     start: Tensor  # (coarse,) int32, the first fine position that a coarse one reaches
     reach: int  # how many fine positions a coarse one reaches at most
+    ratio: int  # r where the fine position i is a copy of the coarse i // r, else 0: then kernels need no table
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,6 +35,8 @@ def axis_table(coarse: int, fine: int, upsample: str, device: torch.device) -> A
     first = torch.where(used, rows[:, None], fine).amin(0)
     last = torch.where(used, rows[:, None], -1).amax(0)
     first = torch.where(last < 0, 0, first)  # no fine position looks at it
+    ratio = -(-fine // coarse)
+    copies = torch.equal(i0, i1) and torch.equal(i0, rows // ratio)
     return AxisTable(
         i0.int().to(device),
         i1.int().to(device),
@@ -41,4 +44,5 @@ def axis_table(coarse: int, fine: int, upsample: str, device: torch.device) -> A
         w1.to(device),
         first.int().to(device),
         max(int((last - first).max()) + 1, 1),
+        ratio if copies else 0,
     )

@@ -12,10 +12,10 @@ from numerics import assert_no_worse_than_eager, outputs_and_gradients, relative
 from torch import Tensor
 
 from unikd_fast import AdaptiveFeatureFusion
-from unikd_fast.kernels.pixel_weights import geometry, pixel_weights_forward, rows_of_level
+from unikd_fast.kernels.pixel_weights import geometry, pixel_weights_forward
 from unikd_fast.kernels.pooled_fusion import fused_pool
 from unikd_fast.kernels.reference_fusion import fuse_stagewise
-from unikd_fast.kernels.reference_pooled import pixel_weights, pool_collapsed
+from unikd_fast.kernels.reference_pooled import TAPS, pixel_weights, pool_collapsed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums over pixels, channels and images in another order than eager's.
@@ -74,9 +74,15 @@ def fused(*x: Tensor, upsample: str = "nearest") -> Tensor:
 
 def fused_pixel_weights(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
     layout = geometry(tuple((x.shape[2], x.shape[3]) for x in projections), upsample, projections[0].device)
-    seen = torch.cat([x.flatten(1) for x in projections], dim=1)
-    weights = pixel_weights_forward(seen, torch.cat(list(biases)), layout, upsample)[0]
-    return list(weights.split([x.shape[2] * x.shape[3] for x in projections], dim=1))
+    seen = torch.cat([x[:, : TAPS * level].flatten(1) for level, x in enumerate(projections)], dim=1)
+    own = torch.cat([x[:, TAPS * level :].flatten(1) for level, x in enumerate(projections)], dim=1)
+    maps = pixel_weights_forward(seen, own, torch.cat(list(biases)), layout, upsample)
+    return list((maps.gates * maps.remaining).split([x.shape[2] * x.shape[3] for x in projections], dim=1))
+
+
+def rows_of_level(level: int, levels: int) -> int:
+    """How many taps look at a level: those of every finer gate, and of the own one if there is one."""
+    return TAPS * (level + (level < levels - 1))
 
 
 def stagewise(*x: Tensor, upsample: str = "nearest") -> Tensor:

@@ -1,0 +1,194 @@
+"""Device code of `pooled_fusion`, backward: the gradients of the features and of the composite matrix, in one pass.
+
+    ∂F(p) = w(p) ∂A + Mᵀ ∂S(p),    ∂M = Σ ∂S(p) F(p)ᵀ
+
+A program takes a block of channels through a fixed share of all images and pixels and leaves its part of ∂M; the parts
+are added by a second kernel in their order.
+"""
+
+import triton
+import triton.language as tl
+
+from unikd_fast.kernels._pooled_device import load_feature, row_of
+
+
+@triton.jit
+def groups_of(N, LARGEST: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
+    """How many programs share the pixels of a level."""
+    return tl.minimum(N * ((P + BLOCK_P - 1) // BLOCK_P), LARGEST)
+
+
+@triton.jit
+def _seen_gradient(
+    grad_seen, grad_a, r, p, LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr
+):
+    """∂S at the pixels p, (rows, pixels): the own gate's taps have that of a, shifted back."""
+    P: tl.constexpr = H * W
+    total = tl.zeros([r.shape[0], p.shape[0]], tl.float32)
+    if LEVEL > 0:
+        inside = (r < 9 * LEVEL)[:, None] & (p < P)[None, :]
+        total += tl.load(grad_seen + r[:, None].to(tl.int64) * P + p[None, :], mask=inside, other=0.0)
+    if LEVEL < GATES:
+        tap = r - 9 * LEVEL
+        y = (p // W)[None, :] - (tap // 3 - 1)[:, None]
+        x = (p % W)[None, :] - (tap % 3 - 1)[:, None]
+        inside = ((tap >= 0) & (tap < 9))[:, None] & (p < P)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        total += tl.load(grad_a + y * W + x, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _feature_gradient(
+    feature, matrix, gates, remaining, grad_average, grad_seen, grad_a, grad_feature, parts, N, program, groups,
+    LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_SIZE: tl.constexpr,
+    SEEN_SIZE: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = H * W
+    BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    element = feature.dtype.element_ty
+    if EXACT:
+        element = tl.float32
+    c = program % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = program // BLOCKS_C
+    r = tl.arange(0, ROWS_PADDED)
+    rows = row_of(r, LEVEL, GATES).to(tl.int64)
+    total = tl.zeros([ROWS_PADDED, BLOCK_C], tl.float32)
+    bias_total = tl.zeros([ROWS_PADDED], tl.float32)
+    if ROWS > 0:
+        inside = (r < ROWS)[:, None] & (c < C)[None, :]
+        m = tl.load(matrix + COLUMN + rows[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
+        m_t = tl.trans(m).to(element)
+    for item in range(group, N * BLOCKS_P, groups):
+        image = (0 * group + item).to(tl.int64) // BLOCKS_P  # the interpreter counts in Python
+        p = item % BLOCKS_P * BLOCK_P + tl.arange(0, BLOCK_P)
+        at = image * (C * P)
+        if ROWS > 0:
+            seen = _seen_gradient(
+                grad_seen + image * SEEN_SIZE, grad_a + image * PIXEL_SIZE, r, p, LEVEL, GATES, H, W
+            )
+            bias_total += tl.sum(seen, axis=1)
+            seen = seen.to(element)
+        if parts is not None:
+            if ROWS > 0:
+                x = load_feature(feature + at, c, p, C, P, SC, SP, EXACT)
+                total += tl.dot(seen, tl.trans(x), input_precision="ieee")
+        if grad_feature is not None:
+            w = tl.load(gates + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
+            w *= tl.load(remaining + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
+            grad = tl.load(grad_average + image * COLUMNS + c, mask=c < C, other=0.0)[:, None] * w[None, :]
+            if ROWS > 0:
+                grad += tl.dot(m_t, seen, input_precision="ieee")
+            out = grad_feature + at + c[:, None].to(tl.int64) * SC + p[None, :].to(tl.int64) * SP
+            tl.store(out, grad.to(grad_feature.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
+    if parts is not None:
+        if ROWS > 0:
+            part = parts + group * (ROWS * (C + 1)) + r.to(tl.int64) * (C + 1)
+            tl.store(part[:, None] + c[None, :], total, mask=(r < ROWS)[:, None] & (c < C)[None, :])
+            if program % BLOCKS_C == 0:
+                tl.store(part + C, bias_total, mask=r < ROWS)
+
+
+@triton.jit(do_not_specialize=["N"])
+def feature_gradient_kernel(
+    features,
+    matrix_ptr,  # (18 G, COLUMNS) in the features' dtype, or None without gates
+    gate_ptr,  # (N, PIXEL_SIZE)
+    remaining_ptr,
+    grad_average_ptr,  # (N, COLUMNS)
+    grad_seen_ptr,  # (N, SEEN_SIZE), or None without gates
+    grad_a_ptr,  # (N, PIXEL_SIZE), or None without gates
+    grad_features,  # as the features, or None
+    parts_ptr,  # (groups, rows, C + 1) of each level, or None
+    N,
+    L: tl.constexpr,
+    HS: tl.constexpr,
+    WS: tl.constexpr,
+    CS: tl.constexpr,
+    SCS: tl.constexpr,
+    SPS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    PIXEL_SIZE: tl.constexpr,
+    SEEN: tl.constexpr,
+    SEEN_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    first = 0
+    for i in tl.static_range(L):
+        groups = groups_of(N, GROUPS[i], HS[i] * WS[i], BLOCK_P)
+        end = first + groups * ((CS[i] + BLOCK_C - 1) // BLOCK_C)
+        if (tl.program_id(0) >= first) & (tl.program_id(0) < end):
+            parts = parts_ptr
+            if parts_ptr is not None:
+                parts = parts_ptr + PARTS[i]
+            grad_seen = grad_seen_ptr
+            grad_a = grad_a_ptr
+            if L > 1:
+                grad_seen = grad_seen_ptr + SEEN[i]
+                grad_a = grad_a_ptr + PIXELS[i]
+            _feature_gradient(
+                features[i], matrix_ptr, gate_ptr + PIXELS[i], remaining_ptr + PIXELS[i],
+                grad_average_ptr + COLUMN[i], grad_seen, grad_a, grad_features[i], parts, N,
+                tl.program_id(0) - first, groups, i, L - 1, HS[i], WS[i], CS[i], SCS[i], SPS[i], COLUMN[i], COLUMNS,
+                PIXEL_SIZE, SEEN_SIZE, ROWS[i], ROWS_PADDED[i], EXACT, BLOCK_P, BLOCK_C,
+            )  # fmt: skip
+        first = end
+
+
+@triton.jit
+def _sum_parts(
+    parts, out, bias_out, groups, row, block,
+    LEVEL: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of the matrix for a block of a level's columns, the bias after the channels."""
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    g = tl.arange(0, 16)
+    rows = row + tl.zeros([BLOCK], tl.int32)
+    r = tl.where(rows < 9 * GATES, rows, rows - 9 * GATES)
+    # Of the first 9 G rows those of the finer gates look at this level, of the others those of its own gate.
+    looks = tl.where(rows < 9 * GATES, r < 9 * LEVEL, (r >= 9 * LEVEL) & (r < ROWS))
+    total = tl.zeros([16, BLOCK], tl.float32)
+    for start in range(0, groups, 16):
+        offsets = (start + g)[:, None].to(tl.int64) * (ROWS * (C + 1)) + (r * (C + 1) + c)[None, :]
+        total += tl.load(parts + offsets, mask=(start + g < groups)[:, None] & (looks & (c <= C))[None, :], other=0.0)
+    result = tl.sum(total, axis=0)
+    tl.store(out + c, result, mask=c < C)
+    tl.store(bias_out + 0 * c, result, mask=c == C)
+
+
+@triton.jit(do_not_specialize=["N"])
+def sum_parts_kernel(
+    parts_ptr,
+    grad_matrix_ptr,  # (18 G, COLUMNS)
+    N,
+    L: tl.constexpr,
+    PS: tl.constexpr,
+    CS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    row = tl.program_id(1)
+    out = grad_matrix_ptr + row.to(tl.int64) * COLUMNS
+    for i in tl.static_range(L):
+        if (block >= FIRST[i]) & (block < FIRST[i + 1]):
+            _sum_parts(
+                parts_ptr + PARTS[i], out + COLUMN[i], out + COLUMN[L] + i,
+                groups_of(N, GROUPS[i], PS[i], BLOCK_P), row, block - FIRST[i], i, L - 1, CS[i], ROWS[i], BLOCK,
+            )  # fmt: skip
