@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# The losses are measured where only torch and triton are installed, too.
+# The losses and the fusion are measured where only torch and triton are installed, too.
 if importlib.util.find_spec("deepspeed") is not None:
     from unikd_fast.engine.processes import reuse_freed_memory
 

@@ -20,8 +20,9 @@ Call = Callable[[], Any]
 
 MIB = 2**20
 CACHE_MULTIPLE = 3  # times the L2
-# The driver takes about a thousand launches before it makes the caller wait; eager losses need up to 40 a call.
-QUEUED_CALLS = 16
+# The driver takes about a thousand launches before it makes the caller wait; see `queued_calls`.
+QUEUED_LAUNCHES = 800
+QUEUED_CALLS = 16  # at most
 # Below this time for the bytes alone, launching is what costs: no GB/s is given.
 LEAST_TRAFFIC_US = 10.0
 _CYCLES_PER_SECOND = 2e9  # at most, of the GPU; a lower clock sleeps longer
@@ -61,22 +62,27 @@ def is_launch_bound(moved_bytes: int, roof_gb_s: float) -> bool:
     return moved_bytes / roof_gb_s / 1e3 < LEAST_TRAFFIC_US
 
 
+def queued_calls(launches: int) -> int:
+    """Give how many calls of so many launches each the driver takes at once."""
+    return max(min(QUEUED_CALLS, QUEUED_LAUNCHES // max(launches, 1)), 1)
+
+
 def cache_bytes() -> int:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
 
 
-def host_us(calls: Sequence[Call], *, rounds: int) -> float:
-    """Give the time the processor needs to issue one call, in microseconds, nothing waited for."""
+def host_us(calls: Sequence[Call], *, rounds: int, queued: int = QUEUED_CALLS) -> float:
+    """Give the time the processor needs to issue one call of `queued`, in microseconds, nothing waited for."""
     turns = itertools.cycle(calls)
     times = []
     for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(QUEUED_CALLS):
+        for _ in range(queued):
             next(turns)()
         times.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    return 1e6 * statistics.median(times) / QUEUED_CALLS
+    return 1e6 * statistics.median(times) / queued
 
 
 def call_us(calls: Sequence[Call], *, rounds: int, length: int) -> float:
@@ -93,26 +99,32 @@ def call_us(calls: Sequence[Call], *, rounds: int, length: int) -> float:
     return 1e6 * statistics.median(times) / length
 
 
-def device_times(calls: Sequence[Call], *, samples: int = 40, calls_per_sample: int = 1) -> Times:
+def device_times(
+    calls: Sequence[Call], *, samples: int = 40, calls_per_sample: int = 1, queued: int = QUEUED_CALLS
+) -> Times:
     """Time calls on the GPU alone, in milliseconds per call.
 
     Args:
         calls: the same computation on different tensors, taken in turn.
         samples: number of measurements.
         calls_per_sample: calls between two events; more than one for those no longer than the events' resolution.
+        queued: calls issued before the first one runs.
     """
-    return staged_times([partial(_itself, call) for call in calls], samples=samples, calls_per_sample=calls_per_sample)
+    stages = [partial(_itself, call) for call in calls]
+    return staged_times(stages, samples=samples, calls_per_sample=calls_per_sample, queued=queued)
 
 
-def staged_times(stages: Sequence[Callable[[], Call]], *, samples: int = 40, calls_per_sample: int = 1) -> Times:
+def staged_times(
+    stages: Sequence[Callable[[], Call]], *, samples: int = 40, calls_per_sample: int = 1, queued: int = QUEUED_CALLS
+) -> Times:
     """As `device_times`, for calls that need something done before: a stage does that, untimed, and gives the call."""
-    assert calls_per_sample <= QUEUED_CALLS
+    assert calls_per_sample <= queued
     whole: list[Call] = [partial(_run, stage) for stage in stages]
     for call in whole[:2]:
         call()
-    issue_seconds = host_us(whole, rounds=3) / 1e6
+    issue_seconds = host_us(whole, rounds=3, queued=queued) / 1e6
     turns = itertools.cycle(stages)
-    batch = max(QUEUED_CALLS // calls_per_sample, 1)
+    batch = queued // calls_per_sample
     milliseconds: list[float] = []
     while len(milliseconds) < samples:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(batch)]

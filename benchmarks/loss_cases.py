@@ -1,19 +1,18 @@
 """The losses that are measured: sizes, inputs, what each must reach, and how wrong a result is against float64."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import loss_peers as peers
 import torch
+from measurement import Compute, leaves
 from roofs import moved_bytes
 from speed_targets import Target
 from torch import Tensor
 
 from unikd_fast import dkd_loss, gaussian_kl, softmax_kl, unikd_loss
-
-Compute = Callable[..., Tensor]
 
 
 def _softmax_kl(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
@@ -130,16 +129,6 @@ def make_inputs(case: Case, *, device: str, seed: int = 0) -> list[Tensor]:
     if loss.labelled:
         inputs.append(torch.randint(case.classes, (case.rows,), generator=generator, device=device))
     return inputs
-
-
-def leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [x for x in inputs if x.requires_grad]
-
-
-def forward_and_gradients(compute: Compute, inputs: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    """Give the loss and its gradients. The upstream gradient is passed: making a 1 is no work of the loss."""
-    value = compute(*inputs)
-    return (value.detach(), *torch.autograd.grad(value, leaves(inputs), upstream))
 
 
 def errors_against_float64(

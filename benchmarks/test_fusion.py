@@ -1,15 +1,33 @@
-"""The collapsed AFF against the stage-wise one, pooled to (N, D), fp32: times, and the ratio that must hold.
+"""The fusion against the stage-wise form in plain PyTorch: on a GPU the kernels, on a CPU the collapsed form.
 
-The feature shapes are those of the networks in the paper's recipes at their input sizes. Stage-wise is `fuse_stagewise`
-and a mean, collapsed is `pool_collapsed`, on the same tensors.
+On a GPU, in bf16: stage-wise, torch.compile of it and the collapsed form in plain PyTorch in the same run, correctness
+before any timing (`fusion_measurement.py`), and the targets of `fusion_cases.py`. On a CPU, fp32, pooled to (N, D):
+times, and the ratio that must hold. Stage-wise is `fuse_stagewise` and a mean, collapsed is `pool_collapsed`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from fusion_cases import (
+    CASES,
+    FORMS,
+    MOBILENET_V1,
+    RESNET32X4,
+    RESNET50,
+    Case,
+    Pyramid,
+    levels_of,
+    make_inputs,
+    make_upstream,
+    pooled_inputs,
+)
+from fusion_measurement import measure
+from measurement import as_line, forward_and_gradients
+from speed_targets import raise_if_missed
 from timing import interleaved_medians
 from torch import Tensor
 
@@ -17,54 +35,67 @@ from unikd_fast.kernels.reference_fusion import fuse_stagewise
 from unikd_fast.kernels.reference_pooled import pool_collapsed
 
 
-@dataclass(frozen=True)
-class Case:
-    """One pyramid of features and what is computed on it."""
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fused_fusion(benchmark: Any, record_property: Callable[[str, Any], None], case: Case) -> None:
+    rows, roofs = measure(case)
+    record_property("benchmark_rows", rows)
+    record_property("roofs", asdict(roofs))
+    benchmark.group = str(case)
+    benchmark.extra_info.update(
+        gpu=torch.cuda.get_device_name(), torch=torch.__version__, roofs=asdict(roofs), rows=rows
+    )
+    print("", *(as_line(row, *(column for column in row if column.endswith("_error"))) for row in rows), sep="\n")
 
-    name: str
-    channels: tuple[int, ...]
-    sizes: tuple[int, ...]
+    inputs, upstream = make_inputs(case, device="cuda"), make_upstream(case, device="cuda")
+    ours = partial(forward_and_gradients, FORMS[case.form].ours, inputs, upstream)
+
+    def step() -> None:
+        ours()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    raise_if_missed(str(case), rows[0]["targets"])
+
+
+@dataclass(frozen=True)
+class PlainCase:
+    """One pyramid of features and what is computed on it on a CPU."""
+
+    features: Pyramid
     width: int
     batch: int
     backward: bool
 
     def __str__(self) -> str:
-        return f"{self.name} D={self.width} batch {self.batch} {'fwd+bwd' if self.backward else 'fwd'}"
+        return f"{self.features.name} D={self.width} batch {self.batch} {'fwd+bwd' if self.backward else 'fwd'}"
 
 
-RESNET50 = ("ResNet-50", (256, 512, 1024, 2048), (56, 28, 14, 7))
-MOBILENET_V1 = ("MobileNetV1", (128, 256, 512, 1024), (56, 28, 14, 7))
-RESNET32X4 = ("resnet32x4", (64, 128, 256), (32, 16, 8))
-
-CASES = [
-    Case(*RESNET50, width=2048, batch=4, backward=False),
-    Case(*RESNET50, width=256, batch=4, backward=True),
-    Case(*MOBILENET_V1, width=1024, batch=4, backward=False),
-    Case(*MOBILENET_V1, width=1024, batch=4, backward=True),
-    Case(*RESNET32X4, width=256, batch=64, backward=False),
-    Case(*RESNET32X4, width=256, batch=64, backward=True),
+PLAIN_CASES = [
+    PlainCase(RESNET50, width=2048, batch=4, backward=False),
+    PlainCase(RESNET50, width=256, batch=4, backward=True),
+    PlainCase(MOBILENET_V1, width=1024, batch=4, backward=False),
+    PlainCase(MOBILENET_V1, width=1024, batch=4, backward=True),
+    PlainCase(RESNET32X4, width=256, batch=64, backward=False),
+    PlainCase(RESNET32X4, width=256, batch=64, backward=True),
 ]
 # The least ratio of stage-wise to collapsed.
-TARGETS = [(CASES[0], 20.0), (CASES[1], 5.0)]
+TARGETS = [(PLAIN_CASES[0], 20.0), (PLAIN_CASES[1], 5.0)]
 
 Computation = Callable[[], list[Tensor]]
 
 
-def computations(case: Case) -> dict[str, Computation]:
+def computations(case: PlainCase) -> dict[str, Computation]:
     """Give both forms on one set of tensors: the pooled output and, with `backward`, the gradient of every input."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).requires_grad_(case.backward)
+        batched = (case.batch, *shape) if len(shape) == 3 else shape
+        return (torch.randn(*batched, generator=generator) * scale).requires_grad_(case.backward)
 
-    levels = list(zip(case.channels, case.sizes, strict=True))
-    features = [randn(case.batch, c, size, size) for c, size in levels]
-    weights = [randn(case.width, c, 1, 1, scale=c**-0.5) for c, _ in levels]
-    biases = [randn(case.width) for _ in levels]
-    gate_weights = [randn(1, 2 * case.width, 3, 3, scale=(18 * case.width) ** -0.5) for _ in levels[1:]]
-    gate_biases = [randn(1) for _ in levels[1:]]
-    inputs = (features, weights, biases, gate_weights, gate_biases)
-    leaves = [x for group in inputs for x in group]
+    leaves = pooled_inputs(case.features, case.width, randn)
+    inputs = levels_of(leaves)
     upstream = torch.randn(case.batch, case.width, generator=generator)
 
     def with_gradients(pooled: Tensor) -> list[Tensor]:
@@ -83,8 +114,8 @@ def assert_same(forms: dict[str, Computation]) -> None:
 
 
 @pytest.mark.parametrize("form", ["stagewise", "collapsed"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_pooled_fusion(benchmark: BenchmarkFixture, case: Case, form: str) -> None:
+@pytest.mark.parametrize("case", PLAIN_CASES, ids=str)
+def test_pooled_fusion(benchmark: Any, case: PlainCase, form: str) -> None:
     forms = computations(case)
     assert_same(forms)
     benchmark.group = f"pooled fusion, {case}, fp32"
@@ -93,7 +124,7 @@ def test_pooled_fusion(benchmark: BenchmarkFixture, case: Case, form: str) -> No
 
 
 @pytest.mark.parametrize(("case", "target"), TARGETS, ids=str)
-def test_ratio_of_stagewise_to_collapsed(benchmark: BenchmarkFixture, case: Case, target: float) -> None:
+def test_ratio_of_stagewise_to_collapsed(benchmark: Any, case: PlainCase, target: float) -> None:
     """Recorded on one thread and on all; asserted on one.
 
     The collapsed form is many short operations. Where the cores are shared, each operation on several threads waits for

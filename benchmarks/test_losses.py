@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import CASES, LOSSES, Case, forward_and_gradients, make_inputs
-from loss_measurement import as_line, measure
+from loss_cases import CASES, LOSSES, Case, make_inputs
+from loss_measurement import measure
 from loss_peers import TEMPERATURE, mdistiller_kd
+from measurement import as_line, forward_and_gradients
 from speed_targets import raise_if_missed
 from timing import interleaved_medians
 from torch import Tensor
@@ -33,7 +34,7 @@ def test_fused_loss(benchmark: Any, record_property: Callable[[str, Any], None],
     benchmark.extra_info.update(
         gpu=torch.cuda.get_device_name(), torch=torch.__version__, roofs=asdict(roofs), rows=rows
     )
-    print("", *(as_line(row) for row in rows), sep="\n")
+    print("", *(as_line(row, "gradient_error") for row in rows), sep="\n")
 
     inputs = make_inputs(case, device="cuda")
     ours = partial(LOSSES[case.loss].ours, impl="fused")

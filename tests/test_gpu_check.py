@@ -183,6 +183,27 @@ def test_table_of_the_newest_result_of_each_gpu(tmp_path: Path) -> None:
     ]
 
 
+def test_the_fusion_has_a_table_of_its_own_and_the_step_a_line() -> None:
+    floor = {"forward_percent_of_floor": 71.4, "backward_percent_of_floor": None, "peak_percent_of_features": 2.34}
+    fusion = {k: v for k, v in measured().items() if k != "loss"} | floor
+    fusion |= {"fusion": "pooled", "case": "pooled ResNet-50 D=256, batch 64, forward", "ratio_collapsed": 3.0}
+    step = {"case": "step", "variant": "ours", "teacher_ms": 25.0, "student_step_ms": 50.0, "percent_of_step": 1.6}
+    step |= {"behind_teacher_ms": 0.4, "behind_student_ms": 0.8}
+    step["targets"] = [Target("percent_of_step", "at_most", 5).judge(step)]
+    text = results_table.render([result(rows=[fusion, fusion | {"variant": "compile"}, step])])
+    assert text.splitlines()[1:7] == [
+        "",
+        "| " + " | ".join(results_table.FUSION_COLUMNS) + " |",
+        "|---" * len(results_table.FUSION_COLUMNS) + "|",
+        "| pooled ResNet-50 D=256, batch 64, forward, bfloat16 | 0.4000 (0.3900 to 0.4200) | 4026 | 71 % |  | 1 | 21 "
+        "| 2.3 % | 7.2x |  | 3.0x | 0 of 0 reached |",
+        "",
+        "step: AFF and FDP take 0.40 ms behind the teacher and 0.80 ms behind the student, 1.6 % of the teacher's "
+        "forward pass (25.0 ms) and the student's own step (50.0 ms); targets: 1 of 1 reached.",
+    ]
+    assert results_table.COLUMNS[0] not in text
+
+
 def test_the_readmes_block_is_current() -> None:
     readme = (ROOT / "README.md").read_text()
     block = results_table.render(results_table.newest_results(results_table.RESULTS))

@@ -4,7 +4,7 @@ import loss_cases
 import pytest
 import torch
 from gpu_timing import copies_beyond_cache, gigabytes_per_second, is_launch_bound, percentile, spread
-from loss_measurement import add_ratios, as_line, bandwidth
+from measurement import add_ratios, as_line, bandwidth, forward_and_gradients
 from roofs import Roofs, moved_bytes
 from speed_targets import Target, TargetMissed, judge_all, raise_if_missed
 
@@ -64,9 +64,7 @@ def test_the_peers_formulas_are_ours_and_errors_add_up_over_parts(loss: str) -> 
     results = {}
     for name in ("ours", "eager"):
         value = getattr(loss_cases.LOSSES[loss], name)(*inputs)
-        results[name] = loss_cases.forward_and_gradients(
-            getattr(loss_cases.LOSSES[loss], name), inputs, torch.ones_like(value)
-        )
+        results[name] = forward_and_gradients(getattr(loss_cases.LOSSES[loss], name), inputs, torch.ones_like(value))
     whole = loss_cases.errors_against_float64(case, inputs, results)
     parts = loss_cases.errors_against_float64(case, inputs, results, chunk_elements=30)  # 2 rows at a time
     for name, errors in whole.items():

@@ -150,6 +150,11 @@ class DistillConfig(Section):
     """Fused width D of both AFF modules; auto: min(256, the teacher's deepest width); deepest: that width."""
     fusion: Literal["aff", "last"] = "aff"
     """aff: all levels, Eq. 4; last: the coarsest level alone (the paper's "FDP only" ablation)."""
+    fusion_path: Literal["auto", "collapsed", "stagewise"] = "auto"
+    """How AFF is pooled, with the same result; auto: collapsed where that is exact (spatial gates, no batch norm in
+    training mode); collapsed raises where it is not; stagewise forms the maps."""
+    fusion_impl: Literal["auto", "reference", "fused"] = "auto"
+    """auto: AFF's kernels on a GPU, plain PyTorch otherwise; fused raises where they cannot run."""
     gate: Literal["spatial", "channel"] = "spatial"
     """One gate map for all channels, or one per channel."""
     upsample: Literal["nearest", "bilinear"] = "nearest"

@@ -223,10 +223,8 @@ def _unikd_options(config: Config, total_steps: int, steps_per_epoch: int) -> di
     distill = config.distill
     ramp = distill.alpha_ramp_epochs
     return {
-        **{
-            name: getattr(distill, name)
-            for name in ("fusion", "gate", "upsample", "norm", "fdp_norm", "variance_floor")
-        },
+        **{name: getattr(distill, name) for name in ("fusion", "fusion_path", "fusion_impl")},
+        **{name: getattr(distill, name) for name in ("gate", "upsample", "norm", "fdp_norm", "variance_floor")},
         **{name: getattr(distill, name) for name in ("teacher_head", "head_learning_rate", "alpha", "temperature")},
         **{name: getattr(distill, name) for name in ("scale_by_t2", "feature_reduction")},
         "beta": 1.0 if distill.beta is None else distill.beta,

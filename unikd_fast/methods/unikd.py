@@ -31,7 +31,7 @@ class UniKD(Method):
         num_classes: K.
         width: D, the fused width of both sides; None: min(256, the teacher's coarsest width).
         fusion: "aff", or "last" for the coarsest level alone (the paper's "FDP only" row).
-        gate, upsample, norm: see AdaptiveFeatureFusion.
+        fusion_path, fusion_impl, gate, upsample, norm: see AdaptiveFeatureFusion.
         fdp_norm, variance_floor: see FeatureDistributionPrediction.
         teacher_head, head_steps, head_learning_rate: see above; head_steps batches are used by "prefit".
         alpha, beta, temperature, scale_by_t2, feature_reduction, label_smoothing, impl: see unikd_loss.
@@ -49,6 +49,8 @@ class UniKD(Method):
         *,
         width: int | None = None,
         fusion: str = "aff",
+        fusion_path: str = "auto",
+        fusion_impl: str = "auto",
         gate: str = "spatial",
         upsample: str = "nearest",
         norm: str | None = None,
@@ -73,7 +75,15 @@ class UniKD(Method):
             raise ValueError(f"UniKD: fusion must be aff or last, got {fusion!r}")
         first = 0 if fusion == "aff" else -1
         width = width or min(256, teacher_channels[-1])
-        fused = partial(AdaptiveFeatureFusion, width=width, gate=gate, upsample=upsample, norm=norm)
+        fused = partial(
+            AdaptiveFeatureFusion,
+            width=width,
+            gate=gate,
+            upsample=upsample,
+            norm=norm,
+            path=fusion_path,
+            impl=fusion_impl,
+        )
         self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(device)
         self.head = TeacherHead(
             PooledFusion(fused(teacher_channels[first:])),
