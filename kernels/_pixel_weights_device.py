@@ -10,6 +10,19 @@ from unikd_fast.kernels._resize_device import first_reached, reach_weight, up
 
 
 @triton.jit
+def _tap(
+    own, above, it, ft, y, x, mask, tap, FINER: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    SMALL_P: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, NEAREST: tl.constexpr,
+):  # fmt: skip
+    """What one tap of the 3x3 gates at (y, x) sees of its own level and of the upsampled one."""
+    ty = y + (tap // 3 - 1)
+    tx = x + (tap % 3 - 1)
+    inside = mask & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+    a = tl.load(own + tap * (H * W) + ty * W + tx, mask=inside, other=0.0)
+    return a + up(above + (FINER + tap) * SMALL_P, it, ft, ty, tx, inside, H, W, SMALL_W, RY, RX, NEAREST)
+
+
+@triton.jit
 def _gate(
     seen, own, above, state, gates, bias, it, ft,
     LEVEL: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
@@ -24,12 +37,13 @@ def _gate(
         y = p // W
         x = p % W
         a = tl.zeros([BLOCK], tl.float32) + bias
-        for tap in tl.static_range(9):
-            ty = y + (tap // 3 - 1)
-            tx = x + (tap % 3 - 1)
-            inside = (p < P) & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
-            a += tl.load(own + tap * P + ty * W + tx, mask=inside, other=0.0)
-            a += up(above + (FINER + tap) * SMALL_P, it, ft, ty, tx, inside, H, W, SMALL_W, RY, RX, NEAREST)
+        # All taps' loads at once hide their latency, if there are registers for them: bilinear has four for each tap.
+        if NEAREST:
+            for tap in tl.static_range(9):
+                a += _tap(own, above, it, ft, y, x, p < P, tap, FINER, H, W, SMALL_P, SMALL_W, RY, RX, NEAREST)
+        else:
+            for tap in range(9):
+                a += _tap(own, above, it, ft, y, x, p < P, tap, FINER, H, W, SMALL_P, SMALL_W, RY, RX, NEAREST)
         gate = 1.0 / (1.0 + tl.exp(-a))
         tl.store(gates + p, gate, mask=p < P)
         for tap in range(FINER):

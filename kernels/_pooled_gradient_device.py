@@ -1,14 +1,15 @@
-"""Device code of `pooled_fusion`, backward: the gradients of the features and of the composite matrix, in one pass.
+"""Device code of `pooled_fusion` and `feature_fusion`, backward: the gradients of features and matrix, in one pass.
 
     ∂F(p) = w(p) ∂A + Mᵀ ∂S(p),    ∂M = Σ ∂S(p) F(p)ᵀ
 
-A program takes a block of channels through a fixed share of all images and pixels and leaves its part of ∂M; the parts
-are added by a second kernel in their order.
+Where two levels were blended and not averaged, w ∂A is what comes back through the blend (`_blend_device`). A program takes a block of channels through a fixed share of all images and pixels and leaves its part of ∂M; the parts are added
+by a second kernel in their order.
 """
 
 import triton
 import triton.language as tl
 
+from unikd_fast.kernels._blend_device import through_the_blend
 from unikd_fast.kernels._pooled_device import load_feature, row_of
 
 
@@ -39,11 +40,14 @@ def _seen_gradient(
 
 @triton.jit
 def _feature_gradient(
-    feature, matrix, gates, remaining, grad_average, grad_seen, grad_a, grad_feature, parts, N, program, groups,
+    feature, matrix, gates, remaining, grad_average, grad_blend, grad_seen, grad_a, grad_feature, parts, it, ft, N,
+    program, groups,
     LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_SIZE: tl.constexpr,
     SEEN_SIZE: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    FINE_H: tl.constexpr, FINE_W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
+    FINE_SC: tl.constexpr, FINE_SP: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
+    REACH_Y: tl.constexpr, REACH_X: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = H * W
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -76,9 +80,15 @@ def _feature_gradient(
                 x = load_feature(feature + at, c, p, C, P, SC, SP, EXACT)
                 total += tl.dot(seen, tl.trans(x), input_precision="ieee")
         if grad_feature is not None:
-            w = tl.load(gates + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
-            w *= tl.load(remaining + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
-            grad = tl.load(grad_average + image * COLUMNS + c, mask=c < C, other=0.0)[:, None] * w[None, :]
+            if grad_blend is not None:
+                grad = through_the_blend(
+                    grad_blend + image * (C * FINE_H * FINE_W), gates + image * PIXEL_SIZE, it, ft, c, p, LEVEL, C,
+                    FINE_H, FINE_W, SMALL_H, SMALL_W, FINE_SC, FINE_SP, RY, RX, REACH_Y, REACH_X,
+                )  # fmt: skip
+            else:
+                w = tl.load(gates + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
+                w *= tl.load(remaining + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
+                grad = tl.load(grad_average + image * COLUMNS + c, mask=c < C, other=0.0)[:, None] * w[None, :]
             if ROWS > 0:
                 grad += tl.dot(m_t, seen, input_precision="ieee")
             out = grad_feature + at + c[:, None].to(tl.int64) * SC + p[None, :].to(tl.int64) * SP
@@ -96,12 +106,15 @@ def feature_gradient_kernel(
     features,
     matrix_ptr,  # (18 G, COLUMNS) in the features' dtype, or None without gates
     gate_ptr,  # (N, PIXEL_SIZE)
-    remaining_ptr,
-    grad_average_ptr,  # (N, COLUMNS)
+    remaining_ptr,  # (N, PIXEL_SIZE)
+    grad_average_ptr,  # (N, COLUMNS), or None for a blend
+    grad_blend_ptr,  # (N, C, P) of the finer of two levels, as it; or None for averages
     grad_seen_ptr,  # (N, SEEN_SIZE), or None without gates
     grad_a_ptr,  # (N, PIXEL_SIZE), or None without gates
     grad_features,  # as the features, or None
     parts_ptr,  # (groups, rows, C + 1) of each level, or None
+    integers_ptr,
+    floats_ptr,
     N,
     L: tl.constexpr,
     HS: tl.constexpr,
@@ -119,6 +132,10 @@ def feature_gradient_kernel(
     ROWS_PADDED: tl.constexpr,
     GROUPS: tl.constexpr,
     PARTS: tl.constexpr,
+    RYS: tl.constexpr,
+    RXS: tl.constexpr,
+    REACH_Y: tl.constexpr,
+    REACH_X: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -136,11 +153,19 @@ def feature_gradient_kernel(
             if L > 1:
                 grad_seen = grad_seen_ptr + SEEN[i]
                 grad_a = grad_a_ptr + PIXELS[i]
+            gates = gate_ptr
+            remaining = remaining_ptr
+            grad_average = grad_average_ptr
+            if grad_blend_ptr is None:
+                gates = gate_ptr + PIXELS[i]
+                remaining = remaining_ptr + PIXELS[i]
+                grad_average = grad_average_ptr + COLUMN[i]
             _feature_gradient(
-                features[i], matrix_ptr, gate_ptr + PIXELS[i], remaining_ptr + PIXELS[i],
-                grad_average_ptr + COLUMN[i], grad_seen, grad_a, grad_features[i], parts, N,
-                tl.program_id(0) - first, groups, i, L - 1, HS[i], WS[i], CS[i], SCS[i], SPS[i], COLUMN[i], COLUMNS,
-                PIXEL_SIZE, SEEN_SIZE, ROWS[i], ROWS_PADDED[i], EXACT, BLOCK_P, BLOCK_C,
+                features[i], matrix_ptr, gates, remaining, grad_average, grad_blend_ptr, grad_seen, grad_a,
+                grad_features[i], parts, integers_ptr, floats_ptr, N, tl.program_id(0) - first, groups,
+                i, L - 1, HS[i], WS[i], CS[i], SCS[i], SPS[i], COLUMN[i], COLUMNS, PIXEL_SIZE, SEEN_SIZE,
+                ROWS[i], ROWS_PADDED[i], EXACT, HS[0], WS[0], HS[1 % L], WS[1 % L], SCS[0], SPS[0],
+                RYS[0], RXS[0], REACH_Y[0], REACH_X[0], BLOCK_P, BLOCK_C,
             )  # fmt: skip
         first = end
 

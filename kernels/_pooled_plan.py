@@ -44,11 +44,11 @@ class Plan(NamedTuple):
 
 def plan_for(features: Sequence[Tensor], upsample: str) -> Plan:
     levels = tuple((*f.shape[1:], not f.is_contiguous()) for f in features)
-    return _plan_of(levels, features[0].dtype, upsample, features[0].device)
+    return plan_of(levels, features[0].dtype, upsample, features[0].device)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_of(
+def plan_of(
     levels: tuple[tuple[int, int, int, bool], ...], dtype: torch.dtype, upsample: str, device: torch.device
 ) -> Plan:
     """Plan for levels (C, H, W, channels_last)."""
@@ -122,7 +122,17 @@ def _plan_of(
         | of_seen
         | of_rows
         | of_groups
-        | {"HS": layout.heights, "WS": layout.widths, "EXACT": exact, "BLOCK_C": block_c}
+        | {
+            "HS": layout.heights,
+            "WS": layout.widths,
+            # Of the first transition, for two levels; one level has none.
+            "RYS": (*layout.ratio_y, 0),
+            "RXS": (*layout.ratio_x, 0),
+            "REACH_Y": (*layout.reach_y, 0),
+            "REACH_X": (*layout.reach_x, 0),
+            "EXACT": exact,
+            "BLOCK_C": block_c,
+        }
         | wide.options,
         sum_parts=shared
         | of_groups

@@ -82,7 +82,10 @@ def geometry(sizes: Sizes, upsample: str, device: torch.device) -> Geometry:
         state_size,
         integers,
         floats,
-        *(tuple(step[entry][axis] for step in steps) for entry in (2, 3) for axis in (0, 1)),
+        tuple(step[2][0] for step in steps),
+        tuple(step[2][1] for step in steps),
+        tuple(step[3][0] for step in steps),
+        tuple(step[3][1] for step in steps),
         torch.cat([step[0] for step in steps]) if steps else torch.empty(0, dtype=torch.int32, device=device),
         torch.cat([step[1] for step in steps]) if steps else torch.empty(0, device=device),
     )
@@ -130,35 +133,39 @@ class ScalarMaps(NamedTuple):
     remaining: Tensor  # (N, pixel_size); the weights are gates * remaining
 
 
-def pixel_weights_forward(seen: Tensor, own: Tensor, biases: Tensor, layout: Geometry, upsample: str) -> ScalarMaps:
-    """Launch: from S (N, seen_size), (N, own_size) and the gates' biases (L - 1,) to gates and weights; L >= 2."""
-    images = seen.shape[0]
-    gates, remaining = (seen.new_empty(images, layout.pixel_size) for _ in range(2))
-    states = seen.new_empty(images, layout.state_size)
-    if images:
-        with on_device(seen):
-            pixel_weights_kernel[(images,)](
-                seen, own, biases, layout.integer_table, layout.float_table, gates, states, remaining,
-                **_constants(layout, upsample),
-            )  # fmt: skip
-    return ScalarMaps(seen, gates, states, remaining)
+class GradMaps(NamedTuple):
+    """Gradients of S, of a and of the biases; the taps of the own gate have that of a, shifted back."""
+
+    seen: Tensor  # (N, seen_size)
+    a: Tensor  # (N, pixel_size)
+    biases: Tensor  # (N, L - 1), to be summed over the images
 
 
-def pixel_weights_backward(
-    maps: ScalarMaps, grad_weights: Tensor, layout: Geometry, upsample: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch: from the gradient of the weights, which is overwritten, to those of S (`seen`), a and the biases.
+def empty_maps(like: Tensor, images: int, layout: Geometry) -> ScalarMaps:
+    sizes = (layout.seen_size, layout.pixel_size, layout.state_size, layout.pixel_size)
+    return ScalarMaps(*(like.new_empty(images, size) for size in sizes))
 
-    The taps of the own gate have the gradient of a, (N, pixel_size), shifted back.
-    """
+
+def pixel_weights_forward(maps: ScalarMaps, own: Tensor, biases: Tensor, layout: Geometry, upsample: str) -> None:
+    """Launch: from S in `maps.seen` and `own` (N, own_size) and the gates' biases (L - 1,) to the rest of the maps."""
+    with on_device(own):
+        pixel_weights_kernel[(len(own),)](
+            maps.seen, own, biases, layout.integer_table, layout.float_table, maps.gates, maps.states, maps.remaining,
+            **_constants(layout, upsample),
+        )  # fmt: skip
+
+
+def pixel_weights_backward(maps: ScalarMaps, grad_weights: Tensor, layout: Geometry, upsample: str) -> GradMaps:
+    """Launch: from the gradient of the weights (N, pixel_size), which is overwritten."""
     seen, gates, states, remaining = maps
-    images, levels = seen.shape[0], len(layout.heights)
-    grad_a, grad_states, grad_seen = (torch.empty_like(x) for x in (gates, states, seen))
-    grad_biases = seen.new_empty(images, levels - 1)
-    if images:
-        with on_device(seen):
-            pixel_weights_backward_kernel[(images,)](
-                seen, layout.integer_table, layout.float_table, gates, states, remaining, grad_weights, grad_a,
-                grad_states, grad_seen, grad_biases, **_constants(layout, upsample),
-            )  # fmt: skip
-    return grad_seen, grad_a, grad_biases.sum(0)
+    images = len(gates)
+    grad_states = gates.new_empty(images, layout.state_size)
+    grads = GradMaps(
+        gates.new_empty(images, layout.seen_size), torch.empty_like(gates), gates.new_empty(images, len(layout.seen) - 1)
+    )
+    with on_device(gates):
+        pixel_weights_backward_kernel[(images,)](
+            seen, layout.integer_table, layout.float_table, gates, states, remaining, grad_weights, grads.a,
+            grad_states, grads.seen, grads.biases, **_constants(layout, upsample),
+        )  # fmt: skip
+    return grads

@@ -14,17 +14,22 @@ Nothing with D channels is ever stored, and every sum over images or pixels is t
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from unikd_fast.kernels._fused_function import FusedFunction
 from unikd_fast.kernels._launch import on_device
 from unikd_fast.kernels._pooled_device import average_kernel, project_kernel, weight_gradient_kernel
 from unikd_fast.kernels._pooled_gradient_device import feature_gradient_kernel, sum_parts_kernel
 from unikd_fast.kernels._pooled_plan import Plan, plan_for
-from unikd_fast.kernels.pixel_weights import ScalarMaps, pixel_weights_backward, pixel_weights_forward
+from unikd_fast.kernels.pixel_weights import (
+    GradMaps,
+    ScalarMaps,
+    empty_maps,
+    pixel_weights_backward,
+    pixel_weights_forward,
+)
 from unikd_fast.kernels.reference import autocast_off
 from unikd_fast.kernels.reference_pooled import TAPS
 
@@ -46,7 +51,7 @@ def fused_pool(
         halves = [w.reshape(2, -1, TAPS).mT.float() for w in gate_weights]  # (own or coarse, tap, D)
         taps = torch.cat([*(h[1] for h in halves), *(h[0] for h in halves), expand.new_empty(0, len(expand))])
         biases = torch.cat([*(b.float() for b in gate_biases), expand.new_empty(0)])
-        return average_levels(features, taps @ expand, biases, upsample) @ expand.t()
+        return averages([taps @ expand, biases, *features], upsample=upsample) @ expand.t()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -54,176 +59,98 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def average_levels(features: Sequence[Tensor], composite: Tensor, biases: Tensor, upsample: str) -> Tensor:
-    """Give the weighted averages of all channels and the sums of the weights, (N, Σ C_l + L), differentiable once.
-
-    Args:
-        features: of each level, dense and in one dtype.
-        composite: M, (18 (L - 1), Σ C_l + L) in fp32.
-        biases: of the gates, (L - 1,) in fp32.
-        upsample: "nearest" or "bilinear".
-    """
-    if torch.compiler.is_compiling():
-        return _forward_operator(list(features), composite, biases, upsample)[0]
-    return _Averages.apply(upsample, composite, biases, *features)
+def _allocate(tensors: Sequence[Tensor], *, upsample: str) -> tuple[Tensor, list[Tensor]]:
+    composite, _, *features = tensors
+    layout, images = plan_for(features, upsample).layout, features[0].shape[0]
+    return composite.new_empty(images, composite.shape[1]), list(empty_maps(composite, images, layout))
 
 
-def _forward(
-    features: Sequence[Tensor], composite: Tensor, biases: Tensor, upsample: str
-) -> tuple[Tensor, ScalarMaps]:
-    plan = plan_for(features, upsample)
-    layout, images, levels = plan.layout, features[0].shape[0], len(features)
-    averages = composite.new_zeros(images, plan.columns) if not images else composite.new_empty(images, plan.columns)
-    seen, own = (composite.new_empty(images, size) for size in (layout.seen_size, layout.own_size))
+def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor], *, upsample: str) -> None:
+    composite, biases, *features = tensors
+    plan, maps, images = plan_for(features, upsample), ScalarMaps(*saved), len(output)
+    if not images:
+        return
     with on_device(composite):
-        if levels > 1:
-            if images:
-                project_kernel[(images * plan.pixel_blocks,)](
-                    tuple(features), composite.to(features[0].dtype), composite, seen, own, **plan.project
-                )
-            maps = pixel_weights_forward(seen, own, biases, layout, upsample)
+        if len(features) > 1:
+            own = project(composite, features, maps.seen, plan)
+            pixel_weights_forward(maps, own, biases, plan.layout, upsample)
         else:
-            ones = composite.new_ones(images, layout.pixel_size)
-            maps = ScalarMaps(seen, ones, composite.new_empty(images, 0), ones / layout.pixel_size)
-        if images:
-            average_kernel[(images * plan.channel_blocks,)](
-                tuple(features), maps.gates, maps.remaining, averages, images, **plan.average
-            )
-    return averages, maps
+            maps.gates.fill_(1)
+            maps.remaining.fill_(1 / plan.layout.pixel_size)
+        average_kernel[(images * plan.channel_blocks,)](
+            tuple(features), maps.gates, maps.remaining, output, images, **plan.average
+        )
+
+
+def project(composite: Tensor, features: Sequence[Tensor], seen: Tensor, plan: Plan) -> Tensor:
+    """Launch: fill `seen` with what the taps of the finer gates see, and give the same of the own gates."""
+    images = len(seen)
+    own = seen.new_empty(images, plan.layout.own_size)
+    project_kernel[(images * plan.pixel_blocks,)](
+        tuple(features), composite.to(features[0].dtype), composite, seen, own, **plan.project
+    )
+    return own
 
 
 def _backward(
+    tensors: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    upstream: Tensor,
+    grads: Sequence[Tensor | None],
+    *,
+    upsample: str,
+) -> None:
+    composite, _, *features = tensors
+    plan, maps, images = plan_for(features, upsample), ScalarMaps(*saved), len(upstream)
+    upstream = upstream.contiguous()
+    with on_device(composite):
+        grad_maps = None
+        if len(features) > 1 and images:
+            grad_weights = torch.empty_like(maps.gates)
+            weight_gradient_kernel[(images * plan.pixel_blocks,)](
+                tuple(features), upstream, grad_weights, **plan.weight_gradient
+            )
+            grad_maps = pixel_weights_backward(maps, grad_weights, plan.layout, upsample)
+        feature_gradients(composite, features, maps.gates, maps.remaining, upstream, None, grad_maps, grads, plan)
+
+
+def feature_gradients(
+    composite: Tensor,
     features: Sequence[Tensor],
-    composite: Tensor,
-    maps: ScalarMaps,
-    grad_averages: Tensor,
-    wanted: Sequence[bool],  # of the composite matrix, the biases, and each feature
-    upsample: str,
-) -> list[Tensor | None]:
-    plan = plan_for(features, upsample)
-    images, gates = features[0].shape[0], len(features) - 1
-    grad_averages = grad_averages.contiguous()
-    grad_features = [torch.empty_like(f) if w else None for f, w in zip(features, wanted[2:], strict=True)]
-    if not images or not gates:
-        grad_composite, grad_biases = torch.zeros_like(composite), composite.new_zeros(gates)
-    if images:
-        matrix = grad_seen = grad_a = parts = None
-        with on_device(composite):
-            if gates:
-                grad_weights = torch.empty_like(maps.gates)
-                weight_gradient_kernel[(images * plan.pixel_blocks,)](
-                    tuple(features), grad_averages, grad_weights, **plan.weight_gradient
-                )
-                grad_seen, grad_a, grad_biases = pixel_weights_backward(maps, grad_weights, plan.layout, upsample)
-                matrix = composite.to(features[0].dtype)
-                parts = composite.new_empty(plan.parts) if wanted[0] else None
-            if parts is not None or any(wanted[2:]):
-                feature_gradient_kernel[(plan.gradient_programs(images),)](
-                    tuple(features), matrix, maps.gates, maps.remaining, grad_averages, grad_seen, grad_a,
-                    tuple(grad_features), parts, images, **plan.feature_gradient,
-                )  # fmt: skip
-            if parts is not None:
-                grad_composite = torch.empty_like(composite)
-                sum_parts_kernel[(plan.column_blocks, len(composite))](parts, grad_composite, images, **plan.sum_parts)
-    return [grad_composite if wanted[0] else None, grad_biases if wanted[1] else None, *grad_features]
+    gates: Tensor,
+    remaining: Tensor | None,
+    grad_averages: Tensor | None,
+    grad_blend: Tensor | None,
+    grad_maps: GradMaps | None,
+    grads: Sequence[Tensor | None],
+    plan: Plan,
+) -> None:
+    """Launch: fill the gradients of the composite matrix, of the gates' biases and of the features.
+
+    Upstream is the gradient of the averages, or that of the blend of two levels (`feature_fusion`).
+    """
+    images = len(features[0])
+    grad_composite, grad_biases, *grad_features = grads
+    if grad_maps is None:  # no images, or no gates
+        for grad in (grad_composite, grad_biases):
+            if grad is not None:
+                grad.zero_()
+    elif grad_biases is not None:
+        torch.sum(grad_maps.biases, 0, out=grad_biases)
+    seen, a = (None, None) if grad_maps is None else (grad_maps.seen, grad_maps.a)
+    parts = None if grad_composite is None or grad_maps is None else composite.new_empty(plan.parts)
+    if images and (parts is not None or any(g is not None for g in grad_features)):
+        matrix = None if grad_maps is None else composite.to(features[0].dtype)
+        feature_gradient_kernel[(plan.gradient_programs(images),)](
+            tuple(features), matrix, gates, remaining, grad_averages, grad_blend, seen, a, tuple(grad_features), parts,
+            plan.layout.integer_table, plan.layout.float_table, images, **plan.feature_gradient,
+        )  # fmt: skip
+    if parts is not None:
+        sum_parts_kernel[(plan.column_blocks, len(composite))](parts, grad_composite, images, **plan.sum_parts)
 
 
-class _Averages(torch.autograd.Function):
-    """`average_levels` in eager mode, where a custom operator would cost several times the time per call."""
-
-    @staticmethod
-    def forward(ctx: Any, upsample: str, composite: Tensor, biases: Tensor, *features: Tensor) -> Tensor:
-        averages, maps = _forward(features, composite, biases, upsample)
-        ctx.save_for_backward(composite, *maps, *features)
-        ctx.upsample = upsample
-        return averages
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_averages: Tensor) -> tuple[Tensor | None, ...]:
-        composite, *rest = ctx.saved_tensors
-        maps, features = ScalarMaps(*rest[:4]), rest[4:]
-        grads = _backward(features, composite, maps, grad_averages, ctx.needs_input_grad[1:], ctx.upsample)
-        return (None, *grads)
-
-
-def _forward_op(features: list[Tensor], composite: Tensor, biases: Tensor, upsample: str) -> tuple[Tensor, ...]:
-    averages, maps = _forward(features, composite, biases, upsample)
-    return (averages, *maps)
-
-
-def _forward_fake(features: list[Tensor], composite: Tensor, biases: Tensor, upsample: str) -> tuple[Tensor, ...]:
-    images, layout = features[0].shape[0], plan_for(features, upsample).layout
-    sizes = (layout.seen_size, layout.pixel_size, layout.state_size, layout.pixel_size)
-    return tuple(composite.new_empty(images, size) for size in (composite.shape[1], *sizes))
-
-
-def _backward_op(
-    features: list[Tensor],
-    composite: Tensor,
-    maps: list[Tensor],
-    grad_averages: Tensor,
-    wanted: list[bool],
-    upsample: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    grads = _backward(features, composite, ScalarMaps(*maps), grad_averages, wanted, upsample)
-    first, second, *others = (composite.new_empty(0) if g is None else g for g in grads)
-    return first, second, others
-
-
-def _backward_fake(
-    features: list[Tensor],
-    composite: Tensor,
-    maps: list[Tensor],
-    grad_averages: Tensor,
-    wanted: list[bool],
-    upsample: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    shapes = [composite, composite.new_empty(len(features) - 1), *features]
-    first, second, *others = (
-        torch.empty_like(x) if w else composite.new_empty(0) for x, w in zip(shapes, wanted, strict=True)
-    )
-    return first, second, others
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, composite, _, ctx.upsample = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(composite, *output[1:], *features)
-
-
-def _operator_backward(ctx: Any, grad_averages: Tensor, *_: Any) -> tuple[Any, ...]:
-    composite, *rest = ctx.saved_tensors
-    maps, features = rest[:4], rest[4:]
-    of_features, of_composite, of_biases, _ = ctx.needs_input_grad
-    # One flag stands for the whole list of features in some versions, and one for each in others.
-    each = list(of_features) if isinstance(of_features, list | tuple) else [of_features] * len(features)
-    wanted = [of_composite, of_biases, *each]
-    composite_grad, biases_grad, feature_grads = _backward_operator(
-        features, composite, maps, grad_averages, wanted, ctx.upsample
-    )
-    return (
-        [g if w else None for g, w in zip(feature_grads, each, strict=True)],
-        composite_grad if of_composite else None,
-        biases_grad if of_biases else None,
-        None,
-    )
-
-
-_forward_operator = torch.library.custom_op(
-    "unikd_fast::pooled_averages",
-    _forward_op,
-    mutates_args=(),
-    schema="(Tensor[] features, Tensor composite, Tensor biases, str upsample) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+# (composite M (18 (L - 1), Σ C_l + L) in fp32, biases of the gates (L - 1,) in fp32, the features, dense and in one
+# dtype) -> the weighted averages of all channels and the sums of the weights, (N, Σ C_l + L).
+averages = FusedFunction(
+    "pooled_averages", settings={"upsample": "str"}, allocate=_allocate, forward=_forward, backward=_backward
 )
-_forward_operator.register_fake(_forward_fake)
-_backward_operator = torch.library.custom_op(
-    "unikd_fast::pooled_averages_backward",
-    _backward_op,
-    mutates_args=(),
-    schema="(Tensor[] features, Tensor composite, Tensor[] maps, Tensor grad_averages, bool[] wanted, str upsample) "
-    "-> (Tensor, Tensor, Tensor[])",
-)
-_backward_operator.register_fake(_backward_fake)
-_forward_operator.register_autograd(_operator_backward, setup_context=_setup_context)

@@ -15,6 +15,7 @@ from torch import Tensor
 from unikd_fast.kernels import (
     _launch,
     _multiply,
+    _pooled_plan,
     dkd,
     gaussian_kl,
     pixel_weights,
@@ -160,10 +161,11 @@ KERNELS = [
     (_multiply, "_multiply_kernel"),
     (pixel_weights, "pixel_weights_kernel"),
     (pixel_weights, "pixel_weights_backward_kernel"),
-    (pooled_fusion, "_project_kernel"),
-    (pooled_fusion, "_average_kernel"),
-    (pooled_fusion, "_weight_gradient_kernel"),
-    (pooled_fusion, "_feature_gradient_kernel"),
+    (pooled_fusion, "project_kernel"),
+    (pooled_fusion, "average_kernel"),
+    (pooled_fusion, "weight_gradient_kernel"),
+    (pooled_fusion, "feature_gradient_kernel"),
+    (pooled_fusion, "sum_parts_kernel"),
 ]
 
 
@@ -171,11 +173,12 @@ def reports(name: str) -> Iterator[dict[str, Any]]:
     """Compile what a case launches, for every target, with the sizes that target gets."""
     for target, description in TARGETS.items():
         device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
-        users = (_launch, pixel_weights, pooled_fusion)
+        users = (_launch, pixel_weights, _pooled_plan)
         original = _launch.describe
         try:
             for module in users:
                 module.describe = lambda _, device=device: device
+            _pooled_plan.plan_of.cache_clear()
             with recorded([module for module, _ in KERNELS], [kernel for _, kernel in KERNELS]) as recorders:
                 LAUNCHES[name]()
         finally:

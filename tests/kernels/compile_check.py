@@ -77,21 +77,30 @@ def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], 
     """Compile one launch and give what the assembler says of it."""
     constexpr_names = {p.name for p in kernel.params if p.is_constexpr}
     unspecialized = {p.name for p in kernel.params if p.do_not_specialize}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def type_of(path: tuple[int, ...], value: Any, specialized: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of((*path, i), member, specialized) for i, member in enumerate(value))
+        if value is None:
+            constants[path] = None
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]  # as torch allocates
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and specialized:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for i, (name, value) in enumerate((p.name, bound[p.name]) for p in kernel.params):
-        if name in constexpr_names or value is None:
+        if name in constexpr_names:
             signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
-        elif isinstance(value, float):
-            signature[name] = "fp32"
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name not in unspecialized:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = type_of((i,), value, name not in unspecialized)
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=dict(options)
     )

@@ -12,7 +12,7 @@ from numerics import assert_no_worse_than_eager, outputs_and_gradients, relative
 from torch import Tensor
 
 from unikd_fast import AdaptiveFeatureFusion
-from unikd_fast.kernels.pixel_weights import geometry, pixel_weights_forward
+from unikd_fast.kernels.pixel_weights import empty_maps, geometry, pixel_weights_forward
 from unikd_fast.kernels.pooled_fusion import fused_pool
 from unikd_fast.kernels.reference_fusion import fuse_stagewise
 from unikd_fast.kernels.reference_pooled import TAPS, pixel_weights, pool_collapsed
@@ -76,7 +76,8 @@ def fused_pixel_weights(projections: Sequence[Tensor], biases: Sequence[Tensor],
     layout = geometry(tuple((x.shape[2], x.shape[3]) for x in projections), upsample, projections[0].device)
     seen = torch.cat([x[:, : TAPS * level].flatten(1) for level, x in enumerate(projections)], dim=1)
     own = torch.cat([x[:, TAPS * level :].flatten(1) for level, x in enumerate(projections)], dim=1)
-    maps = pixel_weights_forward(seen, own, torch.cat(list(biases)), layout, upsample)
+    maps = empty_maps(seen, len(seen), layout)._replace(seen=seen)
+    pixel_weights_forward(maps, own, torch.cat(list(biases)), layout, upsample)
     return list((maps.gates * maps.remaining).split([x.shape[2] * x.shape[3] for x in projections], dim=1))
 
 
