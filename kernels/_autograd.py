@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unikd_fast.kernels._launch import flat, on_device
 from unikd_fast.kernels._multiply import multiply_in_place
 
 Tensors = Sequence[Tensor | None]
-# Inputs, whose gradients are wanted, upstream factors (then no outputs), settings -> outputs, gradients.
-LaunchLoss = Callable[..., tuple[list[Tensor | None], list[Tensor | None]]]
 
 
 class FusedLoss:
@@ -34,11 +33,12 @@ class FusedLoss:
         inputs: names of the tensors; all but the first may be None.
         gradient_of: for each input, the output whose gradient it gets; -1 for an input that never has one.
         settings: schema of what else `launch` takes, by name, such as {"temperature": "float"}.
-        outputs: how many; the first `differentiable` of them carry gradients.
-        launch: `launch(inputs, wanted, upstream, **settings)` gives the outputs and the gradients of the inputs.
-            `wanted` says of each input whether its gradient is wanted. With `upstream`, a factor per differentiable
-            output (0-d, or one per row), the gradients are multiplied by it and there are no outputs.
-        output_shapes: shape of each output given the first input and the settings.
+        outputs: how many; the first `differentiable` of them carry gradients. They are 0-d, or one number per row of
+            the first input if there is a setting `per_row` and it is true.
+        launch: `launch(inputs, outputs, gradients, upstream, **settings)` fills the outputs, and of each input the
+            dense gradient, wherever there is one to fill. It is called on the inputs' device if they have any rows.
+            `upstream` holds a dense factor, or None, for each differentiable output, by which its gradients are
+            multiplied.
     """
 
     def __init__(
@@ -49,13 +49,11 @@ class FusedLoss:
         gradient_of: Sequence[int],
         settings: dict[str, str],
         outputs: int,
-        launch: LaunchLoss,
+        launch: Callable[..., None],
         differentiable: int = 1,
-        output_shapes: Callable[..., list[tuple[int, ...]]],
     ) -> None:
         self.inputs, self.gradient_of, self.settings = tuple(inputs), tuple(gradient_of), settings
-        self.outputs, self.differentiable = outputs, differentiable
-        self.launch, self.output_shapes = launch, output_shapes
+        self.outputs, self.differentiable, self.launch = outputs, differentiable, launch
         arguments = [f"Tensor{'' if i == 0 else '?'} {x}" for i, x in enumerate(inputs)]
         arguments += ["bool[] wanted", *(f"Tensor? upstream{i}" for i in range(differentiable))]
         arguments += [f"{kind} {x}" for x, kind in settings.items()]
@@ -78,13 +76,47 @@ class FusedLoss:
             results = self.operator(*tensors, _now(tensors, wanted), *[None] * self.differentiable, *ordered)
             return tuple(results[: self.outputs])
         with torch.no_grad():
-            outputs, gradients = self.launch(tensors, _now(tensors, wanted), None, **settings)
+            outputs, gradients = self.compute(tensors, _now(tensors, wanted), None, settings)
         for output in range(self.differentiable):
             members = [i for i, of in enumerate(self.gradient_of) if of == output and wanted[i]]
             if members:
                 call = _Call(self, settings, tensors, gradients, outputs[output], output, members)
                 outputs[output] = _GradientInForward.apply(call, *(tensors[i] for i in members))
         return tuple(x for x in outputs if x is not None)
+
+    def compute(
+        self, tensors: Tensors, wanted: Sequence[bool], upstream: Tensors | None, settings: dict[str, Any]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Give the outputs, None if there are upstream factors, and the gradients that are wanted."""
+        outputs, gradients = self._buffers(tensors, wanted, upstream, settings)
+        first = tensors[0]
+        assert first is not None
+        if first.numel() or any(x.numel() for x in self._main_inputs(tensors)):
+            factors = [None] * self.differentiable if upstream is None else [flat(x) for x in upstream]
+            with on_device(first):
+                self.launch(tensors, outputs, gradients, factors, **settings)
+        else:
+            outputs = [None if x is None else x.zero_() for x in outputs]
+        return outputs, gradients
+
+    def _main_inputs(self, tensors: Tensors) -> list[Tensor]:
+        """Give those that may have a gradient: if all of them are empty, there is nothing to launch."""
+        return [x for x, output in zip(tensors, self.gradient_of, strict=True) if output >= 0 and x is not None]
+
+    def _buffers(
+        self, tensors: Tensors, wanted: Sequence[bool], upstream: Tensors | None, settings: dict[str, Any]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        first = tensors[0]
+        assert first is not None
+        outputs: list[Tensor | None] = [None] * self.outputs
+        if upstream is None:
+            shape = first.shape[:-1] if settings.get("per_row") else ()
+            outputs = [torch.empty(shape, dtype=torch.float32, device=first.device) for _ in outputs]
+        gradients = [
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) if w and x is not None else None
+            for x, w in zip(tensors, wanted, strict=True)
+        ]
+        return outputs, gradients
 
     def _split(self, arguments: Sequence[Any]) -> tuple[Tensors, Any, Tensors | None, dict[str, Any]]:
         n = len(self.inputs)
@@ -94,22 +126,13 @@ class FusedLoss:
 
     def _operator(self, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, wanted, upstream, settings = self._split(arguments)
-        outputs, gradients = self.launch(tensors, wanted, upstream, **settings)
-        nothing = [None] * self.outputs
-        return tuple(_nothing(arguments[0]) if x is None else x for x in [*(outputs or nothing), *gradients])
+        outputs, gradients = self.compute(tensors, wanted, upstream, settings)
+        return tuple(_nothing(arguments[0]) if x is None else x for x in (*outputs, *gradients))
 
     def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, wanted, upstream, settings = self._split(arguments)
-        first = arguments[0]
-        outputs = [
-            first.new_empty(shape, dtype=torch.float32) if upstream is None else _nothing(first)
-            for shape in self.output_shapes(first, **settings)
-        ]
-        gradients = [
-            x.new_empty(x.shape) if x is not None and w else _nothing(first)
-            for x, w in zip(tensors, wanted, strict=True)
-        ]
-        return (*outputs, *gradients)
+        outputs, gradients = self._buffers(tensors, wanted, upstream, settings)
+        return tuple(_nothing(arguments[0]) if x is None else x for x in (*outputs, *gradients))
 
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         tensors, ctx.computed, _, ctx.settings = self._split(inputs)
@@ -172,7 +195,7 @@ class _GradientInForward(torch.autograd.Function):
         if missing:
             wanted = [i in missing for i in range(len(tensors))]
             factors = [upstream if o == output else None for o in range(loss.differentiable)]
-            computed = loss.launch(tensors, wanted, factors, **settings)[1]
+            computed = loss.compute(tensors, wanted, factors, settings)[1]
             gradients = [computed[i] if g is None else g for i, g in zip(members, gradients, strict=True)]
         inputs = [tensors[i] for i in members]
         return (None, *(_once(g, x) for g, x in zip(gradients, inputs, strict=True)))

@@ -131,6 +131,17 @@ def log_sum(count, rest):
 
 
 @triton.jit
+def probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio):
+    """q, p and u = ln q - ln p of a tile of student and teacher logits.
+
+    max and sum are those of `online_max_sum`, f its factors; log_ratio is the difference of the two `log_sum`.
+    """
+    d_s = (s - max_s) * f_s
+    d_t = (t - max_t) * f_t
+    return tl.exp(d_s) / sum_s, tl.exp(d_t) / sum_t, (d_s - d_t) - log_ratio
+
+
+@triton.jit
 def difference(p, q, u):
     """q - p; of a class that dominates p (eᵘ - 1), u = ln q - ln p: q and p are close to 1 then, and u to 0."""
     return tl.where((p > 0.5) & (tl.abs(u) < 0.5), p * (u + phi_near(u)), q - p)

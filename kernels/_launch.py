@@ -150,18 +150,6 @@ def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
-def new_gradient(x: Tensor | None, wanted: bool) -> Tensor | None:
-    """Give a dense buffer for the gradient of `x`."""
-    if x is None or not wanted:
-        return None
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def new_loss(x: Tensor, per_row: bool) -> Tensor:
-    """Give the buffer of a loss of `x` (..., K): one number, or one per row."""
-    return torch.empty(x.shape[:-1] if per_row else (), dtype=torch.float32, device=x.device)
-
-
 def partial_sums(loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Give what programs need to form one number together: a sum for each, and the ticket."""
     if loss is None or loss.ndim > 0:
@@ -185,3 +173,8 @@ def normalizer_of(
     if ignore_mask is not None:
         return 1.0, (~ignore_mask).sum().clamp(min=1)
     return 0.0, None
+
+
+def normalizer_or_rows(number: float, tensor: Tensor | None, rows: int) -> float | Tensor:
+    """Give what a kernel divides by, of a `normalizer_of`."""
+    return (number or float(max(rows, 1))) if tensor is None else tensor

@@ -11,6 +11,7 @@ from unikd_fast.kernels._device import (
     load_logits,
     log_sum,
     online_max_sum,
+    probabilities,
     row_pointers,
     row_sum,
     scalar,
@@ -243,9 +244,10 @@ def unikd_kernel(
             for i in range(BLOCKS):
                 cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
                 if SINGLE:
-                    d = s0 - max_s
+                    s = s0
                 else:
-                    d = load_logits(student_rows, cols, live, STUDENT_COL, K) - max_s
+                    s = load_logits(student_rows, cols, live, STUDENT_COL, K)
+                d = s - max_s
                 w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
                 ce_rows += row_sum(tl.where(w != 0, w * (log_sum_1 - d), 0.0))
                 g = (tl.exp(d) / sum_1 * weight_sum - w) * ce_scale
@@ -253,13 +255,10 @@ def unikd_kernel(
                 g = tl.where(labelled[:, None], g, 0.0)
                 if teacher_ptr is not None:
                     if SINGLE:
-                        d_t = (t0 - max_t) * f_t
+                        t = t0
                     else:
-                        d_t = (load_logits(teacher_rows, cols, live, TEACHER_COL, K) - max_t) * f_t
-                    d_s = d * f_s
-                    q = tl.exp(d_s) / sum_s
-                    p = tl.exp(d_t) / sum_t
-                    u = (d_s - d_t) - log_ratio
+                        t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
+                    q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
                     kl_rows += row_sum(kl_terms(p, q, u))
                     g += difference(p, q, u) * kl_scale
                 if student_grad_ptr is not None:

@@ -8,8 +8,6 @@ p_y comes from the log-odds z_y/τ - lse of the others, so that neither p_y nor 
 moved: 3 N K size; the second reading of a row finds it in the cache.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +23,7 @@ from unikd_fast.kernels._device import (
     log_sum,
     mean_std,
     online_max_sum,
+    probabilities,
     row_pointers,
     row_sum,
     scalar,
@@ -36,10 +35,8 @@ from unikd_fast.kernels._device import (
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     flat,
-    new_gradient,
-    new_loss,
     normalizer_of,
-    on_device,
+    normalizer_or_rows,
     partial_sums,
     programs_for,
     row_launch_for,
@@ -163,9 +160,7 @@ def _dkd_kernel(
                 cols = start + tl.arange(0, BLOCK_K)
                 s = load_logits(student_rows, cols, live, STUDENT_COL, K)
                 t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                q = tl.exp((s - max_s) * f_s) / sum_s
-                p = tl.exp((t - max_t) * f_t) / sum_t
-                u = ((s - max_s) * f_s - (t - max_t) * f_t) - log_ratio
+                q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
                 g = tl.where(cols[None, :] == target, pull, w_others * difference(p, q, u) - pull * q)
                 dot += row_sum(tl.where((cols < K)[None, :], g * ((s - mean_s) * a_s), 0.0))
             share = standardization_share(dot * inverse_temperature, std_s, K)
@@ -174,18 +169,14 @@ def _dkd_kernel(
             s = load_logits(student_rows, cols, live, STUDENT_COL, K)
             t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
             is_target = cols[None, :] == target
-            d_s = (s - max_s) * f_s
-            d_t = (t - max_t) * f_t
-            q = tl.where(is_target, 0.0, tl.exp(d_s) / sum_s)
-            p = tl.where(is_target, 0.0, tl.exp(d_t) / sum_t)
-            u = (d_s - d_t) - log_ratio
-            nckd += row_sum(kl_terms(p, q, u))
+            q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
+            nckd += row_sum(tl.where(is_target, 0.0, kl_terms(p, q, u)))
             if grad_ptr is not None:
                 g = tl.where(is_target, pull, w_others * difference(p, q, u) - pull * q) * f_s
                 if STANDARDIZED:
                     g -= share * ((s - mean_s) * a_s)
-                grad_rows = row_pointers(grad_ptr, rows, K)
-                store_tile(grad_rows, cols, inside, tl.where(live[:, None], g * row_weight, 0.0), K)
+                g = tl.where(live[:, None], g * row_weight, 0.0)
+                store_tile(row_pointers(grad_ptr, rows, K), cols, inside, g, K)
         if loss_ptr is not None:
             losses = tl.where(live[:, None], (w_target * tckd + w_others * nckd) * per_row_weight, 0.0)
             losses = tl.where(wrong[:, None], float("nan"), losses)
@@ -199,8 +190,9 @@ def _dkd_kernel(
 
 def _launch(
     tensors: Tensors,  # student (..., K), teacher (..., K), scale (...,), labels (...,), normalizer, alpha, beta 0-d
-    wanted: Sequence[bool],
-    upstream: Tensors | None,
+    outputs: Tensors,
+    gradients: Tensors,
+    upstream: Tensors,
     *,
     alpha_value: float,
     beta_value: float,
@@ -210,49 +202,42 @@ def _launch(
     standardized: bool,
     per_row: bool,
     normalizer_value: float,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+) -> None:
     student, teacher, scale, labels, normalizer, alpha, beta = tensors
     assert student is not None
     assert teacher is not None
-    classes = student.shape[-1]
-    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = new_loss(student, per_row) if upstream is None else None
-    rows = student.numel() // classes
-    if rows == 0:
-        return [None if loss is None else loss.zero_()], gradients
     s, t = rows_of(student), rows_of(teacher)
+    rows, classes = s.shape
     launch = row_launch_for(s, t, heavy=True)
-    with on_device(student):
-        _dkd_kernel[(programs_for(launch, rows, student.device),)](
-            s,
-            t,
-            flat(scale),
-            flat(labels),
-            (normalizer_value or float(rows)) if normalizer is None else normalizer,
-            alpha_value if alpha is None else alpha,
-            beta_value if beta is None else beta,
-            None if upstream is None else flat(upstream[0]),
-            loss,
-            *partial_sums(loss),
-            gradients[0],
-            rows,
-            ignore_index,
-            1.0 / temperature,
-            weight,
-            *strides(s),
-            *strides(t),
-            classes,
-            STANDARDIZED=standardized,
-            PER_ROW=per_row,
-            NORMALIZER_IS_POINTER=normalizer is not None,
-            ALPHA_IS_POINTER=alpha is not None,
-            BETA_IS_POINTER=beta is not None,
-            ROWS=launch.rows,
-            BLOCK_K=launch.block_k,
-            PROGRAMS=MAX_PROGRAMS,
-            **launch.options,
-        )
-    return [loss], gradients
+    _dkd_kernel[(programs_for(launch, rows, s.device),)](
+        s,
+        t,
+        flat(scale),
+        flat(labels),
+        normalizer_or_rows(normalizer_value, normalizer, rows),
+        alpha_value if alpha is None else alpha,
+        beta_value if beta is None else beta,
+        upstream[0],
+        outputs[0],
+        *partial_sums(outputs[0]),
+        gradients[0],
+        rows,
+        ignore_index,
+        1.0 / temperature,
+        weight,
+        *strides(s),
+        *strides(t),
+        classes,
+        STANDARDIZED=standardized,
+        PER_ROW=per_row,
+        NORMALIZER_IS_POINTER=normalizer is not None,
+        ALPHA_IS_POINTER=alpha is not None,
+        BETA_IS_POINTER=beta is not None,
+        ROWS=launch.rows,
+        BLOCK_K=launch.block_k,
+        PROGRAMS=MAX_PROGRAMS,
+        **launch.options,
+    )
 
 
 _loss = FusedLoss(
@@ -271,7 +256,6 @@ _loss = FusedLoss(
     },
     outputs=1,
     launch=_launch,
-    output_shapes=lambda student, per_row, **_: [student.shape[:-1] if per_row else ()],
 )
 
 
@@ -295,15 +279,9 @@ def fused_dkd(
     if reduction in ("batchmean", "mean"):
         # The rows kept are those with a label; counting them stays on the device.
         value, tensor = normalizer_of(student_logits, reduction, labels == ignore_index, normalizer)
+    weights = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
     (loss,) = _loss(
-        (
-            student_logits,
-            teacher_logits,
-            scale,
-            labels,
-            tensor,
-            *(x if isinstance(x, Tensor) else None for x in (alpha, beta)),
-        ),
+        (student_logits, teacher_logits, scale, labels, tensor, *weights),
         alpha_value=1.0 if isinstance(alpha, Tensor) else float(alpha),
         beta_value=1.0 if isinstance(beta, Tensor) else float(beta),
         temperature=float(temperature),

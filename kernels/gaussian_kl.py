@@ -6,8 +6,6 @@ m the means, l = ln v the log-variances, d = l_s - l_t, φ(d) = eᵈ - 1 - d. By
 gradients asked for written, two or four.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,11 +26,8 @@ from unikd_fast.kernels._device import (
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     elementwise_launch_for,
-    flat,
-    new_gradient,
-    new_loss,
     normalizer_of,
-    on_device,
+    normalizer_or_rows,
     partial_sums,
     programs_for,
     rows_of,
@@ -135,42 +130,35 @@ def _gaussian_kl_kernel(
 
 def _launch(
     tensors: Tensors,  # student mean, log_var, teacher mean, log_var (..., K), normalizer 0-d
-    wanted: Sequence[bool],
-    upstream: Tensors | None,
+    outputs: Tensors,
+    gradients: Tensors,
+    upstream: Tensors,
     *,
     weight: float,
     per_row: bool,
     normalizer_value: float,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    first, normalizer = tensors[0], tensors[4]
-    assert first is not None
-    classes = first.shape[-1]
-    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = new_loss(first, per_row) if upstream is None else None
-    rows = first.numel() // classes
-    if rows == 0:
-        return [None if loss is None else loss.zero_()], gradients
+) -> None:
     parameters = [rows_of(x).contiguous() for x in tensors[:4] if x is not None]
+    normalizer = tensors[4]
+    rows, classes = parameters[0].shape
     launch = elementwise_launch_for(parameters[0])
-    with on_device(first):
-        _gaussian_kl_kernel[(programs_for(launch, rows, first.device),)](
-            *parameters,
-            (normalizer_value or float(rows)) if normalizer is None else normalizer,
-            None if upstream is None else flat(upstream[0]),
-            loss,
-            *partial_sums(loss),
-            *gradients[:4],
-            rows,
-            weight,
-            classes,
-            PER_ROW=per_row,
-            NORMALIZER_IS_POINTER=normalizer is not None,
-            ROWS=launch.rows,
-            BLOCK_K=launch.block_k,
-            PROGRAMS=MAX_PROGRAMS,
-            **launch.options,
-        )
-    return [loss], gradients
+    _gaussian_kl_kernel[(programs_for(launch, rows, parameters[0].device),)](
+        *parameters,
+        normalizer_or_rows(normalizer_value, normalizer, rows),
+        upstream[0],
+        outputs[0],
+        *partial_sums(outputs[0]),
+        *gradients[:4],
+        rows,
+        weight,
+        classes,
+        PER_ROW=per_row,
+        NORMALIZER_IS_POINTER=normalizer is not None,
+        ROWS=launch.rows,
+        BLOCK_K=launch.block_k,
+        PROGRAMS=MAX_PROGRAMS,
+        **launch.options,
+    )
 
 
 _loss = FusedLoss(
@@ -180,7 +168,6 @@ _loss = FusedLoss(
     settings={"weight": "float", "per_row": "bool", "normalizer_value": "float"},
     outputs=1,
     launch=_launch,
-    output_shapes=lambda first, per_row, **_: [first.shape[:-1] if per_row else ()],
 )
 
 

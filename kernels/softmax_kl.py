@@ -8,8 +8,6 @@ of the first reading is still in the L2. Reverse KL, JSD, standardisation and th
 more often, since each needs a sum over the whole row before the next.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +21,7 @@ from unikd_fast.kernels._device import (
     log_sum,
     mean_std,
     online_max_sum,
+    probabilities,
     row_pointers,
     row_sum,
     scalar,
@@ -36,10 +35,8 @@ from unikd_fast.kernels._device import (
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     flat,
-    new_gradient,
-    new_loss,
     normalizer_of,
-    on_device,
+    normalizer_or_rows,
     partial_sums,
     programs_for,
     row_launch_for,
@@ -98,12 +95,11 @@ def _softmax_kl_kernel(
         a_t = a_s
         if scale_ptr is not None:
             a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
-        scale_t = a_t
         if STANDARDIZED:
             mean_s, std_s = mean_std(student_rows, live, a_s, STUDENT_COL, K, BLOCK_K, ROWS)
             mean_t, std_t = mean_std(teacher_rows, live, a_t, TEACHER_COL, K, BLOCK_K, ROWS)
             a_s = 1.0 / (std_s + 1e-7)
-            a_t = scale_t / (std_t + 1e-7)
+            a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature  # (ROWS, 1): softmax of f z
         f_t = a_t * inverse_temperature
 
@@ -113,14 +109,10 @@ def _softmax_kl_kernel(
             t0 = load_logits(teacher_rows, cols0, live, TEACHER_COL, K)
             max_s = tl.max(s0, axis=1)[:, None]
             max_t = tl.max(t0, axis=1)[:, None]
-            d_s0 = (s0 - max_s) * f_s
-            d_t0 = (t0 - max_t) * f_t
-            e_s0 = tl.exp(d_s0)
-            e_t0 = tl.exp(d_t0)
             n_s = row_sum((s0 == max_s).to(tl.float32))
             n_t = row_sum((t0 == max_t).to(tl.float32))
-            rest_s = row_sum(tl.where(s0 == max_s, 0.0, e_s0))
-            rest_t = row_sum(tl.where(t0 == max_t, 0.0, e_t0))
+            rest_s = row_sum(tl.where(s0 == max_s, 0.0, tl.exp((s0 - max_s) * f_s)))
+            rest_t = row_sum(tl.where(t0 == max_t, 0.0, tl.exp((t0 - max_t) * f_t)))
         else:
             max_s = tl.full([ROWS, 1], -float("inf"), tl.float32)
             max_t = max_s
@@ -139,34 +131,23 @@ def _softmax_kl_kernel(
         log_ratio = log_sum(n_s, rest_s) - log_sum(n_t, rest_t)
 
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
-        grad_rows_s = student_rows  # replaced where there is a gradient
-        grad_rows_t = teacher_rows
-        if student_grad_ptr is not None:
-            grad_rows_s = row_pointers(student_grad_ptr, rows, K)
-        if teacher_grad_ptr is not None:
-            grad_rows_t = row_pointers(teacher_grad_ptr, rows, K)
-
         d1 = tl.zeros([ROWS, 1], tl.float32)
         d2 = tl.zeros([ROWS, 1], tl.float32)
         for i in range(BLOCKS):
             cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
             if SINGLE:
-                d_s = d_s0
-                d_t = d_t0
-                q = e_s0 / sum_s
-                p = e_t0 / sum_t
+                s = s0
+                t = t0
             else:
-                d_s = (load_logits(student_rows, cols, live, STUDENT_COL, K) - max_s) * f_s
-                d_t = (load_logits(teacher_rows, cols, live, TEACHER_COL, K) - max_t) * f_t
-                q = tl.exp(d_s) / sum_s
-                p = tl.exp(d_t) / sum_t
-            u = (d_s - d_t) - log_ratio
+                s = load_logits(student_rows, cols, live, STUDENT_COL, K)
+                t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
+            q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
             terms1, terms2 = divergence_terms(u, p, q, beta, KIND)
             d1 += row_sum(terms1)
             d2 += row_sum(terms2)
             if FUSED_PASS and WANT_GRAD:
                 g = difference(p, q, u) * (row_weight * f_s)
-                store_tile(grad_rows_s, cols, inside, tl.where(live[:, None], g, 0.0), K)
+                store_tile(row_pointers(student_grad_ptr, rows, K), cols, inside, tl.where(live[:, None], g, 0.0), K)
 
         if WANT_GRAD and not FUSED_PASS:
             dot_s = tl.zeros([ROWS, 1], tl.float32)  # Σ gradient z', of the standardised logits z'
@@ -176,11 +157,7 @@ def _softmax_kl_kernel(
                     cols = i * BLOCK_K + tl.arange(0, BLOCK_K)
                     s = load_logits(student_rows, cols, live, STUDENT_COL, K)
                     t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                    d_s = (s - max_s) * f_s
-                    d_t = (t - max_t) * f_t
-                    q = tl.exp(d_s) / sum_s
-                    p = tl.exp(d_t) / sum_t
-                    u = (d_s - d_t) - log_ratio
+                    q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
                     if student_grad_ptr is not None:
                         g = student_gradient(u, p, q, d1, d2, beta, KIND)
                         dot_s += row_sum(tl.where((cols < K)[None, :], g * ((s - mean_s) * a_s), 0.0))
@@ -191,21 +168,19 @@ def _softmax_kl_kernel(
                 cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
                 s = load_logits(student_rows, cols, live, STUDENT_COL, K)
                 t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                d_s = (s - max_s) * f_s
-                d_t = (t - max_t) * f_t
-                q = tl.exp(d_s) / sum_s
-                p = tl.exp(d_t) / sum_t
-                u = (d_s - d_t) - log_ratio
+                q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
                 if student_grad_ptr is not None:
                     g = student_gradient(u, p, q, d1, d2, beta, KIND) * f_s
                     if STANDARDIZED:
                         g -= standardization_share(dot_s * inverse_temperature, std_s, K) * ((s - mean_s) * a_s)
-                    store_tile(grad_rows_s, cols, inside, tl.where(live[:, None], g * row_weight, 0.0), K)
+                    g = tl.where(live[:, None], g * row_weight, 0.0)
+                    store_tile(row_pointers(student_grad_ptr, rows, K), cols, inside, g, K)
                 if teacher_grad_ptr is not None:
                     g = teacher_gradient(u, p, q, d1, d2, beta, KIND) * f_t
                     if STANDARDIZED:
                         g -= standardization_share(dot_t * inverse_temperature, std_t, K) * ((t - mean_t) * a_t)
-                    store_tile(grad_rows_t, cols, inside, tl.where(live[:, None], g * row_weight, 0.0), K)
+                    g = tl.where(live[:, None], g * row_weight, 0.0)
+                    store_tile(row_pointers(teacher_grad_ptr, rows, K), cols, inside, g, K)
 
         if loss_ptr is not None:
             divergence = d1
@@ -222,8 +197,9 @@ def _softmax_kl_kernel(
 
 def _launch(
     tensors: Tensors,  # student (..., K), teacher (..., K), scale (...,), mask (...,), normalizer 0-d
-    wanted: Sequence[bool],
-    upstream: Tensors | None,
+    outputs: Tensors,
+    gradients: Tensors,
+    upstream: Tensors,
     *,
     temperature: float,
     weight: float,
@@ -232,48 +208,40 @@ def _launch(
     standardized: bool,
     per_row: bool,
     normalizer_value: float,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+) -> None:
     student, teacher, scale, mask, normalizer = tensors
     assert student is not None
     assert teacher is not None
-    classes = student.shape[-1]
-    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = new_loss(student, per_row) if upstream is None else None
-    rows = student.numel() // classes
-    if rows == 0:
-        return [None if loss is None else loss.zero_()], gradients
     s, t = rows_of(student), rows_of(teacher)
-    launch = row_launch_for(s, t, heavy=divergence != "forward" or standardized or wanted[1])
-    with on_device(student):
-        _softmax_kl_kernel[(programs_for(launch, rows, student.device),)](
-            s,
-            t,
-            flat(scale),
-            flat(mask),
-            (normalizer_value or float(rows)) if normalizer is None else normalizer,
-            None if upstream is None else flat(upstream[0]),
-            loss,
-            *partial_sums(loss),
-            gradients[0],
-            gradients[1],
-            rows,
-            1.0 / temperature,
-            weight,
-            beta,
-            *strides(s),
-            *strides(t),
-            classes,
-            KIND=DIVERGENCES.index(divergence),
-            STANDARDIZED=standardized,
-            PER_ROW=per_row,
-            NORMALIZER_IS_POINTER=normalizer is not None,
-            SINGLE=launch.single,
-            ROWS=launch.rows,
-            BLOCK_K=launch.block_k,
-            PROGRAMS=MAX_PROGRAMS,
-            **launch.options,
-        )
-    return [loss], gradients
+    rows, classes = s.shape
+    launch = row_launch_for(s, t, heavy=divergence != "forward" or standardized or gradients[1] is not None)
+    _softmax_kl_kernel[(programs_for(launch, rows, s.device),)](
+        s,
+        t,
+        flat(scale),
+        flat(mask),
+        normalizer_or_rows(normalizer_value, normalizer, rows),
+        upstream[0],
+        outputs[0],
+        *partial_sums(outputs[0]),
+        *gradients[:2],
+        rows,
+        1.0 / temperature,
+        weight,
+        beta,
+        *strides(s),
+        *strides(t),
+        classes,
+        KIND=DIVERGENCES.index(divergence),
+        STANDARDIZED=standardized,
+        PER_ROW=per_row,
+        NORMALIZER_IS_POINTER=normalizer is not None,
+        SINGLE=launch.single,
+        ROWS=launch.rows,
+        BLOCK_K=launch.block_k,
+        PROGRAMS=MAX_PROGRAMS,
+        **launch.options,
+    )
 
 
 _loss = FusedLoss(
@@ -291,7 +259,6 @@ _loss = FusedLoss(
     },
     outputs=1,
     launch=_launch,
-    output_shapes=lambda student, per_row, **_: [student.shape[:-1] if per_row else ()],
 )
 
 

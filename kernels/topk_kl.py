@@ -8,8 +8,6 @@ Bytes moved: the student's row and its gradient, one byte a class that marks the
 small.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -35,10 +33,8 @@ from unikd_fast.kernels._device import (
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     flat,
-    new_gradient,
-    new_loss,
     normalizer_of,
-    on_device,
+    normalizer_or_rows,
     partial_sums,
     programs_for,
     row_launch_for,
@@ -151,53 +147,48 @@ def _topk_kl_kernel(
 
 def _launch(
     tensors: Tensors,  # student (..., K), values, indices (..., k), log_sum_exp, mask (...,), normalizer 0-d
-    wanted: Sequence[bool],
-    upstream: Tensors | None,
+    outputs: Tensors,
+    gradients: Tensors,
+    upstream: Tensors,
     *,
     weight: float,
     per_row: bool,
     normalizer_value: float,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+) -> None:
     student, values, indices, log_sum_exp, mask, normalizer = tensors
     assert student is not None
     assert values is not None
     assert indices is not None
-    classes, k = student.shape[-1], values.shape[-1]
-    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    loss = new_loss(student, per_row) if upstream is None else None
-    rows = student.numel() // classes
-    if rows == 0:
-        return [None if loss is None else loss.zero_()], gradients
     s, index = rows_of(student), rows_of(indices).contiguous()
+    rows, classes = s.shape
+    k = values.shape[-1]
     launch = row_launch_for(s, s, heavy=True)
-    with on_device(student):
-        marks = torch.zeros(s.shape, dtype=torch.uint8, device=s.device).scatter_(1, index.long(), 1)
-        _topk_kl_kernel[(programs_for(launch, rows, student.device),)](
-            s,
-            marks,
-            rows_of(values).contiguous(),
-            index,
-            flat(log_sum_exp),
-            flat(mask),
-            (normalizer_value or float(rows)) if normalizer is None else normalizer,
-            None if upstream is None else flat(upstream[0]),
-            loss,
-            *partial_sums(loss),
-            gradients[0],
-            rows,
-            weight,
-            *strides(s),
-            classes,
-            TOP=k,
-            BLOCK_TOP=triton.next_power_of_2(k),
-            PER_ROW=per_row,
-            NORMALIZER_IS_POINTER=normalizer is not None,
-            ROWS=launch.rows,
-            BLOCK_K=launch.block_k,
-            PROGRAMS=MAX_PROGRAMS,
-            **launch.options,
-        )
-    return [loss], gradients
+    marks = torch.zeros(s.shape, dtype=torch.uint8, device=s.device).scatter_(1, index.long(), 1)
+    _topk_kl_kernel[(programs_for(launch, rows, s.device),)](
+        s,
+        marks,
+        rows_of(values).contiguous(),
+        index,
+        flat(log_sum_exp),
+        flat(mask),
+        normalizer_or_rows(normalizer_value, normalizer, rows),
+        upstream[0],
+        outputs[0],
+        *partial_sums(outputs[0]),
+        gradients[0],
+        rows,
+        weight,
+        *strides(s),
+        classes,
+        TOP=k,
+        BLOCK_TOP=triton.next_power_of_2(k),
+        PER_ROW=per_row,
+        NORMALIZER_IS_POINTER=normalizer is not None,
+        ROWS=launch.rows,
+        BLOCK_K=launch.block_k,
+        PROGRAMS=MAX_PROGRAMS,
+        **launch.options,
+    )
 
 
 _loss = FusedLoss(
@@ -207,7 +198,6 @@ _loss = FusedLoss(
     settings={"weight": "float", "per_row": "bool", "normalizer_value": "float"},
     outputs=1,
     launch=_launch,
-    output_shapes=lambda student, per_row, **_: [student.shape[:-1] if per_row else ()],
 )
 
 

@@ -9,9 +9,6 @@ written; four parameters read and two to four gradients written. At 512 x 1000 t
 count, one forward and one backward.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,8 +17,7 @@ from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     elementwise_launch_for,
     flat,
-    new_gradient,
-    on_device,
+    normalizer_or_rows,
     programs_for,
     row_launch_for,
     rows_of,
@@ -53,8 +49,9 @@ _INPUTS = (
 
 def _launch(
     tensors: Tensors,  # as _INPUTS
-    wanted: Sequence[bool],
-    upstream: Tensors | None,
+    outputs: Tensors,
+    gradients: Tensors,
+    upstream: Tensors,
     *,
     alpha_value: float,
     beta_value: float,
@@ -65,84 +62,74 @@ def _launch(
     mean_over_features: bool,
     label_smoothing: float,
     ignore_index: int,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+) -> None:
     student, teacher, scale, labels, *parameters, alpha, beta, normalizer = tensors
     assert student is not None
     assert labels is not None
-    device, classes = student.device, student.shape[-1]
-    gradients = [new_gradient(x, w) for x, w in zip(tensors, wanted, strict=True)]
-    outputs: list[Tensor | None] = []
-    if upstream is None:
-        outputs = [torch.empty((), dtype=torch.float32, device=device) for _ in range(5)]
-    rows = student.numel() // classes
-    of_gaussians = next((x for x in parameters if x is not None), None)
-    gaussian_rows = 0 if parameters[0] is None else parameters[0].numel() // parameters[0].shape[-1]
-    # L_anchor has the rows of the logits, which need not be those of L_FL.
-    other_rows = gaussian_rows if parameters[4] is None else max(gaussian_rows, rows)
-    if rows == 0 and other_rows == 0:
-        return [x.zero_() for x in outputs if x is not None], gradients
     s = rows_of(student)
     t = s if teacher is None else rows_of(teacher)
-    soft = labels.is_floating_point()
-    launch = row_launch_for(s, t, heavy=True)
     dense = [None if x is None else rows_of(x).contiguous() for x in parameters]
-    of_dense = s if of_gaussians is None else rows_of(of_gaussians)
-    gaussian = elementwise_launch_for(of_dense)
-    logit_programs = programs_for(launch, rows, device) if rows else 0
-    programs = logit_programs + (programs_for(gaussian, other_rows, device) if other_rows else 0)
-    given = normalizer is not None or normalizer_value > 0
-    ce_normalizer: Any = normalizer if normalizer is not None else normalizer_value or float(max(rows, 1))
-    count = not soft and not given
-    with on_device(student):
-        if count and rows > COUNTED_IN_KERNEL:
-            count, ce_normalizer = False, (labels != ignore_index).sum().clamp(min=1)
-        partial = torch.empty((4, 2 * MAX_PROGRAMS), dtype=torch.float32, device=device) if outputs else None
-        unikd_kernel[(programs,)](
-            s,
-            None if teacher is None else t,
-            flat(scale),
-            rows_of(labels).contiguous() if soft else flat(labels),
-            *dense,
-            normalizer if normalizer is not None else normalizer_value or float(max(rows, 1)),
-            ce_normalizer,
-            normalizer if normalizer is not None else normalizer_value or float(max(gaussian_rows, 1)),
-            alpha_value if alpha is None else alpha,
-            beta_value if beta is None else beta,
-            *(None if upstream is None else flat(x) for x in (upstream or (None, None))),
-            *(outputs or [None] * 5),
-            partial,
-            None if partial is None else ticket(device),
-            gradients[0],
-            *gradients[4:10],
-            rows,
-            logit_programs,
-            gaussian_rows,
-            ignore_index,
-            1.0 / temperature,
-            temperature**2 if scale_by_t2 else 1.0,
-            ce_weight,
-            label_smoothing,
-            1.0 / of_dense.shape[-1] if mean_over_features else 1.0,
-            *strides(s),
-            *strides(t),
-            classes,
-            of_dense.shape[-1],
-            SOFT=soft,
-            SMOOTH=label_smoothing > 0,
-            COUNT_LABELS=count,
-            NORMALIZER_IS_POINTER=normalizer is not None,
-            CE_NORMALIZER_IS_POINTER=isinstance(ce_normalizer, Tensor),
-            ALPHA_IS_POINTER=alpha is not None,
-            BETA_IS_POINTER=beta is not None,
-            SINGLE=launch.single,
-            ROWS=launch.rows,
-            BLOCK_K=launch.block_k,
-            ROWS_G=gaussian.rows,
-            BLOCK_G=gaussian.block_k,
-            PROGRAMS=2 * MAX_PROGRAMS,
-            **launch.options,
-        )
-    return outputs, gradients
+    of_dense = next((x for x in dense if x is not None), s)
+    (rows, classes), width = s.shape, of_dense.shape[-1]
+    gaussian_rows = 0 if dense[0] is None else dense[0].shape[0]
+    # L_anchor has the rows of the logits, which need not be those of L_FL.
+    other_rows = gaussian_rows if dense[4] is None else max(gaussian_rows, rows)
+    launch, gaussian = row_launch_for(s, t, heavy=True), elementwise_launch_for(of_dense)
+    logit_programs = programs_for(launch, rows, s.device) if rows else 0
+    programs = logit_programs + (programs_for(gaussian, other_rows, s.device) if other_rows else 0)
+    soft = labels.is_floating_point()
+    row_normalizer = ce_normalizer = normalizer_or_rows(normalizer_value, normalizer, rows)
+    count = not soft and normalizer is None and normalizer_value == 0
+    if count and rows > COUNTED_IN_KERNEL:
+        count, ce_normalizer = False, (labels != ignore_index).sum().clamp(min=1)
+    partial = None
+    if outputs[0] is not None:
+        partial = torch.empty((4, 2 * MAX_PROGRAMS), dtype=torch.float32, device=s.device)
+    unikd_kernel[(programs,)](
+        s,
+        None if teacher is None else t,
+        flat(scale),
+        rows_of(labels).contiguous() if soft else flat(labels),
+        *dense,
+        row_normalizer,
+        ce_normalizer,
+        normalizer_or_rows(normalizer_value, normalizer, gaussian_rows),
+        alpha_value if alpha is None else alpha,
+        beta_value if beta is None else beta,
+        *upstream,
+        *outputs,
+        partial,
+        None if partial is None else ticket(s.device),
+        gradients[0],
+        *gradients[4:10],
+        rows,
+        logit_programs,
+        gaussian_rows,
+        ignore_index,
+        1.0 / temperature,
+        temperature**2 if scale_by_t2 else 1.0,
+        ce_weight,
+        label_smoothing,
+        1.0 / width if mean_over_features else 1.0,
+        *strides(s),
+        *strides(t),
+        classes,
+        width,
+        SOFT=soft,
+        SMOOTH=label_smoothing > 0,
+        COUNT_LABELS=count,
+        NORMALIZER_IS_POINTER=normalizer is not None,
+        CE_NORMALIZER_IS_POINTER=isinstance(ce_normalizer, Tensor),
+        ALPHA_IS_POINTER=alpha is not None,
+        BETA_IS_POINTER=beta is not None,
+        SINGLE=launch.single,
+        ROWS=launch.rows,
+        BLOCK_K=launch.block_k,
+        ROWS_G=gaussian.rows,
+        BLOCK_G=gaussian.block_k,
+        PROGRAMS=2 * MAX_PROGRAMS,
+        **launch.options,
+    )
 
 
 _loss = FusedLoss(
@@ -164,7 +151,6 @@ _loss = FusedLoss(
     outputs=5,
     differentiable=2,
     launch=_launch,
-    output_shapes=lambda student, **_: [()] * 5,
 )
 
 

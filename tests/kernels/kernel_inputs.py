@@ -33,6 +33,8 @@ UNITS = 8
 # The launch sizes depend on K: many rows a tile, one row, odd rows, and more blocks than one. 1000 is not a multiple of
 # 16; from 4097 on (16385 for the plain forward divergence) a row takes several blocks.
 SIZES = (2, 10, 100, 1000, 1003, 5000, 21841, 50257, 128256, 262144)
+# Which of the four parameters of `gaussians` want a gradient.
+OF_STUDENT, ALL_FOUR = (True, True, False, False), (True,) * 4
 
 
 def rows_for(classes: int) -> int:
@@ -110,6 +112,22 @@ def gaussians(rows: int, classes: int, *, dtype: torch.dtype = torch.float32, gr
     ]
 
 
+def labelled_logits(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Give logits of student and teacher, and labels, of which one is ignored."""
+    student, teacher = (randn(rows, classes, seed=seed, dtype=dtype) for seed in (1, 2))
+    return [student.requires_grad_(), teacher, labels_for(rows, classes, ignored=(rows // 2,))]
+
+
+def objective_inputs(
+    rows: int, classes: int, dtype: torch.dtype = torch.float32, *, wanted: Sequence[bool] = OF_STUDENT
+) -> list[Tensor]:
+    return [*labelled_logits(rows, classes, dtype), *gaussians(rows, classes, dtype=dtype, grad=wanted)]
+
+
+def without_gaussians(student: Tensor, teacher: Tensor, labels: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    return unikd_loss(student, teacher, labels, **settings)[:4]
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss as a function of tensors: `compute(*make(rows, classes, dtype), impl=..., **settings)`."""
@@ -133,7 +151,7 @@ def _dkd(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _gaussian(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
-    return gaussians(rows, classes, dtype=dtype, grad=(True, True, False, False))
+    return gaussians(rows, classes, dtype=dtype, grad=OF_STUDENT)
 
 
 def _unikd(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:

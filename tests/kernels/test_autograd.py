@@ -129,14 +129,14 @@ class Launches:
         def call(loss: _autograd.FusedLoss, *arguments: Any, **settings: Any) -> Any:
             if id(loss) not in seen:
                 seen.add(id(loss))
-                monkeypatch.setattr(loss, "launch", self.watched(loss.launch))
+                monkeypatch.setattr(loss, "compute", self.watched(loss.compute))
             return apply(loss, *arguments, **settings)
 
         monkeypatch.setattr(_autograd.FusedLoss, "__call__", call)
 
-    def watched(self, launch: Callable[..., Any]) -> Callable[..., Any]:
-        def run(tensors: Any, wanted: Any, upstream: Any, **settings: Any) -> Any:
-            outputs, gradients = launch(tensors, wanted, upstream, **settings)
+    def watched(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def run(tensors: Any, wanted: Any, upstream: Any, settings: Any) -> Any:
+            outputs, gradients = compute(tensors, wanted, upstream, settings)
             self.wanted.append(sum(wanted))
             self.buffers += [weakref.ref(x) for x in gradients if x is not None]
             return outputs, gradients

@@ -8,44 +8,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import (
+    ALL_FOUR,
     DEVICE,
     DTYPES,
+    OF_STUDENT,
     close_logits,
     compare,
     gaussians,
+    labelled_logits,
     labels_for,
     objective,
+    objective_inputs,
     quiet,
     randn,
+    without_gaussians,
 )
-from numerics import assert_no_worse_than_eager, relative_error
+from numerics import relative_error
 from torch import Tensor
 
 from unikd_fast import QuantizedLogits, TopKLogits, quantize_logits, top_k_logits, unikd_loss
-from unikd_fast.kernels.unikd_loss import COUNTED_IN_KERNEL, fused_unikd_loss
 
 pytestmark = quiet
 INF = math.inf
-STUDENT, ALL = (True, True, False, False), (True,) * 4
-
-
-def logits_for(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    student, teacher = (randn(rows, classes, seed=seed, dtype=dtype) for seed in (1, 2))
-    return [student.requires_grad_(), teacher, labels_for(rows, classes, ignored=(rows // 2,))]
-
-
-def inputs_for(
-    rows: int, classes: int, dtype: torch.dtype = torch.float32, *, wanted: tuple[bool, ...] = STUDENT
-) -> list[Tensor]:
-    return [*logits_for(rows, classes, dtype), *gaussians(rows, classes, dtype=dtype, grad=wanted)]
-
-
-def without_gaussians(student: Tensor, teacher: Tensor, labels: Tensor, **chosen: Any) -> tuple[Tensor, ...]:
-    return unikd_loss(student, teacher, labels, **chosen)[:4]
-
-
-def with_anchor(*x: Any, **chosen: Any) -> tuple[Tensor, ...]:
-    return objective(*x[:7], anchor=(x[7], x[8]), **chosen)
 
 
 @pytest.mark.parametrize("weights", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 4, 1), (0.3, 2.5, 0.7)])
@@ -54,7 +38,7 @@ def test_each_term(classes: int, weights: tuple[float, float, float]) -> None:
     """Case 19: each term alone, none, and all."""
     ce_weight, alpha, beta = weights
     for dtype in DTYPES:
-        compare(objective, inputs_for(5, classes, dtype), ce_weight=ce_weight, alpha=alpha, beta=beta)
+        compare(objective, objective_inputs(5, classes, dtype), ce_weight=ce_weight, alpha=alpha, beta=beta)
 
 
 @pytest.mark.parametrize("scale_by_t2", [True, False])
@@ -62,63 +46,23 @@ def test_each_term(classes: int, weights: tuple[float, float, float]) -> None:
 def test_temperature(temperature: float, scale_by_t2: bool) -> None:
     """Case 6."""
     for dtype in DTYPES:
-        compare(objective, inputs_for(67, 11, dtype), temperature=temperature, scale_by_t2=scale_by_t2)
+        compare(objective, objective_inputs(67, 11, dtype), temperature=temperature, scale_by_t2=scale_by_t2)
 
 
 def test_gradients_of_the_teachers_gaussian() -> None:
     """Case 17: none by default, right when asked for."""
     for dtype in DTYPES:
-        compare(objective, inputs_for(5, 100, dtype, wanted=ALL), feature_reduction="sum")
-        compare(objective, inputs_for(5, 100, dtype, wanted=(False, False, True, False)))
-    inputs = inputs_for(5, 7)
+        compare(objective, objective_inputs(5, 100, dtype, wanted=ALL_FOUR), feature_reduction="sum")
+        compare(objective, objective_inputs(5, 100, dtype, wanted=(False, False, True, False)))
+    inputs = objective_inputs(5, 7)
     objective(*inputs, impl="fused")[0].backward()
     assert [x.grad is not None for x in inputs] == [True, False, False, True, True, False, False]
-
-
-@pytest.mark.parametrize("classes", [10, 5000])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("soft", [False, True])
-def test_labels(soft: bool, label_smoothing: float, classes: int) -> None:
-    for dtype in DTYPES:
-        inputs = inputs_for(3, classes, dtype)
-        if soft:
-            inputs[2] = randn(3, classes, seed=3).softmax(-1).to(dtype)
-        compare(objective, inputs, label_smoothing=label_smoothing)
-
-
-def test_soft_labels_that_do_not_sum_to_one() -> None:
-    for classes in (10, 5000):
-        inputs = inputs_for(3, classes)
-        inputs[2] = randn(classes, 3, seed=3).abs().T
-        inputs[2][0] = 0
-        compare(objective, inputs)
-
-
-@pytest.mark.parametrize("rows", [COUNTED_IN_KERNEL, COUNTED_IN_KERNEL + 1])
-def test_labelled_rows_are_counted_in_the_kernel_or_before(rows: int) -> None:
-    student, teacher, labels = logits_for(rows, 3)
-    labels[::7] = -100
-    compare(without_gaussians, [student, teacher, labels])
-
-
-def test_ignored_labels() -> None:
-    """Case 9: rows without a label are distilled; no labelled row at all gives 0."""
-    student, teacher, labels, *pairs = inputs_for(6, 7)
-    compare(objective, [student, teacher, torch.where(labels == 3, -100, labels), *pairs])
-    compare(objective, [student, teacher, labels.clamp(min=0), *pairs], ignore_index=0)
-    compare(objective, [student, teacher, torch.full_like(labels, -100), *pairs])
-    student.grad = None
-    terms = unikd_loss(student, teacher, torch.full_like(labels, -100), beta=0, impl="fused")
-    terms.total.backward()
-    assert terms.total.item() == terms.ce.item() == 0
-    assert student.grad is not None
-    assert (student.grad == 0).all()
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_no_rows_and_one(rows: int) -> None:
     """Case 9."""
-    inputs = inputs_for(max(rows, 1), 7, wanted=ALL)
+    inputs = objective_inputs(max(rows, 1), 7, wanted=ALL_FOUR)
     inputs[2].fill_(3)
     if rows:
         compare(objective, inputs)
@@ -132,28 +76,10 @@ def test_no_rows_and_one(rows: int) -> None:
     assert [x.item() for x in terms] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_label_out_of_range_is_nan_in_its_row_alone(dtype: torch.dtype) -> None:
-    """Where looking at the labels would cost a synchronisation."""
-    for wrong in (-1, 5, 2**40):
-        student, teacher, labels, *pairs = inputs_for(4, 5, dtype)
-        labels[1] = wrong
-        chosen: dict[str, Any] = {"alpha": 4.0, "beta": 1.0, "ce_weight": 1.0, "temperature": 4.0, "scale_by_t2": True}
-        chosen |= {"feature_reduction": "mean", "label_smoothing": 0.0, "ignore_index": -100, "normalizer": None}
-        terms = fused_unikd_loss(student, teacher, None, labels, (*pairs[:2],), (*pairs[2:],), None, **chosen)
-        terms[0].backward()
-        assert [x.isnan().item() for x in terms] == [True, True, False, False, False]
-        assert student.grad is not None
-        assert student.grad.isnan().all(-1).tolist() == [False, True, False, False]
-        assert student.grad.isnan().any(-1).tolist() == [False, True, False, False]
-        assert pairs[0].grad is not None
-        assert pairs[0].grad.isfinite().all()
-
-
 def test_weights_and_normalizer_as_tensors() -> None:
     numbers = {"alpha": 2.5, "beta": 0.75, "normalizer": 13.0}
     tensors = {name: torch.tensor(x, device=DEVICE) for name, x in numbers.items()}
-    inputs = inputs_for(5, 11, wanted=ALL)
+    inputs = objective_inputs(5, 11, wanted=ALL_FOUR)
     compare(objective, inputs, **numbers)
     compare(objective, inputs, **tensors)
     assert torch.equal(
@@ -168,7 +94,7 @@ class TestExtremes:
 
     def inputs(self, classes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         logits = [randn(3, classes, seed=seed, dtype=dtype) for seed in (1, 2)]
-        return [*logits, torch.arange(3, device=DEVICE), *gaussians(3, classes, dtype=dtype, grad=STUDENT)]
+        return [*logits, torch.arange(3, device=DEVICE), *gaussians(3, classes, dtype=dtype, grad=OF_STUDENT)]
 
     def test_absent_from_both(self, classes: int) -> None:
         student, teacher, *others = self.inputs(classes)
@@ -208,7 +134,7 @@ class TestShapes:
 
     def test_positions_of_samples(self) -> None:
         """Logits (N, T, K) or class maps, with one Gaussian for each sample: other rows than the logits have."""
-        pairs = gaussians(3, 20, grad=ALL)
+        pairs = gaussians(3, 20, grad=ALL_FOUR)
         for student, teacher in (
             (randn(4, 3, 20, seed=1).transpose(0, 1), randn(3, 4, 20, seed=2)),
             (randn(3, 20, 5, 2, seed=1).movedim(1, -1), randn(3, 5, 2, 20, seed=2)),
@@ -220,7 +146,7 @@ class TestShapes:
 
     def test_gaussians_of_another_width(self) -> None:
         for width in (3, 300):
-            compare(objective, [*logits_for(5, 11), *gaussians(5, width, grad=ALL)])
+            compare(objective, [*labelled_logits(5, 11), *gaussians(5, width, grad=ALL_FOUR)])
 
     def test_unequal_classes(self) -> None:
         """Case 5."""
@@ -235,37 +161,13 @@ class TestShapes:
         except RuntimeError:
             pytest.skip("no room for 4 GiB of addresses")
         student = storage.as_strided((3, classes), (stride, 1)).copy_(randn(3, classes, seed=1))
-        compare(objective, [student.requires_grad_(), *inputs_for(3, classes)[1:]])
-
-
-@pytest.mark.parametrize("classes", [2, 100, 5000])
-def test_anchor(classes: int) -> None:
-    """A term of its own, with gradients of its own."""
-    for dtype in DTYPES:
-        pair = [randn(3, classes, seed=30 + i, scale=0.5, dtype=dtype, grad=True) for i in range(2)]
-        compare(with_anchor, [*inputs_for(3, classes, dtype), *pair])
-        compare(with_anchor, [*inputs_for(3, classes, dtype), *pair], normalizer=13.0)
-
-
-def test_the_anchor_alone_has_a_gradient() -> None:
-    inputs = inputs_for(3, 7)
-    pair = [randn(3, 7, seed=30 + i, scale=0.5, grad=True) for i in range(2)]
-    for dtype in DTYPES:
-        leaves = [x.to(dtype).detach().requires_grad_() for x in pair]
-        anchored = unikd_loss(*inputs[:3], anchor=tuple(leaves), impl="fused").anchor
-        assert anchored is not None
-        anchored.backward()
-        assert inputs[0].grad is None
-        expected = unikd_loss(*inputs[:3], anchor=tuple(x.double() for x in leaves), impl="reference").anchor
-        for a, b in zip(leaves, torch.autograd.grad(expected, leaves), strict=True):
-            assert a.grad is not None
-            assert relative_error(a.grad, b) < 2 * torch.finfo(dtype).eps
+        compare(objective, [student.requires_grad_(), *objective_inputs(3, classes)[1:]])
 
 
 def test_no_gaussians() -> None:
     for classes in (10, 5000):
         for dtype in DTYPES:
-            compare(without_gaussians, logits_for(3, classes, dtype))
+            compare(without_gaussians, labelled_logits(3, classes, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
@@ -282,7 +184,7 @@ def test_quantized_teachers(dtype: torch.dtype) -> None:
             )
             return tuple(term for term in terms if term is not None)
 
-        student, _, labels, *pairs = inputs_for(3, classes, torch.bfloat16)
+        student, _, labels, *pairs = objective_inputs(3, classes, torch.bfloat16)
         pairs += [randn(3, classes, seed=30 + i, scale=0.5, grad=True) for i in range(2)]
         compare(compute, [student, stored.scale, stored.offset, labels, *pairs])
 
@@ -296,7 +198,7 @@ def test_top_k_teachers(k: int) -> None:
         return unikd_loss(student, stored, labels, pairs[:2], pairs[2:], temperature=1.0, **x)[:4]
 
     for dtype in DTYPES:
-        student, teacher, labels, *pairs = inputs_for(5, 11, dtype)
+        student, teacher, labels, *pairs = objective_inputs(5, 11, dtype)
         compare(compute, [student, *top_k_logits(teacher, k), labels, *pairs], beta=0.7)
 
 
@@ -342,22 +244,3 @@ def test_anything(data: st.DataObject) -> None:
         label_smoothing=data.draw(st.sampled_from([0.0, 0.1])),
         normalizer=data.draw(st.sampled_from([None, 7.0])),
     )
-
-
-def test_the_anchor_has_the_rows_of_the_logits_whatever_those_of_the_gaussians() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()
-
-    labels = torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
-
-    def terms(impl: str) -> Any:
-        def compute(z: torch.Tensor, t: torch.Tensor, *g: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            result = unikd_loss(z, t.detach(), labels, g[:2], g[2:4], anchor=g[4:], impl=impl)
-            return result.total, result.anchor
-
-        return compute
-
-    inputs = [randn(3, 4, 9), randn(3, 4, 9).detach(), *(randn(3, 9) for _ in range(4)), randn(3, 4, 9), randn(3, 4, 9)]
-    assert_no_worse_than_eager(terms("fused"), terms("reference"), inputs, units=8)

@@ -1,0 +1,124 @@
+"""The labels of the whole objective, and the anchor of the teacher's head, a term of its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_inputs import (
+    ALL_FOUR,
+    DEVICE,
+    DTYPES,
+    compare,
+    gaussians,
+    labelled_logits,
+    objective,
+    objective_inputs,
+    quiet,
+    randn,
+    without_gaussians,
+)
+from numerics import relative_error
+from torch import Tensor
+
+from unikd_fast import unikd_loss
+from unikd_fast.kernels.unikd_loss import COUNTED_IN_KERNEL, fused_unikd_loss
+
+pytestmark = quiet
+
+
+def with_anchor(*x: Any, **chosen: Any) -> tuple[Tensor, ...]:
+    return objective(*x[:7], anchor=(x[7], x[8]), **chosen)
+
+
+@pytest.mark.parametrize("classes", [10, 5000])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("soft", [False, True])
+def test_labels(soft: bool, label_smoothing: float, classes: int) -> None:
+    for dtype in DTYPES:
+        inputs = objective_inputs(3, classes, dtype)
+        if soft:
+            inputs[2] = randn(3, classes, seed=3).softmax(-1).to(dtype)
+        compare(objective, inputs, label_smoothing=label_smoothing)
+
+
+def test_soft_labels_that_do_not_sum_to_one() -> None:
+    for classes in (10, 5000):
+        inputs = objective_inputs(3, classes)
+        inputs[2] = randn(classes, 3, seed=3).abs().T
+        inputs[2][0] = 0
+        compare(objective, inputs)
+
+
+@pytest.mark.parametrize("rows", [COUNTED_IN_KERNEL, COUNTED_IN_KERNEL + 1])
+def test_labelled_rows_are_counted_in_the_kernel_or_before(rows: int) -> None:
+    student, teacher, labels = labelled_logits(rows, 3)
+    labels[::7] = -100
+    compare(without_gaussians, [student, teacher, labels])
+
+
+def test_ignored_labels() -> None:
+    """Case 9: rows without a label are distilled; no labelled row at all gives 0."""
+    student, teacher, labels, *pairs = objective_inputs(6, 7)
+    compare(objective, [student, teacher, torch.where(labels == 3, -100, labels), *pairs])
+    compare(objective, [student, teacher, labels.clamp(min=0), *pairs], ignore_index=0)
+    compare(objective, [student, teacher, torch.full_like(labels, -100), *pairs])
+    student.grad = None
+    terms = unikd_loss(student, teacher, torch.full_like(labels, -100), beta=0, impl="fused")
+    terms.total.backward()
+    assert terms.total.item() == terms.ce.item() == 0
+    assert student.grad is not None
+    assert (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_label_out_of_range_is_nan_in_its_row_alone(dtype: torch.dtype) -> None:
+    """Where looking at the labels would cost a synchronisation."""
+    for wrong in (-1, 5, 2**40):
+        student, teacher, labels, *pairs = objective_inputs(4, 5, dtype)
+        labels[1] = wrong
+        chosen: dict[str, Any] = {"alpha": 4.0, "beta": 1.0, "ce_weight": 1.0, "temperature": 4.0, "scale_by_t2": True}
+        chosen |= {"feature_reduction": "mean", "label_smoothing": 0.0, "ignore_index": -100, "normalizer": None}
+        terms = fused_unikd_loss(student, teacher, None, labels, (*pairs[:2],), (*pairs[2:],), None, **chosen)
+        terms[0].backward()
+        assert [x.isnan().item() for x in terms] == [True, True, False, False, False]
+        assert student.grad is not None
+        assert student.grad.isnan().all(-1).tolist() == [False, True, False, False]
+        assert student.grad.isnan().any(-1).tolist() == [False, True, False, False]
+        assert pairs[0].grad is not None
+        assert pairs[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [2, 100, 5000])
+def test_anchor(classes: int) -> None:
+    """A term of its own, with gradients of its own."""
+    for dtype in DTYPES:
+        pair = [randn(3, classes, seed=30 + i, scale=0.5, dtype=dtype, grad=True) for i in range(2)]
+        compare(with_anchor, [*objective_inputs(3, classes, dtype), *pair])
+        compare(with_anchor, [*objective_inputs(3, classes, dtype), *pair], normalizer=13.0)
+
+
+def test_the_anchor_alone_has_a_gradient() -> None:
+    inputs = objective_inputs(3, 7)
+    pair = [randn(3, 7, seed=30 + i, scale=0.5, grad=True) for i in range(2)]
+    for dtype in DTYPES:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in pair]
+        anchored = unikd_loss(*inputs[:3], anchor=tuple(leaves), impl="fused").anchor
+        assert anchored is not None
+        anchored.backward()
+        assert inputs[0].grad is None
+        expected = unikd_loss(*inputs[:3], anchor=tuple(x.double() for x in leaves), impl="reference").anchor
+        for a, b in zip(leaves, torch.autograd.grad(expected, leaves), strict=True):
+            assert a.grad is not None
+            assert relative_error(a.grad, b) < 2 * torch.finfo(dtype).eps
+
+
+def test_the_anchor_has_the_rows_of_the_logits_whatever_those_of_the_gaussians() -> None:
+    labels = torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
+
+    def compute(student: Tensor, teacher: Tensor, *pairs: Tensor, **chosen: Any) -> tuple[Any, ...]:
+        terms = unikd_loss(student, teacher, labels, pairs[:2], pairs[2:4], anchor=pairs[4:], **chosen)
+        return terms.total, terms.anchor
+
+    pair = [randn(3, 4, 9, seed=30 + i, scale=0.5, grad=True) for i in range(2)]
+    logits = [randn(3, 4, 9, seed=1, grad=True), randn(3, 4, 9, seed=2)]
+    compare(compute, [*logits, *gaussians(3, 9, grad=ALL_FOUR), *pair])
