@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unikd_fast.kernels._launch import flat, on_device
 from unikd_fast.kernels._multiply import multiply_in_place
+from unikd_fast.kernels._once import once
 
 Tensors = Sequence[Tensor | None]
 
@@ -155,7 +156,7 @@ class FusedLoss:
         if any(missing):
             again = self.operator(*tensors, missing, *factors, *ctx.settings.values())[self.outputs :]
             result = [g if m else r for g, m, r in zip(again, missing, result, strict=True)]
-        result = [_once(g, x) for g, x in zip(result, tensors, strict=True)]
+        result = [once(g, x) for g, x in zip(result, tensors, strict=True)]
         return (*result, None, *[None] * self.differentiable, *[None] * len(self.settings))
 
 
@@ -198,29 +199,7 @@ class _GradientInForward(torch.autograd.Function):
             computed = loss.compute(tensors, wanted, factors, settings)[1]
             gradients = [computed[i] if g is None else g for i, g in zip(members, gradients, strict=True)]
         inputs = [tensors[i] for i in members]
-        return (None, *(_once(g, x) for g, x in zip(gradients, inputs, strict=True)))
-
-
-class _Once(torch.autograd.Function):
-    """A gradient as a function of the input, whose own derivative is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "the fused losses can be differentiated once, got a second derivative; use impl='reference' for it"
-        )
-
-
-def _once(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """Let a second derivative fail where one is prepared (create_graph=True): as a constant it would be silently 0."""
-    if gradient is None or x is None or not torch.is_grad_enabled():
-        return gradient
-    result: Tensor = _Once.apply(gradient.detach(), x)
-    return result
+        return (None, *(once(g, x) for g, x in zip(gradients, inputs, strict=True)))
 
 
 def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:

@@ -1,6 +1,6 @@
-"""Device code of `feature_fusion`: what reads and writes maps of D channels, R = g E + (1 - g) Up(R') and its gradients.
+"""Device code of `feature_fusion`: what reads and writes maps of D channels, R = g E + (1 - g) Up(R'), and back.
 
-Maps are (N, C, P) with strides (C P, SC, SP), as in `_pooled_device`; gates are (N, GATE_N) with a level's at its begin.
+Maps are (N, C, P) with strides (C P, SC, SP), as in `_pooled_device`; gates are (N, GATE_N), the finer level's first.
 """
 
 import triton

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from unikd_fast.kernels._once import once
 
 Tensors = Sequence[Tensor]
 Allocate = Callable[..., tuple[Tensor, list[Tensor]]]
@@ -78,8 +79,9 @@ class FusedFunction:
     def gradients(
         self, tensors: Tensors, saved: Tensors, upstream: Tensor, wanted: Sequence[bool], settings: Sequence[Any]
     ) -> list[Tensor | None]:
-        grads = [torch.empty_like(x) if w else None for x, w in zip(tensors, wanted, strict=True)]
-        self._launch_backward(tensors, saved, upstream, grads, **self._named(settings))
+        with torch.no_grad():
+            grads = [torch.empty_like(x) if w else None for x, w in zip(tensors, wanted, strict=True)]
+            self._launch_backward(tensors, saved, upstream, grads, **self._named(settings))
         return grads
 
     def _backward(
@@ -102,7 +104,8 @@ class FusedFunction:
     def _operator_backward(self, ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
         tensors, saved = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
         grads = self.backward_operator(tensors, saved, upstream, ctx.wanted, *ctx.settings)
-        return ([g if w else None for g, w in zip(grads, ctx.wanted, strict=True)], *[None] * len(ctx.settings))
+        wanted = [once(g, x) if w else None for g, x, w in zip(grads, tensors, ctx.wanted, strict=True)]
+        return (wanted, *[None] * len(ctx.settings))
 
 
 class _Eager(torch.autograd.Function):
@@ -114,7 +117,7 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        return (None, None, *ctx.function.gradients(tensors, saved, upstream, ctx.needs_input_grad[2:], ctx.settings))
+        grads = ctx.function.gradients(tensors, saved, upstream, ctx.needs_input_grad[2:], ctx.settings)
+        return (None, None, *(once(g, x) for g, x in zip(grads, tensors, strict=True)))

@@ -2,7 +2,8 @@
 
     ∂F(p) = w(p) ∂A + Mᵀ ∂S(p),    ∂M = Σ ∂S(p) F(p)ᵀ
 
-Where two levels were blended and not averaged, w ∂A is what comes back through the blend (`_blend_device`). A program takes a block of channels through a fixed share of all images and pixels and leaves its part of ∂M; the parts are added
+Where two levels were blended and not averaged, w ∂A is what comes back through the blend (`_blend_device`). A program
+takes a block of channels through a fixed share of all images and pixels and leaves its part of ∂M; the parts are added
 by a second kernel in their order.
 """
 
@@ -20,9 +21,7 @@ def groups_of(N, LARGEST: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _seen_gradient(
-    grad_seen, grad_a, r, p, LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr
-):
+def _seen_gradient(grad_seen, grad_a, r, p, LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
     """∂S at the pixels p, (rows, pixels): the own gate's taps have that of a, shifted back."""
     P: tl.constexpr = H * W
     total = tl.zeros([r.shape[0], p.shape[0]], tl.float32)
@@ -70,9 +69,7 @@ def _feature_gradient(
         p = item % BLOCKS_P * BLOCK_P + tl.arange(0, BLOCK_P)
         at = image * (C * P)
         if ROWS > 0:
-            seen = _seen_gradient(
-                grad_seen + image * SEEN_SIZE, grad_a + image * PIXEL_SIZE, r, p, LEVEL, GATES, H, W
-            )
+            seen = _seen_gradient(grad_seen + image * SEEN_SIZE, grad_a + image * PIXEL_SIZE, r, p, LEVEL, GATES, H, W)
             bias_total += tl.sum(seen, axis=1)
             seen = seen.to(element)
         if parts is not None:

@@ -76,9 +76,7 @@ def first_reached(
 
 
 @triton.jit
-def reach_weight(
-    it, ft, y, x, fy, fx, inside, H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr
-):
+def reach_weight(it, ft, y, x, fy, fx, inside, H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr):
     """With what weight the fine pixels (fy, fx) look at the coarse ones (y, x), 0 outside."""
     weight = tl.where(inside, 1.0, 0.0)
     if RY == 0:

@@ -160,9 +160,8 @@ def pixel_weights_backward(maps: ScalarMaps, grad_weights: Tensor, layout: Geome
     seen, gates, states, remaining = maps
     images = len(gates)
     grad_states = gates.new_empty(images, layout.state_size)
-    grads = GradMaps(
-        gates.new_empty(images, layout.seen_size), torch.empty_like(gates), gates.new_empty(images, len(layout.seen) - 1)
-    )
+    sizes = (layout.seen_size, layout.pixel_size, len(layout.heights) - 1)
+    grads = GradMaps(*(gates.new_empty(images, size) for size in sizes))
     with on_device(gates):
         pixel_weights_backward_kernel[(images,)](
             seen, layout.integer_table, layout.float_table, gates, states, remaining, grad_weights, grads.a,

@@ -10,7 +10,7 @@ gate_weights[l] (1 or D, 2D, 3, 3) with the input channels of E_l(F_l) before th
 (1,) or (D,). There is one gate fewer than there are levels. Lists start at level 1, index 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +61,81 @@ def blend_top_down(
     gate_biases: Sequence[Tensor],
     *,
     upsample: str = "nearest",
+    pool: bool = False,
+    stage: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Blend the expanded levels E_l(F_l) (N, D, H_l, W_l) from coarse to fine: the recursion of Eq. 4."""
+    """Blend the expanded levels E_l(F_l) (N, D, H_l, W_l) from coarse to fine: the recursion of Eq. 4.
+
+    With `pool` the result is the mean of F_R over its pixels, as in `blend`, which `stage` may replace.
+    """
     fused = expanded[-1]
     for level in reversed(range(len(expanded) - 1)):
-        fine = expanded[level]
-        coarse = resize(fused, fine.shape[-2:], upsample)
-        both = torch.cat([fine, coarse], dim=1)
-        weight, bias = gate_weights[level].to(both.dtype), gate_biases[level].to(both.dtype)
-        gate = torch.sigmoid(F.conv2d(both, weight, bias, padding=1))
-        fused = gate * fine + (1 - gate) * coarse
-    return fused
+        gate = gate_weights[level], gate_biases[level]
+        fused = (stage or blend)(expanded[level], fused, *gate, upsample=upsample, pool=pool and level == 0)
+    return _mean(fused) if pool and len(expanded) == 1 else fused
+
+
+def blend(
+    fine: Tensor,
+    coarse: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    *,
+    upsample: str = "nearest",
+    pool: bool = False,
+) -> Tensor:
+    """Blend one level with the fused map above it: R_l of Eq. 4.
+
+    Args:
+        fine: E_l(F_l) (N, D, H, W).
+        coarse: R_{l+1} (N, D, h, w).
+        gate_weight: of the 3x3 convolution, (1, 2D, 3, 3) or (D, 2D, 3, 3).
+        gate_bias: its bias, (1,) or (D,).
+        upsample: "nearest" or "bilinear" (align_corners=False).
+        pool: give the mean of R_l over its pixels instead.
+
+    Returns:
+        R_l (N, D, H, W) in the dtype of `fine`; or (N, D) in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    check_blend(fine, coarse, gate_weight, gate_bias)
+    coarse = resize(coarse, fine.shape[-2:], upsample)
+    both = torch.cat([fine, coarse], dim=1)
+    gate = torch.sigmoid(F.conv2d(both, gate_weight.to(both.dtype), gate_bias.to(both.dtype), padding=1))
+    fused = gate * fine + (1 - gate) * coarse
+    return _mean(fused) if pool else fused
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Give the mean over the pixels, (N, D), in fp32 at least."""
+    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def check_blend(fine: Tensor, coarse: Tensor, gate_weight: Tensor, gate_bias: Tensor) -> None:
+    """Raise ValueError for shapes that do not fit each other."""
+    if fine.ndim != 4 or coarse.shape[:2] != fine.shape[:2] or coarse.ndim != 4:
+        raise ValueError(
+            f"blend: fine and coarse must be (N, D, H, W) of one N and D, got {tuple(fine.shape)} and "
+            f"{tuple(coarse.shape)}; expand both to the fused width first"
+        )
+    if any(large < small for large, small in zip(fine.shape[2:], coarse.shape[2:], strict=True)):
+        raise ValueError(
+            f"blend: coarse must not be larger than fine, got {tuple(coarse.shape[2:])} over {tuple(fine.shape[2:])}; "
+            f"swap them"
+        )
+    width = fine.shape[1]
+    if tuple(gate_weight.shape) not in ((1, 2 * width, 3, 3), (width, 2 * width, 3, 3)):
+        raise ValueError(
+            f"blend: gate_weight must be (1, {2 * width}, 3, 3) or ({width}, {2 * width}, 3, 3) for D = {width}, got "
+            f"{tuple(gate_weight.shape)}; its inputs are E_l(F_l) and then Up(R_{{l+1}})"
+        )
+    if gate_bias.shape != gate_weight.shape[:1]:
+        raise ValueError(
+            f"blend: gate_bias must be ({len(gate_weight)},) as gate_weight has as many outputs, got "
+            f"{tuple(gate_bias.shape)}"
+        )
 
 
 def resize(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:

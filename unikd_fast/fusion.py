@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unikd_fast.kernels._checks import choose_impl
-from unikd_fast.kernels.reference_fusion import blend_top_down, expand
+from unikd_fast.kernels.reference_fusion import blend, blend_top_down, expand
 from unikd_fast.kernels.reference_pooled import pool_collapsed
 
 _logger = logging.getLogger("unikd_fast")
@@ -33,8 +33,8 @@ class AdaptiveFeatureFusion(nn.Module):
         upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
         norm: None for E as the paper has it, a 1x1 convolution, or "batch" for batch normalisation after it.
         path: of `pooled`. "auto" is collapsed where that is exact; "collapsed" raises where it is not; "stagewise".
-        impl: of the collapsed path. "auto" takes the kernels on a GPU and plain PyTorch elsewhere and in a graph that
-            torch.compile traces; "reference" plain PyTorch; "fused" the kernels or an error.
+        impl: "auto" takes the kernels on a GPU and plain PyTorch elsewhere; "reference" plain PyTorch; "fused" the
+            kernels or an error. Of either path; the expanders are PyTorch's in both.
 
     Raises:
         ValueError: no level, a size below 1, an unknown option, or path="collapsed" with gate="channel".
@@ -107,12 +107,7 @@ class AdaptiveFeatureFusion(nn.Module):
         Raises:
             ValueError: features that do not fit the module or each other.
         """
-        self._check(features)
-        weights, biases = _weights_and_biases(self.expanders)
-        expanded = [expand(*level) for level in zip(features, weights, biases, strict=True)]
-        if self.norm == "batch":
-            expanded = [norm(x) for norm, x in zip(self.norms, expanded, strict=True)]
-        return blend_top_down(expanded, *_weights_and_biases(self.gates), upsample=self.upsample)
+        return self._stagewise(features, pool=False)
 
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
         """Give the mean of F_R over H_1 x W_1, collapsed where that is exact.
@@ -124,7 +119,7 @@ class AdaptiveFeatureFusion(nn.Module):
 
         Returns:
             (N, D) in fp32 (fp64 for fp64 features), whatever the features' dtype and autocast: what follows is small
-            and wants the precision. Collapsed, it can be differentiated once.
+            and wants the precision. Collapsed or by the kernels, it can be differentiated once.
 
         Raises:
             ValueError: features that do not fit, or path="collapsed" with batch normalisation in training mode.
@@ -142,8 +137,7 @@ class AdaptiveFeatureFusion(nn.Module):
                 "AdaptiveFeatureFusion: path='collapsed' needs fixed batch statistics, got norm='batch' in training "
                 "mode, where they come from the D-channel maps; use path='auto' or .eval()"
             )
-        fused = self(features)
-        return fused.mean((2, 3), dtype=torch.promote_types(fused.dtype, torch.float32))
+        return self._stagewise(features, pool=True)
 
     def extra_repr(self) -> str:
         names = ("gate", "upsample", "norm", "path", "impl")
@@ -153,9 +147,21 @@ class AdaptiveFeatureFusion(nn.Module):
         fixed = not any(norm.training for norm in self.norms)
         return self.path != "stagewise" and self.gate == "spatial" and fixed
 
+    def _stagewise(self, features: Sequence[Tensor], *, pool: bool) -> Tensor:
+        self._check(features)
+        weights, biases = _weights_and_biases(self.expanders)
+        expanded = [expand(*level) for level in zip(features, weights, biases, strict=True)]
+        if self.norm == "batch":
+            expanded = [norm(x) for norm, x in zip(self.norms, expanded, strict=True)]
+        stage = blend
+        if self._fuses(features):
+            from unikd_fast.kernels.feature_fusion import fused_blend
+
+            stage = fused_blend
+        gates = _weights_and_biases(self.gates)
+        return blend_top_down(expanded, *gates, upsample=self.upsample, pool=pool, stage=stage)
+
     def _fuses(self, features: Sequence[Tensor]) -> bool:
-        if self.impl == "auto" and torch.compiler.is_compiling():
-            return False
         return choose_impl("AdaptiveFeatureFusion", self.impl, *features) == "fused"
 
     def _path_and_reason(self) -> str:

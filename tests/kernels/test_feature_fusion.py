@@ -1,0 +1,190 @@
+"""One fused stage of the AFF against the plain one, values and every gradient."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_no_worse_than_eager
+from torch import Tensor
+
+from unikd_fast.kernels.feature_fusion import fused_blend
+from unikd_fast.kernels.reference_fusion import blend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Sums over pixels, channels and images in another order than eager's.
+UNITS = 8.0
+
+# Ratio 2, odd sizes, another ratio, equal sizes, one coarse pixel.
+SIZES = {
+    "ratio 2": ((8, 8), (4, 4)),
+    "odd": ((7, 9), (4, 5)),
+    "ratios 3 and 4": ((9, 8), (3, 2)),
+    "equal": ((5, 6), (5, 6)),
+    "one pixel": ((6, 5), (1, 1)),
+}
+
+
+def inputs(
+    sizes: str = "ratio 2",
+    width: int = 6,
+    *,
+    gate: str = "spatial",
+    images: int = 2,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> list[Tensor]:
+    """(E, R above, weight, bias), maps in `dtype` and parameters in fp32; all ask for a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    maps = [torch.randn(images, width, *s, generator=generator).to(dtype) for s in SIZES[sizes]]
+    gates = 1 if gate == "spatial" else width
+    parameters = [
+        torch.randn(gates, 2 * width, 3, 3, generator=generator) * (18 * width) ** -0.5,
+        torch.randn(gates, generator=generator),
+    ]
+    tensors = [*(x.contiguous(memory_format=layout) for x in maps), *parameters]
+    return [x.to(DEVICE).requires_grad_() for x in tensors]
+
+
+def with_parameters_as_one(
+    form: Callable[..., Tensor], fine: Tensor, coarse: Tensor, flat: Tensor, gates: int, **options: Any
+) -> Tensor:
+    """`flat` is the gates' weights and then their biases.
+
+    As one input they are held to one allowance. The gradient of a single bias is a sum of numbers that cancel: its
+    error belongs to their size, not to its own.
+    """
+    weight, bias = flat.split([flat.numel() - gates, gates])
+    return form(fine, coarse, weight.view(gates, 2 * fine.shape[1], 3, 3), bias, **options)
+
+
+def assert_no_worse(x: list[Tensor], *, upsample: str = "nearest", pool: bool = False) -> None:
+    fine, coarse, weight, bias = x
+    flat = torch.cat([weight.detach().flatten(), bias.detach()]).requires_grad_(weight.requires_grad)
+    options = {"gates": len(bias), "upsample": upsample, "pool": pool}
+    forms = [partial(with_parameters_as_one, form, **options) for form in (fused_blend, blend)]
+    # The interpreter cuts digits off where a GPU rounds: what is stored in bf16 for cuDNN has twice the error there.
+    truncated = fine.dtype == torch.bfloat16 and len(bias) > 1 and DEVICE == "cpu"
+    assert_no_worse_than_eager(*forms, [fine, coarse, flat], units=UNITS, factor=2.0 if truncated else 1.0)
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+@pytest.mark.parametrize(
+    ("dtype", "upsample"),
+    [
+        (torch.float32, "nearest"),
+        (torch.float32, "bilinear"),
+        (torch.bfloat16, "bilinear"),
+        (torch.float16, "nearest"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_no_worse_than_plain(sizes: str, dtype: torch.dtype, upsample: str, gate: str) -> None:
+    assert_no_worse(inputs(sizes, gate=gate, dtype=dtype, channels_last=dtype == torch.bfloat16), upsample=upsample)
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+@pytest.mark.parametrize(("sizes", "upsample"), [("odd", "bilinear"), ("ratio 2", "nearest"), ("equal", "nearest")])
+def test_the_mean_alone(sizes: str, upsample: str, gate: str) -> None:
+    assert_no_worse(inputs(sizes, gate=gate), upsample=upsample, pool=True)
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+@pytest.mark.parametrize(("images", "width"), [(1, 1), (1, 70), (5, 17)])
+def test_one_image_and_any_width(images: int, width: int, gate: str) -> None:
+    assert_no_worse(inputs("ratio 2", width, gate=gate, images=images))
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_no_images(gate: str, pool: bool) -> None:
+    x = inputs(gate=gate, images=0)
+    y = fused_blend(*x, pool=pool)
+    assert y.shape == ((0, 6) if pool else (0, 6, 8, 8))
+    assert all((g == 0).all() for g in torch.autograd.grad(y.sum(), x))
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+def test_two_layouts_strided_inputs_and_an_expanded_upstream(gate: str) -> None:
+    x = inputs(gate=gate)
+    x[0] = x[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    x[1] = torch.randn(2, 6, 4, 8, device=DEVICE)[..., ::2].detach().requires_grad_()
+    assert_no_worse(x)
+    results = [torch.autograd.grad(form(*x).mean(), x) for form in (fused_blend, blend)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3), (0, 1), (0, 2, 3)], ids=str)
+def test_only_what_asks_for_a_gradient_gets_one(gate: str, frozen: tuple[int, ...]) -> None:
+    x = inputs("odd", gate=gate)
+    for i in frozen:
+        x[i].requires_grad_(False)
+    assert_no_worse(x)
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+@pytest.mark.parametrize("bias", [-1e4, 1e4])
+def test_saturated_gates(gate: str, bias: float) -> None:
+    x = inputs(gate=gate)
+    with torch.no_grad():
+        x[3].fill_(bias)
+    assert_no_worse(x)
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_reaches_its_own_image_alone(gate: str, value: float) -> None:
+    x = [t.detach() for t in inputs(gate=gate)]
+    clean = fused_blend(*x)
+    x[1][1, 0, 2, 2] = value
+    spoilt = fused_blend(*x)
+    assert torch.equal(spoilt[0], clean[0])
+    # Every output whose gate looks at the pixel, and no other.
+    assert torch.equal(spoilt[1].isfinite(), blend(*x)[1].isfinite())
+    assert not spoilt[1].isfinite().all()
+
+
+@pytest.mark.parametrize("gate", ["spatial", "channel"])
+def test_same_bits_twice_and_a_second_backward_pass(gate: str) -> None:
+    x = inputs("odd", gate=gate, dtype=torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        y = fused_blend(*x)
+        upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y).to(y.dtype)
+        first = torch.autograd.grad(y, x, upstream, retain_graph=True)
+        second = torch.autograd.grad(y, x, 2 * upstream)
+        runs.append([y, *first])
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(2 * a, b)  # a power of two changes no rounding
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = inputs()
+    (grad,) = torch.autograd.grad(fused_blend(*x).square().sum(), x[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once, got a second derivative; use impl='reference'"):
+        torch.autograd.grad(grad.sum(), x[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: (2, 5, 8, 8)}, r"blend: fine and coarse must be .* got \(2, 5, 8, 8\) and \(2, 6, 4, 4\); expand"),
+        ({1: (2, 6, 9, 4)}, r"blend: coarse must not be larger than fine, got \(9, 4\) over \(8, 8\); swap"),
+        ({2: (1, 6, 3, 3)}, r"blend: gate_weight must be \(1, 12, 3, 3\) or \(6, 12, 3, 3\) for D = 6, got"),
+        ({3: (2,)}, r"blend: gate_bias must be \(1,\) as gate_weight has as many outputs, got \(2,\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [fused_blend, blend])
+def test_misfits_are_named(form: object, change: dict[int, tuple[int, ...]], message: str) -> None:
+    x = inputs()
+    for i, shape in change.items():
+        x[i] = torch.zeros(shape, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        form(*x)  # type: ignore[operator]
