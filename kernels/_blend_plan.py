@@ -32,11 +32,11 @@ def level_of(x: Tensor) -> Level:
 
 
 def blend_plan(fine: Tensor, coarse: Tensor, upsample: str) -> BlendPlan:
-    return _plan_of(level_of(fine), level_of(coarse), upsample, fine.device)
+    return plan_of(level_of(fine), level_of(coarse), upsample, fine.device)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan_of(fine: Level, coarse: Level, upsample: str, device: torch.device) -> BlendPlan:
+def plan_of(fine: Level, coarse: Level, upsample: str, device: torch.device) -> BlendPlan:
     channels, h, w, _ = fine
     _, small_h, small_w, _ = coarse
     integers, floats, ratio, reach = tables((h, w), (small_h, small_w), upsample, device)

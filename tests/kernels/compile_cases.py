@@ -13,10 +13,13 @@ from compile_check import TARGETS, compile_launch, recorded
 from torch import Tensor
 
 from unikd_fast.kernels import (
+    _blend_plan,
+    _channel_blend,
     _launch,
     _multiply,
     _pooled_plan,
     dkd,
+    feature_fusion,
     gaussian_kl,
     pixel_weights,
     pooled_fusion,
@@ -109,6 +112,23 @@ def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str) 
     pooled_fusion.fused_pool(features, *parameters, upsample=upsample).sum().backward()
 
 
+def blend_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str, gates: int, pool: bool = False) -> None:
+    """Forward and backward of the finest stage at 224 pixels."""
+    width = 256
+    maps = [torch.zeros(2, width, size, size, dtype=dtype).contiguous(memory_format=layout) for size in (56, 28)]
+    parameters = [torch.zeros(gates, 2 * width, 3, 3), torch.zeros(gates)]
+    if gates > 1:  # what the convolutions make of them, at no cost
+        own, taps = (torch.zeros_like(x) for x in (maps[0], maps[1].repeat(1, 9, 1, 1)))
+        tensors = [own, *maps, taps]
+        for x in tensors:
+            x.requires_grad_()
+        _channel_blend._blends(tensors, upsample=upsample, pool=pool).sum().backward()
+        return
+    for x in (*maps, *parameters):
+        x.requires_grad_()
+    feature_fusion.fused_blend(*maps, *parameters, upsample=upsample).sum().backward()
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {}
 for size in SIZES:
     LAUNCHES[f"softmax_kl-{size}"] = partial(softmax_case, size)
@@ -139,6 +159,14 @@ LAUNCHES["topk_kl-all-100"] = partial(topk_case, 100, 100)
 LAUNCHES["pooled_fusion-bf16-channels_last"] = partial(pooled_case, torch.bfloat16, torch.channels_last, "bilinear")
 LAUNCHES["pooled_fusion-bf16-contiguous"] = partial(pooled_case, torch.bfloat16, torch.contiguous_format, "nearest")
 LAUNCHES["pooled_fusion-fp32-channels_last"] = partial(pooled_case, torch.float32, torch.channels_last, "nearest")
+for name, gates in (("spatial", 1), ("channel", 256)):
+    case = partial(blend_case, gates=gates)
+    LAUNCHES[f"blend-{name}-bf16-channels_last"] = partial(case, torch.bfloat16, torch.channels_last, "nearest")
+    LAUNCHES[f"blend-{name}-bilinear-channels_last"] = partial(case, torch.bfloat16, torch.channels_last, "bilinear")
+    LAUNCHES[f"blend-{name}-fp32-contiguous"] = partial(case, torch.float32, torch.contiguous_format, "nearest")
+LAUNCHES["blend-channel-pool-channels_last"] = partial(
+    blend_case, torch.bfloat16, torch.channels_last, "nearest", gates=256, pool=True
+)
 
 
 def spilling_case() -> None:
@@ -161,6 +189,11 @@ KERNELS = [
     (_multiply, "_multiply_kernel"),
     (pixel_weights, "pixel_weights_kernel"),
     (pixel_weights, "pixel_weights_backward_kernel"),
+    (feature_fusion, "blend_kernel"),
+    (feature_fusion, "gate_gradient_kernel"),
+    (_channel_blend, "channel_blend_kernel"),
+    (_channel_blend, "channel_fine_gradient_kernel"),
+    (_channel_blend, "channel_coarse_gradient_kernel"),
     (pooled_fusion, "project_kernel"),
     (pooled_fusion, "average_kernel"),
     (pooled_fusion, "weight_gradient_kernel"),
@@ -173,12 +206,13 @@ def reports(name: str) -> Iterator[dict[str, Any]]:
     """Compile what a case launches, for every target, with the sizes that target gets."""
     for target, description in TARGETS.items():
         device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
-        users = (_launch, pixel_weights, _pooled_plan)
+        users = (_launch, pixel_weights, _pooled_plan, _blend_plan)
         original = _launch.describe
         try:
             for module in users:
                 module.describe = lambda _, device=device: device
             _pooled_plan.plan_of.cache_clear()
+            _blend_plan.plan_of.cache_clear()
             with recorded([module for module, _ in KERNELS], [kernel for _, kernel in KERNELS]) as recorders:
                 LAUNCHES[name]()
         finally:

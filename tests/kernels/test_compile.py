@@ -83,9 +83,11 @@ def test_aligned_rows_move_16_bytes_at_a_time(reports: Reports) -> None:
 
 @pytest.mark.slow
 def test_channels_last_features_are_read_16_bytes_at_a_time(reports: Reports) -> None:
+    """By the kernels that read features; the others read scalar maps and what is left of sums."""
     for case, compiled in reports.items():
         for x in compiled:
-            if case.endswith("channels_last") and x["target"] != "gfx942" and not x["kernel"].startswith("pixel"):
+            scalar = x["kernel"].startswith("pixel") or x["kernel"] == "sum_parts_kernel"
+            if case.endswith("channels_last") and x["target"] != "gfx942" and not scalar:
                 assert x["widest_load"] == 16, x
 
 
