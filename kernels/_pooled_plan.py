@@ -103,7 +103,7 @@ def plan_of(
         | of_seen
         | of_rows
         | by_pixels
-        | {"OWN": (*layout.own, 0), "OWN_SIZE": layout.own_size, "EXACT": exact, "BLOCK_C": block_c}
+        | {"OWN": layout.own, "OWN_SIZE": layout.own_size, "EXACT": exact, "BLOCK_C": block_c}
         | narrow.options,
         average=shared
         | strides

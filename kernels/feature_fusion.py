@@ -57,8 +57,7 @@ def fused_blend(
 
 def _allocate(tensors: Sequence[Tensor], *, upsample: str) -> tuple[Tensor, list[Tensor]]:
     composite, _, *levels = tensors
-    layout = plan_for(levels, upsample).layout
-    return torch.empty_like(levels[0]), [composite.new_empty(len(levels[0]), layout.pixel_size)]
+    return torch.empty_like(levels[0]), [empty_maps(composite, levels).gates]
 
 
 def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor], *, upsample: str) -> None:
@@ -67,7 +66,7 @@ def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor],
     if not len(output):
         return
     with on_device(output):
-        maps = empty_maps(composite, len(output), plan.layout)._replace(gates=saved[0])
+        maps = empty_maps(composite, levels)._replace(gates=saved[0])
         own = project(composite, levels, maps.seen, plan)
         pixel_weights_forward(maps, own, bias, plan.layout, upsample)
         blend = blend_plan(levels[0], levels[1], upsample)

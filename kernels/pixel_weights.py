@@ -59,27 +59,21 @@ def tables(fine: tuple[int, int], coarse: tuple[int, int], upsample: str, device
 @functools.lru_cache(maxsize=64)
 def geometry(sizes: Sizes, upsample: str, device: torch.device) -> Geometry:
     """Give the layout for levels of (H_l, W_l), fine to coarse."""
-    gates = len(sizes) - 1
-    areas = [h * w for h, w in sizes]
-    pixels, pixel_size = offsets(areas)
-    seen, seen_size = offsets([TAPS * level * area for level, area in enumerate(areas)])
-    own, own_size = offsets([TAPS * area for area in areas[:gates]])
-    # Z_L is S_L, and Z_1 is not needed.
-    state, state_size = offsets([TAPS * level * area if level < gates else 0 for level, area in enumerate(areas)])
+    pixels, seen, own, state = map_sizes([h * w for h, w in sizes])
     steps = [tables(fine, coarse, upsample, device) for fine, coarse in itertools.pairwise(sizes)]
     integers, _ = offsets([step[0].numel() for step in steps])
     floats, _ = offsets([step[1].numel() for step in steps])
     return Geometry(
         tuple(h for h, _ in sizes),
         tuple(w for _, w in sizes),
-        pixels,
-        seen,
-        own,
-        state,
-        pixel_size,
-        seen_size,
-        own_size,
-        state_size,
+        offsets(pixels)[0],
+        offsets(seen)[0],
+        offsets(own)[0],
+        offsets(state)[0],
+        sum(pixels),
+        sum(seen),
+        sum(own),
+        sum(state),
         integers,
         floats,
         tuple(step[2][0] for step in steps),
@@ -89,6 +83,16 @@ def geometry(sizes: Sizes, upsample: str, device: torch.device) -> Geometry:
         torch.cat([step[0] for step in steps]) if steps else torch.empty(0, dtype=torch.int32, device=device),
         torch.cat([step[1] for step in steps]) if steps else torch.empty(0, device=device),
     )
+
+
+def map_sizes(areas: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Give what each level takes in the buffers of one image, given its pixels: one map, `seen`, `own`, Z."""
+    gates = len(areas) - 1
+    seen = [TAPS * level * area for level, area in enumerate(areas)]
+    own = [TAPS * area if level < gates else 0 for level, area in enumerate(areas)]
+    # Z_L is S_L, and Z_1 is not needed.
+    state = [size if level < gates else 0 for level, size in enumerate(seen)]
+    return list(areas), seen, own, state
 
 
 def offsets(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -141,9 +145,10 @@ class GradMaps(NamedTuple):
     biases: Tensor  # (N, L - 1), to be summed over the images
 
 
-def empty_maps(like: Tensor, images: int, layout: Geometry) -> ScalarMaps:
-    sizes = (layout.seen_size, layout.pixel_size, layout.state_size, layout.pixel_size)
-    return ScalarMaps(*(like.new_empty(images, size) for size in sizes))
+def empty_maps(like: Tensor, levels: Sequence[Tensor]) -> ScalarMaps:
+    """Give the buffers for levels (N, C_l, H_l, W_l)."""
+    pixels, seen, _, state = (sum(part) for part in map_sizes([x.shape[2] * x.shape[3] for x in levels]))
+    return ScalarMaps(*(like.new_empty(levels[0].shape[0], size) for size in (seen, pixels, state, pixels)))
 
 
 def pixel_weights_forward(maps: ScalarMaps, own: Tensor, biases: Tensor, layout: Geometry, upsample: str) -> None:

@@ -61,8 +61,7 @@ def dense(x: Tensor) -> Tensor:
 
 def _allocate(tensors: Sequence[Tensor], *, upsample: str) -> tuple[Tensor, list[Tensor]]:
     composite, _, *features = tensors
-    layout, images = plan_for(features, upsample).layout, features[0].shape[0]
-    return composite.new_empty(images, composite.shape[1]), list(empty_maps(composite, images, layout))
+    return composite.new_empty(features[0].shape[0], composite.shape[1]), list(empty_maps(composite, features))
 
 
 def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor], *, upsample: str) -> None:

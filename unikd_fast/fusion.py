@@ -198,7 +198,7 @@ class AdaptiveFeatureFusion(nn.Module):
                 f"AdaptiveFeatureFusion: features must have in_channels {self.in_channels}, fine to coarse, got "
                 f"{tuple(shape[1] for shape in shapes)}; build it with the channels of the network that is read"
             )
-        if len({shape[0] for shape in shapes}) != 1:
+        if any(shape[0] != shapes[0][0] for shape in shapes):  # a set would make the batch size a constant of a graph
             raise ValueError(f"AdaptiveFeatureFusion: features must be of one batch, got {shapes}")
         for fine, coarse in itertools.pairwise(shapes):
             if fine[2] < coarse[2] or fine[3] < coarse[3]:

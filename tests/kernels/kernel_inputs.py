@@ -26,6 +26,7 @@ from unikd_fast import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of a result where the kernel adds K terms tile by tile and eager PyTorch in an order of its own: either is
 # within a few ε of the truth, and either may by luck be nearer.
@@ -173,3 +174,14 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 # numpy, which interprets the kernels, warns where a GPU gives inf or NaN.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+class Graphs:
+    """A backend that counts the graphs it is given; dynamo may give it one twice while it is compiling."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)

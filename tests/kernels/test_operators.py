@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_inputs import (
+    BACKEND,
     DEVICE,
     DTYPES,
     LOSSES,
     SIZES,
+    Graphs,
     compare,
     labels_for,
     leaves_of,
@@ -29,7 +31,6 @@ from unikd_fast.kernels import unikd_loss as unikd_kernel
 
 pytestmark = quiet
 every_loss = pytest.mark.parametrize("name", LOSSES)
-BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"
 MODULES = {
     "softmax_kl": softmax_kernel,
     "gaussian_kl": gaussian_kernel,
@@ -118,17 +119,6 @@ class TestRefusals:
     def test_auto_takes_the_plain_loss_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(_autograd.FusedLoss, "__call__")
         assert softmax_kl(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0
-
-
-class Graphs:
-    """A backend that counts the graphs it is given; dynamo may give it one twice while it is compiling."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        self.count += 1
-        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
 
 @every_loss

@@ -76,7 +76,7 @@ def fused_pixel_weights(projections: Sequence[Tensor], biases: Sequence[Tensor],
     layout = geometry(tuple((x.shape[2], x.shape[3]) for x in projections), upsample, projections[0].device)
     seen = torch.cat([x[:, : TAPS * level].flatten(1) for level, x in enumerate(projections)], dim=1)
     own = torch.cat([x[:, TAPS * level :].flatten(1) for level, x in enumerate(projections)], dim=1)
-    maps = empty_maps(seen, len(seen), layout)._replace(seen=seen)
+    maps = empty_maps(seen, projections)._replace(seen=seen)
     pixel_weights_forward(maps, own, torch.cat(list(biases)), layout, upsample)
     return list((maps.gates * maps.remaining).split([x.shape[2] * x.shape[3] for x in projections], dim=1))
 
