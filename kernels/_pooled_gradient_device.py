@@ -169,29 +169,25 @@ def feature_gradient_kernel(
 
 @triton.jit
 def _sum_parts(
-    parts, out, bias_out, groups, row, block,
-    LEVEL: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    parts, out, bias, groups, r, block,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of the matrix for a block of a level's columns, the bias after the channels."""
+    """Row r of a level for a block of its columns, the bias after the channels."""
     c = block * BLOCK + tl.arange(0, BLOCK)
     g = tl.arange(0, 16)
-    rows = row + tl.zeros([BLOCK], tl.int32)
-    r = tl.where(rows < 9 * GATES, rows, rows - 9 * GATES)
-    # Of the first 9 G rows those of the finer gates look at this level, of the others those of its own gate.
-    looks = tl.where(rows < 9 * GATES, r < 9 * LEVEL, (r >= 9 * LEVEL) & (r < ROWS))
     total = tl.zeros([16, BLOCK], tl.float32)
     for start in range(0, groups, 16):
-        offsets = (start + g)[:, None].to(tl.int64) * (ROWS * (C + 1)) + (r * (C + 1) + c)[None, :]
-        total += tl.load(parts + offsets, mask=(start + g < groups)[:, None] & (looks & (c <= C))[None, :], other=0.0)
+        offsets = (start + g)[:, None].to(tl.int64) * (ROWS * (C + 1)) + r * (C + 1) + c[None, :]
+        total += tl.load(parts + offsets, mask=(start + g < groups)[:, None] & (c <= C)[None, :], other=0.0)
     result = tl.sum(total, axis=0)
     tl.store(out + c, result, mask=c < C)
-    tl.store(bias_out + 0 * c, result, mask=c == C)
+    tl.store(bias + 0 * c, result, mask=c == C)
 
 
 @triton.jit(do_not_specialize=["N"])
 def sum_parts_kernel(
     parts_ptr,
-    grad_matrix_ptr,  # (18 G, COLUMNS)
+    grad_matrix_ptr,  # (18 G, COLUMNS), 0 where a row does not look at a level
     N,
     L: tl.constexpr,
     PS: tl.constexpr,
@@ -205,12 +201,15 @@ def sum_parts_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    row = tl.program_id(1)
-    out = grad_matrix_ptr + row.to(tl.int64) * COLUMNS
     for i in tl.static_range(L):
-        if (block >= FIRST[i]) & (block < FIRST[i + 1]):
+        if (tl.program_id(0) >= FIRST[i]) & (tl.program_id(0) < FIRST[i + 1]):
+            r = (tl.program_id(0) - FIRST[i]) % ROWS[i]
+            row = r
+            if r >= 9 * i:
+                row = r + 9 * (L - 1)
+            out = grad_matrix_ptr + row.to(tl.int64) * COLUMNS
             _sum_parts(
                 parts_ptr + PARTS[i], out + COLUMN[i], out + COLUMN[L] + i,
-                groups_of(N, GROUPS[i], PS[i], BLOCK_P), row, block - FIRST[i], i, L - 1, CS[i], ROWS[i], BLOCK,
+                groups_of(N, GROUPS[i], PS[i], BLOCK_P), r, (tl.program_id(0) - FIRST[i]) // ROWS[i],
+                CS[i], ROWS[i], BLOCK,
             )  # fmt: skip

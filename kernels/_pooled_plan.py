@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     sum_parts: dict[str, Any]
     pixel_blocks: int
     channel_blocks: int
-    column_blocks: int
+    sum_programs: int
     channel_blocks_of: tuple[int, ...]
     groups: tuple[int, ...]
     pixel_blocks_of: tuple[int, ...]
@@ -78,7 +78,9 @@ def plan_of(
     parts, parts_size = offsets([g * r * (c + 1) for g, r, c in zip(groups, rows, channels, strict=True)])
     pixel_first, pixel_blocks = offsets([math.ceil(p / b) for p, b in zip(pixels, block_ps, strict=True)])
     channel_first, channel_blocks = offsets([math.ceil(c / b) for c, b in zip(channels, block_cs, strict=True)])
-    sum_first, column_blocks = offsets([math.ceil((c + 1) / _SUM_BLOCK) for c in channels])
+    sum_first, sum_programs = offsets(
+        [r * math.ceil((c + 1) / _SUM_BLOCK) for r, c in zip(rows, channels, strict=True)]
+    )
     shared = {
         "L": len(levels),
         "CS": tuple(channels),
@@ -139,13 +141,13 @@ def plan_of(
         | {
             "PS": tuple(pixels),
             "ROWS": tuple(rows),
-            "FIRST": (*sum_first, column_blocks),
+            "FIRST": (*sum_first, sum_programs),
             "BLOCK": _SUM_BLOCK,
         }
         | narrow.options,
         pixel_blocks=pixel_blocks,
         channel_blocks=channel_blocks,
-        column_blocks=column_blocks,
+        sum_programs=sum_programs,
         channel_blocks_of=tuple(channel_blocks_of),
         groups=tuple(groups),
         pixel_blocks_of=tuple(math.ceil(p / block_p) for p in pixels),

@@ -130,12 +130,13 @@ def feature_gradients(
     """
     images = len(features[0])
     grad_composite, grad_biases, *grad_features = grads
-    if grad_maps is None:  # no images, or no gates
-        for grad in (grad_composite, grad_biases):
-            if grad is not None:
-                grad.zero_()
-    elif grad_biases is not None:
-        torch.sum(grad_maps.biases, 0, out=grad_biases)
+    if grad_composite is not None:
+        grad_composite.zero_()  # a row does not look at every level
+    if grad_biases is not None:
+        if grad_maps is None:  # no images, or no gates
+            grad_biases.zero_()
+        else:
+            torch.sum(grad_maps.biases, 0, out=grad_biases)
     seen, a = (None, None) if grad_maps is None else (grad_maps.seen, grad_maps.a)
     parts = None if grad_composite is None or grad_maps is None else composite.new_empty(plan.parts)
     if images and (parts is not None or any(g is not None for g in grad_features)):
@@ -145,7 +146,7 @@ def feature_gradients(
             plan.layout.integer_table, plan.layout.float_table, images, **plan.feature_gradient,
         )  # fmt: skip
     if parts is not None:
-        sum_parts_kernel[(plan.column_blocks, len(composite))](parts, grad_composite, images, **plan.sum_parts)
+        sum_parts_kernel[(plan.sum_programs,)](parts, grad_composite, images, **plan.sum_parts)
 
 
 # (composite M (18 (L - 1), Σ C_l + L) in fp32, biases of the gates (L - 1,) in fp32, the features, dense and in one

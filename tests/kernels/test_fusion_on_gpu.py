@@ -1,0 +1,129 @@
+"""What only a GPU shows of the fusion's kernels: no synchronisation, graphs, races, memory, offsets beyond 2^31."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from unikd_fast import AdaptiveFeatureFusion
+from unikd_fast.kernels.pixel_weights import map_sizes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CHANNELS, SIZES = (256, 512, 1024, 2048), (56, 28, 14, 7)  # of a ResNet-50 at 224 pixels
+FORMS = {"collapsed": ("spatial", "pooled"), "spatial": ("spatial", "forward"), "channel": ("channel", "forward")}
+every_form = pytest.mark.parametrize("name", FORMS)
+
+
+def make(name: str, images: int, width: int = 64) -> tuple[AdaptiveFeatureFusion, list[Tensor]]:
+    torch.manual_seed(0)
+    fusion = AdaptiveFeatureFusion(CHANNELS, width, gate=FORMS[name][0], impl="fused").cuda()
+    features = [
+        torch.randn(images, c, s, s, device="cuda", dtype=torch.bfloat16)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+        for c, s in zip(CHANNELS, SIZES, strict=True)
+    ]
+    return fusion, features
+
+
+def step(name: str, fusion: AdaptiveFeatureFusion, features: list[Tensor]) -> list[Tensor]:
+    """Give the result and the gradients of the features and parameters."""
+    y = getattr(fusion, FORMS[name][1])(features)
+    return [y.detach(), *torch.autograd.grad(y, [*features, *fusion.parameters()], torch.ones_like(y))]
+
+
+@pytest.mark.parametrize("name", ["collapsed", "spatial"])
+def test_no_synchronisation(name: str) -> None:
+    fusion, features = make(name, 4)
+    step(name, fusion, features)  # compiled, and the tables made, before
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(name, fusion, features)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["collapsed", "spatial"])
+def test_cuda_graph(name: str) -> None:
+    """Captured once, replayed on other numbers; a replay gives what eager mode gives, to the bit."""
+    fusion, features = make(name, 4)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(name, fusion, features)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(name, fusion, features)
+    for _ in range(2):
+        with torch.no_grad():
+            features[0].copy_(torch.roll(features[0], 1, 0))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(name, fusion, features), strict=True))
+
+
+@every_form
+def test_same_bits_twenty_times(name: str) -> None:
+    """With more programs than run at once."""
+    fusion, features = make(name, 32)
+    y = getattr(fusion, FORMS[name][1])
+    with torch.no_grad():
+        expected = y(features)
+        assert all(torch.equal(y(features), expected) for _ in range(20))
+    if name != "channel":  # whose convolutions are cuDNN's
+        expected = step(name, fusion, features)
+        for _ in range(20):
+            assert all(torch.equal(a, b) for a, b in zip(step(name, fusion, features), expected, strict=True))
+
+
+@every_form
+def test_an_image_does_not_depend_on_its_neighbours(name: str) -> None:
+    """Eight images at once and each alone: another grid, the same numbers."""
+    fusion, features = make(name, 8)
+    y = getattr(fusion, FORMS[name][1])
+    with torch.no_grad():
+        together = y(features)
+        alone = torch.cat([y([f[i : i + 1] for f in features]) for i in range(8)])
+    torch.testing.assert_close(together, alone, rtol=2e-2, atol=2e-2)  # cuDNN and cuBLAS choose by size
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """The last images equal the same images alone."""
+    images, channels = 2**31 // (256 * 56 * 56) + 3, (256, 16)
+    if torch.cuda.mem_get_info()[0] < 4 * images * 256 * 56 * 56 * 2:
+        pytest.skip("needs 18 GB of GPU memory")
+    torch.manual_seed(0)
+    fusion = AdaptiveFeatureFusion(channels, 16, impl="fused").cuda()
+    features = [
+        torch.randn(images, c, s, s, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for c, s in zip(channels, (56, 28), strict=True)
+    ]
+    tail = [f.detach()[-2:].clone().requires_grad_() for f in features]
+    results = []
+    for levels in (features, tail):
+        y = fusion.pooled(levels)
+        results.append([y[-2:], *(g[-2:] for g in torch.autograd.grad(y, levels, torch.ones_like(y)))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)  # the products around them are cuBLAS's
+
+
+def test_memory_of_the_collapsed_form() -> None:
+    """Scalar maps in fp32 and nothing with D channels."""
+    fusion, features = make("collapsed", 64, width=256)
+    step("collapsed", fusion, features)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    pixels, seen, own, state = (sum(part) for part in map_sizes([s * s for s in SIZES]))
+    slack = 16 * 2**20  # composite weights, twice
+    y = fusion.pooled(features)
+    assert torch.cuda.max_memory_allocated() - before < 4 * 64 * (seen + own + state + 2 * pixels) + slack
+    assert torch.cuda.memory_allocated() - before < 4 * 64 * (seen + state + 2 * pixels) + slack
+    del y
