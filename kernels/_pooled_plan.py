@@ -23,7 +23,6 @@ class Plan(NamedTuple):
     """What the launches need to know of the levels; nothing of it depends on the number of images."""
 
     layout: Geometry
-    columns: int  # of the composite matrix
     parts: int  # numbers that the parts of ∂M take
     project: dict[str, Any]
     average: dict[str, Any]
@@ -98,7 +97,6 @@ def plan_of(
     of_groups = {"GROUPS": tuple(groups), "PARTS": parts, "BLOCK_P": block_p}
     return Plan(
         layout,
-        width + len(levels),
         parts_size,
         project=shared
         | strides

@@ -55,26 +55,6 @@ def expand(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(feature, weight.to(feature.dtype), bias.to(feature.dtype))
 
 
-def blend_top_down(
-    expanded: Sequence[Tensor],
-    gate_weights: Sequence[Tensor],
-    gate_biases: Sequence[Tensor],
-    *,
-    upsample: str = "nearest",
-    pool: bool = False,
-    stage: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """Blend the expanded levels E_l(F_l) (N, D, H_l, W_l) from coarse to fine: the recursion of Eq. 4.
-
-    With `pool` the result is the mean of F_R over its pixels, as in `blend`, which `stage` may replace.
-    """
-    fused = expanded[-1]
-    for level in reversed(range(len(expanded) - 1)):
-        gate = gate_weights[level], gate_biases[level]
-        fused = (stage or blend)(expanded[level], fused, *gate, upsample=upsample, pool=pool and level == 0)
-    return _mean(fused) if pool and len(expanded) == 1 else fused
-
-
 def blend(
     fine: Tensor,
     coarse: Tensor,
@@ -106,6 +86,26 @@ def blend(
     gate = torch.sigmoid(F.conv2d(both, gate_weight.to(both.dtype), gate_bias.to(both.dtype), padding=1))
     fused = gate * fine + (1 - gate) * coarse
     return _mean(fused) if pool else fused
+
+
+def blend_top_down(
+    expanded: Sequence[Tensor],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+    *,
+    upsample: str = "nearest",
+    pool: bool = False,
+    stage: Callable[..., Tensor] = blend,
+) -> Tensor:
+    """Blend the expanded levels E_l(F_l) (N, D, H_l, W_l) from coarse to fine: the recursion of Eq. 4.
+
+    With `pool` the result is the mean of F_R over its pixels, as in `blend`, which `stage` may replace.
+    """
+    fused = expanded[-1]
+    for level in reversed(range(len(expanded) - 1)):
+        gate = gate_weights[level], gate_biases[level]
+        fused = stage(expanded[level], fused, *gate, upsample=upsample, pool=pool and level == 0)
+    return _mean(fused) if pool and len(expanded) == 1 else fused
 
 
 def _mean(x: Tensor) -> Tensor:

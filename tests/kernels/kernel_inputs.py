@@ -185,3 +185,17 @@ class Graphs:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self.count += 1
         return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+
+
+def capture(step: Callable[[], list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    """Capture a computation as a CUDA graph, after it has been warmed up; give the graph and its outputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    return graph, outputs

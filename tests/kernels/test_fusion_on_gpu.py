@@ -1,9 +1,11 @@
 """What only a GPU shows of the fusion's kernels: no synchronisation, graphs, races, memory, offsets beyond 2^31."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
+from kernel_inputs import capture
 from torch import Tensor
 
 from unikd_fast import AdaptiveFeatureFusion
@@ -52,15 +54,7 @@ def test_no_synchronisation(name: str) -> None:
 def test_cuda_graph(name: str) -> None:
     """Captured once, replayed on other numbers; a replay gives what eager mode gives, to the bit."""
     fusion, features = make(name, 4)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(name, fusion, features)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(name, fusion, features)
+    graph, captured = capture(partial(step, name, fusion, features))
     for _ in range(2):
         with torch.no_grad():
             features[0].copy_(torch.roll(features[0], 1, 0))

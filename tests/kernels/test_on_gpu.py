@@ -2,11 +2,12 @@
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import DTYPES, LOSSES, compare, leaves_of, rows_for, softmax_kl
+from kernel_inputs import DTYPES, LOSSES, capture, compare, leaves_of, rows_for, softmax_kl
 from torch import Tensor
 
 pytestmark = [
@@ -58,15 +59,7 @@ def test_cuda_graph(name: str, dtype: torch.dtype) -> None:
     """Case 14: captured once, replayed on other numbers; a replay gives what eager mode gives, to the bit."""
     inputs = LOSSES[name].make(300, 1000, dtype)
     factor = torch.tensor(3.0, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(name, inputs, factor)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(name, inputs, factor)
+    graph, captured = capture(partial(step, name, inputs, factor))
     for i in range(3):
         with torch.no_grad():
             inputs[0].copy_(torch.roll(inputs[0], 1, 0))
