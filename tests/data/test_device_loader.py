@@ -145,6 +145,26 @@ def test_streams_share_the_order(splits: DataSplits) -> None:
         assert torch.equal(batch.sample_ids, other.sample_ids)
 
 
+def test_the_views_of_another_epoch_in_the_order_of_this_one(splits: DataSplits) -> None:
+    shown = list(loader(splits, global_batch_size=53).train(5, view_epoch=2))
+    assert torch.equal(shown[0].sample_ids, next(loader(splits, global_batch_size=53).train(5)).sample_ids)
+    expected = by_id(loader(splits, global_batch_size=53).train(2))
+    for sample_id, (image, _) in by_id(shown).items():
+        assert torch.equal(image, expected[sample_id][0])
+
+
+def test_views_are_those_of_training(splits: DataSplits) -> None:
+    """Whatever is asked for together: other sizes, other orders, several epochs."""
+    requests = [(np.array([7, 3]), 2), (np.arange(53), 0), (np.array([52, 0, 7]), 2)]
+    batches = list(loader(splits).views(requests))
+    for (positions, epoch), batch in zip(requests, batches, strict=True):
+        expected = by_id(loader(splits, global_batch_size=53).train(epoch))
+        assert batch.sample_ids.tolist() == splits.train.sample_ids[positions].tolist()
+        for i, sample_id in enumerate(batch.sample_ids.tolist()):
+            assert torch.equal(batch.images[i], expected[sample_id][0])
+            assert batch.labels[i] == expected[sample_id][1]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 24])
 @pytest.mark.parametrize("name", ["val", "test"])
 def test_evaluation_takes_every_sample_once_in_order(splits: DataSplits, world_size: int, name: str) -> None:

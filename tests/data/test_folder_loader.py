@@ -56,6 +56,20 @@ def test_training_pixels_are_torchvisions(splits: DataSplits, augmentation: Augm
         assert batch.labels[i] == splits.train.labels[sample_id]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_are_those_of_training(splits: DataSplits, workers: int) -> None:
+    """Also while training goes on: they have workers of their own."""
+    training = loader(splits, RESIZED, workers=workers).train(4, view_epoch=1)
+    first = next(training)
+    positions = np.array([int(np.flatnonzero(splits.train.sample_ids == i)[0]) for i in first.sample_ids.tolist()])
+    (shown,) = loader(splits, RESIZED, workers=workers).views([(positions, 1)])
+    assert_same([shown], [first])
+    (other,) = loader(splits, RESIZED, workers=workers).views([(positions, 4)])
+    assert not torch.equal(other.images, first.images)
+    assert torch.equal(other.sample_ids, first.sample_ids)
+    next(training)
+
+
 @pytest.mark.parametrize("eval_resize", [16, 20, 33])
 def test_evaluation_pixels_are_torchvisions(splits: DataSplits, eval_resize: int) -> None:
     assert isinstance(splits.val, ImageFiles)

@@ -1,13 +1,14 @@
 """The loader of small data sets: they live on the device, and a view is an index into them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.augmentation import Augmentation, ViewParameters
 from unikd_fast.data.pixels import Normalise, pad_crop, resized_crop
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, Split, TensorImages
@@ -62,14 +63,21 @@ class DeviceLoader:
         """Optimiser steps per epoch, the same on every rank."""
         return self._schedule.steps_per_epoch
 
-    def train(self, epoch: int, start_step: int = 0, *, stream: int = 0) -> Iterator[Batch]:
+    @property
+    def schedule(self) -> Schedule:
+        """What this rank takes."""
+        return self._schedule
+
+    def train(
+        self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
+    ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of an epoch; see `Loader.train`."""
-        micro_batches = self._schedule.training(epoch, start_step, stream)
-        height, width = self._train.images.shape[-2:]
-        return (
-            self._batch(np.column_stack((positions, views.crop_boxes(height, width), views.flip)))
-            for positions, views in micro_batches
-        )
+        micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
+        return (self._batch(positions, views) for positions, views in micro_batches)
+
+    def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
+        """Yield a batch of views for each request; see `Loader.views`."""
+        return (self._batch(positions, self._schedule.views(positions, epoch)) for positions, epoch in requests)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split; see `Loader.evaluate`."""
@@ -77,8 +85,10 @@ class DeviceLoader:
         for part in self._schedule.evaluation(len(images)):
             yield Batch(self._normalise(images[part]), labels[part], sample_ids[part])
 
-    def _batch(self, plan: np.ndarray) -> Batch:
-        """Make the micro-batch of a plan, (N, 6) int64: position, window (top, left, height, width), flip."""
+    def _batch(self, positions_of_views: NDArray[np.int64], views: ViewParameters) -> Batch:
+        # A plan, (N, 6) int64: position, window (top, left, height, width), flip.
+        boxes_of_views = views.crop_boxes(*self._train.images.shape[-2:])
+        plan = np.column_stack((positions_of_views, boxes_of_views, views.flip))
         # One small copy from pinned memory: the host does not wait for the device.
         host_plan = torch.from_numpy(plan)
         if self._device.type == "cuda":

@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.augmentation import Augmentation, ViewParameters
 from unikd_fast.data.decode import Decoder, DecodeRequest
 from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
@@ -71,20 +73,37 @@ class FolderLoader:
         """Optimiser steps per epoch, the same on every rank."""
         return self._schedule.steps_per_epoch
 
-    def train(self, epoch: int, start_step: int = 0, *, stream: int = 0) -> Iterator[Batch]:
+    @property
+    def schedule(self) -> Schedule:
+        """What this rank takes."""
+        return self._schedule
+
+    def train(
+        self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
+    ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of an epoch, decoded ahead; see `Loader.train`.
 
         Raises:
             RuntimeError: a worker died, or the iterator is used after a newer `train` took over the workers.
         """
-        files, micro_batches = self._train_files, self._schedule.training(epoch, start_step, stream)
-        sample_ids = files.sample_ids
-        self._requests.pending = (
-            DecodeRequest(tuple(files.paths[i] for i in rows), files.labels[rows], sample_ids[rows], views)
-            for rows, views in micro_batches
-        )
+        micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
+        self._requests.pending = (self._request(rows, views) for rows, views in micro_batches)
         self._latest_train += 1
         return self._train_batches(iter(self._train_workers), self._latest_train)
+
+    def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
+        """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
+
+        Raises:
+            RuntimeError: a worker died.
+        """
+        queue = _Requests()
+        queue.pending = (self._request(rows, self._schedule.views(rows, epoch)) for rows, epoch in requests)
+        return self._batches(iter(self._data_loader(queue, persistent=False)))
+
+    def _request(self, rows: NDArray[np.int64], views: ViewParameters) -> DecodeRequest:
+        files = self._train_files
+        return DecodeRequest(tuple(files.paths[i] for i in rows), files.labels[rows], files.sample_ids[rows], views)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split; see `Loader.evaluate`.

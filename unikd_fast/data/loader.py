@@ -1,9 +1,11 @@
 """What a loader offers to the engine, and which loader a data set gets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.device_loader import DeviceLoader
@@ -23,14 +25,28 @@ class Loader(Protocol):
         """Optimiser steps per epoch, the same on every rank; the incomplete last batch is dropped."""
         ...
 
-    def train(self, epoch: int, start_step: int = 0, *, stream: int = 0) -> Iterator[Batch]:
+    @property
+    def schedule(self) -> Schedule:
+        """Which samples this rank takes, in which order and under which views."""
+        ...
+
+    def train(
+        self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
+    ) -> Iterator[Batch]:
         """Yield this rank's micro-batches, `accumulation_steps` for each optimiser step from `start_step` on.
 
         `train(e, s)` gives what `train(e)` gives after s steps, bit for bit. Another stream gives the same samples in
-        the same order under other views.
+        the same order under other views; `view_epoch` under those of another epoch.
 
         Raises:
             ValueError: the epoch has no such step.
+        """
+        ...
+
+    def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
+        """Yield one batch for each request: positions (N,) in the training split, and the epoch whose views to show.
+
+        A view is that which `train` shows in this epoch, bit for bit, whatever the batches.
         """
         ...
 

@@ -56,9 +56,11 @@ class Schedule:
         return self._sampler.steps_per_epoch
 
     def training(
-        self, epoch: int, start_step: int = 0, stream: int = 0
+        self, epoch: int, start_step: int = 0, stream: int = 0, *, view_epoch: int | None = None
     ) -> Iterator[tuple[NDArray[np.int64], ViewParameters]]:
         """Yield the positions and views of each micro-batch of an epoch from optimiser step `start_step` on.
+
+        The order is that of `epoch`, the views are those of `view_epoch` if that is given.
 
         Raises:
             ValueError: the epoch has no such step.
@@ -70,23 +72,24 @@ class Schedule:
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"Schedule.training: start_step must be in [0, {self.steps_per_epoch}], got {start_step}")
-        return self._training(epoch, start_step, stream)
+        shown = epoch if view_epoch is None else view_epoch
+        return ((positions, self.views(positions, shown, stream)) for positions in self._order(epoch, start_step))
 
-    def _training(self, epoch: int, start_step: int, stream: int) -> Iterator[tuple[NDArray[np.int64], ViewParameters]]:
+    def views(self, positions: NDArray[np.int64], epoch: int, stream: int = 0) -> ViewParameters:
+        """Give the views of an epoch of the training samples at these positions, (N,), whoever takes them in it."""
+        return view_parameters(
+            self._augmentation,
+            seed=self._sampler.seed,
+            epoch=epoch,
+            sample_ids=self._sample_ids[positions],
+            stream=stream,
+        )
+
+    def _order(self, epoch: int, start_step: int) -> Iterator[NDArray[np.int64]]:
         for step in range(start_step, self.steps_per_epoch):
             for micro_step in range(self._accumulation_steps):
-                positions = self._sampler.local_batch(
+                yield self._sampler.local_batch(
                     epoch, step, self._rank, self._world_size, micro_step, self._accumulation_steps
-                )
-                yield (
-                    positions,
-                    view_parameters(
-                        self._augmentation,
-                        seed=self._sampler.seed,
-                        epoch=epoch,
-                        sample_ids=self._sample_ids[positions],
-                        stream=stream,
-                    ),
                 )
 
     def evaluation(self, num_samples: int) -> Iterator[slice]:
