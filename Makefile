@@ -24,8 +24,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 distill: setup ## distil on scikit-learn's digits and print the table (2 minutes on 2 cores)
 	$(RUN) deepspeed launch_distill.py --config configs/digits.json --resume auto
 
-test: setup ## the test suite
-	$(RUN) pytest tests
+# Processes that test side by side.
+TESTERS ?= 2
+
+test: setup ## the test suite; TESTERS=2 processes
+	$(RUN) pytest tests -n $(TESTERS) --dist loadgroup
 
 # The codebases that the drop-ins stand in for bring many packages along. They go into an environment on top of .venv.
 COMPAT := $(VENV)/compat
