@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"losses", "fusion", "distribution", "kernels", "values"},
     "models": {"values"},
     "data": {"values"},
-    "teacher": {"values"},
+    "teacher": {"compressed", "errors", "values"},
     "report": set(),
     "engine": {"config", "errors", "methods", "losses", "models", "data", "teacher", "report", "values"},
 }

@@ -19,6 +19,12 @@ class NonFiniteLoss(RunError):
     exit_code = 3
 
 
+class CacheError(RunError):
+    """The teacher's output cache is damaged, incomplete or of another run; the message says what to do."""
+
+    exit_code = 4
+
+
 class Interrupted(RunError):
     """SIGTERM or Ctrl-C; what could be saved is saved."""
 

@@ -1,0 +1,164 @@
+"""Files that were damaged, cut or removed: never a wrong value, always the file, the record and the remedy."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, VIEWS, build_all, build_shard, decoded, logits, make
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from unikd_fast.errors import CacheError
+from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
+
+SIZE = CODEC.record_bytes + 16
+SHARD_1 = "shard-00001.bin"
+
+
+def flip(path: Path, byte: int, bits: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= bits
+    path.write_bytes(content)
+
+
+@given(st.integers(0, 6 * SIZE - 1), st.integers(1, 255))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_byte_is_found_and_only_its_record_lost(tmp_path: Path, byte: int, bits: int) -> None:
+    folder = build_all(tmp_path)
+    bad = 6 + byte // SIZE
+    flip(tmp_path / SHARD_1, byte, bits)
+    try:
+        others = [record for record in range(RECORDS) if record != bad]
+        assert torch.equal(decoded(folder, others), logits(others))
+        with pytest.raises(CacheError) as caught:
+            folder.read([0, bad, 1])
+        message = str(caught.value)
+        view, position = divmod(bad, len(IDS))
+        assert message.startswith(
+            f"{tmp_path / SHARD_1}: record {bad} (sample id {IDS[position]}, view {view}) is not "
+        )
+        assert message.endswith("delete this file and build the cache again, only this shard is redone")
+        check = folder.verify()
+        assert not check.ok
+        assert [shard.status for shard in check.shards] == ["ok", "bad records", "ok", "ok"]
+        assert check.shards[1].bad_records == (bad,)
+    finally:
+        flip(tmp_path / SHARD_1, byte, bits)
+    assert folder.verify().ok
+
+
+@pytest.mark.parametrize("length", [0, 1, SIZE, 6 * SIZE - 1])
+@pytest.mark.parametrize("mapped", [False, True], ids=["not yet mapped", "mapped"])
+def test_a_truncated_shard(tmp_path: Path, length: int, mapped: bool) -> None:
+    """Reading a map beyond the end of its file would kill the process."""
+    folder = build_all(tmp_path)
+    if mapped:
+        folder.read([6])
+    os.truncate(tmp_path / SHARD_1, length)
+    with pytest.raises(
+        CacheError, match=rf"{SHARD_1} has {length} bytes and must have {6 * SIZE}: record 11 .*delete th"
+    ):
+        folder.read([11])
+    assert folder.verify().shards[1].status == "truncated"
+    assert torch.equal(decoded(folder, [0, 19]), logits([0, 19]))
+
+
+def test_a_shard_that_is_too_long(tmp_path: Path) -> None:
+    folder = build_all(tmp_path)
+    os.truncate(tmp_path / SHARD_1, 6 * SIZE + 1)
+    with pytest.raises(CacheError, match=rf"{SHARD_1} has 241 bytes and must have 240"):
+        folder.read([6])
+    assert folder.verify().shards[1].status == "too long"
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["not yet mapped", "mapped"])
+def test_a_deleted_shard_is_named_and_built_again_alone(tmp_path: Path, mapped: bool) -> None:
+    folder = build_all(tmp_path)
+    if mapped:
+        folder.read([6])
+    (tmp_path / SHARD_1).unlink()
+    assert not folder.covers([6])
+    with pytest.raises(
+        CacheError, match=rf"{SHARD_1} is missing: record 6 .* or the file was deleted; build the cache"
+    ):
+        folder.read([0, 6])
+    assert folder.missing_shards() == [1]
+    build_shard(folder, 1, build=1)
+    assert torch.equal(decoded(folder, range(6, 12)), logits(range(6, 12), build=1))
+
+
+def test_a_discarded_shard_is_built_again_alone(tmp_path: Path) -> None:
+    folder = build_all(tmp_path)
+    folder.read(range(RECORDS))
+    others = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin") if path.name != SHARD_1}
+    flip(tmp_path / SHARD_1, 100)
+    folder.discard(1)
+    assert not list(tmp_path.glob("shard-00001.*"))
+    build_shard(folder, 1, build=1)
+    assert torch.equal(decoded(folder, [6, 5]), torch.cat([logits([6], build=1), logits([5])])), "and read anew"
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in others} == others
+    assert folder.verify().ok
+
+
+def test_a_begun_shard_can_be_discarded_and_one_that_never_was(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    with folder.claim(0) as writer:  # type: ignore[union-attr]
+        writer.write([2], CODEC.encode(logits([2])))
+    folder.discard(0)
+    folder.discard(1)
+    with folder.claim(0) as writer:  # type: ignore[union-attr]
+        assert len(writer.todo) == 6
+    with pytest.raises(ValueError, match=r"shard must lie in \[0, 4\), got 4"):
+        folder.discard(4)
+
+
+def test_a_shard_under_the_name_of_another(tmp_path: Path) -> None:
+    folder = build_all(tmp_path)
+    shutil.copy(tmp_path / SHARD_1, tmp_path / "shard-00000.bin")
+    with pytest.raises(
+        CacheError, match=rf"record 3 .* it holds sample id {IDS[9]}, view 0: the file is another shard"
+    ):
+        folder.read([3])
+    assert folder.verify().shards[0].bad_records == (0, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("other", ["key", "codec"])
+def test_a_shard_of_another_cache(tmp_path: Path, other: str) -> None:
+    """Of the same samples and the same size, so that only its content could tell."""
+    folder = build_all(tmp_path / "cache")
+    key = CacheKey({"teacher": "another"}) if other == "key" else KEY
+    codec = Codec("fp16", 12) if other == "codec" else CODEC
+    assert codec.record_bytes == CODEC.record_bytes
+    stranger = CacheFolder.create_or_open(tmp_path / "other", key, codec, IDS, VIEWS, 6)
+    with stranger.claim(1) as writer:  # type: ignore[union-attr]
+        writer.write(writer.todo, np.zeros((6, codec.record_bytes), np.uint8))
+        writer.commit()
+    shutil.copy(stranger.path / SHARD_1, folder.path / SHARD_1)
+    with pytest.raises(
+        CacheError, match=r"its checksum is \w{8} and its bytes give \w{8}: damaged, or of another cache"
+    ):
+        folder.read([6])
+
+
+def test_verify_says_what_to_do_and_how_far_it_is(tmp_path: Path) -> None:
+    folder = build_all(tmp_path)
+    flip(tmp_path / "shard-00000.bin", 3 * SIZE + 20)
+    flip(tmp_path / "shard-00000.bin", 5 * SIZE + 20)
+    os.truncate(tmp_path / SHARD_1, 7)
+    (tmp_path / "shard-00003.bin").unlink()
+    seen: list[tuple[int, int]] = []
+    check = folder.verify(lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert str(check).splitlines() == [
+        "1 of 4 shards are ok",
+        "shard 0: bad records, 2 of them, the first is 3; discard this shard and build again",
+        "shard 1: truncated; discard this shard and build again",
+        "shard 3: missing; build again",
+    ]
+    for shard in check.faulty:
+        folder.discard(shard.shard)
+        build_shard(folder, shard.shard)
+    assert folder.verify().ok and len(folder.verify().shards) == SHARDS

@@ -1,0 +1,187 @@
+"""What a cache folder says about itself: manifest.json and sample_ids.npy, written once."""
+
+import fcntl
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unikd_fast.errors import CacheError
+from unikd_fast.teacher.cache.codec import Codec
+from unikd_fast.teacher.cache.disk import full_disk_named, sync_folder, write_atomically
+from unikd_fast.teacher.cache.key import CacheKey, canonical_json, differences, refuse_differences
+from unikd_fast.teacher.cache.layout import Layout
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SAMPLE_IDS = "sample_ids.npy"
+_LOCK = "create.lock"
+_BEFORE_THE_MANIFEST = {_LOCK, SAMPLE_IDS, SAMPLE_IDS + ".tmp", MANIFEST + ".tmp"}
+
+
+@dataclass(eq=False)
+class Manifest:
+    """The identity of a cache folder.
+
+    Args:
+        key: what the cache is made from.
+        codec: how its records are packed.
+        sample_ids: (n,) int64, in the order of the training split.
+        views: how many views of each sample.
+        records_per_shard: as in `Layout`.
+
+    Raises:
+        ValueError: no samples, or a number of views or records outside its range.
+    """
+
+    key: CacheKey
+    codec: Codec
+    sample_ids: NDArray[np.int64]
+    views: int
+    records_per_shard: int
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = Layout(
+            self.sample_ids,
+            views=self.views,
+            payload_bytes=self.codec.record_bytes,
+            seal=canonical_json([self.key.digest, self.codec.settings]).encode(),
+            records_per_shard=self.records_per_shard,
+        )
+
+    def require_same(self, found: "Manifest", folder: Path) -> None:
+        """Raise CacheError with every way in which the folder's identity differs from this one, asked for now.
+
+        How many records make a shard is no part of it.
+        """
+        lines = differences(found.key.fields, self.key.fields)
+        lines += differences(found._numbers(), self._numbers())
+        common = min(len(found.sample_ids), len(self.sample_ids))
+        differing = np.flatnonzero(found.sample_ids[:common] != self.sample_ids[:common])
+        if differing.size:
+            first = int(differing[0])
+            lines.append(
+                f"sample ids: {differing.size} of {common} positions, the first is {first}: "
+                f"{found.sample_ids[first]} in the cache, {self.sample_ids[first]} now"
+            )
+        refuse_differences(f"the cache in {folder}", lines)
+
+    def write(self, folder: Path) -> None:
+        """Make the folder's two files, unless another process was faster.
+
+        Raises:
+            CacheError: the folder holds something else, or the disk is full.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with full_disk_named(folder / _LOCK, 0), (folder / _LOCK).open("a") as lock:
+            # Released when the file is closed, or by the kernel if the process dies.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (folder / MANIFEST).exists():
+                return
+            strays = sorted({entry.name for entry in folder.iterdir()} - _BEFORE_THE_MANIFEST)
+            if strays:
+                raise CacheError(
+                    f"{folder} holds {strays[0]} ({len(strays)} such in all) and no {MANIFEST}: it is no cache, or one "
+                    "that lost its manifest; choose another folder or delete this one"
+                )
+            write_atomically(folder / SAMPLE_IDS, _npy(self.sample_ids))
+            write_atomically(folder / MANIFEST, _sealed(self._content()))
+            sync_folder(folder.parent)
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "key": self.key.fields,
+            "key_digest": self.key.digest,
+            **self._numbers(),
+            "sample_ids_sha256": _hash_ids(self.sample_ids),
+            "records_per_shard": self.records_per_shard,
+        }
+
+    def _numbers(self) -> dict[str, Any]:
+        return {"codec": self.codec.settings, "samples": len(self.sample_ids), "views": self.views}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the identity of a cache folder.
+
+    Raises:
+        CacheError: there is none, it is damaged, or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CacheError(f"{folder} is no cache, {MANIFEST} is missing; build the cache first, or check the path")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CacheError(f"{path} is damaged ({error}); delete {folder} and build the cache again") from error
+    stored = content.pop("format", None) if isinstance(content, dict) else None
+    if stored != FORMAT:
+        raise CacheError(f"{path} has format {stored}, this version reads {FORMAT}; build into another folder")
+    checksum = content.pop("sha256", None)
+    computed = _checksum({"format": stored, **content})
+    if checksum != computed:
+        raise CacheError(
+            f"{path} is damaged or was edited: its checksum is {checksum} and its content gives {computed}; "
+            f"delete {folder} and build the cache again"
+        )
+    return Manifest(
+        CacheKey(content["key"]),
+        Codec(**content["codec"]),
+        _read_ids(folder, content["sample_ids_sha256"]),
+        content["views"],
+        content["records_per_shard"],
+    )
+
+
+def checked_sample_ids(sample_ids: ArrayLike) -> NDArray[np.int64]:
+    """Sample ids as (n,) int64, a copy.
+
+    Raises:
+        ValueError: they are no vector of integers that int64 holds, or there are none.
+    """
+    array = np.asarray(sample_ids)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu" or int(array.max()) >= 2**63:
+        raise ValueError(
+            f"CacheFolder: sample_ids must be a vector of one or more int64, got shape {array.shape} of {array.dtype}"
+        )
+    return array.astype(np.int64)
+
+
+def _read_ids(folder: Path, expected: str) -> NDArray[np.int64]:
+    path = folder / SAMPLE_IDS
+    remedy = f"restore it, or delete {folder} and build the cache again"
+    try:
+        ids: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        found = _hash_ids(ids)
+    except FileNotFoundError as error:
+        raise CacheError(f"{path} is missing; {remedy}") from error
+    except (ValueError, EOFError, AttributeError, TypeError) as error:
+        raise CacheError(f"{path} is damaged ({error}); {remedy}") from error
+    if found != expected:
+        raise CacheError(f"{path} is damaged: its hash is {found} and {MANIFEST} says {expected}; {remedy}")
+    return ids
+
+
+def _hash_ids(ids: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").data).hexdigest()
+
+
+def _npy(array: NDArray[np.int64]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    return (json.dumps({**content, "sha256": _checksum(content)}, indent=2) + "\n").encode()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()

@@ -1,0 +1,244 @@
+"""The cache as a folder: made or opened, built shard by shard by any number of processes, read while it grows.
+
+    manifest.json         format, key and its digest, codec, samples, views, records per shard; written once
+    sample_ids.npy        (n,) int64, its hash is in the manifest
+    shard-00012.bin       finished: n_s records of one size
+    shard-00012.partial   being built, or waiting for a build to go on; locked by whoever works on it
+
+Locks are flock's, so every process must see one file system that has it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unikd_fast.errors import CacheError
+from unikd_fast.teacher.cache.check import CacheCheck, Progress, check_shards
+from unikd_fast.teacher.cache.codec import Codec
+from unikd_fast.teacher.cache.disk import sync_folder
+from unikd_fast.teacher.cache.info import CacheInfo, cache_info, missing_shards, require_room
+from unikd_fast.teacher.cache.key import CacheKey
+from unikd_fast.teacher.cache.layout import default_records_per_shard
+from unikd_fast.teacher.cache.manifest import MANIFEST, Manifest, checked_sample_ids, read_manifest
+from unikd_fast.teacher.cache.reader import ShardReader
+from unikd_fast.teacher.cache.writer import (
+    ShardWriter,
+    claim_shard,
+    committed_path,
+    lock_partial,
+    partial_path,
+    release,
+)
+
+
+class CacheFolder:
+    """A teacher's outputs on disk, for every view of every sample; made by `create_or_open` or `open`.
+
+    Args:
+        path: the folder.
+        manifest: what it says about itself.
+
+    Example:
+        >>> folder = CacheFolder.create_or_open("cache", key, Codec("fp16", 100), split.sample_ids, views=2)
+        >>> while (writer := folder.claim_any(wait=True)) is not None:
+        ...     with writer:
+        ...         for records in np.array_split(writer.todo, batches):
+        ...             writer.write(records, folder.codec.encode(teacher_logits(records)))
+        ...         writer.commit()
+        >>> logits, _ = folder.codec.decode(folder.read(folder.records([5, 9], view=1)))
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.key, self.codec = manifest.key, manifest.codec
+        self._layout = manifest.layout
+        self._reader = ShardReader(path, self._layout)
+
+    @classmethod
+    def create_or_open(
+        cls,
+        path: str | Path,
+        key: CacheKey,
+        codec: Codec,
+        sample_ids: ArrayLike,
+        views: int,
+        records_per_shard: int | None = None,
+    ) -> "CacheFolder":
+        """Make a folder, or open one that was made for the very same.
+
+        Any number of processes may do this at once.
+
+        Args:
+            path: the folder; made if it is not there.
+            key: what the outputs are made from.
+            codec: how records are packed.
+            sample_ids: (n,) ids of the training split, in its order.
+            views: how many views of each sample.
+            records_per_shard: None for shards of about 64 MiB; a folder that exists keeps its own.
+
+        Raises:
+            CacheError: the folder is a cache of something else (every difference is named) or no cache at all, it is
+                damaged, or the disk is full.
+            ValueError: no samples, or a number of views or records outside its range.
+        """
+        path = Path(path)
+        if records_per_shard is None:
+            records_per_shard = default_records_per_shard(codec.record_bytes)
+        wanted = Manifest(key, codec, checked_sample_ids(sample_ids), views, records_per_shard)
+        if not (path / MANIFEST).exists():
+            wanted.write(path)
+        found = read_manifest(path)
+        wanted.require_same(found, path)
+        return cls(path, found)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "CacheFolder":
+        """Open a folder for reading or for more building; nothing is compared, see `key.require_same`.
+
+        Raises:
+            CacheError: there is no cache, or its manifest or sample ids are damaged.
+        """
+        return cls(Path(path), read_manifest(Path(path)))
+
+    @property
+    def samples(self) -> int:
+        """n, the number of samples."""
+        return self._layout.samples
+
+    @property
+    def views(self) -> int:
+        """How many views of each sample."""
+        return self._layout.views
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """(n,) ids of the samples, by position."""
+        return self._layout.sample_ids
+
+    def records(self, positions: ArrayLike, view: int) -> NDArray[np.int64]:
+        """Indices of the records of some samples in one view, view * n + position.
+
+        Args:
+            positions: (N,) positions in the training split, in [0, n).
+            view: in [0, views).
+
+        Raises:
+            ValueError: outside of these ranges.
+        """
+        return self._layout.records_of(positions, view)
+
+    def missing_shards(self) -> list[int]:
+        """The shards that are not finished, ascending."""
+        return missing_shards(self.path, self._layout)
+
+    def claim(self, shard: int, *, wait: bool = False) -> ShardWriter | None:
+        """Take the right to build a shard; what an earlier build left of it counts as written.
+
+        Args:
+            shard: in [0, shards).
+            wait: whether to wait for another process or thread that builds it, until it is done or dead; never for a
+                claim this thread holds itself.
+
+        Returns:
+            None if the shard is finished, or another one builds it and `wait` is off.
+
+        Raises:
+            CacheError: the disk has no room for the shard.
+        """
+        self._layout.span(shard)
+        return claim_shard(self.path, self._layout, shard, wait=wait)
+
+    def claim_any(self, *, wait: bool) -> ShardWriter | None:
+        """Take the right to build the first unfinished shard that nobody builds.
+
+        Args:
+            wait: whether to wait if others build all that is left; should one of them die, its shard is taken over.
+
+        Returns:
+            None if all shards are finished.
+
+        Raises:
+            CacheError: others build all that is left and `wait` is off; or the disk has no room for the shard.
+        """
+        while missing := self.missing_shards():
+            for shard in missing:
+                writer = self.claim(shard)
+                if writer is not None:
+                    return writer
+            left = self.missing_shards()
+            if left and not wait:
+                raise CacheError(
+                    f"{self.path}: other processes build the {len(left)} of {self._layout.shards} shards that are left "
+                    f"(the first is {left[0]}); wait for them, or end them and build again"
+                )
+            writer = self.claim(left[0], wait=True) if left else None
+            if writer is not None:
+                return writer
+        return None
+
+    def read(self, records: ArrayLike) -> NDArray[np.uint8]:
+        """Read payloads for `Codec.decode`; each record's sample id, view and checksum are verified.
+
+        Args:
+            records: (N,) indices, in any order, repeated or not.
+
+        Returns:
+            (N, record_bytes), memory of its own.
+
+        Raises:
+            CacheError: a record was never built, or its shard was deleted, truncated or damaged; names file, record and
+                remedy.
+            ValueError: an index outside of the cache.
+        """
+        return self._reader.rows(self._layout.checked(records))[:, -self._layout.payload_bytes :]
+
+    def covers(self, records: ArrayLike) -> bool:
+        """Whether these records (N,) lie in finished shards; whether they are unharmed is seen when they are read."""
+        shards = np.unique(self._layout.checked(records) // self._layout.records_per_shard)
+        return all(committed_path(self.path, shard).exists() for shard in shards.tolist())
+
+    def verify(self, progress: Progress | None = None) -> CacheCheck:
+        """Read everything and say of every shard whether it is ok, missing, truncated, too long or has bad records.
+
+        Args:
+            progress: called with the number of shards checked and that of all, after each.
+        """
+        return check_shards(self.path, self._layout, progress)
+
+    def discard(self, shard: int) -> None:
+        """Remove a shard, finished or begun, so that the next build makes it anew; no other shard is touched.
+
+        Raises:
+            CacheError: another process builds it.
+        """
+        self._layout.span(shard)
+        descriptor = lock_partial(self.path, shard, wait=False)
+        if descriptor is None:
+            raise CacheError(
+                f"{partial_path(self.path, shard)} is being built by another process; wait for it or end it, then "
+                "discard the shard"
+            )
+        try:
+            committed_path(self.path, shard).unlink(missing_ok=True)
+            partial_path(self.path, shard).unlink()
+            sync_folder(self.path)
+        finally:
+            release(descriptor)
+
+    def info(self) -> CacheInfo:
+        """Sizes, counts and the key's fields."""
+        return cache_info(self.path, self._layout, self.key)
+
+    def require_room(self) -> None:
+        """Refuse a build that cannot end: all unfinished shards against the free bytes, less what they hold already.
+
+        Raises:
+            CacheError: they do not fit; says both.
+        """
+        require_room(self.path, self._layout)
+
+    def __reduce__(self) -> tuple[Callable[[Path], "CacheFolder"], tuple[Path]]:
+        # To loader processes it goes by its path: memory maps do not travel.
+        return CacheFolder.open, (self.path,)

@@ -1,0 +1,212 @@
+"""Building one shard: claimed by a lock, resumed by checksums, committed by a rename."""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unikd_fast.teacher.cache.disk import full_disk_named, read_at, rename, reserve, write_at
+from unikd_fast.teacher.cache.layout import Layout
+
+_SCAN_BYTES = 2**22
+
+
+def committed_path(folder: Path, shard: int) -> Path:
+    """The file of a finished shard."""
+    return folder / f"shard-{shard:05d}.bin"
+
+
+def partial_path(folder: Path, shard: int) -> Path:
+    """The file of a shard that is being built."""
+    return folder / f"shard-{shard:05d}.partial"
+
+
+class ShardWriter:
+    """The right to build one shard, and the records it still lacks; made by `CacheFolder.claim`.
+
+    A context manager: leaving it gives the claim back, and what is written but not committed waits for the next claim.
+
+    Example:
+        >>> with folder.claim(shard) as writer:
+        ...     for records in np.array_split(writer.todo, batches):
+        ...         writer.write(records, codec.encode(teacher_logits(records)))
+        ...     writer.commit()
+    """
+
+    def __init__(self, folder: Path, layout: Layout, shard: int, descriptor: int) -> None:
+        self.shard = shard
+        self._span = layout.span(shard)
+        self._layout = layout
+        self._path = partial_path(folder, shard)
+        self._committed = committed_path(folder, shard)
+        self._descriptor: int | None = descriptor
+        self._done = np.zeros(len(self._span), np.bool_)
+        self._prepare(descriptor)
+
+    @property
+    def todo(self) -> NDArray[np.int64]:
+        """Indices of the records still to be written, ascending; view * n + position."""
+        return np.flatnonzero(~self._done) + self._span.start
+
+    def write(self, records: ArrayLike, payloads: NDArray[np.uint8]) -> None:
+        """Store records of this shard, in any order.
+
+        Args:
+            records: (N,) out of `todo`, each once.
+            payloads: (N, record_bytes) from `Codec.encode`.
+
+        Raises:
+            CacheError: the disk is full; what was written before stays.
+            ValueError: a record of another shard or one that is already there, or payloads of another shape.
+        """
+        descriptor = self._open_descriptor()
+        indices = self._layout.checked(records)
+        expected = (len(indices), self._layout.payload_bytes)
+        if payloads.dtype != np.uint8 or payloads.shape != expected:
+            raise ValueError(
+                f"ShardWriter.write: payloads must be {expected} uint8, got {payloads.shape} {payloads.dtype}"
+            )
+        outside = [record for record in indices.tolist() if record not in self._span]
+        if outside:
+            raise ValueError(
+                f"ShardWriter.write: shard {self.shard} holds records [{self._span.start}, {self._span.stop}), got "
+                f"{outside[0]}; write only what .todo names"
+            )
+        order = np.argsort(indices, kind="stable")
+        indices = indices[order]
+        local = indices - self._span.start
+        again = indices[self._done[local] | (np.diff(indices, prepend=-1) == 0)]
+        if again.size:
+            raise ValueError(f"ShardWriter.write: record {again[0]} is written already; write only what .todo names")
+        rows = self._layout.pack(indices, payloads[order])
+        for run in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(indices) != 1) + 1):
+            if run.size:
+                offset = int(local[run[0]]) * self._layout.record_bytes
+                write_at(descriptor, self._path, rows[run[0] : run[-1] + 1].reshape(-1).data, offset)
+                self._done[local[run]] = True
+
+    def commit(self) -> None:
+        """Make the shard readable: on disk first, then under its final name; gives the claim back.
+
+        Raises:
+            CacheError: the disk is full.
+            ValueError: records are missing.
+        """
+        descriptor = self._open_descriptor()
+        todo = self.todo
+        if todo.size:
+            raise ValueError(
+                f"ShardWriter.commit: shard {self.shard} lacks {todo.size} of {len(self._span)} records, the first is "
+                f"{self._layout.name(int(todo[0]))}; write all of .todo first"
+            )
+        with full_disk_named(self._path, 0):
+            os.fsync(descriptor)
+            rename(self._path, self._committed)
+        self.close()
+
+    def close(self) -> None:
+        """Give the claim back; closing twice does nothing."""
+        if self._descriptor is not None:
+            release(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_descriptor(self) -> int:
+        if self._descriptor is None:
+            raise ValueError(f"ShardWriter: the claim on shard {self.shard} was given back; claim the shard again")
+        return self._descriptor
+
+    def _prepare(self, descriptor: int) -> None:
+        size = self._layout.shard_bytes(self.shard)
+        held = os.fstat(descriptor).st_size
+        if held > size:
+            os.ftruncate(descriptor, size)
+        try:
+            reserve(descriptor, self._path, size)
+        except BaseException:
+            if held == 0:
+                self._path.unlink()  # an empty shard that only takes up room
+            raise
+        if held:
+            self._done = intact_records(descriptor, self._layout, self.shard)
+
+
+def claim_shard(folder: Path, layout: Layout, shard: int, *, wait: bool) -> ShardWriter | None:
+    """Take the right to build a shard; see `CacheFolder.claim`."""
+    if committed_path(folder, shard).exists():
+        return None
+    descriptor = lock_partial(folder, shard, wait=wait)
+    if descriptor is None:
+        return None
+    try:
+        if committed_path(folder, shard).exists():  # by its last holder, meanwhile
+            partial_path(folder, shard).unlink()
+            release(descriptor)
+            return None
+        return ShardWriter(folder, layout, shard, descriptor)
+    except BaseException:
+        release(descriptor)
+        raise
+
+
+def lock_partial(folder: Path, shard: int, *, wait: bool) -> int | None:
+    """Open a shard's partial file, made if need be, and lock it; None where another holder has it and `wait` is off.
+
+    The kernel releases the lock when its holder dies.
+    """
+    path = partial_path(folder, shard)
+    while True:
+        with full_disk_named(path, 0):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is_at(descriptor, path):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # Its holder renamed or removed the file between our opening and our locking it: not the partial any more.
+        release(descriptor)
+
+
+def release(descriptor: int) -> None:
+    """Unlock and close; unlocking reaches copies of the descriptor too, which forked processes may hold."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def intact_records(descriptor: int, layout: Layout, shard: int) -> NDArray[np.bool_]:
+    """(records of the shard,) which of them an open file of it holds unharmed."""
+    span = layout.span(shard)
+    intact = np.zeros(len(span), np.bool_)
+    step = max(1, _SCAN_BYTES // layout.record_bytes)
+    for first in range(0, len(span), step):
+        count = min(step, len(span) - first)
+        content = read_at(descriptor, count * layout.record_bytes, first * layout.record_bytes)
+        rows = np.frombuffer(content, np.uint8, len(content) // layout.record_bytes * layout.record_bytes)
+        rows = rows.reshape(-1, layout.record_bytes)
+        records = np.arange(len(rows), dtype=np.int64) + span.start + first
+        intact[first : first + len(rows)] = layout.intact(records, rows)
+    return intact
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))
