@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(error: Exception, code: int) -> int:
     if os.environ.get("RANK", "0") != "0":
         # The first process speaks for all, and its launcher then ends this one. If it did not fail, this one speaks.
-        time.sleep(3)
+        time.sleep(10)  # on a busy machine the first may be that late
     print(f"launch_distill: error: {error}", file=sys.stderr, flush=True)
     return code
 
