@@ -93,6 +93,15 @@ class TeacherTraining(Section):
     """Samples per optimiser step."""
 
 
+class TeacherFidelity(Section):
+    """Before training, the teacher as it runs is compared with the same weights in fp32, unfolded and eager."""
+
+    batches: Annotated[int, Field(ge=0)] = 4
+    """Training batches per process to compare on; 0: no comparison."""
+    min_agreement: Fraction = 0.995
+    """Smallest share of images on which both must name the same class; near ties count as agreement."""
+
+
 class TeacherConfig(Section):
     """The frozen network the student learns from."""
 
@@ -103,8 +112,15 @@ class TeacherConfig(Section):
     benchmarks). null needs teacher.training."""
     training: TeacherTraining | None = None
     """Train the teacher in this run before the student, when weights is null."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the teacher's forward pass."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the teacher's weights and features. auto: on a GPU fp16, or bf16 where fp16 overflows on training
+    images; on a CPU bf16 if it has bf16 units, otherwise fp32."""
+    fold_batch_norm: bool = True
+    """Fold BatchNorm into the convolutions before it, in fp32, wherever that is exact."""
+    compile: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """Mode of torch.compile for the teacher; null: eager. Needs a compiler: Triton on a GPU, C++ on a CPU."""
+    fidelity: TeacherFidelity = TeacherFidelity()
+    """Comparison of the teacher with itself in fp32, before training."""
     feature_nodes: tuple[str, ...] | None = None
     """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
 

@@ -12,6 +12,7 @@ from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.augmentation import Augmentation, Crop
 from unikd_fast.data.datasets import DataSplits, open_data
 from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.engine.online_teacher import start_teacher
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import local_batch_size
 from unikd_fast.engine.student import StudentSide
@@ -32,7 +33,10 @@ FLIP = {"digits": 0.0}  # a mirrored 2 is no digit
 
 @dataclass(frozen=True)
 class Experiment:
-    """The objects of one run. ``steps_per_epoch`` and ``total_steps`` count optimiser steps."""
+    """The objects of one run. ``steps_per_epoch`` and ``total_steps`` count optimiser steps.
+
+    ``teacher_record`` says how the teacher runs and how faithful it is to itself in fp32.
+    """
 
     config: Config
     splits: DataSplits
@@ -43,6 +47,7 @@ class Experiment:
     method: Method
     steps_per_epoch: int
     total_steps: int
+    teacher_record: dict[str, Any] | None = None
 
 
 @contextmanager
@@ -58,7 +63,8 @@ def build_experiment(config: Config, processes: Processes) -> Experiment:
     """Builds data, teacher, student and method of a run.
 
     Raises:
-        ConfigError: whatever does not exist or does not fit together, before training starts.
+        ConfigError: whatever does not exist or does not fit together, before training starts; a teacher that is not
+            the network it was made of.
     """
     with refusing_misfits():
         return _build(config, processes)
@@ -92,11 +98,10 @@ def _build(config: Config, processes: Processes) -> Experiment:
         steps_per_epoch=steps_per_epoch,
     )
     side = StudentSide(student, method.adapter, method.companion).to(processes.device)
-    teacher = None
+    teacher, record = None, None
     if teacher_network is not None:
-        teacher = OnlineTeacher(teacher_network, precision=config.teacher.precision if config.teacher else "fp32")
-        teacher.to(processes.device)
-    return Experiment(config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps)
+        teacher, record = start_teacher(config, teacher_network, loader, processes)
+    return Experiment(config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps, record)
 
 
 def build_data(config: Config) -> DataSplits:

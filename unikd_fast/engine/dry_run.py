@@ -5,6 +5,7 @@ from torch import nn
 
 from unikd_fast.config import Config
 from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.online_teacher import describe_teacher
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import deepspeed_config, local_batch_size, zero_stage
 
@@ -29,12 +30,13 @@ def describe(config: Config, processes: Processes) -> str:
         f"student   {config.student.model}: {_count(experiment.student):,} parameters",
         *_levels(experiment.student),
     ]
-    if experiment.teacher is not None and teacher is not None:
-        lines.append(
-            f"teacher   {teacher.model}: {_count(experiment.teacher):,} parameters, {teacher.precision}, "
-            f"weights {teacher.weights or 'trained first'}"
-        )
-        lines += _levels(experiment.teacher.network)
+    if experiment.teacher is not None and experiment.teacher_record is not None and teacher is not None:
+        lines += [
+            f"teacher   {teacher.model}: {_count(experiment.teacher):,} parameters, "
+            f"weights {teacher.weights or 'trained first'}",
+            *_levels(experiment.teacher.network),
+            *describe_teacher(experiment.teacher_record),
+        ]
     own = _count(experiment.side) - _count(experiment.student)
     lines += [
         f"method    {config.distill.method}: {own:,} parameters beside the student's",

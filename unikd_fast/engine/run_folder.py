@@ -19,6 +19,7 @@ from unikd_fast.engine.processes import Processes
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "numpy", "unikd-fast")
 RESULT = "result.json"
+TEACHER = "teacher.json"
 
 
 @contextmanager
@@ -153,6 +154,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     _write_json(folder / RESULT, result)
+
+
+def write_teacher(folder: Path, record: dict[str, Any]) -> None:
+    """How the teacher of the run in ``folder`` was run, and how faithful it was to itself in fp32."""
+    _write_json(folder / TEACHER, record)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -24,7 +24,15 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         torch.manual_seed(config.run.seed + 1)
         network = build_network(config, "teacher", splits, levels=False)
         loader = build_data_loader(config, splits, processes)
-    teacher = OnlineTeacher(network, precision=config.teacher.precision).to(processes.device)
+    # With "auto" in fp32, which needs no check of its range. Not compiled: it runs once over the split.
+    precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
+    channels_last = config.train.channels_last or processes.device.type == "cuda"
+    teacher = OnlineTeacher(
+        network.to(processes.device),
+        precision=precision,
+        fold=config.teacher.fold_batch_norm,
+        channels_last=channels_last,
+    )
     found = evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes)
     figures = {"epoch": None, "test": found}
     result = {

@@ -16,7 +16,7 @@ from unikd_fast.engine.evaluate import evaluate, head_indicators
 from unikd_fast.engine.metrics import LossMeter, MetricsWriter, memory_gib, read_metrics
 from unikd_fast.engine.optimizer_state import restore_optimizer_state
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import write_result
+from unikd_fast.engine.run_folder import write_result, write_teacher
 from unikd_fast.engine.schedule import learning_rate
 from unikd_fast.engine.sharding import start_engine
 from unikd_fast.engine.stop import StopSignal
@@ -52,6 +52,8 @@ class Trainer:
         self.engine = start_engine(config, self.side, processes)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
+        if self.experiment.teacher_record is not None and processes.is_first:
+            write_teacher(folder, self.experiment.teacher_record)
         if saved is None:
             self.method.prepare(self._teacher_batches())
             torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes

@@ -1,5 +1,16 @@
-"""The frozen teacher: run online here; the output cache will stand beside it."""
+"""The frozen teacher: run online, checked against itself in fp32, and cached."""
 
+from unikd_fast.teacher.fidelity import Fidelity, check_fidelity, measure_fidelity, pool_fidelity
+from unikd_fast.teacher.fold import fold_batch_norm
 from unikd_fast.teacher.online import OnlineTeacher
+from unikd_fast.teacher.precision import resolve_precision
 
-__all__ = ["OnlineTeacher"]
+__all__ = [
+    "Fidelity",
+    "OnlineTeacher",
+    "check_fidelity",
+    "fold_batch_norm",
+    "measure_fidelity",
+    "pool_fidelity",
+    "resolve_precision",
+]

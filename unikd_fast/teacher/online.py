@@ -1,38 +1,88 @@
 """The teacher, run on every batch: frozen, in eval mode, outside the training engine."""
 
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from unikd_fast.teacher import precision as formats
+from unikd_fast.teacher.fold import fold_batch_norm
 from unikd_fast.values import Features
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_logger = logging.getLogger("unikd_fast")
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class OnlineTeacher(nn.Module):
     """Runs a frozen network without gradients and returns its feature levels and fp32 logits.
 
     It stays a plain module outside the DeepSpeed engine: inside, ``engine.train()`` would switch it to batch statistics
-    and its weights would enter every checkpoint.
+    and its weights would enter every checkpoint. BatchNorm is folded in fp32 before the weights are cast. Outputs come
+    from no_grad, not from inference_mode: a loss can save them for its backward.
 
     Args:
-        network: maps images (N, 3, H, W) to Features.
-        precision: "fp32", "bf16" or "fp16"; weights and activations are held in it.
+        network: maps images (N, 3, H, W) to Features; on its device, and changed in place.
+        precision: "fp32", "bf16" or "fp16": weights and activations are held in it. "auto": fp16 on a GPU, bf16 on a
+            CPU with bf16 units, fp32 otherwise; call `settle` before relying on an fp16 chosen in this way.
+        fold: fold BatchNorm into the layers before it, see `fold_batch_norm`.
+        compile_mode: None runs eagerly; otherwise a mode of torch.compile.
+        channels_last: NHWC memory format of images, weights and levels.
+        batch_size: images of one call of the network. Other batches are cut and padded to it, so that a compiled
+            network never sees a second shape. None: any size when run eagerly, that of the first batch when compiled.
+
+    Attributes:
+        precision: what the network runs in; "auto" is resolved.
+        folded: number of BatchNorms folded.
+
+    Raises:
+        ValueError: an unknown precision or mode, a batch size below 1; when called, torch.compile cannot compile the
+            network or has no compiler to do it with.
 
     Example:
-        >>> model = build_model("torchvision/resnet50", num_classes=1000, weights="IMAGENET1K_V1")
-        >>> teacher = OnlineTeacher(extract_features(model, image_size=224), precision="fp16")
+        >>> model = build_model("torchvision/resnet50", num_classes=1000, weights="IMAGENET1K_V1").cuda()
+        >>> teacher = OnlineTeacher(extract_features(model, image_size=224), precision="auto", compile_mode="default")
+        >>> teacher.settle(teacher.is_finite([images]))
         >>> features = teacher(images)
     """
 
-    def __init__(self, network: nn.Module, *, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        precision: str = "auto",
+        fold: bool = True,
+        compile_mode: str | None = None,
+        channels_last: bool = True,
+        batch_size: int | None = None,
+    ) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"OnlineTeacher: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        self.dtype = PRECISIONS[precision]
-        self.network = network.to(self.dtype).requires_grad_(False)
+        if compile_mode is not None and compile_mode not in COMPILE_MODES:
+            raise ValueError(
+                f"OnlineTeacher: compile_mode must be None or one of {', '.join(COMPILE_MODES)}, got {compile_mode!r}"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"OnlineTeacher: batch_size must be 1 or more, got {batch_size}")
+        first = next(network.parameters(), None)
+        device = torch.device("cpu") if first is None else first.device
+        self.precision = formats.resolve_precision(precision, device)
+        self.network = network.eval().requires_grad_(False)
+        self.folded = fold_batch_norm(network) if fold else 0
+        self.compile_mode, self.channels_last, self.batch_size = compile_mode, channels_last, batch_size
+        self._fp32: list[Tensor] | None = None
+        if precision == "auto" and self.precision == "fp16":
+            self._fp32 = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
+        self._hold(self.precision)
         self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of the levels."""
+        return formats.PRECISIONS[self.precision]
 
     def train(self, mode: bool = True) -> Self:
         """Keeps eval mode whatever is asked: a teacher with batch statistics is another teacher."""
@@ -40,5 +90,101 @@ class OnlineTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        features = self.network(images.to(self.dtype))
-        return Features(tuple(features.levels), features.logits.float())
+        """Levels (N, C_l, H_l, W_l) in the teacher's dtype and logits (N, K) in fp32, for images (N, 3, H, W)."""
+        if self.network.training:  # switched behind our back
+            self.network.eval()
+        with torch.autocast(images.device.type, enabled=False):  # its precision is its own, not the student's
+            *levels, logits = self._in_fixed_batches(images)
+        return Features(tuple(levels), logits.float())
+
+    def is_finite(self, batches: Iterable[Tensor]) -> bool:
+        """Whether all levels and logits of these images (N, 3, H, W) are finite; waits for the device.
+
+        Example:
+            >>> teacher.is_finite([images])
+            True
+        """
+        outputs = map(self, batches)
+        return all(bool(tensor.isfinite().all()) for levels, logits in outputs for tensor in (*levels, logits))
+
+    def settle(self, finite: bool) -> None:
+        """End the choice of "auto": where fp16 was not finite, the weights are cast to bf16, anew from fp32.
+
+        Once per teacher and before training; for other precisions nothing happens. Where several processes share a
+        teacher, all must pass the same answer.
+
+        Args:
+            finite: what `is_finite` said about real images.
+
+        Example:
+            >>> teacher.settle(teacher.is_finite([images]))
+        """
+        kept, self._fp32 = self._fp32, None
+        if kept is None or finite:
+            return
+        _logger.warning(
+            "OnlineTeacher: outputs in fp16 are not finite on real images; the teacher runs in bf16 instead"
+        )
+        for tensor, original in zip(self._tensors(), kept, strict=True):
+            tensor.data = original.to(tensor.device)
+        self._hold("bf16")
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.network.parameters(), *self.network.buffers()]
+
+    def _hold(self, precision: str) -> None:
+        """Cast, lay out and, where asked, compile anew."""
+        self.precision = precision
+        formats.cast(self.network, self.dtype)
+        if self.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self._run = _flat(self.network)
+        if self.compile_mode is not None:
+            self._run = torch.compile(self._run, fullgraph=True, dynamic=False, mode=self.compile_mode)
+
+    def _in_fixed_batches(self, images: Tensor) -> Sequence[Tensor]:
+        if self.compile_mode is not None and self.batch_size is None:
+            self.batch_size = max(1, len(images))
+        size = self.batch_size
+        if size is None or (self.compile_mode is None and len(images) == size):
+            layout = torch.channels_last if self.channels_last else torch.preserve_format
+            return self._run(images.to(self.dtype, memory_format=layout))
+        parts = [self._one_batch(images[start : start + size], size) for start in range(0, max(1, len(images)), size)]
+        return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    def _one_batch(self, images: Tensor, size: int) -> Sequence[Tensor]:
+        # A buffer of its own: a slice or a layout given by the loader may have other strides, and would recompile.
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        count, shape = len(images), (size, *images.shape[1:])
+        batch = torch.empty(shape, dtype=self.dtype, device=images.device, memory_format=layout)
+        batch[:count].copy_(images)
+        batch[count:].zero_()
+        outputs = self._compiled(batch) if self.compile_mode else self._run(batch)
+        return [output[:count] for output in outputs]
+
+    def _compiled(self, batch: Tensor) -> Sequence[Tensor]:
+        graphs = batch.is_cuda and self.compile_mode in _CUDA_GRAPH_MODES
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            outputs = self._run(batch)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise ValueError(
+                f"OnlineTeacher: torch.compile(mode={self.compile_mode!r}) cannot compile the teacher ({reason}); run "
+                "it eagerly with --set teacher.compile=null, or install what is missing (on a CPU a C++ compiler)"
+            ) from error
+        # The next replay of a CUDA graph writes into the same memory.
+        return [output.clone() for output in outputs] if graphs else outputs
+
+
+def _flat(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The network as a function of one tensor that returns the levels and, last, the logits, for torch.compile."""
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        levels, logits = network(images)
+        return (*levels, logits)
+
+    # torch.compile counts recompilations per code object, of which all teachers of a comparison would share one.
+    run.__code__ = run.__code__.replace()
+    return run

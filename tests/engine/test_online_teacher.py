@@ -1,0 +1,144 @@
+"""The teacher inside the engine: checked before training, recorded in the run folder, one decision for all."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_runs import run, write_config
+from torch import nn
+
+from unikd_fast.config import ConfigError, load_config
+from unikd_fast.engine import online_teacher
+from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.processes import Processes
+from unikd_fast.models import build_model
+from unikd_fast.teacher import precision as formats
+
+ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+TEACHER = {"model": "cifar/resnet8"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher's weights, and the same function with activations beyond fp16's range: 1e6 after the stem."""
+    torch.manual_seed(0)
+    model = build_model("cifar/resnet8", num_classes=10)
+    folder = tmp_path_factory.mktemp("weights")
+    found = {}
+    for name, scale in (("ordinary", 1.0), ("loud", 1e6)):
+        model.bn1.weight.data.fill_(scale)  # type: ignore[union-attr]
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None
+        with torch.no_grad():
+            model.train()(torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+        found[name] = folder / f"{name}.pth"
+        torch.save(model.state_dict(), found[name])
+    return found
+
+
+def experiment(tmp_path: Path, **teacher: Any) -> Experiment:
+    fidelity = {"min_agreement": 0.0} | teacher.pop("fidelity", {})  # random weights have no margins
+    config = write_config(tmp_path, teacher={**TEACHER, **teacher, "fidelity": fidelity})
+    return build_experiment(load_config(config), ALONE)
+
+
+def test_the_teacher_is_compared_with_itself_in_fp32(tmp_path: Path, weights: dict[str, Path]) -> None:
+    built = experiment(tmp_path, weights=str(weights["ordinary"]), precision="bf16", fidelity={"batches": 3})
+    record = built.teacher_record
+    assert built.teacher is not None
+    assert record is not None
+    assert (record["precision"], record["folded_batch_norms"], record["compile"]) == ("bf16", 9, None)
+    assert record["fidelity"]["images"] == 3 * 8
+    assert 1e-4 < record["fidelity"]["relative_logit_error"] < 0.1
+    assert len(record["fidelity"]["feature_errors"]) == 3
+
+
+def test_an_unfaithful_teacher_is_refused_before_training(tmp_path: Path, weights: dict[str, Path]) -> None:
+    loud = {"weights": str(weights["loud"]), "precision": "fp16"}
+    with pytest.raises(
+        ConfigError, match=r"in fp16, .* not finite on 32 training images.*--set teacher.precision=bf16"
+    ):
+        experiment(tmp_path, **loud)
+    assert experiment(tmp_path, **loud, fidelity={"batches": 0}).teacher_record["fidelity"] is None  # type: ignore[index]
+
+
+def test_auto_gives_up_fp16_where_it_overflows(
+    tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (online_teacher, formats):  # as on a GPU
+        monkeypatch.setattr(module, "resolve_precision", lambda precision, device: "fp16")
+    with caplog.at_level(logging.WARNING, logger="unikd_fast"):
+        built = experiment(tmp_path, weights=str(weights["loud"]), precision="auto")
+    assert "runs in bf16 instead" in caplog.text
+    assert built.teacher_record["precision"] == "bf16"  # type: ignore[index]
+    assert built.teacher.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert experiment(tmp_path, weights=str(weights["ordinary"])).teacher_record["precision"] == "fp16"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ({"weights": "random"}, "classes mean nothing"),
+        ({"weights": "ordinary", "precision": "fp32", "fold_batch_norm": False}, "as it was given"),
+    ],
+)
+def test_why_a_teacher_is_not_checked_is_said(
+    tmp_path: Path,
+    weights: dict[str, Path],
+    caplog: pytest.LogCaptureFixture,
+    teacher: dict[str, Any],
+    reason: str,
+) -> None:
+    given = {**teacher, "weights": str(weights.get(teacher["weights"], "random"))}
+    with caplog.at_level(logging.WARNING, logger="unikd_fast"):
+        record = experiment(tmp_path, **given).teacher_record
+    assert record is not None
+    assert record["fidelity"] is None
+    assert reason in record["fidelity_skipped"]
+    assert ("not checked" in caplog.text) == (given["weights"] == "random")
+
+
+@pytest.mark.slow
+def test_a_run_in_bf16_on_two_processes_records_the_pooled_figures(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        name="half",
+        run={"checkpoint_every_steps": None, "log_every_steps": 20},
+        data={"name": "digits", "image_size": 16, "train_samples": 64},
+        teacher={
+            **TEACHER,
+            "weights": None,
+            "training": {"total_epochs": 3, "global_batch_size": 64},
+            "precision": "bf16",
+        },
+        train={"total_epochs": 1, "accumulation_steps": 1},
+    )
+    done = run(config, launcher="torchrun", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "half" / "teacher.json").read_text())
+    assert (record["precision"], record["folded_batch_norms"], record["fidelity_skipped"]) == ("bf16", 9, None)
+    assert record["fidelity"]["images"] == 2 * 4 * 8  # processes, batches, images of a micro-batch
+    assert record["fidelity"]["top1_agreement"] >= 0.995
+    assert not (tmp_path / "half" / "teacher" / "teacher.json").exists()  # whose training had none
+
+    trained = tmp_path / "half" / "teacher" / "student.safetensors"
+    plan = run(config, "--dry-run", "--set", f"teacher.weights={trained}", "--set", "teacher.training=null")
+    assert plan.returncode == 0, plan.stderr
+    assert "runs in bf16, 9 BatchNorms folded, compile off" in plan.stdout
+    assert "against fp32 on 64 images: logits " in plan.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_run_with_a_compiled_teacher(tmp_path: Path) -> None:
+    config = write_config(tmp_path, name="compiled", teacher={"compile": "default"}, train={"max_steps": 2})
+    done = run(config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "compiled" / "teacher.json").read_text())["compile"] == "default"
+    assert "the teacher's fidelity is not checked: teacher.weights=random" in done.stderr

@@ -1,0 +1,179 @@
+"""How far a fast teacher is from the network it was made of, and from where on that is an error."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unikd_fast.teacher.online import OnlineTeacher
+from unikd_fast.teacher.precision import unit_rounding
+from unikd_fast.values import Features
+
+# In units of `unit_rounding`, relative to the size of the logits. In bf16 and in fp16 a ResNet-18 and a ResNet-50 as
+# initialised err by 1.1 to 1.4 units, a resnet20 trained on digits by 1.6. Random weights on normalised activations
+# damp nothing: they take a ResNet-18 to 4 to 7 units and a ResNet-50 to 50 and more, where classes change. 32 lies
+# between.
+LOGIT_BOUND = 32.0
+# Two logits that each err by 1.6 units move against each other by 2.3 (standard deviation): a lead below 8 says little.
+TIE_BOUND = 8.0
+
+
+class Fidelity(NamedTuple):
+    """A teacher against its fp32 eager reference. Errors are relative: ‖teacher - reference‖ / ‖reference‖."""
+
+    relative_logit_error: float  # of logits centred over the classes, which is all that a softmax sees
+    top1_agreement: float  # share of images of one class; near ties count as agreement
+    feature_errors: tuple[float, ...]  # one per level
+    images: int
+    near_ties: int  # images whose class differs while the reference's lead is within rounding
+
+
+@torch.no_grad()
+def measure_fidelity(teacher: OnlineTeacher, reference: nn.Module, batches: Iterable[Tensor]) -> Fidelity:
+    """Compare a teacher with the network it was made of, on real images.
+
+    An image whose classes differ is a near tie, and no disagreement, where the reference's own lead of its class over
+    the teacher's is at most `TIE_BOUND` roundings of the teacher's precision, times the RMS of the image's centred
+    logits. This bound is fixed beforehand: what the teacher did to the logits does not widen it, and the logit error is
+    measured on all images.
+
+    Args:
+        teacher: whose outputs are to be trusted.
+        reference: the same network in fp32, run eagerly; a deep copy made before the teacher folded and cast it.
+        batches: images (N, 3, H, W) on the device of both.
+
+    Returns:
+        Errors and agreement; NaN or inf where a value is not finite.
+
+    Raises:
+        ValueError: no images.
+
+    Example:
+        >>> reference = copy.deepcopy(network).eval()
+        >>> measure_fidelity(OnlineTeacher(network, precision="bf16"), reference, [images]).top1_agreement
+        1.0
+    """
+    sums = torch.zeros(0)
+    images = disagreements = ties = 0
+    for batch in batches:
+        fast = teacher(batch)
+        with _exact_convolutions(batch.device):
+            exact: Features = reference(batch.float())
+        rows = [_squares(a, b) for a, b in zip(fast.levels, exact.levels, strict=True)]
+        y, z = (_centred(logits) for logits in (fast.logits, exact.logits))
+        table = torch.stack([*rows, _squares(y, z)]).cpu()  # (L + 1, 2)
+        sums = table if not len(sums) else sums + table
+        other = y.argmax(1) != z.argmax(1)
+        lead = z.amax(1) - z.gather(1, y.argmax(1, keepdim=True)).squeeze(1)
+        rounding = TIE_BOUND * unit_rounding(teacher.precision, batch.device)
+        tie = other & (lead <= rounding * z.square().mean(1).sqrt())
+        images += len(batch)
+        disagreements += int((other & ~tie).sum())
+        ties += int(tie.sum())
+    if not images:
+        raise ValueError("measure_fidelity: there are no images to compare on; pass at least one batch")
+    *levels, logits = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
+    return Fidelity(logits, 1 - disagreements / images, tuple(levels), images, ties)
+
+
+def pool_fidelity(found: Sequence[Fidelity]) -> Fidelity:
+    """One statement out of several about equal networks on different images: the worst errors, the mean agreement.
+
+    Example:
+        >>> pool_fidelity([Fidelity(0.1, 1.0, (), 8, 0), Fidelity(0.2, 0.5, (), 8, 1)])
+        Fidelity(relative_logit_error=0.2, top1_agreement=0.75, feature_errors=(), images=16, near_ties=1)
+    """
+    images = sum(f.images for f in found)
+    return Fidelity(
+        _worst(f.relative_logit_error for f in found),
+        sum(f.top1_agreement * f.images for f in found) / images,
+        tuple(_worst(errors) for errors in zip(*(f.feature_errors for f in found), strict=True)),
+        images,
+        sum(f.near_ties for f in found),
+    )
+
+
+def check_fidelity(fidelity: Fidelity, teacher: OnlineTeacher, *, min_agreement: float = 0.995) -> None:
+    """Refuse a teacher that is not the network it was made of.
+
+    The largest logit error allowed is `LOGIT_BOUND` roundings of the precision: 12.5 % in bf16, 1.6 % in fp16 and
+    0.1 % in fp32 (1.6 % on a GPU, with TF32).
+
+    Args:
+        fidelity: measured.
+        teacher: on which it was measured.
+        min_agreement: smallest share of images on which both name the same class.
+
+    Raises:
+        ValueError: a value is not finite, the logits are too far off, or too few classes agree; names both values and
+            the settings to change.
+
+    Example:
+        >>> check_fidelity(measure_fidelity(teacher, reference, [images]), teacher)
+    """
+    how = f"teacher in {teacher.precision}, {teacher.folded} BatchNorms folded, compile {teacher.compile_mode or 'off'}"
+    on = f"on {fidelity.images} training images, against the network in fp32"
+    remedy = _remedy(teacher)
+    names = [f"level {index}" for index in range(len(fidelity.feature_errors))] + ["the logits"]
+    errors = (*fidelity.feature_errors, fidelity.relative_logit_error)
+    wrong = [name for name, error in zip(names, errors, strict=True) if not _finite(error)]
+    if wrong:
+        raise ValueError(f"{how}: {', '.join(wrong)} not finite {on}; {remedy}, or check teacher.weights")
+    first = next(teacher.network.parameters(), None)
+    bound = LOGIT_BOUND * unit_rounding(teacher.precision, "cpu" if first is None else first.device)
+    if fidelity.relative_logit_error > bound:
+        raise ValueError(
+            f"{how}: the logits differ by {fidelity.relative_logit_error:.2g} of their size {on}, and rounding "
+            f"explains at most {bound:.2g}; {remedy}"
+        )
+    if fidelity.top1_agreement < min_agreement - 1e-9:
+        disagreeing = round((1 - fidelity.top1_agreement) * fidelity.images)
+        raise ValueError(
+            f"{how}: {disagreeing} of {fidelity.images} training images get another class than from the network in "
+            f"fp32, an agreement of {fidelity.top1_agreement:.4f}, and teacher.fidelity.min_agreement is "
+            f"{min_agreement}; {remedy}"
+        )
+
+
+def _remedy(teacher: OnlineTeacher) -> str:
+    finer = {"fp16": ["teacher.precision=bf16", "teacher.precision=fp32"], "bf16": ["teacher.precision=fp32"]}
+    changes = finer.get(teacher.precision, [])
+    if teacher.compile_mode is not None:
+        changes.append("teacher.compile=null")
+    if teacher.folded:
+        changes.append("teacher.fold_batch_norm=false")
+    return "try --set " + " or --set ".join(changes) if changes else "its weights are not those of the network"
+
+
+def _centred(logits: Tensor) -> Tensor:
+    logits = logits.double()
+    return logits - logits.mean(1, keepdim=True)
+
+
+def _squares(found: Tensor, exact: Tensor) -> Tensor:
+    exact = exact.double()
+    return torch.stack([(found.double() - exact).square().sum(), exact.square().sum()])
+
+
+def _finite(value: float) -> bool:
+    return float("-inf") < value < float("inf")
+
+
+def _worst(errors: Iterable[float]) -> float:
+    values = list(errors)
+    return next((value for value in values if not _finite(value)), max(values))
+
+
+@contextmanager
+def _exact_convolutions(device: torch.device) -> Iterator[None]:
+    """fp32 convolutions in fp32: on a GPU they would run in TF32, which rounds as coarsely as fp16."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
