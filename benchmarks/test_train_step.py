@@ -27,6 +27,8 @@ def experiment(method: str) -> Experiment:
         "data.name=synthetic",
         f"data.synthetic_samples={2 * BATCH}",
         "teacher.weights=random",
+        "teacher.precision=fp32",
+        "teacher.fold_batch_norm=false",
         "train.precision=fp32",
         f"train.global_batch_size={BATCH}",
         f"distill.method={method}",
