@@ -57,5 +57,5 @@ class StudentOutput(NamedTuple):
 class Target(NamedTuple):
     """The teacher's side of a step, what the student is held to; a constant of the view unless the head learns."""
 
-    logits: Tensor  # (N, K)
+    logits: Tensor | QuantizedLogits | TopKLogits  # (N, K), or what a cache stores
     gaussian: Gaussian | None = None

@@ -241,6 +241,17 @@ def test_refuses_images_of_another_size(splits: DataSplits) -> None:
         loader(wrong)
 
 
+@crops
+def test_says_who_makes_the_pixels(
+    splits: DataSplits, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = loader(splits, augmentation).pixels
+    ours = "unikd_fast, separable antialiased bilinear, version 1"
+    assert said == {"decoder": "none, uint8 tensors", "resize": ours if augmentation.crop == "resized" else "none"}
+    monkeypatch.setattr("unikd_fast.data.device_loader.RESIZE_VERSION", 2)
+    assert (loader(splits, augmentation).pixels == said) == (augmentation.crop != "resized")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @crops

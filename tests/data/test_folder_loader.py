@@ -208,3 +208,22 @@ def test_layout_is_as_asked(splits: DataSplits) -> None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         assert batch.images.is_contiguous(memory_format=layout)
         assert batch.images.dtype == torch.float32
+
+
+@crops
+@pytest.mark.parametrize(
+    ("versions", "library"),
+    [({"libjpeg_turbo": "3.1.0", "jpg": "6.2"}, "libjpeg-turbo 3.1.0"), ({"jpg": "9.5"}, "libjpeg 9.5")],
+    ids=["turbo", "plain"],
+)
+def test_says_who_makes_the_pixels(
+    splits: DataSplits,
+    augmentation: Augmentation,
+    monkeypatch: pytest.MonkeyPatch,
+    versions: dict[str, str],
+    library: str,
+) -> None:
+    monkeypatch.setattr("PIL.features.version", versions.get)
+    monkeypatch.setattr("PIL.__version__", "12.3.4")
+    said = loader(splits, augmentation).pixels
+    assert said == {"decoder": f"pillow, {library}", "resize": "pillow 12, bilinear, antialiased"}

@@ -52,12 +52,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             teacher_config(single)
     name = Path(path).stem
     run_dir = config.run.dir.replace("{name}", name).replace("{hash}", config_hash(config))
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
+    named = {"run": config.run.model_copy(update={"dir": run_dir})}
+    if config.teacher is not None:
+        cache = config.teacher.cache
+        cache = cache.model_copy(update={"dir": cache.dir.replace("{name}", name)})
+        named["teacher"] = config.teacher.model_copy(update={"cache": cache})
+    return config.model_copy(update=named)
 
 
 def config_hash(config: Config) -> str:
     """Eight hex digits that identify the experiment: everything but where it writes and how it is drawn."""
-    content = config.model_dump(mode="json", exclude={"json_schema": True, "run": {"dir", "tensorboard"}})
+    elsewhere = {"json_schema": True, "run": {"dir", "tensorboard"}, "teacher": {"cache": {"dir"}}}
+    content = config.model_dump(mode="json", exclude=elsewhere)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -90,6 +96,21 @@ def teacher_config(config: Config) -> Config:
         if getattr(training, key) is not None:
             settings[f"train.{key}"] = getattr(training, key)
     return override(config, settings, "teacher.training")
+
+
+def cache_dir(config: Config) -> Path:
+    """The folder of the teacher's outputs of a single run.
+
+    Example:
+        >>> cache_dir(load_config("configs/digits_cached.json"))
+        PosixPath('caches/digits_cached-unikd-seed0')
+    """
+    assert config.teacher is not None
+    named = {"{method}": config.distill.method, "{seed}": str(config.run.seed)}
+    folder = config.teacher.cache.dir
+    for name, value in named.items():
+        folder = folder.replace(name, value)
+    return Path(folder)
 
 
 def override(config: Config, settings: dict[str, Any], source: str) -> Config:
@@ -159,6 +180,13 @@ def _validate(raw: dict[str, Any], source: str) -> Config:
         raise ConfigError(
             f"{source}: distill.ce_weight = {config.distill.ce_weight} is a setting of distill.method = 'kd', got "
             f"{config.distill.method!r}; scale alpha and beta instead"
+        )
+    single = config.compare is None and config.distill.method != "none"
+    cache = config.teacher.cache if config.teacher is not None and single else None
+    if cache is not None and cache.mode != "off" and cache.logits == "top_k" and config.distill.temperature != 1:
+        raise ConfigError(
+            f"{source}: teacher.cache.logits = 'top_k' needs distill.temperature = 1, got {config.distill.temperature}: "
+            "at τ = 4 most of the probability lies outside the classes it keeps; set teacher.cache.logits=uint8 or fp16"
         )
     return config
 

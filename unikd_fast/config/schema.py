@@ -102,6 +102,38 @@ class TeacherFidelity(Section):
     """Smallest share of images on which both must name the same class; near ties count as agreement."""
 
 
+class TeacherCache(Section):
+    """The teacher's outputs, stored on disk for every view and read back instead of running the teacher."""
+
+    mode: Literal["off", "read", "read_write"] = "off"
+    """off; read: a finished cache; read_write: what is missing is built before training, by all processes."""
+    dir: str = "caches/{name}-{method}-seed{seed}"
+    """Folder of one cache. {name} is the configuration file's name, {method} and {seed} are the run's: methods store
+    different outputs, and seeds show different views."""
+    views: PositiveInt | None = None
+    """Views stored of each training sample. Epoch e trains on the augmentation of epoch e modulo views; null: one for
+    each epoch, so that every epoch is the one that training without a cache would see."""
+    logits: Literal["fp16", "uint8", "top_k"] = "fp16"
+    """How logits are stored: two bytes a class; one byte a class, scaled by sample; or the top_k largest and the
+    log-sum-exp, for temperature 1 only."""
+    top_k: PositiveInt | None = None
+    """Number of logits kept by logits = top_k."""
+    batch_size: PositiveInt = 64
+    """Views the teacher sees at a time while the cache is built or checked."""
+    recheck: Fraction = 0.001
+    """Share of the stored outputs, at least one batch, that the first process computes again before training and
+    compares; 0: none, and the teacher's weights are read for their hash alone."""
+
+    @model_validator(mode="after")
+    def _top_k_counted(self) -> "TeacherCache":
+        if (self.logits == "top_k") != (self.top_k is not None):
+            raise ValueError(
+                f"teacher.cache.logits = {self.logits!r} with teacher.cache.top_k = {self.top_k}: top_k is the number "
+                "of logits kept by logits = 'top_k'; set both or neither"
+            )
+        return self
+
+
 class TeacherConfig(Section):
     """The frozen network the student learns from."""
 
@@ -121,6 +153,8 @@ class TeacherConfig(Section):
     """Mode of torch.compile for the teacher; null: eager. Needs a compiler: Triton on a GPU, C++ on a CPU."""
     fidelity: TeacherFidelity = TeacherFidelity()
     """Comparison of the teacher with itself in fp32, before training."""
+    cache: TeacherCache = TeacherCache()
+    """The teacher's outputs, stored on disk."""
     feature_nodes: tuple[str, ...] | None = None
     """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
 

@@ -17,6 +17,10 @@ Crop = Literal["none", "pad", "resized"]
 ATTEMPTS = 10
 """Draws of a resized crop before the central one is taken, as in torchvision."""
 
+AUGMENTATION_VERSION = 1
+"""Raised whenever the same seed, epoch, stream and id come to mean another view, for its numbers (`philox`) or for what
+is made of them; what is kept of earlier views, such as a teacher's outputs, is then no longer taken for theirs."""
+
 # Columns of the uniforms of a sample. New kinds of augmentation take columns behind these or a stream of their own, so
 # that the views of today stay what they are.
 _FLIP, _PAD, _RESIZED = 0, slice(1, 3), 4

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unikd_fast.data.augmentation import Augmentation, ViewParameters
-from unikd_fast.data.pixels import Normalise, pad_crop, resized_crop
+from unikd_fast.data.pixels import RESIZE_VERSION, Normalise, pad_crop, resized_crop
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, Split, TensorImages
 from unikd_fast.values import Batch
@@ -67,6 +67,15 @@ class DeviceLoader:
     def schedule(self) -> Schedule:
         """What this rank takes."""
         return self._schedule
+
+    @property
+    def pixels(self) -> dict[str, str]:
+        """What decides a view's pixels besides its numbers; see `Loader.pixels`."""
+        ours = f"unikd_fast, separable antialiased bilinear, version {RESIZE_VERSION}"
+        return {
+            "decoder": "none, uint8 tensors",
+            "resize": ours if self._augmentation.crop == "resized" else "none",
+        }
 
     def train(
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
+from PIL import features
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -77,6 +79,15 @@ class FolderLoader:
     def schedule(self) -> Schedule:
         """What this rank takes."""
         return self._schedule
+
+    @property
+    def pixels(self) -> dict[str, str]:
+        """What decides a view's pixels besides its numbers; see `Loader.pixels`."""
+        # Versions of libjpeg differ in how they round; the other formats have one decoding.
+        turbo = features.version("libjpeg_turbo")
+        library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
+        major = PIL.__version__.partition(".")[0]
+        return {"decoder": f"pillow, {library}", "resize": f"pillow {major}, bilinear, antialiased"}
 
     def train(
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None

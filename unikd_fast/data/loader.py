@@ -30,6 +30,14 @@ class Loader(Protocol):
         """Which samples this rank takes, in which order and under which views."""
         ...
 
+    @property
+    def pixels(self) -> dict[str, str]:
+        """What decides a view's pixels besides its numbers: who decodes ("decoder") and who resizes ("resize").
+
+        The names and values are for keys of what is kept on disk; the version of the numbers is `AUGMENTATION_VERSION`.
+        """
+        ...
+
     def train(
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
     ) -> Iterator[Batch]:

@@ -8,6 +8,9 @@ from torch import Tensor
 # fp32 and the inputs of TF32 products hold exactly: the pixels depend neither on the batch size nor on the GEMM.
 _WEIGHT_UNIT = 2**11
 
+RESIZE_VERSION = 1
+"""Raised whenever `resized_crop` comes to give other pixels for the same images and windows, even by a level."""
+
 
 def pad_crop(images: Tensor, boxes: Tensor, flip: Tensor, padding: int) -> Tensor:
     """Cut one window of the images' own size out of each zero-padded image, then flip it, in one gather.

@@ -73,7 +73,7 @@ class Schedule:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"Schedule.training: start_step must be in [0, {self.steps_per_epoch}], got {start_step}")
         shown = epoch if view_epoch is None else view_epoch
-        return ((positions, self.views(positions, shown, stream)) for positions in self._order(epoch, start_step))
+        return ((positions, self.views(positions, shown, stream)) for positions in self.order(epoch, start_step))
 
     def views(self, positions: NDArray[np.int64], epoch: int, stream: int = 0) -> ViewParameters:
         """Give the views of an epoch of the training samples at these positions, (N,), whoever takes them in it."""
@@ -85,7 +85,8 @@ class Schedule:
             stream=stream,
         )
 
-    def _order(self, epoch: int, start_step: int) -> Iterator[NDArray[np.int64]]:
+    def order(self, epoch: int, start_step: int = 0) -> Iterator[NDArray[np.int64]]:
+        """Yield the positions (N,) of each micro-batch of an epoch from optimiser step `start_step` on."""
         for step in range(start_step, self.steps_per_epoch):
             for micro_step in range(self._accumulation_steps):
                 yield self._sampler.local_batch(

@@ -1,41 +1,34 @@
 """From a configuration to the objects of a run: data, networks, method, checked against each other."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from unikd_fast.config import Config, ConfigError
-from unikd_fast.data.augmentation import Augmentation, Crop
-from unikd_fast.data.datasets import DataSplits, open_data
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.config import Config
+from unikd_fast.data.datasets import DataSplits
+from unikd_fast.data.loader import Loader
+from unikd_fast.engine.networks import build_network, build_teacher_network
 from unikd_fast.engine.online_teacher import start_teacher
+from unikd_fast.engine.output_cache import OutputCache, open_output_cache
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import local_batch_size
+from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
 from unikd_fast.engine.student import StudentSide
 from unikd_fast.methods import KD, Method, StudentAlone, UniKD
-from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, extract_features
+from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher
-
-CROP: dict[str, Crop] = {
-    "digits": "pad",
-    "cifar100": "pad",
-    "synthetic": "none",
-    "image_folder": "resized",
-    "imagenet": "resized",
-}
-PADDING = {"digits": 1, "cifar100": 4}
-FLIP = {"digits": 0.0}  # a mirrored 2 is no digit
+from unikd_fast.values import Batch, Target
 
 
 @dataclass(frozen=True)
 class Experiment:
     """The objects of one run. ``steps_per_epoch`` and ``total_steps`` count optimiser steps.
 
-    ``teacher_record`` says how the teacher runs and how faithful it is to itself in fp32.
+    The teacher answers online (``teacher``) or from disk (``cache``); methods without one have neither.
+    ``teacher_record`` says how the online teacher runs and how faithful it is to itself in fp32.
     """
 
     config: Config
@@ -48,15 +41,13 @@ class Experiment:
     steps_per_epoch: int
     total_steps: int
     teacher_record: dict[str, Any] | None = None
+    cache: OutputCache | None = None
 
-
-@contextmanager
-def refusing_misfits() -> Iterator[None]:
-    """Turns what the lower layers say about data, weights and models that do not fit into a ConfigError."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target | None]]:
+        """This process's micro-batches of an epoch from an optimiser step on, with the target where it is cached."""
+        if self.cache is None:
+            return ((batch, None) for batch in self.loader.train(epoch, start_step))
+        return self.cache.micro_batches(epoch, start_step)
 
 
 def build_experiment(config: Config, processes: Processes) -> Experiment:
@@ -83,9 +74,12 @@ def _build(config: Config, processes: Processes) -> Experiment:
     torch.manual_seed(config.run.seed)
     student = build_network(config, "student", splits, levels=needs_levels)
     teacher_network = None
+    cached = False
     if METHODS[config.distill.method].needs_teacher:
-        torch.manual_seed(config.run.seed + 1)
-        teacher_network = build_teacher_network(config, splits, levels=needs_levels)
+        assert config.teacher is not None
+        cached = config.teacher.cache.mode != "off"
+        with_weights = not cached or processes.is_first
+        teacher_network = build_teacher_network(config, splits, levels=needs_levels, with_weights=with_weights)
     # The method's own weights come last, so that all methods of a comparison start from the same student.
     torch.manual_seed(config.run.seed + 2)
     method = build_method(
@@ -98,81 +92,15 @@ def _build(config: Config, processes: Processes) -> Experiment:
         steps_per_epoch=steps_per_epoch,
     )
     side = StudentSide(student, method.adapter, method.companion).to(processes.device)
-    teacher, record = None, None
-    if teacher_network is not None:
+    teacher, record, cache = None, None, None
+    if teacher_network is not None and cached:
+        epochs = -(-total_steps // steps_per_epoch)
+        cache = open_output_cache(config, splits, loader, teacher_network, method, processes, epochs=epochs)
+    elif teacher_network is not None:
         teacher, record = start_teacher(config, teacher_network, loader, processes)
-    return Experiment(config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps, record)
-
-
-def build_data(config: Config) -> DataSplits:
-    """Opens the data set."""
-    data = config.data
-    return open_data(
-        data.name,
-        root=data.root,
-        image_size=data.image_size,
-        num_classes=data.num_classes,
-        train_samples=data.train_samples,
-        val_samples=data.val_samples,
-        synthetic_samples=data.synthetic_samples,
-        seed=data.seed,
+    return Experiment(
+        config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps, record, cache
     )
-
-
-def build_data_loader(config: Config, splits: DataSplits, processes: Processes) -> Loader:
-    """This process's loader; what the configuration leaves open about augmentation is the data set's usual recipe."""
-    data, given = config.data, config.data.augmentation
-    augmentation = Augmentation(
-        crop=given.crop or CROP[data.name],
-        padding=given.padding if given.padding is not None else PADDING.get(data.name, 0),
-        scale=given.scale,
-        ratio=given.ratio,
-        flip_probability=given.flip_probability if given.flip_probability is not None else FLIP.get(data.name, 0.5),
-        eval_resize=given.eval_resize,
-    )
-    return build_loader(
-        splits,
-        augmentation=augmentation,
-        kind=data.loader,
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        accumulation_steps=config.train.accumulation_steps,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        device=processes.device,
-        workers=data.workers,
-        channels_last=config.train.channels_last,
-    )
-
-
-def build_network(config: Config, role: str, splits: DataSplits, *, levels: bool) -> FeatureExtractor | LogitsOnly:
-    """Teacher or student with its weights; with ``levels`` its stage ends are returned as well."""
-    section = config.student if role == "student" else config.teacher
-    assert section is not None
-    model = build_model(section.model, num_classes=splits.num_classes, weights=section.weights, role=role)
-    if not levels:
-        return LogitsOnly(model)
-    network = extract_features(
-        model, image_size=splits.image_size, max_levels=config.distill.max_levels, nodes=section.feature_nodes
-    )
-    if network.num_classes != splits.num_classes:
-        raise ConfigError(
-            f"{role}.model = {section.model} has {network.num_classes} classes, the data {splits.num_classes}; "
-            "use a model or weights for this data"
-        )
-    return network
-
-
-def build_teacher_network(config: Config, splits: DataSplits, *, levels: bool) -> FeatureExtractor | LogitsOnly:
-    """The teacher with its weights; an untrained one must be asked for."""
-    assert config.teacher is not None
-    if config.teacher.weights is None:
-        raise ConfigError(
-            f"teacher.weights is not set, so teacher {config.teacher.model} would know nothing; give a file or an "
-            "identifier, add teacher.training to train it first, or allow random weights with --set "
-            "teacher.weights=random"
-        )
-    return build_network(config, "teacher", splits, levels=levels)
 
 
 def build_method(

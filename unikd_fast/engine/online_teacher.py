@@ -5,6 +5,7 @@ import logging
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 
 from unikd_fast.config import Config
@@ -22,8 +23,40 @@ from unikd_fast.teacher import (
 _logger = logging.getLogger("unikd_fast")
 
 
+def make_teacher(
+    config: Config,
+    network: nn.Module,
+    device: torch.device,
+    *,
+    precision: str,
+    compile_mode: str | None = None,
+    batch_size: int | None = None,
+) -> OnlineTeacher:
+    """The teacher that ``config.teacher`` describes, not compared with anything.
+
+    Args:
+        network: maps images to Features, in fp32; moved and changed in place.
+        precision, compile_mode, batch_size: see OnlineTeacher.
+    """
+    assert config.teacher is not None
+    return OnlineTeacher(
+        network.to(device).eval(),
+        precision=precision,
+        fold=config.teacher.fold_batch_norm,
+        compile_mode=compile_mode,
+        channels_last=config.train.channels_last or device.type == "cuda" or not _as_given(config, precision),
+        batch_size=batch_size,
+    )
+
+
 def start_teacher(
-    config: Config, network: nn.Module, loader: Loader, processes: Processes
+    config: Config,
+    network: nn.Module,
+    loader: Loader,
+    processes: Processes,
+    *,
+    precision: str | None = None,
+    batch_size: int | None = None,
 ) -> tuple[OnlineTeacher, dict[str, Any]]:
     """Makes the teacher that ``config.teacher`` describes and compares it with the network on training batches.
 
@@ -34,6 +67,8 @@ def start_teacher(
         config: with a teacher.
         network: maps images to Features, in fp32; changed in place.
         loader: of this process's training batches.
+        precision: None for that of the configuration.
+        batch_size: images of one call of the network; None: that of a micro-batch if it is compiled, any otherwise.
 
     Returns:
         The teacher, and what the run folder says about it: how it runs, and its fidelity or why there is none.
@@ -44,18 +79,21 @@ def start_teacher(
     section = config.teacher
     assert section is not None
     device = processes.device
-    precision = processes.broadcast(resolve_precision(section.precision, device))
-    unsettled = section.precision == "auto" and precision == "fp16"
+    unsettled = precision is None and section.precision == "auto"
+    precision = processes.broadcast(resolve_precision(precision or section.precision, device))
+    unsettled = unsettled and precision == "fp16"
     network = network.to(device).eval()
     unchecked = _why_unchecked(config, precision)
     reference = None if unchecked else copy.deepcopy(network).requires_grad_(False)
-    teacher = OnlineTeacher(
+    if batch_size is None and section.compile is not None:
+        batch_size = local_batch_size(config, processes)
+    teacher = make_teacher(
+        config,
         network,
+        device,
         precision="auto" if unsettled else precision,
-        fold=section.fold_batch_norm,
         compile_mode=section.compile,
-        channels_last=config.train.channels_last or device.type == "cuda" or not _as_given(config, precision),
-        batch_size=local_batch_size(config, processes) if section.compile else None,
+        batch_size=batch_size,
     )
     first_call = unsettled or section.compile is not None
     needed = section.fidelity.batches if reference is not None else int(first_call)

@@ -39,6 +39,11 @@ class StopSignal:
             raise KeyboardInterrupt
         self._signal = number
 
+    @property
+    def asked(self) -> int:
+        """The signal that this process received, or 0; for work that the processes do not do in step."""
+        return self._signal
+
     def agreed(self) -> int:
         """The signal that some process received before the previous call, or 0; the same on every process."""
         if self._group is None:

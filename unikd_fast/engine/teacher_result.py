@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unikd_fast.config import Config
-from unikd_fast.engine.build import build_data, build_data_loader, build_network, refusing_misfits
 from unikd_fast.engine.evaluate import evaluate
+from unikd_fast.engine.networks import build_teacher_network
+from unikd_fast.engine.online_teacher import make_teacher
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.run_folder import read_result, write_result
-from unikd_fast.teacher import OnlineTeacher
+from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
 
 
 def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, label: str) -> dict[str, Any]:
@@ -21,18 +20,11 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
     assert config.teacher is not None
     with refusing_misfits():
         splits = build_data(config)
-        torch.manual_seed(config.run.seed + 1)
-        network = build_network(config, "teacher", splits, levels=False)
+        network = build_teacher_network(config, splits, levels=False)
         loader = build_data_loader(config, splits, processes)
     # With "auto" in fp32, which needs no check of its range. Not compiled: it runs once over the split.
     precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
-    channels_last = config.train.channels_last or processes.device.type == "cuda"
-    teacher = OnlineTeacher(
-        network.to(processes.device),
-        precision=precision,
-        fold=config.teacher.fold_batch_norm,
-        channels_last=channels_last,
-    )
+    teacher = make_teacher(config, network, processes.device, precision=precision)
     found = evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes)
     figures = {"epoch": None, "test": found}
     result = {

@@ -7,10 +7,18 @@ from torch import nn
 
 from unikd_fast.losses import LossTerms
 from unikd_fast.methods import Method
-from unikd_fast.values import Batch
+from unikd_fast.values import Batch, Target
 
 
-def train_step(engine: Any, teacher: nn.Module | None, method: Method, batch: Batch, *, update: bool) -> LossTerms:
+def train_step(
+    engine: Any,
+    teacher: nn.Module | None,
+    method: Method,
+    batch: Batch,
+    target: Target | None = None,
+    *,
+    update: bool,
+) -> LossTerms:
     """Forward, loss and backward of one micro-batch; with ``update`` the parameters are stepped.
 
     A function of tensors of fixed shape on the device: no host read, no data-dependent branch.
@@ -20,10 +28,10 @@ def train_step(engine: Any, teacher: nn.Module | None, method: Method, batch: Ba
         teacher: maps images to Features without gradients, or None for methods without a teacher.
         method: what to distil.
         batch: this process's micro-batch.
+        target: the teacher's side of this batch where it is known already; then the teacher is not asked.
         update: True on the last micro-batch of an optimiser step.
     """
-    target = None
-    if teacher is not None:
+    if target is None and teacher is not None:
         with torch.no_grad():
             features = teacher(batch.images)
         target = method.target(features)

@@ -1,6 +1,6 @@
 """The shape of a distillation method."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -44,6 +44,24 @@ class Method:
     def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
         """0-d figures about the method's own parts on one batch, averaged and logged at every evaluation."""
         return {}
+
+    @property
+    def uncacheable(self) -> str | None:
+        """Why the teacher's side of a step is no constant of the view, and cannot be cached; None if it is one."""
+        return None
+
+    @property
+    def fitted_head(self) -> nn.Module | None:
+        """What ``prepare`` fits and ``target`` runs, fixed from then on."""
+        return None
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        """What decides how a ``fitted_head`` is built and fitted, besides its first weights and the batches."""
+        return {}
+
+    def adopt_head(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the state of a ``fitted_head`` that was fitted before; ``prepare`` is then not called."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the student's side."""

@@ -1,6 +1,6 @@
 """UniKD: feature and logit knowledge under one KL paradigm (Eq. 4-7 of the paper)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,12 +84,23 @@ class UniKD(Method):
             path=fusion_path,
             impl=fusion_impl,
         )
-        self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(device)
+        # The head first: its random weights, and so the Gaussians it is fitted to, are the same for every student.
         self.head = TeacherHead(
             PooledFusion(fused(teacher_channels[first:])),
             FeatureDistributionPrediction(width, num_classes, norm=fdp_norm, variance_floor=variance_floor),
         ).to(device)
+        self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(device)
         self.teacher_head, self.head_steps = teacher_head, head_steps
+        self._head_settings = {
+            "steps": head_steps,
+            "learning_rate": head_learning_rate,
+            "fusion": fusion,
+            "gate": gate,
+            "upsample": upsample,
+            "norm": norm,
+            "fdp_norm": fdp_norm,
+            "variance_floor": variance_floor,
+        }
         self.trainer = HeadTrainer(self.head, learning_rate=head_learning_rate)
         if teacher_head == "literal":
             self.companion: nn.Module | None = self.head
@@ -167,6 +178,27 @@ class UniKD(Method):
             "head_variance": log_var.exp().mean(),
             "head_accuracy": (mean.argmax(1) == labels).float().mean(),
         }
+
+    @property
+    def uncacheable(self) -> str | None:
+        if self.teacher_head == "prefit":
+            return None
+        return (
+            f"with distill.teacher_head = {self.teacher_head!r} the teacher's head changes with every step and needs the "
+            "teacher's feature levels, not only its outputs"
+        )
+
+    @property
+    def fitted_head(self) -> nn.Module | None:
+        return self.head if self.teacher_head == "prefit" else None
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        return dict(self._head_settings)
+
+    def adopt_head(self, state: Mapping[str, Tensor]) -> None:
+        self.head.load_state_dict(dict(state))
+        self._freeze()
 
     def state_dict(self) -> dict[str, Any]:
         return self.trainer.state_dict()

@@ -18,7 +18,7 @@ Outputs = tuple[Tensor | QuantizedLogits | TopKLogits, Gaussian | None]
 def read_ahead(
     folder: CacheFolder,
     positions: Iterable[NDArray[np.int64]],
-    epoch: int,
+    view: int,
     *,
     device: torch.device | str = "cpu",
     ahead: int = 4,
@@ -26,9 +26,9 @@ def read_ahead(
     """Yield the outputs of micro-batch after micro-batch; a thread reads and checks the next ones meanwhile.
 
     Args:
-        folder: the cache; its views repeat, epoch e shows view e modulo their number.
+        folder: the cache.
         positions: (N,) of each micro-batch in the training split.
-        epoch: whose views are trained on.
+        view: that is trained on.
         device: where the outputs go; to a GPU from pinned memory, without waiting.
         ahead: micro-batches in memory at most.
 
@@ -39,10 +39,9 @@ def read_ahead(
         CacheError: a record is missing or damaged; raised where its micro-batch would be yielded.
 
     Example:
-        >>> for batch, (logits, gaussian) in zip(batches, read_ahead(folder, positions, epoch=7), strict=True):
+        >>> for batch, (logits, gaussian) in zip(batches, read_ahead(folder, positions, view=7), strict=True):
         ...     ...
     """
-    view = epoch % folder.views
     source = iter(positions)
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="teacher-cache") as thread:

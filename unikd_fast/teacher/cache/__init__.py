@@ -3,6 +3,8 @@
 Nothing here knows of networks, configurations or training.
 """
 
+from unikd_fast.teacher.cache.attachment import Attachment
+from unikd_fast.teacher.cache.build import build_cache
 from unikd_fast.teacher.cache.check import CacheCheck, ShardCheck
 from unikd_fast.teacher.cache.codec import Codec
 from unikd_fast.teacher.cache.key import CacheKey, hash_tensors
@@ -10,6 +12,7 @@ from unikd_fast.teacher.cache.shards import CacheFolder, CacheInfo
 from unikd_fast.teacher.cache.writer import ShardWriter
 
 __all__ = [
+    "Attachment",
     "CacheCheck",
     "CacheFolder",
     "CacheInfo",
@@ -17,5 +20,6 @@ __all__ = [
     "Codec",
     "ShardCheck",
     "ShardWriter",
+    "build_cache",
     "hash_tensors",
 ]

@@ -1,6 +1,7 @@
 """Writing so that it survives: whole files or none, room claimed beforehand, a full disk named."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from unikd_fast.errors import CacheError
 
 # EDQUOT: a user's quota; EFBIG: a file size limit of the process (ulimit -f).
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+LOCK = "create.lock"
 
 
 def free_bytes(folder: Path) -> int:
@@ -54,6 +57,20 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         rename(temporary, path)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Exclude all other processes that ask for the same; the kernel gives the lock back if this one dies.
+
+    Raises:
+        CacheError: the disk is full.
+    """
+    with full_disk_named(folder / LOCK, 0):
+        file = (folder / LOCK).open("a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def rename(old: Path, new: Path) -> None:

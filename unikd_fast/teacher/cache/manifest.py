@@ -1,6 +1,5 @@
 """What a cache folder says about itself: manifest.json and sample_ids.npy, written once."""
 
-import fcntl
 import hashlib
 import io
 import json
@@ -13,15 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache.codec import Codec
-from unikd_fast.teacher.cache.disk import full_disk_named, sync_folder, write_atomically
+from unikd_fast.teacher.cache.disk import LOCK, folder_lock, sync_folder, write_atomically
 from unikd_fast.teacher.cache.key import CacheKey, canonical_json, differences, refuse_differences
 from unikd_fast.teacher.cache.layout import Layout
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SAMPLE_IDS = "sample_ids.npy"
-_LOCK = "create.lock"
-_BEFORE_THE_MANIFEST = {_LOCK, SAMPLE_IDS, SAMPLE_IDS + ".tmp", MANIFEST + ".tmp"}
+_BEFORE_THE_MANIFEST = {LOCK, SAMPLE_IDS, SAMPLE_IDS + ".tmp", MANIFEST + ".tmp"}
 
 
 @dataclass(eq=False)
@@ -58,10 +56,10 @@ class Manifest:
     def require_same(self, found: "Manifest", folder: Path) -> None:
         """Raise CacheError with every way in which the folder's identity differs from this one, asked for now.
 
-        How many records make a shard is no part of it.
+        How many records make a shard is no part of it, and a folder with more views than asked for serves as well.
         """
         lines = differences(found.key.fields, self.key.fields)
-        lines += differences(found._numbers(), self._numbers())
+        lines += differences(found._numbers(), {**self._numbers(), "views": max(self.views, found.views)})
         common = min(len(found.sample_ids), len(self.sample_ids))
         differing = np.flatnonzero(found.sample_ids[:common] != self.sample_ids[:common])
         if differing.size:
@@ -79,9 +77,7 @@ class Manifest:
             CacheError: the folder holds something else, or the disk is full.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with full_disk_named(folder / _LOCK, 0), (folder / _LOCK).open("a") as lock:
-            # Released when the file is closed, or by the kernel if the process dies.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with folder_lock(folder):
             if (folder / MANIFEST).exists():
                 return
             strays = sorted({entry.name for entry in folder.iterdir()} - _BEFORE_THE_MANIFEST)

@@ -2,19 +2,23 @@
 
     manifest.json         format, key and its digest, codec, samples, views, records per shard; written once
     sample_ids.npy        (n,) int64, its hash is in the manifest
+    teacher.safetensors   what `attach` stored; written once
     shard-00012.bin       finished: n_s records of one size
     shard-00012.partial   being built, or waiting for a build to go on; locked by whoever works on it
 
 Locks are flock's, so every process must see one file system that has it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from unikd_fast.errors import CacheError
+from unikd_fast.teacher.cache.attachment import ATTACHMENT, Attachment, read_attachment, write_attachment
 from unikd_fast.teacher.cache.check import CacheCheck, Progress, check_shards
 from unikd_fast.teacher.cache.codec import Codec
 from unikd_fast.teacher.cache.disk import sync_folder
@@ -66,7 +70,7 @@ class CacheFolder:
         views: int,
         records_per_shard: int | None = None,
     ) -> "CacheFolder":
-        """Make a folder, or open one that was made for the very same.
+        """Make a folder, or open one that was made for the very same, or for more views of it.
 
         Any number of processes may do this at once.
 
@@ -226,6 +230,38 @@ class CacheFolder:
             sync_folder(self.path)
         finally:
             release(descriptor)
+
+    def attach(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Attachment:
+        """Store what belongs to all records, such as the head their Gaussians come from; before the first shard.
+
+        Args:
+            tensors: dense, by name.
+            record: JSON-able.
+
+        Returns:
+            What the folder holds from now on; another process's if it was faster.
+
+        Raises:
+            CacheError: the disk is full, or what is there is damaged.
+        """
+        write_attachment(self.path, self.key.digest, tensors, record)
+        attachment = read_attachment(self.path, self.key.digest)
+        assert attachment is not None
+        return attachment
+
+    def attachment(self) -> Attachment | None:
+        """What `attach` stored; None before that.
+
+        Raises:
+            CacheError: it is damaged, or gone while shards made with it are there.
+        """
+        attachment = read_attachment(self.path, self.key.digest)
+        if attachment is None and len(self.missing_shards()) < self._layout.shards:
+            raise CacheError(
+                f"{self.path / ATTACHMENT} is missing, and the shards were made with what it held; restore it, or delete "
+                f"{self.path} and build the cache again"
+            )
+        return attachment
 
     def info(self) -> CacheInfo:
         """Sizes, counts and the key's fields."""

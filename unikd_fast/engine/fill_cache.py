@@ -1,0 +1,152 @@
+"""Before training: a run's cache is built where it lacks outputs, held against the teacher, and the teacher let go."""
+
+import gc
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unikd_fast.data.loader import Loader
+from unikd_fast.engine.networks import build_teacher_network
+from unikd_fast.engine.online_teacher import make_teacher, start_teacher
+from unikd_fast.engine.output_cache import OutputCache
+from unikd_fast.engine.stop import StopSignal
+from unikd_fast.errors import CacheError, Interrupted
+from unikd_fast.models import FeatureExtractor, LogitsOnly
+from unikd_fast.teacher import OnlineTeacher, resolve_precision
+from unikd_fast.teacher.cache import build_cache
+from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
+from unikd_fast.values import Features, Gaussian
+
+PREPARATION_STREAM = 1  # augmentation views of the head's fit; training uses stream 0
+
+Outputs = tuple[Tensor, Gaussian | None]
+
+
+def features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSignal, name: str) -> Iterator[Features]:
+    """The teacher's features of augmented training batches, for the method's head to be fitted to."""
+    epoch = 0
+    while True:
+        for batch in loader.train(epoch, stream=PREPARATION_STREAM):
+            if number := stop.agreed():
+                raise Interrupted(number, f"[{name}] stopped while the teacher's head was fitted; nothing to save")
+            yield teacher(batch.images)
+        epoch += 1
+
+
+def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> tuple[OnlineTeacher, dict[str, Any]]:
+    """Builds what is missing, on all processes of this run and beside any other run that does the same.
+
+    Args:
+        name: of the run, before its lines.
+
+    Returns:
+        The teacher that did it, and what the run folder says about it.
+
+    Raises:
+        CacheError: the disk is full, or an output cannot be stored.
+        ValueError: the teacher is not the network it was made of; see `start_teacher`.
+        Interrupted: SIGTERM or Ctrl-C; what is written stays.
+    """
+    processes, batch_size = cache.processes, cache.settings.batch_size
+    _on_first(cache, cache.folder.require_room)
+    known = cache.attachment()
+    precision = None if known is None else known.record["precision"]
+    teacher, record = start_teacher(
+        cache.config, _network(cache), cache.loader, processes, precision=precision, batch_size=batch_size
+    )
+    if known is None:
+        cache.method.prepare(features_without_end(cache.loader, teacher, stop, name))
+        if processes.is_first:
+            head = cache.method.fitted_head
+            cache.folder.attach({} if head is None else head.state_dict(), record)
+        processes.barrier()
+        known = cache.folder.attachment()
+        assert known is not None
+    cache.adopt_head(known)  # another run's, if that was faster
+
+    def outputs(requests: Iterable[Any]) -> Iterator[Outputs]:
+        return _one_ahead(_outputs(cache, teacher, batch.images) for batch in cache.loader.views(requests))
+
+    with _progress(cache, name) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            if stop.asked:
+                raise Interrupted(
+                    stop.asked, f"[{name}] stopped while {cache} was built; what is written is kept, start it again"
+                )
+
+        build_cache(cache.folder, outputs, batch_size=batch_size, progress=advance)
+    processes.barrier()
+    cache.missing = 0
+    return teacher, record
+
+
+def cached_teacher(cache: OutputCache) -> OnlineTeacher:
+    """The teacher that the cache was built with, run eagerly, on this process alone."""
+    known = cache.folder.attachment()
+    assert cache.config.teacher is not None
+    device = cache.processes.device
+    precision = known.record["precision"] if known else resolve_precision(cache.config.teacher.precision, device)
+    return make_teacher(
+        cache.config, _network(cache), device, precision=precision, batch_size=cache.settings.batch_size
+    )
+
+
+def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
+    """Computes a random share of the outputs again and compares; on this process alone.
+
+    Raises:
+        CacheError: an output is missing, damaged, or not what the teacher says.
+    """
+    samples, size = cache.folder.samples, cache.settings.batch_size
+    available = cache.views * samples
+    count = min(available, max(size, round(cache.settings.recheck * available)))
+    drawn = np.sort(np.random.default_rng().choice(available, count, replace=False))
+    of_views = np.split(drawn, np.flatnonzero(np.diff(drawn // samples)) + 1)
+    parts = [records[start : start + size] for records in of_views for start in range(0, len(records), size)]
+    requests = ((records % samples, int(records[0]) // samples) for records in parts)
+    differences: list[Tensor] = []
+    for records, batch in zip(parts, cache.loader.views(requests), strict=True):
+        logits, gaussian = _outputs(cache, teacher, batch.images)
+        differences.append(output_differences(cache.folder.codec, cache.folder.read(records), logits, gaussian))
+    views, positions = np.divmod(drawn, samples)
+    ids = cache.folder.sample_ids[positions].tolist()
+    return check_outputs(
+        torch.cat(differences),
+        cache.folder.codec,
+        precision=teacher.precision,
+        device=cache.processes.device,
+        names=[f"sample {sample} in view {view}" for sample, view in zip(ids, views.tolist(), strict=True)],
+        cache=str(cache),
+    )
+
+
+def _network(cache: OutputCache) -> FeatureExtractor | LogitsOnly:
+    network, cache.network = cache.network, None  # whoever makes a teacher of it changes it
+    if network is None:
+        network = build_teacher_network(cache.config, cache.splits, levels=cache.method.needs_levels)
+    return network
+
+
+@torch.no_grad()
+def _outputs(cache: OutputCache, teacher: OnlineTeacher, images: Tensor) -> Outputs:
+    target = cache.method.target(teacher(images))
+    assert isinstance(target.logits, Tensor)
+    return target.logits, target.gaussian
+
+
+def _one_ahead(outputs: Iterable[Outputs]) -> Iterator[Outputs]:
+    """Asks for the next outputs before it hands out the last: a GPU computes them while the host packs and writes."""
+    last = None
+    for current in outputs:
+        if last is not None:
+            yield last
+        last = current
+    if last is not None:
+        yield last

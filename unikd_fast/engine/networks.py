@@ -1,0 +1,46 @@
+"""Teacher and student as the configuration describes them."""
+
+import torch
+
+from unikd_fast.config import Config, ConfigError
+from unikd_fast.data.splits import DataSplits
+from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, extract_features
+
+
+def build_network(
+    config: Config, role: str, splits: DataSplits, *, levels: bool, with_weights: bool = True
+) -> FeatureExtractor | LogitsOnly:
+    """Teacher or student with its weights; with ``levels`` its stage ends are returned as well.
+
+    Without its weights a network serves for its shapes alone.
+    """
+    section = config.student if role == "student" else config.teacher
+    assert section is not None
+    weights = section.weights if with_weights else None
+    model = build_model(section.model, num_classes=splits.num_classes, weights=weights, role=role)
+    if not levels:
+        return LogitsOnly(model)
+    network = extract_features(
+        model, image_size=splits.image_size, max_levels=config.distill.max_levels, nodes=section.feature_nodes
+    )
+    if network.num_classes != splits.num_classes:
+        raise ConfigError(
+            f"{role}.model = {section.model} has {network.num_classes} classes, the data {splits.num_classes}; "
+            "use a model or weights for this data"
+        )
+    return network
+
+
+def build_teacher_network(
+    config: Config, splits: DataSplits, *, levels: bool, with_weights: bool = True
+) -> FeatureExtractor | LogitsOnly:
+    """The teacher, as ``build_network``; an untrained one must be asked for. Its random weights are those of the seed."""
+    assert config.teacher is not None
+    if config.teacher.weights is None:
+        raise ConfigError(
+            f"teacher.weights is not set, so teacher {config.teacher.model} would know nothing; give a file or an "
+            "identifier, add teacher.training to train it first, or allow random weights with --set "
+            "teacher.weights=random"
+        )
+    torch.manual_seed(config.run.seed + 1)
+    return build_network(config, "teacher", splits, levels=levels, with_weights=with_weights)

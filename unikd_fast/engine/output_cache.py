@@ -1,0 +1,150 @@
+"""The teacher's outputs of a run on disk, and the micro-batches that are trained on with them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from unikd_fast.config import Config, ConfigError
+from unikd_fast.config.load import cache_dir
+from unikd_fast.data.loader import Loader
+from unikd_fast.data.splits import DataSplits
+from unikd_fast.engine.cache_key import outputs_key
+from unikd_fast.engine.processes import Processes
+from unikd_fast.errors import CacheError
+from unikd_fast.methods import Method
+from unikd_fast.models import FeatureExtractor, LogitsOnly
+from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, Codec
+from unikd_fast.teacher.cached import read_ahead
+from unikd_fast.values import Batch, Target
+
+GIB = 2**30
+
+
+class OutputCache:
+    """The cache of one run, on one process; made by `open_output_cache`, filled by `unikd_fast.engine.fill_cache`.
+
+    Args:
+        config: of the run.
+        splits, loader, method: of the run.
+        folder: the files.
+        views: of each sample that this run trains on; epoch e shows view e modulo their number.
+        network: the teacher with its weights on the first process, None on the others.
+
+    Attributes:
+        missing: number of shards that were still to be built when it was opened or filled last.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        splits: DataSplits,
+        loader: Loader,
+        method: Method,
+        processes: Processes,
+        *,
+        folder: CacheFolder,
+        views: int,
+        network: FeatureExtractor | LogitsOnly | None,
+    ) -> None:
+        assert config.teacher is not None
+        self.config, self.splits, self.loader, self.method, self.processes = config, splits, loader, method, processes
+        self.settings = config.teacher.cache
+        self.folder, self.views, self.network = folder, views, network
+        self.missing: int = processes.broadcast(len(folder.missing_shards()))
+
+    def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target]]:
+        """This process's micro-batches of an epoch with their targets, read ahead.
+
+        Raises:
+            CacheError: a record is missing or damaged.
+        """
+        view = epoch % self.views
+        order = self.loader.schedule.order(epoch, start_step)
+        stored = read_ahead(self.folder, order, view, device=self.processes.device)
+        batches = self.loader.train(epoch, start_step, view_epoch=view)
+        return ((batch, Target(*outputs)) for batch, outputs in zip(batches, stored, strict=True))
+
+    def attachment(self) -> Attachment | None:
+        """What the builder left for all records, as the first process finds it: all must decide alike."""
+        there = self.processes.broadcast(self.folder.attachment() is not None if self.processes.is_first else None)
+        return self.folder.attachment() if there else None
+
+    def adopt_head(self, attachment: Attachment) -> None:
+        """Gives the method the head that the stored Gaussians come from."""
+        if self.method.fitted_head is not None:
+            self.method.adopt_head({name: value.to(self.processes.device) for name, value in attachment.tensors.items()})
+
+    def __str__(self) -> str:
+        return f"teacher.cache.dir = {self.folder.path}"
+
+
+def open_output_cache(
+    config: Config,
+    splits: DataSplits,
+    loader: Loader,
+    network: FeatureExtractor | LogitsOnly,
+    method: Method,
+    processes: Processes,
+    *,
+    epochs: int,
+) -> OutputCache:
+    """Finds or makes the cache that ``config.teacher.cache`` describes, and compares what it was made from.
+
+    Args:
+        network: the teacher; with its weights on the first process, for its shapes alone on the others.
+        method: before its head is fitted.
+        epochs: that the run trains, complete or begun.
+
+    Raises:
+        ConfigError: the method needs more of the teacher than its outputs.
+        CacheError: on all processes: the folder holds another cache (every difference is named), none where one is to
+            be read, or a damaged one.
+    """
+    assert config.teacher is not None
+    settings = config.teacher.cache
+    _refuse_uncacheable(method, network, splits)
+    codec = Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fitted_head is not None)
+    views, path = settings.views or epochs, cache_dir(config)
+    problem = None
+    if processes.is_first:
+        key = CacheKey(outputs_key(config, splits, loader, network, method, processes.device))
+        try:
+            if settings.mode == "read":
+                CacheFolder.open(path)  # never makes one
+            CacheFolder.create_or_open(path, key, codec, splits.train.sample_ids, views)
+        except CacheError as error:
+            problem = _explained(error, path, settings.mode)
+    problem = processes.broadcast(problem)
+    if problem is not None:
+        raise CacheError(problem)
+    return OutputCache(
+        config,
+        splits,
+        loader,
+        method,
+        processes,
+        folder=CacheFolder.open(path),
+        views=views,
+        network=network if processes.is_first else None,
+    )
+
+
+def _explained(error: CacheError, path: Path, mode: str) -> str:
+    if mode == "read" and not path.exists():
+        return (
+            f"teacher.cache.dir = {path} does not exist, and teacher.cache.mode = 'read' builds none; run unikd-cache "
+            "build with this configuration, or use --set teacher.cache.mode=read_write"
+        )
+    return f"teacher.cache.dir = {path}: {error}; choose another folder with --set teacher.cache.dir=..."
+
+
+def _refuse_uncacheable(method: Method, network: FeatureExtractor | LogitsOnly, splits: DataSplits) -> None:
+    if method.uncacheable is None:
+        return
+    size = ""
+    if isinstance(network, FeatureExtractor):
+        a_sample = 2 * sum(channels * height * width for channels, height, width in network.level_shapes)
+        size = f"; in half precision these are {a_sample * len(splits.train) / GIB:,.1f} GiB a view of all samples"
+    raise ConfigError(
+        f"the teacher's outputs cannot be cached: {method.uncacheable}{size}; use distill.teacher_head = 'prefit' or "
+        "teacher.cache.mode = 'off'"
+    )
