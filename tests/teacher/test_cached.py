@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_inputs import SAMPLES, VIEWS, build_all, logits
+from cache_inputs import SAMPLES, build_all, logits
 from torch import Tensor
 
 from unikd_fast.errors import CacheError

@@ -52,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             teacher_config(single)
     name = Path(path).stem
     run_dir = config.run.dir.replace("{name}", name).replace("{hash}", config_hash(config))
-    named = {"run": config.run.model_copy(update={"dir": run_dir})}
+    named: dict[str, Any] = {"run": config.run.model_copy(update={"dir": run_dir})}
     if config.teacher is not None:
         cache = config.teacher.cache
         cache = cache.model_copy(update={"dir": cache.dir.replace("{name}", name)})
@@ -62,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_hash(config: Config) -> str:
     """Eight hex digits that identify the experiment: everything but where it writes and how it is drawn."""
-    elsewhere = {"json_schema": True, "run": {"dir", "tensorboard"}, "teacher": {"cache": {"dir"}}}
+    elsewhere: Any = {"json_schema": True, "run": {"dir", "tensorboard"}, "teacher": {"cache": {"dir"}}}
     content = config.model_dump(mode="json", exclude=elsewhere)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -185,8 +185,9 @@ def _validate(raw: dict[str, Any], source: str) -> Config:
     cache = config.teacher.cache if config.teacher is not None and single else None
     if cache is not None and cache.mode != "off" and cache.logits == "top_k" and config.distill.temperature != 1:
         raise ConfigError(
-            f"{source}: teacher.cache.logits = 'top_k' needs distill.temperature = 1, got {config.distill.temperature}: "
-            "at τ = 4 most of the probability lies outside the classes it keeps; set teacher.cache.logits=uint8 or fp16"
+            f"{source}: teacher.cache.logits = 'top_k' needs distill.temperature = 1, got "
+            f"{config.distill.temperature}: at τ = 4 most of the probability lies outside the classes it "
+            "keeps; set teacher.cache.logits=uint8 or fp16"
         )
     return config
 

@@ -43,6 +43,11 @@ class Experiment:
     teacher_record: dict[str, Any] | None = None
     cache: OutputCache | None = None
 
+    @property
+    def epochs(self) -> int:
+        """That are trained, the last one perhaps not to its end."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
     def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target | None]]:
         """This process's micro-batches of an epoch from an optimiser step on, with the target where it is cached."""
         if self.cache is None:

@@ -7,20 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from unikd_fast.data.loader import Loader
+from unikd_fast.engine.cache_plan import CachePlan, measure_times
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
 from unikd_fast.engine.output_cache import OutputCache
+from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
 from unikd_fast.teacher.cache import build_cache
+from unikd_fast.teacher.cache.disk import free_bytes
 from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
-from unikd_fast.values import Features, Gaussian
+from unikd_fast.values import Features, Gaussian, Target
 
 PREPARATION_STREAM = 1  # augmentation views of the head's fit; training uses stream 0
 
@@ -38,14 +41,61 @@ def features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSigna
         epoch += 1
 
 
-def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> tuple[OnlineTeacher, dict[str, Any]]:
+def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, *, epochs: int) -> dict[str, Any]:
+    """Everything before training: what is missing is built, a share is held against the teacher, the teacher goes.
+
+    With ``teacher.cache.recheck = 0`` and a finished cache no teacher is made at all.
+
+    Args:
+        side: the StudentSide of the run, for the plan.
+        name: of the run, before its lines.
+        epochs: that it trains.
+
+    Returns:
+        What the run folder says about the teacher.
+
+    Raises:
+        CacheError: on all processes: outputs are missing and may not be built, or are not the teacher's.
+        Interrupted: SIGTERM or Ctrl-C while it was built.
+    """
+    processes = cache.processes
+    record: dict[str, Any] = {"cache": str(cache.folder.path), "views": cache.views, "built_shards": cache.missing}
+    if cache.missing and cache.settings.mode == "read":
+        raise CacheError(
+            f"{cache}: {cache.missing} of {cache.folder.info().shards} shards are not built, and teacher.cache.mode = "
+            "'read' builds none; run unikd-cache build with this configuration, or use --set "
+            "teacher.cache.mode=read_write"
+        )
+    missing_bytes = cache.folder.info().bytes_total - cache.folder.info().bytes_done
+    teacher = fill_cache(cache, stop, name) if cache.missing else None
+    attachment = cache.attachment()
+    assert attachment is not None
+    cache.adopt_head(attachment)
+    record["teacher"] = attachment.record
+
+    def compare() -> None:
+        made = teacher or cached_teacher(cache)
+        record["recheck"] = recheck(cache, made)._asdict()
+        plan = plan_of(cache, made, side, missing_bytes=missing_bytes, epochs=epochs)
+        tqdm.write(f"[{name}] teacher cache: {plan.line()}", file=sys.stderr)
+
+    if cache.settings.recheck > 0:
+        _on_first(processes, compare)
+    cache.network = teacher = None
+    gc.collect()
+    if processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return record
+
+
+def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher:
     """Builds what is missing, on all processes of this run and beside any other run that does the same.
 
     Args:
         name: of the run, before its lines.
 
     Returns:
-        The teacher that did it, and what the run folder says about it.
+        The teacher that did it.
 
     Raises:
         CacheError: the disk is full, or an output cannot be stored.
@@ -53,7 +103,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> tuple[OnlineT
         Interrupted: SIGTERM or Ctrl-C; what is written stays.
     """
     processes, batch_size = cache.processes, cache.settings.batch_size
-    _on_first(cache, cache.folder.require_room)
+    _on_first(processes, cache.folder.require_room)
     known = cache.attachment()
     precision = None if known is None else known.record["precision"]
     teacher, record = start_teacher(
@@ -84,7 +134,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> tuple[OnlineT
         build_cache(cache.folder, outputs, batch_size=batch_size, progress=advance)
     processes.barrier()
     cache.missing = 0
-    return teacher, record
+    return teacher
 
 
 def cached_teacher(cache: OutputCache) -> OnlineTeacher:
@@ -125,6 +175,59 @@ def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
         names=[f"sample {sample} in view {view}" for sample, view in zip(ids, views.tolist(), strict=True)],
         cache=str(cache),
     )
+
+
+def plan_of(
+    cache: OutputCache, teacher: OnlineTeacher, side: nn.Module, *, missing_bytes: int, epochs: int
+) -> CachePlan:
+    """The plan of a cache whose head is in place, measured on one micro-batch of this process.
+
+    Args:
+        teacher: that answers where there is no cache.
+        side: the StudentSide of the run.
+        missing_bytes: that were to be built.
+        epochs: that the run trains.
+    """
+    batch = next(cache.loader.train(0))
+
+    @torch.no_grad()
+    def target() -> Target:
+        return cache.method.target(teacher(batch.images))
+
+    schedule, info = cache.loader.schedule, cache.folder.info()
+    return CachePlan(
+        samples=info.samples,
+        views=info.views,
+        view_bytes=info.bytes_total // info.views,
+        missing_bytes=missing_bytes,
+        free_bytes=free_bytes(cache.folder.path),
+        times=measure_times(side, cache.method, cache.config.train, batch, target),
+        micro_batch_size=schedule.micro_batch_size,
+        micro_batches=schedule.steps_per_epoch * cache.config.train.accumulation_steps,
+        processes=cache.processes.world_size,
+        epochs=epochs,
+    )
+
+
+def _on_first(processes: Processes, action: Callable[[], None]) -> None:
+    """Acts on the first process, and raises what it raises on all."""
+    problem: str | None = None
+    if processes.is_first:
+        try:
+            action()
+        except CacheError as error:
+            problem = str(error)
+    problem = processes.broadcast(problem)
+    if problem is not None:
+        raise CacheError(problem)
+
+
+def _progress(cache: OutputCache, name: str) -> Any:
+    """A bar on the first process's terminal; with several processes it shows this one's share."""
+    info = cache.folder.info()
+    share = (info.bytes_total - info.bytes_done) * info.records // info.bytes_total // cache.processes.world_size
+    hidden = not cache.processes.is_first or not sys.stderr.isatty()
+    return tqdm(total=share, desc=f"[{name}] teacher's outputs", unit="view", disable=hidden, leave=False)
 
 
 def _network(cache: OutputCache) -> FeatureExtractor | LogitsOnly:

@@ -34,7 +34,7 @@ def build_network(
 def build_teacher_network(
     config: Config, splits: DataSplits, *, levels: bool, with_weights: bool = True
 ) -> FeatureExtractor | LogitsOnly:
-    """The teacher, as ``build_network``; an untrained one must be asked for. Its random weights are those of the seed."""
+    """The teacher, as ``build_network``; an untrained one must be asked for, and is that of the seed."""
     assert config.teacher is not None
     if config.teacher.weights is None:
         raise ConfigError(

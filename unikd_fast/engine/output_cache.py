@@ -71,7 +71,9 @@ class OutputCache:
     def adopt_head(self, attachment: Attachment) -> None:
         """Gives the method the head that the stored Gaussians come from."""
         if self.method.fitted_head is not None:
-            self.method.adopt_head({name: value.to(self.processes.device) for name, value in attachment.tensors.items()})
+            self.method.adopt_head(
+                {name: value.to(self.processes.device) for name, value in attachment.tensors.items()}
+            )
 
     def __str__(self) -> str:
         return f"teacher.cache.dir = {self.folder.path}"

@@ -1,7 +1,6 @@
 """One run from the first step to its result: prepare, train, evaluate, save; resumable after any step."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +12,7 @@ from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.batch_norm import average_buffers
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.evaluate import evaluate, head_indicators
+from unikd_fast.engine.fill_cache import features_without_end, ready_cache
 from unikd_fast.engine.metrics import LossMeter, MetricsWriter, memory_gib, read_metrics
 from unikd_fast.engine.optimizer_state import restore_optimizer_state
 from unikd_fast.engine.processes import Processes
@@ -23,9 +23,6 @@ from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.train_step import train_step
 from unikd_fast.errors import Interrupted, NonFiniteLoss
 from unikd_fast.models import FeatureExtractor, LogitsOnly
-from unikd_fast.values import Features
-
-PREPARATION_STREAM = 1  # augmentation views of the head's fit; training uses stream 0
 
 
 class Trainer:
@@ -48,14 +45,21 @@ class Trainer:
         saved = ckpt.load_checkpoint(folder) if resume else None
         if saved is not None:
             ckpt.restore_weights(saved, self.side, self.method, processes)
+        teacher_record = self.experiment.teacher_record
+        if self.experiment.cache is not None:
+            teacher_record = ready_cache(
+                self.experiment.cache, self.side, stop, self.name, epochs=self.experiment.epochs
+            )
         self.average = self._start_average()
         self.engine = start_engine(config, self.side, processes)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
-        if self.experiment.teacher_record is not None and processes.is_first:
-            write_teacher(folder, self.experiment.teacher_record)
+        if teacher_record is not None and processes.is_first:
+            write_teacher(folder, teacher_record)
         if saved is None:
-            self.method.prepare(self._teacher_batches())
+            if self.experiment.teacher is not None:
+                loader, teacher = self.experiment.loader, self.experiment.teacher
+                self.method.prepare(features_without_end(loader, teacher, stop, self.name))
             torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes
         else:
             self.step = int(saved["step"])
@@ -106,25 +110,12 @@ class Trainer:
             return None
         return AveragedModel(self.experiment.student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
-    def _teacher_batches(self) -> Iterator[Features]:
-        """The teacher's features of augmented training batches, without end."""
-        assert self.experiment.teacher is not None
-        epoch = 0
-        while True:
-            for batch in self.experiment.loader.train(epoch, stream=PREPARATION_STREAM):
-                if number := self.stop.agreed():
-                    raise Interrupted(
-                        number, f"[{self.name}] stopped while the teacher's head was fitted; nothing to save"
-                    )
-                yield self.experiment.teacher(batch.images)
-            epoch += 1
-
     def _train_epoch(self) -> None:
         """Trains from ``self.step`` to the end of its epoch, or to the last step."""
-        train, run, loader = self.config.train, self.config.run, self.experiment.loader
+        train, run = self.config.train, self.config.run
         per_epoch, total = self.experiment.steps_per_epoch, self.experiment.total_steps
         epoch, start = divmod(self.step, per_epoch)
-        batches = loader.train(epoch, start)
+        batches = self.experiment.micro_batches(epoch, start)
         self.engine.train()
         began, waited, logged_step = time.perf_counter(), 0.0, self.step
         for _ in range(start, min(per_epoch, total - epoch * per_epoch)):
@@ -134,10 +125,10 @@ class Trainer:
             self.method.set_progress(self.step / per_epoch)
             for micro_step in range(train.accumulation_steps):
                 asked = time.perf_counter()
-                batch = next(batches)
+                batch, target = next(batches)
                 waited += time.perf_counter() - asked
                 update = micro_step == train.accumulation_steps - 1
-                terms = train_step(self.engine, self.experiment.teacher, self.method, batch, update=update)
+                terms = train_step(self.engine, self.experiment.teacher, self.method, batch, target, update=update)
                 self.meter.update(terms, self.step)
             self.step += 1
             if self.average is not None:

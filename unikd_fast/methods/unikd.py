@@ -184,8 +184,8 @@ class UniKD(Method):
         if self.teacher_head == "prefit":
             return None
         return (
-            f"with distill.teacher_head = {self.teacher_head!r} the teacher's head changes with every step and needs the "
-            "teacher's feature levels, not only its outputs"
+            f"with distill.teacher_head = {self.teacher_head!r} the teacher's head changes with every step and needs "
+            "the teacher's feature levels, not only its outputs"
         )
 
     @property

@@ -32,8 +32,8 @@ def output_differences(
     """How far each stored output is from one computed again.
 
     Both are compared as stored, so the codec's own loss does not count: centred logits, relative to their size; for
-    top_k the log-probabilities of the classes kept; the Gaussian's mean, relative to its size, and its log-variance. The
-    largest of these counts.
+    top_k the log-probabilities of the classes kept; the Gaussian's mean, relative to its size, and its log-variance.
+    The largest of these counts.
 
     Args:
         codec: that packed the records.
@@ -51,7 +51,7 @@ def output_differences(
     stored, stored_gaussian = codec.decode(records)
     again, again_gaussian = codec.decode(codec.encode(logits, gaussian))
     exact = logits.detach().cpu().double()
-    size = _norm(exact - exact.mean(1, keepdim=True))
+    size = _size(exact - exact.mean(1, keepdim=True))
     if isinstance(stored, TopKLogits):
         # The classes may differ where two logits are nearly equal: the new ones are taken at the stored classes.
         kept = exact.half().double().gather(1, stored.indices.long())
@@ -66,7 +66,7 @@ def output_differences(
         means, logs = (
             (left.double(), right.double()) for left, right in zip(stored_gaussian, again_gaussian, strict=True)
         )
-        of_mean = _norm(means[0] - means[1]) / _norm(means[1])
+        of_mean = _norm(means[0] - means[1]) / _size(means[1])
         of_variance = (logs[0] - logs[1]).square().mean(1).sqrt()
         worst = torch.maximum(worst, torch.maximum(of_mean, of_variance))  # NaN wins
     return worst
@@ -97,8 +97,8 @@ def check_outputs(
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise CacheError(
-            f"{cache} does not hold what the teacher says: {int(wrong.sum())} of {len(differences)} outputs computed again "
-            f"differ, {names[first]} by {float(differences[first]):.2g} of its size, and rounding explains at most "
+            f"{cache} does not hold what the teacher says: {int(wrong.sum())} of {len(differences)} outputs computed "
+            f"again differ, {names[first]} by {float(differences[first]):.2g} of its size, and rounding explains at most "
             f"{bound:.2g}; something that the key does not name has changed (image files, libraries, the processor): "
             "delete the folder and build the cache again, or choose another with --set teacher.cache.dir=..."
         )
@@ -106,7 +106,12 @@ def check_outputs(
 
 
 def _norm(rows: Tensor) -> Tensor:
-    return rows.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    return rows.norm(dim=1)
+
+
+def _size(rows: Tensor) -> Tensor:
+    """As `_norm`, to divide by."""
+    return _norm(rows).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _dense(logits: Tensor | QuantizedLogits) -> Tensor:

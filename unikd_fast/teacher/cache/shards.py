@@ -258,8 +258,8 @@ class CacheFolder:
         attachment = read_attachment(self.path, self.key.digest)
         if attachment is None and len(self.missing_shards()) < self._layout.shards:
             raise CacheError(
-                f"{self.path / ATTACHMENT} is missing, and the shards were made with what it held; restore it, or delete "
-                f"{self.path} and build the cache again"
+                f"{self.path / ATTACHMENT} is missing, and the shards were made with what it held; restore it, or "
+                f"delete {self.path} and build the cache again"
             )
         return attachment
 

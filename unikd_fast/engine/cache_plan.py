@@ -1,0 +1,192 @@
+"""What a cache of the teacher's outputs costs and saves, from steps measured on this machine."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from unikd_fast.config.schema import TrainConfig
+from unikd_fast.engine.schedule import build_optimizer
+from unikd_fast.methods import Method
+from unikd_fast.values import Batch, StudentOutput, Target
+
+_ROUNDS, _WARMUP, _SECONDS = 9, 2, 3.0
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one micro-batch on one process: the teacher with its head, and the student's step with the loss."""
+
+    teacher: float
+    student: float
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a cache holds, what the epochs of a run take with and without it, and when it has paid for itself.
+
+    Args:
+        samples, views: stored; view_bytes of all samples in one view.
+        missing_bytes: still to be built, and free_bytes on the disk.
+        times: measured.
+        micro_batch_size, micro_batches: of an epoch on one process.
+        processes: that train, and that build.
+        epochs: that the run trains.
+    """
+
+    samples: int
+    views: int
+    view_bytes: int
+    missing_bytes: int
+    free_bytes: int
+    times: StepTimes
+    micro_batch_size: int
+    micro_batches: int
+    processes: int
+    epochs: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.views * self.view_bytes
+
+    @property
+    def build_s(self) -> float:
+        """The teacher's forward passes over what is missing."""
+        outputs = self.missing_bytes / self.view_bytes * self.samples
+        return outputs / (self.processes * self.micro_batch_size) * self.times.teacher
+
+    @property
+    def epoch_s(self) -> float:
+        """Without a cache."""
+        return self.micro_batches * (self.times.teacher + self.times.student)
+
+    @property
+    def cached_epoch_s(self) -> float:
+        """With one; reading runs ahead of the steps."""
+        return self.micro_batches * self.times.student
+
+    @property
+    def speedup(self) -> float:
+        return self.epoch_s / self.cached_epoch_s
+
+    @property
+    def break_even_epoch(self) -> int:
+        """How many epochs must be trained from the cache, in this run and later ones, until building has paid off."""
+        return math.ceil(self.build_s / (self.micro_batches * self.times.teacher) - 1e-6)
+
+    def line(self) -> str:
+        """The plan in one line, for the start of a run."""
+        build = (
+            f"building takes {_duration(self.build_s)} and pays from epoch {self.break_even_epoch} on"
+            if self.missing_bytes
+            else "nothing to build"
+        )
+        return (
+            f"{self.views} views x {self.samples:,} samples, {_size(self.total_bytes)} ({_size(self.free_bytes)} free);"
+            f" an epoch takes {_duration(self.cached_epoch_s)} instead of {_duration(self.epoch_s)} "
+            f"({self.speedup:.2f}x); {build}"
+        )
+
+    def table(self) -> str:
+        """The plan in full."""
+        teacher, student = 1000 * self.times.teacher, 1000 * self.times.student
+        whole, cached = self.epochs * self.epoch_s, self.epochs * self.cached_epoch_s
+        rows = [
+            ("stored", f"{self.views} views x {self.samples:,} samples"),
+            ("size", f"{_size(self.view_bytes)} a view, {_size(self.total_bytes)} in all"),
+            ("disk", f"{_size(self.missing_bytes)} to write, {_size(self.free_bytes)} free"),
+            ("teacher", f"{teacher:.1f} ms a micro-batch of {self.micro_batch_size} (measured here)"),
+            ("student", f"{student:.1f} ms a micro-batch of {self.micro_batch_size} (measured here)"),
+            (
+                "epoch",
+                f"{_duration(self.epoch_s)} online, {_duration(self.cached_epoch_s)} cached: {self.speedup:.2f}x",
+            ),
+            ("building", f"{_duration(self.build_s)} on {self.processes} process{'es' if self.processes > 1 else ''}"),
+            ("break-even", f"after {self.break_even_epoch} epochs trained from the cache"),
+            (
+                f"{self.epochs} epochs",
+                f"{_duration(whole)} online, {_duration(self.build_s + cached)} with building, "
+                f"{_duration(cached)} in every later run",
+            ),
+        ]
+        if self.missing_bytes > self.free_bytes:
+            rows.append(("warning", "it does not fit; store fewer views, or uint8 logits"))
+        return "\n".join(f"{name:<12}{text}" for name, text in rows)
+
+
+def measure_times(
+    side: nn.Module,
+    method: Method,
+    train: TrainConfig,
+    batch: Batch,
+    target: Callable[[], Target],
+    *,
+    seconds: float = _SECONDS,
+) -> StepTimes:
+    """Times the teacher and a student step on one micro-batch; nothing of the run is changed by it.
+
+    The student trains as a copy without DeepSpeed, whose own cost is not in it.
+
+    Args:
+        side: the StudentSide of the run.
+        method: whose loss is taken; prepared.
+        train: of the run's configuration.
+        batch: a micro-batch.
+        target: runs the teacher, and its head if it has one, on this batch.
+        seconds: to spend on it at most, apart from two rounds of warm-up and one more.
+    """
+    device = batch.images.device
+    trained = copy.deepcopy(side).train()
+    optimizer = build_optimizer(trained.parameters(), train)
+    held = target()
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            student: StudentOutput = trained(batch.images)
+        method.loss(student, held, batch.labels).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    found: dict[str, list[float]] = {"teacher": [], "student": []}
+    began = time.perf_counter()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for done in range(-_WARMUP, _ROUNDS):
+            for name, compute in (("teacher", target), ("student", step)):
+                taken = _timed(compute, device)
+                if done >= 0:
+                    found[name].append(taken)
+            if done >= 0 and time.perf_counter() - began > seconds:
+                break
+    return StepTimes(*(statistics.median(times) for times in found.values()))
+
+
+def _timed(compute: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    compute()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _size(count: float) -> str:
+    power = min(len(_UNITS) - 1, int(math.log2(max(count, 1)) // 10))
+    return f"{count / 1024**power:.3g} {_UNITS[power]}"
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 86400:.3g} days"
