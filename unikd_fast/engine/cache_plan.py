@@ -6,18 +6,26 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from unikd_fast.config import Config
 from unikd_fast.config.schema import TrainConfig
+from unikd_fast.data.loader import Loader
+from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.schedule import build_optimizer
+from unikd_fast.engine.units import duration, size
+from unikd_fast.errors import CacheError
 from unikd_fast.methods import Method
+from unikd_fast.teacher.cache import CacheFolder, Codec
+from unikd_fast.teacher.cache.disk import free_bytes
+from unikd_fast.teacher.cache.layout import stored_bytes
 from unikd_fast.values import Batch, StudentOutput, Target
 
 _ROUNDS, _WARMUP, _SECONDS = 9, 2, 3.0
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -29,23 +37,33 @@ class StepTimes:
 
 
 @dataclass(frozen=True)
+class CacheSizes:
+    """What a cache takes on disk: `views` of `samples`, of which some are still to be written."""
+
+    samples: int
+    views: int
+    view_bytes: int  # of all samples
+    missing_bytes: int
+    free_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.views * self.view_bytes
+
+
+@dataclass(frozen=True)
 class CachePlan:
     """What a cache holds, what the epochs of a run take with and without it, and when it has paid for itself.
 
     Args:
-        samples, views: stored; view_bytes of all samples in one view.
-        missing_bytes: still to be built, and free_bytes on the disk.
+        sizes: of the cache.
         times: measured.
         micro_batch_size, micro_batches: of an epoch on one process.
         processes: that train, and that build.
         epochs: that the run trains.
     """
 
-    samples: int
-    views: int
-    view_bytes: int
-    missing_bytes: int
-    free_bytes: int
+    sizes: CacheSizes
     times: StepTimes
     micro_batch_size: int
     micro_batches: int
@@ -53,13 +71,9 @@ class CachePlan:
     epochs: int
 
     @property
-    def total_bytes(self) -> int:
-        return self.views * self.view_bytes
-
-    @property
     def build_s(self) -> float:
         """The teacher's forward passes over what is missing."""
-        outputs = self.missing_bytes / self.view_bytes * self.samples
+        outputs = self.sizes.missing_bytes / self.sizes.view_bytes * self.sizes.samples
         return outputs / (self.processes * self.micro_batch_size) * self.times.teacher
 
     @property
@@ -84,13 +98,13 @@ class CachePlan:
     def line(self) -> str:
         """The plan in one line, for the start of a run."""
         build = (
-            f"building takes {_duration(self.build_s)} and pays from epoch {self.break_even_epoch} on"
-            if self.missing_bytes
+            f"building takes {duration(self.build_s)} and pays from epoch {self.break_even_epoch} on"
+            if self.sizes.missing_bytes
             else "nothing to build"
         )
         return (
-            f"{self.views} views x {self.samples:,} samples, {_size(self.total_bytes)} ({_size(self.free_bytes)} free);"
-            f" an epoch takes {_duration(self.cached_epoch_s)} instead of {_duration(self.epoch_s)} "
+            f"{self.sizes.views} views x {self.sizes.samples:,} samples, {size(self.sizes.total_bytes)} ({size(self.sizes.free_bytes)} free);"
+            f" an epoch takes {duration(self.cached_epoch_s)} instead of {duration(self.epoch_s)} "
             f"({self.speedup:.2f}x); {build}"
         )
 
@@ -99,26 +113,73 @@ class CachePlan:
         teacher, student = 1000 * self.times.teacher, 1000 * self.times.student
         whole, cached = self.epochs * self.epoch_s, self.epochs * self.cached_epoch_s
         rows = [
-            ("stored", f"{self.views} views x {self.samples:,} samples"),
-            ("size", f"{_size(self.view_bytes)} a view, {_size(self.total_bytes)} in all"),
-            ("disk", f"{_size(self.missing_bytes)} to write, {_size(self.free_bytes)} free"),
+            ("stored", f"{self.sizes.views} views x {self.sizes.samples:,} samples"),
+            ("size", f"{size(self.sizes.view_bytes)} a view, {size(self.sizes.total_bytes)} in all"),
+            ("disk", f"{size(self.sizes.missing_bytes)} to write, {size(self.sizes.free_bytes)} free"),
             ("teacher", f"{teacher:.1f} ms a micro-batch of {self.micro_batch_size} (measured here)"),
             ("student", f"{student:.1f} ms a micro-batch of {self.micro_batch_size} (measured here)"),
             (
                 "epoch",
-                f"{_duration(self.epoch_s)} online, {_duration(self.cached_epoch_s)} cached: {self.speedup:.2f}x",
+                f"{duration(self.epoch_s)} online, {duration(self.cached_epoch_s)} cached: {self.speedup:.2f}x",
             ),
-            ("building", f"{_duration(self.build_s)} on {self.processes} process{'es' if self.processes > 1 else ''}"),
+            ("building", f"{duration(self.build_s)} on {self.processes} process{'es' if self.processes > 1 else ''}"),
             ("break-even", f"after {self.break_even_epoch} epochs trained from the cache"),
             (
                 f"{self.epochs} epochs",
-                f"{_duration(whole)} online, {_duration(self.build_s + cached)} with building, "
-                f"{_duration(cached)} in every later run",
+                f"{duration(whole)} online, {duration(self.build_s + cached)} with building, "
+                f"{duration(cached)} in every later run",
             ),
         ]
-        if self.missing_bytes > self.free_bytes:
+        if self.sizes.missing_bytes > self.sizes.free_bytes:
             rows.append(("warning", "it does not fit; store fewer views, or uint8 logits"))
         return "\n".join(f"{name:<12}{text}" for name, text in rows)
+
+
+def cache_sizes(path: Path, codec: Codec, samples: int, views: int) -> CacheSizes:
+    """Sizes of the cache in a folder, or of one that would be made there."""
+    try:
+        info = CacheFolder.open(path).info()
+    except CacheError:
+        view_bytes = samples * stored_bytes(codec.record_bytes)
+        return CacheSizes(samples, views, view_bytes, views * view_bytes, _free_bytes(path))
+    view_bytes = info.bytes_total // info.views
+    return CacheSizes(info.samples, info.views, view_bytes, info.bytes_total - info.bytes_done, _free_bytes(path))
+
+
+def plan_cache(
+    config: Config,
+    loader: Loader,
+    side: nn.Module,
+    method: Method,
+    teacher: nn.Module,
+    processes: Processes,
+    *,
+    sizes: CacheSizes,
+    epochs: int,
+) -> CachePlan:
+    """Measures teacher and student on one micro-batch of this process; nothing of the run is changed by it.
+
+    Args:
+        side: the StudentSide of the run.
+        method: its head may be fitted or not.
+        teacher: that answers where there is no cache.
+        sizes: before anything is built.
+        epochs: that the run trains.
+    """
+    batch = next(loader.train(0))
+
+    @torch.no_grad()
+    def target() -> Target:
+        return method.target(teacher(batch.images))
+
+    return CachePlan(
+        sizes,
+        measure_times(side, method, config.train, batch, target),
+        micro_batch_size=loader.schedule.micro_batch_size,
+        micro_batches=loader.steps_per_epoch * config.train.accumulation_steps,
+        processes=processes.world_size,
+        epochs=epochs,
+    )
 
 
 def measure_times(
@@ -167,6 +228,11 @@ def measure_times(
     return StepTimes(*(statistics.median(times) for times in found.values()))
 
 
+def _free_bytes(path: Path) -> int:
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return free_bytes(there)
+
+
 def _timed(compute: Callable[[], Any], device: torch.device) -> float:
     _wait(device)
     began = time.perf_counter()
@@ -178,15 +244,3 @@ def _timed(compute: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _size(count: float) -> str:
-    power = min(len(_UNITS) - 1, int(math.log2(max(count, 1)) // 10))
-    return f"{count / 1024**power:.3g} {_UNITS[power]}"
-
-
-def _duration(seconds: float) -> str:
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 86400:.3g} days"

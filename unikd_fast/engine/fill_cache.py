@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unikd_fast.data.loader import Loader
-from unikd_fast.engine.cache_plan import CachePlan, measure_times
+from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
 from unikd_fast.engine.output_cache import OutputCache
@@ -21,9 +21,8 @@ from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
 from unikd_fast.teacher.cache import build_cache
-from unikd_fast.teacher.cache.disk import free_bytes
 from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
-from unikd_fast.values import Features, Gaussian, Target
+from unikd_fast.values import Features, Gaussian
 
 PREPARATION_STREAM = 1  # augmentation views of the head's fit; training uses stream 0
 
@@ -66,7 +65,7 @@ def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str
             "'read' builds none; run unikd-cache build with this configuration, or use --set "
             "teacher.cache.mode=read_write"
         )
-    missing_bytes = cache.folder.info().bytes_total - cache.folder.info().bytes_done
+    sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.folder.views)
     teacher = fill_cache(cache, stop, name) if cache.missing else None
     attachment = cache.attachment()
     assert attachment is not None
@@ -76,7 +75,7 @@ def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str
     def compare() -> None:
         made = teacher or cached_teacher(cache)
         record["recheck"] = recheck(cache, made)._asdict()
-        plan = plan_of(cache, made, side, missing_bytes=missing_bytes, epochs=epochs)
+        plan = plan_cache(cache.config, cache.loader, side, cache.method, made, processes, sizes=sizes, epochs=epochs)
         tqdm.write(f"[{name}] teacher cache: {plan.line()}", file=sys.stderr)
 
     if cache.settings.recheck > 0:
@@ -174,38 +173,6 @@ def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
         device=cache.processes.device,
         names=[f"sample {sample} in view {view}" for sample, view in zip(ids, views.tolist(), strict=True)],
         cache=str(cache),
-    )
-
-
-def plan_of(
-    cache: OutputCache, teacher: OnlineTeacher, side: nn.Module, *, missing_bytes: int, epochs: int
-) -> CachePlan:
-    """The plan of a cache whose head is in place, measured on one micro-batch of this process.
-
-    Args:
-        teacher: that answers where there is no cache.
-        side: the StudentSide of the run.
-        missing_bytes: that were to be built.
-        epochs: that the run trains.
-    """
-    batch = next(cache.loader.train(0))
-
-    @torch.no_grad()
-    def target() -> Target:
-        return cache.method.target(teacher(batch.images))
-
-    schedule, info = cache.loader.schedule, cache.folder.info()
-    return CachePlan(
-        samples=info.samples,
-        views=info.views,
-        view_bytes=info.bytes_total // info.views,
-        missing_bytes=missing_bytes,
-        free_bytes=free_bytes(cache.folder.path),
-        times=measure_times(side, cache.method, cache.config.train, batch, target),
-        micro_batch_size=schedule.micro_batch_size,
-        micro_batches=schedule.steps_per_epoch * cache.config.train.accumulation_steps,
-        processes=cache.processes.world_size,
-        epochs=epochs,
     )
 
 

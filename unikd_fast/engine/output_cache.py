@@ -9,14 +9,13 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.cache_key import outputs_key
 from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.units import size
 from unikd_fast.errors import CacheError
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, Codec
 from unikd_fast.teacher.cached import read_ahead
 from unikd_fast.values import Batch, Target
-
-GIB = 2**30
 
 
 class OutputCache:
@@ -103,8 +102,8 @@ def open_output_cache(
     """
     assert config.teacher is not None
     settings = config.teacher.cache
-    _refuse_uncacheable(method, network, splits)
-    codec = Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fitted_head is not None)
+    refuse_uncacheable(method, network, splits)
+    codec = codec_of(config, splits, method)
     views, path = settings.views or epochs, cache_dir(config)
     problem = None
     if processes.is_first:
@@ -130,6 +129,17 @@ def open_output_cache(
     )
 
 
+def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
+    """How the outputs that a method needs are packed.
+
+    Raises:
+        ValueError: more logits are to be kept than there are classes.
+    """
+    assert config.teacher is not None
+    settings = config.teacher.cache
+    return Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fitted_head is not None)
+
+
 def _explained(error: CacheError, path: Path, mode: str) -> str:
     if mode == "read" and not path.exists():
         return (
@@ -139,14 +149,15 @@ def _explained(error: CacheError, path: Path, mode: str) -> str:
     return f"teacher.cache.dir = {path}: {error}; choose another folder with --set teacher.cache.dir=..."
 
 
-def _refuse_uncacheable(method: Method, network: FeatureExtractor | LogitsOnly, splits: DataSplits) -> None:
+def refuse_uncacheable(method: Method, network: FeatureExtractor | LogitsOnly, splits: DataSplits) -> None:
+    """Raises ConfigError, with the size that storing all would take, if a method needs more than outputs."""
     if method.uncacheable is None:
         return
-    size = ""
+    amount = ""
     if isinstance(network, FeatureExtractor):
         a_sample = 2 * sum(channels * height * width for channels, height, width in network.level_shapes)
-        size = f"; in half precision these are {a_sample * len(splits.train) / GIB:,.1f} GiB a view of all samples"
+        amount = f"; in half precision these are {size(a_sample * len(splits.train))} a view of all samples"
     raise ConfigError(
-        f"the teacher's outputs cannot be cached: {method.uncacheable}{size}; use distill.teacher_head = 'prefit' or "
+        f"the teacher's outputs cannot be cached: {method.uncacheable}{amount}; use distill.teacher_head = 'prefit' or "
         "teacher.cache.mode = 'off'"
     )

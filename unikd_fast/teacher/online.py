@@ -1,8 +1,9 @@
 """The teacher, run on every batch: frozen, in eval mode, outside the training engine."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -133,14 +134,12 @@ class OnlineTeacher(nn.Module):
         return [*self.network.parameters(), *self.network.buffers()]
 
     def _hold(self, precision: str) -> None:
-        """Cast, lay out and, where asked, compile anew."""
+        """Cast and lay out; what was compiled is compiled anew with the next batch."""
         self.precision = precision
         formats.cast(self.network, self.dtype)
         if self.channels_last:
             self.network.to(memory_format=torch.channels_last)
-        self._run = _flat(self.network)
-        if self.compile_mode is not None:
-            self._run = torch.compile(self._run, fullgraph=True, dynamic=False, mode=self.compile_mode)
+        self._run, self._is_compiled = _flat(self.network), False
 
     def _in_fixed_batches(self, images: Tensor) -> Sequence[Tensor]:
         if self.compile_mode is not None and self.batch_size is None:
@@ -164,6 +163,11 @@ class OnlineTeacher(nn.Module):
 
     def _compiled(self, batch: Tensor) -> Sequence[Tensor]:
         graphs = batch.is_cuda and self.compile_mode in _CUDA_GRAPH_MODES
+        if not self._is_compiled:
+            packs = self.channels_last and self.dtype == torch.bfloat16 and batch.device.type == "cpu" and _has_onednn()
+            run = _flat(_packed(self.network, batch)) if packs else self._run
+            self._run = torch.compile(run, fullgraph=True, dynamic=False, mode=self.compile_mode)
+            self._is_compiled = True
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
@@ -188,3 +192,47 @@ def _flat(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
     # torch.compile counts recompilations per code object, of which all teachers of a comparison would share one.
     run.__code__ = run.__code__.replace()
     return run
+
+
+class _PackedConv2d(nn.Conv2d):
+    """A convolution with a second copy of its weight, in the blocks that oneDNN computes with."""
+
+    packed: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape = (self.padding, self.stride, self.dilation, self.groups)
+        result: Tensor = torch.ops.mkldnn._convolution_pointwise(input, self.packed, self.bias, *shape, "none", [], "")
+        return result
+
+
+def _has_onednn() -> bool:
+    """Whether oneDNN convolves bf16 here; on ARM it does so through a library that fuses nothing."""
+    mkldnn, operators = torch.backends.mkldnn, torch.ops.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled):  # type: ignore[truthy-bool]
+        return False
+    return bool(operators._is_mkldnn_bf16_supported() and not operators._is_mkldnn_acl_supported())
+
+
+def _packed(network: nn.Module, batch: Tensor) -> nn.Module:
+    """A copy with the same tensors and packed convolutions, for torch.compile on a CPU and batches of this shape.
+
+    Plain weights are reordered in every call, and only oneDNN's own operator takes the ReLU and the sum after it in.
+    """
+    network = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    shapes: dict[nn.Conv2d, torch.Size] = {}  # of the images that reach it: the blocks depend on them
+
+    def note(conv: Any, inputs: tuple[Any, ...]) -> None:
+        if inputs and inputs[0].dim() == 4:
+            shapes[conv] = inputs[0].shape
+
+    convs = [m for m in network.modules() if type(m) is nn.Conv2d and m.padding_mode == "zeros"]
+    hooks = [conv.register_forward_pre_hook(note) for conv in convs if not isinstance(conv.padding, str)]
+    network(batch)
+    for hook in hooks:
+        hook.remove()
+    for conv, images in shapes.items():
+        shape = (conv.padding, conv.stride, conv.dilation, conv.groups, images)
+        blocks = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.to_mkldnn(), *shape)
+        conv.__class__ = _PackedConv2d
+        conv.packed = nn.Parameter(blocks, requires_grad=False)
+    return network

@@ -24,7 +24,17 @@ def default_records_per_shard(payload_bytes: int) -> int:
         >>> default_records_per_shard(2000)
         33288
     """
-    return max(1, TARGET_SHARD_BYTES // _record_dtype(payload_bytes).itemsize)
+    return max(1, TARGET_SHARD_BYTES // stored_bytes(payload_bytes))
+
+
+def stored_bytes(payload_bytes: int) -> int:
+    """Bytes of a record in its file, with its header.
+
+    Example:
+        >>> stored_bytes(2000)
+        2016
+    """
+    return _record_dtype(payload_bytes).itemsize
 
 
 class Layout:
