@@ -103,9 +103,9 @@ class CachePlan:
             else "nothing to build"
         )
         return (
-            f"{self.sizes.views} views x {self.sizes.samples:,} samples, {size(self.sizes.total_bytes)} ({size(self.sizes.free_bytes)} free);"
-            f" an epoch takes {duration(self.cached_epoch_s)} instead of {duration(self.epoch_s)} "
-            f"({self.speedup:.2f}x); {build}"
+            f"{self.sizes.views} views x {self.sizes.samples:,} samples, {size(self.sizes.total_bytes)} "
+            f"({size(self.sizes.free_bytes)} free); an epoch takes {duration(self.cached_epoch_s)} instead of "
+            f"{duration(self.epoch_s)} ({self.speedup:.2f}x); {build}"
         )
 
     def table(self) -> str:

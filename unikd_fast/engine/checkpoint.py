@@ -15,6 +15,7 @@ from torch import nn
 
 from unikd_fast.engine.optimizer_state import collect_optimizer_state
 from unikd_fast.engine.processes import Processes
+from unikd_fast.errors import CacheError
 from unikd_fast.methods import Method
 
 FORMAT = 1
@@ -72,6 +73,27 @@ def restore_weights(checkpoint: dict[str, Any], side: nn.Module, method: Method,
     side.load_state_dict(checkpoint["student"])
     _restore_buffers(checkpoint, "buffers", side, processes)
     method.load_state_dict(checkpoint["method"])
+
+
+def require_same_head(checkpoint: dict[str, Any], method: Method) -> None:
+    """Refuses to go on with a student against Gaussians of another head than it was trained with.
+
+    Args:
+        method: with the head of the teacher's cache.
+
+    Raises:
+        CacheError: the cache was built anew since the checkpoint was written.
+    """
+    saved, found = checkpoint["method"].get("head"), method.state_dict().get("head")
+    if saved is None or found is None:
+        return
+    differing = [name for name in found if name not in saved or not torch.equal(found[name].cpu(), saved[name].cpu())]
+    if differing:
+        raise CacheError(
+            f"the teacher's cache holds another head than the checkpoint was trained with ({len(differing)} of "
+            f"{len(found)} tensors differ, the first is {differing[0]}): it was built anew since; restore that cache, "
+            "or start a new run folder with --set run.dir=..."
+        )
 
 
 def restore_average(checkpoint: dict[str, Any], average: nn.Module, processes: Processes) -> None:

@@ -42,11 +42,13 @@ def evaluate(
 def head_indicators(
     method: Method, teacher: nn.Module | None, batches: Iterable[Batch], processes: Processes, *, limit: int = 16
 ) -> dict[str, float]:
-    """The method's indicators, averaged over at most ``limit`` batches of each process."""
+    """The method's indicators, averaged over at most ``limit`` batches of each process; none without a teacher."""
+    if teacher is None:
+        return {}
     sums: dict[str, torch.Tensor] = {}
     count = 0
     for index, batch in enumerate(batches):
-        if teacher is None or index == limit:
+        if index == limit:
             break
         for name, value in method.indicators(teacher(batch.images), batch.labels).items():
             sums[name] = sums.get(name, 0.0) + value.double()

@@ -60,10 +60,11 @@ def _run_all(
                     teachers[seed] = Path(results[-1]["weights"])
                 trained = {"teacher.weights": str(teachers[seed]), "teacher.training": None}
                 single = override(single, trained, "teacher.training")
-            elif not any(result["label"] == TEACHER for result in results):
-                results.append(evaluate_teacher(single, folder / "teacher", processes, label=TEACHER))
         own_folder = home / re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") if config.compare else folder
         results.append(_run(single, own_folder, processes, stop, label=label, resume=resume))
+        if single.distill.method != "none" and not any(result["label"] == TEACHER for result in results):
+            # After the run, whose cache may know it already.
+            results.insert(0, evaluate_teacher(single, folder / "teacher", processes, label=TEACHER))
     return results
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import cache_dir
 from unikd_fast.data.loader import Loader
@@ -149,7 +151,7 @@ def _explained(error: CacheError, path: Path, mode: str) -> str:
     return f"teacher.cache.dir = {path}: {error}; choose another folder with --set teacher.cache.dir=..."
 
 
-def refuse_uncacheable(method: Method, network: FeatureExtractor | LogitsOnly, splits: DataSplits) -> None:
+def refuse_uncacheable(method: Method, network: nn.Module, splits: DataSplits) -> None:
     """Raises ConfigError, with the size that storing all would take, if a method needs more than outputs."""
     if method.uncacheable is None:
         return

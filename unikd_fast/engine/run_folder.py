@@ -37,8 +37,8 @@ def open_run_folder(config: Config, processes: Processes, *, resume: bool) -> It
         try:
             _refuse_or_accept(folder, config, resume)
             lock = _lock(folder)
-            _write_json(folder / "config.json", config.model_dump(mode="json", by_alias=True))
-            _write_json(folder / "environment.json", environment(processes))
+            write_json(folder / "config.json", config.model_dump(mode="json", by_alias=True))
+            write_json(folder / "environment.json", environment(processes))
         except ConfigError as error:
             problem = str(error)
     problem = processes.broadcast(problem)
@@ -153,15 +153,15 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    _write_json(folder / RESULT, result)
+    write_json(folder / RESULT, result)
 
 
 def write_teacher(folder: Path, record: dict[str, Any]) -> None:
     """How the teacher of the run in ``folder`` was run, and how faithful it was to itself in fp32."""
-    _write_json(folder / TEACHER, record)
+    write_json(folder / TEACHER, record)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)

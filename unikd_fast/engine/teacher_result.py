@@ -1,31 +1,40 @@
 """The teacher's own accuracy, for the table, when it was not trained in this run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from unikd_fast.config import Config
+from unikd_fast.config.load import cache_dir
+from unikd_fast.data.manifest import hash_split
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import read_result, write_result
+from unikd_fast.engine.run_folder import read_result, write_json, write_result
 from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
+
+BESIDE_THE_CACHE = "teacher_result.json"
 
 
 def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, label: str) -> dict[str, Any]:
-    """Accuracy of the given teacher on the test split, in the form of a run's result; kept in ``folder``."""
+    """Accuracy of the given teacher on the test split, in the form of a run's result; kept in ``folder``.
+
+    Where the teacher's outputs are cached, the figures are kept beside them, and no later run loads it for them.
+    """
     known: dict[str, Any] | None = processes.broadcast(read_result(folder))
     if known is not None:
         return known
     assert config.teacher is not None
     with refusing_misfits():
         splits = build_data(config)
-        network = build_teacher_network(config, splits, levels=False)
-        loader = build_data_loader(config, splits, processes)
-    # With "auto" in fp32, which needs no check of its range. Not compiled: it runs once over the split.
-    precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
-    teacher = make_teacher(config, network, processes.device, precision=precision)
-    found = evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes)
+        test_split = hash_split(splits.test) if processes.is_first else ""
+        found = processes.broadcast(_read_figures(config, test_split) if processes.is_first else None)
+        if found is None:
+            found = _evaluate(config, splits, processes)
+            if processes.is_first:
+                _keep_figures(config, test_split, found)
     figures = {"epoch": None, "test": found}
     result = {
         "label": label,
@@ -42,3 +51,34 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         folder.mkdir(parents=True, exist_ok=True)
         write_result(folder, result)
     return result
+
+
+def _evaluate(config: Config, splits: DataSplits, processes: Processes) -> dict[str, float]:
+    assert config.teacher is not None
+    network = build_teacher_network(config, splits, levels=False)
+    loader = build_data_loader(config, splits, processes)
+    # With "auto" in fp32, which needs no check of its range. Not compiled: it runs once over the split.
+    precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
+    teacher = make_teacher(config, network, processes.device, precision=precision)
+    return evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes)
+
+
+def _beside_the_cache(config: Config) -> Path | None:
+    assert config.teacher is not None
+    # Its key is compared before a run, so the folder of a finished run is that of this teacher.
+    return None if config.teacher.cache.mode == "off" else cache_dir(config) / BESIDE_THE_CACHE
+
+
+def _read_figures(config: Config, test_split: str) -> dict[str, float] | None:
+    path = _beside_the_cache(config)
+    if path is None or not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    return kept["figures"] if kept["test_split"] == test_split else None
+
+
+def _keep_figures(config: Config, test_split: str, figures: dict[str, float]) -> None:
+    path = _beside_the_cache(config)
+    assert config.teacher is not None
+    if path is not None and config.teacher.cache.mode == "read_write":
+        write_json(path, {"test_split": test_split, "figures": figures})

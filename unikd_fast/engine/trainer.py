@@ -50,6 +50,8 @@ class Trainer:
             teacher_record = ready_cache(
                 self.experiment.cache, self.side, stop, self.name, epochs=self.experiment.epochs
             )
+            if saved is not None:
+                ckpt.require_same_head(saved, self.method)
         self.average = self._start_average()
         self.engine = start_engine(config, self.side, processes)
         self.step = 0

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the layer before it: in eval mode it is a scale and a shift of every channel."""
+"""BatchNorm folded into the convolution before it: in eval mode it is a scale and a shift of every channel."""
 
 import logging
 from collections import Counter
@@ -19,15 +19,16 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batch_norm(network: nn.Module) -> int:
-    """Fold each BatchNorm into the convolution or linear layer before it, in place, and return how many were folded.
+    """Fold each BatchNorm into the convolution before it, in place, and return how many were folded.
 
     W' = W γ / sqrt(σ² + ε) and b' = (b - μ) γ / sqrt(σ² + ε) + β, computed in float64 by PyTorch's own
     `fuse_conv_bn_weights` and rounded once to the dtype of W. The norm becomes an identity, or what follows it inside a
     timm BatchNormAct2d.
 
-    A norm is folded where the graph of the forward pass shows that it is the only user of that layer's output, that
-    each of the two runs once, and that nothing else reads their weights. So the layer's output is never a feature level
-    or anything else that the network returns. All others stay, and so does a network that torch.fx cannot trace.
+    A norm is folded where the graph of the forward pass shows that it is the only user of the convolution's output,
+    that each of the two runs once, and that nothing else reads their weights. So this output is never a feature level
+    or anything else that the network returns. All others stay, and so does a network that torch.fx cannot trace. A norm
+    after a linear layer stays, because the graph knows no shapes: on (N, L, C) its channels are L.
 
     Args:
         network: in eval mode, best in fp32: half-precision weights would be rounded a second time. A FeatureExtractor,
@@ -103,8 +104,7 @@ def _fits(layer: nn.Module, norm: _BatchNorm) -> bool:
         return False
     if type(layer) in _CONVOLUTIONS or (type(layer) in _TRANSPOSED and layer.groups == 1):
         return bool(layer.out_channels == norm.num_features)
-    # (N, C); the norm after a linear layer on (N, L, C) is over L, and of another size
-    return type(layer) is nn.Linear and type(norm) is nn.BatchNorm1d and layer.out_features == norm.num_features
+    return False
 
 
 def _fold(layer: nn.Module, norm: _BatchNorm) -> None:

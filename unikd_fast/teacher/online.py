@@ -24,13 +24,14 @@ class OnlineTeacher(nn.Module):
 
     It stays a plain module outside the DeepSpeed engine: inside, ``engine.train()`` would switch it to batch statistics
     and its weights would enter every checkpoint. BatchNorm is folded in fp32 before the weights are cast. Outputs come
-    from no_grad, not from inference_mode: a loss can save them for its backward.
+    from no_grad, not from inference_mode: a loss can save them for its backward. A bf16 network that is compiled for a
+    CPU gets its convolution weights a second time, in oneDNN's layout: its weights are final with the first batch.
 
     Args:
         network: maps images (N, 3, H, W) to Features; on its device, and changed in place.
         precision: "fp32", "bf16" or "fp16": weights and activations are held in it. "auto": fp16 on a GPU, bf16 on a
             CPU with bf16 units, fp32 otherwise; call `settle` before relying on an fp16 chosen in this way.
-        fold: fold BatchNorm into the layers before it, see `fold_batch_norm`.
+        fold: fold BatchNorm into the convolutions before it, see `fold_batch_norm`.
         compile_mode: None runs eagerly; otherwise a mode of torch.compile.
         channels_last: NHWC memory format of images, weights and levels.
         batch_size: images of one call of the network. Other batches are cut and padded to it, so that a compiled
@@ -195,31 +196,33 @@ def _flat(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 
 class _PackedConv2d(nn.Conv2d):
-    """A convolution with a second copy of its weight, in the blocks that oneDNN computes with."""
+    """A convolution that has its weight a second time, in the blocks that oneDNN computes with."""
 
     packed: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        shape = (self.padding, self.stride, self.dilation, self.groups)
-        result: Tensor = torch.ops.mkldnn._convolution_pointwise(input, self.packed, self.bias, *shape, "none", [], "")
+        window = (self.padding, self.stride, self.dilation, self.groups)
+        # Inductor fuses an activation and a sum into this operator, and into aten's convolution none.
+        operator = torch.ops.mkldnn._convolution_pointwise
+        result: Tensor = operator(input, self.packed, self.bias, *window, "none", [], "")
         return result
 
 
 def _has_onednn() -> bool:
-    """Whether oneDNN convolves bf16 here; on ARM it does so through a library that fuses nothing."""
+    """Whether oneDNN itself convolves bf16 here; on ARM another library does so for it, and fuses nothing."""
     mkldnn, operators = torch.backends.mkldnn, torch.ops.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled):  # type: ignore[truthy-bool]
+    if not (mkldnn.is_available() and mkldnn.enabled):
         return False
     return bool(operators._is_mkldnn_bf16_supported() and not operators._is_mkldnn_acl_supported())
 
 
 def _packed(network: nn.Module, batch: Tensor) -> nn.Module:
-    """A copy with the same tensors and packed convolutions, for torch.compile on a CPU and batches of this shape.
+    """A copy for batches of this shape, with the same tensors; convolutions have packed weights beside their own.
 
-    Plain weights are reordered in every call, and only oneDNN's own operator takes the ReLU and the sum after it in.
+    Plain weights are reordered in every call.
     """
     network = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
-    shapes: dict[nn.Conv2d, torch.Size] = {}  # of the images that reach it: the blocks depend on them
+    shapes: dict[nn.Conv2d, torch.Size] = {}  # of what reaches each convolution: the blocks depend on it
 
     def note(conv: Any, inputs: tuple[Any, ...]) -> None:
         if inputs and inputs[0].dim() == 4:
@@ -230,9 +233,9 @@ def _packed(network: nn.Module, batch: Tensor) -> nn.Module:
     network(batch)
     for hook in hooks:
         hook.remove()
-    for conv, images in shapes.items():
-        shape = (conv.padding, conv.stride, conv.dilation, conv.groups, images)
-        blocks = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.to_mkldnn(), *shape)
+    for conv, shape in shapes.items():
+        window = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        blocks = torch.ops.aten.mkldnn_reorder_conv2d_weight(conv.weight.to_mkldnn(), *window, shape)
         conv.__class__ = _PackedConv2d
         conv.packed = nn.Parameter(blocks, requires_grad=False)
     return network

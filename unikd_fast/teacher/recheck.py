@@ -99,8 +99,9 @@ def check_outputs(
         raise CacheError(
             f"{cache} does not hold what the teacher says: {int(wrong.sum())} of {len(differences)} outputs computed "
             f"again differ, {names[first]} by {float(differences[first]):.2g} of its size, and rounding explains at "
-            f"most {bound:.2g}; something that the key does not name has changed (image files, libraries, the processor): "
-            "delete the folder and build the cache again, or choose another with --set teacher.cache.dir=..."
+            f"most {bound:.2g}; something that the key does not name has changed (image files, libraries, the "
+            "processor): delete the folder and build the cache again, or choose another with --set "
+            "teacher.cache.dir=..."
         )
     return Recheck(len(differences), float(differences.max()), bound)
 

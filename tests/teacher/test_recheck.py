@@ -1,0 +1,292 @@
+"""Stored outputs against outputs computed again: what is rounding, and what is another teacher."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cache_inputs import KEY
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unikd_fast.errors import CacheError
+from unikd_fast.teacher.cache import CacheFolder, Codec
+from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
+from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
+
+ROWS, CLASSES, KEPT = 6, 200, 5
+CODECS = [Codec("fp16", CLASSES), Codec("uint8", CLASSES), Codec("top_k", CLASSES, KEPT)]
+WITH_GAUSSIAN = [Codec(codec.kind, CLASSES, codec.top_k, gaussian=True) for codec in CODECS]
+PRECISIONS = ["fp32", "bf16", "fp16"]
+IMAGENET_21K = 21841
+
+by_kind = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
+by_kind_with_gaussian = pytest.mark.parametrize("codec", WITH_GAUSSIAN, ids=lambda codec: codec.kind)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(classes: int = CLASSES) -> tuple[Tensor, Gaussian]:
+    """Logits as of a trained teacher, one class above the rest, and a Gaussian."""
+    logits = 2 * noise(ROWS, classes) + 1
+    logits[torch.arange(ROWS), torch.arange(ROWS)] = 18.0
+    return logits, Gaussian(noise(ROWS, classes, seed=1), 0.5 * noise(ROWS, classes, seed=2))
+
+
+def differences(codec: Codec, stored: tuple[Tensor, Gaussian], again: tuple[Tensor, Gaussian]) -> Tensor:
+    given, found = ((logits, gaussian if codec.gaussian else None) for logits, gaussian in (stored, again))
+    return output_differences(codec, codec.encode(*given), *found)
+
+
+def check(found: Tensor, codec: Codec, precision: str, device: str = "cpu") -> Recheck:
+    names = [f"sample {7 * row}" for row in range(len(found))]
+    return check_outputs(found, codec, precision=precision, device=device, names=names, cache="caches/a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "codec", [*CODECS, *WITH_GAUSSIAN], ids=lambda codec: codec.kind + "+gaussian" * codec.gaussian
+)
+def test_what_is_stored_of_an_output_does_not_differ_from_it(codec: Codec, dtype: torch.dtype) -> None:
+    logits, gaussian = outputs()
+    same = logits.to(dtype), gaussian
+    found = differences(codec, same, same)
+    assert found.dtype == torch.float64 and found.tolist() == [0.0] * ROWS
+    assert check(found, codec, "fp32")[:2] == (ROWS, 0.0)
+
+
+@by_kind
+def test_a_changed_logit_is_seen_by_its_size(codec: Codec) -> None:
+    logits, gaussian = outputs()
+    changed = logits.clone()
+    changed[2, 2] -= 7.0  # the largest, which every codec keeps
+    found = differences(codec, (logits, gaussian), (changed, gaussian))
+    old, new = logits[2].double(), changed[2].double()
+    if codec.kind == "top_k":
+        kept = old.half().topk(KEPT).indices
+        change = (old.log_softmax(0) - new.log_softmax(0))[kept]
+    else:
+        change = (old - old.mean()) - (new - new.mean())
+    # Of uint8, the change moves the row's range: half a level of both, 0.03 and 0.05, in every class of 200.
+    expected = float(change.norm() / (new - new.mean()).norm())
+    assert float(found[2]) == pytest.approx(expected, rel=0.02)
+    assert found[torch.arange(ROWS) != 2].tolist() == [0.0] * (ROWS - 1)
+    for precision in PRECISIONS:
+        with pytest.raises(CacheError, match="1 of 6 outputs computed again differ, sample 14 by"):
+            check(found, codec, precision)
+
+
+@by_kind_with_gaussian
+def test_a_changed_mean_is_seen_by_its_size(codec: Codec) -> None:
+    logits, (mean, log_var) = outputs()
+    changed = mean.clone()
+    changed[3, 150] += 4.0
+    found = differences(codec, (logits, Gaussian(mean, log_var)), (logits, Gaussian(changed, log_var)))
+    assert float(found[3]) == pytest.approx(4.0 / float(changed[3].norm()), rel=1e-3)  # fp16 holds 11 bits
+    assert found.count_nonzero() == 1
+
+
+@by_kind_with_gaussian
+def test_a_changed_log_variance_is_seen_by_its_root_mean_square(codec: Codec) -> None:
+    logits, (mean, log_var) = outputs()
+    changed = log_var.clone()
+    changed[4, 0] += 3.0
+    found = differences(codec, (logits, Gaussian(mean, log_var)), (logits, Gaussian(mean, changed)))
+    assert float(found[4]) == pytest.approx(3.0 / CLASSES**0.5, rel=1e-3)  # fp16 holds 11 bits
+    assert found.count_nonzero() == 1
+
+
+@by_kind
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_another_samples_record_is_no_rounding(codec: Codec, precision: str) -> None:
+    logits, gaussian = outputs()
+    found = differences(codec, (logits.roll(1, 0), gaussian), (logits, gaussian))
+    with pytest.raises(CacheError, match="6 of 6 outputs"):
+        check(found, codec, precision)
+
+
+def test_another_samples_gaussian_is_no_rounding() -> None:
+    """With the right logits beside it."""
+    codec = WITH_GAUSSIAN[0]
+    logits, (mean, log_var) = outputs()
+    for other in (Gaussian(mean.roll(1, 0), log_var), Gaussian(mean, log_var.roll(1, 0))):
+        found = differences(codec, (logits, other), (logits, Gaussian(mean, log_var)))
+        with pytest.raises(CacheError, match="6 of 6 outputs"):
+            check(found, codec, "bf16")
+
+
+@by_kind_with_gaussian
+def test_the_rounding_of_bf16_is_explained_in_bf16_alone(codec: Codec) -> None:
+    """Every number as in bf16, half a unit off at random: 2^-8 of its size."""
+    logits, (mean, log_var) = outputs()
+    shaken = [value + 2.0**-8 * value * noise(*value.shape, seed=3 + i) for i, value in enumerate((logits, mean))]
+    again = shaken[0], Gaussian(shaken[1], log_var + 2.0**-8 * noise(*log_var.shape, seed=5))
+    found = differences(codec, (logits, Gaussian(mean, log_var)), again)
+    assert 1e-3 < float(found.min()) < float(found.max()) < 0.02
+    assert check(found, codec, "bf16").worst == float(found.max())
+    if codec.kind != "uint8":  # whose own levels are as coarse
+        with pytest.raises(CacheError, match="6 of 6 outputs"):
+            check(found, codec, "fp32")
+
+
+@by_kind_with_gaussian
+def test_the_last_bits_of_fp32_are_explained_where_they_cross_a_rounding(codec: Codec) -> None:
+    """Numbers that lie on the edge between two of fp16, or between two levels, and fall to either side."""
+    edges = torch.arange(ROWS * CLASSES).reshape(ROWS, CLASSES) % 37 * 0.25 + 1 + 2.0**-11
+    lower, upper = edges * (1 - 2.0**-20), edges * (1 + 2.0**-20)
+    assert bool((lower.half() != upper.half()).any(1).all())
+    found = differences(codec, (lower, Gaussian(lower, lower)), (upper, Gaussian(upper, upper)))
+    assert float(found.min()) > 0.0
+    check(found, codec, "fp32")
+
+
+def test_which_of_two_equal_logits_is_kept_does_not_matter() -> None:
+    codec = Codec("top_k", CLASSES, KEPT)
+    logits, gaussian = outputs()
+    order = logits[0].argsort(descending=True)
+    logits[:, order[KEPT - 1]] = logits[:, order[KEPT]] = 9.0
+    again = logits.clone()
+    logits[:, order[KEPT - 1]] += 2.0**-7  # one unit of fp16
+    again[:, order[KEPT]] += 2.0**-7
+    stored, computed = (codec.decode(codec.encode(rows))[0] for rows in (logits, again))
+    assert isinstance(stored, TopKLogits) and isinstance(computed, TopKLogits)
+    assert all(set(a) != set(b) for a, b in zip(stored.indices.tolist(), computed.indices.tolist(), strict=True))
+    found = differences(codec, (logits, gaussian), (again, gaussian))
+    assert 0 < float(found.max()) < 1e-3
+    check(found, codec, "fp32")
+
+
+def test_classes_that_are_not_the_largest_do_matter() -> None:
+    """The right numbers under the wrong classes."""
+    codec = Codec("top_k", CLASSES, KEPT)
+    logits, _ = outputs()
+    found = output_differences(codec, codec.encode(logits.roll(1, 1)), logits)
+    with pytest.raises(CacheError, match="6 of 6 outputs"):
+        check(found, codec, "bf16")
+
+
+@by_kind
+def test_a_constant_on_all_logits_of_a_row_does_not_count(codec: Codec) -> None:
+    logits, gaussian = outputs()
+    logits = (logits * 16).round() / 16  # so that 8 more is exact in fp16
+    shifted = logits + torch.tensor([8.0, -8.0, 1.0, 0.5, -4.0, 2.0])[:, None]
+    found = differences(codec, (logits, gaussian), (shifted, gaussian))
+    assert float(found.max()) < 1e-6  # of fp32: the log-sum-exp, and scale and offset of uint8
+
+
+def test_rows_without_a_size_are_equal_or_not() -> None:
+    codec = Codec("fp16", 4)
+    records, flat = codec.encode(torch.full((2, 4), 3.0)), torch.full((2, 4), 5.0)
+    assert output_differences(codec, records, flat).tolist() == [0.0, 0.0]
+    other = torch.tensor([[3.0, 3.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
+    found = output_differences(codec, codec.encode(other), flat)
+    assert float(found[0]) > 1e100 and float(found[1]) == 0.0
+
+
+@by_kind
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_teacher_that_is_not_finite_now_is_refused(codec: Codec, bad: float) -> None:
+    logits, gaussian = outputs()
+    again = logits.clone()
+    again[1, 1] = bad
+    with pytest.raises(CacheError, match=r"logits are inf or NaN \(the first in row 1\)"):
+        differences(codec, (logits, gaussian), (again, gaussian))
+
+
+def test_a_gaussian_that_is_not_finite_now_is_refused() -> None:
+    codec = WITH_GAUSSIAN[0]
+    logits, gaussian = outputs()
+    for name in Gaussian._fields:
+        again = getattr(gaussian, name).clone()
+        again[5, 0] = torch.nan
+        with pytest.raises(CacheError, match=rf"{name} are inf or NaN \(the first in row 5\)"):
+            differences(codec, (logits, gaussian), (logits, gaussian._replace(**{name: again})))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("part", range(3), ids=["logits", "mean", "log_var"])
+def test_a_record_that_is_not_finite_is_refused(part: int, bad: float) -> None:
+    codec = WITH_GAUSSIAN[0]
+    logits, gaussian = outputs()
+    records = codec.encode(logits, gaussian)
+    halves: NDArray[Any] = records.view(np.float16)
+    halves[4, part * CLASSES] = bad
+    found = output_differences(codec, records, logits, gaussian)
+    assert [bool(row) for row in found.isfinite()] == [True, True, True, True, False, True]
+    with pytest.raises(CacheError, match="1 of 6 outputs computed again differ, sample 28 by (nan|inf)"):
+        check(found, codec, "bf16")
+
+
+def test_the_message_names_cache_view_both_values_and_the_remedy() -> None:
+    found = torch.tensor([0.0, 0.01, 0.5, torch.nan])
+    with pytest.raises(CacheError) as caught:
+        check_outputs(
+            found,
+            CODECS[0],
+            precision="bf16",
+            device="cpu",
+            names=["sample 3 in view 0", "sample 5 in view 0", "sample 1 in view 2", "sample 2 in view 2"],
+            cache="teacher.cache.dir = caches/a",
+        )
+    assert str(caught.value).startswith(
+        "teacher.cache.dir = caches/a does not hold what the teacher says: 2 of 4 outputs computed again differ, "
+        "sample 1 in view 2 by 0.5 of its size, and rounding explains at most 0.13; "
+    )
+    assert re.search(r"delete the folder and build .*--set teacher\.cache\.dir=", str(caught.value))
+    assert caught.value.exit_code == 4
+
+
+@by_kind
+@pytest.mark.parametrize(
+    ("precision", "device", "units"),
+    [("fp32", "cpu", 2.0**-15), ("fp32", "cuda", 2.0**-11), ("bf16", "cuda", 2.0**-8), ("fp16", "cpu", 2.0**-11)],
+)
+def test_the_bound_is_of_the_precision_and_of_what_is_stored(
+    codec: Codec, precision: str, device: str, units: float
+) -> None:
+    bound = 32 * units + {"fp16": 2.0**-10, "uint8": 2.0**-7, "top_k": 2.0**-10}[codec.kind]
+    at_the_bound = torch.tensor([0.0, bound], dtype=torch.float64)
+    assert check(at_the_bound, codec, precision, device) == Recheck(2, bound, bound)
+    with pytest.raises(CacheError, match="1 of 2 outputs computed again differ, sample 7 by"):
+        check(at_the_bound * (1 + 1e-12), codec, precision, device)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "uint8", "top_k"])
+def test_a_cache_of_imagenet_21k(tmp_path: Path, kind: str) -> None:
+    codec = Codec(kind, IMAGENET_21K, 10 if kind == "top_k" else None, gaussian=True)
+    logits, gaussian = outputs(IMAGENET_21K)
+    logits[:, IMAGENET_21K - 1] = 17.0  # an index beyond int16
+    folder = CacheFolder.create_or_open(tmp_path, KEY, codec, np.arange(ROWS), 1)
+    with folder.claim(0) as writer:  # type: ignore[union-attr]
+        writer.write(writer.todo, codec.encode(logits, gaussian))
+        writer.commit()
+    order = [3, 0, 5, 1, 4, 2]
+    records = CacheFolder.open(tmp_path).read(folder.records(order, view=0))
+    stored, _ = codec.decode(records)
+    if isinstance(stored, TopKLogits):
+        assert stored.indices[:, 1].tolist() == [IMAGENET_21K - 1] * ROWS
+    taken = logits[order], Gaussian(*(value[order] for value in gaussian))
+    assert check(output_differences(codec, records, *taken), codec, "fp32")[:2] == (ROWS, 0.0)
+    for precision in PRECISIONS:
+        with pytest.raises(CacheError, match="6 of 6 outputs"):
+            check(output_differences(codec, records, logits.roll(1, 0), taken[1]), codec, precision)
+
+
+def test_logits_beyond_fp16_are_for_uint8() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [70000.0, -3.0, 5.0]])
+    for codec in (Codec("fp16", 3), Codec("top_k", 3, 2)):
+        with pytest.raises(
+            CacheError, match=r"logits reach 70000 \(the first in row 1\) and fp16 ends at 65504; store them as uint8"
+        ):
+            codec.encode(logits)
+    codec = Codec("uint8", 3)
+    records = codec.encode(logits)
+    stored, _ = codec.decode(records)
+    assert isinstance(stored, QuantizedLogits)
+    back = stored.values.float() * stored.scale[:, None] + stored.offset[:, None]
+    assert torch.allclose(back, logits, rtol=0, atol=70003 / 510)  # half a level of 255
+    assert check(output_differences(codec, records, logits), codec, "fp32")[:2] == (2, 0.0)
