@@ -1,5 +1,6 @@
 """What a worker process does: image files to uint8 batches, under views it is told."""
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +10,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unikd_fast.data.augmentation import ViewParameters
+from unikd_fast.data.stored_image import StoredImage
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """One micro-batch to decode. It carries its paths, so that workers hold no copy of the data set's list."""
+    """One micro-batch to decode."""
 
-    paths: tuple[str, ...]
+    images: tuple[StoredImage, ...]
     labels: NDArray[np.int64]  # (N,)
     sample_ids: NDArray[np.int64]  # (N,)
     views: ViewParameters | None  # None: the view for evaluation
@@ -42,9 +44,9 @@ class Decoder:
         Raises:
             ValueError: a file cannot be decoded; the message names it.
         """
-        pixels = np.empty((len(request.paths), self.image_size, self.image_size, 3), np.uint8)
-        for i, path in enumerate(request.paths):
-            image = read_rgb(path)
+        pixels = np.empty((len(request.images), self.image_size, self.image_size, 3), np.uint8)
+        for i, stored in enumerate(request.images):
+            image = read_rgb(stored)
             view = self.central_view(image) if request.views is None else self.training_view(image, request.views, i)
             pixels[i] = np.asarray(view)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -76,19 +78,23 @@ class Decoder:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if views.flip[i] else image
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Decode a file to RGB, as stored: an EXIF orientation is not applied, as in the published recipes.
+def read_rgb(stored: StoredImage) -> Image.Image:
+    """Decode an image to RGB, as stored: an EXIF orientation is not applied, as in the published recipes.
 
     Raises:
-        ValueError: the file is missing or cannot be decoded; the message names it.
+        ValueError: it cannot be read or decoded; the message names it.
 
     Example:
-        >>> read_rgb("n01440764_10026.JPEG").mode
+        >>> read_rgb(StoredImage("n01440764_10026.JPEG")).mode
         'RGB'
     """
+    content = stored.read()
     try:
-        with Image.open(path) as image:
+        if stored.shape is not None:
+            height, width = stored.shape
+            return Image.frombuffer("RGB", (width, height), content, "raw", "RGB", 0, 1)
+        with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # PIL reports broken files by any of these; SyntaxError comes from its PNG reader.
-        raise ValueError(f"read_rgb: cannot decode {path}: {error}; repair the file or remove it") from error
+        raise ValueError(f"read_rgb: cannot decode {stored.name}: {error}; repair the file or remove it") from error

@@ -17,7 +17,7 @@ from unikd_fast.data.augmentation import Augmentation, ViewParameters
 from unikd_fast.data.decode import Decoder, DecodeRequest
 from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
-from unikd_fast.data.splits import DataSplits, ImageFiles, Split
+from unikd_fast.data.splits import DataSplits, Split, StoredImages
 from unikd_fast.values import Batch
 
 _WORD_OF_DEATH_S = 1.0
@@ -114,7 +114,7 @@ class FolderLoader:
 
     def _request(self, rows: NDArray[np.int64], views: ViewParameters) -> DecodeRequest:
         files = self._train_files
-        return DecodeRequest(tuple(files.paths[i] for i in rows), files.labels[rows], files.sample_ids[rows], views)
+        return DecodeRequest(files.images(rows), files.labels[rows], files.sample_ids[rows], views)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split; see `Loader.evaluate`.
@@ -125,7 +125,7 @@ class FolderLoader:
         files = self._held_out[split]
         sample_ids = files.sample_ids
         requests = [
-            DecodeRequest(tuple(files.paths[part]), files.labels[part], sample_ids[part], None)
+            DecodeRequest(files.images(range(part.start, part.stop)), files.labels[part], sample_ids[part], None)
             for part in self._schedule.evaluation(len(files))
         ]
         if requests:
@@ -221,7 +221,7 @@ def _as_decoded(decoded: Any) -> Any:
     return decoded
 
 
-def _files(split: Split) -> ImageFiles:
-    if not isinstance(split, ImageFiles):
+def _files(split: Split) -> StoredImages:
+    if not isinstance(split, StoredImages):
         raise ValueError(f"FolderLoader: the data set must be image files, got {type(split).__name__}; use 'device'")
     return split

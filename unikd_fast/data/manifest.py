@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from unikd_fast.data.splits import ImageFiles, Split, TensorImages
+from unikd_fast.data.splits import ImageFiles, PackedImages, Split, TensorImages
 
 # A file system over a network answers many questions at a time, each late.
 _THREADS = 32
@@ -18,9 +18,9 @@ _CHUNK_BYTES = 2**24
 def hash_split(split: Split) -> str:
     """Hash the samples of a split, their order and their ids; labels are no part of it, since no teacher sees them.
 
-    Images in memory are hashed with their shape. Of image files, only names and sizes are: a file overwritten by
-    another of the same size goes unnoticed, because to read all of ImageNet would cost as much as an epoch. Names are
-    relative to the deepest folder that holds all files, so a data set may move.
+    Images in memory are hashed with their shape, packed ones by the checksums in their index. Of image files, only names
+    and sizes are: a file overwritten by another of the same size goes unnoticed, because to read all of ImageNet would
+    cost as much as an epoch. Names are relative to the deepest folder that holds all files, so a data set may move.
 
     Args:
         split: N samples.
@@ -38,6 +38,8 @@ def hash_split(split: Split) -> str:
     chunks: Iterator[bytes | memoryview]
     if isinstance(split, TensorImages):
         header, chunks = ["images", *split.images.shape], _pixels(split)
+    elif isinstance(split, PackedImages):
+        header, chunks = ["packed", len(split)], _checksums(split)
     else:
         header, chunks = ["files", len(split)], _lines(split)
     # The header says how many ids of 8 bytes, and how many images or lines, come after it.
@@ -52,6 +54,13 @@ def _pixels(split: TensorImages) -> Iterator[memoryview]:
     count = max(1, _CHUNK_BYTES // max(1, split.images[:1].numel()))
     for start in range(0, len(split), count):
         yield split.images[start : start + count].cpu().numpy().ravel().data
+
+
+def _checksums(split: PackedImages) -> Iterator[bytes]:
+    """Yield what the index knows of the images, and not where they lie: sizes, shapes and CRCs of their bytes."""
+    for start in range(0, len(split), _FILES_AT_A_TIME):
+        rows = split.index[start : start + _FILES_AT_A_TIME]
+        yield b"".join(rows[name].tobytes() for name in ("length", "crc", "height", "width"))
 
 
 def _lines(split: ImageFiles) -> Iterator[bytes]:

@@ -1,16 +1,23 @@
 """A data set as the loaders see it: splits in memory or on disk, and what belongs to all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy, uint8
 
+from unikd_fast.data.stored_image import StoredImage
+
 Channels = tuple[float, float, float]
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+# height and width are 0 for encoded images.
+INDEX_DTYPE = np.dtype(
+    [("offset", "<i8"), ("length", "<i8"), ("crc", "<u4"), ("shard", "<i4"), ("height", "<i4"), ("width", "<i4")]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +94,67 @@ class ImageFiles:
         """Return the samples at these positions; they keep their ids."""
         return ImageFiles([self.paths[i] for i in positions], self.labels[positions], self.sample_ids[positions])
 
+    def images(self, positions: Iterable[int]) -> tuple[StoredImage, ...]:
+        """Where the images at these positions lie."""
+        return tuple(StoredImage(self.paths[i]) for i in positions)
 
-Split = TensorImages | ImageFiles
+
+@dataclass(frozen=True, eq=False)
+class PackedImages:
+    """A split of images in a few large files; labels and ids as for `TensorImages`.
+
+    Args:
+        shards: paths of the files.
+        index: (N,) of `INDEX_DTYPE`: where each image lies in which of them; may be memory-mapped.
+
+    Raises:
+        ValueError: the labels are not one per image, or the index has another dtype.
+
+    Example:
+        >>> index = np.array([(0, 512, 0, 0, 0, 0)], INDEX_DTYPE)
+        >>> PackedImages(("shard-00000.bin",), index, np.array([3])).images([0])[0].length
+        512
+    """
+
+    shards: tuple[str, ...]
+    index: NDArray[np.void]
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.index.dtype != INDEX_DTYPE:
+            raise ValueError(f"PackedImages: the index must be of {INDEX_DTYPE}, got {self.index.dtype}")
+        _check_lengths("PackedImages", len(self.index), self.labels, self.ids)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """(N,) position of each sample in the published split."""
+        return np.arange(len(self)) if self.ids is None else self.ids
+
+    def select(self, positions: NDArray[np.int64]) -> "PackedImages":
+        """Return the samples at these positions; they keep their ids."""
+        return PackedImages(self.shards, self.index[positions], self.labels[positions], self.sample_ids[positions])
+
+    def images(self, positions: Iterable[int]) -> tuple[StoredImage, ...]:
+        """Where the images at these positions lie."""
+        rows = (self.index[i] for i in positions)
+        return tuple(
+            StoredImage(
+                self.shards[row["shard"]],
+                int(row["offset"]),
+                int(row["length"]),
+                int(row["crc"]),
+                (int(row["height"]), int(row["width"])) if row["height"] else None,
+            )
+            for row in rows
+        )
+
+
+StoredImages = ImageFiles | PackedImages
+Split = TensorImages | ImageFiles | PackedImages
 
 
 @dataclass(frozen=True, eq=False)
