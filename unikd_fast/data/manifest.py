@@ -18,9 +18,10 @@ _CHUNK_BYTES = 2**24
 def hash_split(split: Split) -> str:
     """Hash the samples of a split, their order and their ids; labels are no part of it, since no teacher sees them.
 
-    Images in memory are hashed with their shape, packed ones by the checksums in their index. Of image files, only names
-    and sizes are: a file overwritten by another of the same size goes unnoticed, because to read all of ImageNet would
-    cost as much as an epoch. Names are relative to the deepest folder that holds all files, so a data set may move.
+    Images in memory are hashed with their shape, packed ones by the checksums in their index. Of image files, only
+    names and sizes are: a file overwritten by another of the same size goes unnoticed, because to read all of ImageNet
+    would cost as much as an epoch. Names are relative to the deepest folder that holds all files, so a data set may
+    move.
 
     Args:
         split: N samples.
