@@ -13,8 +13,9 @@ class Batch(NamedTuple):
     """One micro-batch on one process."""
 
     images: Tensor  # (N, 3, H, W) float, normalised
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64; (N, K) float weights of the classes where training samples are mixed
     sample_ids: Tensor  # (N,) int64, position of the sample in its data set
+    second: Tensor | None = None  # another view of the same samples, where the loader was built to show one
 
 
 class Features(NamedTuple):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import Loader, build_loader
-from unikd_fast.data.splits import DataSplits
+from unikd_fast.data.splits import DataSplits, TensorImages
 
 SIZE = 16
 RESIZED = Augmentation(crop="resized", flip_probability=0.5, eval_resize=20)
@@ -25,6 +25,7 @@ def write_images(root: Path, sizes: dict[str, int], fixed_size: int | None = Non
     return root
 
 
-def loader(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: int | bool) -> Loader:
-    arguments = {"seed": 3, "global_batch_size": 8, "workers": 0, **changes}
+def loader(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: int | bool | Augmentation) -> Loader:
+    kind = "device" if isinstance(splits.train, TensorImages) else "torchvision"
+    arguments = {"kind": kind, "seed": 3, "global_batch_size": 8, "workers": 0, **changes}
     return build_loader(splits, augmentation=augmentation, device="cpu", **arguments)  # type: ignore[arg-type]

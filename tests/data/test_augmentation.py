@@ -1,6 +1,7 @@
 """Views: a function of the sample, distributed as torchvision's."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from unikd_fast.data.augmentation import Augmentation, ViewParameters, view_parameters
+from unikd_fast.data.augmentation import ATTEMPTS, AUGMENTATION_VERSION, Augmentation, ViewParameters, view_parameters
 
 RESIZED = Augmentation(crop="resized", flip_probability=0.5)
 PAD = Augmentation(crop="pad", padding=4, flip_probability=0.5)
+STRONG = {"jitter": (0.4, 0.4, 0.4, 0.1), "policy": "rand", "erase_probability": 0.5}
 
 
 def draw(
@@ -112,6 +114,38 @@ def test_other_seeds_epochs_and_streams_give_other_views(other: dict[str, int]) 
     assert (boxes != draw(RESIZED, np.arange(100), **other).crop_boxes(100, 140)).any(axis=1).mean() > 0.95
 
 
+@pytest.mark.parametrize(
+    ("augmentation", "size", "boxes"),
+    [
+        (RESIZED, (375, 500), [(88, 87, 273, 296), (18, 62, 296, 318), (34, 10, 272, 257)]),
+        (PAD, (32, 32), [(3, 2, 32, 32), (8, 1, 32, 32), (7, 0, 32, 32)]),
+        (Augmentation(flip_probability=0.5), (9, 7), [(0, 0, 9, 7)] * 3),
+    ],
+    ids=["resized", "pad", "none"],
+)
+@pytest.mark.parametrize("strong", [{}, STRONG], ids=["plain", "strong"])
+def test_windows_and_flips_stay_what_they_were(
+    augmentation: Augmentation, size: tuple[int, int], boxes: list[tuple[int, ...]], strong: dict
+) -> None:
+    """Those of version 1: caches of a teacher's outputs and checkpoints half way through an epoch rest on them."""
+    assert AUGMENTATION_VERSION == 1
+    views = draw(replace(augmentation, **strong), [0, 17, 2**40], seed=5, epoch=6, stream=1)
+    assert list(map(tuple, views.crop_boxes(*size).tolist())) == boxes
+    assert views.flip.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("augmentation", [RESIZED, PAD, Augmentation()], ids=lambda a: a.crop)
+def test_strong_numbers_depend_on_no_crop_and_are_drawn_where_needed(augmentation: Augmentation) -> None:
+    plain = draw(augmentation, np.arange(5))
+    assert plain.strong.shape == (5, 0)
+    assert plain.attempts.shape == (5, ATTEMPTS if augmentation.crop == "resized" else 0, 4)
+    one = draw(replace(augmentation, policy="trivial"), np.arange(5)).strong
+    three = draw(replace(augmentation, policy="rand", rand_ops=3), np.arange(5)).strong
+    assert np.array_equal(three[:, : one.shape[1]], one)
+    assert np.array_equal(one, draw(Augmentation(policy="trivial"), np.arange(5)).strong)
+    assert three.shape[1] == one.shape[1] + 6
+
+
 def test_views_travel_to_other_processes() -> None:
     views = draw(RESIZED, [1, 2])
     assert np.array_equal(pickle.loads(pickle.dumps(views)).crop_boxes(50, 60), views.crop_boxes(50, 60))
@@ -127,6 +161,17 @@ def test_views_travel_to_other_processes() -> None:
         ({"ratio": (0.0, 1.0)}, "ratio .* got"),
         ({"flip_probability": 1.5}, "flip_probability .* got 1.5"),
         ({"eval_resize": 0}, "eval_resize .* got 0"),
+        ({"jitter": (0.1, 0.1, 0.1)}, "jitter must be four .* got"),
+        ({"jitter": (-0.1, 0, 0, 0)}, "jitter must be four .* got"),
+        ({"jitter": (0, 0, 0, 0.6)}, "that of hue at most 0.5, got"),
+        ({"policy": "auto"}, "policy must be one of .* got 'auto'"),
+        ({"rand_ops": 0}, r"rand_ops must be in \[1, 16\], got 0"),
+        ({"rand_ops": 17}, r"rand_ops must be in \[1, 16\], got 17"),
+        ({"rand_magnitude": 31}, r"rand_magnitude must be in \[0, 30\], got 31"),
+        ({"erase_probability": -0.1}, "erase_probability .* got -0.1"),
+        ({"erase_scale": (0.0, 0.3)}, "erase_scale .* got"),
+        ({"erase_scale": (0.4, 0.3)}, "erase_scale .* got"),
+        ({"erase_ratio": (2.0, 1.0)}, "erase_ratio .* got"),
     ],
 )
 def test_refuses_fields_out_of_range(fields: dict, message: str) -> None:

@@ -44,7 +44,7 @@ def loader(splits: DataSplits, augmentation: Augmentation = CROPS[1], **changes:
 def by_id(batches: Iterable[Batch]) -> dict[int, tuple[torch.Tensor, int]]:
     """Map each id to its pixels and label; an id may come once."""
     found: dict[int, tuple[torch.Tensor, int]] = {}
-    for images, labels, sample_ids in batches:
+    for images, labels, sample_ids, _ in batches:
         for image, label, sample_id in zip(images, labels.tolist(), sample_ids.tolist(), strict=True):
             assert sample_id not in found
             found[sample_id] = image, label
@@ -53,7 +53,7 @@ def by_id(batches: Iterable[Batch]) -> dict[int, tuple[torch.Tensor, int]]:
 
 def assert_same(batches: Iterable[Batch], expected: Iterable[Batch]) -> None:
     for batch, other in zip(batches, expected, strict=True):
-        for part, other_part in zip(batch, other, strict=True):
+        for part, other_part in zip(batch[:3], other[:3], strict=True):
             assert torch.equal(part, other_part)
 
 
@@ -101,7 +101,7 @@ def test_a_step_has_the_same_pixels_for_any_division(
             for micro_step in range(accumulation_steps)
             for rank in range(world_size)
         ]
-        assert_same([Batch(*map(torch.cat, zip(*parts, strict=True)))], [expected])
+        assert_same([Batch(*map(torch.cat, zip(*(part[:3] for part in parts), strict=True)))], [expected])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

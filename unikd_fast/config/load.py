@@ -189,6 +189,20 @@ def _validate(raw: dict[str, Any], source: str) -> Config:
             f"{config.distill.temperature}: at τ = 4 most of the probability lies outside the classes it "
             "keeps; set teacher.cache.logits=uint8 or fp16"
         )
+    if cache is not None and cache.mode != "off" and config.data.bad_images == "skip":
+        raise ConfigError(
+            f"{source}: teacher.cache.mode = {cache.mode!r} with data.bad_images = 'skip': the cache holds an output for "
+            "every sample, also for one that cannot be decoded; remove the bad files and set data.bad_images=error, or "
+            "set teacher.cache.mode=off"
+        )
+    mixing = config.data.mixing
+    mixes = mixing.probability > 0 and (mixing.mixup_alpha > 0 or mixing.cutmix_alpha > 0)
+    if cache is not None and cache.mode != "off" and mixes:
+        raise ConfigError(
+            f"{source}: teacher.cache.mode = {cache.mode!r} with data.mixing.mixup_alpha = {mixing.mixup_alpha} and "
+            f"cutmix_alpha = {mixing.cutmix_alpha}: the cache holds the teacher's outputs by sample, and a mixed image "
+            "belongs to two; set teacher.cache.mode=off, or both alphas to 0"
+        )
     return config
 
 

@@ -13,17 +13,31 @@ from numpy.typing import ArrayLike, NDArray
 from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, checked_ids, uniforms
 
 Crop = Literal["none", "pad", "resized"]
+Policy = Literal["none", "trivial", "rand"]
 
 ATTEMPTS = 10
-"""Draws of a resized crop before the central one is taken, as in torchvision."""
+"""Draws of a resized crop before the central one is taken, and of an erased rectangle before there is none, as in
+torchvision."""
+
+MAGNITUDES = 31
+"""Steps between an operation's weakest and strongest form, both included, as in torchvision."""
+
+MAX_OPERATIONS = 16
+
+SECOND_VIEWS = 0x100
+"""What the stream of a second view is above that of the first."""
 
 AUGMENTATION_VERSION = 1
 """Raised whenever the same seed, epoch, stream and id come to mean another view, for its numbers (`philox`) or for what
 is made of them; what is kept of earlier views, such as a teacher's outputs, is then no longer taken for theirs."""
 
 # Columns of the uniforms of a sample. New kinds of augmentation take columns behind these or a stream of their own, so
-# that the views of today stay what they are.
-_FLIP, _PAD, _RESIZED = 0, slice(1, 3), 4
+# that the views of today stay what they are. A view draws no more than it needs; the operations of a policy take three
+# columns each and come last, in the room of MAX_OPERATIONS of them.
+_FLIP, _PAD, _RESIZED, _STRONG = 0, slice(1, 3), 4, 4 + 4 * ATTEMPTS
+JITTER, ERASE, ERASE_ATTEMPTS, OPERATIONS = slice(0, 8), 8, slice(9, 9 + 4 * ATTEMPTS), 9 + 4 * ATTEMPTS
+"""Columns of `ViewParameters.strong`: four factors and four sort keys of their order; whether to erase; area, ratio,
+top and left of each attempt; operation, magnitude and sign of each of the policy."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,15 @@ class Augmentation:
         flip_probability: of a horizontal flip.
         eval_resize: length in pixels the short side of an image file is brought to before its centre is cut out;
             None is 8/7 of the image size, 256 for 224. Data sets in memory already have their size.
+        jitter: strengths of torchvision's ColorJitter: brightness, contrast, saturation, hue. The factor of the first
+            three is within 1 ± strength and not below 0, the shift of hue within ± strength of the colour circle.
+        policy: "trivial" is one operation of torchvision's TrivialAugmentWide with any magnitude; "rand" are `rand_ops`
+            operations of its RandAugment with one magnitude.
+        rand_ops: operations of "rand", one after the other; may repeat.
+        rand_magnitude: of "rand", in [0, 30].
+        erase_probability: of erasing a rectangle, torchvision's RandomErasing: to black, the value of the padding.
+        erase_scale: range of its area, as a share of the image's.
+        erase_ratio: range of its height over its width.
 
     Raises:
         ValueError: a field is outside its range.
@@ -54,6 +77,13 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = 0.0
     eval_resize: int | None = None
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    policy: Policy = "none"
+    rand_ops: int = 2
+    rand_magnitude: int = 9
+    erase_probability: float = 0.0
+    erase_scale: tuple[float, float] = (0.02, 0.33)
+    erase_ratio: tuple[float, float] = (0.3, 3.3)
 
     def __post_init__(self) -> None:
         if self.crop not in get_args(Crop):
@@ -68,6 +98,42 @@ class Augmentation:
             raise ValueError(f"Augmentation: flip_probability must be in [0, 1], got {self.flip_probability}")
         if self.eval_resize is not None and self.eval_resize < 1:
             raise ValueError(f"Augmentation: eval_resize must be at least 1 pixel, got {self.eval_resize}")
+        self._check_strong()
+
+    def _check_strong(self) -> None:
+        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError(
+                "Augmentation: jitter must be four strengths of at least 0 (brightness, contrast, saturation, hue), "
+                f"that of hue at most 0.5, got {self.jitter}"
+            )
+        if self.policy not in get_args(Policy):
+            raise ValueError(f"Augmentation: policy must be one of {get_args(Policy)}, got {self.policy!r}")
+        if not 1 <= self.rand_ops <= MAX_OPERATIONS:
+            raise ValueError(f"Augmentation: rand_ops must be in [1, {MAX_OPERATIONS}], got {self.rand_ops}")
+        if not 0 <= self.rand_magnitude < MAGNITUDES:
+            raise ValueError(
+                f"Augmentation: rand_magnitude must be in [0, {MAGNITUDES - 1}], got {self.rand_magnitude}"
+            )
+        if not 0 <= self.erase_probability <= 1:
+            raise ValueError(f"Augmentation: erase_probability must be in [0, 1], got {self.erase_probability}")
+        if not 0 < self.erase_scale[0] <= self.erase_scale[1] <= 1:
+            raise ValueError(
+                f"Augmentation: erase_scale must be an ascending range within (0, 1], got {self.erase_scale}"
+            )
+        if not 0 < self.erase_ratio[0] <= self.erase_ratio[1]:
+            raise ValueError(
+                f"Augmentation: erase_ratio must be an ascending range of positive numbers, got {self.erase_ratio}"
+            )
+
+    @property
+    def operations(self) -> int:
+        """Number of operations of the policy on each view."""
+        return {"none": 0, "trivial": 1, "rand": self.rand_ops}[self.policy]
+
+    @property
+    def is_strong(self) -> bool:
+        """Whether views are changed beyond crop, resize and flip."""
+        return bool(self.operations or any(self.jitter) or self.erase_probability)
 
     def short_side(self, image_size: int) -> int:
         """Return the length in pixels the short side of an image file is resized to for evaluation.
@@ -96,6 +162,7 @@ class ViewParameters:
     flip: NDArray[np.bool_]  # (N,)
     offsets: NDArray[np.int64]  # (N, 2) top, left of a "pad" window in the padded image
     attempts: NDArray[np.float64]  # (N, ATTEMPTS, 4) uniforms for area, ratio, top, left; no attempts unless "resized"
+    strong: NDArray[np.float64]  # (N, columns) uniforms of `strong_view`; no columns where it has nothing to do
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -138,7 +205,7 @@ def view_parameters(
         seed: in [0, 2^64).
         epoch: in [0, 2^32).
         sample_ids: (N,) positions in the original data set.
-        stream: what the views are for: 0 training, 1 fitting a head, further ones for second views.
+        stream: what the views are for: 0 training, 1 fitting a head; `SECOND_VIEWS` more for their second views.
 
     Raises:
         ValueError: an argument is out of range.
@@ -150,7 +217,8 @@ def view_parameters(
     """
     ids = checked_ids(sample_ids).astype(np.int64)
     check_below("stream", stream, FIRST_RESERVED_STREAM)
-    columns = _RESIZED + (4 * ATTEMPTS if augmentation.crop == "resized" else 0)
+    resized = _STRONG if augmentation.crop == "resized" else _RESIZED
+    columns = _STRONG + OPERATIONS + 3 * augmentation.operations if augmentation.is_strong else resized
     draws = uniforms(seed, epoch, ids, columns, stream=stream)
     padding = augmentation.padding if augmentation.crop == "pad" else 0
     return ViewParameters(
@@ -158,7 +226,8 @@ def view_parameters(
         sample_ids=ids,
         flip=draws[:, _FLIP] < augmentation.flip_probability,
         offsets=np.floor(draws[:, _PAD] * (2 * padding + 1)).astype(np.int64),
-        attempts=draws[:, _RESIZED:].reshape(len(ids), (columns - _RESIZED) // 4, 4),
+        attempts=draws[:, _RESIZED:resized].reshape(len(ids), (resized - _RESIZED) // 4, 4),
+        strong=draws[:, _STRONG:],
     )
 
 

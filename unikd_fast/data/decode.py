@@ -1,7 +1,8 @@
 """What a worker process does: image files to uint8 batches, under views it is told."""
 
-import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unikd_fast.data.augmentation import ViewParameters
+from unikd_fast.data.bad_images import BadImage, stand_ins
+from unikd_fast.data.inspect_image import MAX_PIXELS, naming_broken, open_image
 from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.data.strong import strong_views
+
+OnBad = Literal["raise", "replace", "leave_out"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,18 @@ class DecodeRequest:
     labels: NDArray[np.int64]  # (N,)
     sample_ids: NDArray[np.int64]  # (N,)
     views: ViewParameters | None  # None: the view for evaluation
+    second: ViewParameters | None = None  # of another view of the same images
+    on_bad: OnBad = "raise"  # where an image cannot be decoded
+
+
+class DecodedBatch(NamedTuple):
+    """What became of a request: M images, of which M = N unless bad ones are left out."""
+
+    images: Tensor  # (M, 3, image_size, image_size) uint8, channels_last
+    labels: Tensor  # (M,) int64
+    sample_ids: Tensor  # (M,) int64
+    second: Tensor | None  # as images, another view of them
+    bad: Sequence[BadImage]  # those replaced or left out
 
 
 @dataclass(frozen=True)
@@ -32,31 +50,61 @@ class Decoder:
         short_side: length in pixels the short side is resized to before the centre is cut out.
 
     Example:
-        >>> images, labels, sample_ids = Decoder(image_size=224, short_side=256)[request]
+        >>> images, labels, sample_ids, second, bad = Decoder(image_size=224, short_side=256)[request]
     """
 
     image_size: int
     short_side: int
 
-    def __getitem__(self, request: DecodeRequest) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images (N, 3, image_size, image_size) uint8 in channels_last layout, labels (N,) and ids (N,).
+    def __getitem__(self, request: DecodeRequest) -> DecodedBatch:
+        """Decode a batch; the request says whether a bad file is an error, is left out, or is replaced.
+
+        In its place is then the next good sample of the batch, with its image, label and id.
 
         Raises:
-            ValueError: a file cannot be decoded; the message names it.
+            ValueError: a file cannot be decoded, or none of a batch; the message names it.
         """
-        pixels = np.empty((len(request.images), self.image_size, self.image_size, 3), np.uint8)
+        bad: dict[int, BadImage] = {}
+        shown = [request.views] if request.second is None else [request.views, request.second]
+        pixels = np.empty((len(shown), len(request.images), self.image_size, self.image_size, 3), np.uint8)
         for i, stored in enumerate(request.images):
-            image = read_rgb(stored)
-            view = self.central_view(image) if request.views is None else self.training_view(image, request.views, i)
-            pixels[i] = np.asarray(view)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return images, torch.from_numpy(request.labels), torch.from_numpy(request.sample_ids)
+            try:
+                image = self._read(stored)
+            except ValueError as error:
+                if request.on_bad == "raise":
+                    raise
+                bad[i] = BadImage(stored.name, int(request.sample_ids[i]), str(error))
+                continue
+            for levels, views in zip(pixels, shown, strict=True):
+                view = self.central_view(image) if views is None else self.training_view(image, views, i)
+                levels[i] = np.asarray(view)
+        images, *second = (
+            batch if views is None else strong_views(batch, views)
+            for batch, views in zip(torch.from_numpy(pixels).permute(0, 1, 4, 2, 3), shown, strict=True)
+        )
+        labels, sample_ids = torch.from_numpy(request.labels), torch.from_numpy(request.sample_ids)
+        batch = DecodedBatch(images, labels, sample_ids, second[0] if second else None, list(bad.values()))
+        return _without_bad(batch, list(bad), request.on_bad) if bad else batch
+
+    def _read(self, stored: StoredImage) -> Image.Image:
+        image = read_rgb(stored)
+        width, height = self._central_size(image)
+        if width * height > MAX_PIXELS:
+            raise ValueError(
+                f"cannot decode {stored.name}: {image.width} x {image.height} pixels become {width} x {height} when "
+                f"the short side is resized, {MAX_PIXELS} are allowed; crop the image or remove it"
+            )
+        return image
+
+    def _central_size(self, image: Image.Image) -> tuple[int, int]:
+        """Return the width and height that an image is resized to before its centre is cut out."""
+        short, long = sorted(image.size)
+        long_side = int(self.short_side * long / short)
+        return (self.short_side, long_side) if image.width <= image.height else (long_side, self.short_side)
 
     def central_view(self, image: Image.Image) -> Image.Image:
         """Resize the short side, then cut out the centre, as torchvision's Resize and CenterCrop do."""
-        short, long = sorted(image.size)
-        long_side = int(self.short_side * long / short)
-        width, height = (self.short_side, long_side) if image.width <= image.height else (long_side, self.short_side)
+        width, height = self._central_size(image)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
@@ -78,23 +126,48 @@ class Decoder:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if views.flip[i] else image
 
 
+def _without_bad(batch: DecodedBatch, places: Sequence[int], on_bad: OnBad) -> DecodedBatch:
+    """Return a batch in which the samples at these places are replaced or left out."""
+    good = np.ones(len(batch.labels), np.bool_)
+    good[places] = False
+    if on_bad == "replace" and not good.any():
+        raise ValueError(
+            f"Decoder: none of the {len(good)} images of a batch can be decoded, so none can stand in for the others; "
+            f"the first: {batch.bad[0].reason}"
+        )
+    taken = torch.from_numpy(stand_ins(good) if on_bad == "replace" else np.flatnonzero(good))
+    images, labels, sample_ids, second, bad = batch
+    return DecodedBatch(images[taken], labels[taken], sample_ids[taken], None if second is None else second[taken], bad)
+
+
 def read_rgb(stored: StoredImage) -> Image.Image:
     """Decode an image to RGB, as stored: an EXIF orientation is not applied, as in the published recipes.
 
+    What the file holds decides how it is read, not its name. Of 16-bit levels the upper 8 bits are kept; CMYK is
+    converted without a colour profile; transparency is dropped, and the colours below it show; of an animation the
+    first frame is taken.
+
     Raises:
-        ValueError: it cannot be read or decoded; the message names it.
+        ValueError: it cannot be read or decoded, or is too large (`inspect_image.MAX_PIXELS`); the message names it.
 
     Example:
         >>> read_rgb(StoredImage("n01440764_10026.JPEG")).mode
         'RGB'
     """
     content = stored.read()
-    try:
-        if stored.shape is not None:
-            height, width = stored.shape
+    if stored.shape is not None:
+        height, width = stored.shape
+        with naming_broken(stored.name):
             return Image.frombuffer("RGB", (width, height), content, "raw", "RGB", 0, 1)
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # PIL reports broken files by any of these; SyntaxError comes from its PNG reader.
-        raise ValueError(f"read_rgb: cannot decode {stored.name}: {error}; repair the file or remove it") from error
+    image, _ = open_image(content, stored.name)
+    with naming_broken(stored.name):
+        return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # PIL would clip: all above 255 of 65535 would be white. Of 16-bit RGB it takes the upper byte as well.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its levels have 32 bits (mode {image.mode}) and no known range; store it with 8 or 16")
+    return image.convert("RGB")

@@ -8,10 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unikd_fast.data.augmentation import Augmentation, ViewParameters
+from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
+from unikd_fast.data.bad_images import BadImage
 from unikd_fast.data.pixels import RESIZE_VERSION, Normalise, pad_crop, resized_crop
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, Split, TensorImages
+from unikd_fast.data.strong import strong_pixels, strong_views
 from unikd_fast.values import Batch
 
 
@@ -32,6 +34,7 @@ class DeviceLoader:
         schedule: what this rank takes.
         device: where the data set and the batches live.
         channels_last: layout of the images.
+        second: the views of each batch's second images; None: it has none.
 
     Raises:
         ValueError: a split is not in memory.
@@ -48,9 +51,11 @@ class DeviceLoader:
         *,
         device: torch.device,
         channels_last: bool = False,
+        second: Schedule | None = None,
     ) -> None:
         self._augmentation = augmentation
         self._schedule = schedule
+        self._second = second
         self._device = device
         self._image_size = splits.image_size
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
@@ -75,14 +80,24 @@ class DeviceLoader:
         return {
             "decoder": "none, uint8 tensors",
             "resize": ours if self._augmentation.crop == "resized" else "none",
+            **strong_pixels(self._augmentation),
         }
+
+    @property
+    def bad_samples(self) -> tuple[BadImage, ...]:
+        """None: there are no files to be bad."""
+        return ()
 
     def train(
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
     ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of an epoch; see `Loader.train`."""
         micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
-        return (self._batch(positions, views) for positions, views in micro_batches)
+        shown, others, other_stream = epoch if view_epoch is None else view_epoch, self._second, stream + SECOND_VIEWS
+        return (
+            self._batch(rows, views, None if others is None else others.views(rows, shown, other_stream))
+            for rows, views in micro_batches
+        )
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request; see `Loader.views`."""
@@ -94,7 +109,15 @@ class DeviceLoader:
         for part in self._schedule.evaluation(len(images)):
             yield Batch(self._normalise(images[part]), labels[part], sample_ids[part])
 
-    def _batch(self, positions_of_views: NDArray[np.int64], views: ViewParameters) -> Batch:
+    def _batch(
+        self, positions: NDArray[np.int64], views: ViewParameters, second: ViewParameters | None = None
+    ) -> Batch:
+        images, taken = self._show(positions, views)
+        other = None if second is None else self._show(positions, second)[0]
+        return Batch(images, self._train.labels[taken], self._train.sample_ids[taken], other)
+
+    def _show(self, positions_of_views: NDArray[np.int64], views: ViewParameters) -> tuple[Tensor, Tensor]:
+        """Return the normalised views of these samples and their positions on the device."""
         # A plan, (N, 6) int64: position, window (top, left, height, width), flip.
         boxes_of_views = views.crop_boxes(*self._train.images.shape[-2:])
         plan = np.column_stack((positions_of_views, boxes_of_views, views.flip))
@@ -105,12 +128,12 @@ class DeviceLoader:
         device_plan = host_plan.to(self._device, non_blocking=True)
         positions, boxes, flip = device_plan[:, 0], device_plan[:, 1:5], device_plan[:, 5].bool()
         images = self._train.images[positions]
-        if self._augmentation.crop == "resized":
+        augmentation = views.augmentation
+        if augmentation.crop == "resized":
             images = resized_crop(images, boxes, flip, self._image_size)
         else:
-            padding = self._augmentation.padding if self._augmentation.crop == "pad" else 0
-            images = pad_crop(images, boxes, flip, padding)
-        return Batch(self._normalise(images), self._train.labels[positions], self._train.sample_ids[positions])
+            images = pad_crop(images, boxes, flip, augmentation.padding if augmentation.crop == "pad" else 0)
+        return self._normalise(strong_views(images, views)), positions
 
     def _to_device(self, split: Split) -> _Resident:
         if not isinstance(split, TensorImages):

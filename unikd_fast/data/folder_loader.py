@@ -1,5 +1,6 @@
 """The loader of image files: worker processes decode, the device normalises."""
 
+import logging
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -10,20 +11,22 @@ import PIL
 import torch
 from numpy.typing import NDArray
 from PIL import features
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unikd_fast.data.augmentation import Augmentation, ViewParameters
-from unikd_fast.data.decode import Decoder, DecodeRequest
+from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
+from unikd_fast.data.bad_images import BadImage, BadImages, BadImageTally
+from unikd_fast.data.decode import DecodedBatch, Decoder, DecodeRequest, OnBad
 from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, Split, StoredImages
+from unikd_fast.data.strong import strong_pixels
 from unikd_fast.values import Batch
 
 _WORD_OF_DEATH_S = 1.0
 
 _GRACE_S = 10
-_Decoded = tuple[Tensor, Tensor, Tensor]
+
+_logger = logging.getLogger("unikd_fast")
 
 
 class FolderLoader:
@@ -39,6 +42,8 @@ class FolderLoader:
         device: where the batches go.
         workers: decoding processes; 0 decodes in this one.
         channels_last: layout of the images.
+        second: the views of each batch's second images; None: it has none.
+        bad_images, max_bad_share: what to do about files that cannot be decoded; see `build_loader`.
 
     Raises:
         ValueError: a split is not of files, or workers is negative.
@@ -56,16 +61,25 @@ class FolderLoader:
         device: torch.device,
         workers: int = 2,
         channels_last: bool = False,
+        second: Schedule | None = None,
+        bad_images: BadImages = "error",
+        max_bad_share: float = 0.001,
     ) -> None:
         if workers < 0:
             raise ValueError(f"FolderLoader: workers must be at least 0, got {workers}")
         self._train_files = _files(splits.train)
         self._held_out = {"val": _files(splits.val), "test": _files(splits.test)}
+        self._augmentation = augmentation
         self._schedule = schedule
+        self._second = second
         self._device = device
         self._workers = workers
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
         self._decoder = Decoder(splits.image_size, augmentation.short_side(splits.image_size))
+        self._skip_bad = bad_images == "skip"
+        self._max_bad_share = max_bad_share
+        self._logged: set[str] = set()
+        self._tally = self._new_tally("training", 0)
         self._requests = _Requests()
         self._train_workers = self._data_loader(self._requests, persistent=workers > 0)
         self._latest_train = 0
@@ -87,7 +101,13 @@ class FolderLoader:
         turbo = features.version("libjpeg_turbo")
         library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
         major = PIL.__version__.partition(".")[0]
-        return {"decoder": f"pillow, {library}", "resize": f"pillow {major}, bilinear, antialiased"}
+        resize = f"pillow {major}, bilinear, antialiased"
+        return {"decoder": f"pillow, {library}", "resize": resize, **strong_pixels(self._augmentation)}
+
+    @property
+    def bad_samples(self) -> tuple[BadImage, ...]:
+        """Samples of the latest `train` that others stand in for; see `Loader.bad_samples`."""
+        return self._tally.images
 
     def train(
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
@@ -98,41 +118,64 @@ class FolderLoader:
             RuntimeError: a worker died, or the iterator is used after a newer `train` took over the workers.
         """
         micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
-        self._requests.pending = (self._request(rows, views) for rows, views in micro_batches)
+        shown, others, other_stream = epoch if view_epoch is None else view_epoch, self._second, stream + SECOND_VIEWS
+        on_bad: OnBad = "replace" if self._skip_bad else "raise"
+        self._requests.pending = (
+            self._request(rows, views, None if others is None else others.views(rows, shown, other_stream), on_bad)
+            for rows, views in micro_batches
+        )
         self._latest_train += 1
+        self._tally = self._new_tally("training", self._schedule.samples_per_epoch)
         return self._train_batches(iter(self._train_workers), self._latest_train)
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
+
+        Nothing can stand in for a sample that was asked for, so a bad file is an error in any case.
 
         Raises:
             RuntimeError: a worker died.
         """
         queue = _Requests()
         queue.pending = (self._request(rows, self._schedule.views(rows, epoch)) for rows, epoch in requests)
-        return self._batches(iter(self._data_loader(queue, persistent=False)))
+        return self._batches(iter(self._data_loader(queue, persistent=False)), self._new_tally("views", 0))
 
-    def _request(self, rows: NDArray[np.int64], views: ViewParameters) -> DecodeRequest:
+    def _request(
+        self,
+        rows: NDArray[np.int64],
+        views: ViewParameters,
+        second: ViewParameters | None = None,
+        on_bad: OnBad = "raise",
+    ) -> DecodeRequest:
         files = self._train_files
-        return DecodeRequest(files.images(rows), files.labels[rows], files.sample_ids[rows], views)
+        return DecodeRequest(files.images(rows), files.labels[rows], files.sample_ids[rows], views, second, on_bad)
+
+    def _new_tally(self, purpose: str, samples: int) -> BadImageTally:
+        return BadImageTally(purpose, samples=samples, max_share=self._max_bad_share, logged=self._logged)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
-        """Yield this rank's share of a split; see `Loader.evaluate`.
+        """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`.
 
         Raises:
             RuntimeError: a worker died.
         """
         files = self._held_out[split]
         sample_ids = files.sample_ids
+        on_bad: OnBad = "leave_out" if self._skip_bad else "raise"
         requests = [
-            DecodeRequest(files.images(range(part.start, part.stop)), files.labels[part], sample_ids[part], None)
+            DecodeRequest(
+                files.images(range(part.start, part.stop)), files.labels[part], sample_ids[part], None, on_bad=on_bad
+            )
             for part in self._schedule.evaluation(len(files))
         ]
+        tally = self._new_tally(split, len(files))
         if requests:
-            yield from self._batches(iter(self._data_loader(requests, persistent=False)))
+            yield from self._batches(iter(self._data_loader(requests, persistent=False)), tally)
+        if tally.images:
+            _logger.warning("%s: evaluated without %d of %d samples", split, len(tally.images), len(files))
 
-    def _train_batches(self, decoded: Iterator[_Decoded], ticket: int) -> Iterator[Batch]:
-        batches = self._batches(decoded)
+    def _train_batches(self, decoded: Iterator[DecodedBatch], ticket: int) -> Iterator[Batch]:
+        batches = self._batches(decoded, self._tally)
         while True:
             if ticket != self._latest_train:
                 raise RuntimeError(
@@ -144,12 +187,16 @@ class FolderLoader:
                 return
             yield batch
 
-    def _batches(self, decoded: Iterator[_Decoded]) -> Iterator[Batch]:
+    def _batches(self, decoded: Iterator[DecodedBatch], tally: BadImageTally) -> Iterator[Batch]:
         try:
-            for images, labels, sample_ids in decoded:
+            for images, labels, sample_ids, second, bad in decoded:
+                tally.add(bad)
+                if not len(images):
+                    continue
                 on_device = (part.to(self._device, non_blocking=True) for part in (images, labels, sample_ids))
                 pixels, labels, sample_ids = on_device
-                yield Batch(self._normalise(pixels), labels, sample_ids)
+                other = None if second is None else self._normalise(second.to(self._device, non_blocking=True))
+                yield Batch(self._normalise(pixels), labels, sample_ids, other)
         except ValueError as error:
             # The error of a bad file. torch's frame holds it and is held by its traceback; without one the workers end
             # now and not at some garbage collection. What happened in the worker is part of the message.

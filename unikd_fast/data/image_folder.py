@@ -14,12 +14,14 @@ def load_image_folder(root: Path, image_size: int) -> DataSplits:
     """List the images of a folder; nothing is decoded yet.
 
     Classes are the folders below train and val, sorted by name; the samples of a split are sorted by class, then by
-    file name, and their place in that list is their id. Links are followed, names that begin with a dot are passed
-    over. Mean and deviation are those of ImageNet; `test` is `val`.
+    file name, and their place in that list is their id. Links are followed; one that leads nowhere is listed as well,
+    for the loader to find, since ids would change if it were not. Names that begin with a dot are passed over. Mean and
+    deviation are those of ImageNet; `test` is `val`.
 
     Raises:
         FileNotFoundError: the root, train or val is missing.
-        ValueError: a split has no classes, train and val have different ones, or a class has no images.
+        ValueError: a split has no classes or a broken link to one, train and val have different ones, or a class has no
+            images.
 
     Example:
         >>> splits = load_image_folder(Path("/data/imagenet"), 224)
@@ -56,10 +58,26 @@ def load_image_folder(root: Path, image_size: int) -> DataSplits:
 
 def _class_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_class(entry))
     if not names:
         raise ValueError(f"load_image_folder: {folder} has no class folders; images belong in {folder}/<class>/")
     return names
+
+
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+        raise ValueError(
+            f"load_image_folder: the link {entry.path} leads nowhere, and labels would change without its class; "
+            "repair or remove it"
+        )
+    return entry.is_dir()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a file or a link, be it one that leads nowhere, but not to a folder."""
+    if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+        return True
+    return entry.is_file()
 
 
 def _list_images(folder: Path, class_names: list[str]) -> ImageFiles:
@@ -71,7 +89,7 @@ def _list_images(folder: Path, class_names: list[str]) -> ImageFiles:
             images = sorted(
                 entry.path
                 for entry in entries
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and _is_file(entry)
             )
         paths += images
         counts.append(len(images))

@@ -1,6 +1,8 @@
 """What a loader offers to the engine, and which loader a data set gets."""
 
+import logging
 from collections.abc import Iterable, Iterator
+from functools import cache, partial
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -8,13 +10,17 @@ import torch
 from numpy.typing import NDArray
 
 from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.bad_images import BadImage, BadImages
+from unikd_fast.data.dali_probe import choose_decoding, dali_problem
 from unikd_fast.data.device_loader import DeviceLoader
 from unikd_fast.data.folder_loader import FolderLoader
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.values import Batch
 
-LoaderKind = Literal["auto", "device", "torchvision"]
+LoaderKind = Literal["auto", "device", "dali", "torchvision"]
+
+_logger = logging.getLogger("unikd_fast")
 
 
 class Loader(Protocol):
@@ -38,13 +44,19 @@ class Loader(Protocol):
         """
         ...
 
+    @property
+    def bad_samples(self) -> tuple[BadImage, ...]:
+        """Samples of the latest `train`, as far as it was read, whose files cannot be decoded and were skipped."""
+        ...
+
     def train(
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
     ) -> Iterator[Batch]:
         """Yield this rank's micro-batches, `accumulation_steps` for each optimiser step from `start_step` on.
 
         `train(e, s)` gives what `train(e)` gives after s steps, bit for bit. Another stream gives the same samples in
-        the same order under other views; `view_epoch` under those of another epoch.
+        the same order under other views; `view_epoch` under those of another epoch. `Batch.second` is there if the
+        loader was built to show second views.
 
         Raises:
             ValueError: the epoch has no such step.
@@ -70,6 +82,7 @@ def build_loader(
     splits: DataSplits,
     *,
     augmentation: Augmentation,
+    second: Augmentation | None = None,
     kind: LoaderKind = "auto",
     seed: int,
     global_batch_size: int,
@@ -78,7 +91,11 @@ def build_loader(
     world_size: int = 1,
     device: torch.device | str,
     workers: int = 2,
+    dali_threads: int = 2,
+    dali_prefetch: int = 2,
     channels_last: bool = False,
+    bad_images: BadImages = "error",
+    max_bad_share: float = 0.001,
 ) -> Loader:
     """Return a loader for a data set.
 
@@ -88,17 +105,26 @@ def build_loader(
     Args:
         splits: the data set.
         augmentation: the views to train on.
-        kind: "device" for data in memory, "torchvision" for image files, "auto" for the one that fits.
+        second: of another view of each training sample, in `Batch.second`, with numbers of its own; for methods that
+            compare a weak and a strong one. None: batches have none.
+        kind: "device" for data in memory; "dali" or "torchvision" for image files; "auto" for the one that fits, which
+            for files is "dali" where it works.
         seed: in [0, 2^64), of order and views.
         global_batch_size: samples per optimiser step, over all ranks and micro-steps.
         accumulation_steps: micro-batches per optimiser step.
         rank, world_size: this process among all.
         device: where the batches go.
-        workers: decoding processes for image files; 0 decodes in this one.
+        workers: decoding processes of "torchvision"; 0 decodes in this one.
+        dali_threads: of "dali", that decode, and as many that read files and, on a CPU, resize.
+        dali_prefetch: micro-batches that "dali" decodes at a time.
         channels_last: layout of the images.
+        bad_images: "error": a file that cannot be decoded ends the run. "skip": in training the next good sample of
+            its micro-batch takes its place, with its image, label and id; evaluation goes without it.
+        max_bad_share: share of the samples of an epoch, or of an evaluated split, that may be skipped.
 
     Raises:
-        ValueError: the kind does not fit the data, the batch does not divide evenly or is larger than the train split.
+        ValueError: an argument is out of range, the kind does not fit the data or does not work here, the batch does
+            not divide evenly or is larger than the train split.
 
     Example:
         >>> splits = open_data("digits", root=None, image_size=32)
@@ -108,21 +134,75 @@ def build_loader(
     """
     if kind not in get_args(LoaderKind):
         raise ValueError(f"build_loader: kind must be one of {get_args(LoaderKind)}, got {kind!r}")
-    fitting = "device" if isinstance(splits.train, TensorImages) else "torchvision"
-    if kind not in ("auto", fitting):
-        raise ValueError(
-            f"build_loader: kind {kind!r} does not load {type(splits.train).__name__}; use {fitting!r} or 'auto'"
-        )
-    schedule = Schedule(
+    kind = _fitting_kind(kind, splits)
+    follow = partial(
+        Schedule,
         splits.train.sample_ids,
-        augmentation,
         seed=seed,
         global_batch_size=global_batch_size,
         accumulation_steps=accumulation_steps,
         rank=rank,
         world_size=world_size,
     )
+    if bad_images not in get_args(BadImages):
+        raise ValueError(f"build_loader: bad_images must be one of {get_args(BadImages)}, got {bad_images!r}")
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"build_loader: max_bad_share must be in [0, 1], got {max_bad_share}")
+    schedule, other = follow(augmentation), None if second is None else follow(second)
     where = torch.device(device)
-    if fitting == "device":
-        return DeviceLoader(splits, augmentation, schedule, device=where, channels_last=channels_last)
-    return FolderLoader(splits, augmentation, schedule, device=where, workers=workers, channels_last=channels_last)
+    if kind == "device":
+        return DeviceLoader(splits, augmentation, schedule, device=where, channels_last=channels_last, second=other)
+    if kind == "dali":
+        from unikd_fast.data.dali_loader import DaliLoader  # an optional dependency
+
+        return DaliLoader(
+            splits,
+            augmentation,
+            schedule,
+            device=where,
+            decoding=choose_decoding(where),
+            threads=dali_threads,
+            prefetch=dali_prefetch,
+            channels_last=channels_last,
+            second=other,
+            bad_images=bad_images,
+            max_bad_share=max_bad_share,
+        )
+    return FolderLoader(
+        splits,
+        augmentation,
+        schedule,
+        device=where,
+        workers=workers,
+        channels_last=channels_last,
+        second=other,
+        bad_images=bad_images,
+        max_bad_share=max_bad_share,
+    )
+
+
+def _fitting_kind(kind: LoaderKind, splits: DataSplits) -> LoaderKind:
+    """Return the kind that loads the data, "auto" resolved."""
+    fitting: tuple[LoaderKind, ...] = ("device",) if isinstance(splits.train, TensorImages) else ("dali", "torchvision")
+    if kind not in ("auto", *fitting):
+        raise ValueError(
+            f"build_loader: kind {kind!r} does not load {type(splits.train).__name__}; use "
+            f"{', '.join(map(repr, fitting))} or 'auto'"
+        )
+    if kind == "torchvision" or fitting == ("device",):
+        return fitting[-1]
+    problem = dali_problem()
+    if kind == "dali" and problem is not None:
+        raise ValueError(
+            f"build_loader: kind 'dali' does not work on this machine: {problem}; install nvidia-dali (extra dali12 or "
+            "dali13, by the version of CUDA), or use 'torchvision'"
+        )
+    if kind == "auto":
+        by_pil = f"PIL in worker processes (torchvision), because DALI does not work: {problem}"
+        _say_once(f"image files are decoded by {'DALI' if problem is None else by_pil}")
+    return "dali" if problem is None else "torchvision"
+
+
+@cache
+def _say_once(message: str) -> None:
+    _logger.info("data.loader: %s", message)

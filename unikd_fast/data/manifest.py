@@ -18,10 +18,10 @@ _CHUNK_BYTES = 2**24
 def hash_split(split: Split) -> str:
     """Hash the samples of a split, their order and their ids; labels are no part of it, since no teacher sees them.
 
-    Images in memory are hashed with their shape, packed ones by the checksums in their index. Of image files, only
-    names and sizes are: a file overwritten by another of the same size goes unnoticed, because to read all of ImageNet
-    would cost as much as an epoch. Names are relative to the deepest folder that holds all files, so a data set may
-    move.
+    Images in memory are hashed with their shape, packed ones by the checksums in their index. Of image files and of
+    images in archives without checksums, only names and sizes are: one overwritten by another of the same size goes
+    unnoticed, because to read all of ImageNet would cost as much as an epoch. Names are relative to the deepest folder
+    that holds all files, or to the archive, so a data set may move.
 
     Args:
         split: N samples.
@@ -40,7 +40,7 @@ def hash_split(split: Split) -> str:
     if isinstance(split, TensorImages):
         header, chunks = ["images", *split.images.shape], _pixels(split)
     elif isinstance(split, PackedImages):
-        header, chunks = ["packed", len(split)], _checksums(split)
+        header, chunks = ["packed" if split.checked else "archived", len(split)], _checksums(split)
     else:
         header, chunks = ["files", len(split)], _lines(split)
     # The header says how many ids of 8 bytes, and how many images or lines, come after it.
@@ -58,7 +58,7 @@ def _pixels(split: TensorImages) -> Iterator[memoryview]:
 
 
 def _checksums(split: PackedImages) -> Iterator[bytes]:
-    """Yield what the index knows of the images, and not where they lie: sizes, shapes and CRCs of their bytes."""
+    """Yield what the index knows of the images, and not where they lie: sizes, shapes, CRCs of their bytes or names."""
     for start in range(0, len(split), _FILES_AT_A_TIME):
         rows = split.index[start : start + _FILES_AT_A_TIME]
         yield b"".join(rows[name].tobytes() for name in ("length", "crc", "height", "width"))

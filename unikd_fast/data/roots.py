@@ -4,9 +4,15 @@ import os
 import re
 from pathlib import Path
 
-_FOLDER_LAYOUT = ("train", "val")
 _CIFAR_FOLDER = "cifar-100-python"
-_CIFAR_LAYOUT = ("train", "test", "meta")
+# What must be there before anything is loaded. The names of archives are free, they are found when they are opened.
+_LAYOUTS: dict[str, tuple[str, ...]] = {
+    "cifar100": ("train", "test", "meta"),
+    "image_folder": ("train", "val"),
+    "imagenet": ("train", "val"),
+    "packed": ("manifest.json",),
+    "webdataset": (),
+}
 
 # Data set -> (environment variable of its root, layout below the root in words); None where no files are needed.
 _ROOTS: dict[str, tuple[str, str] | None] = {
@@ -14,6 +20,8 @@ _ROOTS: dict[str, tuple[str, str] | None] = {
     "cifar100": ("CIFAR100_ROOT", f"{_CIFAR_FOLDER}/{{train,test,meta}}, the published python version unpacked"),
     "image_folder": ("IMAGE_FOLDER_ROOT", "train/<class>/<image> and val/<class>/<image>"),
     "imagenet": ("IMAGENET_ROOT", "train/<class>/<image> and val/<class>/<image>"),
+    "packed": ("PACKED_ROOT", "manifest.json and shards, which `unikd-data pack` writes"),
+    "webdataset": ("WEBDATASET_ROOT", "train-*.tar and val-*.tar, or train/*.tar and val/*.tar"),
     "synthetic": None,
 }
 DATA_NAMES = tuple(_ROOTS)
@@ -48,12 +56,9 @@ def check_root(name: str, root: str | None) -> Path | None:
             f"check_root: the root of data set {name}, {folder}, is {'no folder' if folder.exists() else 'missing'}; "
             f"it must hold {layout}; {_remedy(name, variable)}"
         )
-    parts: tuple[str, ...] = _FOLDER_LAYOUT
-    if name == "cifar100":
-        parts = _CIFAR_LAYOUT
-        if (folder / _CIFAR_FOLDER).is_dir():
-            folder = folder / _CIFAR_FOLDER
-    for part in parts:
+    if name == "cifar100" and (folder / _CIFAR_FOLDER).is_dir():
+        folder = folder / _CIFAR_FOLDER
+    for part in _LAYOUTS[name]:
         if not (folder / part).exists():
             raise FileNotFoundError(
                 f"check_root: {folder / part} is missing; the root of data set {name} must hold {layout}; "

@@ -55,6 +55,11 @@ class Schedule:
         """Optimiser steps per epoch, the same on every rank."""
         return self._sampler.steps_per_epoch
 
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of an epoch's optimiser steps, over all ranks."""
+        return self._sampler.steps_per_epoch * self._sampler.global_batch_size
+
     def training(
         self, epoch: int, start_step: int = 0, stream: int = 0, *, view_epoch: int | None = None
     ) -> Iterator[tuple[NDArray[np.int64], ViewParameters]]:

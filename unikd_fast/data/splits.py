@@ -14,7 +14,8 @@ Channels = tuple[float, float, float]
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
-# height and width are 0 for encoded images.
+# height and width are 0 for encoded images. crc is the CRC-32 of the image's bytes, or, where the container knows none
+# (`PackedImages.checked`), of its name.
 INDEX_DTYPE = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("crc", "<u4"), ("shard", "<i4"), ("height", "<i4"), ("width", "<i4")]
 )
@@ -106,6 +107,7 @@ class PackedImages:
     Args:
         shards: paths of the files.
         index: (N,) of `INDEX_DTYPE`: where each image lies in which of them; may be memory-mapped.
+        checked: whether the index has the CRC-32 of each image's bytes, against which they are held when read.
 
     Raises:
         ValueError: the labels are not one per image, or the index has another dtype.
@@ -120,6 +122,7 @@ class PackedImages:
     index: NDArray[np.void]
     labels: NDArray[np.int64]
     ids: NDArray[np.int64] | None = None
+    checked: bool = True
 
     def __post_init__(self) -> None:
         if self.index.dtype != INDEX_DTYPE:
@@ -136,7 +139,8 @@ class PackedImages:
 
     def select(self, positions: NDArray[np.int64]) -> "PackedImages":
         """Return the samples at these positions; they keep their ids."""
-        return PackedImages(self.shards, self.index[positions], self.labels[positions], self.sample_ids[positions])
+        index, labels, ids = self.index[positions], self.labels[positions], self.sample_ids[positions]
+        return PackedImages(self.shards, index, labels, ids, self.checked)
 
     def images(self, positions: Iterable[int]) -> tuple[StoredImage, ...]:
         """Where the images at these positions lie."""
@@ -146,7 +150,7 @@ class PackedImages:
                 self.shards[row["shard"]],
                 int(row["offset"]),
                 int(row["length"]),
-                int(row["crc"]),
+                int(row["crc"]) if self.checked else None,
                 (int(row["height"]), int(row["width"])) if row["height"] else None,
             )
             for row in rows

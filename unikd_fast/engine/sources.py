@@ -7,6 +7,7 @@ from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.augmentation import Augmentation, Crop
 from unikd_fast.data.datasets import DataSplits, open_data
 from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.mixing import MixedLoader, Mixing
 from unikd_fast.engine.processes import Processes
 
 CROP: dict[str, Crop] = {
@@ -15,6 +16,8 @@ CROP: dict[str, Crop] = {
     "synthetic": "none",
     "image_folder": "resized",
     "imagenet": "resized",
+    "packed": "resized",
+    "webdataset": "resized",
 }
 PADDING = {"digits": 1, "cifar100": 4}
 FLIP = {"digits": 0.0}  # a mirrored 2 is no digit
@@ -54,12 +57,19 @@ def augmentation_of(config: Config) -> Augmentation:
         ratio=given.ratio,
         flip_probability=given.flip_probability if given.flip_probability is not None else FLIP.get(data.name, 0.5),
         eval_resize=given.eval_resize,
+        jitter=given.jitter,
+        policy=given.policy,
+        rand_ops=given.rand_ops,
+        rand_magnitude=given.rand_magnitude,
+        erase_probability=given.erase_probability,
+        erase_scale=given.erase_scale,
+        erase_ratio=given.erase_ratio,
     )
 
 
 def build_data_loader(config: Config, splits: DataSplits, processes: Processes) -> Loader:
     """This process's loader."""
-    return build_loader(
+    loader = build_loader(
         splits,
         augmentation=augmentation_of(config),
         kind=config.data.loader,
@@ -70,5 +80,21 @@ def build_data_loader(config: Config, splits: DataSplits, processes: Processes) 
         world_size=processes.world_size,
         device=processes.device,
         workers=config.data.workers,
+        dali_threads=config.data.dali_threads,
+        dali_prefetch=config.data.dali_prefetch,
         channels_last=config.train.channels_last,
+        bad_images=config.data.bad_images,
+        max_bad_share=config.data.max_bad_share,
+    )
+    mixing = Mixing(**config.data.mixing.model_dump())
+    if not mixing.is_on:
+        return loader
+    return MixedLoader(
+        loader,
+        mixing,
+        splits.num_classes,
+        seed=config.run.seed,
+        accumulation_steps=config.train.accumulation_steps,
+        rank=processes.rank,
+        world_size=processes.world_size,
     )

@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unikd_fast.config import Config
 from unikd_fast.engine import checkpoint as ckpt
+from unikd_fast.engine.bad_samples import bad_sample_record
 from unikd_fast.engine.batch_norm import average_buffers
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.evaluate import evaluate, head_indicators
@@ -164,6 +165,8 @@ class Trainer:
         number = self.stop.agreed()
         if number or self._evaluation_due():  # short epochs would otherwise spend their time on the disk
             self._save()
+        if (skipped := bad_sample_record(self.config, self.experiment.loader, self.processes)) is not None:
+            self.writer.write("bad_samples", self.step, {"epoch": epoch + 1, **skipped})
         if number:
             raise Interrupted(number, f"[{self.name}] stopped at step {self.step}; saved {self.folder / ckpt.LAST}")
 

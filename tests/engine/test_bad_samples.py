@@ -1,0 +1,122 @@
+"""Runs over a folder with bad files: what was skipped is counted over all processes and said in the metrics."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from odd_images import encoded
+from real_runs import run, write_config
+
+from unikd_fast.config import ConfigError, load_config
+from unikd_fast.engine.bad_samples import bad_sample_record
+from unikd_fast.engine.evaluate import evaluate
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.sources import build_data, build_data_loader
+from unikd_fast.values import Features
+
+SAMPLES = {"train": 32, "val": 12}
+
+
+class Constant(torch.nn.Module):
+    """Says class 0 of everything."""
+
+    def forward(self, images: torch.Tensor) -> Features:
+        return Features((), torch.eye(3)[torch.zeros(len(images), dtype=torch.int64)])
+
+
+def write_folder(root: Path) -> Path:
+    """32 images to train on, one of them empty, and 12 to evaluate, of which the first, of class 0, is cut."""
+    for part, count in SAMPLES.items():
+        for i in range(count):
+            folder = root / part / f"class_{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            bad = b"" if part == "train" else encoded("PNG")[:-100]
+            (folder / f"{i:03}.png").write_bytes(bad if i == 0 else encoded("PNG"))
+    return root
+
+
+def data_section(root: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "image_folder",
+        "root": str(root),
+        "num_classes": 3,
+        "loader": "torchvision",
+        "workers": 0,
+        "bad_images": "skip",
+        "max_bad_share": 0.1,
+        **changes,
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_report_the_sum_and_evaluate_the_rest(tmp_path: Path) -> None:
+    path = write_config(tmp_path, data=data_section(write_folder(tmp_path / "images")), train={"total_epochs": 2})
+    finished = run(path, launcher="torchrun", processes=2)
+    assert finished.returncode == 0, finished.stderr
+    records = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    # 32 samples make two steps of 16: none is left out of an epoch.
+    bad = tmp_path / "images" / "train" / "class_0" / "000.png"
+    said = [record for record in records if record["kind"] == "bad_samples"]
+    assert said == [
+        {"kind": "bad_samples", "step": 2 * epoch, "epoch": epoch, "skipped": 1, "samples": 32, "files": [str(bad)]}
+        for epoch in (1, 2)
+    ]
+    assert [record["samples"] for record in records if record["kind"] == "evaluation"] == [11, 11]
+    assert f"training: skipped a sample: cannot decode {bad}: the file is empty" in finished.stderr
+
+
+def test_a_bad_sample_counts_neither_as_right_nor_as_wrong(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, data=data_section(write_folder(tmp_path / "images"))))
+    processes = Processes(0, 1, 0, torch.device("cpu"))
+    loader = build_data_loader(config, build_data(config), processes)
+    result = evaluate(Constant(), loader.evaluate("val"), processes)
+    assert result["samples"] == 11
+    assert result["accuracy"] == pytest.approx(100 * 3 / 11)  # of the four of class 0, one is cut
+    strict = load_config(write_config(tmp_path, data=data_section(tmp_path / "images", max_bad_share=0.05)))
+    with pytest.raises(ValueError, match=r"val: 1 of 12 samples .* allows 0\.05"):
+        list(build_data_loader(strict, build_data(strict), processes).evaluate("val"))
+
+
+def test_the_record_holds_the_sum_against_the_share(tmp_path: Path) -> None:
+    class TwoProcesses(Processes):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, [*value, "another.png"]]
+
+    root = write_folder(tmp_path / "images")
+    processes = TwoProcesses(0, 1, 0, torch.device("cpu"))
+
+    def record(**changes: Any) -> dict[str, Any] | None:
+        config = load_config(write_config(tmp_path, data=data_section(root, **changes)))
+        loader = build_data_loader(config, build_data(config), processes)
+        if config.data.bad_images == "skip":
+            list(loader.train(0))
+        return bad_sample_record(config, loader, processes)
+
+    found = record()
+    assert found is not None
+    assert (found["skipped"], found["samples"]) == (3, 32)
+    assert found["files"] == sorted([str(root / "train" / "class_0" / "000.png"), "another.png"])
+    with pytest.raises(ValueError, match=r"training: 3 of 32 samples .* share of 0\.0938, .* allows 0\.08"):
+        record(max_bad_share=0.08)
+    assert record(bad_images="error") is None
+
+
+def test_a_mixed_loader_reports_them_as_well(tmp_path: Path) -> None:
+    data = data_section(write_folder(tmp_path / "images"), mixing={"mixup_alpha": 0.2})
+    config = load_config(write_config(tmp_path, data=data))
+    processes = Processes(0, 1, 0, torch.device("cpu"))
+    loader = build_data_loader(config, build_data(config), processes)
+    list(loader.train(0))
+    assert len(loader.bad_samples) == 1
+
+
+def test_a_cache_does_not_go_with_skipping(tmp_path: Path) -> None:
+    teacher = {"cache": {"mode": "read_write"}}
+    path = write_config(tmp_path, data=data_section(tmp_path), teacher=teacher)
+    with pytest.raises(ConfigError, match=r"cache\.mode = 'read_write' with data\.bad_images = 'skip': .*=error, or"):
+        load_config(path)
+    load_config(path, ["data.bad_images=error"])
+    load_config(path, ["teacher.cache.mode=off"])
+    load_config(path, ["distill.method=none"])

@@ -1,0 +1,271 @@
+"""Requests to uint8 views through DALI, on a CPU or on a GPU, with batches under way at every stage."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from nvidia.dali import Pipeline
+from torch import Tensor
+
+from unikd_fast.data.augmentation import ViewParameters
+from unikd_fast.data.bad_images import BadImage
+from unikd_fast.data.image_feed import CHUNK, EncodedBatch, EncodedViews, ImageFeed
+from unikd_fast.data.strong import strong_view
+from unikd_fast.data.view_windows import ViewWindow
+
+_logger = logging.getLogger("unikd_fast")
+
+PipelineOf = Callable[[Callable[[], list[EncodedViews]]], Pipeline]
+"""Builds a pipeline for a source of batches."""
+
+
+class ViewBatch(NamedTuple):
+    """A request and its views."""
+
+    batch: EncodedBatch
+    views: list[Tensor]  # (M, 3, image_size, image_size) uint8, one or two; none where no image is good
+
+
+def decoded(
+    feed: ImageFeed, pipeline_of: PipelineOf, stream: Any = None
+) -> Generator[tuple[EncodedBatch, Any], None, None]:
+    """Yield each batch of a feed with the outputs of a pipeline for it; None for a batch without a good image.
+
+    Where DALI fails on an image, PIL decodes it, so that an image is bad only if PIL finds it so.
+
+    Args:
+        feed: of the batches.
+        pipeline_of: builds the pipeline; again after a failure, because DALI's do not survive one.
+        stream: that the outputs are to be ready on; None: they are ready when they are yielded.
+
+    Raises:
+        ValueError: an image cannot be read or decoded, and its request makes that an error.
+        RuntimeError: DALI failed, and over no image.
+    """
+    run = _Run(feed)
+    pipeline = pipeline_of(run.next_images)
+    try:
+        while True:
+            outputs, failure = _outputs(pipeline, stream)
+            if failure is not None:
+                pipeline = None
+                run.repair(failure, pipeline_of)
+                pipeline = pipeline_of(run.next_images)
+                continue
+            yield from run.without_images()
+            if outputs is None:
+                break
+            yield run.under_way.popleft(), outputs
+    finally:
+        # An error's traceback may live long, and DALI's threads would with it.
+        pipeline = None
+    if run.error is not None:
+        raise run.error
+
+
+def _outputs(pipeline: Pipeline, stream: Any = None) -> tuple[Any, RuntimeError | None]:
+    """Return the next outputs of a pipeline, None after the last; or else its failure, which does not hold it."""
+    try:
+        return pipeline.run(stream), None
+    except StopIteration:
+        return None, None
+    except RuntimeError as error:
+        return None, error.with_traceback(None)
+
+
+class _Run:
+    """The batches that a pipeline has been given and has not given back."""
+
+    def __init__(self, feed: ImageFeed) -> None:
+        self._feed = feed
+        self._again: deque[EncodedBatch] = deque()  # to be fed once more, after a failure
+        self.under_way: deque[EncodedBatch] = deque()
+        self.error: ValueError | None = None  # of the feed; the batches before it come first
+
+    def next_images(self) -> list[EncodedViews]:
+        """Return the images of the next batch that has any, at least one, for DALI."""
+        while True:
+            batch = self._again.popleft() if self._again else self._next_batch()
+            if batch is None:
+                raise StopIteration
+            self.under_way.append(batch)
+            if batch.images:
+                return list(batch.images.values())
+
+    def _next_batch(self) -> EncodedBatch | None:
+        try:
+            return None if self.error else self._feed.next_batch()
+        except ValueError as error:
+            # Without its traceback, which holds the frames of whoever called, the pipeline among them.
+            self.error = error.with_traceback(None)
+            return None
+
+    def without_images(self) -> Iterator[tuple[EncodedBatch, None]]:
+        """Yield the batches without a good image that are next."""
+        while self.under_way and not self.under_way[0].images:
+            yield self.under_way.popleft(), None
+
+    def repair(self, error: RuntimeError, pipeline_of: PipelineOf) -> None:
+        """Have PIL decode what DALI failed on, and start again with the first batch that was not given back.
+
+        Where PIL cannot either and the request makes that an error, it comes after the batches before this one.
+
+        Raises:
+            RuntimeError: the failure is of none of the images.
+        """
+        repaired: list[EncodedBatch] = []
+        found = False
+        for batch in self.under_way:
+            places = _failing(list(batch.images.items()), pipeline_of)
+            if any(self._feed.is_by_pil(batch.request, place) for place in places):
+                raise error  # PNM has nothing to fail on
+            found = found or bool(places)
+            try:
+                repaired.append(self._by_pil(batch, places))
+            except ValueError as its_own:
+                self.error = its_own.with_traceback(None)
+                self._again.clear()
+                break
+        if not found:
+            raise error
+        self._again.extendleft(reversed(repaired))
+        self.under_way.clear()
+
+    def _by_pil(self, batch: EncodedBatch, places: list[int]) -> EncodedBatch:
+        images, bad = dict(batch.images), list(batch.bad)
+        for place in places:
+            image = self._feed.read_by_pil(batch.request, place)
+            if isinstance(image, BadImage):
+                bad.append(image)
+                del images[place]
+            else:
+                images[place] = image
+                _logger.warning("DALI cannot decode %s, PIL can and does", batch.request.images[place].name)
+        return EncodedBatch(batch.request, images, tuple(bad))
+
+
+def _failing(images: list[tuple[int, EncodedViews]], pipeline_of: PipelineOf) -> list[int]:
+    """Return the places of the images that DALI fails on, found by halving."""
+    if not images or _outputs(pipeline_of(iter([[image for _, image in images]]).__next__))[1] is None:
+        return []
+    half = len(images) // 2
+    return _failing(images[:half], pipeline_of) + _failing(images[half:], pipeline_of) if half else [images[0][0]]
+
+
+def cpu_views(
+    feed: ImageFeed, pipeline_of: PipelineOf, threads: Executor, image_size: int
+) -> Generator[ViewBatch, None, None]:
+    """Yield the views of each batch of a feed; DALI decodes, and torch resizes in these threads.
+
+    On a CPU torch resizes four times as fast as DALI, and rounds as PIL does.
+
+    Args:
+        feed: of the batches.
+        pipeline_of: builds the decoding pipeline.
+        threads: that make the views.
+        image_size: height and width of the views in pixels.
+
+    Raises:
+        ValueError: an image cannot be read or decoded, and its request makes that an error.
+    """
+    started: deque[tuple[ViewBatch, list[Future[None]]]] = deque()
+    bad: ValueError | None = None
+    with closing(decoded(feed, pipeline_of)) as batches:
+        try:
+            for batch, outputs in batches:
+                started.append(_start(batch, outputs, threads, image_size))
+                if len(started) > 1:
+                    yield _finished(*started.popleft())
+        except ValueError as error:
+            bad = error  # after what was started before
+    while started:
+        yield _finished(*started.popleft())
+    if bad is not None:
+        raise bad
+
+
+def _start(
+    batch: EncodedBatch, outputs: Any, threads: Executor, image_size: int
+) -> tuple[ViewBatch, list[Future[None]]]:
+    if outputs is None:
+        return ViewBatch(batch, []), []
+    (parts,) = outputs
+    images = list(batch.images.items())
+    shown = [torch.empty(len(images), 3, image_size, image_size, dtype=torch.uint8) for _ in images[0][1].windows]
+
+    numbers_of = (batch.request.views, batch.request.second)
+
+    def make(rows: range) -> None:
+        for row in rows:
+            place, image = images[row]
+            part = torch.from_dlpack(parts[row])
+            for views, window, numbers in zip(shown, image.windows, numbers_of, strict=False):
+                view = cut_view(part, window, image_size)
+                views[row] = view if numbers is None else _strong(view, numbers, place)
+
+    rows = (range(first, min(first + CHUNK, len(images))) for first in range(0, len(images), CHUNK))
+    return ViewBatch(batch, shown), [threads.submit(make, some) for some in rows]
+
+
+def _strong(view: Tensor, numbers: ViewParameters, place: int) -> Tensor:
+    return strong_view(view, numbers, place) if numbers.augmentation.is_strong else view
+
+
+def _finished(views: ViewBatch, tasks: list[Future[None]]) -> ViewBatch:
+    for task in tasks:
+        task.result()
+    return views
+
+
+def cut_view(image: Tensor, window: ViewWindow, image_size: int) -> Tensor:
+    """Make a view from a decoded image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        window: says how; its box lies in the image.
+        image_size: height and width of the view in pixels.
+
+    Returns:
+        (3, image_size, image_size) uint8.
+
+    Example:
+        >>> cut_view(torch.zeros(400, 500, 3, dtype=torch.uint8), Windows(224, 256).central(400, 500), 224).shape
+        torch.Size([3, 224, 224])
+    """
+    top, left, height, width = window.box
+    # Cut first: the filter must not reach outside the box.
+    view = image[top : top + height, left : left + width].permute(2, 0, 1)
+    if window.size != (height, width):
+        view = F.interpolate(view[None], window.size, mode="bilinear", antialias=True)[0]
+    top, left = window.cut
+    view = view[:, top : top + image_size, left : left + image_size]
+    if window.shift != (0, 0):
+        down, right = window.shift
+        view = F.pad(view, (-right, right, -down, down))
+    return view.flip(2) if window.flip else view
+
+
+def gpu_views(feed: ImageFeed, pipeline_of: PipelineOf, stream: Any) -> Generator[ViewBatch, None, None]:
+    """Yield the views of each batch of a feed, made by DALI but for strong augmentation.
+
+    Args:
+        feed: of the batches.
+        pipeline_of: builds the pipeline of views.
+        stream: of torch, on which they are used; None where the pipeline runs on a CPU.
+
+    Raises:
+        ValueError: an image cannot be read or decoded, and its request makes that an error.
+    """
+    for batch, outputs in decoded(feed, pipeline_of, stream):
+        # What torch holds of an output keeps its memory, as long as it does.
+        shown = [torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2) for views in outputs or ()]
+        for views, numbers in zip(shown, (batch.request.views, batch.request.second), strict=False):
+            if numbers is not None and numbers.augmentation.is_strong:
+                for view, place in zip(views, batch.images, strict=True):
+                    view.copy_(strong_view(view, numbers, place))
+        yield ViewBatch(batch, shown)

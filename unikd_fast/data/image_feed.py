@@ -1,0 +1,182 @@
+"""What comes before decoding: threads read and check image files ahead, and say which part of each is wanted."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unikd_fast.data.bad_images import BadImage, stand_ins
+from unikd_fast.data.decode import DecodeRequest, read_rgb
+from unikd_fast.data.inspect_image import MAX_PIXELS, open_image
+from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.data.view_windows import Box, ViewWindow, Windows, enclosing
+
+CHUNK = 16
+"""Images that one thread takes in a row."""
+
+
+class EncodedImage(NamedTuple):
+    """An image, read but not decoded."""
+
+    content: NDArray[np.uint8]  # (bytes,) JPEG, or PNM for what PIL has decoded
+    height: int  # in pixels
+    width: int
+
+
+class EncodedViews(NamedTuple):
+    """An image, read but not decoded, and the views to be made from it."""
+
+    content: NDArray[np.uint8]  # (bytes,)
+    part: Box  # the part to decode, which all views lie in
+    windows: tuple[ViewWindow, ...]  # their boxes in coordinates of that part
+
+
+class EncodedBatch(NamedTuple):
+    """A request for N images and the M of them that are good, read."""
+
+    request: DecodeRequest
+    images: dict[int, EncodedViews]  # place in the request: image; M of them, by place
+    bad: tuple[BadImage, ...]
+
+    def taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return which of the M images make up the batch, and their places in the request.
+
+        Raises:
+            ValueError: bad images are to be replaced, and there is no good one.
+        """
+        places = np.array(list(self.images), np.int64)
+        if len(places) == len(self.request.images) or self.request.on_bad == "leave_out":
+            return np.arange(len(places)), places
+        if not len(places):
+            raise ValueError(
+                f"none of the {len(self.bad)} images of a batch can be decoded, so none can stand in for the others; "
+                f"the first: {self.bad[0].reason}"
+            )
+        shown = stand_ins(np.isin(np.arange(len(self.request.images)), places))
+        return np.searchsorted(places, shown), shown
+
+
+class ImageFeed:
+    """Read requests ahead.
+
+    Args:
+        requests: taken one by one, by whom asks for batches.
+        windows: of the views.
+        threads: that read.
+        ahead: requests that are being read at a time, the one asked for among them; at least 1.
+        for_pil: images that PIL is to decode, whatever they are; `read_by_pil` adds to them.
+
+    Example:
+        >>> with ThreadPoolExecutor(2) as threads:
+        ...     batch = ImageFeed(iter(requests), Windows(224, 256), threads, ahead=3, for_pil=set()).next_batch()
+    """
+
+    def __init__(
+        self,
+        requests: Iterator[DecodeRequest],
+        windows: Windows,
+        threads: Executor,
+        *,
+        ahead: int,
+        for_pil: set[StoredImage],
+    ) -> None:
+        self._requests = requests
+        self._for_pil = for_pil
+        self._windows = windows
+        self._threads = threads
+        self._ahead = ahead
+        self._reading: deque[tuple[DecodeRequest, list[Future[list[EncodedViews | BadImage]]]]] = deque()
+
+    def next_batch(self) -> EncodedBatch | None:
+        """Return the next request, read; None after the last.
+
+        Raises:
+            ValueError: an image cannot be read, is none or is truncated, and the request makes that an error; the
+                message names it.
+        """
+        while len(self._reading) < self._ahead and (request := next(self._requests, None)) is not None:
+            chunks = (
+                range(first, min(first + CHUNK, len(request.images))) for first in range(0, len(request.images), CHUNK)
+            )
+            self._reading.append((request, [self._threads.submit(self._read, request, places) for places in chunks]))
+        if not self._reading:
+            return None
+        request, chunks_read = self._reading.popleft()
+        found = dict(enumerate(image for chunk in chunks_read for image in chunk.result()))
+        good = {place: image for place, image in found.items() if isinstance(image, EncodedViews)}
+        return EncodedBatch(request, good, tuple(image for image in found.values() if isinstance(image, BadImage)))
+
+    def read_by_pil(self, request: DecodeRequest, place: int) -> EncodedViews | BadImage:
+        """Return an image of a request that somebody else failed to decode, decoded by PIL, now and in future.
+
+        Raises:
+            ValueError: PIL cannot, and the request makes that an error; the message names the image.
+        """
+        self._for_pil.add(request.images[place])
+        return self._read_one(request, place)
+
+    def is_by_pil(self, request: DecodeRequest, place: int) -> bool:
+        """Return whether `read_by_pil` was called for this image."""
+        return request.images[place] in self._for_pil
+
+    def _read(self, request: DecodeRequest, places: range) -> list[EncodedViews | BadImage]:
+        return [self._read_one(request, place) for place in places]
+
+    def _read_one(self, request: DecodeRequest, place: int) -> EncodedViews | BadImage:
+        """Read and check an image; all that is read comes through here."""
+        stored = request.images[place]
+        try:
+            image = _as_pnm(stored) if stored in self._for_pil else read_encoded(stored)
+            self._check_size(stored, image)
+        except ValueError as error:
+            if request.on_bad == "raise":
+                raise
+            return BadImage(stored.name, int(request.sample_ids[place]), str(error))
+        windows = self._windows_of(request, place, image)
+        part = enclosing([window.box for window in windows])
+        inside = tuple(window._replace(box=window.box.within(part)) for window in windows)
+        return EncodedViews(image.content, part, inside)
+
+    def _windows_of(self, request: DecodeRequest, place: int, image: EncodedImage) -> list[ViewWindow]:
+        if request.views is None:
+            return [self._windows.central(image.height, image.width)]
+        shown = (request.views,) if request.second is None else (request.views, request.second)
+        return [self._windows.training(views, place, image.height, image.width) for views in shown]
+
+    def _check_size(self, stored: StoredImage, image: EncodedImage) -> None:
+        height, width = self._windows.central(image.height, image.width).size
+        if height * width > MAX_PIXELS:
+            raise ValueError(
+                f"cannot decode {stored.name}: {image.width} x {image.height} pixels become {width} x {height} when "
+                f"the short side is resized, {MAX_PIXELS} are allowed; crop the image or remove it"
+            )
+
+
+def read_encoded(stored: StoredImage) -> EncodedImage:
+    """Read an image and check that it is whole: who decodes a part of it only does not miss the rest.
+
+    Usual JPEGs are left as they are. All else is decoded by PIL and becomes uncompressed PNM, so that every format and
+    mode has PIL's pixels.
+
+    Raises:
+        ValueError: it cannot be read or decoded; the message names it.
+
+    Example:
+        >>> read_encoded(StoredImage("n01440764_10026.JPEG")).height
+        375
+    """
+    if stored.shape is None:
+        content = stored.read()
+        _, info = open_image(content, stored.name)
+        if info.format == "JPEG" and info.plain:
+            return EncodedImage(np.frombuffer(content, np.uint8), info.height, info.width)
+    return _as_pnm(stored)
+
+
+def _as_pnm(stored: StoredImage) -> EncodedImage:
+    image = read_rgb(stored)
+    header = f"P6\n{image.width} {image.height}\n255\n".encode()
+    return EncodedImage(np.frombuffer(header + image.tobytes(), np.uint8), image.height, image.width)

@@ -1,0 +1,211 @@
+"""Strong augmentation of a view after crop, resize and flip: torchvision's operations, and no random number of its own.
+
+Every loader applies this one function to its uint8 views. On a CPU the result depends on nothing but the view's pixels
+and numbers; a GPU may round a pixel of an operation differently.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torchvision
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+from unikd_fast.data.augmentation import (
+    ATTEMPTS,
+    ERASE,
+    ERASE_ATTEMPTS,
+    JITTER,
+    MAGNITUDES,
+    OPERATIONS,
+    Augmentation,
+    Policy,
+    ViewParameters,
+)
+
+JITTERS: tuple[Callable[[Tensor, float], Tensor], ...] = (
+    TF.adjust_brightness,
+    TF.adjust_contrast,
+    TF.adjust_saturation,
+    TF.adjust_hue,
+)
+
+POLICY_OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "Identity": lambda image, magnitude: image,
+    "ShearX": lambda image, magnitude: _shear(image, x=magnitude),
+    "ShearY": lambda image, magnitude: _shear(image, y=magnitude),
+    "TranslateX": lambda image, magnitude: _translate(image, x=magnitude),
+    "TranslateY": lambda image, magnitude: _translate(image, y=magnitude),
+    "Rotate": lambda image, magnitude: TF.rotate(image, magnitude),
+    "Brightness": lambda image, magnitude: TF.adjust_brightness(image, 1 + magnitude),
+    "Color": lambda image, magnitude: TF.adjust_saturation(image, 1 + magnitude),
+    "Contrast": lambda image, magnitude: TF.adjust_contrast(image, 1 + magnitude),
+    "Sharpness": lambda image, magnitude: TF.adjust_sharpness(image, 1 + magnitude),
+    "Posterize": lambda image, magnitude: TF.posterize(image, int(magnitude)),
+    "Solarize": lambda image, magnitude: TF.solarize(image, 255 * magnitude),
+    "AutoContrast": lambda image, magnitude: TF.autocontrast(image),
+    "Equalize": lambda image, magnitude: TF.equalize(image),
+}
+"""What "trivial" and "rand" draw from; names and order are torchvision's."""
+
+SIGNED = frozenset(
+    ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
+)
+"""Operations that go either way."""
+
+
+def strong_pixels(augmentation: Augmentation) -> dict[str, str]:
+    """Return who makes the pixels of strong views, as an entry of `Loader.pixels`; none where nothing is strong.
+
+    Example:
+        >>> strong_pixels(Augmentation(policy="trivial"))
+        {'strong': 'torchvision 0.29'}
+    """
+    major, minor, *_ = torchvision.__version__.split(".")
+    return {"strong": f"torchvision {major}.{minor}"} if augmentation.is_strong else {}
+
+
+def strong_views(images: Tensor, views: ViewParameters) -> Tensor:
+    """Change each image as its view says; the images themselves where the augmentation has nothing strong.
+
+    Args:
+        images: (N, 3, H, W) uint8, cropped, resized and flipped.
+        views: of these N samples.
+
+    Returns:
+        (N, 3, H, W) uint8 in the layout of `images`.
+
+    Example:
+        >>> views = view_parameters(Augmentation(policy="trivial"), seed=0, epoch=0, sample_ids=[17])
+        >>> strong_views(images, views).dtype
+        torch.uint8
+    """
+    if not views.augmentation.is_strong:
+        return images
+    changed = torch.empty_like(images)
+    for i, image in enumerate(images):
+        changed[i] = strong_view(image, views, i)
+    return changed
+
+
+def strong_view(image: Tensor, views: ViewParameters, i: int) -> Tensor:
+    """Apply view i to one image (3, H, W) uint8: jitter, then the policy's operations, then erasing.
+
+    Example:
+        >>> strong_view(image, views, 0).shape == image.shape
+        True
+    """
+    # One layout for all loaders, whatever the order in which an operation sums pixels.
+    image = image.contiguous()
+    for change, factor in jitter_factors(views, i):
+        image = JITTERS[change](image, factor)
+    height, width = image.shape[-2:]
+    for name, magnitude in drawn_operations(views, i, height, width):
+        image = POLICY_OPERATIONS[name](image, magnitude)
+    rectangle = erased_rectangle(views, i, height, width)
+    if rectangle is not None:
+        top, left, erased_height, erased_width = rectangle
+        image = image.clone()
+        image[:, top : top + erased_height, left : left + erased_width] = 0
+    return image
+
+
+def jitter_factors(views: ViewParameters, i: int) -> list[tuple[int, float]]:
+    """Return the changes of view i as (index in `JITTERS`, factor), in the order they are made in.
+
+    Example:
+        >>> views = view_parameters(Augmentation(jitter=(0.4, 0, 0, 0.1)), seed=0, epoch=0, sample_ids=[17])
+        >>> sorted(change for change, _ in jitter_factors(views, 0))
+        [0, 3]
+    """
+    strengths = views.augmentation.jitter
+    if not any(strengths):
+        return []
+    draws = views.strong[i, JITTER].tolist()
+    factors = []
+    for change in np.argsort(draws[4:], kind="stable").tolist():
+        strength = strengths[change]
+        low, high = (-strength, strength) if change == 3 else (max(0.0, 1 - strength), 1 + strength)
+        if strength:
+            factors.append((change, low + draws[change] * (high - low)))
+    return factors
+
+
+def drawn_operations(views: ViewParameters, i: int, height: int, width: int) -> list[tuple[str, float]]:
+    """Return the policy's operations on view i of this size in pixels, as (name, signed magnitude).
+
+    Example:
+        >>> views = view_parameters(Augmentation(policy="rand", rand_ops=3), seed=0, epoch=0, sample_ids=[17])
+        >>> len(drawn_operations(views, 0, 224, 224))
+        3
+    """
+    augmentation = views.augmentation
+    names = tuple(POLICY_OPERATIONS)
+    drawn = []
+    for which, how_much, sign in views.strong[i, OPERATIONS:].reshape(-1, 3).tolist():
+        name = names[int(which * len(names))]
+        step = augmentation.rand_magnitude if augmentation.policy == "rand" else int(how_much * MAGNITUDES)
+        size = magnitude_of(augmentation.policy, name, step, height, width)
+        drawn.append((name, -size if name in SIGNED and sign < 0.5 else size))
+    return drawn
+
+
+def magnitude_of(policy: Policy, name: str, step: int, height: int, width: int) -> float:
+    """Return how much of an operation a step in [0, 30] is, as torchvision's tables have it; 0 where it takes none.
+
+    Shears are tangents, translations pixels, rotations degrees, Posterize bits kept, Solarize a share of 255, the
+    others what is added to a factor of 1.
+
+    Example:
+        >>> magnitude_of("trivial", "Rotate", 30, 224, 224)
+        135.0
+    """
+    trivial = policy == "trivial"
+    if name == "Posterize":
+        return float(round(8 - step / ((MAGNITUDES - 1) / (6 if trivial else 4))))
+    limits = {
+        "ShearX": 0.99 if trivial else 0.3,
+        "ShearY": 0.99 if trivial else 0.3,
+        "TranslateX": 32.0 if trivial else 150 / 331 * width,
+        "TranslateY": 32.0 if trivial else 150 / 331 * height,
+        "Rotate": 135.0 if trivial else 30.0,
+        **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.99 if trivial else 0.9),
+    }
+    start, end = (1.0, 0.0) if name == "Solarize" else (0.0, limits.get(name, 0.0))
+    # In fp32, as torchvision: whole pixels are cut from the last bit.
+    return torch.linspace(start, end, MAGNITUDES)[step].item()
+
+
+def erased_rectangle(views: ViewParameters, i: int, height: int, width: int) -> tuple[int, int, int, int] | None:
+    """Return what is erased of view i (top, left, height, width) in pixels; None for nothing.
+
+    As in torchvision, the first attempt that leaves part of both sides counts; where none does, nothing is erased.
+
+    Example:
+        >>> views = view_parameters(Augmentation(erase_probability=1.0), seed=0, epoch=0, sample_ids=[17])
+        >>> top, left, erased_height, erased_width = erased_rectangle(views, 0, 224, 224)
+    """
+    augmentation = views.augmentation
+    if not augmentation.erase_probability or views.strong[i, ERASE] >= augmentation.erase_probability:
+        return None
+    (low, high), (narrow, tall) = augmentation.erase_scale, (math.log(r) for r in augmentation.erase_ratio)
+    for share, shape, down, right in views.strong[i, ERASE_ATTEMPTS].reshape(ATTEMPTS, 4).tolist():
+        area = height * width * (low + share * (high - low))
+        ratio = math.exp(narrow + shape * (tall - narrow))
+        erased_height, erased_width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if erased_height < height and erased_width < width:
+            top, left = int(down * (height - erased_height + 1)), int(right * (width - erased_width + 1))
+            return top, left, erased_height, erased_width
+    return None
+
+
+def _shear(image: Tensor, *, x: float = 0.0, y: float = 0.0) -> Tensor:
+    # About the corner, by the angles whose tangents are x and y, as the published policies have it.
+    angles = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
+    return TF.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=angles, center=[0, 0])
+
+
+def _translate(image: Tensor, *, x: float = 0.0, y: float = 0.0) -> Tensor:
+    return TF.affine(image, angle=0.0, translate=[int(x), int(y)], scale=1.0, shear=[0.0, 0.0])

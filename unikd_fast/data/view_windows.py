@@ -1,0 +1,83 @@
+"""Which part of a stored image a view is made from, for loaders that decode no more than that part."""
+
+from typing import NamedTuple
+
+from unikd_fast.data.augmentation import ViewParameters
+
+
+class Box(NamedTuple):
+    """Part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def within(self, other: "Box") -> "Box":
+        """Return this box in the coordinates of another, which holds it.
+
+        Example:
+            >>> Box(10, 20, 5, 5).within(Box(8, 20, 50, 50))
+            Box(top=2, left=0, height=5, width=5)
+        """
+        return self._replace(top=self.top - other.top, left=self.left - other.left)
+
+
+class ViewWindow(NamedTuple):
+    """How a view comes out of an image, step by step; all in pixels."""
+
+    box: Box  # cut out of the image
+    size: tuple[int, int]  # height, width it is resized to
+    cut: tuple[int, int]  # top, left of the square of the view's size that is cut out of that
+    shift: tuple[int, int]  # where in this square the view begins, black outside; other than 0 where views are padded
+    flip: bool  # left to right
+
+
+class Windows:
+    """The windows of a loader's views; the geometry is that of `Decoder`.
+
+    Args:
+        image_size: height and width of the views in pixels.
+        short_side: length in pixels the short side is resized to before the centre is cut out.
+
+    Example:
+        >>> Windows(image_size=224, short_side=256).central(400, 500).cut
+        (16, 48)
+    """
+
+    def __init__(self, image_size: int, short_side: int) -> None:
+        self.image_size = image_size
+        self.short_side = short_side
+
+    def training(self, views: ViewParameters, i: int, height: int, width: int) -> ViewWindow:
+        """Return the window of view i of an image of this size."""
+        flip = bool(views.flip[i])
+        if views.augmentation.crop == "resized":
+            box = Box(*views.crop_box(i, height, width))
+            return ViewWindow(box, (self.image_size, self.image_size), (0, 0), (0, 0), flip)
+        central = self.central(height, width)
+        if views.augmentation.crop == "none":
+            return central._replace(flip=flip)
+        padding = views.augmentation.padding
+        top, left, _, _ = views.crop_box(i, self.image_size, self.image_size)
+        return central._replace(shift=(top - padding, left - padding), flip=flip)
+
+    def central(self, height: int, width: int) -> ViewWindow:
+        """Return the window of the view for evaluation of an image of this size."""
+        short, long = sorted((height, width))
+        long_side = int(self.short_side * long / short)
+        size = (self.short_side, long_side) if height <= width else (long_side, self.short_side)
+        top, left = (round((length - self.image_size) / 2) for length in size)
+        return ViewWindow(Box(0, 0, height, width), size, (top, left), (0, 0), False)
+
+
+def enclosing(boxes: list[Box]) -> Box:
+    """Return the smallest box that holds all of these.
+
+    Example:
+        >>> enclosing([Box(0, 5, 10, 10), Box(8, 0, 10, 10)])
+        Box(top=0, left=0, height=18, width=15)
+    """
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
+    return Box(top, left, bottom - top, right - left)
