@@ -47,11 +47,11 @@ def test_another_key_codec_views_and_ids_are_all_named_at_once(tmp_path: Path) -
     [
         ({"key": CacheKey({**KEY.fields, "temperature": 4})}, "temperature: absent in the cache, 4 now"),
         ({"codec": Codec("fp16", 10, gaussian=True)}, r"codec\.gaussian: false in the cache, true now"),
-        ({"views": 1}, "views: 2 in the cache, 1 now"),
+        ({"views": 3}, "views: 2 in the cache, 3 now"),
         ({"sample_ids": IDS[:7]}, "samples: 10 in the cache, 7 now"),
         ({"sample_ids": IDS[::-1]}, "sample ids: 10 of 10 positions, the first is 0"),
     ],
-    ids=["key", "codec", "views", "fewer samples", "another order"],
+    ids=["key", "codec", "more views", "fewer samples", "another order"],
 )
 def test_a_mismatch_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     make(tmp_path)
@@ -59,6 +59,18 @@ def test_a_mismatch_is_named(tmp_path: Path, change: dict[str, Any], named: str)
     with pytest.raises(CacheError, match=named):
         CacheFolder.create_or_open(tmp_path, **{**asked, **change})
     make(tmp_path)
+
+
+def test_a_folder_with_more_views_than_asked_for_serves_with_all_of_them(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    folder = CacheFolder.create_or_open(tmp_path, KEY, CODEC, IDS, VIEWS - 1)
+    assert (folder.views, folder.missing_shards()) == (VIEWS, [])
+    assert torch.equal(decoded(folder, range(RECORDS)), logits(range(RECORDS)))
+    with pytest.raises(CacheError) as caught:  # and it hides no other difference
+        CacheFolder.create_or_open(tmp_path, KEY, Codec("uint8", 10), IDS, VIEWS - 1)
+    assert [line for line in str(caught.value).splitlines() if " in the cache, " in line] == [
+        '  codec.kind: "fp16" in the cache, "uint8" now'
+    ]
 
 
 def test_another_size_of_shards_is_no_mismatch(tmp_path: Path) -> None:

@@ -147,14 +147,15 @@ def test_the_last_bits_of_fp32_are_explained_where_they_cross_a_rounding(codec: 
 def test_which_of_two_equal_logits_is_kept_does_not_matter() -> None:
     codec = Codec("top_k", CLASSES, KEPT)
     logits, gaussian = outputs()
-    order = logits[0].argsort(descending=True)
-    logits[:, order[KEPT - 1]] = logits[:, order[KEPT]] = 9.0
+    logits[:, 100 : 100 + KEPT - 2] = 12.0
+    first, second = 150, 151
+    logits[:, [first, second]] = 11.0
     again = logits.clone()
-    logits[:, order[KEPT - 1]] += 2.0**-7  # one unit of fp16
-    again[:, order[KEPT]] += 2.0**-7
+    logits[:, first] += 2.0**-7  # one unit of fp16
+    again[:, second] += 2.0**-7
     stored, computed = (codec.decode(codec.encode(rows))[0] for rows in (logits, again))
     assert isinstance(stored, TopKLogits) and isinstance(computed, TopKLogits)
-    assert all(set(a) != set(b) for a, b in zip(stored.indices.tolist(), computed.indices.tolist(), strict=True))
+    assert stored.indices[:, -1].tolist() == [first] * ROWS and computed.indices[:, -1].tolist() == [second] * ROWS
     found = differences(codec, (logits, gaussian), (again, gaussian))
     assert 0 < float(found.max()) < 1e-3
     check(found, codec, "fp32")
@@ -217,7 +218,7 @@ def test_a_record_that_is_not_finite_is_refused(part: int, bad: float) -> None:
     halves[4, part * CLASSES] = bad
     found = output_differences(codec, records, logits, gaussian)
     assert [bool(row) for row in found.isfinite()] == [True, True, True, True, False, True]
-    with pytest.raises(CacheError, match="1 of 6 outputs computed again differ, sample 28 by (nan|inf)"):
+    with pytest.raises(CacheError, match=r"1 of 6 outputs computed again differ, sample 28 by (nan|inf)"):
         check(found, codec, "bf16")
 
 
@@ -271,9 +272,10 @@ def test_a_cache_of_imagenet_21k(tmp_path: Path, kind: str) -> None:
         assert stored.indices[:, 1].tolist() == [IMAGENET_21K - 1] * ROWS
     taken = logits[order], Gaussian(*(value[order] for value in gaussian))
     assert check(output_differences(codec, records, *taken), codec, "fp32")[:2] == (ROWS, 0.0)
-    for precision in PRECISIONS:
+    other = output_differences(codec, records, taken[0].roll(1, 0), taken[1])
+    for precision in ("fp32", "fp16"):
         with pytest.raises(CacheError, match="6 of 6 outputs"):
-            check(output_differences(codec, records, logits.roll(1, 0), taken[1]), codec, precision)
+            check(other, codec, precision)
 
 
 def test_logits_beyond_fp16_are_for_uint8() -> None:

@@ -1,0 +1,241 @@
+"""What a cache costs and saves: the arithmetic on numbers made by hand, and a measurement that changes nothing."""
+
+import copy
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unikd_fast.config.schema import TrainConfig
+from unikd_fast.engine import cache_plan
+from unikd_fast.engine.cache_plan import CachePlan, CacheSizes, StepTimes, cache_sizes, measure_times
+from unikd_fast.engine.student import StudentSide
+from unikd_fast.engine.units import duration, size
+from unikd_fast.losses import LossTerms
+from unikd_fast.methods import KD, Method, UniKD
+from unikd_fast.models import LogitsOnly, build_model, extract_features
+from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
+from unikd_fast.values import Batch, Features, Target
+
+MIB, GIB = 2**20, 2**30
+# 1000 samples in micro-batches of 50 on 2 processes: 10 for each in an epoch, of 0.4 s with the teacher, 0.1 s without.
+SIZES = CacheSizes(samples=1000, views=4, view_bytes=600 * MIB, missing_bytes=2400 * MIB, free_bytes=5 * GIB)
+PLAN = CachePlan(
+    SIZES, StepTimes(teacher=0.3, student=0.1), micro_batch_size=50, micro_batches=10, processes=2, epochs=4
+)
+
+
+def test_an_epoch_costs_teacher_and_student_or_the_student_alone() -> None:
+    assert PLAN.epoch_s == pytest.approx(4.0)
+    assert PLAN.cached_epoch_s == pytest.approx(1.0)
+    assert PLAN.speedup == pytest.approx(4.0)
+
+
+def with_missing(views: float) -> CachePlan:
+    return replace(PLAN, sizes=replace(SIZES, missing_bytes=round(views * SIZES.view_bytes)))
+
+
+@pytest.mark.parametrize(
+    ("missing_views", "build_s", "break_even"),
+    [(4, 12.0, 4), (3, 9.0, 3), (1, 3.0, 1), (0.1, 0.3, 1), (0, 0.0, 0)],
+    ids=["nothing is built", "one view is built", "one is left", "a tenth of one is left", "all is built"],
+)
+def test_building_costs_the_teacher_over_what_is_missing(missing_views: float, build_s: float, break_even: int) -> None:
+    """1000 samples a view at 2 x 50 in 0.3 s: 3 s a view, which is what an epoch saves."""
+    plan = with_missing(missing_views)
+    assert plan.build_s == pytest.approx(build_s)
+    assert plan.break_even_epoch == break_even
+
+
+def test_samples_that_an_epoch_leaves_out_are_built_as_well() -> None:
+    """1049 samples are dealt as 1000: four views take a little more than four epochs save."""
+    plan = replace(PLAN, sizes=replace(SIZES, samples=1049))
+    assert plan.build_s == pytest.approx(12.588)
+    assert plan.break_even_epoch == 5
+
+
+def test_the_line_holds_sizes_times_and_when_it_pays() -> None:
+    assert PLAN.line() == (
+        "4 views x 1,000 samples, 2.34 GiB (5 GiB free); an epoch takes 1 s instead of 4 s (4.00x); "
+        "building takes 12 s and pays from epoch 4 on"
+    )
+    assert with_missing(0).line().endswith("(4.00x); nothing to build")
+
+
+def test_the_table_holds_all_of_it() -> None:
+    assert with_missing(3).table().splitlines() == [
+        "stored      4 views x 1,000 samples",
+        "size        600 MiB a view, 2.34 GiB in all",
+        "disk        1.76 GiB to write, 5 GiB free",
+        "teacher     300.0 ms a micro-batch of 50 (measured here)",
+        "student     100.0 ms a micro-batch of 50 (measured here)",
+        "epoch       4 s online, 1 s cached: 4.00x",
+        "building    9 s on 2 processes",
+        "break-even  after 3 epochs trained from the cache",
+        "4 epochs    16 s online, 13 s with building, 4 s in every later run",
+    ]
+    assert "9 s on 1 process\n" in replace(with_missing(1.5), processes=1).table()
+
+
+def test_a_cache_that_does_not_fit_is_warned_of() -> None:
+    exactly, one_byte_less = (replace(PLAN, sizes=replace(SIZES, free_bytes=2400 * MIB - less)) for less in (0, 1))
+    assert "warning" not in exactly.table()
+    warning = "warning     it does not fit; store fewer views, or uint8 logits"
+    assert one_byte_less.table().splitlines()[-1] == warning
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *((0, "0 B"), (1, "1 B"), (999, "999 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (10 * 2**40, "10 TiB")),
+        *((MIB, "1 MiB"), (GIB, "1 GiB"), (2.4 * GIB, "2.4 GiB"), (999 * MIB, "999 MiB"), (17.26 * GIB, "17.3 GiB")),
+    ],
+)
+def test_bytes(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0, "0 s"), (0.25, "0.25 s"), (119, "119 s"), (120, "2 min"), (600, "10 min"), (7199, "120 min")),
+        *((7200, "2 h"), (36_000, "10 h"), (172_799, "48 h"), (172_800, "2 days"), (864_000, "10 days")),
+    ],
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+CODEC = Codec("fp16", 100)  # 200 bytes, and 16 of a header
+
+
+def test_the_sizes_of_a_cache_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(cache_plan, "free_bytes", lambda folder: asked.append(folder) or 12345)
+    found = cache_sizes(tmp_path / "deep" / "down", CODEC, samples=30, views=4)
+    assert found == CacheSizes(30, 4, view_bytes=30 * 216, missing_bytes=4 * 30 * 216, free_bytes=12345)
+    assert found.total_bytes == 25_920
+    assert asked == [tmp_path], "the nearest folder that is there"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sizes_of_a_cache_that_is_begun(tmp_path: Path) -> None:
+    """It has more views than are asked for, and one of its six shards of 20 records is done."""
+    folder = CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 4, 20)
+    with folder.claim(2) as writer:  # type: ignore[union-attr]
+        writer.write(writer.todo, CODEC.encode(torch.zeros(20, 100)))
+        writer.commit()
+    found = cache_sizes(tmp_path, Codec("uint8", 100), samples=30, views=3)
+    assert (found.samples, found.views, found.view_bytes) == (30, 4, 30 * 216)
+    assert found.missing_bytes == 100 * 216
+    assert found.free_bytes > 0
+
+
+def run_parts(method: str, model: str) -> tuple[StudentSide, Method, nn.Module]:
+    """A student's side with a method and a teacher, all with weights of their own."""
+    torch.manual_seed(0)
+    teacher, student = (build_model(name, num_classes=10) for name in ("cifar/resnet8", model))
+    if method == "kd":
+        return StudentSide(LogitsOnly(student), None, None), KD(), LogitsOnly(teacher).eval()
+    levels = [extract_features(network, image_size=32) for network in (student, teacher)]
+    unikd = UniKD(*([shape[0] for shape in each.level_shapes] for each in levels), 10, head_steps=1)
+    return StudentSide(levels[0], unikd.adapter, None), unikd, levels[1].eval()
+
+
+def snapshot(*modules: nn.Module) -> list[Any]:
+    """Every number of these modules, every gradient, and every module's mode."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    gradients = [p.grad for module in modules for p in module.parameters()]
+    modes = [part.training for module in modules for part in module.modules()]
+    asked = [p.requires_grad for module in modules for p in module.parameters()]
+    return copy.deepcopy([tensors, gradients, modes, asked])
+
+
+def equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(equal(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "precision", "fitted"),
+    [
+        ("kd", "torchvision/mobilenet_v3_small", "fp32", False),  # with dropout
+        ("unikd", "torchvision/mobilenet_v3_small", "bf16", True),
+        ("unikd", "cifar/resnet8", "fp32", False),
+    ],
+)
+def test_a_measurement_changes_nothing_of_the_run(method: str, model: str, precision: str, fitted: bool) -> None:
+    side, of_run, teacher = run_parts(method, model)
+    images = torch.randn(8, 3, 32, 32)
+    batch = Batch(images, torch.arange(8), torch.arange(8))
+    with torch.no_grad():
+        features: Features = teacher(images)
+    if fitted:
+        of_run.prepare(itertools.repeat(features))
+    side.train()
+    side(images).logits.sum().backward()  # gradients of the run, which are its own as well
+    side.network.eval()
+    train = TrainConfig(total_epochs=1, global_batch_size=8, learning_rate=1.0, weight_decay=0.1, precision=precision)
+    modules = [side, teacher] if of_run.fitted_head is None else [side, teacher, of_run.fitted_head]
+    before = snapshot(*modules), copy.deepcopy(of_run.state_dict()), torch.get_rng_state(), images.clone()
+
+    targets: list[Target] = []
+
+    @torch.no_grad()
+    def target() -> Target:
+        targets.append(of_run.target(features))
+        return targets[-1]
+
+    found = measure_times(side, of_run, train, batch, target, seconds=0.0)
+    after = snapshot(*modules), of_run.state_dict(), torch.get_rng_state(), images
+    assert equal(before, after)
+    assert found.teacher > 0 and found.student > 0
+    assert len(targets) == 1 + 2 + 1, "one for the student, two rounds of warm-up, and one that is timed"
+
+
+class Bias(nn.Module):
+    """Trains three numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, images: Tensor) -> Features:
+        return Features((), images.mean((2, 3)) + self.bias)
+
+
+def test_the_times_are_medians_of_what_each_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own: the teacher takes 3 s, the student 5 s, and the fourth call of each 1000 s."""
+    now, calls = 0.0, {"teacher": 0, "student": 0}
+    monkeypatch.setattr(cache_plan.time, "perf_counter", lambda: now)
+
+    def pass_time(name: str, seconds: float) -> None:
+        nonlocal now
+        calls[name] += 1
+        now += 1000.0 if calls[name] == 4 else seconds
+
+    class Clocked(KD):
+        def loss(self, *arguments: Any) -> LossTerms:
+            pass_time("student", 5.0)
+            return super().loss(*arguments)
+
+    def target() -> Target:
+        pass_time("teacher", 3.0)
+        return Target(torch.zeros(4, 3))
+
+    side = StudentSide(Bias(), None, None)
+    batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), torch.arange(4))
+    train = TrainConfig(total_epochs=1, global_batch_size=4, learning_rate=0.1)
+    found = measure_times(side, Clocked(), train, batch, target, seconds=10_000.0)
+    assert found == StepTimes(teacher=3.0, student=5.0)
+    assert calls == {"teacher": 1 + 2 + 9, "student": 2 + 9}  # one target for the student, and two rounds of warm-up
