@@ -16,8 +16,9 @@ from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
 from unikd_fast.engine.output_cache import OutputCache
 from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.sources import refusing_misfits
 from unikd_fast.engine.stop import StopSignal
-from unikd_fast.errors import CacheError, Interrupted
+from unikd_fast.errors import CacheError, ConfigError, Interrupted, RunError
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
 from unikd_fast.teacher.cache import build_cache
@@ -55,8 +56,14 @@ def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str
 
     Raises:
         CacheError: on all processes: outputs are missing and may not be built, or are not the teacher's.
+        ConfigError: the teacher is not the network it was made of; an image cannot be read.
         Interrupted: SIGTERM or Ctrl-C while it was built.
     """
+    with refusing_misfits():
+        return _ready(cache, side, stop, name, epochs)
+
+
+def _ready(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, epochs: int) -> dict[str, Any]:
     processes = cache.processes
     record: dict[str, Any] = {"cache": str(cache.folder.path), "views": cache.views, "built_shards": cache.missing}
     if cache.missing and cache.settings.mode == "read":
@@ -177,16 +184,17 @@ def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
 
 
 def _on_first(processes: Processes, action: Callable[[], None]) -> None:
-    """Acts on the first process, and raises what it raises on all."""
-    problem: str | None = None
+    """Acts on the first process, and raises on all what it raises there."""
+    problem: tuple[type[RunError], str] | None = None
     if processes.is_first:
         try:
             action()
-        except CacheError as error:
-            problem = str(error)
+        except (CacheError, ValueError, OSError) as error:
+            problem = (CacheError if isinstance(error, CacheError) else ConfigError, str(error))
     problem = processes.broadcast(problem)
     if problem is not None:
-        raise CacheError(problem)
+        kind, message = problem
+        raise kind(message)
 
 
 def _progress(cache: OutputCache, name: str) -> Any:

@@ -16,8 +16,11 @@ from unikd_fast.errors import CacheError
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, Codec
+from unikd_fast.teacher.cache.layout import default_records_per_shard
 from unikd_fast.teacher.cached import read_ahead
 from unikd_fast.values import Batch, Target
+
+_SHARDS_A_PROCESS = 4
 
 
 class OutputCache:
@@ -113,7 +116,8 @@ def open_output_cache(
         try:
             if settings.mode == "read":
                 CacheFolder.open(path)  # never makes one
-            CacheFolder.create_or_open(path, key, codec, splits.train.sample_ids, views)
+            count = _records_per_shard(codec, len(splits.train) * views, processes)
+            CacheFolder.create_or_open(path, key, codec, splits.train.sample_ids, views, count)
         except CacheError as error:
             problem = _explained(error, path, settings.mode)
     problem = processes.broadcast(problem)
@@ -140,6 +144,12 @@ def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
     assert config.teacher is not None
     settings = config.teacher.cache
     return Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fitted_head is not None)
+
+
+def _records_per_shard(codec: Codec, records: int, processes: Processes) -> int:
+    """A shard is built by one process: a small cache is cut finer where several build it, so that all have work."""
+    usual = default_records_per_shard(codec.record_bytes)
+    return usual if processes.world_size == 1 else min(usual, -(-records // (_SHARDS_A_PROCESS * processes.world_size)))
 
 
 def _explained(error: CacheError, path: Path, mode: str) -> str:
