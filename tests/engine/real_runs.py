@@ -1,4 +1,4 @@
-"""Starts real runs of launch_distill.py on tiny data, as a user would; and runs with a cached teacher in this process."""
+"""Starts real runs of launch_distill.py on tiny data, as a user would; trains in this process where that will do."""
 
 import json
 import os
@@ -137,14 +137,22 @@ CACHED: dict[str, Any] = {
 
 
 def cached_config(
-    folder: Path, weights: Path, *, name: str = "cached", cache: dict[str, Any] | None = None, **sections: dict[str, Any]
+    folder: Path,
+    weights: Path,
+    *,
+    name: str = "cached",
+    cache: dict[str, Any] | None = None,
+    **sections: dict[str, Any],
 ) -> Path:
-    """A run on digits whose teacher's outputs are cached in ``folder / "outputs"`` unless ``cache`` says otherwise."""
+    """A run on digits whose teacher's outputs are cached in ``folder / "outputs"`` unless ``cache`` says otherwise.
+
+    Nothing is computed again and nothing planned, which would take longer than the training.
+    """
     merged = {key: {**CACHED.get(key, {}), **sections.get(key, {})} for key in CACHED.keys() | sections.keys()}
     merged["teacher"] = {
         "weights": str(weights),
         "fidelity": {"min_agreement": 0.0},
-        "cache": {"mode": "read_write", "dir": str(folder / "outputs"), **(cache or {})},
+        "cache": {"mode": "read_write", "dir": str(folder / "outputs"), "recheck": 0.0, **(cache or {})},
         **sections.get("teacher", {}),
     }
     return write_config(folder, name=name, **merged)

@@ -52,6 +52,14 @@ def test_building_costs_the_teacher_over_what_is_missing(missing_views: float, b
     assert plan.break_even_epoch == break_even
 
 
+def test_the_last_bit_of_a_division_is_no_epoch() -> None:
+    """An epoch saves one view; of 0.01 s for each of 9 micro-batches, three views divide to 3.0000000000000004."""
+    for teacher, micro_batches, views in itertools.product((0.01, 0.07, 0.1, 0.3), range(1, 100), range(1, 8)):
+        sizes = replace(SIZES, samples=2 * 11 * micro_batches, missing_bytes=views * SIZES.view_bytes)
+        plan = CachePlan(sizes, StepTimes(teacher, 0.1), 11, micro_batches, processes=2, epochs=4)
+        assert plan.break_even_epoch == views
+
+
 def test_samples_that_an_epoch_leaves_out_are_built_as_well() -> None:
     """1049 samples are dealt as 1000: four views take a little more than four epochs save."""
     plan = replace(PLAN, sizes=replace(SIZES, samples=1049))
@@ -130,10 +138,20 @@ def test_the_sizes_of_a_cache_that_is_begun(tmp_path: Path) -> None:
     with folder.claim(2) as writer:  # type: ignore[union-attr]
         writer.write(writer.todo, CODEC.encode(torch.zeros(20, 100)))
         writer.commit()
-    found = cache_sizes(tmp_path, Codec("uint8", 100), samples=30, views=3)
+    found = cache_sizes(tmp_path, CODEC, samples=30, views=3)
     assert (found.samples, found.views, found.view_bytes) == (30, 4, 30 * 216)
     assert found.missing_bytes == 100 * 216
     assert found.free_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "asked", [(Codec("uint8", 100), 30, 4), (CODEC, 29, 4), (CODEC, 30, 5)], ids=["codec", "samples", "views"]
+)
+def test_the_sizes_of_a_cache_whose_folder_holds_another(tmp_path: Path, asked: tuple[Codec, int, int]) -> None:
+    CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 4, 20)
+    elsewhere = cache_sizes(tmp_path / "elsewhere", *asked)
+    assert replace(cache_sizes(tmp_path, *asked), free_bytes=0) == replace(elsewhere, free_bytes=0)
+    assert elsewhere.missing_bytes == elsewhere.total_bytes
 
 
 def run_parts(method: str, model: str) -> tuple[StudentSide, Method, nn.Module]:

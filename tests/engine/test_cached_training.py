@@ -34,7 +34,6 @@ from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.fill_cache import cached_teacher, ready_cache, recheck
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.stop import StopSignal
-from unikd_fast.engine.trainer import Trainer
 from unikd_fast.teacher.cache import CacheFolder
 from unikd_fast.values import Batch, Gaussian, Target, TopKLogits
 
@@ -125,9 +124,10 @@ def by_sample(batches: Iterator[tuple[Batch, Target | None]]) -> dict[int, tuple
     return found
 
 
-# What storing may do to one number, as a share of it: half a unit of fp16; or half of 255 levels of a row's range. The
-# loss sees 160 of them a step, whose roundings are independent, so one step changes it by less than one number changes.
-# 18 steps at this rate make at most five times as much of it (measured: total ... of 1.4e-4 in the first step).
+# What storing may change in a number: half a unit of fp16, as a share of it; half of one of 255 levels, as a share of
+# the row's range. A step sees 160 logits, whose roundings are independent and average: the first loss changes by less
+# than a number may (measured 4e-6 and 5e-4). Later steps also differ by what training made of this. At this rate that
+# stays below a whole unit or level (measured at most 3e-4 and 1.5e-3); at 0.05 it grows to twenty times as much.
 HALF_UNIT = {"fp16": 2.0**-11, "uint8": 2.0**-9}
 
 
@@ -151,8 +151,6 @@ def test_the_loss_curve_is_that_of_the_teacher_online(
     assert len(online) == len(cached) == STEPS
     assert len({record["total"] for record in online}) == STEPS  # it trains
     assert cached != online  # and from what was stored
-    import sys
-    for x in ("total", "ce", "logit_kl"): print(logits, distill, x, [f"{abs(a[x]/b[x]-1):.1e}" for a,b in zip(cached, online)], file=sys.stderr)
     for name in ("total", "logit_kl"):
         assert online[0][name] > 1.0  # the teacher counts
         assert cached[0][name] == pytest.approx(online[0][name], rel=HALF_UNIT[logits]), name
@@ -202,9 +200,9 @@ def assert_stored(found: Tensor, exact: Tensor) -> None:
 
 def test_a_second_run_builds_nothing_and_gives_the_same_student(tmp_path: Path, weights: Path, group: None) -> None:
     configs = [
-        cached_config(tmp_path, weights, name="first"),
-        cached_config(tmp_path, weights, name="second"),
-        cached_config(tmp_path, weights, name="unchecked", cache={"recheck": 0.0}),
+        cached_config(tmp_path, weights, name="first", cache={"recheck": 0.001}),
+        cached_config(tmp_path, weights, name="second", cache={"recheck": 0.001}),
+        cached_config(tmp_path, weights, name="unchecked"),
         cached_config(tmp_path, weights, name="reading", cache={"mode": "read"}),
     ]
     folders, files = [], []
@@ -216,7 +214,9 @@ def test_a_second_run_builds_nothing_and_gives_the_same_student(tmp_path: Path, 
     assert all(found == files[0] for found in files)
     assert all(same_weights(folders[0], folder) for folder in folders[1:])
     assert all(train_records(folder) == train_records(folders[0]) for folder in folders[1:])
-    assert [record.get("recheck", {}).get("worst") for record in records] == [0.0, 0.0, None, 0.0]
+    assert ["recheck" in record for record in records] == [True, True, False, False]
+    assert all(record["recheck"]["views"] == 64 for record in records[:2])  # a batch at least
+    assert all(record["recheck"]["worst"] <= 2.0**-11 for record in records[:2])  # another batch rounds otherwise
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -253,9 +253,7 @@ def test_only_the_first_process_reads_the_weights_of_a_teacher_whose_outputs_are
 
 def test_epochs_beyond_the_stored_views_repeat_them_in_an_order_of_their_own(tmp_path: Path, weights: Path) -> None:
     cached = ready(cached_config(tmp_path, weights, cache={"views": 2}, train={"total_epochs": 5}))
-    online = opened(
-        cached_config(tmp_path, weights, name="online", cache={"mode": "off"}, train={"total_epochs": 5})
-    )
+    online = opened(cached_config(tmp_path, weights, name="online", cache={"mode": "off"}, train={"total_epochs": 5}))
     assert CacheFolder.open(tmp_path / "outputs").views == 2
     epochs = [by_sample(cached.micro_batches(epoch)) for epoch in range(5)]
     orders = []
@@ -267,7 +265,8 @@ def test_epochs_beyond_the_stored_views_repeat_them_in_an_order_of_their_own(tmp
             for a, b in zip(flat(found), flat(epochs[epoch % 2][sample]), strict=True):
                 assert torch.equal(a, b)
     assert len({str(order) for order in orders}) == 5
-    assert not any(torch.equal(epochs[0][sample][0], epochs[1][sample][0]) for sample in range(5, 20))
+    equal = [torch.equal(epochs[0][sample][0], epochs[1][sample][0]) for sample in epochs[0]]
+    assert sum(equal) < 0.1 * len(equal)  # one in 50 has the same window and flip by chance
 
 
 def flat(found: tuple[Tensor, Tensor, Gaussian | None]) -> list[Tensor]:
@@ -277,38 +276,34 @@ def flat(found: tuple[Tensor, Tensor, Gaussian | None]) -> list[Tensor]:
 
 def test_any_number_of_workers_builds_and_trains_the_same(tmp_path: Path, weights: Path, group: None) -> None:
     rng = np.random.default_rng(0)
-    for split, count in (("train", 40), ("val", 5)):
+    for split, count in (("train", 48), ("val", 10)):
         for index in range(count):
-            folder = tmp_path / "data" / split / f"class{index % 10 if split == 'train' else index}"
-            folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val"):
-        for index in range(48 if split == "train" else 10):
             folder = tmp_path / "data" / split / f"class{index % 10}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
-    configs = {}
-    for built in (0, 2):
-        for trained in (0, 2):
-            configs[built, trained] = cached_config(
-                tmp_path,
-                weights,
-                name=f"from{built}-with{trained}",
-                data={
-                    "name": "image_folder",
-                    "root": str(tmp_path / "data"),
-                    "num_classes": None,
-                    "train_samples": None,
-                    "workers": trained,
-                    "augmentation": {"crop": "resized", "flip_probability": 0.5},
-                },
-                train={"total_epochs": 2},
-                cache={"dir": str(tmp_path / f"outputs{built}")},
-            )
+    data = {
+        "name": "image_folder",
+        "root": str(tmp_path / "data"),
+        "num_classes": None,
+        "train_samples": None,
+        "augmentation": {"crop": "resized", "flip_probability": 0.5},
+    }
+
+    def config(built: int, trained: int) -> Path:
+        return cached_config(
+            tmp_path,
+            weights,
+            name=f"from{built}-with{trained}",
+            data={**data, "workers": trained},
+            train={"total_epochs": 2},
+            cache={"dir": str(tmp_path / f"built{built}")},
+        )
+
     for workers in (0, 2):
-        ready(configs[workers, workers])
-    assert np.array_equal(payloads(tmp_path / "outputs0"), payloads(tmp_path / "outputs2"))
-    folders = [train_here(load_config(configs[cell])) for cell in ((0, 0), (0, 2), (2, 0))]
-    assert all(same_weights(folders[0], folder) for folder in folders[1:])
+        ready(config(workers, workers))
+    assert np.array_equal(payloads(tmp_path / "built0"), payloads(tmp_path / "built2"))
+    folders = [train_here(load_config(config(0, workers))) for workers in (0, 2)]
+    assert same_weights(*folders)
     assert len(steps(folders[0])) == 6
 
 
@@ -327,16 +322,28 @@ def test_the_size_of_the_building_batches_changes_rounding_at_most(tmp_path: Pat
 
 
 def assert_within_one_unit(left: Any, right: Any) -> None:
-    """The same numbers in fp16, but for those that lie between two of them and for the last bits of fp32."""
-    import sys
-    for name, a, b in zip(
-        ("logits", "mean", "log_var"), (left[0], *(left[1] or ())), (right[0], *(right[1] or ())), strict=True
-    ):
+    """Outputs in fp16 that were nearly the same before they were rounded.
+
+    What lies between two numbers of fp16 may go to either; fp32 differs by up to 2^-15 of a row's size, as for
+    fidelity. Measured: the logits are the same bit for bit, 0.2 % of the Gaussians' numbers are not.
+    """
+    for a, b in zip((left[0], *(left[1] or ())), (right[0], *(right[1] or ())), strict=True):
         a, b = a.double(), b.double()
         size = b.square().mean(1, keepdim=True).sqrt()
-        print(name, "differ", float((a != b).double().mean()), "units", float(((a-b).abs()/(2.0**-10*torch.maximum(a.abs(),b.abs()))).max()), "size", float(((a-b).abs()/size).max()), file=sys.stderr)
-        assert bool(((a - b).abs() <= 2.0**-10 * torch.maximum(a.abs(), b.abs()) + 2.0**-15 * size).all()), name
-        assert float((a != b).double().mean()) < 0.01, name
+        assert bool(((a - b).abs() <= 2.0**-10 * torch.maximum(a.abs(), b.abs()) + 2.0**-15 * size).all())
+        assert float((a != b).double().mean()) < 0.01
+
+
+@pytest.mark.xfail(strict=True, reason="digits: the deviation's last bits, which the key holds, depend on the threads")
+def test_the_key_is_the_same_for_any_number_of_threads(tmp_path: Path, weights: Path) -> None:
+    """Each of two processes has half the threads of one, and another machine has others."""
+    config, threads = cached_config(tmp_path, weights), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            opened(config)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_both_of_two_processes_get_what_one_would(tmp_path: Path, weights: Path) -> None:
@@ -361,7 +368,7 @@ def test_dropout_has_no_part_in_what_is_stored(tmp_path: Path) -> None:
     teacher = {"model": "torchvision/mobilenet_v3_small", "weights": str(weights)}
     experiments = []
     for name in ("once", "again"):
-        config = cached_config(tmp_path, weights, teacher=teacher, cache={"dir": str(tmp_path / name), **FULL})
+        config = cached_config(tmp_path, weights, teacher=teacher, cache={"dir": str(tmp_path / name), "recheck": 1.0})
         experiment = opened(config)
         assert experiment.cache is not None
         if name == "again":
@@ -418,12 +425,14 @@ def test_the_largest_logits_bound_the_loss_from_below(tmp_path: Path, weights: P
     assert whole == pytest.approx(full, rel=1e-5)  # with all of them it is the loss; fp32
 
 
-FULL = {"recheck": 1.0}
-
-
 @pytest.mark.slow
 def test_a_killed_run_on_a_cache_continues_bit_for_bit(tmp_path: Path, weights: Path) -> None:
-    sections = {"run": {"checkpoint_every_steps": 1}, "train": {"ema_decay": 0.9}}
+    """The second run finds the first one's cache, and the third plans and checks before it goes on."""
+    sections: dict[str, Any] = {
+        "run": {"checkpoint_every_steps": 1},
+        "train": {"ema_decay": 0.9},
+        "cache": {"recheck": 0.001},
+    }
     whole = cached_config(tmp_path, weights, name="whole", **sections)
     done = run(whole)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -450,17 +459,16 @@ def test_two_processes_with_everything_build_and_train_from_one_cache(tmp_path: 
         "train": {"accumulation_steps": 2, "ema_decay": 0.9},
         "deepspeed": {"zero_optimization": {"stage": 1}},
     }
-    config = cached_config(tmp_path, weights, name="two", **sections)
+    config = cached_config(tmp_path, weights, name="two", cache={"recheck": 0.001}, **sections)
     done = run(config, launcher="torchrun", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(steps(tmp_path / "two")) == STEPS
     record = json.loads((tmp_path / "two" / "teacher.json").read_text())
-    assert record["built_shards"] == 1
+    assert record["built_shards"] == CacheFolder.open(tmp_path / "outputs").info().shards
     assert record["recheck"]["worst"] <= record["recheck"]["bound"]
     assert (tmp_path / "two" / "student.safetensors").exists()
 
     alone = ready(cached_config(tmp_path, weights, cache={"dir": str(tmp_path / "alone")}, **sections))
     assert alone.cache is not None
     one, two = alone.cache.folder, CacheFolder.open(tmp_path / "outputs")
-    assert one.key == two.key
     assert_within_one_unit(*(folder.codec.decode(payloads(folder.path)) for folder in (one, two)))

@@ -42,9 +42,9 @@ def differences(codec: Codec, stored: tuple[Tensor, Gaussian], again: tuple[Tens
     return output_differences(codec, codec.encode(*given), *found)
 
 
-def check(found: Tensor, codec: Codec, precision: str, device: str = "cpu") -> Recheck:
+def check(found: Tensor, precision: str, device: str = "cpu") -> Recheck:
     names = [f"sample {7 * row}" for row in range(len(found))]
-    return check_outputs(found, codec, precision=precision, device=device, names=names, cache="caches/a")
+    return check_outputs(found, precision=precision, device=device, names=names, cache="caches/a")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -56,7 +56,7 @@ def test_what_is_stored_of_an_output_does_not_differ_from_it(codec: Codec, dtype
     same = logits.to(dtype), gaussian
     found = differences(codec, same, same)
     assert found.dtype == torch.float64 and found.tolist() == [0.0] * ROWS
-    assert check(found, codec, "fp32")[:2] == (ROWS, 0.0)
+    assert check(found, "fp32")[:2] == (ROWS, 0.0)
 
 
 @by_kind
@@ -77,7 +77,7 @@ def test_a_changed_logit_is_seen_by_its_size(codec: Codec) -> None:
     assert found[torch.arange(ROWS) != 2].tolist() == [0.0] * (ROWS - 1)
     for precision in PRECISIONS:
         with pytest.raises(CacheError, match="1 of 6 outputs computed again differ, sample 14 by"):
-            check(found, codec, precision)
+            check(found, precision)
 
 
 @by_kind_with_gaussian
@@ -106,7 +106,7 @@ def test_another_samples_record_is_no_rounding(codec: Codec, precision: str) -> 
     logits, gaussian = outputs()
     found = differences(codec, (logits.roll(1, 0), gaussian), (logits, gaussian))
     with pytest.raises(CacheError, match="6 of 6 outputs"):
-        check(found, codec, precision)
+        check(found, precision)
 
 
 def test_another_samples_gaussian_is_no_rounding() -> None:
@@ -116,7 +116,7 @@ def test_another_samples_gaussian_is_no_rounding() -> None:
     for other in (Gaussian(mean.roll(1, 0), log_var), Gaussian(mean, log_var.roll(1, 0))):
         found = differences(codec, (logits, other), (logits, Gaussian(mean, log_var)))
         with pytest.raises(CacheError, match="6 of 6 outputs"):
-            check(found, codec, "bf16")
+            check(found, "bf16")
 
 
 @by_kind_with_gaussian
@@ -127,10 +127,10 @@ def test_the_rounding_of_bf16_is_explained_in_bf16_alone(codec: Codec) -> None:
     again = shaken[0], Gaussian(shaken[1], log_var + 2.0**-8 * noise(*log_var.shape, seed=5))
     found = differences(codec, (logits, Gaussian(mean, log_var)), again)
     assert 1e-3 < float(found.min()) < float(found.max()) < 0.02
-    assert check(found, codec, "bf16").worst == float(found.max())
+    assert check(found, "bf16").worst == float(found.max())
     if codec.kind != "uint8":  # whose own levels are as coarse
         with pytest.raises(CacheError, match="6 of 6 outputs"):
-            check(found, codec, "fp32")
+            check(found, "fp32")
 
 
 @by_kind_with_gaussian
@@ -141,7 +141,7 @@ def test_the_last_bits_of_fp32_are_explained_where_they_cross_a_rounding(codec: 
     assert bool((lower.half() != upper.half()).any(1).all())
     found = differences(codec, (lower, Gaussian(lower, lower)), (upper, Gaussian(upper, upper)))
     assert float(found.min()) > 0.0
-    check(found, codec, "fp32")
+    check(found, "fp32")
 
 
 def test_which_of_two_equal_logits_is_kept_does_not_matter() -> None:
@@ -158,7 +158,7 @@ def test_which_of_two_equal_logits_is_kept_does_not_matter() -> None:
     assert stored.indices[:, -1].tolist() == [first] * ROWS and computed.indices[:, -1].tolist() == [second] * ROWS
     found = differences(codec, (logits, gaussian), (again, gaussian))
     assert 0 < float(found.max()) < 1e-3
-    check(found, codec, "fp32")
+    check(found, "fp32")
 
 
 def test_classes_that_are_not_the_largest_do_matter() -> None:
@@ -167,7 +167,7 @@ def test_classes_that_are_not_the_largest_do_matter() -> None:
     logits, _ = outputs()
     found = output_differences(codec, codec.encode(logits.roll(1, 1)), logits)
     with pytest.raises(CacheError, match="6 of 6 outputs"):
-        check(found, codec, "bf16")
+        check(found, "bf16")
 
 
 @by_kind
@@ -219,7 +219,7 @@ def test_a_record_that_is_not_finite_is_refused(part: int, bad: float) -> None:
     found = output_differences(codec, records, logits, gaussian)
     assert [bool(row) for row in found.isfinite()] == [True, True, True, True, False, True]
     with pytest.raises(CacheError, match=r"1 of 6 outputs computed again differ, sample 28 by (nan|inf)"):
-        check(found, codec, "bf16")
+        check(found, "bf16")
 
 
 def test_the_message_names_cache_view_both_values_and_the_remedy() -> None:
@@ -251,9 +251,9 @@ def test_the_bound_is_of_the_precision_and_of_what_is_stored(
 ) -> None:
     bound = 32 * units + {"fp16": 2.0**-10, "uint8": 2.0**-7, "top_k": 2.0**-10}[codec.kind]
     at_the_bound = torch.tensor([0.0, bound], dtype=torch.float64)
-    assert check(at_the_bound, codec, precision, device) == Recheck(2, bound, bound)
+    assert check(at_the_bound, precision, device) == Recheck(2, bound, bound)
     with pytest.raises(CacheError, match="1 of 2 outputs computed again differ, sample 7 by"):
-        check(at_the_bound * (1 + 1e-12), codec, precision, device)
+        check(at_the_bound * (1 + 1e-12), precision, device)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "uint8", "top_k"])
@@ -271,11 +271,11 @@ def test_a_cache_of_imagenet_21k(tmp_path: Path, kind: str) -> None:
     if isinstance(stored, TopKLogits):
         assert stored.indices[:, 1].tolist() == [IMAGENET_21K - 1] * ROWS
     taken = logits[order], Gaussian(*(value[order] for value in gaussian))
-    assert check(output_differences(codec, records, *taken), codec, "fp32")[:2] == (ROWS, 0.0)
+    assert check(output_differences(codec, records, *taken), "fp32")[:2] == (ROWS, 0.0)
     other = output_differences(codec, records, taken[0].roll(1, 0), taken[1])
     for precision in ("fp32", "fp16"):
         with pytest.raises(CacheError, match="6 of 6 outputs"):
-            check(other, codec, precision)
+            check(other, precision)
 
 
 def test_logits_beyond_fp16_are_for_uint8() -> None:
@@ -291,4 +291,4 @@ def test_logits_beyond_fp16_are_for_uint8() -> None:
     assert isinstance(stored, QuantizedLogits)
     back = stored.values.float() * stored.scale[:, None] + stored.offset[:, None]
     assert torch.allclose(back, logits, rtol=0, atol=70003 / 510)  # half a level of 255
-    assert check(output_differences(codec, records, logits), codec, "fp32")[:2] == (2, 0.0)
+    assert check(output_differences(codec, records, logits), "fp32")[:2] == (2, 0.0)

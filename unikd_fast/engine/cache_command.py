@@ -20,6 +20,7 @@ from unikd_fast.data.roots import check_root
 from unikd_fast.errors import CacheError, RunError
 
 if TYPE_CHECKING:
+    from unikd_fast.engine.processes import Processes
     from unikd_fast.teacher.cache import CacheFolder
 
 # Before torch is loaded; see launch_distill.py.
@@ -52,10 +53,11 @@ def _build(options: argparse.Namespace) -> int:
                 "cache then, with teacher.cache.mode = 'read_write'; to build it beforehand, give teacher.weights"
             )
     _check_data(runs)
-    with redirect_stdout(sys.stderr):  # there DeepSpeed's logger stays; stdout is for what was asked
-        from unikd_fast.engine.cache_launch import build_caches
+    processes = _start_processes()
+    from unikd_fast.engine.cache_launch import build_caches
 
-    build_caches([(f"{label}, seed {seed}", config) for label, seed, config in runs])
+    build_caches([(f"{label}, seed {seed}", config) for label, seed, config in runs], processes)
+    processes.leave()
     return 0
 
 
@@ -85,11 +87,11 @@ def _plan(options: argparse.Namespace) -> int:
     for label, seed, config in runs:
         if seed == first:
             distinct.setdefault(config_hash(config), (label, config))
-    with redirect_stdout(sys.stderr):  # as in _build
-        from unikd_fast.engine.cache_launch import plan_caches
+    processes = _start_processes()
+    from unikd_fast.engine.cache_launch import plan_caches
 
     others = f" (and {seeds - 1} more: a cache each)" if seeds > 1 else ""
-    for number, (label, config, plan) in enumerate(plan_caches(list(distinct.values()))):
+    for number, (label, config, plan) in enumerate(plan_caches(list(distinct.values()), processes)):
         folder = str(cache_dir(config))
         if options.json:
             derived = ("build_s", "epoch_s", "cached_epoch_s", "speedup", "break_even_epoch")
@@ -98,6 +100,7 @@ def _plan(options: argparse.Namespace) -> int:
             continue
         heading = f"{label}, seed {first}{others}\n" if len(runs) > 1 else ""
         print("\n" * (number > 0) + f"{heading}{'folder':<12}{folder}\n{plan.table()}", flush=True)
+    processes.leave()
     return 0
 
 
@@ -121,6 +124,14 @@ def _check_data(runs: Sequence[tuple[str, int, Config]]) -> None:
             check_root(config.data.name, config.data.root)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
+
+
+def _start_processes() -> "Processes":
+    # Only now torch and DeepSpeed, as in launch_distill.py. What DeepSpeed prints must not stand among our lines.
+    with redirect_stdout(sys.stderr):
+        from unikd_fast.engine.processes import start_processes
+
+        return start_processes()
 
 
 def _folders(options: argparse.Namespace) -> list["CacheFolder"]:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from unikd_fast.config import Config
 from unikd_fast.config.load import cache_dir, override
-from unikd_fast.engine.build import build_experiment
+from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache_plan import CachePlan, cache_sizes, plan_cache
 from unikd_fast.engine.fill_cache import fill_cache
 from unikd_fast.engine.output_cache import codec_of, refuse_uncacheable
-from unikd_fast.engine.processes import Processes, start_processes
+from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sources import refusing_misfits
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.units import duration, size
 from unikd_fast.errors import Interrupted
 
 
-def build_caches(runs: Sequence[tuple[str, Config]]) -> None:
+def build_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> None:
     """Builds what the caches of these runs lack, on all processes, and prints a line for each cache.
 
     Runs that share a folder must agree about its content; the folder is built once.
@@ -30,7 +30,6 @@ def build_caches(runs: Sequence[tuple[str, Config]]) -> None:
         CacheError: a folder holds another cache, or its disk is full.
         Interrupted: SIGTERM or Ctrl-C; what is written stays.
     """
-    processes = start_processes()
     built: set[Path] = set()
     with StopSignal(processes) as stop:
         for name, config in runs:
@@ -40,7 +39,6 @@ def build_caches(runs: Sequence[tuple[str, Config]]) -> None:
                 print(line, flush=True)
             if stop.asked:
                 raise Interrupted(stop.asked, f"[{name}] stopped after this cache; start it again for the others")
-    processes.leave()
 
 
 def _filled(name: str, config: Config, processes: Processes, stop: StopSignal, *, known: bool) -> str | None:
@@ -60,7 +58,7 @@ def _filled(name: str, config: Config, processes: Processes, stop: StopSignal, *
     return f"{cache.folder.path}: {info.views} views x {info.samples:,} samples, {size(info.bytes_total)}, {how}"
 
 
-def plan_caches(runs: Sequence[tuple[str, Config]]) -> Iterator[tuple[str, Config, CachePlan]]:
+def plan_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> Iterator[tuple[str, Config, CachePlan]]:
     """Yields the plan of each run's cache, as measured here, on the first process; no cache is made.
 
     A teacher that the run would train first is measured with random weights.
@@ -71,25 +69,37 @@ def plan_caches(runs: Sequence[tuple[str, Config]]) -> Iterator[tuple[str, Confi
     Raises:
         ConfigError: a configuration does not fit the data or the models, or its method's targets cannot be cached.
     """
-    processes = start_processes()
     for label, config in runs:
-        with refusing_misfits():
-            plan = _planned(config, processes)
+        assert config.teacher is not None
+        trained = config.teacher.weights is None and config.teacher.training is not None
+        shown = override(config, {"teacher.weights": "random"}, "unikd-cache plan") if trained else config
+        plan = plan_experiment(config, build_experiment(without_cache(shown), processes), processes)
         if processes.is_first:
             yield label, config, plan
-    processes.leave()
 
 
-def _planned(config: Config, processes: Processes) -> CachePlan:
+def without_cache(config: Config) -> Config:
+    """The same run with its teacher online; no cache is opened or made."""
+    return config if config.teacher is None else override(config, {"teacher.cache.mode": "off"}, "teacher.cache")
+
+
+def plan_experiment(config: Config, experiment: Experiment, processes: Processes) -> CachePlan:
+    """What the cache of a run would cost and save.
+
+    Args:
+        config: of the run, with the settings of its cache.
+        experiment: the same with its teacher online.
+
+    Raises:
+        ConfigError: the method needs more of the teacher than its outputs.
+    """
     assert config.teacher is not None
-    trained = config.teacher.weights is None and config.teacher.training is not None
-    online = {"teacher.cache.mode": "off", **({"teacher.weights": "random"} if trained else {})}
-    experiment = build_experiment(override(config, online, "unikd-cache plan"), processes)
     method, splits, teacher, epochs = experiment.method, experiment.splits, experiment.teacher, experiment.epochs
     assert teacher is not None
-    refuse_uncacheable(method, teacher.network, splits)
-    views = config.teacher.cache.views or epochs
-    sizes = cache_sizes(cache_dir(config), codec_of(config, splits, method), len(splits.train), views)
+    with refusing_misfits():
+        refuse_uncacheable(method, teacher.network, splits)
+        codec = codec_of(config, splits, method)
+    sizes = cache_sizes(cache_dir(config), codec, len(splits.train), config.teacher.cache.views or epochs)
     return plan_cache(
         config, experiment.loader, experiment.side, method, teacher, processes, sizes=sizes, epochs=epochs
     )

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
 from unikd_fast.engine.output_cache import OutputCache
-from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sources import refusing_misfits
 from unikd_fast.engine.stop import StopSignal
-from unikd_fast.errors import CacheError, ConfigError, Interrupted, RunError
+from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
 from unikd_fast.teacher.cache import build_cache
@@ -72,21 +71,22 @@ def _ready(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, epo
             "'read' builds none; run unikd-cache build with this configuration, or use --set "
             "teacher.cache.mode=read_write"
         )
-    sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.folder.views)
+    sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.views)
     teacher = fill_cache(cache, stop, name) if cache.missing else None
     attachment = cache.attachment()
     assert attachment is not None
     cache.adopt_head(attachment)
     record["teacher"] = attachment.record
 
-    def compare() -> None:
+    def compare() -> dict[str, Any]:
         made = teacher or cached_teacher(cache)
-        record["recheck"] = recheck(cache, made)._asdict()
+        found = recheck(cache, made)
         plan = plan_cache(cache.config, cache.loader, side, cache.method, made, processes, sizes=sizes, epochs=epochs)
         tqdm.write(f"[{name}] teacher cache: {plan.line()}", file=sys.stderr)
+        return found._asdict()
 
     if cache.settings.recheck > 0:
-        _on_first(processes, compare)
+        record["recheck"] = processes.from_first(compare)
     cache.network = teacher = None
     gc.collect()
     if processes.device.type == "cuda":
@@ -109,7 +109,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
         Interrupted: SIGTERM or Ctrl-C; what is written stays.
     """
     processes, batch_size = cache.processes, cache.settings.batch_size
-    _on_first(processes, cache.folder.require_room)
+    processes.from_first(cache.folder.require_room)
     known = cache.attachment()
     precision = None if known is None else known.record["precision"]
     teacher, record = start_teacher(
@@ -117,10 +117,8 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
     )
     if known is None:
         cache.method.prepare(features_without_end(cache.loader, teacher, stop, name))
-        if processes.is_first:
-            head = cache.method.fitted_head
-            cache.folder.attach({} if head is None else head.state_dict(), record)
-        processes.barrier()
+        head = cache.method.fitted_head
+        processes.from_first(lambda: bool(cache.folder.attach({} if head is None else head.state_dict(), record)))
         known = cache.folder.attachment()
         assert known is not None
     cache.adopt_head(known)  # another run's, if that was faster
@@ -137,7 +135,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
                     stop.asked, f"[{name}] stopped while {cache} was built; what is written is kept, start it again"
                 )
 
-        build_cache(cache.folder, outputs, batch_size=batch_size, progress=advance)
+        build_cache(cache.folder, outputs, batch_size=batch_size, views=cache.views, progress=advance)
     processes.barrier()
     cache.missing = 0
     return teacher
@@ -175,26 +173,11 @@ def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
     ids = cache.folder.sample_ids[positions].tolist()
     return check_outputs(
         torch.cat(differences),
-        cache.folder.codec,
         precision=teacher.precision,
         device=cache.processes.device,
         names=[f"sample {sample} in view {view}" for sample, view in zip(ids, views.tolist(), strict=True)],
         cache=str(cache),
     )
-
-
-def _on_first(processes: Processes, action: Callable[[], None]) -> None:
-    """Acts on the first process, and raises on all what it raises there."""
-    problem: tuple[type[RunError], str] | None = None
-    if processes.is_first:
-        try:
-            action()
-        except (CacheError, ValueError, OSError) as error:
-            problem = (CacheError if isinstance(error, CacheError) else ConfigError, str(error))
-    problem = processes.broadcast(problem)
-    if problem is not None:
-        kind, message = problem
-        raise kind(message)
 
 
 def _progress(cache: OutputCache, name: str) -> Any:
