@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,15 @@ from torch import Tensor, nn
 
 from unikd_fast.config.schema import TrainConfig
 from unikd_fast.engine import cache_plan
-from unikd_fast.engine.cache_plan import CachePlan, CacheSizes, StepTimes, cache_sizes, measure_times
+from unikd_fast.engine.cache_plan import CachePlan, CacheSizes, StepTimes, cache_sizes, measure_times, plan_cache
+from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.student import StudentSide
 from unikd_fast.engine.units import duration, size
+from unikd_fast.errors import CacheError
 from unikd_fast.losses import LossTerms
 from unikd_fast.methods import KD, Method, UniKD
 from unikd_fast.models import LogitsOnly, build_model, extract_features
+from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
 from unikd_fast.values import Batch, Features, Target
 
@@ -102,6 +108,8 @@ def test_a_cache_that_does_not_fit_is_warned_of() -> None:
     [
         *((0, "0 B"), (1, "1 B"), (999, "999 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (10 * 2**40, "10 TiB")),
         *((MIB, "1 MiB"), (GIB, "1 GiB"), (2.4 * GIB, "2.4 GiB"), (999 * MIB, "999 MiB"), (17.26 * GIB, "17.3 GiB")),
+        *((1000, "1,000 B"), (1023, "1,023 B"), (1010 * MIB, "1,010 MiB"), (1023.9 * GIB, "1,024 GiB")),
+        *((999.4, "999 B"), (999.6, "1,000 B"), (5000 * 2**40, "5,000 TiB"), (2.0**60, "1,048,576 TiB")),
     ],
 )
 def test_bytes(count: float, text: str) -> None:
@@ -111,12 +119,21 @@ def test_bytes(count: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        *((0, "0 s"), (0.25, "0.25 s"), (119, "119 s"), (120, "2 min"), (600, "10 min"), (7199, "120 min")),
+        *((0, "0 ms"), (3e-5, "0.03 ms"), (9.9e-7, "0.001 ms"), (1e-9, "0.000 ms"), (0.0123, "12.3 ms")),
+        *((0.0999, "99.9 ms"), (0.1, "0.1 s")),
+        *((0.25, "0.25 s"), (119, "119 s"), (120, "2 min"), (600, "10 min"), (7199, "120 min")),
         *((7200, "2 h"), (36_000, "10 h"), (172_799, "48 h"), (172_800, "2 days"), (864_000, "10 days")),
+        *((999 * 86_400, "999 days"), (999.6 * 86_400, "1,000 days"), (123_456 * 86_400, "123,456 days")),
     ],
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_no_number_has_an_exponent() -> None:
+    for power in range(-600, 1200):
+        for text in (size(1.03 ** max(power, 0)), duration(1.03**power)):
+            assert re.fullmatch(r"[\d,]+(\.\d+)? [A-Za-z]+", text), text
 
 
 CODEC = Codec("fp16", 100)  # 200 bytes, and 16 of a header
@@ -133,15 +150,36 @@ def test_the_sizes_of_a_cache_that_is_not_there(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_sizes_of_a_cache_that_is_begun(tmp_path: Path) -> None:
-    """It has more views than are asked for, and one of its six shards of 20 records is done."""
+    """It has 4 views, one of its six shards of 20 records is done, and of the sixth only view 3 is made."""
     folder = CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 4, 20)
     with folder.claim(2) as writer:  # type: ignore[union-attr]
         writer.write(writer.todo, CODEC.encode(torch.zeros(20, 100)))
         writer.commit()
-    found = cache_sizes(tmp_path, CODEC, samples=30, views=3)
-    assert (found.samples, found.views, found.view_bytes) == (30, 4, 30 * 216)
-    assert found.missing_bytes == 100 * 216
-    assert found.free_bytes > 0
+    for views, missing in ((1, 40), (2, 40), (3, 80), (4, 100)):  # a view begins or ends within a shard
+        found = cache_sizes(tmp_path, CODEC, samples=30, views=views)
+        assert (found.samples, found.views, found.view_bytes) == (30, views, 30 * 216)
+        assert found.missing_bytes == missing * 216
+        assert found.total_bytes == views * 30 * 216
+        assert found.free_bytes > 0
+
+
+def test_a_view_that_is_built_costs_nothing_more(tmp_path: Path) -> None:
+    folder = CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 2, 20)
+    for shard in (0, 1):
+        with folder.claim(shard) as writer:  # type: ignore[union-attr]
+            writer.write(writer.todo, CODEC.encode(torch.zeros(20, 100)))
+            writer.commit()
+    assert [cache_sizes(tmp_path, CODEC, 30, views).missing_bytes for views in (1, 2)] == [0, 20 * 216]
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "sample_ids.npy"])
+def test_a_damaged_cache_has_no_sizes(tmp_path: Path, file: str) -> None:
+    """It would be built into otherwise, or taken for one that is not there."""
+    CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 4, 20)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CacheError, match=rf"{re.escape(file)} is damaged"):
+        cache_sizes(tmp_path, CODEC, samples=30, views=4)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +192,14 @@ def test_the_sizes_of_a_cache_whose_folder_holds_another(tmp_path: Path, asked: 
     assert elsewhere.missing_bytes == elsewhere.total_bytes
 
 
-def run_parts(method: str, model: str) -> tuple[StudentSide, Method, nn.Module]:
+def run_parts(method: str, model: str, **settings: Any) -> tuple[StudentSide, Method, nn.Module]:
     """A student's side with a method and a teacher, all with weights of their own."""
     torch.manual_seed(0)
     teacher, student = (build_model(name, num_classes=10) for name in ("cifar/resnet8", model))
     if method == "kd":
         return StudentSide(LogitsOnly(student), None, None), KD(), LogitsOnly(teacher).eval()
     levels = [extract_features(network, image_size=32) for network in (student, teacher)]
-    unikd = UniKD(*([shape[0] for shape in each.level_shapes] for each in levels), 10, head_steps=1)
+    unikd = UniKD(*([shape[0] for shape in each.level_shapes] for each in levels), 10, head_steps=1, **settings)
     return StudentSide(levels[0], unikd.adapter, None), unikd, levels[1].eval()
 
 
@@ -214,7 +252,7 @@ def test_a_measurement_changes_nothing_of_the_run(method: str, model: str, preci
         targets.append(of_run.target(features))
         return targets[-1]
 
-    found = measure_times(side, of_run, train, batch, target, seconds=0.0)
+    found = measure_times(side, of_run, train, batch, target(), target, seconds=0.0)
     after = snapshot(*modules), of_run.state_dict(), torch.get_rng_state(), images
     assert equal(before, after)
     assert found.teacher > 0 and found.student > 0
@@ -247,13 +285,107 @@ def test_the_times_are_medians_of_what_each_took(monkeypatch: pytest.MonkeyPatch
             pass_time("student", 5.0)
             return super().loss(*arguments)
 
-    def target() -> Target:
+    def teacher() -> None:
         pass_time("teacher", 3.0)
-        return Target(torch.zeros(4, 3))
 
     side = StudentSide(Bias(), None, None)
     batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), torch.arange(4))
     train = TrainConfig(total_epochs=1, global_batch_size=4, learning_rate=0.1)
-    found = measure_times(side, Clocked(), train, batch, target, seconds=10_000.0)
+    target = Target(torch.zeros(4, 3))
+    found = measure_times(side, Clocked(), train, batch, target, teacher, seconds=10_000.0)
     assert found == StepTimes(teacher=3.0, student=5.0)
-    assert calls == {"teacher": 1 + 2 + 9, "student": 2 + 9}  # one target for the student, and two rounds of warm-up
+    assert calls == {"teacher": 2 + 9, "student": 2 + 9}, "with two rounds of warm-up"
+
+
+ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+class OneBatch:
+    """A loader of 10 micro-batches of 8 images of 8 pixels, all the same."""
+
+    def __init__(self, size: int = 8, pixels: int = 8) -> None:
+        self.schedule = SimpleNamespace(micro_batch_size=size)
+        self.steps_per_epoch = 5
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(size, 3, pixels, pixels, generator=generator)
+        self.batch = Batch(images, torch.arange(size) % 3, torch.arange(size))
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        return itertools.repeat(self.batch)
+
+
+def plan(side: nn.Module, method: Method, teacher: OnlineTeacher, loader: OneBatch, sizes: CacheSizes) -> CachePlan:
+    train = TrainConfig(total_epochs=1, global_batch_size=16, accumulation_steps=2, learning_rate=0.1)
+    config: Any = SimpleNamespace(train=train)
+    return plan_cache(config, loader, side, method, teacher, ALONE, sizes=sizes, epochs=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at_a_time", [None, 8, 64, 100, 3, 1])
+def test_the_teacher_is_timed_for_what_it_is_asked_not_for_what_it_pads(
+    monkeypatch: pytest.MonkeyPatch, at_a_time: int | None
+) -> None:
+    """By a clock of our own: 10 ms an image, padded or not, so 64 take 0.64 s, and a micro-batch of 8 takes 0.08 s."""
+    now, seen = 0.0, []
+    monkeypatch.setattr(cache_plan.time, "perf_counter", lambda: now)
+
+    class Slow(Bias):
+        def forward(self, images: Tensor) -> Features:
+            nonlocal now
+            now += 0.01 * len(images)
+            seen.append(images)
+            return super().forward(images)
+
+    class Clocked(KD):
+        def loss(self, *arguments: Any) -> LossTerms:
+            nonlocal now
+            now += 0.02
+            return super().loss(*arguments)
+
+    loader = OneBatch()
+    teacher = OnlineTeacher(Slow(), precision="fp32", fold=False, channels_last=False, batch_size=at_a_time)
+    sizes = CacheSizes(samples=1000, views=4, view_bytes=MIB, missing_bytes=2 * MIB, free_bytes=GIB)
+    found = plan(StudentSide(Bias(), None, None), Clocked(), teacher, loader, sizes)
+    assert found.times.teacher == pytest.approx(0.08)
+    assert found.times.student == pytest.approx(0.02)
+    assert (found.micro_batch_size, found.micro_batches, found.processes, found.epochs) == (8, 10, 1, 4)
+    assert found.build_s == pytest.approx(2000 * 0.01)
+    assert found.epoch_s == pytest.approx(10 * 0.1)
+    assert {len(images) for images in seen} == {at_a_time or 8}
+    # The images that are timed are real ones: a network may be faster on zeros.
+    assert bool(seen[-1].abs().sum((1, 2, 3)).ne(0).all())
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_plan_changes_nothing_of_the_run(fitted: bool) -> None:
+    """Least of all the statistics of a head's BatchNorm, which is in train mode until it is fitted."""
+    side, of_run, network = run_parts("unikd", "cifar/resnet8", norm="batch")
+    head = of_run.fitted_head
+    assert head is not None and any(isinstance(part, nn.BatchNorm2d) and part.training for part in head.modules())
+    teacher = OnlineTeacher(network, precision="fp32", batch_size=16)
+    loader = OneBatch(pixels=32)
+    if fitted:
+        of_run.prepare(itertools.repeat(teacher(loader.batch.images)))
+        assert not head.training
+    else:
+        moved = copy.deepcopy(head)
+        before = snapshot(moved)
+        with torch.no_grad():
+            moved(teacher(loader.batch.images).levels)
+        assert not equal(before, snapshot(moved)), "which its forward alone would move"
+    side.train()
+    before = snapshot(side, teacher, head), copy.deepcopy(of_run.state_dict()), torch.get_rng_state()
+    found = plan(side, of_run, teacher, loader, SIZES)
+    assert equal(before, (snapshot(side, teacher, head), of_run.state_dict(), torch.get_rng_state()))
+    assert found.times.teacher > 0 and found.times.student > 0
+
+
+def test_a_plan_that_fails_leaves_the_head_in_train_mode() -> None:
+    side, of_run, network = run_parts("unikd", "cifar/resnet8", norm="batch")
+    teacher, loader = OnlineTeacher(network, precision="fp32"), OneBatch(pixels=32)
+    head = of_run.fitted_head
+    assert head is not None
+    before = snapshot(side, head)
+    loader.batch = loader.batch._replace(labels=torch.arange(7))
+    with pytest.raises((ValueError, RuntimeError)):
+        plan(side, of_run, teacher, loader, SIZES)
+    assert equal(before, snapshot(side, head))

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from real_runs import write_config
 
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.engine import cache_key, fill_cache
+from unikd_fast.engine import cache_key, fill_cache, output_cache
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.output_cache import OutputCache
 from unikd_fast.engine.processes import Processes
@@ -18,7 +19,7 @@ from unikd_fast.engine.stop import StopSignal
 from unikd_fast.errors import CacheError
 from unikd_fast.models import build_model
 from unikd_fast.teacher import resolve_precision
-from unikd_fast.teacher.cache import CacheFolder
+from unikd_fast.teacher.cache import CacheFolder, info
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SAMPLES = 96
@@ -131,6 +132,9 @@ NO_MATTER = [
     {"teacher.fidelity.batches": 0},
     {"teacher.cache.views": 2},
     {"distill.fusion_path": "stagewise"},
+    {"data.augmentation.scale": [0.5, 1.0]},  # of the windows of crop = "resized"
+    {"data.augmentation.ratio": [1.0, 2.0]},
+    {"data.augmentation.eval_resize": 40},  # of image files
 ]
 NO_MATTER_WITHOUT_A_HEAD = [
     {"train.global_batch_size": 8},
@@ -150,6 +154,70 @@ NO_MATTER_WITHOUT_A_HEAD = [
 )
 def test_what_decides_no_output_is_not(caches: Path, weights: Path, method: str, changes: Settings) -> None:
     assert of(experiment(caches, weights, method, changes)).folder.path == caches / method
+
+
+def views_of(caches: Path, weights: Path, crop: str, changes: Settings) -> dict[str, Any]:
+    """What the key of a new cache says about the views; with the image files in caches / "images", if there are any."""
+    images = caches / "images"
+    settings: Settings = {f"data.augmentation.{key}": value for key, value in changes.items()}
+    if images.exists():
+        settings |= {"data.name": "image_folder", "data.root": str(images), "data.num_classes": None}
+    folder = caches / str(len(list(caches.iterdir())))
+    folder.mkdir()
+    found = of(experiment(folder, weights, "kd", {**settings, "data.augmentation.crop": crop}))
+    views: dict[str, Any] = found.folder.key.fields["views"]
+    return views
+
+
+def write_images(folder: Path) -> None:
+    for split in ("train", "val"):
+        for index in range(20):
+            path = folder / split / f"class{index % 10}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 50), (index, 0, 0)).save(path)
+
+
+COMMON = {"crop", "flip_probability", "seed", "version"}
+
+
+@pytest.mark.parametrize(
+    ("crop", "fields"),
+    [("none", COMMON), ("pad", {*COMMON, "padding"}), ("resized", {*COMMON, "scale", "ratio"})],
+)
+def test_of_an_augmentation_counts_what_its_crop_uses(
+    tmp_path: Path, weights: Path, crop: str, fields: set[str]
+) -> None:
+    """Of images in memory, which have their size."""
+    first = views_of(tmp_path, weights, crop, {})
+    assert first.keys() == fields
+    changes = {"scale": [0.5, 1.0], "ratio": [1.0, 2.0], "padding": 3, "flip_probability": 0.25, "eval_resize": 40}
+    for name, value in changes.items():
+        found = views_of(tmp_path, weights, crop, {name: value})
+        assert {key for key in found if found[key] != first[key]} == {name} & fields, name
+        assert found.get(name, value) == value
+        assert found.keys() == fields
+
+
+@pytest.mark.parametrize(
+    ("crop", "fields"),
+    [
+        ("none", {*COMMON, "short_side"}),
+        ("pad", {*COMMON, "padding", "short_side"}),
+        ("resized", {*COMMON, "scale", "ratio"}),
+    ],
+)
+def test_of_image_files_that_are_cut_as_for_evaluation_their_short_side_counts(
+    tmp_path: Path, weights: Path, crop: str, fields: set[str]
+) -> None:
+    write_images(tmp_path / "images")
+    first, another = (views_of(tmp_path, weights, crop, changes) for changes in ({}, {"eval_resize": 40}))
+    same = views_of(tmp_path, weights, crop, {"eval_resize": 37})  # 8/7 of 32, which is what is left out means
+    assert first.keys() == fields
+    assert first == same
+    if "short_side" in fields:
+        assert another == {**first, "short_side": 40} and first["short_side"] == 37
+    else:
+        assert another == first
 
 
 def test_a_key_is_the_same_in_another_folder_and_for_weights_in_another_file(
@@ -231,6 +299,48 @@ def test_a_cache_of_more_views_serves_a_run_that_needs_fewer(tmp_path: Path, wei
             assert torch.equal(target.logits, stored)  # type: ignore[arg-type]
             assert torch.equal(batch.images, expected.images)
             assert batch.sample_ids.tolist() == positions.tolist()
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Two for each view."""
+    monkeypatch.setattr(output_cache, "default_records_per_shard", lambda payload_bytes: SAMPLES // 2)
+    return SAMPLES // 2
+
+
+def test_the_views_that_a_run_needs_are_enough(tmp_path: Path, weights: Path, small_shards: int) -> None:
+    two_views: Settings = {"teacher.cache.views": 2, "train.total_epochs": 2, "teacher.cache.recheck": 0}
+    one_view: Settings = {**two_views, "teacher.cache.views": 1}
+    assert of(experiment(tmp_path, weights, "kd", two_views)).missing == 4
+    first = experiment(tmp_path, weights, "kd", one_view)
+    assert of(first).missing == 2
+    cache = ready(first)
+    assert (cache.missing, cache.folder.views, cache.folder.missing_shards()) == (0, 2, [2, 3])
+    again = experiment(tmp_path, weights, "kd", {**one_view, "teacher.cache.mode": "read"})
+    assert of(again).missing == 0
+    network = of(again).network
+    cache = ready(again)
+    assert network is not None and cache.network is None
+    assert cache.folder.missing_shards() == [2, 3] and not list(cache.folder.path.glob("*.partial"))
+    assert len(list(again.micro_batches(1))) == SAMPLES // 8
+    more = experiment(tmp_path, weights, "kd", {**two_views, "teacher.cache.mode": "read"})
+    assert of(more).missing == 2
+    with pytest.raises(CacheError, match=r"2 of 4 shards are not built, and teacher\.cache\.mode = 'read' builds none"):
+        ready(more)
+    more = experiment(tmp_path, weights, "kd", two_views)
+    assert ready(more).folder.missing_shards() == []
+
+
+def test_a_run_that_needs_fewer_views_needs_room_for_these_alone(
+    tmp_path: Path, weights: Path, small_shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: Settings = {"teacher.cache.views": 2, "train.total_epochs": 2, "teacher.cache.recheck": 0}
+    folder = of(experiment(tmp_path, weights, "kd", settings)).folder
+    monkeypatch.setattr(info, "free_bytes", lambda path: folder.missing_bytes(1))
+    with pytest.raises(CacheError, match=rf"need {folder.missing_bytes()} bytes and {folder.missing_bytes(1)} are"):
+        ready(experiment(tmp_path, weights, "kd", settings))
+    ready(experiment(tmp_path, weights, "kd", {**settings, "teacher.cache.views": 1}))
+    assert folder.missing_shards() == [2, 3]
 
 
 def test_reading_makes_no_cache(tmp_path: Path, weights: Path) -> None:

@@ -2,15 +2,16 @@
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cache_inputs import CODEC, IDS, SHARDS, VIEWS, build_all, build_shard, make, start
+from cache_inputs import CODEC, IDS, SHARDS, VIEWS, build_all, build_shard, make, payloads, start
 
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, disk
+from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, disk, shards
 
 NAME = "teacher.safetensors"
 TENSORS = {
@@ -30,6 +31,12 @@ def same(found: Attachment | None, tensors: dict[str, torch.Tensor], record: dic
         and found.tensors.keys() == tensors.keys()
         and all(t.dtype == tensors[n].dtype and torch.equal(t, tensors[n]) for n, t in found.tensors.items())
     )
+
+
+def claim_and_leave(folder: CacheFolder, shard: int) -> None:
+    writer = folder.claim(shard)
+    assert writer is not None
+    writer.close()
 
 
 def test_tensors_and_record_come_back(tmp_path: Path) -> None:
@@ -194,6 +201,42 @@ def test_one_that_is_gone_while_shards_are_there_is_missed(tmp_path: Path) -> No
     (tmp_path / NAME).unlink()
     with pytest.raises(CacheError, match=rf"{NAME} is missing, and the shards were made with what it held; restore it"):
         folder.attachment()
+
+
+def test_one_that_is_gone_while_a_shard_is_begun_is_missed(tmp_path: Path) -> None:
+    """What a build left behind would be completed with another head."""
+    folder = make(tmp_path)
+    folder.attach(TENSORS, RECORD)
+    with folder.claim(2) as writer:  # type: ignore[union-attr]
+        writer.write(writer.todo[:1], payloads(writer.todo[:1]))
+        assert same(folder.attachment(), TENSORS, RECORD)
+    (tmp_path / NAME).unlink()
+    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00002.partial"]
+    with pytest.raises(CacheError, match=rf"{NAME} is missing, and the shards were made with what it held; restore it"):
+        folder.attachment()
+    folder.discard(2)
+    assert folder.attachment() is None
+
+
+@pytest.mark.parametrize("begins", [claim_and_leave, build_shard], ids=["begins", "builds"])
+def test_one_that_another_process_writes_meanwhile_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: Callable[[CacheFolder, int], None]
+) -> None:
+    """It attaches and goes on to its first shard while we look; that is no loss."""
+    folder, look = make(tmp_path), shards.read_attachment
+
+    def look_and_be_overtaken(*arguments: Any) -> Attachment | None:
+        found = look(*arguments)
+        if found is None:
+            make(tmp_path).attach(TENSORS, RECORD)
+            begins(folder, 0)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "read_attachment", look_and_be_overtaken)
+        first = folder.attachment()
+    assert first is None or same(first, TENSORS, RECORD)
+    assert same(folder.attachment(), TENSORS, RECORD)
 
 
 def test_shards_whose_attachment_never_was_are_not_read_without_it(tmp_path: Path) -> None:

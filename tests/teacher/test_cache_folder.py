@@ -15,9 +15,11 @@ from cache_inputs import (
     RECORDS,
     VIEWS,
     build_all,
+    build_shard,
     decoded,
     logits,
     make,
+    payloads,
 )
 
 from unikd_fast.errors import CacheError
@@ -71,6 +73,50 @@ def test_a_folder_with_more_views_than_asked_for_serves_with_all_of_them(tmp_pat
     assert [line for line in str(caught.value).splitlines() if " in the cache, " in line] == [
         '  codec.kind: "fp16" in the cache, "uint8" now'
     ]
+
+
+def test_the_first_views_need_the_shards_up_to_their_last_record(tmp_path: Path) -> None:
+    """View 0 is records 0 to 9, shards have 6 of 36 bytes: two shards, of which the second begins view 1 too."""
+    folder = make(tmp_path)
+    size = 20 + 16 + 4  # ten logits, the header, and what fills it up to eights
+    assert [folder.missing_shards(views) for views in (1, 2, 3, None)] == [[0, 1], *[[0, 1, 2, 3]] * 3]
+    assert [folder.missing_bytes(views) for views in (1, 2, 3, None)] == [12 * size, *[20 * size] * 3]
+    build_shard(folder, 2)
+    assert (folder.missing_shards(1), folder.missing_shards()) == ([0, 1], [0, 1, 3])
+    assert (folder.missing_bytes(1), folder.missing_bytes()) == (12 * size, 14 * size)
+    build_shard(folder, 0)
+    assert (folder.missing_shards(1), folder.missing_bytes(1)) == ([1], 6 * size)
+    build_shard(folder, 1)
+    assert (folder.missing_shards(1), folder.missing_bytes(1)) == ([], 0)
+    assert (folder.missing_shards(2), folder.missing_bytes(2)) == ([3], 2 * size)
+    assert torch.equal(decoded(folder, folder.records(range(10), 0)), logits(range(10)))
+
+
+def test_views_that_end_with_a_shard_do_not_need_the_next(tmp_path: Path) -> None:
+    folder = CacheFolder.create_or_open(tmp_path, KEY, CODEC, IDS, 3, 5)
+    assert [folder.missing_shards(views) for views in (1, 2, 3)] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
+def test_claims_for_the_first_views_end_with_them(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    claimed = []
+    while (writer := folder.claim_any(wait=True, views=1)) is not None:
+        with writer:
+            claimed.append(writer.shard)
+            writer.write(writer.todo, payloads(writer.todo))
+            writer.commit()
+    assert (claimed, folder.missing_shards()) == ([0, 1], [2, 3])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_shards_of_other_views_are_not_waited_for(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    with folder.claim(2), folder.claim(3):  # type: ignore[union-attr]
+        for shard in (0, 1):
+            build_shard(folder, shard)
+        assert folder.claim_any(wait=True, views=1) is None
+        with pytest.raises(CacheError, match=r"build the 2 of 4 shards that are left \(the first is 2\)"):
+            folder.claim_any(wait=False)
 
 
 def test_another_size_of_shards_is_no_mismatch(tmp_path: Path) -> None:

@@ -132,7 +132,9 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
             bar.update(count)
             if stop.asked:
                 raise Interrupted(
-                    stop.asked, f"[{name}] stopped while {cache} was built; what is written is kept, start it again"
+                    stop.asked,
+                    f"[{name}] stopped while {cache} was built; what is written is kept, start it again (a run with "
+                    "--resume auto)",
                 )
 
         build_cache(cache.folder, outputs, batch_size=batch_size, views=cache.views, progress=advance)

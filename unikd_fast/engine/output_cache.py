@@ -118,7 +118,7 @@ def open_output_cache(
                 CacheFolder.open(path)  # never makes one
             count = _records_per_shard(codec, len(splits.train) * views, processes)
             CacheFolder.create_or_open(path, key, codec, splits.train.sample_ids, views, count)
-        except CacheError as error:
+        except (CacheError, OSError) as error:
             raise CacheError(_explained(error, path, settings.mode)) from error
 
     processes.from_first(open_first)
@@ -151,7 +151,7 @@ def _records_per_shard(codec: Codec, records: int, processes: Processes) -> int:
     return usual if processes.world_size == 1 else min(usual, -(-records // (_SHARDS_A_PROCESS * processes.world_size)))
 
 
-def _explained(error: CacheError, path: Path, mode: str) -> str:
+def _explained(error: Exception, path: Path, mode: str) -> str:
     if mode == "read" and not path.exists():
         return (
             f"teacher.cache.dir = {path} does not exist, and teacher.cache.mode = 'read' builds none; run unikd-cache "

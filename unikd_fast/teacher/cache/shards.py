@@ -270,6 +270,9 @@ class CacheFolder:
         """
         attachment = read_attachment(self.path, self.key.digest)
         if attachment is None and any(self.path.glob("shard-*")):
+            attachment = read_attachment(self.path, self.key.digest)  # another process may have begun meanwhile
+            if attachment is not None:
+                return attachment
             raise CacheError(
                 f"{self.path / ATTACHMENT} is missing, and the shards were made with what it held; restore it, or "
                 f"delete {self.path} and build the cache again"
