@@ -1,7 +1,6 @@
 """Filling a cache from whatever computes the outputs."""
 
 import itertools
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,7 +89,7 @@ def test_only_the_shards_of_the_first_views_are_built(tmp_path: Path) -> None:
     assert sorted(teacher.asked, key=lambda x: x[::-1]) == [(p, 0) for p in range(SAMPLES)] + [(p, 1) for p in range(7)]
     assert (folder.missing_shards(1), folder.missing_shards()) == ([], [3, 4, 5, 6])
     logits, _ = folder.codec.decode(folder.read(folder.records(range(SAMPLES), 0)))
-    assert torch.equal(logits, expected(np.arange(SAMPLES), 0).half())
+    assert isinstance(logits, Tensor) and torch.equal(logits, expected(np.arange(SAMPLES), 0).half())
     teacher.asked.clear()
     assert build_cache(folder, teacher, batch_size=4, views=1) == 0 and not teacher.asked
     assert build_cache(folder, teacher, batch_size=4) == SAMPLES * VIEWS - 30
@@ -174,7 +173,7 @@ def test_whoever_waits_may_end_it(tmp_path: Path, waits: str) -> None:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_without_idle_a_claim_waits_as_well(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def test_a_folder_with_more_views_than_asked_for_serves_with_all_of_them(tmp_pat
 
 
 def test_the_first_views_need_the_shards_up_to_their_last_record(tmp_path: Path) -> None:
-    """View 0 is records 0 to 9, shards have 6 of 36 bytes: two shards, of which the second begins view 1 too."""
+    """View 0 is records 0 to 9, shards have 6: two shards, and the second has the first of view 1 too."""
     folder = make(tmp_path)
-    size = 20 + 16 + 4  # ten logits, the header, and what fills it up to eights
+    size = 16 + 24  # of the header, and of ten logits filled up to a multiple of eight bytes
     assert [folder.missing_shards(views) for views in (1, 2, 3, None)] == [[0, 1], *[[0, 1, 2, 3]] * 3]
     assert [folder.missing_bytes(views) for views in (1, 2, 3, None)] == [12 * size, *[20 * size] * 3]
     build_shard(folder, 2)

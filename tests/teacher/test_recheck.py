@@ -176,7 +176,7 @@ def test_the_last_bits_of_fp32_are_explained_where_they_cross_a_rounding(codec: 
 
 @by_kind
 def test_the_largest_logit_may_cross_a_rounding_alone(codec: Codec) -> None:
-    """It moves every stored log-probability by a unit of its own, 2^-6 at 18, where the other logits have finer ones."""
+    """It moves every stored log-probability by a unit of its own, 2^-6 at 18; the other logits have finer ones."""
     logits, gaussian = outputs()
     lower, upper = logits.clone(), logits.clone()
     row = torch.arange(ROWS)

@@ -21,6 +21,7 @@ from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
 from unikd_fast.teacher.cache import build_cache
+from unikd_fast.teacher.cache.layout import stored_bytes
 from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
 from unikd_fast.values import Features, Gaussian
 
@@ -109,7 +110,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
         Interrupted: SIGTERM or Ctrl-C; what is written stays.
     """
     processes, batch_size = cache.processes, cache.settings.batch_size
-    processes.from_first(cache.folder.require_room)
+    processes.from_first(lambda: cache.folder.require_room(cache.views))
     known = cache.attachment()
     precision = None if known is None else known.record["precision"]
     teacher, record = start_teacher(
@@ -184,8 +185,8 @@ def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
 
 def _progress(cache: OutputCache, name: str) -> Any:
     """A bar on the first process's terminal; with several processes it shows this one's share."""
-    info = cache.folder.info()
-    share = (info.bytes_total - info.bytes_done) * info.records // info.bytes_total // cache.processes.world_size
+    record_bytes = stored_bytes(cache.folder.codec.record_bytes)
+    share = cache.folder.missing_bytes(cache.views) // record_bytes // cache.processes.world_size
     hidden = not cache.processes.is_first or not sys.stderr.isatty()
     return tqdm(total=share, desc=f"[{name}] teacher's outputs", unit="view", disable=hidden, leave=False)
 

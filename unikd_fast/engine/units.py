@@ -33,4 +33,4 @@ def _three(value: float) -> str:
     """Three digits, or all before the point, and never an exponent."""
     if value >= 999.5:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if value >= 1e-3 else f"{value:.3f}"
+    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.3f}"

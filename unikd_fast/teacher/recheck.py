@@ -57,7 +57,9 @@ def output_differences(
         # The classes may differ where two logits are nearly equal: the new ones are taken at the stored classes.
         values, kept = stored.values.double(), exact.half().double().gather(1, stored.indices.long())
         sums = (stored.log_sum_exp.double() - again.log_sum_exp.double())[:, None]
-        worst = _root_mean_square(_beyond(values - kept - sums, _HALF_UNIT * values.abs())) / size
+        # The largest logit moves the log-sum-exp, and with it every kept log-probability.
+        allowed = _HALF_UNIT * (values.abs() + values.abs().amax(1, keepdim=True))
+        worst = _root_mean_square(_beyond(values - kept - sums, allowed)) / size
     elif isinstance(stored, QuantizedLogits):
         assert isinstance(again, QuantizedLogits)
         level = torch.maximum(stored.scale, again.scale).double()[:, None]

@@ -283,13 +283,16 @@ class CacheFolder:
         """Sizes, counts and the key's fields."""
         return cache_info(self.path, self._layout, self.key)
 
-    def require_room(self) -> None:
-        """Refuse a build that cannot end: all unfinished shards against the free bytes, less what they hold already.
+    def require_room(self, views: int | None = None) -> None:
+        """Refuse a build that cannot end: the unfinished shards against the free bytes, less what they hold already.
+
+        Args:
+            views: None for all, else only the shards that the first ones need.
 
         Raises:
             CacheError: they do not fit; says both.
         """
-        require_room(self.path, self._layout)
+        require_room(self.path, self._layout, self.missing_shards(views))
 
     def __reduce__(self) -> tuple[Callable[[Path], "CacheFolder"], tuple[Path]]:
         # To loader processes it goes by its path: memory maps do not travel.
