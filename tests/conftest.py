@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes test (`-n 2 --dist loadgroup`), each takes whole files, for their fixtures' sake.
 
