@@ -28,7 +28,7 @@ distill: setup ## distil on scikit-learn's digits and print the table (2 minutes
 TESTERS ?= 2
 
 test: setup ## the test suite; TESTERS=2 processes
-	$(RUN) pytest tests -n $(TESTERS) --dist loadgroup
+	$(RUN) pytest tests -n $(TESTERS) --dist loadfile
 
 # The codebases that the drop-ins stand in for bring many packages along. They go into an environment on top of .venv.
 COMPAT := $(VENV)/compat

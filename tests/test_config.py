@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unikd_fast.config import Config, ConfigError, config_hash, load_config, run_configs
-from unikd_fast.config.load import teacher_config
+from unikd_fast.config.load import cache_dir, teacher_config
 from unikd_fast.config.reference import reference
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,13 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ('compare.runs={"a": {"distill.alhpa": 1}}', ["unknown key 'distill.alhpa'", "'distill.alpha'"]),
         ("distill.ce_weight=0.5", ["distill.ce_weight = 0.5", "'kd'", "'unikd'"]),
         ("teacher=null", ["needs a teacher", "teacher.model"]),
+        ("teacher.cache.mode=write", ["teacher.cache.mode = 'write'", "'off', 'read' or 'read_write'"]),
+        ("teacher.cache.views=0", ["teacher.cache.views = 0", "greater than or equal to 1"]),
+        ("teacher.cache.recheck=2", ["teacher.cache.recheck = 2", "less than or equal to 1"]),
+        ("teacher.cache.logits=int8", ["teacher.cache.logits = 'int8'", "'fp16', 'uint8' or 'top_k'"]),
+        ("teacher.cache.logits=top_k", ["logits = 'top_k' with teacher.cache.top_k = None", "set both or neither"]),
+        ("teacher.cache.top_k=5", ["logits = 'fp16' with teacher.cache.top_k = 5", "set both or neither"]),
+        ("teacher.cache.directory=x", ["unknown key 'teacher.cache.directory'", "'teacher.cache.dir'"]),
     ],
 )
 def test_bad_settings_name_the_path_the_value_and_what_is_allowed(override: str, parts: list[str]) -> None:
@@ -96,6 +103,75 @@ def test_bad_settings_name_the_path_the_value_and_what_is_allowed(override: str,
         load_config(DIGITS, [override])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["data.augmentation.mixup_alpha", "data.augmentation.cutmix", "train.mixup.alpha"])
+def test_mixed_views_are_refused_with_the_reason(key: str) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as error:
+        load_config(DIGITS, [f"{key}=0.2"])
+    for part in ("valid key", "pair of samples", "Mixup and CutMix are not supported", "key it by its sample"):
+        assert part in str(error.value)
+    with pytest.raises(ConfigError) as other:
+        load_config(DIGITS, ["data.augmentation.mix=0.2"])
+    assert "Mixup" not in str(other.value)
+
+
+TOP_K = ["teacher.cache.mode=read_write", "teacher.cache.logits=top_k", "teacher.cache.top_k=5"]
+
+
+@pytest.mark.parametrize("mode", ["read", "read_write"])
+def test_the_largest_logits_alone_are_for_temperature_one(mode: str) -> None:
+    alone = [*TOP_K, "compare=null", f"teacher.cache.mode={mode}"]
+    for method in ("kd", "unikd"):
+        with pytest.raises(ConfigError) as error:
+            load_config(DIGITS, [*alone, f"distill.method={method}", "distill.temperature=4"])
+        for part in ("teacher.cache.logits = 'top_k' needs distill.temperature = 1, got 4.0", "logits=uint8 or fp16"):
+            assert part in str(error.value)
+        load_config(DIGITS, [*alone, f"distill.method={method}", "distill.temperature=1"])
+    for unused in ("distill.method=none", "teacher.cache.mode=off"):
+        load_config(DIGITS, [*alone, "distill.temperature=4", unused])
+
+
+def test_the_temperature_of_every_run_of_a_comparison_counts() -> None:
+    runs = {"alone": {"distill.method": "none"}, "kd": {"distill.method": "kd", "distill.temperature": 1}}
+    config = load_config(DIGITS, [*TOP_K, f"compare.runs={json.dumps(runs)}"])
+    assert config.distill.temperature == 4.0  # which no run of them distils with
+    runs["unikd"] = {"distill.method": "unikd"}
+    with pytest.raises(ConfigError, match=r"unikd: teacher\.cache\.logits = 'top_k' needs .* got 4\.0"):
+        load_config(DIGITS, [*TOP_K, f"compare.runs={json.dumps(runs)}"])
+
+
+def test_a_cache_has_a_folder_for_each_method_and_seed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text(DIGITS.read_text())
+    assert load_config(mine).teacher.cache.dir == "caches/mine-{method}-seed{seed}"  # type: ignore[union-attr]
+    folders = [
+        (label, str(cache_dir(single)))
+        for label, _, single in run_configs(load_config(mine, ["compare.seeds=[0,7]"]))
+        if single.distill.method != "none"
+    ]
+    assert folders == [
+        ("student + KD", "caches/mine-kd-seed0"),
+        ("student + UniKD", "caches/mine-unikd-seed0"),
+        ("student + KD", "caches/mine-kd-seed7"),
+        ("student + UniKD", "caches/mine-unikd-seed7"),
+    ]
+    given = load_config(mine, ["compare=null", "run.seed=3", "teacher.cache.dir=/x/{seed}/{name}/{method}/{name}"])
+    assert cache_dir(given) == Path("/x/3/mine/unikd/mine")
+    plain = load_config(mine, ["teacher.cache.dir=/x/{views}"])
+    assert {cache_dir(single) for *_, single in run_configs(plain)} == {Path("/x/{views}")}
+
+
+def test_the_hash_of_a_run_knows_that_it_is_cached_and_not_where() -> None:
+    def name(*overrides: str) -> str:
+        return config_hash(load_config(DIGITS, overrides))
+
+    assert name() == name("teacher.cache.dir=/elsewhere")
+    cached = "teacher.cache.mode=read_write"
+    assert name(cached) == name(cached, "teacher.cache.dir=/elsewhere")
+    others = [name(), name(cached), name(cached, "teacher.cache.views=2"), name(cached, "teacher.cache.logits=uint8")]
+    assert len(set(others)) == 4
+    assert config_hash(load_config(DIGITS, ["teacher=null", "compare=null", "distill.method=none"])) not in others
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Starts real runs of launch_distill.py on tiny data, as a user would."""
+"""Starts real runs of launch_distill.py on tiny data, as a user would; trains in this process where that will do."""
 
 import json
 import os
@@ -6,8 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import torch
+from torch import nn
+
+from unikd_fast.config import Config
+from unikd_fast.data.datasets import open_data
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.trainer import Trainer
+from unikd_fast.models import build_model
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -107,3 +121,79 @@ def train_records(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clock = {"images_per_s", "data_wait_share", "memory_gib"}
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+# Real images and a teacher with an opinion; a run takes a second. The rate is low, so that training does not make much
+# of a difference of the last bit.
+CACHED: dict[str, Any] = {
+    "run": {"checkpoint_every_steps": None, "evaluate_every_epochs": 9},
+    "data": {"name": "digits", "image_size": 16, "train_samples": 96},
+    "student": {"model": "cifar/resnet8"},
+    "distill": {"teacher_head": "prefit", "head_steps": 4},
+    "train": {"accumulation_steps": 1, "learning_rate": 0.002, "ema_decay": None},
+}
+
+
+def cached_config(
+    folder: Path,
+    weights: Path,
+    *,
+    name: str = "cached",
+    cache: dict[str, Any] | None = None,
+    **sections: dict[str, Any],
+) -> Path:
+    """A run on digits whose teacher's outputs are cached in ``folder / "outputs"`` unless ``cache`` says otherwise.
+
+    Nothing is computed again and nothing planned, which would take longer than the training.
+    """
+    merged = {key: {**CACHED.get(key, {}), **sections.get(key, {})} for key in CACHED.keys() | sections.keys()}
+    merged["teacher"] = {
+        "weights": str(weights),
+        "fidelity": {"min_agreement": 0.0},
+        "cache": {"mode": "read_write", "dir": str(folder / "outputs"), "recheck": 0.0, **(cache or {})},
+        **sections.get("teacher", {}),
+    }
+    return write_config(folder, name=name, **merged)
+
+
+def save_teacher(path: Path, model: str = "cifar/resnet8", seed: int = 0, sharpness: float = 16.0) -> Path:
+    """Random weights with the statistics of the digits and logits of some size, so that their rounding shows."""
+    torch.manual_seed(seed)
+    network = build_model(model, num_classes=10)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # averages over all batches
+    splits = open_data("digits", root=None, image_size=16)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (splits.mean, splits.std))
+    with torch.no_grad():
+        network.train()((splits.train.images[:256] / 255 - mean) / std)
+    *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
+    last.weight.data.mul_(sharpness)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@contextmanager
+def process_group(folder: Path) -> Iterator[None]:
+    """A process group of this process alone, which DeepSpeed needs; gone afterwards, so that others may make theirs."""
+    environment = dict(os.environ)
+    os.environ["LOCAL_RANK"] = "0"
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", False, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        deepspeed.comm.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def train_here(config: Config, *, resume: bool = False) -> Path:
+    """Trains a single run in this process, within a `process_group`, and returns its folder."""
+    folder = Path(config.run.dir)
+    with StopSignal(ALONE) as stop:
+        Trainer(config, folder, ALONE, stop, label="student", resume=resume).run()
+    return folder

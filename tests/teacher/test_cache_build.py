@@ -1,5 +1,7 @@
 """Filling a cache from whatever computes the outputs."""
 
+import itertools
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
+from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec, ShardWriter
 from unikd_fast.teacher.cache.build import Request, build_cache
 from unikd_fast.values import Gaussian
 
@@ -78,6 +80,127 @@ def test_only_a_discarded_shard_is_built_again(tmp_path: Path) -> None:
     assert build_cache(folder, teacher, batch_size=4) == 10
     assert sorted(teacher.asked, key=lambda x: x[::-1]) == [(p, 0) for p in (20, 21, 22)] + [(p, 1) for p in range(7)]
     assert_complete(folder)
+
+
+def test_only_the_shards_of_the_first_views_are_built(tmp_path: Path) -> None:
+    """View 0 is records 0 to 22: three shards of ten."""
+    folder, teacher = folder_in(tmp_path / "cache"), FakeTeacher()
+    assert build_cache(folder, teacher, batch_size=4, views=1) == 30
+    assert sorted(teacher.asked, key=lambda x: x[::-1]) == [(p, 0) for p in range(SAMPLES)] + [(p, 1) for p in range(7)]
+    assert (folder.missing_shards(1), folder.missing_shards()) == ([], [3, 4, 5, 6])
+    logits, _ = folder.codec.decode(folder.read(folder.records(range(SAMPLES), 0)))
+    assert isinstance(logits, Tensor) and torch.equal(logits, expected(np.arange(SAMPLES), 0).half())
+    teacher.asked.clear()
+    assert build_cache(folder, teacher, batch_size=4, views=1) == 0 and not teacher.asked
+    assert build_cache(folder, teacher, batch_size=4) == SAMPLES * VIEWS - 30
+    assert_complete(folder)
+
+
+def held_shard(folder: CacheFolder, shard: int) -> ShardWriter:
+    """As by another process: a lock does not ask who has it."""
+    writer = folder.claim(shard)
+    assert writer is not None and folder.claim(shard) is None
+    return writer
+
+
+def finish(folder: CacheFolder, writer: ShardWriter) -> None:
+    outputs = [expected(np.array([record % SAMPLES]), int(record) // SAMPLES) for record in writer.todo]
+    writer.write(writer.todo, folder.codec.encode(torch.cat(outputs)))
+    writer.commit()
+
+
+def test_progress_is_told_of_nothing_while_others_are_waited_for(tmp_path: Path) -> None:
+    folder, teacher, counts = folder_in(tmp_path / "cache"), FakeTeacher(), []
+    held = held_shard(folder, 3)
+
+    def progress(count: int) -> None:
+        counts.append(count)
+        if counts[-3:] == [0, 0, 0]:
+            finish(folder, held)
+
+    assert build_cache(folder, teacher, batch_size=4, progress=progress) == SAMPLES * VIEWS - 10
+    assert counts[-3:] == [0, 0, 0] and 0 not in counts[:-3], "at the end, and until the other one was done"
+    assert sum(counts) == SAMPLES * VIEWS - 10
+    assert_complete(folder)
+
+
+def test_what_another_process_leaves_is_built_after_waiting(tmp_path: Path) -> None:
+    folder, teacher, counts = folder_in(tmp_path / "cache"), FakeTeacher(), []
+    held = held_shard(folder, 3)
+    held.write([30], folder.codec.encode(expected(np.array([7]), 1)))
+
+    def progress(count: int) -> None:
+        counts.append(count)
+        if counts[-2:] == [0, 0]:
+            held.close()  # as a process that dies
+
+    assert build_cache(folder, teacher, batch_size=4, progress=progress) == SAMPLES * VIEWS - 1
+    assert (7, 1) not in teacher.asked
+    assert counts.count(0) == 2
+    assert_complete(folder)
+
+
+@pytest.mark.parametrize("waits", ["claim", "claim_any", "build_cache"])
+def test_whoever_waits_may_end_it(tmp_path: Path, waits: str) -> None:
+    """Nothing is left of the wait: the shard stays with who has it, and can be claimed after that."""
+    folder = folder_in(tmp_path / "cache")
+    for shard in range(6):
+        with held_shard(folder, shard) as writer:
+            finish(folder, writer)
+    calls = itertools.count(1)
+
+    def idle(count: int = 0) -> None:
+        assert count == 0
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+
+    def wait() -> object:
+        if waits == "claim":
+            return folder.claim(6, wait=True, idle=idle)
+        if waits == "claim_any":
+            return folder.claim_any(wait=True, idle=idle)
+        return build_cache(folder, FakeTeacher(), batch_size=4, progress=idle)
+
+    before = open_files()
+    held = held_shard(folder, 6)
+    with pytest.raises(KeyboardInterrupt):
+        wait()
+    assert next(calls) == 5
+    assert folder.claim(6) is None, "still the other's"
+    assert open_files() == before + 1
+    finish(folder, held)
+    assert_complete(folder)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_without_idle_a_claim_waits_as_well(tmp_path: Path) -> None:
+    folder = folder_in(tmp_path / "cache")
+    held = held_shard(folder, 6)
+    timer = threading.Timer(0.2, held.close)
+    timer.start()
+    with folder.claim(6, wait=True) as writer:  # type: ignore[union-attr]
+        finish(folder, writer)
+    timer.join()
+    assert folder.claim(6, wait=True) is None
+    assert folder.covers([SAMPLES * VIEWS - 1])
+
+
+def test_nobody_is_idle_who_need_not_wait(tmp_path: Path) -> None:
+    def idle() -> None:
+        raise AssertionError
+
+    folder = folder_in(tmp_path / "cache")
+    with folder.claim(0, wait=True, idle=idle) as writer:  # type: ignore[union-attr]
+        finish(folder, writer)
+    assert folder.claim(0, wait=True, idle=idle) is None
+    held = held_shard(folder, 1)
+    assert folder.claim(1, idle=idle) is None, "it was not asked to wait"
+    with folder.claim_any(wait=True, idle=idle) as writer:  # type: ignore[union-attr]
+        assert writer.shard == 2
+    held.close()
 
 
 def test_outputs_that_do_not_fit_leave_no_shard(tmp_path: Path) -> None:

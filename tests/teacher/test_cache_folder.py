@@ -15,9 +15,11 @@ from cache_inputs import (
     RECORDS,
     VIEWS,
     build_all,
+    build_shard,
     decoded,
     logits,
     make,
+    payloads,
 )
 
 from unikd_fast.errors import CacheError
@@ -47,11 +49,11 @@ def test_another_key_codec_views_and_ids_are_all_named_at_once(tmp_path: Path) -
     [
         ({"key": CacheKey({**KEY.fields, "temperature": 4})}, "temperature: absent in the cache, 4 now"),
         ({"codec": Codec("fp16", 10, gaussian=True)}, r"codec\.gaussian: false in the cache, true now"),
-        ({"views": 1}, "views: 2 in the cache, 1 now"),
+        ({"views": 3}, "views: 2 in the cache, 3 now"),
         ({"sample_ids": IDS[:7]}, "samples: 10 in the cache, 7 now"),
         ({"sample_ids": IDS[::-1]}, "sample ids: 10 of 10 positions, the first is 0"),
     ],
-    ids=["key", "codec", "views", "fewer samples", "another order"],
+    ids=["key", "codec", "more views", "fewer samples", "another order"],
 )
 def test_a_mismatch_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     make(tmp_path)
@@ -59,6 +61,62 @@ def test_a_mismatch_is_named(tmp_path: Path, change: dict[str, Any], named: str)
     with pytest.raises(CacheError, match=named):
         CacheFolder.create_or_open(tmp_path, **{**asked, **change})
     make(tmp_path)
+
+
+def test_a_folder_with_more_views_than_asked_for_serves_with_all_of_them(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    folder = CacheFolder.create_or_open(tmp_path, KEY, CODEC, IDS, VIEWS - 1)
+    assert (folder.views, folder.missing_shards()) == (VIEWS, [])
+    assert torch.equal(decoded(folder, range(RECORDS)), logits(range(RECORDS)))
+    with pytest.raises(CacheError) as caught:  # and it hides no other difference
+        CacheFolder.create_or_open(tmp_path, KEY, Codec("uint8", 10), IDS, VIEWS - 1)
+    assert [line for line in str(caught.value).splitlines() if " in the cache, " in line] == [
+        '  codec.kind: "fp16" in the cache, "uint8" now'
+    ]
+
+
+def test_the_first_views_need_the_shards_up_to_their_last_record(tmp_path: Path) -> None:
+    """View 0 is records 0 to 9, shards have 6: two shards, and the second has the first of view 1 too."""
+    folder = make(tmp_path)
+    size = 16 + 24  # of the header, and of ten logits filled up to a multiple of eight bytes
+    assert [folder.missing_shards(views) for views in (1, 2, 3, None)] == [[0, 1], *[[0, 1, 2, 3]] * 3]
+    assert [folder.missing_bytes(views) for views in (1, 2, 3, None)] == [12 * size, *[20 * size] * 3]
+    build_shard(folder, 2)
+    assert (folder.missing_shards(1), folder.missing_shards()) == ([0, 1], [0, 1, 3])
+    assert (folder.missing_bytes(1), folder.missing_bytes()) == (12 * size, 14 * size)
+    build_shard(folder, 0)
+    assert (folder.missing_shards(1), folder.missing_bytes(1)) == ([1], 6 * size)
+    build_shard(folder, 1)
+    assert (folder.missing_shards(1), folder.missing_bytes(1)) == ([], 0)
+    assert (folder.missing_shards(2), folder.missing_bytes(2)) == ([3], 2 * size)
+    assert torch.equal(decoded(folder, folder.records(range(10), 0)), logits(range(10)))
+
+
+def test_views_that_end_with_a_shard_do_not_need_the_next(tmp_path: Path) -> None:
+    folder = CacheFolder.create_or_open(tmp_path, KEY, CODEC, IDS, 3, 5)
+    assert [folder.missing_shards(views) for views in (1, 2, 3)] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
+def test_claims_for_the_first_views_end_with_them(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    claimed = []
+    while (writer := folder.claim_any(wait=True, views=1)) is not None:
+        with writer:
+            claimed.append(writer.shard)
+            writer.write(writer.todo, payloads(writer.todo))
+            writer.commit()
+    assert (claimed, folder.missing_shards()) == ([0, 1], [2, 3])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_shards_of_other_views_are_not_waited_for(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    with folder.claim(2), folder.claim(3):  # type: ignore[union-attr]
+        for shard in (0, 1):
+            build_shard(folder, shard)
+        assert folder.claim_any(wait=True, views=1) is None
+        with pytest.raises(CacheError, match=r"build the 2 of 4 shards that are left \(the first is 2\)"):
+            folder.claim_any(wait=False)
 
 
 def test_another_size_of_shards_is_no_mismatch(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, decoded, logits, make, payloads, start
+from cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, build_shard, decoded, logits, make, payloads, start
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder
@@ -142,6 +142,38 @@ def test_a_builder_that_waits_takes_over_from_one_that_dies(tmp_path: Path) -> N
     assert folder.verify().ok
     assert torch.equal(decoded(folder, [6, 7, 8]), logits([6, 7, 8]))
     assert torch.equal(decoded(folder, [9, 10, 11]), logits([9, 10, 11], build=1))
+
+
+WAIT_UNTIL_A_SIGNAL = """
+import signal
+from cache_inputs import make
+from unikd_fast.teacher.cache import build_cache
+asked = []
+signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+def progress(count):
+    print("idle", flush=True)
+    if asked:
+        raise SystemExit("asked to end")
+build_cache(make(sys.argv[1]), None, batch_size=4, progress=progress)
+"""
+
+
+def test_a_builder_that_waits_hears_a_signal(tmp_path: Path) -> None:
+    """Its handler only takes note, as that of a run does; the process it waits for lives on."""
+    folder = make(tmp_path)
+    for shard in (0, 2, 3):
+        build_shard(folder, shard)
+    other = start(ONE_RECORD_AT_A_TIME, tmp_path, 8)
+    assert other.stdout is not None
+    assert [int(other.stdout.readline()) for _ in range(3)] == [6, 7, 8]
+    waiting = start(WAIT_UNTIL_A_SIGNAL, tmp_path)
+    assert waiting.stdout is not None
+    assert [waiting.stdout.readline() for _ in range(3)] == ["idle\n"] * 3
+    waiting.send_signal(signal.SIGTERM)
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 1, "it raised what its progress raised"
+    assert other.communicate("go\n", timeout=300)[0] == "9\n10\n11\n"
+    assert folder.verify().ok
 
 
 def test_a_reader_beside_a_writer_sees_nothing_or_the_truth(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from unikd_fast.models import LogitsOnly, build_model, extract_features
-from unikd_fast.teacher import OnlineTeacher, measure_fidelity, online, resolve_precision
+from unikd_fast.teacher import OnlineTeacher, measure_fidelity, packing, resolve_precision
 from unikd_fast.teacher import precision as formats
 from unikd_fast.values import Features
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler"
 )
-needs_onednn = pytest.mark.skipif(not online._has_onednn(), reason="oneDNN does not convolve bf16 on this processor")
+needs_onednn = pytest.mark.skipif(not packing.has_onednn(), reason="oneDNN does not convolve bf16 on this processor")
 
 
 def network(name: str = "cifar/resnet8") -> nn.Module:
@@ -286,11 +286,11 @@ def test_packed_convolutions_compute_the_same_beside_the_untouched_network(
     after = teacher.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(id(after[name]) == kept and torch.equal(after[name], was) for name, (kept, was) in before.items())
-    packed = online._packed(teacher.network, images.bfloat16())
+    packed = packing.pack_convolutions(teacher.network, images.bfloat16())
     assert {id(p) for p in teacher.network.parameters()} < {id(p) for p in packed.parameters()}
-    kinds = [type(conv) is online._PackedConv2d for conv in (*packed.taken, *packed.left, packed.again)]
+    kinds = [type(conv) is packing.PackedConv2d for conv in (*packed.taken, *packed.left, packed.again)]
     assert kinds == [True, True, False, True, True, False, False, True]
-    assert not any(isinstance(module, online._PackedConv2d) for module in teacher.modules())
+    assert not any(isinstance(module, packing.PackedConv2d) for module in teacher.modules())
 
 
 @needs_compiler

@@ -18,13 +18,22 @@ def _explain_one(item: Any, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part))
     kind, value, context = item["type"], item.get("input"), item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key {path!r}{nearest_key(path, model)}"
+        return f"unknown key {path!r}{nearest_key(path, model)}{_why_unsupported(path)}"
     if kind == "missing":
         return f"{path} is required and not set"
     if kind == "value_error":
         return str(context.get("error", item["msg"]))
     allowed = item["msg"].replace("Input should be", "allowed:").replace("Input should", "it should")
     return f"{path} = {value!r} is not valid; {allowed}"
+
+
+def _why_unsupported(path: str) -> str:
+    if not path.rpartition(".")[2].lower().startswith(("mixup", "cutmix")):
+        return ""
+    return (
+        "; Mixup and CutMix are not supported: a mixed view belongs to a pair of samples, and a cache of the teacher's "
+        "outputs (teacher.cache) could not key it by its sample"
+    )
 
 
 def _is_union_tag(part: object) -> bool:

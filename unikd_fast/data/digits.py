@@ -1,5 +1,7 @@
 """Scikit-learn's handwritten digits: 1797 images of 8 x 8 greys, which come with the package and train in seconds."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,8 +43,10 @@ def load_digits(image_size: int) -> DataSplits:
         TensorImages(images[torch.from_numpy(part)].contiguous(), labels[part])
         for part in stratified_split(labels, SPLIT_SIZES, seed=_SPLIT_SEED)
     )
-    levels = train.images[:, 0].double() / 255
-    mean, std = levels.mean().item(), levels.std(correction=0).item()
+    # In whole numbers: a sum of fractions depends on the number of threads, and what is cached is keyed on these.
+    levels = train.images[:, 0].long()
+    count, total, squares = levels.numel(), int(levels.sum()), int(levels.square().sum())
+    mean, std = total / count / 255, math.sqrt(count * squares - total**2) / count / 255
     return DataSplits(
         train=train,
         val=val,

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from unikd_fast.config import Config
-from unikd_fast.data.augmentation import AUGMENTATION_VERSION
+from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import DataSplits
+from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.engine.sources import augmentation_of
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
@@ -56,12 +56,25 @@ def outputs_key(
             **loader.pixels,
         },
         "views": {
-            **asdict(augmentation_of(config)),
+            **_views(augmentation_of(config), splits),
             "version": AUGMENTATION_VERSION,
             "seed": config.run.seed,
         },
         "head": _head(config, network, method),
     }
+
+
+def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
+    """The settings that change a training view: what another kind of crop would use is left out."""
+    views = asdict(augmentation)
+    if augmentation.crop != "resized":
+        del views["scale"], views["ratio"]
+    if augmentation.crop != "pad":
+        del views["padding"]
+    del views["eval_resize"]
+    if augmentation.crop != "resized" and isinstance(splits.train, ImageFiles):  # cut from the view for evaluation
+        views["short_side"] = augmentation.short_side(splits.image_size)
+    return views
 
 
 def _precision(config: Config, device: torch.device) -> str:

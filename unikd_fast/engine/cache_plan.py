@@ -4,13 +4,15 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unikd_fast.config import Config
 from unikd_fast.config.schema import TrainConfig
@@ -18,11 +20,12 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.schedule import build_optimizer
 from unikd_fast.engine.units import duration, size
-from unikd_fast.errors import CacheError
 from unikd_fast.methods import Method
+from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.teacher.cache import CacheFolder, Codec
 from unikd_fast.teacher.cache.disk import free_bytes
 from unikd_fast.teacher.cache.layout import stored_bytes
+from unikd_fast.teacher.cache.manifest import MANIFEST
 from unikd_fast.values import Batch, StudentOutput, Target
 
 _ROUNDS, _WARMUP, _SECONDS = 9, 2, 3.0
@@ -136,14 +139,19 @@ class CachePlan:
 
 
 def cache_sizes(path: Path, codec: Codec, samples: int, views: int) -> CacheSizes:
-    """Sizes of the cache in a folder, or of one that would be made there."""
-    try:
-        info = CacheFolder.open(path).info()
-    except CacheError:
+    """Sizes of the cache in a folder, or of one that would be made there; a cache of something else does not count.
+
+    Raises:
+        CacheError: what is there is damaged.
+    """
+    folder = CacheFolder.open(path) if (path / MANIFEST).exists() else None
+    if folder is None or (folder.codec, folder.samples) != (codec, samples) or folder.views < views:
         view_bytes = samples * stored_bytes(codec.record_bytes)
         return CacheSizes(samples, views, view_bytes, views * view_bytes, _free_bytes(path))
+    info = folder.info()
     view_bytes = info.bytes_total // info.views
-    return CacheSizes(info.samples, info.views, view_bytes, info.bytes_total - info.bytes_done, _free_bytes(path))
+    missing = folder.missing_bytes(views)
+    return CacheSizes(samples, views, view_bytes, missing, _free_bytes(path))
 
 
 def plan_cache(
@@ -151,7 +159,7 @@ def plan_cache(
     loader: Loader,
     side: nn.Module,
     method: Method,
-    teacher: nn.Module,
+    teacher: OnlineTeacher,
     processes: Processes,
     *,
     sizes: CacheSizes,
@@ -167,14 +175,21 @@ def plan_cache(
         epochs: that the run trains.
     """
     batch = next(loader.train(0))
+    # The teacher is timed on as many images as it takes at a time, where it pads smaller batches.
+    size = teacher.batch_size or len(batch.images)
+    images = batch.images[torch.arange(size, device=batch.images.device) % len(batch.images)]
 
     @torch.no_grad()
-    def target() -> Target:
-        return method.target(teacher(batch.images))
+    def answer(images: Tensor) -> Target:
+        return method.target(teacher(images))
 
+    with _in_eval_mode(method.fitted_head):
+        held = answer(batch.images)
+        times = measure_times(side, method, config.train, batch, held, partial(answer, images))
+    share = len(batch.images) / size
     return CachePlan(
         sizes,
-        measure_times(side, method, config.train, batch, target),
+        StepTimes(times.teacher * share, times.student),
         micro_batch_size=loader.schedule.micro_batch_size,
         micro_batches=loader.steps_per_epoch * config.train.accumulation_steps,
         processes=processes.world_size,
@@ -187,7 +202,8 @@ def measure_times(
     method: Method,
     train: TrainConfig,
     batch: Batch,
-    target: Callable[[], Target],
+    target: Target,
+    teacher: Callable[[], Any],
     *,
     seconds: float = _SECONDS,
 ) -> StepTimes:
@@ -200,18 +216,18 @@ def measure_times(
         method: whose loss is taken; prepared.
         train: of the run's configuration.
         batch: a micro-batch.
-        target: runs the teacher, and its head if it has one, on this batch.
+        target: the teacher's side of this batch.
+        teacher: runs the teacher, and its head if it has one.
         seconds: to spend on it at most, apart from two rounds of warm-up and one more.
     """
     device = batch.images.device
     trained = copy.deepcopy(side).train()
     optimizer = build_optimizer(trained.parameters(), train)
-    held = target()
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             student: StudentOutput = trained(batch.images)
-        method.loss(student, held, batch.labels).total.backward()
+        method.loss(student, target, batch.labels).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -219,7 +235,7 @@ def measure_times(
     began = time.perf_counter()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for done in range(-_WARMUP, _ROUNDS):
-            for name, compute in (("teacher", target), ("student", step)):
+            for name, compute in (("teacher", teacher), ("student", step)):
                 taken = _timed(compute, device)
                 if done >= 0:
                     found[name].append(taken)
@@ -231,6 +247,19 @@ def measure_times(
 def _free_bytes(path: Path) -> int:
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return free_bytes(there)
+
+
+@contextmanager
+def _in_eval_mode(head: nn.Module | None) -> Iterator[None]:
+    """A head that is not fitted yet would move the statistics of its normalisation."""
+    training = head is not None and head.training
+    if head is not None:
+        head.eval()
+    try:
+        yield
+    finally:
+        if head is not None:
+            head.train(training)
 
 
 def _timed(compute: Callable[[], Any], device: torch.device) -> float:

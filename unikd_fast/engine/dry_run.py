@@ -6,12 +6,10 @@ from torch import nn
 from unikd_fast.config import Config
 from unikd_fast.config.load import cache_dir
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.cache_plan import CachePlan, cache_sizes, plan_cache
+from unikd_fast.engine.cache_launch import plan_experiment, without_cache
 from unikd_fast.engine.online_teacher import describe_teacher
-from unikd_fast.engine.output_cache import codec_of, refuse_uncacheable
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import deepspeed_config, local_batch_size, zero_stage
-from unikd_fast.engine.sources import refusing_misfits
 
 OPTIMIZER_STATES = {"sgd": 1, "adamw": 2}
 MIB = 2**20
@@ -57,42 +55,6 @@ def describe(config: Config, processes: Processes) -> str:
         runs = len(config.compare.seeds) * len(config.compare.runs)
         lines.append(f"compare   {runs} runs: {', '.join(config.compare.runs)}; seeds {list(config.compare.seeds)}")
     return "\n".join([*lines, f"run.dir   {config.run.dir}"])
-
-
-def without_cache(config: Config) -> Config:
-    """The same run with its teacher online; no cache is opened or made."""
-    if config.teacher is None:
-        return config
-    cache = config.teacher.cache.model_copy(update={"mode": "off"})
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache": cache})})
-
-
-def plan_experiment(config: Config, experiment: Experiment, processes: Processes) -> CachePlan:
-    """What the cache of a run would cost and save.
-
-    Args:
-        config: of the run, with the settings of its cache.
-        experiment: the same with its teacher online.
-
-    Raises:
-        ConfigError: the method needs more of the teacher than its outputs.
-    """
-    assert config.teacher is not None
-    assert experiment.teacher is not None
-    with refusing_misfits():
-        refuse_uncacheable(experiment.method, experiment.teacher.network, experiment.splits)
-        codec = codec_of(config, experiment.splits, experiment.method)
-    views = config.teacher.cache.views or experiment.epochs
-    return plan_cache(
-        config,
-        experiment.loader,
-        experiment.side,
-        experiment.method,
-        experiment.teacher,
-        processes,
-        sizes=cache_sizes(cache_dir(config), codec, len(experiment.splits.train), views),
-        epochs=experiment.epochs,
-    )
 
 
 def _count(module: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
 from unikd_fast.engine.output_cache import OutputCache
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.sources import refusing_misfits
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
 from unikd_fast.teacher.cache import build_cache
+from unikd_fast.teacher.cache.layout import stored_bytes
 from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
 from unikd_fast.values import Features, Gaussian
 
@@ -55,8 +56,14 @@ def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str
 
     Raises:
         CacheError: on all processes: outputs are missing and may not be built, or are not the teacher's.
+        ConfigError: the teacher is not the network it was made of; an image cannot be read.
         Interrupted: SIGTERM or Ctrl-C while it was built.
     """
+    with refusing_misfits():
+        return _ready(cache, side, stop, name, epochs)
+
+
+def _ready(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, epochs: int) -> dict[str, Any]:
     processes = cache.processes
     record: dict[str, Any] = {"cache": str(cache.folder.path), "views": cache.views, "built_shards": cache.missing}
     if cache.missing and cache.settings.mode == "read":
@@ -65,21 +72,22 @@ def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str
             "'read' builds none; run unikd-cache build with this configuration, or use --set "
             "teacher.cache.mode=read_write"
         )
-    sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.folder.views)
+    sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.views)
     teacher = fill_cache(cache, stop, name) if cache.missing else None
     attachment = cache.attachment()
     assert attachment is not None
     cache.adopt_head(attachment)
     record["teacher"] = attachment.record
 
-    def compare() -> None:
+    def compare() -> dict[str, Any]:
         made = teacher or cached_teacher(cache)
-        record["recheck"] = recheck(cache, made)._asdict()
+        found = recheck(cache, made)
         plan = plan_cache(cache.config, cache.loader, side, cache.method, made, processes, sizes=sizes, epochs=epochs)
         tqdm.write(f"[{name}] teacher cache: {plan.line()}", file=sys.stderr)
+        return found._asdict()
 
     if cache.settings.recheck > 0:
-        _on_first(processes, compare)
+        record["recheck"] = processes.from_first(compare)
     cache.network = teacher = None
     gc.collect()
     if processes.device.type == "cuda":
@@ -102,7 +110,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
         Interrupted: SIGTERM or Ctrl-C; what is written stays.
     """
     processes, batch_size = cache.processes, cache.settings.batch_size
-    _on_first(processes, cache.folder.require_room)
+    processes.from_first(lambda: cache.folder.require_room(cache.views))
     known = cache.attachment()
     precision = None if known is None else known.record["precision"]
     teacher, record = start_teacher(
@@ -110,10 +118,8 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
     )
     if known is None:
         cache.method.prepare(features_without_end(cache.loader, teacher, stop, name))
-        if processes.is_first:
-            head = cache.method.fitted_head
-            cache.folder.attach({} if head is None else head.state_dict(), record)
-        processes.barrier()
+        head = cache.method.fitted_head
+        processes.from_first(lambda: bool(cache.folder.attach({} if head is None else head.state_dict(), record)))
         known = cache.folder.attachment()
         assert known is not None
     cache.adopt_head(known)  # another run's, if that was faster
@@ -127,10 +133,12 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
             bar.update(count)
             if stop.asked:
                 raise Interrupted(
-                    stop.asked, f"[{name}] stopped while {cache} was built; what is written is kept, start it again"
+                    stop.asked,
+                    f"[{name}] stopped while {cache} was built; what is written is kept, start it again (a run with "
+                    "--resume auto)",
                 )
 
-        build_cache(cache.folder, outputs, batch_size=batch_size, progress=advance)
+        build_cache(cache.folder, outputs, batch_size=batch_size, views=cache.views, progress=advance)
     processes.barrier()
     cache.missing = 0
     return teacher
@@ -168,7 +176,6 @@ def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
     ids = cache.folder.sample_ids[positions].tolist()
     return check_outputs(
         torch.cat(differences),
-        cache.folder.codec,
         precision=teacher.precision,
         device=cache.processes.device,
         names=[f"sample {sample} in view {view}" for sample, view in zip(ids, views.tolist(), strict=True)],
@@ -176,23 +183,10 @@ def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
     )
 
 
-def _on_first(processes: Processes, action: Callable[[], None]) -> None:
-    """Acts on the first process, and raises what it raises on all."""
-    problem: str | None = None
-    if processes.is_first:
-        try:
-            action()
-        except CacheError as error:
-            problem = str(error)
-    problem = processes.broadcast(problem)
-    if problem is not None:
-        raise CacheError(problem)
-
-
 def _progress(cache: OutputCache, name: str) -> Any:
     """A bar on the first process's terminal; with several processes it shows this one's share."""
-    info = cache.folder.info()
-    share = (info.bytes_total - info.bytes_done) * info.records // info.bytes_total // cache.processes.world_size
+    record_bytes = stored_bytes(cache.folder.codec.record_bytes)
+    share = cache.folder.missing_bytes(cache.views) // record_bytes // cache.processes.world_size
     hidden = not cache.processes.is_first or not sys.stderr.isatty()
     return tqdm(total=share, desc=f"[{name}] teacher's outputs", unit="view", disable=hidden, leave=False)
 

@@ -16,8 +16,11 @@ from unikd_fast.errors import CacheError
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, Codec
+from unikd_fast.teacher.cache.layout import default_records_per_shard
 from unikd_fast.teacher.cached import read_ahead
 from unikd_fast.values import Batch, Target
+
+_SHARDS_A_PROCESS = 4
 
 
 class OutputCache:
@@ -31,7 +34,7 @@ class OutputCache:
         network: the teacher with its weights on the first process, None on the others.
 
     Attributes:
-        missing: number of shards that were still to be built when it was opened or filled last.
+        missing: number of shards that this run needs and that were not built when it was opened or filled last.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class OutputCache:
         self.config, self.splits, self.loader, self.method, self.processes = config, splits, loader, method, processes
         self.settings = config.teacher.cache
         self.folder, self.views, self.network = folder, views, network
-        self.missing: int = processes.broadcast(len(folder.missing_shards()))
+        self.missing: int = processes.broadcast(len(folder.missing_shards(views)))
 
     def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target]]:
         """This process's micro-batches of an epoch with their targets, read ahead.
@@ -66,7 +69,7 @@ class OutputCache:
 
     def attachment(self) -> Attachment | None:
         """What the builder left for all records, as the first process finds it: all must decide alike."""
-        there = self.processes.broadcast(self.folder.attachment() is not None if self.processes.is_first else None)
+        there = self.processes.from_first(lambda: self.folder.attachment() is not None)
         return self.folder.attachment() if there else None
 
     def adopt_head(self, attachment: Attachment) -> None:
@@ -107,18 +110,18 @@ def open_output_cache(
     refuse_uncacheable(method, network, splits)
     codec = codec_of(config, splits, method)
     views, path = settings.views or epochs, cache_dir(config)
-    problem = None
-    if processes.is_first:
+
+    def open_first() -> None:
         key = CacheKey(outputs_key(config, splits, loader, network, method, processes.device))
         try:
             if settings.mode == "read":
                 CacheFolder.open(path)  # never makes one
-            CacheFolder.create_or_open(path, key, codec, splits.train.sample_ids, views)
-        except CacheError as error:
-            problem = _explained(error, path, settings.mode)
-    problem = processes.broadcast(problem)
-    if problem is not None:
-        raise CacheError(problem)
+            count = _records_per_shard(codec, len(splits.train) * views, processes)
+            CacheFolder.create_or_open(path, key, codec, splits.train.sample_ids, views, count)
+        except (CacheError, OSError) as error:
+            raise CacheError(_explained(error, path, settings.mode)) from error
+
+    processes.from_first(open_first)
     return OutputCache(
         config,
         splits,
@@ -142,7 +145,13 @@ def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
     return Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fitted_head is not None)
 
 
-def _explained(error: CacheError, path: Path, mode: str) -> str:
+def _records_per_shard(codec: Codec, records: int, processes: Processes) -> int:
+    """A shard is built by one process: a small cache is cut finer where several build it, so that all have work."""
+    usual = default_records_per_shard(codec.record_bytes)
+    return usual if processes.world_size == 1 else min(usual, -(-records // (_SHARDS_A_PROCESS * processes.world_size)))
+
+
+def _explained(error: Exception, path: Path, mode: str) -> str:
     if mode == "read" and not path.exists():
         return (
             f"teacher.cache.dir = {path} does not exist, and teacher.cache.mode = 'read' builds none; run unikd-cache "

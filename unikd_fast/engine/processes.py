@@ -5,14 +5,19 @@ import logging
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
+
+from unikd_fast.errors import CacheError, ConfigError, RunError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,26 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def from_first(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` gives on the first process, which alone runs it; what it raises there is raised on all.
+
+        Raises:
+            CacheError: as the action's.
+            ConfigError: a ValueError or OSError of the action.
+        """
+        outcome: tuple[Any, type[RunError] | None, str] | None = None
+        if self.is_first:
+            try:
+                outcome = (action(), None, "")
+            except (CacheError, ValueError, OSError) as error:
+                kind = CacheError if isinstance(error, CacheError) else ConfigError
+                outcome = (None, kind, str(error))
+        value, kind, message = self.broadcast(outcome)
+        if kind is not None:
+            raise kind(message)
+        result: Result = value
+        return result
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -44,8 +44,6 @@ class Trainer:
         self.experiment: Experiment = build_experiment(config, processes)
         self.method, self.side = self.experiment.method, self.experiment.side
         saved = ckpt.load_checkpoint(folder) if resume else None
-        if saved is not None:
-            ckpt.restore_weights(saved, self.side, self.method, processes)
         teacher_record = self.experiment.teacher_record
         if self.experiment.cache is not None:
             teacher_record = ready_cache(
@@ -53,6 +51,8 @@ class Trainer:
             )
             if saved is not None:
                 ckpt.require_same_head(saved, self.method)
+        if saved is not None:
+            ckpt.restore_weights(saved, self.side, self.method, processes)
         self.average = self._start_average()
         self.engine = start_engine(config, self.side, processes)
         self.step = 0

@@ -13,7 +13,7 @@ def size(count: float) -> str:
         '2.4 GiB'
     """
     power = min(len(_UNITS) - 1, int(math.log2(max(count, 1)) // 10))
-    return f"{count / 1024**power:.3g} {_UNITS[power]}"
+    return f"{_three(count / 1024**power)} {_UNITS[power]}"
 
 
 def duration(seconds: float) -> str:
@@ -23,7 +23,14 @@ def duration(seconds: float) -> str:
         >>> duration(600)
         '10 min'
     """
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+    for limit, unit, name in ((0.1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 86400:.3g} days"
+            return f"{_three(seconds / unit)} {name}"
+    return f"{_three(seconds / 86400)} days"
+
+
+def _three(value: float) -> str:
+    """Three digits, or all before the point, and never an exponent."""
+    if value >= 999.5:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.3f}"

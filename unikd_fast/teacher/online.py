@@ -1,9 +1,8 @@
 """The teacher, run on every batch: frozen, in eval mode, outside the training engine."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from unikd_fast.teacher import precision as formats
 from unikd_fast.teacher.fold import fold_batch_norm
+from unikd_fast.teacher.packing import has_onednn, pack_convolutions
 from unikd_fast.values import Features
 
 _logger = logging.getLogger("unikd_fast")
@@ -165,8 +165,8 @@ class OnlineTeacher(nn.Module):
     def _compiled(self, batch: Tensor) -> Sequence[Tensor]:
         graphs = batch.is_cuda and self.compile_mode in _CUDA_GRAPH_MODES
         if not self._is_compiled:
-            packs = self.channels_last and self.dtype == torch.bfloat16 and batch.device.type == "cpu" and _has_onednn()
-            run = _flat(_packed(self.network, batch)) if packs else self._run
+            packs = self.channels_last and self.dtype == torch.bfloat16 and batch.device.type == "cpu" and has_onednn()
+            run = _flat(pack_convolutions(self.network, batch)) if packs else self._run
             self._run = torch.compile(run, fullgraph=True, dynamic=False, mode=self.compile_mode)
             self._is_compiled = True
         if graphs:
@@ -193,49 +193,3 @@ def _flat(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
     # torch.compile counts recompilations per code object, of which all teachers of a comparison would share one.
     run.__code__ = run.__code__.replace()
     return run
-
-
-class _PackedConv2d(nn.Conv2d):
-    """A convolution that has its weight a second time, in the blocks that oneDNN computes with."""
-
-    packed: nn.Parameter
-
-    def forward(self, input: Tensor) -> Tensor:
-        window = (self.padding, self.stride, self.dilation, self.groups)
-        # Inductor fuses an activation and a sum into this operator, and into aten's convolution none.
-        operator = torch.ops.mkldnn._convolution_pointwise
-        result: Tensor = operator(input, self.packed, self.bias, *window, "none", [], "")
-        return result
-
-
-def _has_onednn() -> bool:
-    """Whether oneDNN itself convolves bf16 here; on ARM another library does so for it, and fuses nothing."""
-    mkldnn, operators = torch.backends.mkldnn, torch.ops.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled):
-        return False
-    return bool(operators._is_mkldnn_bf16_supported() and not operators._is_mkldnn_acl_supported())
-
-
-def _packed(network: nn.Module, batch: Tensor) -> nn.Module:
-    """A copy for batches of this shape, with the same tensors; convolutions have packed weights beside their own.
-
-    Plain weights are reordered in every call.
-    """
-    network = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
-    shapes: dict[nn.Conv2d, torch.Size] = {}  # of what reaches each convolution: the blocks depend on it
-
-    def note(conv: Any, inputs: tuple[Any, ...]) -> None:
-        if inputs and inputs[0].dim() == 4:
-            shapes[conv] = inputs[0].shape
-
-    convs = [m for m in network.modules() if type(m) is nn.Conv2d and m.padding_mode == "zeros"]
-    hooks = [conv.register_forward_pre_hook(note) for conv in convs if not isinstance(conv.padding, str)]
-    network(batch)
-    for hook in hooks:
-        hook.remove()
-    for conv, shape in shapes.items():
-        window = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        blocks = torch.ops.aten.mkldnn_reorder_conv2d_weight(conv.weight.to_mkldnn(), *window, shape)
-        conv.__class__ = _PackedConv2d
-        conv.packed = nn.Parameter(blocks, requires_grad=False)
-    return network

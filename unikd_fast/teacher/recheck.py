@@ -13,9 +13,8 @@ from unikd_fast.teacher.fidelity import LOGIT_BOUND
 from unikd_fast.teacher.precision import unit_rounding
 from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
 
-# What storing alone may change where two computations of one number fall on both sides of a rounding: one unit of fp16,
-# or one level of 255 in a few classes.
-_STORED = {"fp16": 2.0**-10, "top_k": 2.0**-10, "uint8": 2.0**-7}
+# Two computations of one number may fall on both sides of a rounding, and be stored one unit of fp16 apart.
+_HALF_UNIT = 2.0**-10
 
 
 class Recheck(NamedTuple):
@@ -31,9 +30,10 @@ def output_differences(
 ) -> Tensor:
     """How far each stored output is from one computed again.
 
-    Both are compared as stored, so the codec's own loss does not count: centred logits, relative to their size; for
-    top_k the log-probabilities of the classes kept; the Gaussian's mean, relative to its size, and its log-variance.
-    The largest of these counts.
+    Both are compared as stored, so the codec's own loss does not count, and neither does one unit of its last place in
+    any number. Logits are centred and measured against the size of the centred row; of top_k the log-probabilities of
+    the classes kept, against the share of that size that as many classes have; the Gaussian's mean against its size;
+    its log-variance as it is, the relative change of the variance. The largest of these counts.
 
     Args:
         codec: that packed the records.
@@ -51,35 +51,40 @@ def output_differences(
     stored, stored_gaussian = codec.decode(records)
     again, again_gaussian = codec.decode(codec.encode(logits, gaussian))
     exact = logits.detach().cpu().double()
-    size = _size(exact - exact.mean(1, keepdim=True))
+    size = _root_mean_square(exact - exact.mean(1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
     if isinstance(stored, TopKLogits):
-        # The classes may differ where two logits are nearly equal: the new ones are taken at the stored classes.
-        kept = exact.half().double().gather(1, stored.indices.long())
         assert isinstance(again, TopKLogits)
-        found = stored.values.double() - stored.log_sum_exp.double()[:, None]
-        worst = _norm(found - (kept - again.log_sum_exp.double()[:, None])) / size
+        # The classes may differ where two logits are nearly equal: the new ones are taken at the stored classes.
+        values, kept = stored.values.double(), exact.half().double().gather(1, stored.indices.long())
+        sums = (stored.log_sum_exp.double() - again.log_sum_exp.double())[:, None]
+        # The largest logit moves the log-sum-exp, and with it every kept log-probability.
+        allowed = _HALF_UNIT * (values.abs() + values.abs().amax(1, keepdim=True))
+        worst = _root_mean_square(_beyond(values - kept - sums, allowed)) / size
+    elif isinstance(stored, QuantizedLogits):
+        assert isinstance(again, QuantizedLogits)
+        level = torch.maximum(stored.scale, again.scale).double()[:, None]
+        worst = _root_mean_square(_beyond(_centred(_dense(stored) - _dense(again)), level)) / size
     else:
-        assert not isinstance(again, TopKLogits)
-        change = _dense(stored) - _dense(again)
-        worst = _norm(change - change.mean(1, keepdim=True)) / size
+        assert isinstance(again, Tensor)
+        change = _centred(stored.double() - again.double())
+        worst = _root_mean_square(_beyond(change, _HALF_UNIT * stored.double().abs())) / size
     if stored_gaussian is not None and again_gaussian is not None:
-        means, logs = (
-            (left.double(), right.double()) for left, right in zip(stored_gaussian, again_gaussian, strict=True)
-        )
-        of_mean = _norm(means[0] - means[1]) / _size(means[1])
-        of_variance = (logs[0] - logs[1]).square().mean(1).sqrt()
-        worst = torch.maximum(worst, torch.maximum(of_mean, of_variance))  # NaN wins
+        for name, left, right in zip(Gaussian._fields, stored_gaussian, again_gaussian, strict=True):
+            change = _beyond(left.double() - right.double(), _HALF_UNIT * left.double().abs())
+            found = _root_mean_square(change)
+            if name == "mean":
+                found = found / _root_mean_square(right.double()).clamp_min(torch.finfo(torch.float64).tiny)
+            worst = torch.maximum(worst, found)  # NaN wins
     return worst
 
 
 def check_outputs(
-    differences: Tensor, codec: Codec, *, precision: str, device: torch.device | str, names: list[str], cache: str
+    differences: Tensor, *, precision: str, device: torch.device | str, names: list[str], cache: str
 ) -> Recheck:
     """Refuse a cache whose outputs are not the teacher's.
 
     Args:
         differences: (N,) from `output_differences`.
-        codec: that packed the records.
         precision: of the teacher.
         device: where it computed.
         names: what to call each of the N views.
@@ -89,10 +94,10 @@ def check_outputs(
         CacheError: a view differs by more than rounding explains; names it, both values and the remedy.
 
     Example:
-        >>> check_outputs(torch.zeros(1), codec, precision="bf16", device="cpu", names=["sample 7"], cache="caches/a")
-        Recheck(views=1, worst=0.0, bound=0.1259765625)
+        >>> check_outputs(torch.zeros(1), precision="bf16", device="cpu", names=["sample 7"], cache="caches/a")
+        Recheck(views=1, worst=0.0, bound=0.125)
     """
-    bound = LOGIT_BOUND * unit_rounding(precision, device) + _STORED[codec.kind]
+    bound = LOGIT_BOUND * unit_rounding(precision, device)
     wrong = ~(differences <= bound)
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
@@ -106,16 +111,18 @@ def check_outputs(
     return Recheck(len(differences), float(differences.max()), bound)
 
 
-def _norm(rows: Tensor) -> Tensor:
-    return rows.norm(dim=1)
+def _centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(1, keepdim=True)
 
 
-def _size(rows: Tensor) -> Tensor:
-    """As `_norm`, to divide by."""
-    return _norm(rows).clamp_min(torch.finfo(torch.float64).tiny)
+def _root_mean_square(rows: Tensor) -> Tensor:
+    return rows.square().mean(1).sqrt()
 
 
-def _dense(logits: Tensor | QuantizedLogits) -> Tensor:
-    if isinstance(logits, Tensor):
-        return logits.double()
+def _beyond(change: Tensor, allowed: Tensor) -> Tensor:
+    """What a change has more than is allowed; NaN stays NaN."""
+    return (change.abs() - allowed).clamp_min(0.0)
+
+
+def _dense(logits: QuantizedLogits) -> Tensor:
     return logits.values.double() * logits.scale.double()[:, None] + logits.offset.double()[:, None]

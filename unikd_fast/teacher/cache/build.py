@@ -16,7 +16,14 @@ Outputs = Callable[[Iterable[Request]], Iterator[tuple[Tensor, Gaussian | None]]
 Progress = Callable[[int], None]
 
 
-def build_cache(folder: CacheFolder, outputs: Outputs, *, batch_size: int, progress: Progress | None = None) -> int:
+def build_cache(
+    folder: CacheFolder,
+    outputs: Outputs,
+    *,
+    batch_size: int,
+    views: int | None = None,
+    progress: Progress | None = None,
+) -> int:
     """Build every shard that is missing and that no other process builds; wait for those of others at the end.
 
     A process that is killed leaves what it wrote; who builds next goes on from there.
@@ -25,7 +32,9 @@ def build_cache(folder: CacheFolder, outputs: Outputs, *, batch_size: int, progr
         folder: the cache.
         outputs: runs the teacher; it is given an iterable and may read ahead in it.
         batch_size: samples per request at most.
-        progress: called with the number of records written, after each request.
+        views: None for all, else the first ones.
+        progress: called with the number of records written, after each request, and with 0 while it waits for others;
+            may raise.
 
     Returns:
         How many records this process wrote.
@@ -38,7 +47,12 @@ def build_cache(folder: CacheFolder, outputs: Outputs, *, batch_size: int, progr
         100000
     """
     written = 0
-    while (writer := folder.claim_any(wait=True)) is not None:
+
+    def idle() -> None:
+        if progress is not None:
+            progress(0)
+
+    while (writer := folder.claim_any(wait=True, idle=idle, views=views)) is not None:
         with writer:
             parts = list(_parts(writer.todo, folder.samples, batch_size))
             requests = ((records % folder.samples, int(records[0]) // folder.samples) for records in parts)

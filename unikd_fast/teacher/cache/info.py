@@ -1,5 +1,6 @@
 """How much of a cache is done, and whether the rest fits."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +46,9 @@ def cache_info(folder: Path, layout: Layout, key: CacheKey) -> CacheInfo:
     )
 
 
-def require_room(folder: Path, layout: Layout) -> None:
-    """Refuse a build that cannot end; see `CacheFolder.require_room`."""
-    needed = sum(
-        max(layout.shard_bytes(shard) - allocated_bytes(partial_path(folder, shard)), 0)
-        for shard in missing_shards(folder, layout)
-    )
+def require_room(folder: Path, layout: Layout, shards: Iterable[int]) -> None:
+    """Refuse a build of these shards that cannot end; see `CacheFolder.require_room`."""
+    needed = sum(max(layout.shard_bytes(shard) - allocated_bytes(partial_path(folder, shard)), 0) for shard in shards)
     free = free_bytes(folder)
     if needed > free:
         raise CacheError(

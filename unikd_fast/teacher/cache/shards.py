@@ -133,17 +133,26 @@ class CacheFolder:
         """
         return self._layout.records_of(positions, view)
 
-    def missing_shards(self) -> list[int]:
-        """The shards that are not finished, ascending."""
-        return missing_shards(self.path, self._layout)
+    def missing_shards(self, views: int | None = None) -> list[int]:
+        """The shards that are not finished, ascending; of all views, or of the first ones."""
+        missing = missing_shards(self.path, self._layout)
+        if views is None:
+            return missing
+        needed = -(-views * self.samples // self._layout.records_per_shard)
+        return [shard for shard in missing if shard < needed]
 
-    def claim(self, shard: int, *, wait: bool = False) -> ShardWriter | None:
+    def missing_bytes(self, views: int | None = None) -> int:
+        """Size of the shards that are not finished; of all views, or of the first ones."""
+        return sum(map(self._layout.shard_bytes, self.missing_shards(views)))
+
+    def claim(self, shard: int, *, wait: bool = False, idle: Callable[[], None] | None = None) -> ShardWriter | None:
         """Take the right to build a shard; what an earlier build left of it counts as written.
 
         Args:
             shard: in [0, shards).
             wait: whether to wait for another process or thread that builds it, until it is done or dead; never for a
                 claim this thread holds itself.
+            idle: called again and again while it waits; may raise.
 
         Returns:
             None if the shard is finished, or another one builds it and `wait` is off.
@@ -152,32 +161,36 @@ class CacheFolder:
             CacheError: the disk has no room for the shard.
         """
         self._layout.span(shard)
-        return claim_shard(self.path, self._layout, shard, wait=wait)
+        return claim_shard(self.path, self._layout, shard, wait=wait, idle=idle)
 
-    def claim_any(self, *, wait: bool) -> ShardWriter | None:
+    def claim_any(
+        self, *, wait: bool, idle: Callable[[], None] | None = None, views: int | None = None
+    ) -> ShardWriter | None:
         """Take the right to build the first unfinished shard that nobody builds.
 
         Args:
             wait: whether to wait if others build all that is left; should one of them die, its shard is taken over.
+            idle: called again and again while it waits; may raise.
+            views: None for all, else only the shards that the first ones need.
 
         Returns:
-            None if all shards are finished.
+            None if all these shards are finished.
 
         Raises:
             CacheError: others build all that is left and `wait` is off; or the disk has no room for the shard.
         """
-        while missing := self.missing_shards():
+        while missing := self.missing_shards(views):
             for shard in missing:
                 writer = self.claim(shard)
                 if writer is not None:
                     return writer
-            left = self.missing_shards()
+            left = self.missing_shards(views)
             if left and not wait:
                 raise CacheError(
                     f"{self.path}: other processes build the {len(left)} of {self._layout.shards} shards that are left "
                     f"(the first is {left[0]}); wait for them, or end them and build again"
                 )
-            writer = self.claim(left[0], wait=True) if left else None
+            writer = self.claim(left[0], wait=True, idle=idle) if left else None
             if writer is not None:
                 return writer
         return None
@@ -218,7 +231,7 @@ class CacheFolder:
             CacheError: another process builds it.
         """
         self._layout.span(shard)
-        descriptor = lock_partial(self.path, shard, wait=False)
+        descriptor = lock_partial(self.path, shard)
         if descriptor is None:
             raise CacheError(
                 f"{partial_path(self.path, shard)} is being built by another process; wait for it or end it, then "
@@ -253,10 +266,13 @@ class CacheFolder:
         """What `attach` stored; None before that.
 
         Raises:
-            CacheError: it is damaged, or gone while shards made with it are there.
+            CacheError: it is damaged, or gone while shards made with it are there, finished or begun.
         """
         attachment = read_attachment(self.path, self.key.digest)
-        if attachment is None and len(self.missing_shards()) < self._layout.shards:
+        if attachment is None and any(self.path.glob("shard-*")):
+            attachment = read_attachment(self.path, self.key.digest)  # another process may have begun meanwhile
+            if attachment is not None:
+                return attachment
             raise CacheError(
                 f"{self.path / ATTACHMENT} is missing, and the shards were made with what it held; restore it, or "
                 f"delete {self.path} and build the cache again"
@@ -267,13 +283,16 @@ class CacheFolder:
         """Sizes, counts and the key's fields."""
         return cache_info(self.path, self._layout, self.key)
 
-    def require_room(self) -> None:
-        """Refuse a build that cannot end: all unfinished shards against the free bytes, less what they hold already.
+    def require_room(self, views: int | None = None) -> None:
+        """Refuse a build that cannot end: the unfinished shards against the free bytes, less what they hold already.
+
+        Args:
+            views: None for all, else only the shards that the first ones need.
 
         Raises:
             CacheError: they do not fit; says both.
         """
-        require_room(self.path, self._layout)
+        require_room(self.path, self._layout, self.missing_shards(views))
 
     def __reduce__(self) -> tuple[Callable[[Path], "CacheFolder"], tuple[Path]]:
         # To loader processes it goes by its path: memory maps do not travel.

@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +15,7 @@ from unikd_fast.teacher.cache.disk import full_disk_named, read_at, rename, rese
 from unikd_fast.teacher.cache.layout import Layout
 
 _SCAN_BYTES = 2**22
+_WAIT_S = 0.05  # between two looks at a lock: waiting in the kernel would outlast Ctrl-C
 
 
 def committed_path(folder: Path, shard: int) -> Path:
@@ -142,13 +145,18 @@ class ShardWriter:
             self._done = intact_records(descriptor, self._layout, self.shard)
 
 
-def claim_shard(folder: Path, layout: Layout, shard: int, *, wait: bool) -> ShardWriter | None:
+def claim_shard(
+    folder: Path, layout: Layout, shard: int, *, wait: bool, idle: Callable[[], None] | None = None
+) -> ShardWriter | None:
     """Take the right to build a shard; see `CacheFolder.claim`."""
     if committed_path(folder, shard).exists():
         return None
-    descriptor = lock_partial(folder, shard, wait=wait)
-    if descriptor is None:
-        return None
+    while (descriptor := lock_partial(folder, shard)) is None:
+        if not wait:
+            return None
+        if idle is not None:
+            idle()
+        time.sleep(_WAIT_S)
     try:
         if committed_path(folder, shard).exists():  # by its last holder, meanwhile
             partial_path(folder, shard).unlink()
@@ -160,8 +168,8 @@ def claim_shard(folder: Path, layout: Layout, shard: int, *, wait: bool) -> Shar
         raise
 
 
-def lock_partial(folder: Path, shard: int, *, wait: bool) -> int | None:
-    """Open a shard's partial file, made if need be, and lock it; None where another holder has it and `wait` is off.
+def lock_partial(folder: Path, shard: int) -> int | None:
+    """Open a shard's partial file, made if need be, and lock it; None where another holder has it.
 
     The kernel releases the lock when its holder dies.
     """
@@ -170,7 +178,7 @@ def lock_partial(folder: Path, shard: int, *, wait: bool) -> int | None:
         with full_disk_named(path, 0):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, path):
                 return descriptor
         except BlockingIOError:

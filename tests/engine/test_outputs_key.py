@@ -1,0 +1,364 @@
+"""What a run's cache is compared with: everything that decides an output, and nothing else."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from real_runs import write_config
+
+from unikd_fast.config import ConfigError, load_config
+from unikd_fast.engine import cache_key, fill_cache, output_cache
+from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.output_cache import OutputCache
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.stop import StopSignal
+from unikd_fast.errors import CacheError
+from unikd_fast.models import build_model
+from unikd_fast.teacher import resolve_precision
+from unikd_fast.teacher.cache import CacheFolder, info
+
+ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+SAMPLES = 96
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "teacher.pth"
+    torch.save(build_model("cifar/resnet8", num_classes=10).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
+    """A folder with a cache of each method, nothing built; a run that does not fit changes nothing in it."""
+    folder = tmp_path_factory.mktemp("caches")
+    for method in ("unikd", "kd"):
+        experiment(folder, weights, method)
+    return folder
+
+
+def experiment(caches: Path, weights: Path, method: str = "unikd", changes: Settings | None = None) -> Experiment:
+    """A run whose cache lies in caches / method, with {"section.key": value} changed."""
+    sections: dict[str, Settings] = {
+        "teacher": {
+            "model": "cifar/resnet8",
+            "weights": str(weights),
+            "precision": "fp32",
+            "cache": {"mode": "read_write", "dir": str(caches / "{method}")},
+        },
+        "student": {"model": "cifar/resnet8"},
+        "distill": {"method": method, "teacher_head": "prefit", "head_steps": 4},
+    }
+    config = write_config(caches, **sections)
+    changed = [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()]
+    return build_experiment(load_config(config, changed), ALONE)
+
+
+def of(built: Experiment) -> OutputCache:
+    assert built.cache is not None
+    assert built.teacher is None
+    return built.cache
+
+
+BOTH = [
+    ({"teacher.precision": "bf16"}, 'teacher.precision: "fp32" in the cache, "bf16" now'),
+    ({"teacher.fold_batch_norm": False}, "teacher.fold_batch_norm: true in the cache, false now"),
+    ({"teacher.compile": "default"}, 'teacher.compile: null in the cache, "default" now'),
+    ({"teacher.model": "cifar/resnet14", "teacher.weights": "random"}, 'teacher.model: "cifar/resnet8" in the'),
+    ({"data.image_size": 24}, "data.image_size: 32 in the cache, 24 now"),
+    ({"data.train_samples": 80}, "samples: 96 in the cache, 80 now"),
+    ({"data.synthetic_samples": 95}, "samples: 96 in the cache, 95 now"),
+    ({"data.seed": 1}, "data.samples: "),
+    ({"data.augmentation.padding": 3}, "views.padding: 2 in the cache, 3 now"),
+    ({"data.augmentation.crop": "none"}, 'views.crop: "pad" in the cache, "none" now'),
+    ({"data.augmentation.crop": "resized"}, 'data.resize: "none" in the cache, "unikd_fast, '),
+    ({"data.augmentation.flip_probability": 0.25}, "views.flip_probability: 0.5 in the cache, 0.25 now"),
+    ({"run.seed": 1}, "views.seed: 0 in the cache, 1 now"),
+    ({"teacher.cache.views": 4}, "views: 3 in the cache, 4 now"),
+    ({"train.total_epochs": 4}, "views: 3 in the cache, 4 now"),
+    ({"teacher.cache.logits": "uint8"}, 'codec.kind: "fp16" in the cache, "uint8" now'),
+]
+OF_A_HEAD = [
+    ({"distill.head_steps": 5}, "head.steps: 4 in the cache, 5 now"),
+    ({"distill.head_learning_rate": 0.01}, "head.learning_rate: 0.001 in the cache, 0.01 now"),
+    ({"distill.variance_floor": 0.2}, "head.variance_floor: 0.1 in the cache, 0.2 now"),
+    ({"distill.gate": "channel"}, 'head.gate: "spatial" in the cache, "channel" now'),
+    ({"distill.fusion": "last"}, 'head.fusion: "aff" in the cache, "last" now'),
+    ({"distill.upsample": "bilinear"}, 'head.upsample: "nearest" in the cache, "bilinear" now'),
+    ({"distill.norm": "batch"}, 'head.norm: null in the cache, "batch" now'),
+    ({"distill.fdp_norm": "none"}, 'head.fdp_norm: "layer" in the cache, "none" now'),
+    ({"distill.width": 32}, "head.initial_weights: "),
+    ({"distill.max_levels": 2}, 'head.levels: ["layer1","layer2","layer3"] in the cache, ["layer2","layer3"] now'),
+    ({"train.global_batch_size": 8}, "head.batch_size: 8 in the cache, 4 now"),
+    ({"train.accumulation_steps": 1}, "head.batch_size: 8 in the cache, 16 now"),
+]
+
+
+COMPARED = [(method, *case) for method, case in itertools.product(("unikd", "kd"), BOTH)]
+COMPARED += [("unikd", *case) for case in OF_A_HEAD]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "named"), COMPARED, ids=[f"{method}-{next(iter(changes))}" for method, changes, _ in COMPARED]
+)
+def test_what_decides_an_output_is_compared(
+    caches: Path, weights: Path, method: str, changes: Settings, named: str
+) -> None:
+    with pytest.raises(CacheError) as caught:
+        experiment(caches, weights, method, changes)
+    message, folder = str(caught.value), caches / method
+    assert message.startswith(f"teacher.cache.dir = {folder}: the cache in {folder} was built from something else:\n")
+    assert f"  {named}" in message
+    assert message.endswith("choose another folder with --set teacher.cache.dir=...")
+
+
+NO_MATTER = [
+    {"student.model": "torchvision/mobilenet_v3_small"},
+    {"train.learning_rate": 0.1, "train.optimizer": "adamw", "train.schedule": "step"},
+    {"train.precision": "bf16"},
+    {"distill.alpha": 1.0, "distill.beta": 2.0, "distill.feature_reduction": "sum"},
+    {"distill.temperature": 1.0, "loss.label_smoothing": 0.1},
+    {"data.workers": 0},
+    {"deepspeed.zero_optimization.stage": 1},
+    {"train.channels_last": True},
+    {"train.global_batch_size": 32, "train.accumulation_steps": 4},
+    {"teacher.cache.batch_size": 7, "teacher.cache.recheck": 0.5},
+    {"teacher.fidelity.batches": 0},
+    {"teacher.cache.views": 2},
+    {"distill.fusion_path": "stagewise"},
+    {"data.augmentation.scale": [0.5, 1.0]},  # of the windows of crop = "resized"
+    {"data.augmentation.ratio": [1.0, 2.0]},
+    {"data.augmentation.eval_resize": 40},  # of image files
+]
+NO_MATTER_WITHOUT_A_HEAD = [
+    {"train.global_batch_size": 8},
+    {"train.accumulation_steps": 1},
+    {"distill.max_levels": 2},
+    *({key: value} for changes, _ in OF_A_HEAD[:8] for key, value in changes.items()),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        *itertools.product(("unikd", "kd"), NO_MATTER),
+        *(("kd", changes) for changes in NO_MATTER_WITHOUT_A_HEAD),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
+)
+def test_what_decides_no_output_is_not(caches: Path, weights: Path, method: str, changes: Settings) -> None:
+    assert of(experiment(caches, weights, method, changes)).folder.path == caches / method
+
+
+def views_of(caches: Path, weights: Path, crop: str, changes: Settings) -> dict[str, Any]:
+    """What the key of a new cache says about the views; with the image files in caches / "images", if there are any."""
+    images = caches / "images"
+    settings: Settings = {f"data.augmentation.{key}": value for key, value in changes.items()}
+    if images.exists():
+        settings |= {"data.name": "image_folder", "data.root": str(images), "data.num_classes": None}
+    folder = caches / str(len(list(caches.iterdir())))
+    folder.mkdir()
+    found = of(experiment(folder, weights, "kd", {**settings, "data.augmentation.crop": crop}))
+    views: dict[str, Any] = found.folder.key.fields["views"]
+    return views
+
+
+def write_images(folder: Path) -> None:
+    for split in ("train", "val"):
+        for index in range(20):
+            path = folder / split / f"class{index % 10}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 50), (index, 0, 0)).save(path)
+
+
+COMMON = {"crop", "flip_probability", "seed", "version"}
+
+
+@pytest.mark.parametrize(
+    ("crop", "fields"),
+    [("none", COMMON), ("pad", {*COMMON, "padding"}), ("resized", {*COMMON, "scale", "ratio"})],
+)
+def test_of_an_augmentation_counts_what_its_crop_uses(
+    tmp_path: Path, weights: Path, crop: str, fields: set[str]
+) -> None:
+    """Of images in memory, which have their size."""
+    first = views_of(tmp_path, weights, crop, {})
+    assert first.keys() == fields
+    changes = {"scale": [0.5, 1.0], "ratio": [1.0, 2.0], "padding": 3, "flip_probability": 0.25, "eval_resize": 40}
+    for name, value in changes.items():
+        found = views_of(tmp_path, weights, crop, {name: value})
+        assert {key for key in found if found[key] != first[key]} == {name} & fields, name
+        assert found.get(name, value) == value
+        assert found.keys() == fields
+
+
+@pytest.mark.parametrize(
+    ("crop", "fields"),
+    [
+        ("none", {*COMMON, "short_side"}),
+        ("pad", {*COMMON, "padding", "short_side"}),
+        ("resized", {*COMMON, "scale", "ratio"}),
+    ],
+)
+def test_of_image_files_that_are_cut_as_for_evaluation_their_short_side_counts(
+    tmp_path: Path, weights: Path, crop: str, fields: set[str]
+) -> None:
+    write_images(tmp_path / "images")
+    first, another = (views_of(tmp_path, weights, crop, changes) for changes in ({}, {"eval_resize": 40}))
+    same = views_of(tmp_path, weights, crop, {"eval_resize": 37})  # 8/7 of 32, which is what is left out means
+    assert first.keys() == fields
+    assert first == same
+    if "short_side" in fields:
+        assert another == {**first, "short_side": 40} and first["short_side"] == 37
+    else:
+        assert another == first
+
+
+def test_a_key_is_the_same_in_another_folder_and_for_weights_in_another_file(
+    caches: Path, weights: Path, tmp_path: Path
+) -> None:
+    state = dict(reversed(torch.load(weights).items()))
+    torch.save(state, tmp_path / "copy.pth")
+    for method in ("unikd", "kd"):
+        found = of(experiment(tmp_path, tmp_path / "copy.pth", method)).folder.key
+        assert found == CacheFolder.open(caches / method).key
+
+
+def test_weights_replaced_under_the_same_path_are_other_weights(tmp_path: Path, weights: Path) -> None:
+    path = tmp_path / "teacher.pth"
+    path.write_bytes(weights.read_bytes())
+    experiment(tmp_path, path, "kd")
+    state = torch.load(path)
+    state["fc.bias"][3] = state["fc.bias"][3].nextafter(torch.tensor(9.0))  # the last bit of one number
+    torch.save(state, path)
+    with pytest.raises(CacheError, match=r"teacher\.weights: \"\w{64}\" in the cache, \"\w{64}\" now\nbuild"):
+        experiment(tmp_path, path, "kd")
+
+
+def test_all_methods_share_what_is_no_head(caches: Path) -> None:
+    unikd, kd = (CacheFolder.open(caches / method).key.fields for method in ("unikd", "kd"))
+    assert unikd.pop("head") is not None and kd.pop("head") is None
+    assert unikd == kd
+
+
+def test_auto_is_what_it_stands_for(
+    caches: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment(tmp_path, weights, "kd", {"teacher.precision": "auto"})
+    experiment(tmp_path, weights, "kd", {"teacher.precision": resolve_precision("auto", "cpu")})
+    monkeypatch.setattr(cache_key, "resolve_precision", lambda precision, device: "fp16")  # as on a GPU
+    with pytest.raises(CacheError, match='"fp32" in the cache, "fp16, or bf16 where it overflows" now'):
+        experiment(caches, weights, "kd", {"teacher.precision": "auto"})
+    with pytest.raises(CacheError, match='"fp32" in the cache, "fp16" now'):
+        experiment(caches, weights, "kd", {"teacher.precision": "fp16"})
+
+
+@pytest.mark.parametrize("head", ["anchored", "literal"])
+def test_a_head_that_learns_along_cannot_be_cached(tmp_path: Path, weights: Path, head: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        experiment(tmp_path, weights, changes={"distill.teacher_head": head})
+    # Levels of 16 x 32 x 32, 32 x 16 x 16 and 64 x 8 x 8, of 96 samples, two bytes each.
+    assert f"distill.teacher_head = '{head}'" in str(caught.value)
+    assert "in half precision these are 5.25 MiB a view of all samples" in str(caught.value)
+    assert "use distill.teacher_head = 'prefit' or teacher.cache.mode = 'off'" in str(caught.value)
+    assert not (tmp_path / "unikd").exists()
+
+
+def test_more_logits_than_classes_are_refused(tmp_path: Path, weights: Path) -> None:
+    changes = {"teacher.cache.logits": "top_k", "teacher.cache.top_k": 11, "distill.temperature": 1}
+    with pytest.raises(ConfigError, match=r"top_k must lie in \[1, 10\], got 11"):
+        experiment(tmp_path, weights, "kd", changes)
+    assert not (tmp_path / "kd").exists()
+
+
+def ready(built: Experiment) -> OutputCache:
+    fill_cache.ready_cache(of(built), built.side, StopSignal(ALONE), "test", epochs=built.epochs)
+    return of(built)
+
+
+def test_a_cache_of_more_views_serves_a_run_that_needs_fewer(tmp_path: Path, weights: Path) -> None:
+    settings: Settings = {"teacher.cache.views": 2, "train.total_epochs": 2, "teacher.cache.recheck": 0}
+    ready(experiment(tmp_path, weights, "kd", settings))
+    built = experiment(tmp_path, weights, "kd", {**settings, "teacher.cache.views": 1, "teacher.cache.mode": "read"})
+    cache = ready(built)
+    assert (cache.views, cache.folder.views) == (1, 2)
+    for epoch in (0, 1):  # both show view 0, each in an order of its own
+        batches = list(built.micro_batches(epoch))
+        order = list(built.loader.schedule.order(epoch))
+        assert len(batches) == len(order) == SAMPLES // 8
+        shown = built.loader.train(epoch, view_epoch=0)
+        for (batch, target), positions, expected in zip(batches, order, shown, strict=True):
+            stored, _ = cache.folder.codec.decode(cache.folder.read(cache.folder.records(positions, view=0)))
+            assert isinstance(stored, torch.Tensor) and target is not None
+            assert torch.equal(target.logits, stored)  # type: ignore[arg-type]
+            assert torch.equal(batch.images, expected.images)
+            assert batch.sample_ids.tolist() == positions.tolist()
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Two for each view."""
+    monkeypatch.setattr(output_cache, "default_records_per_shard", lambda payload_bytes: SAMPLES // 2)
+    return SAMPLES // 2
+
+
+def test_the_views_that_a_run_needs_are_enough(tmp_path: Path, weights: Path, small_shards: int) -> None:
+    two_views: Settings = {"teacher.cache.views": 2, "train.total_epochs": 2, "teacher.cache.recheck": 0}
+    one_view: Settings = {**two_views, "teacher.cache.views": 1}
+    assert of(experiment(tmp_path, weights, "kd", two_views)).missing == 4
+    first = experiment(tmp_path, weights, "kd", one_view)
+    assert of(first).missing == 2
+    cache = ready(first)
+    assert (cache.missing, cache.folder.views, cache.folder.missing_shards()) == (0, 2, [2, 3])
+    again = experiment(tmp_path, weights, "kd", {**one_view, "teacher.cache.mode": "read"})
+    assert of(again).missing == 0
+    network = of(again).network
+    cache = ready(again)
+    assert network is not None and cache.network is None
+    assert cache.folder.missing_shards() == [2, 3] and not list(cache.folder.path.glob("*.partial"))
+    assert len(list(again.micro_batches(1))) == SAMPLES // 8
+    more = experiment(tmp_path, weights, "kd", {**two_views, "teacher.cache.mode": "read"})
+    assert of(more).missing == 2
+    with pytest.raises(CacheError, match=r"2 of 4 shards are not built, and teacher\.cache\.mode = 'read' builds none"):
+        ready(more)
+    more = experiment(tmp_path, weights, "kd", two_views)
+    assert ready(more).folder.missing_shards() == []
+
+
+def test_a_run_that_needs_fewer_views_needs_room_for_these_alone(
+    tmp_path: Path, weights: Path, small_shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: Settings = {"teacher.cache.views": 2, "train.total_epochs": 2, "teacher.cache.recheck": 0}
+    folder = of(experiment(tmp_path, weights, "kd", settings)).folder
+    monkeypatch.setattr(info, "free_bytes", lambda path: folder.missing_bytes(1))
+    with pytest.raises(CacheError, match=rf"need {folder.missing_bytes()} bytes and {folder.missing_bytes(1)} are"):
+        ready(experiment(tmp_path, weights, "kd", settings))
+    ready(experiment(tmp_path, weights, "kd", {**settings, "teacher.cache.views": 1}))
+    assert folder.missing_shards() == [2, 3]
+
+
+def test_reading_makes_no_cache(tmp_path: Path, weights: Path) -> None:
+    with pytest.raises(CacheError) as caught:
+        experiment(tmp_path, weights, "kd", {"teacher.cache.mode": "read"})
+    assert str(caught.value).startswith(f"teacher.cache.dir = {tmp_path / 'kd'} does not exist, and teacher.cache.mode")
+    assert "--set teacher.cache.mode=read_write" in str(caught.value)
+    assert not (tmp_path / "kd").exists()
+    (tmp_path / "kd").mkdir()
+    with pytest.raises(CacheError, match=r"kd is no cache, manifest\.json is missing"):
+        experiment(tmp_path, weights, "kd", {"teacher.cache.mode": "read"})
+    assert not list((tmp_path / "kd").iterdir())
+
+
+def test_reading_builds_no_shards(tmp_path: Path, weights: Path) -> None:
+    experiment(tmp_path, weights, "kd")
+    built = experiment(tmp_path, weights, "kd", {"teacher.cache.mode": "read"})
+    with pytest.raises(CacheError, match=r"1 of 1 shards are not built, and teacher\.cache\.mode = 'read' builds none"):
+        ready(built)
+    assert of(built).folder.missing_shards() == [0]
+    assert not list((tmp_path / "kd").glob("*.partial"))
