@@ -64,8 +64,9 @@ def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
     assert 2 <= saved["step"] < 18
 
 
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path, number: int) -> None:
+def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path, number: int, loader: str) -> None:
     """Ctrl-C on a terminal, and DeepSpeed's launcher, signal every process of the run."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("val", 4)):
@@ -73,7 +74,8 @@ def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path,
             folder = tmp_path / "data" / split / f"class{index % 2}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
-    data = {"name": "image_folder", "root": str(tmp_path / "data"), "num_classes": None, "workers": 2}
+    root = str(tmp_path / "data")
+    data = {"name": "image_folder", "root": root, "loader": loader, "num_classes": None, "workers": 2}
     config = write_config(
         tmp_path, name="files", data=data, run={"checkpoint_every_steps": None}, train={"total_epochs": 9}
     )
