@@ -192,8 +192,8 @@ def _validate(raw: dict[str, Any], source: str) -> Config:
     if cache is not None and cache.mode != "off" and config.data.bad_images == "skip":
         raise ConfigError(
             f"{source}: teacher.cache.mode = {cache.mode!r} with data.bad_images = 'skip': the cache holds an output "
-            "for every sample, also for one that cannot be decoded; remove the bad files and set data.bad_images=error, "
-            "or set teacher.cache.mode=off"
+            "for every sample, also for one that cannot be decoded; remove the bad files and set "
+            "data.bad_images=error, or set teacher.cache.mode=off"
         )
     mixing = config.data.mixing
     mixes = mixing.probability > 0 and (mixing.mixup_alpha > 0 or mixing.cutmix_alpha > 0)
