@@ -9,7 +9,7 @@ from unikd_fast.config import Config
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import DataSplits, ImageFiles
+from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.engine.sources import augmentation_of
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
@@ -72,7 +72,7 @@ def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
     if augmentation.crop != "pad":
         del views["padding"]
     del views["eval_resize"]
-    if augmentation.crop != "resized" and isinstance(splits.train, ImageFiles):  # cut from the view for evaluation
+    if augmentation.crop != "resized" and not isinstance(splits.train, TensorImages):  # cut from the view for evaluation
         views["short_side"] = augmentation.short_side(splits.image_size)
     return views
 
