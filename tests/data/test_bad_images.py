@@ -312,7 +312,9 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["наука 科学.jpg", "n" * 251 + ".jpg", os.fsdecode(b"latin1-\xe9.jpg"), "new\nline.jpg"]
+    "name",
+    ["наука 科学.jpg", "n" * 251 + ".jpg", os.fsdecode(b"latin1-\xe9.jpg"), "new\nline.jpg"],
+    ids=["scripts", "long", "no UTF-8", "line end"],  # a test's own name must be UTF-8
 )
 def test_names_may_be_anything(tmp_path: Path, name: str) -> None:
     root = write_images(tmp_path, {"train": 3, "val": 3})
