@@ -18,8 +18,9 @@ class StoredImage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
-        return self.path if self.offset == 0 and self.length < 0 else f"{self.path} at byte {self.offset}"
+        """What messages call it; bytes of the path that are no UTF-8 are escaped, so that any stream can show it."""
+        path = self.path.encode("utf-8", "backslashreplace").decode()
+        return path if self.offset == 0 and self.length < 0 else f"{path} at byte {self.offset}"
 
     def read(self) -> bytes:
         """The bytes of the image.
