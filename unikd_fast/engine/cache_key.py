@@ -72,6 +72,14 @@ def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
     if augmentation.crop != "pad":
         del views["padding"]
     del views["eval_resize"]
+    if not any(augmentation.jitter):
+        del views["jitter"]
+    if augmentation.policy != "rand":
+        del views["rand_ops"], views["rand_magnitude"]
+    if augmentation.policy == "none":
+        del views["policy"]
+    if not augmentation.erase_probability:
+        del views["erase_probability"], views["erase_scale"], views["erase_ratio"]
     if augmentation.crop != "resized" and not isinstance(splits.train, TensorImages):  # cut from the view for evaluation
         views["short_side"] = augmentation.short_side(splits.image_size)
     return views
