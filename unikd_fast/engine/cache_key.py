@@ -80,7 +80,8 @@ def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
         del views["policy"]
     if not augmentation.erase_probability:
         del views["erase_probability"], views["erase_scale"], views["erase_ratio"]
-    if augmentation.crop != "resized" and not isinstance(splits.train, TensorImages):  # cut from the view for evaluation
+    if augmentation.crop != "resized" and not isinstance(splits.train, TensorImages):
+        # Cut from the view for evaluation.
         views["short_side"] = augmentation.short_side(splits.image_size)
     return views
 
