@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from real_runs import (
     cached_config,
     command,
     kill_group,
-    process_group,
     run,
     save_teacher,
     start,
@@ -46,17 +45,6 @@ SLOW: dict[str, Any] = {"data": {"train_samples": 200}, "cache": {"batch_size": 
 SLOW_SHARDS = 30
 # Batches that a shard holds whole, so that one that is built alone is built of the same.
 FOUR: dict[str, Any] = {"cache": {"batch_size": 4}}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("weights") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with process_group(tmp_path_factory.mktemp("group")):
-        yield
 
 
 def opened(config: Path) -> Experiment:

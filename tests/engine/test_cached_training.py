@@ -17,7 +17,6 @@ from real_runs import (
     ALONE,
     cached_config,
     kill_group,
-    process_group,
     run,
     save_teacher,
     start,
@@ -39,17 +38,6 @@ from unikd_fast.values import Batch, Gaussian, Target, TopKLogits
 
 STEPS = 18  # three epochs of six
 KD = {"method": "kd", "teacher_head": "anchored", "head_steps": None}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("weights") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with process_group(tmp_path_factory.mktemp("group")):
-        yield
 
 
 @dataclass(frozen=True)
