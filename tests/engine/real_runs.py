@@ -16,8 +16,9 @@ import deepspeed.comm
 import torch
 from torch import nn
 
-from unikd_fast.config import Config
+from unikd_fast.config import Config, load_config
 from unikd_fast.data.datasets import open_data
+from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.trainer import Trainer
@@ -134,6 +135,11 @@ CACHED: dict[str, Any] = {
     "distill": {"teacher_head": "prefit", "head_steps": 4},
     "train": {"accumulation_steps": 1, "learning_rate": 0.002, "ema_decay": None},
 }
+
+
+def opened(config: Path, processes: Processes = ALONE) -> Experiment:
+    """The objects of a run in this process; its cache is opened, and not built."""
+    return build_experiment(load_config(config), processes)
 
 
 def cached_config(

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from real_runs import (
     cached_config,
     command,
     kill_group,
-    process_group,
+    opened,
     run,
     save_teacher,
     start,
@@ -31,7 +31,7 @@ from real_runs import (
 from safetensors.torch import load_file
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.fill_cache import fill_cache, ready_cache
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.trainer import Trainer
@@ -46,21 +46,6 @@ SLOW: dict[str, Any] = {"data": {"train_samples": 200}, "cache": {"batch_size": 
 SLOW_SHARDS = 30
 # Batches that a shard holds whole, so that one that is built alone is built of the same.
 FOUR: dict[str, Any] = {"cache": {"batch_size": 4}}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("weights") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with process_group(tmp_path_factory.mktemp("group")):
-        yield
-
-
-def opened(config: Path) -> Experiment:
-    return build_experiment(load_config(config), ALONE)
 
 
 def ready(config: Path) -> Experiment:
@@ -323,91 +308,6 @@ def test_a_damaged_description_is_refused(
     with pytest.raises(CacheError, match=name.replace(".", r"\.")) as refused:
         ready(config)
     assert "delete" in str(refused.value)  # what to do about it
-
-
-AUGMENTATION = {"crop": "pad", "padding": 2, "flip_probability": 0.5}  # of the others
-REFUSED: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "precision": ({"teacher": {"precision": "bf16"}}, {"teacher.precision"}),
-    "folding": ({"teacher": {"fold_batch_norm": False}}, {"teacher.fold_batch_norm"}),
-    "padding": ({"data": {"augmentation": {**AUGMENTATION, "padding": 1}}}, {"views.padding"}),
-    "flip": ({"data": {"augmentation": {**AUGMENTATION, "flip_probability": 0.4}}}, {"views.flip_probability"}),
-    "image size": ({"data": {"image_size": 32}}, {"data.image_size", "data.mean", "data.std", "data.samples"}),
-    "samples": ({"data": {"train_samples": 112}}, {"data.samples", "samples", "sample ids"}),
-    "seed": ({"run": {"seed": 1}}, {"views.seed", "head.initial_weights"}),
-    "head": ({"distill": {"head_steps": 5}}, {"head.steps"}),
-    "batches of the head": ({"train": {"global_batch_size": 8}}, {"head.batch_size"}),
-    "method": (
-        {"distill": {"method": "kd", "teacher_head": "anchored", "head_steps": None}},
-        {"head", "codec.gaussian"},
-    ),
-    "codec": ({"cache": {"logits": "uint8"}}, {"codec.kind"}),
-    "views": ({"cache": {"views": 4}}, {"views"}),
-}
-
-
-@pytest.fixture(scope="module")
-def described(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
-    """The folder of a cache, of which only the identity is looked at."""
-    home = tmp_path_factory.mktemp("described")
-    opened(cached_config(home, weights))
-    return home / "outputs"
-
-
-def differing(error: CacheError) -> set[str]:
-    return {line.strip().partition(": ")[0] for line in str(error).splitlines() if "in the cache, " in line}
-
-
-@pytest.mark.parametrize(("changes", "names"), REFUSED.values(), ids=REFUSED)
-def test_outputs_of_something_else_are_refused_by_name(
-    tmp_path: Path, weights: Path, described: Path, changes: dict[str, Any], names: set[str]
-) -> None:
-    changes = {**changes, "cache": {"dir": str(described), **changes.get("cache", {})}}
-    if "teacher" in changes:
-        settings = {"weights": str(weights), "cache": {"mode": "read_write", **changes.pop("cache")}}
-        changes["teacher"] = {**settings, **changes["teacher"]}
-    with pytest.raises(CacheError, match=r"was built from something else") as refused:
-        opened(cached_config(tmp_path, weights, **changes))
-    found = differing(refused.value)
-    if "head" in found:  # there is none: every setting of it differs
-        found = {name for name in found if not name.startswith("head.")}
-    assert found == names
-    assert "--set teacher.cache.dir=" in str(refused.value)
-
-
-def test_another_teacher_under_the_same_path_is_refused_with_both_hashes(tmp_path: Path) -> None:
-    weights = save_teacher(tmp_path / "teacher.pth")
-    config = cached_config(tmp_path, weights)
-    before = opened(config).cache.folder.key.fields["teacher"]["weights"]  # type: ignore[union-attr]
-    save_teacher(weights, seed=1)
-    with pytest.raises(CacheError) as refused:
-        opened(config)
-    assert differing(refused.value) == {"teacher.weights"}
-    now = opened(cached_config(tmp_path, weights, cache={"dir": str(tmp_path / "other")})).cache
-    assert now is not None
-    after = now.folder.key.fields["teacher"]["weights"]
-    assert after != before
-    assert f'teacher.weights: "{before}" in the cache, "{after}" now' in str(refused.value)
-    assert refused.value.exit_code == 4
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"student": {"model": "cifar/resnet14"}},
-        {"train": {"learning_rate": 0.1, "weight_decay": 0.0, "ema_decay": 0.5, "total_epochs": 2}},
-        {"distill": {"alpha": 1.0, "beta": 2.0, "temperature": 2.0}},
-        {"cache": {"batch_size": 7, "recheck": 0.5, "views": 2}},
-        {"train": {"global_batch_size": 32, "accumulation_steps": 2}},
-    ],
-    ids=str,
-)
-def test_what_the_outputs_do_not_depend_on_may_change(
-    tmp_path: Path, weights: Path, described: Path, changes: dict[str, Any]
-) -> None:
-    changes = {**changes, "cache": {"dir": str(described), **changes.get("cache", {})}}
-    cache = opened(cached_config(tmp_path, weights, **changes)).cache
-    assert cache is not None
-    assert cache.folder.path == described
 
 
 def overwrite(folder: CacheFolder, content: NDArray[np.uint8]) -> None:

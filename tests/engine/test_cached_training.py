@@ -17,7 +17,7 @@ from real_runs import (
     ALONE,
     cached_config,
     kill_group,
-    process_group,
+    opened,
     run,
     save_teacher,
     start,
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from unikd_fast.config import load_config
 from unikd_fast.engine import networks
-from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.fill_cache import cached_teacher, ready_cache, recheck
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.stop import StopSignal
@@ -39,17 +39,6 @@ from unikd_fast.values import Batch, Gaussian, Target, TopKLogits
 
 STEPS = 18  # three epochs of six
 KD = {"method": "kd", "teacher_head": "anchored", "head_steps": None}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("weights") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with process_group(tmp_path_factory.mktemp("group")):
-        yield
 
 
 @dataclass(frozen=True)
@@ -76,10 +65,6 @@ class Pretended(Processes):
 
 def pretended(rank: int, said: list[Any] | None = None) -> Pretended:
     return Pretended(rank=rank, world_size=2, local_rank=rank, device=ALONE.device, said=list(said or []))
-
-
-def opened(config: Path, processes: Processes = ALONE) -> Experiment:
-    return build_experiment(load_config(config), processes)
 
 
 def made_ready(experiment: Experiment) -> dict[str, Any]:

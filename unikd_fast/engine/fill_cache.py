@@ -19,7 +19,7 @@ from unikd_fast.engine.sources import refusing_misfits
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.models import FeatureExtractor, LogitsOnly
-from unikd_fast.teacher import OnlineTeacher, resolve_precision
+from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.teacher.cache import build_cache
 from unikd_fast.teacher.cache.layout import stored_bytes
 from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
@@ -147,11 +147,13 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
 def cached_teacher(cache: OutputCache) -> OnlineTeacher:
     """The teacher that the cache was built with, run eagerly, on this process alone."""
     known = cache.folder.attachment()
-    assert cache.config.teacher is not None
-    device = cache.processes.device
-    precision = known.record["precision"] if known else resolve_precision(cache.config.teacher.precision, device)
+    assert known is not None  # of a cache that is built
     return make_teacher(
-        cache.config, _network(cache), device, precision=precision, batch_size=cache.settings.batch_size
+        cache.config,
+        _network(cache),
+        cache.processes.device,
+        precision=known.record["precision"],
+        batch_size=cache.settings.batch_size,
     )
 
 

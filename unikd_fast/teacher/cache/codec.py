@@ -140,7 +140,10 @@ class Codec:
             raise ValueError(
                 f"Codec.decode: records must be (N, {self.record_bytes}) uint8, got {records.shape} {records.dtype}"
             )
-        packed = _as_tensor(records).to(device)
+        tensor = _as_tensor(records)
+        if torch.device(device).type == "cuda":  # from pinned memory the host does not wait for the device
+            tensor = tensor.pin_memory()
+        packed = tensor.to(device, non_blocking=True)
         numbers: dict[str, Tensor] = {}
         start = 0
         for part in self._parts():
