@@ -1,5 +1,6 @@
 """What ``launch_distill.py`` calls: one run, or a comparison over methods and seeds, and the report."""
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         NonFiniteLoss, Interrupted: see Trainer.run.
     """
     processes = start_processes()
+    _show_log(processes)
     if dry_run:
         text = describe(config, processes)
         if processes.is_first:
@@ -41,6 +43,14 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         processes.barrier()
     processes.leave()
     return folder
+
+
+def _show_log(processes: Processes) -> None:
+    """What the package has to say goes to the terminal, from all processes only what is a warning."""
+    logger = logging.getLogger("unikd_fast")
+    logger.setLevel(logging.INFO if processes.is_first else logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def _run_all(

@@ -1,6 +1,6 @@
 """One run from the first step to its result: prepare, train, evaluate, save; resumable after any step."""
 
-import time
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from unikd_fast.engine.evaluate import evaluate, head_indicators
 from unikd_fast.engine.fill_cache import features_without_end, ready_cache
 from unikd_fast.engine.metrics import LossMeter, MetricsWriter, memory_gib, read_metrics
 from unikd_fast.engine.optimizer_state import restore_optimizer_state
+from unikd_fast.engine.pace import Pace, loader_rate
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.run_folder import write_result, write_teacher
 from unikd_fast.engine.schedule import learning_rate
@@ -24,6 +25,8 @@ from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.train_step import train_step
 from unikd_fast.errors import Interrupted, NonFiniteLoss
 from unikd_fast.models import FeatureExtractor, LogitsOnly
+
+_WORTH_MEASURING = 120  # micro-batches
 
 
 class Trainer:
@@ -94,6 +97,7 @@ class Trainer:
             Interrupted: SIGTERM or Ctrl-C, after a checkpoint.
         """
         try:
+            self.pace = self._start_pace()
             while True:
                 self._evaluate_if_due()
                 if self.step >= self.experiment.total_steps:
@@ -106,6 +110,15 @@ class Trainer:
         finally:
             self.writer.close()
             self.engine.destroy()
+
+    def _start_pace(self) -> Pace:
+        """A run of some length first measures its loader, so that it can say whether that holds it up."""
+        experiment, train, rate = self.experiment, self.config.train, None
+        if (experiment.total_steps - self.step) * train.accumulation_steps >= _WORTH_MEASURING:
+            epochs = range(self.step // experiment.steps_per_epoch, experiment.epochs)
+            ahead = chain.from_iterable(map(experiment.micro_batches, epochs))
+            rate = loader_rate(ahead, self.processes, micro_batch_size=experiment.loader.schedule.micro_batch_size)
+        return Pace(self.processes, global_batch_size=train.global_batch_size, loader_rate=rate)
 
     def _start_average(self) -> AveragedModel | None:
         decay = self.config.train.ema_decay
@@ -120,16 +133,14 @@ class Trainer:
         epoch, start = divmod(self.step, per_epoch)
         batches = self.experiment.micro_batches(epoch, start)
         self.engine.train()
-        began, waited, logged_step = time.perf_counter(), 0.0, self.step
+        self.pace.begin(self.step)
         for _ in range(start, min(per_epoch, total - epoch * per_epoch)):
             rate = learning_rate(train, self.step, total_steps=total, steps_per_epoch=per_epoch)
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate
             self.method.set_progress(self.step / per_epoch)
             for micro_step in range(train.accumulation_steps):
-                asked = time.perf_counter()
-                batch, target = next(batches)
-                waited += time.perf_counter() - asked
+                batch, target = self.pace.next(batches)
                 update = micro_step == train.accumulation_steps - 1
                 terms = train_step(self.engine, self.experiment.teacher, self.method, batch, target, update=update)
                 self.meter.update(terms, self.step)
@@ -139,8 +150,6 @@ class Trainer:
             self.writer.advance(self.step)
             if self.step % run.log_every_steps == 0 or self.step == total:
                 means = self.meter.read()
-                seconds = time.perf_counter() - began
-                images = (self.step - logged_step) * train.global_batch_size
                 self.writer.write(
                     "train",
                     self.step,
@@ -148,12 +157,10 @@ class Trainer:
                         "epoch": round(self.step / per_epoch, 2),
                         **means,
                         "lr": rate,
-                        "images_per_s": images / seconds,
-                        "data_wait_share": waited / seconds,
+                        **self.pace.read(self.step),
                         "memory_gib": memory_gib(self.processes.device),
                     },
                 )
-                began, waited, logged_step = time.perf_counter(), 0.0, self.step
             if run.checkpoint_every_steps and self.step % run.checkpoint_every_steps == 0:
                 self._save()
             if (number := self.stop.agreed()) and self.step % per_epoch and self.step < total:
