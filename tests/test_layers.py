@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "distribution": {"kernels", "values"},
     "methods": {"losses", "fusion", "distribution", "kernels", "values"},
     "models": {"values"},
-    "data": {"values"},
+    "data": {"errors", "values"},
     "teacher": {"compressed", "errors", "values"},
     "report": set(),
     "engine": {"config", "errors", "methods", "losses", "models", "data", "teacher", "report", "values"},

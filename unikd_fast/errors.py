@@ -25,6 +25,18 @@ class CacheError(RunError):
     exit_code = 4
 
 
+class DataError(RunError, ValueError):
+    """A file of the data set cannot be read or decoded, or more of them than may be skipped; names them."""
+
+    exit_code = 5
+
+
+class LoaderError(RunError, RuntimeError):
+    """The data set's loader broke down, for a reason outside of the files; the message says what to look at."""
+
+    exit_code = 5
+
+
 class Interrupted(RunError):
     """SIGTERM or Ctrl-C; what could be saved is saved."""
 

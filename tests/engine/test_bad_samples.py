@@ -10,6 +10,7 @@ from odd_images import encoded
 from real_runs import run, write_config
 
 from unikd_fast.config import ConfigError, load_config
+from unikd_fast.data.dali_probe import dali_problem
 from unikd_fast.engine.bad_samples import bad_sample_record
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.processes import Processes
@@ -120,3 +121,17 @@ def test_a_cache_does_not_go_with_skipping(tmp_path: Path) -> None:
     load_config(path, ["data.bad_images=error"])
     load_config(path, ["teacher.cache.mode=off"])
     load_config(path, ["distill.method=none"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_bad_file_ends_a_run_with_its_name_and_no_traceback(loader: str, tmp_path: Path) -> None:
+    if loader == "dali" and dali_problem() is not None:
+        pytest.skip(f"DALI does not work here: {dali_problem()}")
+    root = write_folder(tmp_path / "images")
+    path = write_config(tmp_path, data=data_section(root, loader=loader, workers=1, bad_images="error"))
+    done = run(path)
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr
+    bad = root / "train" / "class_0" / "000.png"
+    assert f"launch_distill: error: cannot decode {bad}: the file is empty; repair the file or remove it" in done.stderr

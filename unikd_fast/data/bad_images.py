@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unikd_fast.errors import DataError
+
 BadImages = Literal["error", "skip"]
 
 _NAMED_IN_ERRORS = 3
@@ -51,7 +53,7 @@ class BadImageTally:
         """Count the bad images of a batch.
 
         Raises:
-            ValueError: these are too many; see `check_bad_share`.
+            DataError: these are too many; see `check_bad_share`.
         """
         for image in images:
             if image.name not in self._logged:
@@ -73,7 +75,7 @@ def check_bad_share(count: int, names: Sequence[str], purpose: str, *, samples: 
         max_share: allowed share.
 
     Raises:
-        ValueError: there are more; the message holds both shares and the first names.
+        DataError: there are more; the message holds both shares and the first names.
 
     Example:
         >>> check_bad_share(1, ["a.jpeg"], "training", samples=50_000, max_share=0.001)
@@ -81,7 +83,7 @@ def check_bad_share(count: int, names: Sequence[str], purpose: str, *, samples: 
     if not count or count / samples <= max_share:
         return
     first = ", ".join(names[:_NAMED_IN_ERRORS]) + (", ..." if count > _NAMED_IN_ERRORS else "")
-    raise ValueError(
+    raise DataError(
         f"{purpose}: {count} of {samples} samples cannot be decoded, a share of {count / samples:.3g}, and "
         f"data.max_bad_share allows {max_share:.3g}: {first}; repair the files or remove them, or raise "
         "data.max_bad_share"

@@ -17,6 +17,7 @@ from unikd_fast.data.bad_images import BadImage
 from unikd_fast.data.image_feed import CHUNK, EncodedBatch, EncodedViews, ImageFeed
 from unikd_fast.data.strong import strong_view
 from unikd_fast.data.view_windows import ViewWindow
+from unikd_fast.errors import DataError
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -44,7 +45,7 @@ def decoded(
         stream: that the outputs are to be ready on; None: they are ready when they are yielded.
 
     Raises:
-        ValueError: an image cannot be read or decoded, and its request makes that an error.
+        DataError: an image cannot be read or decoded, and its request makes that an error.
         RuntimeError: DALI failed, and over no image.
     """
     run = _Run(feed)
@@ -85,7 +86,7 @@ class _Run:
         self._feed = feed
         self._again: deque[EncodedBatch] = deque()  # to be fed once more, after a failure
         self.under_way: deque[EncodedBatch] = deque()
-        self.error: ValueError | None = None  # of the feed; the batches before it come first
+        self.error: DataError | None = None  # of the feed; the batches before it come first
 
     def next_images(self) -> list[EncodedViews]:
         """Return the images of the next batch that has any, at least one, for DALI."""
@@ -100,7 +101,7 @@ class _Run:
     def _next_batch(self) -> EncodedBatch | None:
         try:
             return None if self.error else self._feed.next_batch()
-        except ValueError as error:
+        except DataError as error:
             # Without its traceback, which holds the frames of whoever called, the pipeline among them.
             self.error = error.with_traceback(None)
             return None
@@ -127,7 +128,7 @@ class _Run:
             found = found or bool(places)
             try:
                 repaired.append(self._by_pil(batch, places))
-            except ValueError as its_own:
+            except DataError as its_own:
                 self.error = its_own.with_traceback(None)
                 self._again.clear()
                 break
@@ -171,17 +172,17 @@ def cpu_views(
         image_size: height and width of the views in pixels.
 
     Raises:
-        ValueError: an image cannot be read or decoded, and its request makes that an error.
+        DataError: an image cannot be read or decoded, and its request makes that an error.
     """
     started: deque[tuple[ViewBatch, list[Future[None]]]] = deque()
-    bad: ValueError | None = None
+    bad: DataError | None = None
     with closing(decoded(feed, pipeline_of)) as batches:
         try:
             for batch, outputs in batches:
                 started.append(_start(batch, outputs, threads, image_size))
                 if len(started) > 1:
                     yield _finished(*started.popleft())
-        except ValueError as error:
+        except DataError as error:
             bad = error  # after what was started before
     while started:
         yield _finished(*started.popleft())
@@ -259,7 +260,7 @@ def gpu_views(feed: ImageFeed, pipeline_of: PipelineOf, stream: Any) -> Generato
         stream: of torch, on which they are used; None where the pipeline runs on a CPU.
 
     Raises:
-        ValueError: an image cannot be read or decoded, and its request makes that an error.
+        DataError: an image cannot be read or decoded, and its request makes that an error.
     """
     for batch, outputs in decoded(feed, pipeline_of, stream):
         # What torch holds of an output keeps its memory, as long as it does.

@@ -15,6 +15,7 @@ from unikd_fast.data.bad_images import BadImage, stand_ins
 from unikd_fast.data.inspect_image import MAX_PIXELS, naming_broken, open_image
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.strong import strong_views
+from unikd_fast.errors import DataError
 
 OnBad = Literal["raise", "replace", "leave_out"]
 
@@ -62,7 +63,7 @@ class Decoder:
         In its place is then the next good sample of the batch, with its image, label and id.
 
         Raises:
-            ValueError: a file cannot be decoded, or none of a batch; the message names it.
+            DataError: a file cannot be decoded, or none of a batch; the message names it.
         """
         bad: dict[int, BadImage] = {}
         shown = [request.views] if request.second is None else [request.views, request.second]
@@ -70,7 +71,7 @@ class Decoder:
         for i, stored in enumerate(request.images):
             try:
                 image = self._read(stored)
-            except ValueError as error:
+            except DataError as error:
                 if request.on_bad == "raise":
                     raise
                 bad[i] = BadImage(stored.name, int(request.sample_ids[i]), str(error))
@@ -90,7 +91,7 @@ class Decoder:
         image = read_rgb(stored)
         width, height = self._central_size(image)
         if width * height > MAX_PIXELS:
-            raise ValueError(
+            raise DataError(
                 f"cannot decode {stored.name}: {image.width} x {image.height} pixels become {width} x {height} when "
                 f"the short side is resized, {MAX_PIXELS} are allowed; crop the image or remove it"
             )
@@ -131,7 +132,7 @@ def _without_bad(batch: DecodedBatch, places: Sequence[int], on_bad: OnBad) -> D
     good = np.ones(len(batch.labels), np.bool_)
     good[places] = False
     if on_bad == "replace" and not good.any():
-        raise ValueError(
+        raise DataError(
             f"Decoder: none of the {len(good)} images of a batch can be decoded, so none can stand in for the others; "
             f"the first: {batch.bad[0].reason}"
         )
@@ -148,7 +149,7 @@ def read_rgb(stored: StoredImage) -> Image.Image:
     first frame is taken.
 
     Raises:
-        ValueError: it cannot be read or decoded, or is too large (`inspect_image.MAX_PIXELS`); the message names it.
+        DataError: it cannot be read or decoded, or is too large (`inspect_image.MAX_PIXELS`); the message names it.
 
     Example:
         >>> read_rgb(StoredImage("n01440764_10026.JPEG")).mode

@@ -20,6 +20,7 @@ from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, Split, StoredImages
 from unikd_fast.data.strong import strong_pixels
+from unikd_fast.errors import DataError, LoaderError
 from unikd_fast.values import Batch
 
 _WORD_OF_DEATH_S = 1.0
@@ -115,7 +116,8 @@ class FolderLoader:
         """Yield this rank's micro-batches of an epoch, decoded ahead; see `Loader.train`.
 
         Raises:
-            RuntimeError: a worker died, or the iterator is used after a newer `train` took over the workers.
+            LoaderError: a worker died.
+            RuntimeError: the iterator is used after a newer `train` took over the workers.
         """
         micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
         shown, others, other_stream = epoch if view_epoch is None else view_epoch, self._second, stream + SECOND_VIEWS
@@ -134,7 +136,7 @@ class FolderLoader:
         Nothing can stand in for a sample that was asked for, so a bad file is an error in any case.
 
         Raises:
-            RuntimeError: a worker died.
+            LoaderError: a worker died.
         """
         queue = _Requests()
         queue.pending = (self._request(rows, self._schedule.views(rows, epoch)) for rows, epoch in requests)
@@ -157,7 +159,7 @@ class FolderLoader:
         """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`.
 
         Raises:
-            RuntimeError: a worker died.
+            LoaderError: a worker died.
         """
         files = self._held_out[split]
         sample_ids = files.sample_ids
@@ -197,16 +199,18 @@ class FolderLoader:
                 pixels, labels, sample_ids = on_device
                 other = None if second is None else self._normalise(second.to(self._device, non_blocking=True))
                 yield Batch(self._normalise(pixels), labels, sample_ids, other)
-        except ValueError as error:
-            # The error of a bad file. torch's frame holds it and is held by its traceback; without one the workers end
-            # now and not at some garbage collection. What happened in the worker is part of the message.
+        except DataError as error:
+            # torch has put the worker's traceback into the message, whose end is what is wrong with the file. Its frame
+            # here holds the error and is held by the traceback; without one the workers end now and not at some garbage
+            # collection.
+            error.args = (str(error).rpartition("DataError: ")[2].rstrip(),)
             raise error.with_traceback(None)  # noqa: B904
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise _dead_worker(error) from error
         except (EOFError, ConnectionError, FileNotFoundError) as error:
-            # Files that cannot be read are ValueErrors, so this is a batch whose maker is no longer there to hand over
+            # Files that cannot be read are DataErrors, so this is a batch whose maker is no longer there to hand over
             # its memory.
             cause = _cause_of_death(error)
             raise _dead_worker(cause) from cause
@@ -236,8 +240,8 @@ class _Requests:
         return self.pending
 
 
-def _dead_worker(cause: Exception) -> RuntimeError:
-    return RuntimeError(
+def _dead_worker(cause: Exception) -> LoaderError:
+    return LoaderError(
         f"FolderLoader: a decoding process died ({type(cause).__name__}: {cause}); short of memory, lower "
         "data.workers; short of shared memory, enlarge /dev/shm (docker run --shm-size); "
         "workers 0 shows where it happens"

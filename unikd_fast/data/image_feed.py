@@ -13,6 +13,7 @@ from unikd_fast.data.decode import DecodeRequest, read_rgb
 from unikd_fast.data.inspect_image import MAX_PIXELS, open_image
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.view_windows import Box, ViewWindow, Windows, enclosing
+from unikd_fast.errors import DataError
 
 CHUNK = 16
 """Images that one thread takes in a row."""
@@ -45,13 +46,13 @@ class EncodedBatch(NamedTuple):
         """Return which of the M images make up the batch, and their places in the request.
 
         Raises:
-            ValueError: bad images are to be replaced, and there is no good one.
+            DataError: bad images are to be replaced, and there is no good one.
         """
         places = np.array(list(self.images), np.int64)
         if len(places) == len(self.request.images) or self.request.on_bad == "leave_out":
             return np.arange(len(places)), places
         if not len(places):
-            raise ValueError(
+            raise DataError(
                 f"none of the {len(self.bad)} images of a batch can be decoded, so none can stand in for the others; "
                 f"the first: {self.bad[0].reason}"
             )
@@ -94,7 +95,7 @@ class ImageFeed:
         """Return the next request, read; None after the last.
 
         Raises:
-            ValueError: an image cannot be read, is none or is truncated, and the request makes that an error; the
+            DataError: an image cannot be read, is none or is truncated, and the request makes that an error; the
                 message names it.
         """
         while len(self._reading) < self._ahead and (request := next(self._requests, None)) is not None:
@@ -113,7 +114,7 @@ class ImageFeed:
         """Return an image of a request that somebody else failed to decode, decoded by PIL, now and in future.
 
         Raises:
-            ValueError: PIL cannot, and the request makes that an error; the message names the image.
+            DataError: PIL cannot, and the request makes that an error; the message names the image.
         """
         self._for_pil.add(request.images[place])
         return self._read_one(request, place)
@@ -131,7 +132,7 @@ class ImageFeed:
         try:
             image = _as_pnm(stored) if stored in self._for_pil else read_encoded(stored)
             self._check_size(stored, image)
-        except ValueError as error:
+        except DataError as error:
             if request.on_bad == "raise":
                 raise
             return BadImage(stored.name, int(request.sample_ids[place]), str(error))
@@ -149,7 +150,7 @@ class ImageFeed:
     def _check_size(self, stored: StoredImage, image: EncodedImage) -> None:
         height, width = self._windows.central(image.height, image.width).size
         if height * width > MAX_PIXELS:
-            raise ValueError(
+            raise DataError(
                 f"cannot decode {stored.name}: {image.width} x {image.height} pixels become {width} x {height} when "
                 f"the short side is resized, {MAX_PIXELS} are allowed; crop the image or remove it"
             )
@@ -162,7 +163,7 @@ def read_encoded(stored: StoredImage) -> EncodedImage:
     mode has PIL's pixels.
 
     Raises:
-        ValueError: it cannot be read or decoded; the message names it.
+        DataError: it cannot be read or decoded; the message names it.
 
     Example:
         >>> read_encoded(StoredImage("n01440764_10026.JPEG")).height

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from unikd_fast.errors import DataError
+
 MAX_PIXELS = 2 * 89_478_485
 """More pixels are taken for a decompression bomb: a small file that would fill the memory. PIL's limit as well."""
 
@@ -46,7 +48,7 @@ def inspect(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image
         max_pixels: width times height above which it is refused; `MAX_PIXELS` at most.
 
     Raises:
-        ValueError: it is empty, no image, too large or truncated; names it.
+        DataError: it is empty, no image, too large or truncated; names it.
 
     Example:
         >>> inspect(Path("n01440764_10026.JPEG").read_bytes(), "n01440764_10026.JPEG")
@@ -80,7 +82,7 @@ def open_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> tu
 
 @contextmanager
 def naming_broken(name: str) -> Iterator[None]:
-    """Turn what is raised over a broken file into a ValueError that names it.
+    """Turn what is raised over a broken file into a DataError that names it.
 
     PIL has no errors of its own for this; its readers raise whatever their code meets. What is not the file's fault
     passes: a lack of memory, and the RuntimeError by which torch tells, at any place, that a process died.
@@ -90,7 +92,7 @@ def naming_broken(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or "DataLoader worker" in str(error):
             raise
-        raise ValueError(f"cannot decode {name}: {error}; repair the file or remove it") from error
+        raise DataError(f"cannot decode {name}: {error}; repair the file or remove it") from error
 
 
 def _look_closer(image: Image.Image, content: bytes) -> tuple[bool, bool | None]:

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 from zlib import crc32
 
+from unikd_fast.errors import DataError
+
 
 class StoredImage(NamedTuple):
     """One image of a data set on disk; what a decoding process is told to read.
@@ -26,7 +28,7 @@ class StoredImage(NamedTuple):
         """The bytes of the image.
 
         Raises:
-            ValueError: the file is missing, unreadable, too short, or not what was written; names it.
+            DataError: the file is missing, unreadable, too short, or not what was written; names it.
 
         Example:
             >>> StoredImage("n01440764_10026.JPEG").read()[:2].hex()
@@ -37,14 +39,14 @@ class StoredImage(NamedTuple):
                 file.seek(self.offset)
                 content = file.read(self.length)
         except OSError as error:
-            raise ValueError(f"cannot read {self.name}: {error.strerror}; restore the file or remove it") from error
+            raise DataError(f"cannot read {self.name}: {error.strerror}; restore the file or remove it") from error
         if len(content) < self.length:
-            raise ValueError(
+            raise DataError(
                 f"cannot read {self.name}: {self.length} bytes are expected, {len(content)} are there; the file was "
                 "truncated, pack it again"
             )
         if self.checksum is not None and crc32(content) != self.checksum:
-            raise ValueError(
+            raise DataError(
                 f"cannot read {self.name}: its checksum is {self.checksum:08x} and its bytes give "
                 f"{crc32(content):08x}; the file is damaged, pack it again"
             )

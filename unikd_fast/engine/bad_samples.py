@@ -16,7 +16,7 @@ def bad_sample_record(config: Config, loader: Loader, processes: Processes) -> d
     After a resume in the middle of an epoch only the rest of it is counted.
 
     Raises:
-        ValueError: on every process, if all together skipped more than data.max_bad_share.
+        DataError: on every process, if all together skipped more than data.max_bad_share.
     """
     if config.data.bad_images == "error":
         return None

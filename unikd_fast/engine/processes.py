@@ -59,15 +59,15 @@ class Processes:
         """What ``action`` gives on the first process, which alone runs it; what it raises there is raised on all.
 
         Raises:
-            CacheError: as the action's.
-            ConfigError: a ValueError or OSError of the action.
+            RunError: of the action's kind.
+            ConfigError: any other ValueError or OSError of the action.
         """
         outcome: tuple[Any, type[RunError] | None, str] | None = None
         if self.is_first:
             try:
                 outcome = (action(), None, "")
             except (CacheError, ValueError, OSError) as error:
-                kind = CacheError if isinstance(error, CacheError) else ConfigError
+                kind = type(error) if isinstance(error, RunError) else ConfigError
                 outcome = (None, kind, str(error))
         value, kind, message = self.broadcast(outcome)
         if kind is not None:

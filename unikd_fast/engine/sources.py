@@ -9,6 +9,7 @@ from unikd_fast.data.datasets import DataSplits, open_data
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.mixing import MixedLoader, Mixing
 from unikd_fast.engine.processes import Processes
+from unikd_fast.errors import RunError
 
 CROP: dict[str, Crop] = {
     "digits": "pad",
@@ -29,7 +30,7 @@ def refusing_misfits() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+        raise error if isinstance(error, RunError) else ConfigError(str(error)) from error
 
 
 def build_data(config: Config) -> DataSplits:
