@@ -1,19 +1,13 @@
-"""What the loader that decodes with DALI does about odd and broken files, and what it leaves behind."""
+"""What the loader that decodes with DALI does about odd and broken files."""
 
-import gc
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dali_images import RESIZED, make, spoilt, undecodable_jpeg
 from folder_images import SIZE, write_images
 from generated_images import write_jpegs
 from odd_images import broken, encoded, odd
@@ -22,19 +16,18 @@ from torch import Tensor
 
 pytest.importorskip("nvidia.dali")
 
+from nvidia.dali import Pipeline
+
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.dali_pipeline import decoding_pipeline
+from unikd_fast.data.dali_pipeline import Source, decoding_pipeline
 from unikd_fast.data.dali_views import decoded
 from unikd_fast.data.decode import DecodeRequest, read_rgb
-from unikd_fast.data.image_feed import EncodedBatch, EncodedViews, ImageFeed, read_encoded
+from unikd_fast.data.image_feed import ImageFeed, ReadBatch, ReadViews, read_image
 from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.view_windows import Windows
 from unikd_fast.values import Batch
-
-RESIZED = Augmentation(crop="resized", flip_probability=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +38,6 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
     return load_image_folder(write_jpegs(tmp_path_factory.mktemp("jpegs"), {"train": 48, "val": 8}), 64)
-
-
-def make(splits: DataSplits, **changes: Any) -> Loader:
-    shared = {"kind": "dali", "augmentation": RESIZED, "seed": 3, "global_batch_size": 8, "device": "cpu", "workers": 0}
-    return build_loader(splits, **{**shared, **changes})
-
-
-def undecodable_jpeg() -> bytes:
-    """Its header and its end are in order, but a Huffman table has more codes of one bit than there are."""
-    content = bytearray(encoded("JPEG"))
-    content[content.index(b"\xff\xc4") + 5] = 255
-    return bytes(content)
-
-
-def spoilt(splits: DataSplits, folder: Path, contents: dict[str, dict[int, bytes]]) -> DataSplits:
-    """Copy a folder and write these contents over the images at these positions of train and val."""
-    assert isinstance(splits.train, ImageFiles)
-    root = shutil.copytree(Path(splits.train.paths[0]).parents[2], folder / "spoilt")
-    copied = load_image_folder(root, splits.image_size)
-    for part, files in contents.items():
-        split = copied.train if part == "train" else copied.val
-        assert isinstance(split, ImageFiles)
-        for position, content in files.items():
-            Path(split.paths[position]).write_bytes(content)
-    return copied
 
 
 def differences(batch: Batch, other: Batch) -> Tensor:
@@ -104,14 +72,14 @@ def test_usual_jpegs_are_left_to_dali_and_all_else_to_pil(tmp_path: Path, kind: 
     """On a CPU DALI would decode some of the others as well; on a GPU it is not known to."""
     stored = StoredImage(str(tmp_path / "image.jpg"))
     Path(stored.path).write_bytes(odd()[kind])
-    image = read_encoded(stored)
+    image = read_image(stored)
     expected = np.asarray(read_rgb(stored))
     assert (image.height, image.width) == expected.shape[:2]
     usual = ("", " progressive", " grey", " rotated", " thumbnail", " and zeros")
     if kind in {f"jpeg{which}" for which in usual}:
         assert image.content.tobytes() == odd()[kind]
     else:
-        assert image.content.tobytes() == b"P6\n%d %d\n255\n" % (image.width, image.height) + expected.tobytes()
+        assert np.array_equal(image.content, expected)
 
 
 def test_an_image_too_long_to_resize_is_refused_as_by_the_pil_loader(jpegs: DataSplits, tmp_path: Path) -> None:
@@ -206,7 +174,7 @@ class Damaging(ImageFeed):
 
     number = 0
 
-    def next_batch(self) -> EncodedBatch | None:
+    def next_batch(self) -> ReadBatch | None:
         batch = super().next_batch()
         self.number += 1
         if batch is None or self.number != 2:
@@ -214,7 +182,7 @@ class Damaging(ImageFeed):
         spoilt = np.frombuffer(undecodable_jpeg(), np.uint8)
         return batch._replace(
             images={
-                place: EncodedViews(spoilt, image.part, image.windows) if place in (2, 3) else image
+                place: ReadViews(spoilt, image.part, image.windows) if place in (2, 3) else image
                 for place, image in batch.images.items()
             }
         )
@@ -234,7 +202,11 @@ def test_pil_decodes_what_dali_fails_on(jpegs: DataSplits, caplog: pytest.LogCap
     def parts(kind: type[ImageFeed], for_pil: set) -> list[np.ndarray]:
         with ThreadPoolExecutor(2) as threads:
             feed = kind(iter(requests), Windows(64, 73), threads, ahead=3, for_pil=for_pil)
-            made = decoded(feed, lambda source: decoding_pipeline(source, batch_size=8, threads=2, prefetch=3))
+
+            def pipeline_of(source: Source) -> Pipeline:
+                return decoding_pipeline(source, batch_size=8, threads=2, prefetch=3)
+
+            made = decoded(feed, pipeline_of, encoded_only=False)
             return [np.array(image) for _, (images,) in made for image in images]
 
     for_pil: set = set()
@@ -246,135 +218,6 @@ def test_pil_decodes_what_dali_fails_on(jpegs: DataSplits, caplog: pytest.LogCap
     ]
     for image, other in zip(repaired, expected, strict=True):
         assert np.array_equal(image, other)
-
-
-def test_a_failure_that_is_no_images_fault_passes(jpegs: DataSplits) -> None:
-    assert isinstance(jpegs.train, ImageFiles)
-    ids = np.arange(8)
-    views = view_parameters(RESIZED, seed=0, epoch=0, sample_ids=ids)
-    request = DecodeRequest(jpegs.train.images(ids), jpegs.train.labels[ids], ids, views)
-    with ThreadPoolExecutor(1) as threads:
-        feed = ImageFeed(iter([request]), Windows(64, 73), threads, ahead=1, for_pil=set())
-        # DALI refuses batches that are larger than it was told; halves of this one it takes.
-        made = decoded(feed, lambda source: decoding_pipeline(source, batch_size=7, threads=1, prefetch=1))
-        with pytest.raises(RuntimeError, match="batch size"):
-            list(made)
-
-
-def tasks() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
-def settled(most: int) -> bool:
-    """Whether there are at most so many threads; those that end need a moment to be gone."""
-    for _ in range(100):
-        if tasks() <= most:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.fixture
-def idle(jpegs: DataSplits) -> Iterator[int]:
-    """Number of threads when no iterator is open; torch keeps those of its first use."""
-    list(make(jpegs).train(0))
-    gc.collect()
-    time.sleep(0.5)
-    gc.disable()  # what ends must end by itself
-    yield tasks()
-    gc.enable()
-
-
-def test_no_threads_are_left_by_an_iterator_that_ends_is_closed_dropped_or_never_begun(
-    jpegs: DataSplits, idle: int
-) -> None:
-    one = make(jpegs, dali_threads=3)
-    list(one.train(0))
-    assert settled(idle)
-    iterator = one.train(0)
-    next(iterator)
-    assert tasks() >= idle + 3
-    iterator.close()  # type: ignore[attr-defined]
-    assert settled(idle)
-    iterator = one.train(1)
-    next(iterator)
-    del iterator
-    assert settled(idle)
-    one.train(1), one.evaluate("val")
-    assert settled(idle)
-
-
-def test_no_threads_are_left_by_an_error_that_is_held(jpegs: DataSplits, idle: int, tmp_path: Path) -> None:
-    for content in (b"", undecodable_jpeg()):
-        (tmp_path / str(len(content))).mkdir()
-        data = spoilt(jpegs, tmp_path / str(len(content)), {"train": {20: content}})
-        with pytest.raises(ValueError, match="cannot decode") as held:
-            list(make(data).train(0))
-        assert settled(idle)
-        assert held.traceback
-        # Raised where the batches are handed out, with the pipeline still at work.
-        with pytest.raises(ValueError, match=r"data\.max_bad_share"):
-            list(make(data, bad_images="skip").train(0))
-        assert settled(idle)
-
-
-PROGRAM = """
-import sys, time
-from pathlib import Path
-from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.loader import build_loader
-splits = load_image_folder(Path(sys.argv[1]), 64)
-loader = build_loader(splits, augmentation=Augmentation(crop="resized"), kind="dali", seed=0, global_batch_size=8,
-                      device="cpu")
-kept = [loader.train(0), loader.evaluate("val")]
-for iterator in kept:
-    next(iterator)
-print("ready", flush=True)
-"""
-
-
-def run_program(splits: DataSplits, rest: str) -> subprocess.Popen[str]:
-    assert isinstance(splits.train, ImageFiles)
-    command = [sys.executable, "-c", PROGRAM + rest, str(Path(splits.train.paths[0]).parents[2])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_a_process_ends_with_iterators_open(jpegs: DataSplits) -> None:
-    with run_program(jpegs, "") as process:
-        assert process.communicate(timeout=60) == ("ready\n", "")
-    assert process.returncode == 0
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_process_that_loads(jpegs: DataSplits) -> None:
-    with run_program(jpegs, "while True:\n    for batch in loader.train(1): pass\n") as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    assert said.strip().endswith("KeyboardInterrupt")
-    assert process.returncode == -signal.SIGINT
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_epochs(jpegs: DataSplits) -> None:
-    """An epoch is 48 views of 64 x 64 pixels: 2.4 MB in fp32, and decoded parts of about 4 MB."""
-    rest = """
-import psutil
-def epochs(numbers):
-    for epoch in numbers:
-        for batch in loader.train(epoch): pass
-    return psutil.Process().memory_info().rss
-before = epochs(range(40))
-print((epochs(range(40, 120)) - before) / 2**20)
-"""
-    with run_program(jpegs, rest) as process:
-        said, errors = process.communicate(timeout=300)
-    assert not errors
-    # One batch kept of each of the 80 epochs, 0.4 MB of views, would make 31 MB; the allocator's own drift is below 10.
-    assert float(said.split()[1]) < 16
 
 
 @pytest.mark.parametrize(("name", "told"), [("dali_threads", "threads"), ("dali_prefetch", "prefetch")])

@@ -19,17 +19,18 @@ from torch import Tensor
 
 pytest.importorskip("nvidia.dali")
 
+from unikd_fast.data import dali_views
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.dali_pipeline import view_pipeline
 from unikd_fast.data.dali_probe import _try_in_a_process, choose_decoding
 from unikd_fast.data.dali_views import cut_view
 from unikd_fast.data.decode import DecodeRequest
-from unikd_fast.data.image_feed import EncodedViews, ImageFeed, read_encoded
+from unikd_fast.data.image_feed import ImageFeed, ReadViews, read_image
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.loader import Loader, _say_once, build_loader
 from unikd_fast.data.splits import INDEX_DTYPE, DataSplits, ImageFiles, PackedImages
 from unikd_fast.data.strong import strong_view
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.view_windows import ViewWindow, Windows
 from unikd_fast.values import Batch
 
 SIZE, SHORT = 96, 110
@@ -259,7 +260,7 @@ print(hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in loader
     assert said == {here}
 
 
-def encoded(splits: DataSplits, augmentation: Augmentation, second: Augmentation | None = None) -> list[EncodedViews]:
+def encoded(splits: DataSplits, augmentation: Augmentation, second: Augmentation | None = None) -> list[ReadViews]:
     assert isinstance(splits.train, ImageFiles)
     ids = np.arange(40)
     views, other = (
@@ -310,7 +311,9 @@ def test_the_graph_for_gpus_gives_the_same_views_where_the_cpu_runs_it(
             assert difference.max() <= 64
 
 
-def read_whole(image: EncodedViews) -> Tensor:
+def read_whole(image: ReadViews) -> Tensor:
+    if image.is_decoded:
+        return torch.from_numpy(image.decoded_part().copy())
     pixels = np.asarray(Image.open(io.BytesIO(image.content.tobytes())).convert("RGB"))
     top, left, height, width = image.part
     return torch.from_numpy(pixels[top : top + height, left : left + width].copy())
@@ -320,12 +323,12 @@ def test_only_the_part_that_is_shown_is_decoded(splits: DataSplits) -> None:
     assert isinstance(splits.train, ImageFiles)
     images = encoded(splits, RESIZED)
     for stored, image in zip(splits.train.images(range(40)), images, strict=True):
-        whole = read_encoded(stored)
+        whole = read_image(stored)
         (window,) = image.windows
         assert window.box == (0, 0, *image.part[2:])
         assert image.part.height * image.part.width <= whole.height * whole.width
     assert sum(image.part.height for image in images) < 0.8 * sum(
-        read_encoded(stored).height for stored in splits.train.images(range(40))
+        read_image(stored).height for stored in splits.train.images(range(40))
     )
 
 
@@ -402,3 +405,25 @@ def test_on_a_gpu_views_are_near_the_pil_loaders(splits: DataSplits, augmentatio
             assert difference.mean(dim=(1, 2, 3)).max() <= 8
     first = [batch.images.cpu() for batch in ours.train(0)]
     assert all(torch.equal(a, b.images.cpu()) for a, b in zip(first, ours.train(0), strict=True))
+
+
+def test_the_loaders_threads_leave_the_cores_to_the_training(
+    splits: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch runs no team of OpenMP's in them, and this thread keeps its own."""
+    found: list[int] = []
+    whole = dali_views.cut_view
+
+    def noting(image: Tensor, window: ViewWindow, image_size: int) -> Tensor:
+        found.append(torch.get_num_threads())
+        return whole(image, window, image_size)
+
+    monkeypatch.setattr(dali_views, "cut_view", noting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        list(make(splits).train(0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(found) == {1}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
 from unikd_fast.data.bad_images import BadImage, BadImages, BadImageTally
@@ -195,7 +196,9 @@ class DaliLoader:
 
     def _views(self, first: DecodeRequest, requests: Iterator[DecodeRequest]) -> Generator[ViewBatch, None, None]:
         pipeline_of = self._pipeline_of(first)
-        threads = ThreadPoolExecutor(self._number_of_threads, thread_name_prefix="unikd-dali-loader")
+        threads = ThreadPoolExecutor(
+            self._number_of_threads, thread_name_prefix="unikd-dali-loader", initializer=_compute_alone
+        )
         try:
             feed = ImageFeed(requests, self._windows, threads, ahead=self._prefetch + 1, for_pil=self._for_pil)
             if self._decoding == "cpu":
@@ -223,6 +226,16 @@ class DaliLoader:
             device_id=gpu_number(self._device),
             **shared,
         )
+
+
+def _compute_alone() -> None:
+    """Keep a thread of the loader from opening a team of OpenMP's for every operation.
+
+    OpenMP, which then counts more threads than cores, would put those of the training to sleep between operations: a
+    step on 2 cores took half as long again.
+    """
+    torch.get_num_threads()  # torch sets the number of a thread the first time it is used there
+    threadpool_limits(1, user_api="openmp")
 
 
 class _UpTo(Iterator[DecodeRequest]):

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
-from unikd_fast.data.image_feed import EncodedViews
+from unikd_fast.data.image_feed import ReadViews
 
-Source = Callable[[], list[EncodedViews]]
+Source = Callable[[], list[ReadViews]]
 """Returns the images of the next batch, at least one, or raises StopIteration."""
 
 
@@ -93,9 +94,18 @@ def _decoded(inputs: Any, device: str, *, by_parts: bool) -> Any:
     )
 
 
-def _inputs(images: list[EncodedViews], by_parts: bool, views: int, padded: bool) -> tuple[Any, ...]:
+def _encoded(image: ReadViews) -> NDArray[np.uint8]:
+    """Return bytes for DALI's decoder; of pixels those of a PNM file, which are the pixels behind a header."""
+    if not image.is_decoded:
+        return image.content
+    height, width, _ = image.content.shape
+    header = np.frombuffer(f"P6\n{width} {height}\n255\n".encode(), np.uint8)
+    return np.concatenate([header, image.content.reshape(-1)])
+
+
+def _inputs(images: list[ReadViews], by_parts: bool, views: int, padded: bool) -> tuple[Any, ...]:
     """Return the columns that the graphs take, each N long."""
-    columns: list[Any] = [[image.content for image in images]]
+    columns: list[Any] = [[_encoded(image) for image in images]]
     if by_parts:
         columns += [
             np.array([image.part[:2] for image in images], np.int32),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unikd_fast.data.image_feed import EncodedViews
+from unikd_fast.data.image_feed import ReadViews
 from unikd_fast.data.view_windows import Box, ViewWindow
 
 Decoding = Literal["cpu", "gpu", "gpu_parts"]
@@ -96,7 +96,7 @@ def _nvimgcodec_version() -> str:
     return "unknown"
 
 
-def _samples() -> list[EncodedViews]:
+def _samples() -> list[ReadViews]:
     """Return JPEGs of several sizes and chroma subsamplings, and a window within each."""
     samples = []
     for i, (height, width) in enumerate(((120, 160), (333, 97), (48, 500), (64, 64))):
@@ -106,7 +106,7 @@ def _samples() -> list[EncodedViews]:
         Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=90, subsampling=i % 3, progressive=i == 1)
         part = Box(height // 5, width // 7, height // 2, width // 3)
         window = ViewWindow(part.within(part), (_SIZE, _SIZE), (0, 0), (0, 0), i % 2 == 1)
-        samples.append(EncodedViews(np.frombuffer(file.getvalue(), np.uint8), part, (window,)))
+        samples.append(ReadViews(np.frombuffer(file.getvalue(), np.uint8), part, (window,)))
     return samples
 
 

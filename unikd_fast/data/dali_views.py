@@ -14,41 +14,42 @@ from torch import Tensor
 
 from unikd_fast.data.augmentation import ViewParameters
 from unikd_fast.data.bad_images import BadImage
-from unikd_fast.data.image_feed import CHUNK, EncodedBatch, EncodedViews, ImageFeed
+from unikd_fast.data.image_feed import CHUNK, ImageFeed, ReadBatch, ReadViews
 from unikd_fast.data.strong import strong_view
 from unikd_fast.data.view_windows import ViewWindow
 from unikd_fast.errors import DataError
 
 _logger = logging.getLogger("unikd_fast")
 
-PipelineOf = Callable[[Callable[[], list[EncodedViews]]], Pipeline]
+PipelineOf = Callable[[Callable[[], list[ReadViews]]], Pipeline]
 """Builds a pipeline for a source of batches."""
 
 
 class ViewBatch(NamedTuple):
     """A request and its views."""
 
-    batch: EncodedBatch
+    batch: ReadBatch
     views: list[Tensor]  # (M, 3, image_size, image_size) uint8, one or two; none where no image is good
 
 
 def decoded(
-    feed: ImageFeed, pipeline_of: PipelineOf, stream: Any = None
-) -> Generator[tuple[EncodedBatch, Any], None, None]:
-    """Yield each batch of a feed with the outputs of a pipeline for it; None for a batch without a good image.
+    feed: ImageFeed, pipeline_of: PipelineOf, stream: Any = None, *, encoded_only: bool
+) -> Generator[tuple[ReadBatch, Any], None, None]:
+    """Yield each batch of a feed with the outputs of a pipeline for it; None for a batch that has nothing for DALI.
 
     Where DALI fails on an image, PIL decodes it, so that an image is bad only if PIL finds it so.
 
     Args:
         feed: of the batches.
         pipeline_of: builds the pipeline; again after a failure, because DALI's do not survive one.
+        encoded_only: leave out images that are decoded already.
         stream: that the outputs are to be ready on; None: they are ready when they are yielded.
 
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
         RuntimeError: DALI failed, and over no image.
     """
-    run = _Run(feed)
+    run = _Run(feed, encoded_only=encoded_only)
     pipeline = pipeline_of(run.next_images)
     try:
         while True:
@@ -58,7 +59,7 @@ def decoded(
                 run.repair(failure, pipeline_of)
                 pipeline = pipeline_of(run.next_images)
                 continue
-            yield from run.without_images()
+            yield from run.without_outputs()
             if outputs is None:
                 break
             yield run.under_way.popleft(), outputs
@@ -82,23 +83,24 @@ def _outputs(pipeline: Pipeline, stream: Any = None) -> tuple[Any, RuntimeError 
 class _Run:
     """The batches that a pipeline has been given and has not given back."""
 
-    def __init__(self, feed: ImageFeed) -> None:
+    def __init__(self, feed: ImageFeed, *, encoded_only: bool) -> None:
         self._feed = feed
-        self._again: deque[EncodedBatch] = deque()  # to be fed once more, after a failure
-        self.under_way: deque[EncodedBatch] = deque()
+        self._encoded_only = encoded_only
+        self._again: deque[ReadBatch] = deque()  # to be fed once more, after a failure
+        self.under_way: deque[ReadBatch] = deque()
         self.error: DataError | None = None  # of the feed; the batches before it come first
 
-    def next_images(self) -> list[EncodedViews]:
-        """Return the images of the next batch that has any, at least one, for DALI."""
+    def next_images(self) -> list[ReadViews]:
+        """Return the images for DALI of the next batch that has any."""
         while True:
             batch = self._again.popleft() if self._again else self._next_batch()
             if batch is None:
                 raise StopIteration
             self.under_way.append(batch)
-            if batch.images:
-                return list(batch.images.values())
+            if images := self._for_dali(batch):
+                return [image for _, image in images]
 
-    def _next_batch(self) -> EncodedBatch | None:
+    def _next_batch(self) -> ReadBatch | None:
         try:
             return None if self.error else self._feed.next_batch()
         except DataError as error:
@@ -106,9 +108,12 @@ class _Run:
             self.error = error.with_traceback(None)
             return None
 
-    def without_images(self) -> Iterator[tuple[EncodedBatch, None]]:
-        """Yield the batches without a good image that are next."""
-        while self.under_way and not self.under_way[0].images:
+    def _for_dali(self, batch: ReadBatch) -> list[tuple[int, ReadViews]]:
+        return [item for item in batch.images.items() if not (self._encoded_only and item[1].is_decoded)]
+
+    def without_outputs(self) -> Iterator[tuple[ReadBatch, None]]:
+        """Yield the batches that are next and of which DALI was given nothing."""
+        while self.under_way and not self._for_dali(self.under_way[0]):
             yield self.under_way.popleft(), None
 
     def repair(self, error: RuntimeError, pipeline_of: PipelineOf) -> None:
@@ -119,12 +124,12 @@ class _Run:
         Raises:
             RuntimeError: the failure is of none of the images.
         """
-        repaired: list[EncodedBatch] = []
+        repaired: list[ReadBatch] = []
         found = False
         for batch in self.under_way:
-            places = _failing(list(batch.images.items()), pipeline_of)
+            places = _failing(self._for_dali(batch), pipeline_of)
             if any(self._feed.is_by_pil(batch.request, place) for place in places):
-                raise error  # PNM has nothing to fail on
+                raise error  # pixels have nothing to fail on
             found = found or bool(places)
             try:
                 repaired.append(self._by_pil(batch, places))
@@ -137,7 +142,7 @@ class _Run:
         self._again.extendleft(reversed(repaired))
         self.under_way.clear()
 
-    def _by_pil(self, batch: EncodedBatch, places: list[int]) -> EncodedBatch:
+    def _by_pil(self, batch: ReadBatch, places: list[int]) -> ReadBatch:
         images, bad = dict(batch.images), list(batch.bad)
         for place in places:
             image = self._feed.read_by_pil(batch.request, place)
@@ -147,10 +152,10 @@ class _Run:
             else:
                 images[place] = image
                 _logger.warning("DALI cannot decode %s, PIL can and does", batch.request.images[place].name)
-        return EncodedBatch(batch.request, images, tuple(bad))
+        return ReadBatch(batch.request, images, tuple(bad))
 
 
-def _failing(images: list[tuple[int, EncodedViews]], pipeline_of: PipelineOf) -> list[int]:
+def _failing(images: list[tuple[int, ReadViews]], pipeline_of: PipelineOf) -> list[int]:
     """Return the places of the images that DALI fails on, found by halving."""
     if not images or _outputs(pipeline_of(iter([[image for _, image in images]]).__next__))[1] is None:
         return []
@@ -176,7 +181,7 @@ def cpu_views(
     """
     started: deque[tuple[ViewBatch, list[Future[None]]]] = deque()
     bad: DataError | None = None
-    with closing(decoded(feed, pipeline_of)) as batches:
+    with closing(decoded(feed, pipeline_of, encoded_only=True)) as batches:
         try:
             for batch, outputs in batches:
                 started.append(_start(batch, outputs, threads, image_size))
@@ -190,13 +195,12 @@ def cpu_views(
         raise bad
 
 
-def _start(
-    batch: EncodedBatch, outputs: Any, threads: Executor, image_size: int
-) -> tuple[ViewBatch, list[Future[None]]]:
-    if outputs is None:
-        return ViewBatch(batch, []), []
-    (parts,) = outputs
+def _start(batch: ReadBatch, outputs: Any, threads: Executor, image_size: int) -> tuple[ViewBatch, list[Future[None]]]:
     images = list(batch.images.items())
+    if not images:
+        return ViewBatch(batch, []), []
+    by_dali = iter(() if outputs is None else outputs[0])
+    parts = [image.decoded_part() if image.is_decoded else next(by_dali) for _, image in images]
     shown = [torch.empty(len(images), 3, image_size, image_size, dtype=torch.uint8) for _ in images[0][1].windows]
 
     numbers_of = (batch.request.views, batch.request.second)
@@ -204,7 +208,7 @@ def _start(
     def make(rows: range) -> None:
         for row in rows:
             place, image = images[row]
-            part = torch.from_dlpack(parts[row])
+            part = torch.from_numpy(parts[row].copy()) if image.is_decoded else torch.from_dlpack(parts[row])
             for views, window, numbers in zip(shown, image.windows, numbers_of, strict=False):
                 view = cut_view(part, window, image_size)
                 views[row] = view if numbers is None else _strong(view, numbers, place)
@@ -262,7 +266,7 @@ def gpu_views(feed: ImageFeed, pipeline_of: PipelineOf, stream: Any) -> Generato
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
     """
-    for batch, outputs in decoded(feed, pipeline_of, stream):
+    for batch, outputs in decoded(feed, pipeline_of, stream, encoded_only=False):
         # What torch holds of an output keeps its memory, as long as it does.
         shown = [torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2) for views in outputs or ()]
         for views, numbers in zip(shown, (batch.request.views, batch.request.second), strict=False):

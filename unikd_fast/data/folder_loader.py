@@ -1,10 +1,13 @@
 """The loader of image files: worker processes decode, the device normalises."""
 
+import atexit
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 import PIL
@@ -128,7 +131,7 @@ class FolderLoader:
         )
         self._latest_train += 1
         self._tally = self._new_tally("training", self._schedule.samples_per_epoch)
-        return self._train_batches(iter(self._train_workers), self._latest_train)
+        return self._train_batches(_started(self._train_workers), self._latest_train)
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
@@ -140,7 +143,7 @@ class FolderLoader:
         """
         queue = _Requests()
         queue.pending = (self._request(rows, self._schedule.views(rows, epoch)) for rows, epoch in requests)
-        return self._batches(iter(self._data_loader(queue, persistent=False)), self._new_tally("views", 0))
+        return self._batches(_started(self._data_loader(queue, persistent=False)), self._new_tally("views", 0))
 
     def _request(
         self,
@@ -172,7 +175,7 @@ class FolderLoader:
         ]
         tally = self._new_tally(split, len(files))
         if requests:
-            yield from self._batches(iter(self._data_loader(requests, persistent=False)), tally)
+            yield from self._batches(_started(self._data_loader(requests, persistent=False)), tally)
         if tally.images:
             _logger.warning("%s: evaluated without %d of %d samples", split, len(tally.images), len(files))
 
@@ -238,6 +241,34 @@ class _Requests:
 
     def __iter__(self) -> Iterator[DecodeRequest]:
         return self.pending
+
+
+# torch's iterators that have workers and are still there.
+_with_workers: WeakSet[Any] = WeakSet()
+# A fork of this process may exit like any other, and its parent's workers go on.
+os.register_at_fork(after_in_child=_with_workers.clear)
+
+
+def _started(loader: DataLoader) -> Iterator[DecodedBatch]:
+    """Return what the workers decode, who begin at once and will end with this process."""
+    try:
+        batches = iter(loader)
+    except RuntimeError as error:  # persistent workers may have died since the last epoch
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _dead_worker(error) from error
+    if loader.num_workers:
+        _with_workers.add(batches)
+        # The last to be registered is the first to be called. Of the others, torch's keep it from ending its workers or
+        # wait for them, and multiprocessing's sends them SIGTERM, which they put off, and waits too.
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
+    return batches
+
+
+def _end_workers() -> None:
+    for batches in tuple(_with_workers):
+        batches.__del__()
 
 
 def _dead_worker(cause: Exception) -> LoaderError:

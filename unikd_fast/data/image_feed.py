@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from unikd_fast.data.bad_images import BadImage, stand_ins
 from unikd_fast.data.decode import DecodeRequest, read_rgb
-from unikd_fast.data.inspect_image import MAX_PIXELS, open_image
+from unikd_fast.data.inspect_image import MAX_PIXELS, naming_broken, open_image
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.view_windows import Box, ViewWindow, Windows, enclosing
 from unikd_fast.errors import DataError
@@ -19,27 +19,36 @@ CHUNK = 16
 """Images that one thread takes in a row."""
 
 
-class EncodedImage(NamedTuple):
-    """An image, read but not decoded."""
+class ReadImage(NamedTuple):
+    """An image that was read, and decoded only where that is not DALI's to do."""
 
-    content: NDArray[np.uint8]  # (bytes,) JPEG, or PNM for what PIL has decoded
+    content: NDArray[np.uint8]  # (bytes,) of a JPEG, or (H, W, 3) pixels
     height: int  # in pixels
     width: int
 
 
-class EncodedViews(NamedTuple):
-    """An image, read but not decoded, and the views to be made from it."""
+class ReadViews(NamedTuple):
+    """An image that was read, and the views to be made from it."""
 
-    content: NDArray[np.uint8]  # (bytes,)
-    part: Box  # the part to decode, which all views lie in
+    content: NDArray[np.uint8]  # (bytes,) of a JPEG, or (H, W, 3) pixels
+    part: Box  # the part of the image that all views lie in
     windows: tuple[ViewWindow, ...]  # their boxes in coordinates of that part
 
+    @property
+    def is_decoded(self) -> bool:
+        return self.content.ndim == 3
 
-class EncodedBatch(NamedTuple):
+    def decoded_part(self) -> NDArray[np.uint8]:
+        """The part of a decoded image, (H, W, 3)."""
+        top, left, height, width = self.part
+        return self.content[top : top + height, left : left + width]
+
+
+class ReadBatch(NamedTuple):
     """A request for N images and the M of them that are good, read."""
 
     request: DecodeRequest
-    images: dict[int, EncodedViews]  # place in the request: image; M of them, by place
+    images: dict[int, ReadViews]  # place in the request: image; M of them, by place
     bad: tuple[BadImage, ...]
 
     def taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -89,9 +98,9 @@ class ImageFeed:
         self._windows = windows
         self._threads = threads
         self._ahead = ahead
-        self._reading: deque[tuple[DecodeRequest, list[Future[list[EncodedViews | BadImage]]]]] = deque()
+        self._reading: deque[tuple[DecodeRequest, list[Future[list[ReadViews | BadImage]]]]] = deque()
 
-    def next_batch(self) -> EncodedBatch | None:
+    def next_batch(self) -> ReadBatch | None:
         """Return the next request, read; None after the last.
 
         Raises:
@@ -107,10 +116,10 @@ class ImageFeed:
             return None
         request, chunks_read = self._reading.popleft()
         found = dict(enumerate(image for chunk in chunks_read for image in chunk.result()))
-        good = {place: image for place, image in found.items() if isinstance(image, EncodedViews)}
-        return EncodedBatch(request, good, tuple(image for image in found.values() if isinstance(image, BadImage)))
+        good = {place: image for place, image in found.items() if isinstance(image, ReadViews)}
+        return ReadBatch(request, good, tuple(image for image in found.values() if isinstance(image, BadImage)))
 
-    def read_by_pil(self, request: DecodeRequest, place: int) -> EncodedViews | BadImage:
+    def read_by_pil(self, request: DecodeRequest, place: int) -> ReadViews | BadImage:
         """Return an image of a request that somebody else failed to decode, decoded by PIL, now and in future.
 
         Raises:
@@ -123,14 +132,14 @@ class ImageFeed:
         """Return whether `read_by_pil` was called for this image."""
         return request.images[place] in self._for_pil
 
-    def _read(self, request: DecodeRequest, places: range) -> list[EncodedViews | BadImage]:
+    def _read(self, request: DecodeRequest, places: range) -> list[ReadViews | BadImage]:
         return [self._read_one(request, place) for place in places]
 
-    def _read_one(self, request: DecodeRequest, place: int) -> EncodedViews | BadImage:
+    def _read_one(self, request: DecodeRequest, place: int) -> ReadViews | BadImage:
         """Read and check an image; all that is read comes through here."""
         stored = request.images[place]
         try:
-            image = _as_pnm(stored) if stored in self._for_pil else read_encoded(stored)
+            image = _decoded_by_pil(stored) if stored in self._for_pil else read_image(stored)
             self._check_size(stored, image)
         except DataError as error:
             if request.on_bad == "raise":
@@ -139,15 +148,15 @@ class ImageFeed:
         windows = self._windows_of(request, place, image)
         part = enclosing([window.box for window in windows])
         inside = tuple(window._replace(box=window.box.within(part)) for window in windows)
-        return EncodedViews(image.content, part, inside)
+        return ReadViews(image.content, part, inside)
 
-    def _windows_of(self, request: DecodeRequest, place: int, image: EncodedImage) -> list[ViewWindow]:
+    def _windows_of(self, request: DecodeRequest, place: int, image: ReadImage) -> list[ViewWindow]:
         if request.views is None:
             return [self._windows.central(image.height, image.width)]
         shown = (request.views,) if request.second is None else (request.views, request.second)
         return [self._windows.training(views, place, image.height, image.width) for views in shown]
 
-    def _check_size(self, stored: StoredImage, image: EncodedImage) -> None:
+    def _check_size(self, stored: StoredImage, image: ReadImage) -> None:
         height, width = self._windows.central(image.height, image.width).size
         if height * width > MAX_PIXELS:
             raise DataError(
@@ -156,28 +165,34 @@ class ImageFeed:
             )
 
 
-def read_encoded(stored: StoredImage) -> EncodedImage:
+def read_image(stored: StoredImage) -> ReadImage:
     """Read an image and check that it is whole: who decodes a part of it only does not miss the rest.
 
-    Usual JPEGs are left as they are. All else is decoded by PIL and becomes uncompressed PNM, so that every format and
-    mode has PIL's pixels.
+    Usual JPEGs are left as they are. All else but raw pixels is decoded by PIL, so that every format and mode has its
+    pixels.
 
     Raises:
         DataError: it cannot be read or decoded; the message names it.
 
     Example:
-        >>> read_encoded(StoredImage("n01440764_10026.JPEG")).height
+        >>> read_image(StoredImage("n01440764_10026.JPEG")).height
         375
     """
-    if stored.shape is None:
-        content = stored.read()
-        _, info = open_image(content, stored.name)
-        if info.format == "JPEG" and info.plain:
-            return EncodedImage(np.frombuffer(content, np.uint8), info.height, info.width)
-    return _as_pnm(stored)
+    if stored.shape is not None:
+        return _raw(stored, *stored.shape)
+    content = stored.read()
+    _, info = open_image(content, stored.name)
+    if info.format == "JPEG" and info.plain:
+        return ReadImage(np.frombuffer(content, np.uint8), info.height, info.width)
+    return _decoded_by_pil(stored)
 
 
-def _as_pnm(stored: StoredImage) -> EncodedImage:
+def _raw(stored: StoredImage, height: int, width: int) -> ReadImage:
+    content = np.frombuffer(stored.read(), np.uint8)
+    with naming_broken(stored.name):
+        return ReadImage(content.reshape(height, width, 3), height, width)
+
+
+def _decoded_by_pil(stored: StoredImage) -> ReadImage:
     image = read_rgb(stored)
-    header = f"P6\n{image.width} {image.height}\n255\n".encode()
-    return EncodedImage(np.frombuffer(header + image.tobytes(), np.uint8), image.height, image.width)
+    return ReadImage(np.asarray(image), image.height, image.width)

@@ -23,6 +23,10 @@ def hash_split(split: Split) -> str:
     unnoticed, because to read all of ImageNet would cost as much as an epoch. Names are relative to the deepest folder
     that holds all files, or to the archive, so a data set may move.
 
+    A folder and the pack made of it differ, even where the pack holds the same bytes: of the folder the names are known
+    and not the bytes, of the pack the bytes and not the names, and any part of either must have a hash. So pack first,
+    and then keep what is kept by this hash.
+
     Args:
         split: N samples.
 

@@ -34,9 +34,10 @@ def pad_crop(images: Tensor, boxes: Tensor, flip: Tensor, padding: int) -> Tenso
     rows = boxes[:, 0, None] + torch.arange(height, device=device)  # (N, H)
     columns = boxes[:, 1, None] + torch.where(flip[:, None], width - 1 - columns, columns)  # (N, W)
     padded = F.pad(images, (padding, padding, padding, padding))
-    sample = torch.arange(count, device=device)[:, None, None, None]
-    channel = torch.arange(channels, device=device)[None, :, None, None]
-    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    pixels = rows[:, :, None] * padded.shape[-1] + columns[:, None]  # (N, H, W)
+    # Indexing by four tensors takes five times as long on a CPU.
+    cut = padded.flatten(2).gather(2, pixels.flatten(1)[:, None].expand(count, channels, -1))
+    return cut.view(images.shape)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:

@@ -32,11 +32,14 @@ class EpochSampler:
 
     def __init__(self, num_samples: int, global_batch_size: int, *, seed: int) -> None:
         if global_batch_size < 1:
-            raise ValueError(f"EpochSampler: global_batch_size must be at least 1, got {global_batch_size}")
+            raise ValueError(
+                f"EpochSampler: global_batch_size must be at least 1, got {global_batch_size}; raise "
+                "train.global_batch_size"
+            )
         if num_samples < global_batch_size:
             raise ValueError(
                 f"EpochSampler: {num_samples} samples do not fill one global batch of {global_batch_size}; "
-                f"lower the global batch size to {num_samples} or less, or use more samples"
+                f"lower train.global_batch_size to {num_samples} or less, or use more samples"
             )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
@@ -111,7 +114,7 @@ def micro_batch_size(global_batch_size: int, world_size: int, accumulation_steps
     if world_size < 1 or accumulation_steps < 1:
         raise ValueError(
             "micro_batch_size: world_size and accumulation_steps must be at least 1, "
-            f"got {world_size} and {accumulation_steps}"
+            f"got {world_size} and {accumulation_steps}; raise train.accumulation_steps or start more processes"
         )
     slices = world_size * accumulation_steps
     if global_batch_size % slices:
@@ -119,6 +122,7 @@ def micro_batch_size(global_batch_size: int, world_size: int, accumulation_steps
         nearest = f"{below} or {below + slices}" if below else str(slices)
         raise ValueError(
             f"micro_batch_size: a global batch of {global_batch_size} does not divide into world_size {world_size} x "
-            f"accumulation_steps {accumulation_steps} = {slices} equal micro-batches; set it to {nearest}"
+            f"accumulation_steps {accumulation_steps} = {slices} equal micro-batches; set it to {nearest} "
+            "(train.global_batch_size)"
         )
     return global_batch_size // slices
