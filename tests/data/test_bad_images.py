@@ -311,24 +311,6 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         os.seteuid(mine)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["наука 科学.jpg", "n" * 251 + ".jpg", os.fsdecode(b"latin1-\xe9.jpg"), "new\nline.jpg"],
-    ids=["scripts", "long", "no UTF-8", "line end"],  # a test's own name must be UTF-8
-)
-def test_names_may_be_anything(tmp_path: Path, name: str) -> None:
-    root = write_images(tmp_path, {"train": 3, "val": 3})
-    path = root / "train" / "class_1" / name
-    path.write_bytes(encoded("PNG"))
-    splits = load_image_folder(root, SIZE)
-    assert len(list(make(splits, global_batch_size=4).train(0))) == 1
-    path.write_bytes(b"")
-    lenient = make(splits, global_batch_size=4, **LENIENT)
-    list(lenient.train(0))
-    shown = str(path).encode("utf-8", "backslashreplace").decode()  # so that any stream can show it
-    assert [image.name for image in lenient.bad_samples] == [shown]
-
-
 def test_a_tally_logs_through_what_it_is_given(caplog: pytest.LogCaptureFixture) -> None:
     tally = BadImageTally("views", samples=0, max_share=1.0, logged=set())
     tally.add([])

@@ -1,6 +1,5 @@
 """The loader that decodes with DALI: the PIL loader's samples, windows and, within a level, pixels."""
 
-import hashlib
 import io
 import logging
 import random
@@ -238,26 +237,6 @@ def test_global_random_numbers_are_left_alone(splits: DataSplits) -> None:
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), numpy_state, strict=True))  # noqa: NPY002
     assert random.getstate() == python_state
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_batches(splits: DataSplits) -> None:
-    program = """
-import hashlib, sys
-from pathlib import Path
-from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.loader import build_loader
-splits = load_image_folder(Path(sys.argv[1]), 96)
-augmentation = Augmentation(crop="resized", flip_probability=0.5, eval_resize=110)
-loader = build_loader(splits, augmentation=augmentation, kind="dali", seed=3, global_batch_size=40, device="cpu")
-print(hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in loader.train(1))).hexdigest())
-"""
-    assert isinstance(splits.train, ImageFiles)
-    command = [sys.executable, "-c", program, str(Path(splits.train.paths[0]).parents[2])]
-    said = {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)}
-    here = hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in make(splits).train(1))).hexdigest()
-    assert said == {here}
 
 
 def encoded(splits: DataSplits, augmentation: Augmentation, second: Augmentation | None = None) -> list[ReadViews]:

@@ -1,18 +1,18 @@
 """What the loader of image files says when something goes wrong."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from folder_images import RESIZED, SIZE, loader, write_images
+from processes import finished
 
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.loader import build_loader
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
+from unikd_fast.errors import LoaderError
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,10 @@ def test_an_iterator_that_lost_its_workers_says_so(splits: DataSplits) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_run_and_is_named(splits: DataSplits) -> None:
+@pytest.mark.parametrize("batches", ["loader.train(0)", "loader.evaluate('val')"], ids=["training", "evaluation"])
+def test_a_killed_worker_ends_the_run_and_is_named(splits: DataSplits, batches: str) -> None:
     assert isinstance(splits.train, ImageFiles)
-    program = """
+    program = f"""
 import multiprocessing, os, signal, sys
 from pathlib import Path
 from unikd_fast.data.augmentation import Augmentation
@@ -45,26 +46,38 @@ loader = build_loader(
     augmentation=Augmentation(eval_resize=20),
     kind="torchvision",
     seed=0,
-    global_batch_size=2,
+    global_batch_size=1,
     device="cpu",
     workers=2,
 )
-training = loader.train(0)
-next(training)
+batches = {batches}
+next(batches)
 first, second = multiprocessing.active_children()
 print("killed", first.pid, flush=True)
 os.kill(first.pid, signal.SIGKILL)
-print("batches", len(list(training)))
+print("batches", len(list(batches)))
 """
     # In a process of its own: torch raises from a signal handler, which may strike anywhere in the main thread, pytest
     # included.
-    root = Path(splits.train.paths[0]).parents[2]
-    run = subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True, text=True, timeout=120)
-    assert run.stdout.startswith("killed ")
-    assert "batches" not in run.stdout
-    assert run.returncode == 1
-    assert "DataLoader worker" in run.stderr
-    assert run.stdout.split()[1] in run.stderr
+    code, said, errors = finished(program, Path(splits.train.paths[0]).parents[2])
+    assert said.startswith("killed ")
+    assert "batches" not in said
+    assert code == 1
+    assert "DataLoader worker" in errors
+    assert said.split()[1] in errors
+
+
+def test_workers_that_died_between_epochs_are_told(splits: DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of training live on while the student is evaluated; the next epoch finds them gone."""
+
+    def die(_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    one = loader(splits)
+    list(one.train(0))
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", die)
+    with pytest.raises(LoaderError, match=r"process died \(RuntimeError: .*pid\(s\) 7.* data\.workers; .*/dev/shm"):
+        one.train(1)
 
 
 @pytest.mark.parametrize(

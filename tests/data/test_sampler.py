@@ -110,17 +110,18 @@ def test_refuses_a_step_outside_the_epoch(step: int) -> None:
 
 
 def test_refuses_too_few_samples() -> None:
-    with pytest.raises(ValueError, match=r"63 samples do not fill one global batch of 64; lower .* 63 or less"):
+    with pytest.raises(ValueError, match=r"63 samples .* global batch of 64; lower train\.global_batch_size to 63 or"):
         EpochSampler(63, 64, seed=0)
 
 
 @pytest.mark.parametrize(
     ("batch", "nearest"),
-    [(100, "96 or 108"), (5, "set it to 12$"), (13, "12 or 24")],
+    [(100, "96 or 108"), (5, "12"), (13, "12 or 24")],
     ids=["between", "below", "above"],
 )
 def test_refuses_an_uneven_batch_and_names_the_nearest(batch: int, nearest: str) -> None:
-    with pytest.raises(ValueError, match=rf"{batch} .*world_size 4 x accumulation_steps 3 .*{nearest}"):
+    division = rf"{batch} .*world_size 4 x accumulation_steps 3 .*; set it to {nearest} \(train\.global_batch_size\)$"
+    with pytest.raises(ValueError, match=division):
         micro_batch_size(batch, world_size=4, accumulation_steps=3)
 
 
@@ -130,9 +131,9 @@ def test_refuses_ranks_and_micro_steps_out_of_range() -> None:
         sampler.local_batch(0, 0, 2, 2)
     with pytest.raises(ValueError, match=r"micro_step must be in \[0, 2\), got 2"):
         sampler.local_batch(0, 0, 0, 1, 2, 2)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"at least 1, got 0 and 1; raise train\.accumulation_steps or start more"):
         sampler.local_batch(0, 0, 0, 0)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"at least 1, got 0; raise train\.global_batch_size"):
         EpochSampler(16, 0, seed=0)
     with pytest.raises(ValueError, match="seed must be in"):
         EpochSampler(16, 8, seed=-1)

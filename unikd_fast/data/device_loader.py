@@ -127,7 +127,7 @@ class DeviceLoader:
             host_plan = host_plan.pin_memory()
         device_plan = host_plan.to(self._device, non_blocking=True)
         positions, boxes, flip = device_plan[:, 0], device_plan[:, 1:5], device_plan[:, 5].bool()
-        images = self._train.images[positions]
+        images = self._train.images.index_select(0, positions)
         augmentation = views.augmentation
         if augmentation.crop == "resized":
             images = resized_crop(images, boxes, flip, self._image_size)

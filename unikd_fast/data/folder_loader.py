@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -245,8 +244,6 @@ class _Requests:
 
 # torch's iterators that have workers and are still there.
 _with_workers: WeakSet[Any] = WeakSet()
-# A fork of this process may exit like any other, and its parent's workers go on.
-os.register_at_fork(after_in_child=_with_workers.clear)
 
 
 def _started(loader: DataLoader) -> Iterator[DecodedBatch]:

@@ -1,0 +1,69 @@
+"""One set of images in every form that is read: a folder, a pack, tar files, and in memory."""
+
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from generated_images import draw_image
+
+from unikd_fast.data.decode import Decoder, read_rgb
+from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.packed import PackSettings, load_packed, pack_folder
+from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
+from unikd_fast.data.tar_shards import load_tar_shards
+
+SIZE, SHORT = 24, 29
+TRAIN, VAL = 29, 7
+SIDES = ((40, 50), (37, 50), (50, 33), (26, 90), (70, 25), (24, 24), (61, 61))
+LABELS = [0] * 2 + [1] + [2] * (TRAIN - 3)
+"""Of train: a class of two samples and one of a single sample."""
+
+
+def write_every_form(root: Path) -> dict[str, DataSplits]:
+    """Write 29 images to train on and 7 to evaluate on, JPEGs of several sizes, and open them in every form.
+
+    Those in memory are the central views of the others, SIZE pixels high and wide, as PIL makes them.
+    """
+    folder = write_folder(root / "folder")
+    pack_folder(root / "folder", root / "packed", PackSettings(shard_bytes=9000), workers=0)
+    write_tars(folder, root / "tar")
+    in_memory = replace(folder, train=central_views(folder.train), val=central_views(folder.val))
+    return {
+        "folder": folder,
+        "packed": load_packed(root / "packed", SIZE),
+        "tar": load_tar_shards(root / "tar", SIZE),
+        "memory": replace(in_memory, test=in_memory.val),
+    }
+
+
+def write_folder(root: Path) -> DataSplits:
+    generator = np.random.default_rng(0)
+    for part, labels in (("train", LABELS), ("val", [i % 3 for i in range(VAL)])):
+        for i, label in enumerate(labels):
+            path = root / part / f"class_{label}" / f"{i:02}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_image(generator, *SIDES[i % len(SIDES)]).save(path, quality=92, progressive=i % 5 == 4)
+    return load_image_folder(root, SIZE)
+
+
+def write_tars(folder: DataSplits, root: Path) -> None:
+    """Write two files of train and one of val, their samples in the order of the folder's."""
+    root.mkdir()
+    for part, split, files in (("train", folder.train, 2), ("val", folder.val, 1)):
+        for number, rows in enumerate(np.array_split(np.arange(len(split)), files)):
+            with tarfile.open(root / f"{part}-{number:03}.tar", "w") as archive:
+                for row in rows.tolist():
+                    assert isinstance(split, ImageFiles)
+                    archive.add(split.paths[row], f"{row:03}.jpg")
+                    label = root / "label"
+                    label.write_text(str(split.labels[row]))
+                    archive.add(label, f"{row:03}.cls")
+
+
+def central_views(split: object) -> TensorImages:
+    assert isinstance(split, ImageFiles)
+    decoder = Decoder(SIZE, SHORT)
+    views = [np.asarray(decoder.central_view(read_rgb(stored))) for stored in split.images(range(len(split)))]
+    return TensorImages(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous(), split.labels)
