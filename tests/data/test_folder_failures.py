@@ -1,5 +1,8 @@
 """What the loader of image files says when something goes wrong."""
 
+import gc
+import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,25 @@ def test_workers_that_died_between_epochs_are_told(splits: DataSplits, monkeypat
     monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", die)
     with pytest.raises(LoaderError, match=r"process died \(RuntimeError: .*pid\(s\) 7.* data\.workers; .*/dev/shm"):
         one.train(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", ["train", "evaluate"])
+def test_workers_end_at_once_with_an_iterator_that_is_garbage(splits: DataSplits, batches: str) -> None:
+    """As one is that an error's traceback holds, in a cycle that torch cannot end its workers out of."""
+    others = set(multiprocessing.active_children())
+    one = loader(splits, workers=2, global_batch_size=2)
+    iterator = one.train(0) if batches == "train" else one.evaluate("val")
+    next(iterator)
+    cycle: list[object] = [one, iterator]
+    cycle.append(cycle)
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == 2
+    del one, iterator, cycle
+    start = time.monotonic()
+    gc.collect()
+    assert not any(worker.is_alive() for worker in workers)
+    assert time.monotonic() - start < 10  # torch waits for each of them for five seconds, twice
 
 
 @pytest.mark.parametrize(

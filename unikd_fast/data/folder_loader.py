@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL
@@ -242,20 +242,21 @@ class _Requests:
         return self.pending
 
 
-# torch's iterators that have workers and are still there.
-_with_workers: WeakSet[Any] = WeakSet()
+# torch's iterators that have workers and are still there, and the queues through which the workers are told to end:
+# Python closes those first where it collects them and the iterator as one cycle of garbage.
+_with_workers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def _started(loader: DataLoader) -> Iterator[DecodedBatch]:
     """Return what the workers decode, who begin at once and will end with this process."""
     try:
-        batches = iter(loader)
+        batches: Any = iter(loader)
     except RuntimeError as error:  # persistent workers may have died since the last epoch
         if "DataLoader worker" not in str(error):
             raise
         raise _dead_worker(error) from error
     if loader.num_workers:
-        _with_workers.add(batches)
+        _with_workers[batches] = batches._index_queues
         # The last to be registered is the first to be called. Of the others, torch's keep it from ending its workers or
         # wait for them, and multiprocessing's sends them SIGTERM, which they put off, and waits too.
         atexit.unregister(_end_workers)
