@@ -17,11 +17,11 @@ kinds = pytest.mark.parametrize("kind", ["torchvision", pytest.param("dali", mar
 LOADER = """
 import sys
 from pathlib import Path
-from unikd_fast.data import folder_loader
+from unikd_fast.data import decoding_workers
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.loader import build_loader
-folder_loader._GRACE_S = 60  # for how long decoding processes put SIGTERM off
+decoding_workers._GRACE_S = 60  # for how long decoding processes put SIGTERM off
 splits = load_image_folder(Path(sys.argv[1]), 224)
 settings = dict(augmentation=Augmentation(crop="resized"), kind=sys.argv[2], seed=0, device="cpu", workers=2)
 loader = build_loader(splits, global_batch_size=16, **settings)

@@ -1,12 +1,8 @@
 """The loader of image files: worker processes decode, the device normalises."""
 
-import atexit
 import logging
-import signal
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL
@@ -18,16 +14,13 @@ from torch.utils.data import DataLoader
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
 from unikd_fast.data.bad_images import BadImage, BadImages, BadImageTally
 from unikd_fast.data.decode import DecodedBatch, Decoder, DecodeRequest, OnBad
+from unikd_fast.data.decoding_workers import cause_of_death, dead_worker, outlive_stop_signals, started
 from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, Split, StoredImages
 from unikd_fast.data.strong import strong_pixels
-from unikd_fast.errors import DataError, LoaderError
+from unikd_fast.errors import DataError
 from unikd_fast.values import Batch
-
-_WORD_OF_DEATH_S = 1.0
-
-_GRACE_S = 10
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -130,7 +123,7 @@ class FolderLoader:
         )
         self._latest_train += 1
         self._tally = self._new_tally("training", self._schedule.samples_per_epoch)
-        return self._train_batches(_started(self._train_workers), self._latest_train)
+        return self._train_batches(started(self._train_workers), self._latest_train)
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
@@ -142,7 +135,7 @@ class FolderLoader:
         """
         queue = _Requests()
         queue.pending = (self._request(rows, self._schedule.views(rows, epoch)) for rows, epoch in requests)
-        return self._batches(_started(self._data_loader(queue, persistent=False)), self._new_tally("views", 0))
+        return self._batches(started(self._data_loader(queue, persistent=False)), self._new_tally("views", 0))
 
     def _request(
         self,
@@ -174,7 +167,7 @@ class FolderLoader:
         ]
         tally = self._new_tally(split, len(files))
         if requests:
-            yield from self._batches(_started(self._data_loader(requests, persistent=False)), tally)
+            yield from self._batches(started(self._data_loader(requests, persistent=False)), tally)
         if tally.images:
             _logger.warning("%s: evaluated without %d of %d samples", split, len(tally.images), len(files))
 
@@ -210,12 +203,12 @@ class FolderLoader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise _dead_worker(error) from error
+            raise dead_worker(error) from error
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             # Files that cannot be read are DataErrors, so this is a batch whose maker is no longer there to hand over
             # its memory.
-            cause = _cause_of_death(error)
-            raise _dead_worker(cause) from cause
+            cause = cause_of_death(error)
+            raise dead_worker(cause) from cause
 
     def _data_loader(self, requests: Iterable[DecodeRequest], *, persistent: bool) -> DataLoader:
         return DataLoader(
@@ -226,7 +219,7 @@ class FolderLoader:
             collate_fn=_as_decoded,
             pin_memory=self._device.type == "cuda",
             persistent_workers=persistent,
-            worker_init_fn=_outlive_stop_signals,
+            worker_init_fn=outlive_stop_signals,
             # Without a generator a DataLoader draws from the global one, and a resumed run would see other numbers.
             generator=torch.Generator(),
         )
@@ -240,61 +233,6 @@ class _Requests:
 
     def __iter__(self) -> Iterator[DecodeRequest]:
         return self.pending
-
-
-# torch's iterators that have workers and are still there, and the queues through which the workers are told to end:
-# Python closes those first where it collects them and the iterator as one cycle of garbage.
-_with_workers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-
-def _started(loader: DataLoader) -> Iterator[DecodedBatch]:
-    """Return what the workers decode, who begin at once and will end with this process."""
-    try:
-        batches: Any = iter(loader)
-    except RuntimeError as error:  # persistent workers may have died since the last epoch
-        if "DataLoader worker" not in str(error):
-            raise
-        raise _dead_worker(error) from error
-    if loader.num_workers:
-        _with_workers[batches] = batches._index_queues
-        # The last to be registered is the first to be called. Of the others, torch's keep it from ending its workers or
-        # wait for them, and multiprocessing's sends them SIGTERM, which they put off, and waits too.
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)
-    return batches
-
-
-def _end_workers() -> None:
-    for batches in tuple(_with_workers):
-        batches.__del__()
-
-
-def _dead_worker(cause: Exception) -> LoaderError:
-    return LoaderError(
-        f"FolderLoader: a decoding process died ({type(cause).__name__}: {cause}); short of memory, lower "
-        "data.workers; short of shared memory, enlarge /dev/shm (docker run --shm-size); "
-        "workers 0 shows where it happens"
-    )
-
-
-def _cause_of_death(broken_connection: Exception) -> Exception:
-    """Return what torch has to say of the death of a worker, or else how it was noticed.
-
-    torch raises from a signal handler, a moment after the connection breaks and wherever this process is by then. Wait
-    for it here, where it can be told; later it could strike while the error is being printed.
-    """
-    try:
-        time.sleep(_WORD_OF_DEATH_S)
-    except RuntimeError as error:
-        return error
-    return broken_connection
-
-
-def _outlive_stop_signals(worker: int) -> None:
-    # Ctrl-C and launchers signal the decoding processes too; they must serve until the run has finished its step and
-    # saved. But SIGTERM is also how Python ends them at exit, so it is put off and not ignored.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 
 def _as_decoded(decoded: Any) -> Any:
