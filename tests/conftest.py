@@ -4,6 +4,7 @@ Without a GPU the kernels run interpreted, which Triton decides when a kernel is
 """
 
 import os
+import signal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -11,3 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts jobs in the background with Ctrl-C ignored, and so would be the processes that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
