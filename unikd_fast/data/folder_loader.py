@@ -1,6 +1,5 @@
 """The loader of image files: worker processes decode, the device normalises."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -11,18 +10,16 @@ from numpy.typing import NDArray
 from PIL import features
 from torch.utils.data import DataLoader
 
-from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
-from unikd_fast.data.bad_images import BadImage, BadImages, BadImageTally
-from unikd_fast.data.decode import DecodedBatch, Decoder, DecodeRequest, OnBad
+from unikd_fast.data.bad_images import BadImage, BadImageTally
+from unikd_fast.data.decode import DecodedBatch, Decoder, DecodeRequest
 from unikd_fast.data.decoding_workers import cause_of_death, dead_worker, outlive_stop_signals, started
+from unikd_fast.data.file_requests import FileRequests
 from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
-from unikd_fast.data.splits import DataSplits, Split, StoredImages
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.strong import strong_pixels
 from unikd_fast.errors import DataError
 from unikd_fast.values import Batch
-
-_logger = logging.getLogger("unikd_fast")
 
 
 class FolderLoader:
@@ -32,17 +29,14 @@ class FolderLoader:
     Each evaluation has workers of its own and may run in the middle of an epoch.
 
     Args:
-        splits: the data set, all files.
-        augmentation: the views to train on and the resize for evaluation.
-        schedule: what this rank takes.
+        splits: the data set.
+        files: what to decode of it.
         device: where the batches go.
         workers: decoding processes; 0 decodes in this one.
         channels_last: layout of the images.
-        second: the views of each batch's second images; None: it has none.
-        bad_images, max_bad_share: what to do about files that cannot be decoded; see `build_loader`.
 
     Raises:
-        ValueError: a split is not of files, or workers is negative.
+        ValueError: workers is negative.
 
     Example:
         >>> loader = build_loader(splits, augmentation=Augmentation(), seed=0, global_batch_size=64, device="cuda")
@@ -51,31 +45,19 @@ class FolderLoader:
     def __init__(
         self,
         splits: DataSplits,
-        augmentation: Augmentation,
-        schedule: Schedule,
+        files: FileRequests,
         *,
         device: torch.device,
         workers: int = 2,
         channels_last: bool = False,
-        second: Schedule | None = None,
-        bad_images: BadImages = "error",
-        max_bad_share: float = 0.001,
     ) -> None:
         if workers < 0:
             raise ValueError(f"FolderLoader: workers must be at least 0, got {workers}")
-        self._train_files = _files(splits.train)
-        self._held_out = {"val": _files(splits.val), "test": _files(splits.test)}
-        self._augmentation = augmentation
-        self._schedule = schedule
-        self._second = second
+        self._files = files
         self._device = device
         self._workers = workers
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
-        self._decoder = Decoder(splits.image_size, augmentation.short_side(splits.image_size))
-        self._skip_bad = bad_images == "skip"
-        self._max_bad_share = max_bad_share
-        self._logged: set[str] = set()
-        self._tally = self._new_tally("training", 0)
+        self._decoder = Decoder(splits.image_size, files.augmentation.short_side(splits.image_size))
         self._requests = _Requests()
         self._train_workers = self._data_loader(self._requests, persistent=workers > 0)
         self._latest_train = 0
@@ -83,12 +65,12 @@ class FolderLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch, the same on every rank."""
-        return self._schedule.steps_per_epoch
+        return self._files.schedule.steps_per_epoch
 
     @property
     def schedule(self) -> Schedule:
         """What this rank takes."""
-        return self._schedule
+        return self._files.schedule
 
     @property
     def pixels(self) -> dict[str, str]:
@@ -98,12 +80,12 @@ class FolderLoader:
         library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
         major = PIL.__version__.partition(".")[0]
         resize = f"pillow {major}, bilinear, antialiased"
-        return {"decoder": f"pillow, {library}", "resize": resize, **strong_pixels(self._augmentation)}
+        return {"decoder": f"pillow, {library}", "resize": resize, **strong_pixels(self._files.augmentation)}
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
         """Samples of the latest `train` that others stand in for; see `Loader.bad_samples`."""
-        return self._tally.images
+        return self._files.bad_samples
 
     def train(
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
@@ -114,16 +96,10 @@ class FolderLoader:
             LoaderError: a worker died.
             RuntimeError: the iterator is used after a newer `train` took over the workers.
         """
-        micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
-        shown, others, other_stream = epoch if view_epoch is None else view_epoch, self._second, stream + SECOND_VIEWS
-        on_bad: OnBad = "replace" if self._skip_bad else "raise"
-        self._requests.pending = (
-            self._request(rows, views, None if others is None else others.views(rows, shown, other_stream), on_bad)
-            for rows, views in micro_batches
-        )
+        requests, tally = self._files.training(epoch, start_step, stream, view_epoch=view_epoch)
+        self._requests.pending = requests
         self._latest_train += 1
-        self._tally = self._new_tally("training", self._schedule.samples_per_epoch)
-        return self._train_batches(started(self._train_workers), self._latest_train)
+        return self._train_batches(started(self._train_workers), tally, self._latest_train)
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
@@ -134,21 +110,8 @@ class FolderLoader:
             LoaderError: a worker died.
         """
         queue = _Requests()
-        queue.pending = (self._request(rows, self._schedule.views(rows, epoch)) for rows, epoch in requests)
-        return self._batches(started(self._data_loader(queue, persistent=False)), self._new_tally("views", 0))
-
-    def _request(
-        self,
-        rows: NDArray[np.int64],
-        views: ViewParameters,
-        second: ViewParameters | None = None,
-        on_bad: OnBad = "raise",
-    ) -> DecodeRequest:
-        files = self._train_files
-        return DecodeRequest(files.images(rows), files.labels[rows], files.sample_ids[rows], views, second, on_bad)
-
-    def _new_tally(self, purpose: str, samples: int) -> BadImageTally:
-        return BadImageTally(purpose, samples=samples, max_share=self._max_bad_share, logged=self._logged)
+        queue.pending, tally = self._files.views(requests)
+        return self._batches(started(self._data_loader(queue, persistent=False)), tally)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`.
@@ -156,23 +119,14 @@ class FolderLoader:
         Raises:
             LoaderError: a worker died.
         """
-        files = self._held_out[split]
-        sample_ids = files.sample_ids
-        on_bad: OnBad = "leave_out" if self._skip_bad else "raise"
-        requests = [
-            DecodeRequest(
-                files.images(range(part.start, part.stop)), files.labels[part], sample_ids[part], None, on_bad=on_bad
-            )
-            for part in self._schedule.evaluation(len(files))
-        ]
-        tally = self._new_tally(split, len(files))
+        asked, samples = self._files.evaluation(split)
+        requests = list(asked.requests)
         if requests:
-            yield from self._batches(started(self._data_loader(requests, persistent=False)), tally)
-        if tally.images:
-            _logger.warning("%s: evaluated without %d of %d samples", split, len(tally.images), len(files))
+            yield from self._batches(started(self._data_loader(requests, persistent=False)), asked.tally)
+        asked.say_what_is_missing(split, samples)
 
-    def _train_batches(self, decoded: Iterator[DecodedBatch], ticket: int) -> Iterator[Batch]:
-        batches = self._batches(decoded, self._tally)
+    def _train_batches(self, decoded: Iterator[DecodedBatch], tally: BadImageTally, ticket: int) -> Iterator[Batch]:
+        batches = self._batches(decoded, tally)
         while True:
             if ticket != self._latest_train:
                 raise RuntimeError(
@@ -237,9 +191,3 @@ class _Requests:
 
 def _as_decoded(decoded: Any) -> Any:
     return decoded
-
-
-def _files(split: Split) -> StoredImages:
-    if not isinstance(split, StoredImages):
-        raise ValueError(f"FolderLoader: the data set must be image files, got {type(split).__name__}; use 'device'")
-    return split

@@ -13,6 +13,7 @@ from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.bad_images import BadImage, BadImages
 from unikd_fast.data.dali_probe import choose_decoding, dali_problem
 from unikd_fast.data.device_loader import DeviceLoader
+from unikd_fast.data.file_requests import FileRequests
 from unikd_fast.data.folder_loader import FolderLoader
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, TensorImages
@@ -152,33 +153,22 @@ def build_loader(
     where = torch.device(device)
     if kind == "device":
         return DeviceLoader(splits, augmentation, schedule, device=where, channels_last=channels_last, second=other)
+    files = FileRequests(
+        splits, augmentation, schedule, second=other, bad_images=bad_images, max_bad_share=max_bad_share
+    )
     if kind == "dali":
         from unikd_fast.data.dali_loader import DaliLoader  # an optional dependency
 
         return DaliLoader(
             splits,
-            augmentation,
-            schedule,
+            files,
             device=where,
             decoding=choose_decoding(where),
             threads=dali_threads,
             prefetch=dali_prefetch,
             channels_last=channels_last,
-            second=other,
-            bad_images=bad_images,
-            max_bad_share=max_bad_share,
         )
-    return FolderLoader(
-        splits,
-        augmentation,
-        schedule,
-        device=where,
-        workers=workers,
-        channels_last=channels_last,
-        second=other,
-        bad_images=bad_images,
-        max_bad_share=max_bad_share,
-    )
+    return FolderLoader(splits, files, device=where, workers=workers, channels_last=channels_last)
 
 
 def _fitting_kind(kind: LoaderKind, splits: DataSplits) -> LoaderKind:
