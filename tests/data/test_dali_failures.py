@@ -229,5 +229,5 @@ def test_refuses_less_than_one(jpegs: DataSplits, name: str, told: str) -> None:
 def test_refuses_data_in_memory(jpegs: DataSplits) -> None:
     memory = TensorImages(torch.zeros(8, 3, 64, 64, dtype=torch.uint8), np.zeros(8, np.int64))
     mixed = DataSplits(jpegs.train, memory, memory, 3, None, jpegs.mean, jpegs.std, 64)
-    with pytest.raises(ValueError, match="DaliLoader: the data set must be image files, got TensorImages"):
+    with pytest.raises(ValueError, match="FileRequests: the data set must be image files, got TensorImages"):
         make(mixed)
