@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
 
-from unikd_fast.errors import CacheError, ConfigError, RunError
+from unikd_fast.errors import ConfigError, RunError
 
 Result = TypeVar("Result")
 
@@ -66,7 +66,7 @@ class Processes:
         if self.is_first:
             try:
                 outcome = (action(), None, "")
-            except (CacheError, ValueError, OSError) as error:
+            except (RunError, ValueError, OSError) as error:
                 kind = type(error) if isinstance(error, RunError) else ConfigError
                 outcome = (None, kind, str(error))
         value, kind, message = self.broadcast(outcome)
