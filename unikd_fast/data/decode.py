@@ -7,14 +7,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from unikd_fast.data.augmentation import ViewParameters
 from unikd_fast.data.bad_images import BadImage, stand_ins
-from unikd_fast.data.inspect_image import MAX_PIXELS, naming_broken, open_image
+from unikd_fast.data.inspect_image import naming_broken, open_image
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.strong import strong_views
+from unikd_fast.data.view_windows import ViewWindow, Windows
 from unikd_fast.errors import DataError
 
 OnBad = Literal["raise", "replace", "leave_out"]
@@ -89,42 +90,37 @@ class Decoder:
 
     def _read(self, stored: StoredImage) -> Image.Image:
         image = read_rgb(stored)
-        width, height = self._central_size(image)
-        if width * height > MAX_PIXELS:
-            raise DataError(
-                f"cannot decode {stored.name}: {image.width} x {image.height} pixels become {width} x {height} when "
-                f"the short side is resized, {MAX_PIXELS} are allowed; crop the image or remove it"
-            )
+        self._windows.check(stored, image.height, image.width)
         return image
 
-    def _central_size(self, image: Image.Image) -> tuple[int, int]:
-        """Return the width and height that an image is resized to before its centre is cut out."""
-        short, long = sorted(image.size)
-        long_side = int(self.short_side * long / short)
-        return (self.short_side, long_side) if image.width <= image.height else (long_side, self.short_side)
+    @property
+    def _windows(self) -> Windows:
+        return Windows(self.image_size, self.short_side)
 
     def central_view(self, image: Image.Image) -> Image.Image:
         """Resize the short side, then cut out the centre, as torchvision's Resize and CenterCrop do."""
-        width, height = self._central_size(image)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
-        return image.crop((left, top, left + self.image_size, top + self.image_size))
+        return self._cut(image, self._windows.central(image.height, image.width))
 
     def training_view(self, image: Image.Image, views: ViewParameters, i: int) -> Image.Image:
         """Apply view i: crop, resize where the crop asks for it, flip."""
-        if views.augmentation.crop != "resized":
-            image = self.central_view(image)
-        if views.augmentation.crop == "pad":
-            image = ImageOps.expand(image, border=views.augmentation.padding)
-            top, left, height, width = views.crop_box(i, self.image_size, self.image_size)
-        else:
-            top, left, height, width = views.crop_box(i, image.height, image.width)
-        image = image.crop((left, top, left + width, top + height))
-        if image.size != (self.image_size, self.image_size):
-            # Crop first: given as `box`, PIL would let the filter reach outside the window.
-            image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if views.flip[i] else image
+        return self._cut(image, self._windows.training(views, i, image.height, image.width))
+
+    def _cut(self, image: Image.Image, window: ViewWindow) -> Image.Image:
+        # Crop first: given as `box`, PIL would let the filter reach outside the window.
+        top, left, height, width = window.box
+        image = _crop(image, top, left, height, width)
+        if window.size != (height, width):
+            image = image.resize(window.size[::-1], Image.Resampling.BILINEAR)
+        for top, left in (window.cut, window.shift):
+            image = _crop(image, top, left, self.image_size, self.image_size)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else image
+
+
+def _crop(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
+    """Cut a window out, black outside of the image; the image itself if it is all of it, without a copy."""
+    if (top, left, height, width) == (0, 0, image.height, image.width):
+        return image
+    return image.crop((left, top, left + width, top + height))
 
 
 def _without_bad(batch: DecodedBatch, places: Sequence[int], on_bad: OnBad) -> DecodedBatch:

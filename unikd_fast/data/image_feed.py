@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from unikd_fast.data.bad_images import BadImage, stand_ins
 from unikd_fast.data.decode import DecodeRequest, read_rgb
-from unikd_fast.data.inspect_image import MAX_PIXELS, naming_broken, open_image
+from unikd_fast.data.inspect_image import naming_broken, open_image
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.view_windows import Box, ViewWindow, Windows, enclosing
 from unikd_fast.errors import DataError
@@ -140,7 +140,7 @@ class ImageFeed:
         stored = request.images[place]
         try:
             image = _decoded_by_pil(stored) if stored in self._for_pil else read_image(stored)
-            self._check_size(stored, image)
+            self._windows.check(stored, image.height, image.width)
         except DataError as error:
             if request.on_bad == "raise":
                 raise
@@ -155,14 +155,6 @@ class ImageFeed:
             return [self._windows.central(image.height, image.width)]
         shown = (request.views,) if request.second is None else (request.views, request.second)
         return [self._windows.training(views, place, image.height, image.width) for views in shown]
-
-    def _check_size(self, stored: StoredImage, image: ReadImage) -> None:
-        height, width = self._windows.central(image.height, image.width).size
-        if height * width > MAX_PIXELS:
-            raise DataError(
-                f"cannot decode {stored.name}: {image.width} x {image.height} pixels become {width} x {height} when "
-                f"the short side is resized, {MAX_PIXELS} are allowed; crop the image or remove it"
-            )
 
 
 def read_image(stored: StoredImage) -> ReadImage:

@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 from unikd_fast.data.augmentation import ViewParameters
+from unikd_fast.data.inspect_image import MAX_PIXELS
+from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.errors import DataError
 
 
 class Box(NamedTuple):
@@ -34,7 +37,7 @@ class ViewWindow(NamedTuple):
 
 
 class Windows:
-    """The windows of a loader's views; the geometry is that of `Decoder`.
+    """The windows of a loader's views, whoever decodes.
 
     Args:
         image_size: height and width of the views in pixels.
@@ -69,6 +72,19 @@ class Windows:
         size = (self.short_side, long_side) if height <= width else (long_side, self.short_side)
         top, left = (round((length - self.image_size) / 2) for length in size)
         return ViewWindow(Box(0, 0, height, width), size, (top, left), (0, 0), False)
+
+    def check(self, stored: StoredImage, height: int, width: int) -> None:
+        """Refuse an image, of this size, that would fill the memory when its short side is resized.
+
+        Raises:
+            DataError: it becomes larger than `MAX_PIXELS`.
+        """
+        high, wide = self.central(height, width).size
+        if high * wide > MAX_PIXELS:
+            raise DataError(
+                f"cannot decode {stored.name}: {width} x {height} pixels become {wide} x {high} when the short side is "
+                f"resized, {MAX_PIXELS} are allowed; crop the image or remove it"
+            )
 
 
 def enclosing(boxes: list[Box]) -> Box:
