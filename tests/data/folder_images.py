@@ -1,13 +1,16 @@
 """Small folders of images, and loaders of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import Loader, build_loader
-from unikd_fast.data.splits import DataSplits, TensorImages
+from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 
 SIZE = 16
 RESIZED = Augmentation(crop="resized", flip_probability=0.5, eval_resize=20)
@@ -23,6 +26,17 @@ def write_images(root: Path, sizes: dict[str, int], fixed_size: int | None = Non
             pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{i:03}.png")
     return root
+
+
+def in_memory(files: DataSplits) -> DataSplits:
+    """The same images as tensors."""
+
+    def read(split: object) -> TensorImages:
+        assert isinstance(split, ImageFiles)
+        return TensorImages(torch.stack([TF.pil_to_tensor(Image.open(path)) for path in split.paths]), split.labels)
+
+    val = read(files.val)
+    return replace(files, train=read(files.train), val=val, test=val)
 
 
 def loader(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: int | bool | Augmentation) -> Loader:

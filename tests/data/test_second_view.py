@@ -1,17 +1,14 @@
 """Second views: of the same samples, with numbers of their own, in both loaders."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-import torchvision.transforms.functional as TF
-from folder_images import SIZE, loader, write_images
-from PIL import Image
+from folder_images import SIZE, in_memory, loader, write_images
 
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation
 from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
+from unikd_fast.data.splits import DataSplits
 
 WEAK = Augmentation(crop="pad", padding=2, flip_probability=0.5, eval_resize=SIZE)
 STRONG = Augmentation(crop="resized", flip_probability=0.5, eval_resize=SIZE, policy="rand", erase_probability=0.5)
@@ -22,15 +19,6 @@ WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 def files(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
     root = write_images(tmp_path_factory.mktemp("images"), {"train": 26, "val": 6}, fixed_size=SIZE)
     return load_image_folder(root, SIZE)
-
-
-def in_memory(files: DataSplits) -> DataSplits:
-    def read(split: object) -> TensorImages:
-        assert isinstance(split, ImageFiles)
-        return TensorImages(torch.stack([TF.pil_to_tensor(Image.open(path)) for path in split.paths]), split.labels)
-
-    val = read(files.val)
-    return replace(files, train=read(files.train), val=val, test=val)
 
 
 kinds = pytest.mark.parametrize("kind", [lambda splits: splits, in_memory], ids=["files", "memory"])

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import torchvision.transforms.functional as TF
-from folder_images import SIZE, loader, write_images
-from PIL import Image
+from folder_images import SIZE, in_memory, loader, write_images
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
 
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation, ViewParameters, view_parameters
 from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.strong import (
     POLICY_OPERATIONS,
     SIGNED,
@@ -254,15 +252,6 @@ def test_a_view_is_the_same_in_any_company() -> None:
 def files(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
     root = write_images(tmp_path_factory.mktemp("images"), {"train": 26, "val": 6}, fixed_size=SIZE)
     return load_image_folder(root, SIZE)
-
-
-def in_memory(files: DataSplits) -> DataSplits:
-    def read(split: object) -> TensorImages:
-        assert isinstance(split, ImageFiles)
-        return TensorImages(torch.stack([TF.pil_to_tensor(Image.open(path)) for path in split.paths]), split.labels)
-
-    val = read(files.val)
-    return replace(files, train=read(files.train), val=val, test=val)
 
 
 def by_id(batches: object) -> dict[int, Tensor]:
