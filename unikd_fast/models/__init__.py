@@ -1,6 +1,7 @@
 """Networks by name, their weights, and the features at the end of their stages."""
 
 from unikd_fast.models.build import build_model, parameter_count
+from unikd_fast.models.checkpointing import checkpoint_blocks
 from unikd_fast.models.extract import FeatureExtractor, extract_features
 from unikd_fast.models.load import load_weights
 from unikd_fast.models.logits_only import LogitsOnly
@@ -11,6 +12,7 @@ __all__ = [
     "FeatureExtractor",
     "LogitsOnly",
     "build_model",
+    "checkpoint_blocks",
     "extract_features",
     "load_weights",
     "parameter_count",

@@ -14,15 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torchvision
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-Forward = Callable[[nn.Module, Tensor], tuple[tuple[Tensor, ...], Tensor]]
+from unikd_fast.models.checkpointing import Checkpointed
 
-_VISION_OPS = tuple(c for _, c in inspect.getmembers(torchvision.ops, inspect.isclass) if issubclass(c, nn.Module))
+Forward = Callable[[nn.Module, Tensor], tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...], Tensor | None]]
+
+# Left whole but for mere sequences of layers (Conv2dNormActivation), whose activation is of interest.
+_VISION_OPS = tuple(
+    c
+    for _, c in inspect.getmembers(torchvision.ops, inspect.isclass)
+    if issubclass(c, nn.Module) and not issubclass(c, nn.Sequential)
+)
 _SERIAL = itertools.count()
 
 
@@ -42,7 +47,7 @@ class _OutputTracer(fx.Tracer):
             autowrap_modules=(math, torchvision.ops),
             autowrap_functions=tuple(get_notrace_functions()),
         )
-        self.leaves = (*_VISION_OPS, *get_notrace_modules())
+        self.leaves = (Checkpointed, *_VISION_OPS, *get_notrace_modules())
         self.outputs: dict[str, fx.Node] = {}
         self._path = ""
         self._calls: Counter[str] = Counter()
@@ -79,14 +84,6 @@ class _OutputTracer(fx.Tracer):
 
 
 @dataclass(frozen=True)
-class NodeValue:
-    """What one node gives for a batch: a tensor, or a tuple of tensors, and whether a later operation overwrites it."""
-
-    shape: tuple[int, ...] | None  # None: a tuple
-    overwritten: bool
-
-
-@dataclass(frozen=True)
 class Trace:
     """The graph of one mode and the nodes that module paths and operation names stand for."""
 
@@ -111,7 +108,7 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
     """
     tracer = _OutputTracer()
     attributes = set(vars(model))
-    with _mode(model, training=training):
+    with in_mode(model, training=training):
         try:
             graph = tracer.trace(model)
         except Exception as error:
@@ -138,19 +135,28 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
     return Trace(graph, tracer.outputs, logits)
 
 
-def compile_forward(model: nn.Module, traced: Trace, levels: Sequence[fx.Node], copied: Sequence[fx.Node]) -> Forward:
-    """Turn a trace into a function of (model, images) that returns (levels, logits).
+def compile_forward(
+    model: nn.Module,
+    traced: Trace,
+    levels: Sequence[fx.Node],
+    copied: Sequence[fx.Node] = (),
+    *,
+    before_activation: Sequence[fx.Node] = (),
+    embedding: fx.Node | None = None,
+) -> Forward:
+    """Turn a trace into a function of (model, images) that returns (levels, logits, before activation, embedding).
 
     Args:
         model: gives the function its name in tracebacks.
         traced: its graph gets a new output.
         levels: the nodes to return.
         copied: those of them that are copied as soon as they are computed, because a later operation overwrites them.
+        before_activation, embedding: further nodes to return.
 
     Example:
         >>> traced = trace(model, training=False)
-        >>> forward = compile_forward(model, traced, [traced.outputs["layer1"]], copied=[])
-        >>> (level,), logits = forward(model, images)
+        >>> forward = compile_forward(model, traced, [traced.outputs["layer1"]])
+        >>> (level,), logits, _, _ = forward(model, images)
     """
     graph = traced.graph
     returned = []
@@ -161,8 +167,18 @@ def compile_forward(model: nn.Module, traced: Trace, levels: Sequence[fx.Node], 
         returned.append(node)
     graph.erase_node(next(node for node in graph.nodes if node.op == "output"))
     # Nothing is pruned: an auxiliary head keeps its BatchNorm statistics, as in the plain network.
-    graph.output((tuple(returned), traced.logits))
+    graph.output((tuple(returned), traced.logits, tuple(before_activation), embedding))
     graph.lint()
+    return compiled_code(model, graph)
+
+
+def compiled_code(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a function of the network and the graph's inputs; tracebacks show its lines.
+
+    Args:
+        model: gives the function its name in tracebacks.
+        graph: of it, or a part.
+    """
     code = graph.python_code(root_module="self")
     filename = f"<graph {next(_SERIAL)} of {type(model).__name__}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
@@ -171,59 +187,9 @@ def compile_forward(model: nn.Module, traced: Trace, levels: Sequence[fx.Node], 
     return namespace["forward"]
 
 
-class _Prober(fx.Interpreter):
-    """Runs a graph node by node and keeps the tensors."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, garbage_collect_values=False, graph=graph)
-        self.versions: dict[fx.Node, tuple[Tensor, int]] = {}
-        self.tuples: list[fx.Node] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.versions[n] = (value, value._version)
-        elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
-            self.tuples.append(n)
-        return value
-
-
-def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = False) -> dict[fx.Node, NodeValue]:
-    """Shapes of all tensors in the graph for two square images, without computing anything.
-
-    Args:
-        model: its tensors are exchanged for fake ones meanwhile, so that nothing of it changes.
-        traced: of the same mode.
-        image_size: side of the images in pixels.
-        training: mode of the modules while probing.
-
-    Raises:
-        ValueError: the model does not take images of this size.
-
-    Example:
-        >>> probe(model, traced, image_size=224)[traced.logits].shape
-        (2, 1000)
-    """
-    prober = _Prober(model, traced.graph)
-    parameter = next(model.parameters(), None)
-    device, dtype = ("cpu", torch.float32) if parameter is None else (parameter.device, parameter.dtype)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _mode(model, training=training), _fake_tensors(model, fake), torch.no_grad(), fake:
-        try:
-            prober.run(torch.empty(2, 3, image_size, image_size, device=device, dtype=dtype))
-        except Exception as error:
-            raise ValueError(
-                f"extract_features: {type(model).__name__} does not take images of {image_size}x{image_size} pixels "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); pass the size it was built for"
-            ) from error
-    values = {node: NodeValue(None, False) for node in prober.tuples}
-    for node, (tensor, version) in prober.versions.items():
-        values[node] = NodeValue(tuple(tensor.shape), tensor._version != version)
-    return values
-
-
 @contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in one mode, and afterwards as it was."""
     # Module by module: frozen BatchNorm layers inside a training network keep their own flag.
     flags = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -232,19 +198,3 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-@contextmanager
-def _fake_tensors(model: nn.Module, fake: FakeTensorMode) -> Iterator[None]:
-    # In training mode BatchNorm would count a step: under FakeTensorMode alone it writes into its real counter.
-    holders: list[Any] = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
-    originals = [dict(holder) for holder in holders]
-    try:
-        for holder in holders:
-            for name, tensor in holder.items():
-                if tensor is not None:
-                    holder[name] = fake.from_tensor(tensor)
-        yield
-    finally:
-        for holder, original in zip(holders, originals, strict=True):
-            holder.update(original)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from unikd_fast.models.graph import NodeValue, Trace, probe
+from unikd_fast.models.graph import Trace
+from unikd_fast.models.probe import NodeValue, probe
 
 # Below this side the last stages of ImageNet networks shrink to 1x1 and look like pooled vectors.
 _REFERENCE_SIZE = 128

@@ -1,0 +1,273 @@
+"""Features before their activation and embeddings, against the network's own modules called one by one."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from unikd_fast.models import CIFAR_MODELS, build_model, checkpoint_blocks, extract_features
+from unikd_fast.models.cifar_mobilenetv2 import CifarMobileNetV2
+from unikd_fast.models.cifar_resnet import ShortcutBottleneck
+from unikd_fast.models.cifar_shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
+from unikd_fast.models.cifar_vgg import CifarVGG
+from unikd_fast.models.cifar_wrn import WideResNet
+from unikd_fast.teacher import OnlineTeacher, fold_batch_norm
+
+NETWORKS = [*(f"cifar/{name}" for name in CIFAR_MODELS), "torchvision/resnet18", "torchvision/mobilenet_v2"]
+
+
+def residual(block: nn.Module, x: Tensor) -> Tensor:
+    """The sum of a residual block without its last ReLU."""
+    skip = getattr(block, "downsample", None) or getattr(block, "shortcut", None) or nn.Identity()
+    out = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+    if isinstance(block, ShortcutBottleneck):
+        out = block.bn3(block.conv3(out.relu()))
+    return out + skip(x)
+
+
+def shuffled(unit: nn.Module, x: Tensor) -> Tensor:
+    kept, worked = x.chunk(2, dim=1)
+    out = unit.bn1(unit.conv1(worked)).relu()
+    return unit.shuffle(torch.cat([kept, unit.bn3(unit.conv3(unit.bn2(unit.conv2(out))))], 1))
+
+
+def added(unit: nn.Module, x: Tensor) -> Tensor:
+    out = unit.shuffle(unit.bn1(unit.conv1(x)).relu())
+    return unit.bn3(unit.conv3(unit.bn2(unit.conv2(out)).relu())) + x
+
+
+def expected(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
+    """Of each level, what the literature's code calls preact_feats; for MobileNetV2 the linear bottlenecks."""
+    if isinstance(model, CifarVGG):
+        x = model.block0(images).relu()
+        for block in (model.block1, model.block2, model.block3, model.block4):
+            before = block(x if block is model.block4 else model.pool(x))  # pool3 is skipped below 64 pixels
+            yield before
+            x = before.relu()
+    elif isinstance(model, WideResNet):
+        x = model.conv1(images)
+        nexts = (model.block2.layer[0].bn1, model.block3.layer[0].bn1, model.bn1)
+        for stage, norm in zip((model.block1, model.block2, model.block3), nexts, strict=True):
+            x = stage(x)
+            yield norm(x)
+    elif isinstance(model, CifarMobileNetV2):
+        x = model.conv1(images)
+        for index, stage in enumerate(model.blocks):
+            x = stage(x)
+            if index in (1, 2, 4, 6):
+                yield x
+    elif isinstance(model, torchvision.models.MobileNetV2):
+        x = images
+        for index, part in enumerate(model.features[:18]):
+            x = part(x)
+            if index in (3, 6, 13):
+                yield x
+        yield model.features[18][1](model.features[18][0](x))
+    else:
+        last = {CifarShuffleNetV1: added, CifarShuffleNetV2: shuffled}.get(type(model), residual)
+        x = model.bn1(model.conv1(images)).relu()
+        if isinstance(model, torchvision.models.ResNet):
+            x = model.maxpool(x)
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            stage = getattr(model, name, None)
+            if stage is not None:
+                x = last(stage[-1], stage[:-1](x))
+                yield x
+                x = x.relu()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_before_activation_and_embedding_are_what_the_modules_give(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=10)
+    side = 64 if name.startswith("torchvision") else 32
+    images = torch.randn(4, 3, side, side)
+    extractor = extract_features(model, image_size=side, before_activation=True, embedding=True)
+    plain = extract_features(copy.deepcopy(model), image_size=side)
+    for training in (True, False):
+        extractor.train(training)
+        reference = copy.deepcopy(model)
+        by_hand = list(expected(copy.deepcopy(model), images))
+        torch.manual_seed(1)  # dropout before the classifier
+        features = extractor(images)
+        torch.manual_seed(1)
+        assert torch.equal(features.logits, reference(images))
+        assert len(features.before_activation) == len(by_hand) == len(extractor.level_shapes)
+        for before, exact, shape in zip(features.before_activation, by_hand, extractor.level_shapes, strict=True):
+            assert torch.equal(before, exact)
+            assert before.shape[1:] == shape
+        linear = next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear))
+        assert torch.equal(linear(features.embedding), features.logits)
+        assert extractor.classifier_weight is linear.weight
+        assert extractor.embedding_width == linear.in_features
+        # BatchNorm counts once, and everything else is as without.
+        torch.manual_seed(1)
+        alone = plain.train(training)(images)
+        assert all(torch.equal(a, b) for a, b in zip(features.levels, alone.levels, strict=True))
+        for (key, value), other in zip(model.state_dict().items(), plain.plain.state_dict().values(), strict=True):
+            assert torch.equal(value, other), key
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/wrn_16_1", "cifar/vgg8", "cifar/ShuffleV2"])
+def test_gradients_pass_through_both(name: str) -> None:
+    model = build_model(name, num_classes=10).train().double()
+    reference = copy.deepcopy(model)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    features = extract_features(model, image_size=32, before_activation=True, embedding=True)(images)
+    weights = [torch.randn_like(level) for level in features.before_activation]
+    assert features.embedding is not None
+    pulled = sum((before * w).sum() for before, w in zip(features.before_activation, weights, strict=True))
+    (pulled + features.embedding.square().sum() + features.logits.sum()).backward()
+    by_hand = copy.deepcopy(reference)
+    sum((before * w).sum() for before, w in zip(expected(by_hand, images), weights, strict=True)).backward()
+    embeddings: list[Tensor] = []
+    linear = next(m for m in reversed(list(reference.modules())) if isinstance(m, nn.Linear))
+    linear.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0]))
+    logits = reference(images)
+    (embeddings[0].square().sum() + logits.sum()).backward()
+    for (key, found), a, b in zip(model.named_parameters(), by_hand.parameters(), reference.parameters(), strict=True):
+        whole = sum(p.grad for p in (a, b) if p.grad is not None)
+        assert found.grad is not None, key
+        # Sums of the same numbers in another order; in front of a BatchNorm they cancel out.
+        torch.testing.assert_close(found.grad, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_a_norm_with_an_activation_inside_is_opened() -> None:
+    """timm's BatchNormAct2d, as in the MobileNetV1 of the ImageNet tables, is one module."""
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv1_100", num_classes=10).train()
+    reference = copy.deepcopy(model)
+    keys = list(model.state_dict())
+    extractor = extract_features(model, image_size=64, before_activation=True)
+    images = torch.randn(4, 3, 64, 64)
+    features = extractor(images)
+    inputs: list[Tensor] = []
+    for norm in (reference.blocks[i][-1].bn2 for i in (1, 2, 3, 4)):
+        norm.act.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
+    assert torch.equal(features.logits, reference(images))
+    assert all(torch.equal(a, b) for a, b in zip(features.before_activation, inputs, strict=True))
+    assert all(
+        torch.equal(level, a.clamp(0, 6)) or torch.equal(level, a.relu())
+        for level, a in zip(features.levels, inputs, strict=True)
+    )
+    assert list(model.state_dict()) == keys
+    for (key, value), other in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+    assert extractor.norms_before_activation == tuple(
+        f"blocks.{i}.{n}.bn2" for i, n in ((1, 1), (2, 1), (3, 5), (4, 1))
+    )
+    folded = copy.deepcopy(extractor).eval()
+    exact = extractor.eval()(images)
+    assert fold_batch_norm(folded) > 0
+    for a, b in zip(folded(images).before_activation, exact.before_activation, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+NORMS = {
+    "cifar/resnet8": ["layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn2"],
+    "cifar/ResNet50": ["layer1.2.bn3", "layer2.3.bn3", "layer3.5.bn3", "layer4.2.bn3"],
+    "cifar/wrn_16_2": ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"],
+    "cifar/vgg8": ["block1.1", "block2.1", "block3.1", "block4.1"],
+    "cifar/MobileNetV2": [f"blocks.{i}.{n}.conv.7" for i, n in ((1, 1), (2, 2), (4, 2), (6, 0))],
+    "cifar/ShuffleV1": ["layer1.3.bn3", "layer2.7.bn3", "layer3.3.bn3"],
+    "cifar/ShuffleV2": [None, None, None],
+    "torchvision/resnet18": ["layer1.1.bn2", "layer2.1.bn2", "layer3.1.bn2", "layer4.1.bn2"],
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_norm_before_each_activation_is_that_of_the_main_path(name: str) -> None:
+    extractor = extract_features(build_model(name, num_classes=10), image_size=32, before_activation=True)
+    assert list(extractor.norms_before_activation) == NORMS[name]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/wrn_16_1", "cifar/vgg8", "timm/mobilenetv1_100"])
+def test_a_folded_teacher_in_half_precision_gives_them_too(name: str, precision: str) -> None:
+    torch.manual_seed(0)
+    network = extract_features(
+        build_model(name, num_classes=10), image_size=64, before_activation=True, embedding=True
+    ).eval()
+    images = torch.randn(5, 3, 64, 64)
+    with torch.no_grad():
+        network.train()(images)  # statistics to fold
+        exact = network.eval()(images)
+    teacher = OnlineTeacher(network, precision=precision, batch_size=2)  # cut and padded
+    found = teacher(images)
+    assert teacher.is_finite([images])
+    assert teacher.folded > 0
+    assert found.embedding is not None
+    assert exact.embedding is not None
+    tolerance = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}[precision]  # of the largest entry, a few roundings a layer
+    pairs = zip((*found.before_activation, found.embedding), (*exact.before_activation, exact.embedding), strict=True)
+    for a, b in pairs:
+        assert a.dtype == teacher.dtype
+        assert a.shape == b.shape
+        assert float((a.float() - b).abs().max()) < tolerance * float(b.abs().max())
+
+
+def test_compiles_without_graph_breaks() -> None:
+    extractor = extract_features(
+        build_model("cifar/wrn_16_1", num_classes=10), image_size=16, before_activation=True, embedding=True
+    ).eval()
+    images = torch.randn(2, 3, 16, 16)
+    found = torch.compile(extractor, backend="eager", fullgraph=True)(images)
+    exact = extractor(images)
+    assert found.embedding is not None
+    assert torch.equal(found.embedding, exact.embedding)
+    assert all(torch.equal(a, b) for a, b in zip(found.before_activation, exact.before_activation, strict=True))
+
+
+def test_an_embedding_alone_needs_no_stages() -> None:
+    model = torchvision.models.vit_b_16(image_size=32, num_classes=10).eval()
+    extractor = extract_features(model, image_size=32, levels=False, embedding=True)
+    images = torch.randn(2, 3, 32, 32)
+    features = extractor(images)
+    assert features.levels == features.before_activation == extractor.level_names == ()
+    assert features.embedding is not None
+    assert torch.equal(model.heads(features.embedding), features.logits)
+    assert torch.equal(features.logits, model(images))
+
+
+def checkpointed() -> nn.Module:
+    model = build_model("cifar/resnet8", num_classes=10)
+    checkpoint_blocks(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (torchvision.models.convnext_tiny(), {"before_activation": True}, r"level 'features\.\d' of ConvNeXt .* add"),
+        (
+            checkpointed(),
+            {"before_activation": True},
+            r"level 'layer1' .* CheckpointedDownsampleBlock \(node 'layer1_0",
+        ),
+        (torchvision.models.squeezenet1_0(), {"embedding": True}, "no embedding: its logits come from node 'flatten'"),
+        (
+            timm.create_model("resnetv2_50"),
+            {"embedding": True},
+            r"no embedding: its logits come from node 'head_fc' \(Conv2d\)",
+        ),
+        (torchvision.models.resnet18(), {"before_activation": True, "levels": False}, "got levels=False"),
+    ],
+)
+def test_what_a_network_has_not_is_refused_by_name(model: nn.Module, arguments: dict[str, bool], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extract_features(model, image_size=64, **arguments)  # type: ignore[arg-type]
+
+
+def test_levels_are_still_those_of_an_extractor_that_was_asked_for_nothing_more() -> None:
+    """An activation in place overwrites the level, not the value before it."""
+    model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 64)
+    plain = extract_features(model, image_size=64)(images)
+    asked = extract_features(model, image_size=64, before_activation=True)(images)
+    assert all(torch.equal(a, b) for a, b in zip(plain.levels, asked.levels, strict=True))
+    assert bool((asked.before_activation[-1] < 0).any())
+    assert torch.equal(asked.before_activation[-1].relu(), asked.levels[-1])

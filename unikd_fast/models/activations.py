@@ -1,0 +1,191 @@
+"""The features of a level before its activation, found in the graph.
+
+OFD (Heo et al. 2019) compares features before their ReLU. Where that is depends on the network:
+
+- the level is the output of an activation (ResNet, VGG): what the activation reads. Operations that only rearrange the
+  activation's output, such as a concatenation or a channel shuffle (ShuffleNetV2), rearrange its input alike.
+- an activation overwrites the level, or is the next to read it: the level as it was computed.
+- a BatchNorm and an activation read it (pre-activated networks: WRN): what this BatchNorm gives.
+- no activation, but a linear bottleneck and sums of such (MobileNetV2): the level itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import BatchNormAct2d, DropPath
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import StochasticDepth
+
+from unikd_fast.models.probe import NodeValue
+
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU),
+    *(nn.SiLU, nn.Mish, nn.GELU, nn.Hardswish),
+)
+_ACTIVATION_NAMES = {"relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "mish", "gelu", "hardswish"}
+_REARRANGING = (nn.ChannelShuffle, nn.Identity)
+_REARRANGING_NAMES = {"cat", "view", "reshape", "permute", "transpose", "contiguous", "flatten"}
+_LINEAR = (_BatchNorm, nn.Conv2d)
+_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth, DropPath)
+_SUMS = {"add", "iadd"}
+
+
+def before_activation(
+    model: nn.Module, graph: fx.Graph, level: fx.Node, values: Mapping[fx.Node, NodeValue], *, name: str
+) -> fx.Node:
+    """The node whose value is that of a level before its activation; an activation in place does not overwrite it.
+
+    Args:
+        model: the network.
+        graph: of one mode of it; gets new nodes where the value is not there yet or would be overwritten.
+        level: a node of it.
+        values: what `probe` says of the nodes, in the same mode.
+        name: of the level, for the message.
+
+    Raises:
+        ValueError: nothing of the above holds for the level.
+
+    Example:
+        >>> before_activation(resnet18, traced.graph, traced.outputs["layer1"], values, name="layer1").target
+        <built-in function add>
+    """
+    found = _before(model, graph, level, values)
+    if found is not None:
+        return found
+    if values[level].overwritten or any(_is_activation(model, user) for user in level.users):
+        return kept(graph, level, values)
+    for norm in level.users:
+        if _holds_activation(model, norm):
+            return _split(graph, norm)
+        if _is(model, norm, _BatchNorm) and any(_is_activation(model, user) for user in norm.users):
+            return kept(graph, norm, values)
+    if _is_linear(model, level):
+        return level
+    raise ValueError(
+        f"extract_features: level {name!r} of {type(model).__name__} has no value before an activation: it is given by "
+        f"{_describe(model, level)}, neither an activation, nor read by one, nor a linear bottleneck; name other "
+        "levels (feature_nodes), or keep train.activation_checkpointing off, which hides what is inside a block"
+    )
+
+
+def norm_before(model: nn.Module, before: fx.Node) -> str | None:
+    """Path of the BatchNorm that gives the features before an activation; of a residual sum, that of the main path.
+
+    Args:
+        before: what `before_activation` gave.
+
+    Example:
+        >>> norm_before(resnet18, before_activation(resnet18, graph, layer1, values, name="layer1"))
+        'layer1.1.bn2'
+    """
+    if _name(before) == "clone":
+        (before,) = before.all_input_nodes
+    if before.target is _normalise:
+        return str(before.all_input_nodes[0].target)
+    terms = before.all_input_nodes if _name(before) in _SUMS else [before]
+    # What other terms are computed from is the skip, and so is, by custom, the last one: a projection.
+    norms = [term for term in terms if _is(model, term, _BatchNorm) and not any(_feeds(term, other) for other in terms)]
+    return str(norms[0].target) if norms else None
+
+
+def kept(graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, NodeValue]) -> fx.Node:
+    """A node with the value as it is computed: the node, or a copy made before a later operation overwrites it."""
+    if not values[node].overwritten:
+        return node
+    with graph.inserting_after(node):
+        return graph.call_method("clone", (node,))
+
+
+def _before(model: nn.Module, graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, NodeValue]) -> fx.Node | None:
+    """What an activation that gives this value reads, rearranged like its output; None: no activation gives it."""
+    if _is_activation(model, node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return kept(graph, source, values)
+    if _holds_activation(model, node):
+        return _split(graph, node)
+    if not (_is(model, node, _REARRANGING) or _name(node) in _REARRANGING_NAMES):
+        return None
+    inputs = {source: _before(model, graph, source, values) for source in node.all_input_nodes if source in values}
+    if not any(inputs.values()):
+        return None
+    # Parts of a concatenation that no activation gives directly are taken as they are.
+    with graph.inserting_after(node):
+        return graph.node_copy(node, lambda source: inputs.get(source) or source)
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Makes of the call of a BatchNorm with an activation inside (timm) one of each part; the node is the second."""
+    with graph.inserting_before(node):
+        module = graph.get_attr(str(node.target))
+        normalised = graph.call_function(_normalise, (module, node.args[0]))
+        before = graph.call_method("clone", (normalised,))
+    node.op, node.target, node.args, node.kwargs = "call_function", _activate, (module, normalised), {}
+    return before
+
+
+def _normalise(module: nn.Module, x: Tensor) -> Tensor:
+    """A BatchNormAct2d up to its activation; after it was folded into the convolution there is nothing left to do."""
+    if not isinstance(module, nn.BatchNorm2d):
+        return x
+    if module.training:
+        return nn.BatchNorm2d.forward(module, x)
+    no_statistics = module.running_mean is None
+    return F.batch_norm(
+        x, module.running_mean, module.running_var, module.weight, module.bias, no_statistics, eps=module.eps
+    )
+
+
+def _activate(module: nn.Module, x: Tensor) -> Tensor:
+    """The rest of it, or what was left in its place."""
+    return module.act(module.drop(x)) if isinstance(module, BatchNormAct2d) else module(x)
+
+
+def _is_activation(model: nn.Module, node: fx.Node) -> bool:
+    return _is(model, node, _ACTIVATIONS) or _name(node) in _ACTIVATION_NAMES
+
+
+def _holds_activation(model: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = model.get_submodule(str(node.target))
+    return isinstance(module, BatchNormAct2d) and isinstance(module.act, _ACTIVATIONS)
+
+
+def _is_linear(model: nn.Module, node: fx.Node) -> bool:
+    """Whether this is a convolution or BatchNorm without activation, or a sum of such."""
+    if _is(model, node, _LINEAR):
+        return not _holds_activation(model, node)
+    if _is(model, node, _PASSING) or _name(node) in _SUMS:
+        return all(_is_linear(model, source) for source in node.all_input_nodes)
+    return False
+
+
+def _feeds(source: fx.Node, node: fx.Node) -> bool:
+    waiting, seen = [*node.all_input_nodes], set[fx.Node]()
+    while waiting:
+        current = waiting.pop()
+        if current is source:
+            return True
+        if current not in seen:
+            seen.add(current)
+            waiting += current.all_input_nodes
+    return False
+
+
+def _is(model: nn.Module, node: fx.Node, kinds: Any) -> bool:
+    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), kinds)
+
+
+def _name(node: fx.Node) -> str:
+    """Of the function or method that is called; empty for modules."""
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _describe(model: nn.Module, node: fx.Node) -> str:
+    kind = type(model.get_submodule(str(node.target))).__name__ if node.op == "call_module" else _name(node)
+    return f"{kind} (node {str(node)!r})"

@@ -1,0 +1,129 @@
+"""A frozen network cut at its levels: what it makes of a level, as functions that a gradient can pass through."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from unikd_fast.models.extract import FeatureExtractor
+from unikd_fast.models.graph import compiled_code, trace
+from unikd_fast.models.probe import numbers, probe
+
+Block = Callable[[Tensor], Tensor]
+
+
+def split_at_levels(extractor: FeatureExtractor) -> list[Block]:
+    """Cut a network at its L levels: block i maps level i to level i + 1, and the last level to the logits.
+
+    The blocks run the network's own modules, in eval mode, also after these were folded or cast: a block casts its
+    input to their dtype, and the logits to fp32. The network is frozen; gradients pass through to the input. An
+    autocast around a block does not reach inside.
+
+    Args:
+        extractor: with levels; its network is put into eval mode and frozen. What forward computes from the shape of
+            the images is that of the size it was built for.
+
+    Raises:
+        ValueError: it has no levels, or between two of them reads what was computed before the first.
+
+    Example:
+        >>> features = extractor(images)
+        >>> *inner, last = split_at_levels(extractor)
+        >>> torch.equal(last(features.levels[-1]), features.logits)
+        True
+    """
+    model, names = extractor.plain, extractor.level_names
+    if not names:
+        raise ValueError("split_at_levels: the network was built without levels; pass levels=True to extract_features")
+    model.requires_grad_(False).eval()
+    traced = trace(model, training=False)
+    values = probe(model, traced, image_size=extractor.image_size)
+    known = numbers(model, traced, image_size=extractor.image_size)
+    levels = [traced.outputs[name] for name in names]
+    for name, level in zip(names, levels, strict=True):
+        if values[level].overwritten and not extractor.returned_as_computed:
+            _require_idempotent(model, name, level)
+    ends = [*levels[1:], traced.logits]
+    return [
+        _block(
+            model, _cut(model, traced.graph, start, end, known), copies=values[start].overwritten, last=end is ends[-1]
+        )
+        for start, end in zip(levels, ends, strict=True)
+    ]
+
+
+def _block(model: nn.Module, graph: fx.Graph, *, copies: bool, last: bool) -> Block:
+    run = compiled_code(model, graph)
+
+    def block(level: Tensor) -> Tensor:
+        if model.training:  # switched behind our back
+            model.eval()
+        # Asked for anew: the teacher may fold and cast after it was cut. Norms, whose parameters have one axis, stay in
+        # fp32.
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() > 1)
+        with torch.autocast(level.device.type, enabled=False):
+            inside = level.to(dtype)
+            if copies and inside is level:
+                inside = level.clone()
+            output: Tensor = run(model, inside)
+        return output.float() if last else output
+
+    return block
+
+
+def _cut(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Graph:
+    """The part of a graph from one node to another, as a graph of its own."""
+    from_images = _after(graph, [node for node in graph.nodes if node.op == "placeholder"])
+    from_start = _after(graph, [start])
+    needed: set[fx.Node] = set()
+    frozen: dict[fx.Node, Any] = {}
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node in needed or node is start:
+            continue
+        if node in from_images and node not in from_start:
+            if node in known:
+                frozen[node] = known[node]
+                continue
+            raise ValueError(
+                f"split_at_levels: {type(model).__name__} computes node {str(node)!r} before {str(start)!r} and reads "
+                f"it again between there and {str(end)!r}; cut it elsewhere (feature_nodes), or take another teacher"
+            )
+        needed.add(node)
+        waiting += node.all_input_nodes
+    part = fx.Graph()
+    copies: dict[fx.Node, Any] = {start: part.placeholder("level"), **frozen}
+    for node in graph.nodes:
+        if node in needed:
+            copies[node] = _copied(part, node, copies)
+    part.output(copies[end])
+    part.lint()
+    return part
+
+
+def _copied(part: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, Any]) -> fx.Node:
+    arguments, options = fx.map_arg((node.args, node.kwargs), lambda source: copies[source])
+    return part.create_node(node.op, node.target, arguments, options, node.name)
+
+
+def _after(graph: fx.Graph, sources: list[fx.Node]) -> set[fx.Node]:
+    """Nodes whose value depends on one of these, and these."""
+    reached = set(sources)
+    for node in graph.nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _require_idempotent(model: nn.Module, name: str, level: fx.Node) -> None:
+    """The level is returned as overwritten, and the block computes what overwrites it once more."""
+    for user in level.users:
+        rectifies = user.op == "call_module" and isinstance(model.get_submodule(str(user.target)), nn.ReLU | nn.ReLU6)
+        if rectifies or getattr(user.target, "__name__", user.target) in ("relu", "relu_", "relu6"):
+            return
+    raise ValueError(
+        f"split_at_levels: level {name!r} of {type(model).__name__} is overwritten by the operation after it, which "
+        "cannot be computed again; name the levels (feature_nodes)"
+    )
