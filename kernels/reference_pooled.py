@@ -62,7 +62,7 @@ def pool_collapsed(
         projections, factors = [], []
         for level, feature in enumerate(features):
             composite = taps_on(level, taps, expand[level])  # (9 * gates, D)
-            seen, factor = _Project.apply(feature, composite @ expand[level])
+            seen, factor = _project(feature, composite @ expand[level])
             seen = seen + (composite @ biases[level])[:, None]
             projections.append(seen.unflatten(2, feature.shape[-2:]))
             factors.append(factor)
@@ -126,7 +126,7 @@ def _sum_taps(taps: Tensor) -> Tensor:
 
 def _pool(
     features: Sequence[Tensor],
-    factors: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
     expand: Sequence[Tensor],
     biases: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -134,7 +134,7 @@ def _pool(
     """Average each level with its pixels' weights in F_R, then expand the averages: (N, D)."""
     pooled: Tensor | None = None
     for level, (feature, weight) in enumerate(zip(features, weights, strict=True)):
-        averaged = _Average.apply(feature.flatten(2), weight, factors[level])  # (N, C_l)
+        averaged = _average(feature.flatten(2), weight, factors[level])  # (N, C_l)
         part = torch.addmm(weight.sum(1, keepdim=True) * biases[level], averaged, expand[level].t())
         pooled = part if pooled is None else pooled + part
     assert pooled is not None
@@ -144,6 +144,24 @@ def _pool(
 # A level is read by two products, and autograd would write its gradient three times: once for each and once for the
 # sum. The gradient of the average is an outer product, so instead its two factors travel from _Average to _Project,
 # as the "gradient" of a tensor that exists for that alone, and _Project writes dF = Mᵀ dP + dA wᵀ in one product.
+
+
+# Compiled by torch 2.11 that gradient does not arrive: what the handle brings is lost. 2.15 was seen to do it right.
+_COMPILES_HANDLES = torch.__version__ >= "2.15"
+
+
+def _project(feature: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    if _COMPILES_HANDLES or not torch.compiler.is_compiling():
+        seen, handle = _Project.apply(feature, rows)
+        return seen, handle
+    return torch.bmm(rows.to(feature.dtype).expand(len(feature), -1, -1), feature.flatten(2)).to(rows.dtype), None
+
+
+def _average(feature: Tensor, weight: Tensor, handle: Tensor | None) -> Tensor:
+    if handle is None:
+        return torch.bmm(feature.to(weight.dtype), weight[:, :, None])[:, :, 0]
+    averaged: Tensor = _Average.apply(feature, weight, handle)
+    return averaged
 
 
 class _Project(torch.autograd.Function):
@@ -201,9 +219,8 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def forward(feature: Tensor, weight: Tensor, handle: Tensor) -> Tensor:
-        scale = _half_way(feature)
-        summed = torch.bmm((weight * scale).to(feature.dtype)[:, None], feature.transpose(1, 2))
-        return summed[:, 0].to(weight.dtype) / scale
+        # Not in half precision: the average may be large against what is left when a bias takes its mean away.
+        return torch.bmm(feature.to(weight.dtype), weight[:, :, None])[:, :, 0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -45,13 +45,13 @@ class TestModule:
             features,
             [e.weight for e in fusion.expanders],
             [e.bias for e in fusion.expanders],
-            [g.weight for g in fusion.gates],
+            fusion.gate_kernels,
             [g.bias for g in fusion.gates],
             upsample=mode,
         )
         assert torch.equal(fusion(features), expected)
 
-    @pytest.mark.parametrize("norm", [None, "batch"])
+    @pytest.mark.parametrize("norm", [None, "input", "batch"])
     @pytest.mark.parametrize("gate", ["spatial", "channel"])
     @pytest.mark.parametrize("training", [False, True])
     def test_pooled_is_the_average_of_forward(self, gate: str, norm: str | None, training: bool) -> None:
@@ -61,18 +61,21 @@ class TestModule:
         expected = fusion(features).mean((2, 3))
         assert relative_error(fusion.pooled(features), expected) < 1e-13
 
-    def test_gradients_through_the_folded_norm(self) -> None:
-        fusion = module(norm="batch").double().eval()
-        features = [x.double() for x in features_of(SIZES, CHANNELS)]
-        parameters = list(fusion.parameters())
+    @pytest.mark.parametrize("norm", ["input", "batch"])
+    @pytest.mark.parametrize("training", [False, True])
+    def test_gradients_through_the_folded_norm(self, training: bool, norm: str) -> None:
+        fusion = module(norm=norm).double().train(training)
+        features = [x.double().requires_grad_() for x in features_of(SIZES, CHANNELS)]
+        parameters = [*features, *fusion.parameters()]
         upstream = torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         gradients = torch.autograd.grad(fusion.pooled(features), parameters, upstream)
         expected = torch.autograd.grad(fusion(features).mean((2, 3)), parameters, upstream)
         for gradient, value in zip(gradients, expected, strict=True):
             torch.testing.assert_close(gradient, value, rtol=1e-10, atol=1e-12)  # float64 in another order
 
-    def test_batch_statistics_are_those_of_training(self) -> None:
-        fusion, features = module(norm="batch"), features_of(SIZES, CHANNELS)
+    @pytest.mark.parametrize("norm", ["input", "batch"])
+    def test_batch_statistics_are_those_of_training(self, norm: str) -> None:
+        fusion, features = module(norm=norm), features_of(SIZES, CHANNELS)
         before = [norm.running_mean.clone() for norm in fusion.norms]
         fusion.train().pooled(features)
         assert all(not torch.equal(norm.running_mean, old) for norm, old in zip(fusion.norms, before, strict=True))
@@ -80,11 +83,38 @@ class TestModule:
         fusion.eval().pooled(features)
         assert all(torch.equal(norm.running_mean, old) for norm, old in zip(fusion.norms, before, strict=True))
 
-    def test_a_converted_sync_batch_norm_folds_too(self) -> None:
-        fusion, features = module(norm="batch").eval(), features_of(SIZES, CHANNELS)
+    @pytest.mark.parametrize("norm", ["input", "batch"])
+    def test_running_statistics_follow_those_of_the_batch(self, norm: str) -> None:
+        """Collapsed as stage by stage, over several batches whose mean is large against their deviation."""
+        collapsed, stagewise = (module(norm=norm, path=path).train() for path in ("collapsed", "stagewise"))
+        for scale in (1.0, 3.0, 0.5):
+            features = [scale * (x + 10) for x in features_of(SIZES, CHANNELS)]
+            for fusion in (collapsed, stagewise):
+                fusion.pooled(features)
+        for ours, theirs in zip(collapsed.norms, stagewise.norms, strict=True):
+            assert ours.num_batches_tracked == theirs.num_batches_tracked == 3
+            torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-5)  # fp32
+            torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("norm", ["input", "batch"])
+    def test_one_pixel_has_no_statistics(self, norm: str) -> None:
+        fusion = AdaptiveFeatureFusion([3], 4, norm=norm)
+        with pytest.raises(ValueError, match=r"two pixels or more, got a feature of \(1, 3, 1, 1\)"):
+            fusion.pooled([torch.zeros(1, 3, 1, 1)])
+
+    @pytest.mark.parametrize("norm", ["input", "batch"])
+    def test_a_converted_sync_batch_norm_folds_too(self, norm: str) -> None:
+        fusion, features = module(norm=norm).eval(), features_of(SIZES, CHANNELS)
         expected = fusion.pooled(features)
         converted = nn.SyncBatchNorm.convert_sync_batchnorm(fusion)
         assert torch.equal(converted.pooled(features), expected)
+
+    def test_the_scale_of_the_features_does_not_matter_behind_the_input_norm(self) -> None:
+        """Nor their shift: the same function of features measured in other units, channel by channel."""
+        fusion, features = module(norm="input").double(), [x.double() for x in features_of(SIZES, CHANNELS)]
+        expected = fusion.pooled(features)
+        others = [x * torch.linspace(3, 9, x.shape[1])[:, None, None] - 5 for x in features]
+        assert relative_error(fusion.pooled(others), expected) < 1e-4  # eps, against the variance
 
     def test_state_dict_does_not_depend_on_the_path(self) -> None:
         states = [module(path=path).state_dict() for path in ("auto", "collapsed", "stagewise")]
@@ -102,7 +132,10 @@ class TestModule:
         torch.manual_seed(0)
         fusion = AdaptiveFeatureFusion([64, 128], 256)
         assert all(torch.equal(m.bias, torch.zeros_like(m.bias)) for m in (*fusion.expanders, *fusion.gates))
-        assert fusion.gates[0].weight.std().item() == pytest.approx(0.01, rel=0.05)  # of 4608 draws
+        for width in (16, 256):  # their logits vary by a quarter of what they are of, at any width
+            (kernel,) = AdaptiveFeatureFusion([64, 128], width).gate_kernels
+            inputs = torch.randn(4000, 2 * width, 3, 3)
+            assert (inputs * kernel).sum((1, 2, 3)).std().item() == pytest.approx(0.25, rel=0.2)
         for expander, channels in zip(fusion.expanders, (64, 128), strict=True):
             bound = (3 / channels) ** 0.5  # Kaiming-uniform with a = 1 over C_l inputs
             assert expander.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
@@ -111,10 +144,11 @@ class TestModule:
         half = (expanded[0] + F.interpolate(expanded[1], scale_factor=2)) / 2
         assert relative_error(fusion(features), half) < 0.3  # pre-activations of 0.01 sqrt(4608) ~ 0.7
 
+    @pytest.mark.parametrize("norm", [None, "input", "batch"])
     @pytest.mark.parametrize("path", ["collapsed", "stagewise"])
-    def test_pooled_under_autocast(self, path: str) -> None:
+    def test_pooled_under_autocast(self, path: str, norm: str | None) -> None:
         """fp32 comes out, and near the fp32 result; the collapsed path is the fp32 result if the features are fp32."""
-        fusion, features = module(path=path), features_of(SIZES, CHANNELS)
+        fusion, features = module(path=path, norm=norm), features_of(SIZES, CHANNELS)
         expected = fusion.pooled(features)
         with torch.autocast("cpu", torch.bfloat16):
             pooled = fusion.pooled(features)
@@ -136,13 +170,22 @@ class TestModule:
         assert relative_error(of_half, expected) < 0.02
 
     @pytest.mark.parametrize(
-        "options", [{}, {"norm": "batch"}, {"path": "stagewise"}, {"upsample": "bilinear"}], ids=str
+        ("options", "training"),
+        [
+            ({}, False),
+            ({"norm": "batch"}, True),
+            ({"norm": "input"}, False),
+            ({"norm": "input"}, True),
+            ({"path": "stagewise"}, False),
+            ({"upsample": "bilinear"}, False),
+        ],
+        ids=str,
     )
-    def test_compiles_into_one_graph(self, options: dict[str, str]) -> None:
+    def test_compiles_into_one_graph(self, options: dict[str, str], training: bool) -> None:
         class Pooled(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.fusion = module(**options).eval()
+                self.fusion = module(**options).train(training)
 
             def forward(self, features: list[Tensor]) -> Tensor:
                 return self.fusion.pooled(features)
@@ -189,7 +232,7 @@ class TestErrors:
             ({"width": 0}, "and width 0"),
             ({"gate": "pixel"}, r"gate must be one of \('spatial', 'channel'\), got 'pixel'"),
             ({"upsample": "bicubic"}, r"upsample must be one of \('nearest', 'bilinear'\), got 'bicubic'"),
-            ({"norm": "layer"}, r"norm must be one of \(None, 'batch'\), got 'layer'"),
+            ({"norm": "layer"}, r"norm must be one of \(None, 'batch', 'input'\), got 'layer'"),
             ({"path": "fast"}, "path must be one of .* got 'fast'"),
             ({"path": "collapsed", "gate": "channel"}, "path='collapsed' needs gate='spatial', got gate='channel'"),
         ],
@@ -200,9 +243,10 @@ class TestErrors:
 
     def test_collapsed_is_refused_where_it_is_not_exact(self) -> None:
         fusion, features = module(norm="batch", path="collapsed"), features_of(SIZES, CHANNELS)
-        with pytest.raises(ValueError, match=r"got norm='batch' in training mode.*use path='auto' or \.eval\(\)"):
-            fusion.train().pooled(features)
-        fusion.eval().pooled(features)
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(fusion)
+        with pytest.raises(ValueError, match=r"got SyncBatchNorm in training mode.*use path='auto' or \.eval\(\)"):
+            converted.train().pooled(features)
+        converted.eval().pooled(features)
 
     @pytest.mark.parametrize("call", ["forward", "pooled"])
     @pytest.mark.parametrize(

@@ -4,15 +4,17 @@ import itertools
 import logging
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from unikd_fast.fusion_norms import batch_norms, fold_after, fold_before
 from unikd_fast.kernels._checks import choose_impl
 from unikd_fast.kernels.reference_fusion import blend, blend_top_down, expand
 from unikd_fast.kernels.reference_pooled import pool_collapsed
 
 _logger = logging.getLogger("unikd_fast")
+
+_GATE_STD = 0.25
+"""Of the weights of new gates: their logits then vary by a quarter of the features."""
 
 
 class AdaptiveFeatureFusion(nn.Module):
@@ -26,12 +28,18 @@ class AdaptiveFeatureFusion(nn.Module):
     collapsed it costs a fraction: the features are projected and averaged, and no D-channel map is ever formed. A
     teacher and its student have one AFF each. The parameters, and so the state dict, do not depend on the path.
 
+    A gate's kernel is its weight divided by the root of the number of its inputs, 18 D: the 3x3 convolution of Eq. 4,
+    trained at a rate that suits it. With the kernel itself as the parameter a step of any optimiser moves a gate's
+    logit by as much as it has inputs, a thousand times what it moves one weight: gates closed for good within an
+    epoch, some of them on the finest level alone (docs/defaults.md).
+
     Args:
         in_channels: C_l of each level, fine to coarse.
         width: D, the fused width.
         gate: "spatial" for one map per gate, broadcast over D, or "channel" for D maps.
         upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
-        norm: None for E as the paper has it, a 1x1 convolution, or "batch" for batch normalisation after it.
+        norm: None for E as the paper has it, a 1x1 convolution; "input" for batch normalisation of each level before
+            it, without scale and shift; "batch" for batch normalisation after it.
         path: of `pooled`. "auto" is collapsed where that is exact; "collapsed" raises where it is not; "stagewise".
         impl: "auto" takes the kernels on a GPU and plain PyTorch elsewhere; "reference" plain PyTorch; "fused" the
             kernels or an error. Of either path; the expanders are PyTorch's in both.
@@ -65,14 +73,14 @@ class AdaptiveFeatureFusion(nn.Module):
             )
         _check_option("gate", gate, ("spatial", "channel"))
         _check_option("upsample", upsample, ("nearest", "bilinear"))
-        _check_option("norm", norm, (None, "batch"))
+        _check_option("norm", norm, (None, "batch", "input"))
         _check_option("path", path, ("auto", "collapsed", "stagewise"))
         _check_option("impl", impl, ("auto", "reference", "fused"))
         self.in_channels, self.width = tuple(in_channels), width
         self.gate, self.upsample, self.norm, self.path, self.impl = gate, upsample, norm, path, impl
         maps = 1 if gate == "spatial" else width
         self.expanders = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in in_channels if norm == "batch")
+        self.norms = nn.ModuleList(_norm_of(norm, channels, width) for channels in in_channels if norm)
         self.gates = nn.ModuleList(nn.Conv2d(2 * width, maps, 3, padding=1) for _ in in_channels[1:])
         self.reset_parameters()
         if path == "collapsed" and gate == "channel":
@@ -84,15 +92,15 @@ class AdaptiveFeatureFusion(nn.Module):
         _logger.info("AdaptiveFeatureFusion of %s to %d: %s", self.in_channels, width, self._path_and_reason())
 
     def reset_parameters(self) -> None:
-        """Draw new parameters: expanders that keep the size of the features, gates near 1/2."""
+        """Draw new parameters: expanders that keep the size of the features, gates near 1/2 whatever D."""
         for expander in _convolutions(self.expanders):
             nn.init.kaiming_uniform_(expander.weight, a=1)
         for gate in _convolutions(self.gates):
-            nn.init.normal_(gate.weight, std=0.01)
+            nn.init.normal_(gate.weight, std=_GATE_STD)
         for convolution in (*_convolutions(self.expanders), *_convolutions(self.gates)):
             assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
-        for norm in _batch_norms(self.norms):
+        for norm in batch_norms(self.norms):
             norm.reset_parameters()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -112,7 +120,8 @@ class AdaptiveFeatureFusion(nn.Module):
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
         """Give the mean of F_R over H_1 x W_1, collapsed where that is exact.
 
-        It is exact with spatial gates, and without batch normalisation or in eval mode, where that folds into E.
+        It is exact with spatial gates. Batch normalisation folds into E: in training its statistics are those of the
+        batch, before E of each channel, after it from the covariance of the features (`fusion_norms`).
 
         Args:
             features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
@@ -122,11 +131,11 @@ class AdaptiveFeatureFusion(nn.Module):
             and wants the precision. Collapsed or by the kernels, it can be differentiated once.
 
         Raises:
-            ValueError: features that do not fit, or path="collapsed" with batch normalisation in training mode.
+            ValueError: features that do not fit, or path="collapsed" with SyncBatchNorm in training mode.
         """
         if self._collapses():
             self._check(features)
-            parameters = (*self._folded_expanders(), *_weights_and_biases(self.gates))
+            parameters = (*self._folded_expanders(features), self.gate_kernels, _biases(self.gates))
             if self._fuses(features):
                 from unikd_fast.kernels.pooled_fusion import fused_pool
 
@@ -134,22 +143,30 @@ class AdaptiveFeatureFusion(nn.Module):
             return pool_collapsed(features, *parameters, upsample=self.upsample)
         if self.path == "collapsed":
             raise ValueError(
-                "AdaptiveFeatureFusion: path='collapsed' needs fixed batch statistics, got norm='batch' in training "
-                "mode, where they come from the D-channel maps; use path='auto' or .eval()"
+                "AdaptiveFeatureFusion: path='collapsed' needs statistics of this process's batch, got SyncBatchNorm "
+                "in training mode, where they are those of all processes; use path='auto' or .eval()"
             )
         return self._stagewise(features, pool=True)
+
+    @property
+    def gate_kernels(self) -> list[Tensor]:
+        """The convolutions of Eq. 4 of each gate, fine to coarse: L - 1 times (1 or D, 2 D, 3, 3)."""
+        scale = (9 * 2 * self.width) ** -0.5
+        return [gate.weight * scale for gate in _convolutions(self.gates)]
 
     def extra_repr(self) -> str:
         names = ("gate", "upsample", "norm", "path", "impl")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _collapses(self) -> bool:
-        fixed = not any(norm.training for norm in self.norms)
-        return self.path != "stagewise" and self.gate == "spatial" and fixed
+        shared = any(norm.training and not isinstance(norm, nn.BatchNorm2d) for norm in self.norms)
+        return self.path != "stagewise" and self.gate == "spatial" and not shared
 
     def _stagewise(self, features: Sequence[Tensor], *, pool: bool) -> Tensor:
         self._check(features)
-        weights, biases = _weights_and_biases(self.expanders)
+        weights, biases = _weights(self.expanders), _biases(self.expanders)
+        if self.norm == "input":
+            features = [norm(x) for norm, x in zip(self.norms, features, strict=True)]
         expanded = [expand(*level) for level in zip(features, weights, biases, strict=True)]
         if self.norm == "batch":
             expanded = [norm(x) for norm, x in zip(self.norms, expanded, strict=True)]
@@ -158,7 +175,7 @@ class AdaptiveFeatureFusion(nn.Module):
             from unikd_fast.kernels.feature_fusion import fused_blend
 
             stage = fused_blend
-        gates = _weights_and_biases(self.gates)
+        gates = self.gate_kernels, _biases(self.gates)
         return blend_top_down(expanded, *gates, upsample=self.upsample, pool=pool, stage=stage)
 
     def _fuses(self, features: Sequence[Tensor]) -> bool:
@@ -169,19 +186,16 @@ class AdaptiveFeatureFusion(nn.Module):
             return "pooled() runs stage-wise, as asked for"
         if self.gate == "channel":
             return "pooled() runs stage-wise: a gate per channel has no collapsed form"
-        if self.norm == "batch":
-            return "pooled() runs collapsed in eval mode, where batch norm folds into E, and stage-wise in training"
+        if self.norm:
+            return "pooled() runs collapsed: with spatial gates that is exact, and batch norm folds into E"
         return "pooled() runs collapsed: with spatial gates and no norm that is exact"
 
-    def _folded_expanders(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Give E_l with the batch normalisation of eval mode folded in: γ (E F + b - μ) / sqrt(σ² + ε) + β."""
-        weights, biases = _weights_and_biases(self.expanders)
-        for level, norm in enumerate(_batch_norms(self.norms)):
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            weights[level] = weights[level] * scale[:, None, None, None]
-            biases[level] = (biases[level] - norm.running_mean) * scale + norm.bias
+    def _folded_expanders(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Give E_l with its batch normalisation folded in."""
+        weights, biases = _weights(self.expanders), _biases(self.expanders)
+        fold = fold_before if self.norm == "input" else fold_after
+        for level, norm in enumerate(batch_norms(self.norms)):
+            weights[level], biases[level] = fold(norm, features[level], weights[level], biases[level])
         return weights, biases
 
     def _check(self, features: Sequence[Tensor]) -> None:
@@ -213,15 +227,18 @@ def _check_option(name: str, value: str | None, allowed: tuple[str | None, ...])
         raise ValueError(f"AdaptiveFeatureFusion: {name} must be one of {allowed}, got {value!r}")
 
 
+def _norm_of(norm: str, channels: int, width: int) -> nn.BatchNorm2d:
+    # Before E, scale and shift of its own would be E's once more.
+    return nn.BatchNorm2d(channels, affine=False) if norm == "input" else nn.BatchNorm2d(width)
+
+
 def _convolutions(modules: Iterable[nn.Module]) -> list[nn.Conv2d]:
     return [module for module in modules if isinstance(module, nn.Conv2d)]
 
 
-def _batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    """Give them typed; conversion to SyncBatchNorm leaves another subclass here."""
-    return [module for module in modules if isinstance(module, _BatchNorm)]
+def _weights(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [m.weight for m in _convolutions(modules)]
 
 
-def _weights_and_biases(modules: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-    convolutions = _convolutions(modules)
-    return [m.weight for m in convolutions], [m.bias for m in convolutions if m.bias is not None]
+def _biases(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [m.bias for m in _convolutions(modules) if m.bias is not None]

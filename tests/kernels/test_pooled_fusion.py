@@ -242,7 +242,7 @@ class TestModule:
                 features,
                 [e.weight for e in modules[1].expanders],
                 [e.bias for e in modules[1].expanders],
-                [g.weight for g in modules[1].gates],
+                modules[1].gate_kernels,
                 [g.bias for g in modules[1].gates],
             ),
         )
