@@ -4,7 +4,7 @@ Named tuples rather than dataclasses: they are pytrees, so torch.compile, Distri
 graphs see the tensors inside without being told.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,10 +19,12 @@ class Batch(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a network says about a batch: the end of each stage, fine to coarse, and the logits."""
+    """What a network says about a batch: the logits, and of the rest what it was built to return."""
 
-    levels: tuple[Tensor, ...]  # L x (N, C_l, H_l, W_l)
+    levels: tuple[Tensor, ...]  # L x (N, C_l, H_l, W_l): the end of each stage, fine to coarse
     logits: Tensor  # (N, K)
+    before_activation: tuple[Tensor, ...] = ()  # L x (N, C_l, H_l, W_l): the levels before their activation
+    embedding: Tensor | None = None  # (N, D): the vector that the classifier, its last linear layer, sees
 
 
 class Gaussian(NamedTuple):
@@ -49,14 +51,31 @@ class TopKLogits(NamedTuple):
 
 
 class StudentOutput(NamedTuple):
-    """The student's side of a step: its logits and, for methods that compare features, the fused and pooled vector."""
+    """The student's side of a step."""
 
     logits: Tensor  # (N, K)
-    pooled: Tensor | None  # (N, D)
+    adapted: Any = None  # what the method's adapter makes of the Features: any pytree of tensors
+    second_logits: Tensor | None = None  # (N, K) of the second view, for methods that need one
 
 
 class Target(NamedTuple):
-    """The teacher's side of a step, what the student is held to; a constant of the view unless the head learns."""
+    """The teacher's side of a step, what the student is held to; a constant of the view unless the head learns.
 
-    logits: Tensor | QuantizedLogits | TopKLogits  # (N, K), or what a cache stores
+    The first two are what a cache stores. A method that fills another field therefore cannot be cached.
+    """
+
+    logits: Tensor | QuantizedLogits | TopKLogits  # (N, K), or what a cache stores; the teacher's own, unchanged
     gaussian: Gaussian | None = None
+    second_logits: Tensor | None = None  # (N, K) of the second view
+    extra: Any = None  # whatever else a method makes of the teacher's Features: any pytree of tensors
+
+
+class Loss(NamedTuple):
+    """What a method makes of a micro-batch: 0-d tensors on the device, fp32.
+
+    The terms are those that the method's `term_names` states, unweighted, for the log; `total` carries the gradient of
+    the student's side. A term carries one only where the method itself trains something by it (`train_head`).
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unikd_fast.methods import KD, StudentAlone, UniKD
-from unikd_fast.values import Features, StudentOutput, Target
+from unikd_fast.values import Batch, Features, StudentOutput, Target
 
 CLASSES = 7
 STUDENT, TEACHER = (4, 6), (5, 8, 10)
@@ -40,31 +40,37 @@ def build(**options: object) -> UniKD:
     return UniKD(STUDENT, TEACHER, CLASSES, width=16, **options)  # type: ignore[arg-type]
 
 
-def student_output(method: UniKD) -> tuple[StudentOutput, Tensor]:
+def batch_of(labels: Tensor) -> Batch:
+    return Batch(torch.zeros(len(labels), 3, 1, 1), labels, torch.arange(len(labels)))
+
+
+def student_output(method: UniKD) -> tuple[StudentOutput, Batch]:
     student, labels = features(STUDENT, seed=5)
     logits = student.logits.clone().requires_grad_()
-    return StudentOutput(logits, method.adapter(student.levels)), labels
+    return StudentOutput(logits, method.adapter(student)), batch_of(labels)
 
 
 def test_student_alone_is_cross_entropy() -> None:
     student, labels = features(STUDENT)
-    terms = StudentAlone().loss(StudentOutput(student.logits, None), None, labels)
-    torch.testing.assert_close(terms.total, F.cross_entropy(student.logits, labels))
+    loss = StudentAlone().loss(StudentOutput(student.logits), None, batch_of(labels))
+    torch.testing.assert_close(loss.total, F.cross_entropy(student.logits, labels))
+    assert loss.terms == {"ce": loss.total}
 
 
 def test_kd_is_the_weighted_sum_of_the_literature() -> None:
     student, labels = features(STUDENT)
     teacher = features(TEACHER, seed=3)[0].logits
-    terms = KD(ce_weight=0.1, beta=0.9, temperature=4.0).loss(
-        StudentOutput(student.logits, None), Target(teacher), labels
-    )
+    method = KD(ce_weight=0.1, beta=0.9, temperature=4.0)
+    loss = method.loss(StudentOutput(student.logits), Target(teacher), batch_of(labels))
     soft = F.kl_div((student.logits / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean") * 16
-    expected = 0.1 * F.cross_entropy(student.logits, labels) + 0.9 * soft
-    torch.testing.assert_close(terms.total, expected)
+    hard = F.cross_entropy(student.logits, labels)
+    torch.testing.assert_close(loss.total, 0.1 * hard + 0.9 * soft)
+    torch.testing.assert_close(loss.terms, {"ce": hard, "logit_kl": soft})
+    assert tuple(loss.terms) == method.term_names
 
 
 def test_prefit_fits_the_head_then_freezes_it() -> None:
-    method = build(teacher_head="prefit", head_steps=300, head_learning_rate=1e-2)
+    method = build(teacher_head="prefit", head_steps=500, head_learning_rate=1e-2)
     teacher, labels = features(TEACHER, 200, seed=0)
     before = method.indicators(teacher, labels)
     method.prepare(stream())
@@ -88,9 +94,9 @@ def test_prepare_takes_exactly_its_batches() -> None:
 @pytest.mark.parametrize("teacher_head", ["prefit", "anchored"])
 def test_the_students_loss_trains_the_student_and_not_the_head(teacher_head: str) -> None:
     method = build(teacher_head=teacher_head)
-    output, labels = student_output(method)
-    terms = method.loss(output, method.target(features(TEACHER, seed=5)[0]), labels)
-    terms.total.backward()
+    output, batch = student_output(method)
+    loss = method.loss(output, method.target(features(TEACHER, seed=5)[0]), batch)
+    loss.total.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.adapter.parameters())
     assert all(p.grad is None for p in method.head.parameters())
     assert method.companion is None
@@ -98,25 +104,27 @@ def test_the_students_loss_trains_the_student_and_not_the_head(teacher_head: str
 
 def test_the_literal_head_is_trained_by_the_total_loss() -> None:
     method = build(teacher_head="literal")
-    output, labels = student_output(method)
-    terms = method.loss(output, method.target(features(TEACHER, seed=5)[0]), labels)
-    terms.total.backward()
+    output, batch = student_output(method)
+    loss = method.loss(output, method.target(features(TEACHER, seed=5)[0]), batch)
+    loss.total.backward()
     assert method.companion is method.head
     assert all(p.grad is not None for p in method.head.parameters())
 
 
 def test_anchored_trains_the_head_alone_and_accumulates() -> None:
-    method, whole = build(teacher_head="anchored"), build(teacher_head="anchored")
+    # Without the norm, whose statistics are those of each half.
+    method, whole = (build(teacher_head="anchored", norm=None) for _ in range(2))
     teacher = features(TEACHER, 12, seed=5)[0]
     halves = [Features(tuple(f[i : i + 6] for f in teacher.levels), teacher.logits[i : i + 6]) for i in (0, 6)]
-    output, labels = student_output(method)
+    output, batch = student_output(method)
     start = {name: p.clone() for name, p in method.head.named_parameters()}
     for index, half in enumerate(halves):
-        part = StudentOutput(output.logits[:6], output.pooled[:6])  # type: ignore[index]
-        terms = method.loss(part, method.target(half), labels[:6])
-        method.train_head(terms, accumulation_steps=2, update=index == 1)
-    output, labels = student_output(whole)
-    whole.train_head(whole.loss(output, whole.target(teacher), labels), accumulation_steps=1, update=True)
+        part = StudentOutput(output.logits[:6], output.adapted[:6])
+        loss = method.loss(part, method.target(half), Batch(*(x[:6] for x in batch[:3])))
+        assert tuple(loss.terms) == method.term_names
+        method.train_head(loss, accumulation_steps=2, update=index == 1)
+    output, batch = student_output(whole)
+    whole.train_head(whole.loss(output, whole.target(teacher), batch), accumulation_steps=1, update=True)
     moved = False
     for (name, a), b in zip(method.head.named_parameters(), whole.head.parameters(), strict=True):
         # AdamW's first step is the sign of the gradient: a wrong scale would not show, a wrong sum would.
@@ -126,28 +134,46 @@ def test_anchored_trains_the_head_alone_and_accumulates() -> None:
     assert all(p.grad is None for p in method.adapter.parameters())
 
 
+def test_a_step_that_is_left_out_leaves_the_anchored_head_as_it_was() -> None:
+    method = build(teacher_head="anchored", norm="batch")
+    found = []
+    for index, factor in enumerate((1.0, float("nan"), 1.0)):
+        student, batch = student_output(method)
+        teacher = features(TEACHER, seed=20 + index)[0]
+        spoilt = Features(tuple(level * factor for level in teacher.levels), teacher.logits)
+        loss = method.loss(student, method.target(spoilt), batch)
+        method.train_head(loss, accumulation_steps=1, update=True, leave_out=index == 1)
+        found.append({name: tensor.clone() for name, tensor in method.head.state_dict().items()})
+    assert any("running_mean" in name for name in found[0])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(tensor.isfinite().all() for tensor in found[2].values())
+    assert not any(torch.equal(found[1][name], found[2][name]) for name in found[0] if "running" in name)
+
+
 def test_alpha_ramps_linearly_without_replacing_its_tensor() -> None:
     method = build(alpha=4.0, alpha_ramp_epochs=2.0)
-    tensor = method.alpha
+    tensor = method.alpha.value
     seen = []
     for epochs in (0.0, 0.5, 1.0, 2.0, 5.0):
         method.set_progress(epochs)
         seen.append(tensor.item())
     assert seen == [0.0, 1.0, 2.0, 4.0, 4.0]
-    output, labels = student_output(method)
+    output, batch = student_output(method)
     target = method.target(features(TEACHER, seed=5)[0])
     method.set_progress(0.5)
-    terms = method.loss(output, target, labels)
-    torch.testing.assert_close(terms.total, terms.ce + 1.0 * terms.feature_kl + terms.logit_kl)
+    loss = method.loss(output, target, batch)
+    terms = loss.terms
+    assert tuple(terms) == method.term_names
+    torch.testing.assert_close(loss.total, terms["ce"] + 1.0 * terms["feature_kl"] + terms["logit_kl"])
 
 
 def test_the_ablation_uses_the_coarsest_level_alone() -> None:
-    method = build(fusion="last")
+    method = build(fusion="last", norm=None)
     student, _ = features(STUDENT, seed=5)
-    changed = (torch.zeros_like(student.levels[0]), student.levels[1])
-    torch.testing.assert_close(method.adapter(student.levels), method.adapter(changed))
+    changed = student._replace(levels=(torch.zeros_like(student.levels[0]), student.levels[1]))
+    torch.testing.assert_close(method.adapter(student), method.adapter(changed))
     pooled = method.adapter.fusion.expanders[0](student.levels[1]).mean((2, 3))
-    torch.testing.assert_close(method.adapter(student.levels), pooled)
+    torch.testing.assert_close(method.adapter(student), pooled)
 
 
 def test_state_comes_back_and_a_prefit_head_stays_frozen() -> None:

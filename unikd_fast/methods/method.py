@@ -1,12 +1,47 @@
 """The shape of a distillation method."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from unikd_fast.losses import LossTerms
-from unikd_fast.values import Features, StudentOutput, Target
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+
+class Needs(NamedTuple):
+    """What a method needs besides the student's and the teacher's logits; the engine provides this and no more.
+
+    What stands here of a network's features holds for student and teacher alike, unless it names one of them.
+    """
+
+    teacher: bool = True
+    levels: bool = False  # Features.levels
+    before_activation: bool = False  # Features.before_activation
+    teacher_before_activation: bool = False  # the same, of the teacher alone
+    embedding: bool = False  # Features.embedding
+    second_view: bool = False  # Batch.second, and the logits of both networks for it
+    teacher_network: bool = False  # the teacher's own blocks, as functions that a gradient can pass through
+    hard_labels: bool = False  # one class a sample, so no mixup or CutMix
+
+    def union(self, other: "Needs") -> "Needs":
+        """What two methods need together."""
+        return Needs(*(ours or theirs for ours, theirs in zip(self, other, strict=True)))
+
+    def before_activation_of(self, role: str) -> bool:
+        """Whether Features.before_activation of a network, "student" or "teacher", is needed."""
+        return self.before_activation or (self.teacher_before_activation and role == "teacher")
+
+    @property
+    def beyond_outputs(self) -> str | None:
+        """What of this is not among the outputs that a cache stores for a view, in words; None: nothing."""
+        named = {
+            "the teacher's feature levels": self.levels,
+            "its features before activation": self.before_activation_of("teacher"),
+            "its embeddings": self.embedding,
+            "its logits for a second view": self.second_view,
+            "the teacher's own blocks": self.teacher_network,
+        }
+        return " and ".join(name for name, needed in named.items() if needed) or None
 
 
 class Method:
@@ -17,12 +52,21 @@ class Method:
     every optimiser step: ``set_progress``.
     """
 
-    needs_teacher: ClassVar[bool] = True
-    needs_levels: ClassVar[bool] = True
+    needs: Needs = Needs()
+    """What the engine must provide. Of the class: it is asked for before the method is built, with networks that
+    return it. A hybrid's own is the union of its parts'."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy, the term called "ce", in the total. A hybrid sets it to 0 and counts its own."""
     adapter: nn.Module | None = None
-    """The student's side with parameters of its own, levels -> (N, D); trained with the student."""
+    """The student's side of the method: the student's Features -> any pytree of tensors (`StudentOutput.adapted`). Its
+    parameters are trained with the student; it runs where they are whole, under the student's autocast."""
     companion: nn.Module | None = None
-    """Further parameters that are trained with the student, but used by ``loss`` only."""
+    """Further parameters that are trained with the student, but used by ``loss`` only, by calling modules of it."""
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Keys of `Loss.terms`, in the order of the log; fixed when the method is built. The total is none of them."""
+        return ("ce",)
 
     def prepare(self, batches: Iterable[Features]) -> None:
         """Fits what must be ready before the student's first step; draws from ``batches`` only what it needs."""
@@ -30,16 +74,35 @@ class Method:
     def set_progress(self, epochs: float) -> None:
         """Tells the method how many epochs the student has trained, for ramps."""
 
-    def target(self, teacher: Features) -> Target:
-        """The teacher's side of a step. ``teacher`` carries no gradient."""
-        return Target(teacher.logits)
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
+        """The teacher's side of a step. ``teacher``, and ``second`` of the second view, carry no gradient."""
+        return Target(teacher.logits, second_logits=None if second is None else second.logits)
 
-    def loss(self, student: StudentOutput, target: Target | None, labels: Tensor) -> LossTerms:
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         """The loss of one micro-batch and its terms."""
         raise NotImplementedError
 
-    def train_head(self, terms: LossTerms, *, accumulation_steps: int, update: bool) -> None:
-        """Trains what has an optimiser of its own; ``update`` on the last micro-batch of an optimiser step."""
+    def inside(self, student: StudentOutput) -> Any:
+        """What ``loss`` makes of the student's output by running further networks, with what autograd keeps of it.
+
+        For an estimate of memory: most methods run none, and what a loss itself keeps is small.
+        """
+        return None
+
+    def device_bytes(self, batch: int) -> int:
+        """Bytes on the device beside the parameters of its modules and what autograd keeps: those that stay for the
+        whole run, and those that a step needs for a moment.
+
+        Args:
+            batch: samples of a micro-batch.
+        """
+        return 0
+
+    def train_head(self, loss: Loss, *, accumulation_steps: int, update: bool, leave_out: bool = False) -> None:
+        """Trains what has an optimiser of its own; ``update`` on the last micro-batch of an optimiser step.
+
+        With ``leave_out`` that step changes nothing: it was not finite.
+        """
 
     def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
         """0-d figures about the method's own parts on one batch, averaged and logged at every evaluation."""
@@ -47,7 +110,17 @@ class Method:
 
     @property
     def uncacheable(self) -> str | None:
-        """Why the teacher's side of a step is no constant of the view, and cannot be cached; None if it is one."""
+        """Why a cache of the teacher's outputs cannot stand in for the teacher; None: it can."""
+        beyond = self.needs.beyond_outputs
+        return None if beyond is None else f"{type(self).__name__} needs {beyond}, not only its logits"
+
+    @property
+    def uncapturable(self) -> str | None:
+        """Why a step cannot be captured in a CUDA graph and replayed; None: it can.
+
+        A step that can reads nothing on the host, and whatever changes between two steps, ramps and counters, is in
+        tensors that stay where they are. What the first step alone does (`CRD`) is done before the capture.
+        """
         return None
 
     @property
@@ -62,6 +135,10 @@ class Method:
 
     def adopt_head(self, state: Mapping[str, Tensor]) -> None:
         """Takes the state of a ``fitted_head`` that was fitted before; ``prepare`` is then not called."""
+
+    def head_of(self, state: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+        """The ``fitted_head``'s part of what ``state_dict`` gave."""
+        return state.get("head")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the student's side."""

@@ -19,7 +19,7 @@ from unikd_fast.values import Features, Gaussian
 
 
 class PooledFusion(nn.Module):
-    """Feature levels -> AFF (Eq. 4) -> global average pool, (N, D).
+    """A network's Features -> AFF of its levels (Eq. 4) -> global average pool, (N, D).
 
     Args:
         fusion: the AFF module, of all levels or of the coarsest alone.
@@ -29,20 +29,20 @@ class PooledFusion(nn.Module):
         super().__init__()
         self.fusion = fusion
 
-    def forward(self, levels: tuple[Tensor, ...]) -> Tensor:
-        return self.fusion.pooled(levels[-len(self.fusion.expanders) :])
+    def forward(self, features: Features) -> Tensor:
+        return self.fusion.pooled(features.levels[-len(self.fusion.expanders) :])
 
 
 class TeacherHead(nn.Module):
-    """AFF_t and FDP: the teacher's feature levels -> Gaussian(mean, log_var), (N, K) each."""
+    """AFF_t and FDP: the teacher's Features -> Gaussian(mean, log_var), (N, K) each."""
 
     def __init__(self, fusion: PooledFusion, distribution: FeatureDistributionPrediction) -> None:
         super().__init__()
         self.fusion = fusion
         self.distribution = distribution
 
-    def forward(self, levels: tuple[Tensor, ...]) -> Gaussian:
-        return self.distribution(self.fusion(levels))
+    def forward(self, features: Features) -> Gaussian:
+        return self.distribution(self.fusion(features))
 
 
 class HeadTrainer:
@@ -59,13 +59,14 @@ class HeadTrainer:
         self.head = head
         self.optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
         self._replicated: nn.Module | None = None
+        self._keep_buffers()
 
-    def predict(self, levels: tuple[Tensor, ...]) -> Gaussian:
+    def predict(self, features: Features) -> Gaussian:
         """(m_t, log v_t) with gradient to the head, synchronised over processes in its backward pass."""
         if self._replicated is None:
             several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
             self._replicated = DistributedDataParallel(self.head) if several else self.head
-        gaussian: Gaussian = self._replicated(levels)
+        gaussian: Gaussian = self._replicated(features)
         return gaussian
 
     def anchor(self, gaussian: Gaussian, logits: Tensor) -> Tensor:
@@ -74,15 +75,24 @@ class HeadTrainer:
     def fit(self, batches: Iterable[Features], steps: int) -> None:
         """Takes ``steps`` batches, one AdamW step each."""
         for features in itertools.islice(batches, steps):
-            self.backward(self.anchor(self.predict(features.levels), features.logits))
+            self.backward(self.anchor(self.predict(features), features.logits))
             self.update()
 
     def backward(self, anchor: Tensor, *, accumulation_steps: int = 1) -> None:
         (anchor / accumulation_steps).backward()
 
-    def update(self) -> None:
-        self.optimizer.step()
+    def update(self, *, leave_out: bool = False) -> None:
+        """One AdamW step; with ``leave_out`` none, and running statistics are those of the last update again."""
+        if leave_out:
+            for buffer, kept in zip(self.head.buffers(), self._kept, strict=True):
+                buffer.copy_(kept)
+        else:
+            self.optimizer.step()
+            self._keep_buffers()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _keep_buffers(self) -> None:
+        self._kept = [buffer.clone() for buffer in self.head.buffers()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -90,3 +100,4 @@ class HeadTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._keep_buffers()

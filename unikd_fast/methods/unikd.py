@@ -10,10 +10,11 @@ from torch.func import functional_call
 
 from unikd_fast.distribution import FeatureDistributionPrediction
 from unikd_fast.fusion import AdaptiveFeatureFusion
-from unikd_fast.losses import LossTerms, unikd_loss
-from unikd_fast.methods.method import Method
+from unikd_fast.losses import unikd_loss
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.methods.ramp import Ramp
 from unikd_fast.methods.teacher_head import HeadTrainer, PooledFusion, TeacherHead
-from unikd_fast.values import Features, Gaussian, StudentOutput, Target
+from unikd_fast.values import Batch, Features, Gaussian, Loss, StudentOutput, Target
 
 TEACHER_HEADS = ("prefit", "anchored", "literal")
 
@@ -41,6 +42,8 @@ class UniKD(Method):
         ValueError: unknown teacher_head or fusion.
     """
 
+    needs = Needs(levels=True)
+
     def __init__(
         self,
         student_channels: Sequence[int],
@@ -53,7 +56,7 @@ class UniKD(Method):
         fusion_impl: str = "auto",
         gate: str = "spatial",
         upsample: str = "nearest",
-        norm: str | None = None,
+        norm: str | None = "input",
         fdp_norm: str = "layer",
         variance_floor: float = 0.1,
         teacher_head: str = "prefit",
@@ -104,10 +107,8 @@ class UniKD(Method):
         self.trainer = HeadTrainer(self.head, learning_rate=head_learning_rate)
         if teacher_head == "literal":
             self.companion: nn.Module | None = self.head
-        self.alpha_peak, self.alpha_ramp_epochs = alpha, alpha_ramp_epochs
-        # A device tensor, so that the ramp needs neither a host read nor a new capture of the step.
-        self.alpha = torch.full((), alpha, dtype=torch.float32, device=device)
-        self.terms = partial(
+        self.alpha = Ramp(alpha, epochs=alpha_ramp_epochs, device=device)
+        self.objective = partial(
             unikd_loss,
             beta=beta,
             temperature=temperature,
@@ -123,16 +124,15 @@ class UniKD(Method):
             self._freeze()
 
     def set_progress(self, epochs: float) -> None:
-        share = min(1.0, epochs / self.alpha_ramp_epochs) if self.alpha_ramp_epochs else 1.0
-        self.alpha.fill_(self.alpha_peak * share)
+        self.alpha.set_progress(epochs)
 
-    def target(self, teacher: Features) -> Target:
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
         if self.teacher_head == "prefit":
             with torch.no_grad():
-                return Target(teacher.logits, self.head(teacher.levels))
+                return Target(teacher.logits, self.head(teacher))
         if self.teacher_head == "anchored":
-            return Target(teacher.logits, self.trainer.predict(teacher.levels))
-        return Target(teacher.logits, self.head(teacher.levels))
+            return Target(teacher.logits, self.trainer.predict(teacher))
+        return Target(teacher.logits, self.head(teacher))
 
     def student_gaussian(self, pooled: Tensor) -> Gaussian:
         """(m_s, log v_s) of the student's pooled vector, through the shared FDP."""
@@ -142,36 +142,45 @@ class UniKD(Method):
         gaussian: Gaussian = functional_call(shared, {k: p.detach() for k, p in shared.named_parameters()}, (pooled,))
         return gaussian
 
-    def loss(self, student: StudentOutput, target: Target | None, labels: Tensor) -> LossTerms:
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        anchor = ("anchor",) if self.teacher_head == "anchored" else ()
+        return ("ce", "feature_kl", "logit_kl", *anchor)
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         assert target is not None
         assert target.gaussian is not None
-        assert student.pooled is not None
+        assert student.adapted is not None
         gaussian = target.gaussian
         if self.teacher_head != "literal":
             gaussian = Gaussian(gaussian.mean.detach(), gaussian.log_var.detach())
-        return self.terms(
+        found = self.objective(
             student.logits,
             target.logits,
-            labels,
-            self.student_gaussian(student.pooled),
+            batch.labels,
+            self.student_gaussian(student.adapted),
             gaussian,
-            alpha=self.alpha,
+            alpha=self.alpha.value,
+            ce_weight=self.ce_weight,
             anchor=target.gaussian if self.teacher_head == "anchored" else None,
         )
+        terms = {"ce": found.ce, "feature_kl": found.feature_kl, "logit_kl": found.logit_kl}
+        if found.anchor is not None:
+            terms["anchor"] = found.anchor
+        return Loss(found.total, terms)
 
-    def train_head(self, terms: LossTerms, *, accumulation_steps: int, update: bool) -> None:
+    def train_head(self, loss: Loss, *, accumulation_steps: int, update: bool, leave_out: bool = False) -> None:
         if self.teacher_head != "anchored":
             return
-        assert terms.anchor is not None
-        self.trainer.backward(terms.anchor, accumulation_steps=accumulation_steps)
+        self.trainer.backward(loss.terms["anchor"], accumulation_steps=accumulation_steps)
         if update:
-            self.trainer.update()
+            self.trainer.update(leave_out=leave_out)
 
     @torch.no_grad()
     def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
         """How alive the teacher's head is; a collapse shows as std(m_t) -> 0 and accuracy at chance."""
         training = self.head.training
-        mean, log_var = self.head.eval()(teacher.levels)
+        mean, log_var = self.head.eval()(teacher)
         self.head.train(training)
         return {
             "head_mean_std": mean.std(unbiased=False),
@@ -185,7 +194,15 @@ class UniKD(Method):
             return None
         return (
             f"with distill.teacher_head = {self.teacher_head!r} the teacher's head changes with every step and needs "
-            "the teacher's feature levels, not only its outputs"
+            "the teacher's feature levels, not only its outputs; with 'prefit' it does not"
+        )
+
+    @property
+    def uncapturable(self) -> str | None:
+        if self.teacher_head != "anchored":
+            return None
+        return (
+            "with distill.teacher_head = 'anchored' an optimiser of its own, which counts on the host, trains the head"
         )
 
     @property

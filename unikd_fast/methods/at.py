@@ -1,0 +1,84 @@
+"""Attention transfer: where a level is active in the student as in the teacher (Zagoruyko and Komodakis 2017)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+
+class AT(Method):
+    """L = L_CE + w Σ_l mean( (a_s - a_t)² ), a = m / |m|, m = mean_c F²: a map (H, W) of each level and sample.
+
+    The larger of a pair of levels is averaged to the size of the smaller one first.
+
+    The paper has half the norm of a_s - a_t. RepDistiller and mdistiller have the mean of its squares over samples and
+    pixels, to which the w = 1000 of the literature belongs; so have we. They pair the levels from the fine end, but
+    their networks have equally many; we pair the last min(L_s, L_t).
+
+    Args:
+        student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
+        weight: w.
+        label_smoothing: of the cross-entropy.
+
+    Example:
+        >>> AT([(16, 32, 32), (32, 16, 16)], [(64, 32, 32), (128, 8, 8)]).adapter.sizes
+        (32, 8)
+    """
+
+    needs = Needs(levels=True)
+
+    def __init__(
+        self,
+        student_shapes: Sequence[tuple[int, int, int]],
+        teacher_shapes: Sequence[tuple[int, int, int]],
+        *,
+        weight: float = 1000.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        count = min(len(student_shapes), len(teacher_shapes))
+        pairs = zip(student_shapes[-count:], teacher_shapes[-count:], strict=True)
+        self.weight, self.label_smoothing = weight, label_smoothing
+        self.adapter: AttentionMaps = AttentionMaps([min(own[1], other[1]) for own, other in pairs])
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("ce", "attention")
+
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
+        return Target(teacher.logits, extra=self.adapter(teacher))
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        pairs = zip(student.adapted, target.extra, strict=True)
+        attention = torch.stack([F.mse_loss(own, other) for own, other in pairs]).sum()
+        terms = {"ce": ce.detach(), "attention": attention.detach()}
+        return Loss(self.ce_weight * ce + self.weight * attention, terms)
+
+
+class AttentionMaps(nn.Module):
+    """A network's Features -> a of its last levels, (N, size²) each, in fp32; has no parameters.
+
+    Args:
+        sizes: height and width of each map, fine to coarse.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+
+    def forward(self, features: Features) -> tuple[Tensor, ...]:
+        levels = features.levels[-len(self.sizes) :]
+        return tuple(_attention(level, size) for level, size in zip(levels, self.sizes, strict=True))
+
+
+def _attention(level: Tensor, size: int) -> Tensor:
+    level = at_least_fp32(level)  # the squares of half-precision features overflow
+    if level.shape[-1] != size:
+        level = F.adaptive_avg_pool2d(level, size)
+    return F.normalize(level.square().mean(1).flatten(1))

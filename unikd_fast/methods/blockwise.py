@@ -1,0 +1,196 @@
+"""Block-wise logit distillation (Yu et al. 2024, arXiv 2411.01547): the student's blocks inside the teacher."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unikd_fast.losses import softmax_kl, unikd_loss
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+Shape = tuple[int, int, int]
+Block = Callable[[Tensor], Tensor]
+
+
+class Connector(nn.Module):
+    """A student's level (N, C_s, H_s, W_s) -> (N, C_t, H_t, W_t): pooled, a 1x1 convolution, BatchNorm, upsampled.
+
+    Args:
+        student, teacher: (C, H, W) of the levels.
+    """
+
+    def __init__(self, student: Shape, teacher: Shape) -> None:
+        super().__init__()
+        self.pooled = (min(student[1], teacher[1]), min(student[2], teacher[2]))
+        self.size = teacher[1:]
+        self.pools, self.upsamples = self.pooled != student[1:], self.pooled != teacher[1:]
+        self.conv = nn.Conv2d(student[0], teacher[0], 1, bias=False)
+        self.norm = nn.BatchNorm2d(teacher[0])
+
+    def forward(self, level: Tensor) -> Tensor:
+        if self.pools:
+            level = F.adaptive_avg_pool2d(level, self.pooled)
+        level = self.norm(self.conv(level))
+        return F.interpolate(level, size=self.size, mode="nearest") if self.upsamples else level
+
+
+class Connectors(nn.Module):
+    """The student's Features -> its last levels, coarsest last, each in the shape of the teacher's level.
+
+    Args:
+        student_shapes, teacher_shapes: (C, H, W) of the levels, fine to coarse; the last min of both are aligned.
+        light: the coarsest level alone.
+    """
+
+    def __init__(self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, light: bool) -> None:
+        super().__init__()
+        self.count = 1 if light else min(len(student_shapes), len(teacher_shapes))
+        pairs = zip(student_shapes[-self.count :], teacher_shapes[-self.count :], strict=True)
+        self.connectors = nn.ModuleList(Connector(student, teacher) for student, teacher in pairs)
+
+    def forward(self, features: Features) -> tuple[Tensor, ...]:
+        levels = zip(self.connectors, features.levels[-self.count :], strict=True)
+        return tuple(connector(level) for connector, level in levels)
+
+
+class Blockwise(Method):
+    """L = a L_task + b L_distill + c L_cross, of the student S and of stepping stones N_1 .. N_n between it and T.
+
+        N_i = T_head ∘ T_n ∘ .. ∘ T_{i+1} ∘ C_i ∘ S_i ∘ .. ∘ S_1          w_i = 2^{i-n}
+        L_task = CE(S) + Σ_i w_i CE(N_i)
+        L_distill = d(S, T) + Σ_i w_i d(N_i, T)
+        L_cross = d(S, Y) + Σ_i w_i d(N_i, Y),          Y = 1/n Σ_i N_i, no gradient
+
+    d(A, B) = τ² KL( softmax(B / τ) || softmax(A / τ) ). N_i is the student up to its level i, a connector C_i and the
+    rest of the frozen teacher, in eval mode: gradients pass through its blocks to the student's features, so the
+    features are aligned by what the teacher makes of them. The connectors are trained with the student and dropped
+    with the stones after training.
+
+    The authors published no code that we know of; formula and weights follow descriptions of the paper. What these
+    leave open is ours: C_i (`Connector`: no activation, although the teacher's levels are rectified), τ = 4, a = b =
+    c = 1, and Y of the stones alone. With networks of different numbers of levels the last n = min are aligned.
+
+    The teacher's blocks may compute in fp16, where gradients of a batch's mean are too small for numbers: the
+    gradient inside them is larger by a power of two, taken off again where it leaves.
+
+    Args:
+        student_shapes, teacher_shapes: (C, H, W) of the levels, fine to coarse.
+        blocks: of the teacher: the i-th maps its level i to level i + 1, the last one to the logits.
+        task_weight, distill_weight, cross_weight: a, b, c.
+        temperature: τ.
+        light: N_n alone.
+        label_smoothing: of the cross-entropies.
+        impl: implementation of the losses, see unikd_loss.
+        device: of the connectors.
+
+    Raises:
+        ValueError: no levels, or not as many blocks as the teacher has levels.
+    """
+
+    needs = Needs(levels=True, teacher_network=True)
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape],
+        teacher_shapes: Sequence[Shape],
+        blocks: Sequence[Block],
+        *,
+        task_weight: float = 1.0,
+        distill_weight: float = 1.0,
+        cross_weight: float = 1.0,
+        temperature: float = 4.0,
+        light: bool = False,
+        label_smoothing: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not student_shapes or not teacher_shapes or len(blocks) != len(teacher_shapes):
+            raise ValueError(
+                f"Blockwise: student and teacher need levels, and the teacher a block after each, got "
+                f"{len(student_shapes)} levels of the student, {len(teacher_shapes)} of the teacher and {len(blocks)} "
+                "blocks; cut the teacher at its levels (split_at_levels)"
+            )
+        self.adapter: Connectors = Connectors(student_shapes, teacher_shapes, light=light).to(device)
+        self.blocks = list(blocks[-self.adapter.count :])
+        self.ce_weight, self.task_weight = task_weight, task_weight
+        self.distill_weight, self.cross_weight = distill_weight, cross_weight
+        self.temperature, self.label_smoothing, self.impl = temperature, label_smoothing, impl
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """ce and logit_kl of the student, the sums over its stones, and L_cross."""
+        return ("ce", "logit_kl", "stone_ce", "stone_kl", "cross_kl")
+
+    @property
+    def stone_weights(self) -> list[float]:
+        """w_i, fine to coarse."""
+        count = self.adapter.count
+        return [2.0 ** (i - count) for i in range(1, count + 1)]
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        stones = self.inside(student)
+        ensemble = torch.stack([stone.detach() for stone in stones]).mean(0)
+        settings: dict[str, Any] = {"temperature": self.temperature, "impl": self.impl}
+        own = unikd_loss(
+            student.logits,
+            target.logits,
+            batch.labels,
+            ce_weight=self.ce_weight,
+            beta=self.distill_weight,
+            label_smoothing=self.label_smoothing,
+            **settings,
+        )
+        cross = softmax_kl(student.logits, ensemble, **settings)
+        total, stone_ce, stone_kl = own.total, torch.zeros_like(own.ce), torch.zeros_like(own.ce)
+        for stone, weight in zip(stones, self.stone_weights, strict=True):
+            found = unikd_loss(
+                stone,
+                target.logits,
+                batch.labels,
+                ce_weight=self.task_weight,
+                beta=self.distill_weight,
+                label_smoothing=self.label_smoothing,
+                **settings,
+            )
+            total = total + weight * found.total
+            stone_ce, stone_kl = stone_ce + weight * found.ce, stone_kl + weight * found.logit_kl
+            cross = cross + weight * softmax_kl(stone, ensemble, **settings)
+        terms = (own.ce, own.logit_kl, stone_ce, stone_kl, cross.detach())
+        return Loss(total + self.cross_weight * cross, dict(zip(self.term_names, terms, strict=True)))
+
+    def inside(self, student: StudentOutput) -> tuple[Tensor, ...]:
+        """(N, K) logits of N_1 .. N_n; see ``stones``."""
+        return self.stones(student.adapted)
+
+    def stones(self, connected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """(N, K) logits of N_1 .. N_n, for what the connectors gave.
+
+        Each block runs once, for all stones that have come this far: in eval mode no sample sees another.
+        """
+        # A student in fp16 has a loss scale already, which finds its own size.
+        half = connected[0].dtype == torch.float16
+        scale = 1.0 if half else 64.0 * 2 ** math.ceil(math.log2(len(connected[0])))
+        levels: list[Tensor] = [_ScaledGradient.apply(level, 1 / scale) for level in connected]
+        inside = self.blocks[0](levels[0])
+        for level, block in zip(levels[1:], self.blocks[1:], strict=True):
+            inside = block(torch.cat([inside, level.to(inside.dtype)]))
+        logits: Tensor = _ScaledGradient.apply(inside, scale)
+        return logits.chunk(len(levels))
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The same value, with its gradient times a number."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0] * ctx.scale, None

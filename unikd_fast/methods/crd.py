@@ -1,0 +1,239 @@
+"""Contrastive representation distillation (Tian et al., ICLR 2020)."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unikd_fast.kernels import reference
+from unikd_fast.methods.crd_banks import Banks, bank_bytes
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+POSITIVES = ("exact", "relax")
+_WORKING_BYTES = 2**29
+
+
+class Embed(nn.Linear):
+    """(N, D_in) -> unit vectors (N, D): a linear layer, normalised in fp32.
+
+    Not an nn.Linear alone: under autocast DeepSpeed exchanges the weights of these in half precision, and the teacher's
+    is called outside of autocast.
+    """
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return F.normalize(super().forward(embedding.to(self.weight.dtype)).float(), dim=1)
+
+
+class StudentEmbed(nn.Module):
+    """The student's Features -> unit vectors (N, D)."""
+
+    def __init__(self, inside: int, width: int) -> None:
+        super().__init__()
+        self.embed = Embed(inside, width)
+
+    def forward(self, features: Features) -> Tensor:
+        embedded: Tensor = self.embed(features.embedding)
+        return embedded
+
+
+class CRD(Method):
+    """L = w L_CE + b (L_s + L_t): which of K + 1 samples is the anchor's, asked of student and teacher in turn.
+
+        L_s = -1/N Σ_n [ ln h(v_n, u_n) + Σ_k ln( 1 - h(v_n, u_nk) ) ],    h(v, u) = e / ( e + K / M ),
+        e = exp( v·u / τ ) / Z
+
+    v is the student's embedding: the vector that its classifier sees, through a linear layer to D numbers,
+    normalised. u_n is the sample's own and u_nk are K other samples' in a bank of the teacher's embeddings of all M
+    training samples. L_t is the same with the sides exchanged: the teacher's embedding, whose linear layer is trained
+    along, against a bank of the student's. After each step both banks move towards the batch's own embeddings, μ old +
+    (1 - μ) new, normalised. Z is M times the mean exp(v·u / τ) of the first batch, one for each side.
+
+    As the published code (HobbitLong/RepDistiller, and megvii-research/mdistiller after it), with these differences:
+
+    - The paper allows negatives of the same class; the published recipe draws them from the other classes, and so do
+      we. ``positives`` is its mode: "exact", the sample itself, with which the published figures were made, or
+      "relax", any sample of its class.
+    - Negatives are drawn uniformly with replacement. The code draws without where there are K others, and otherwise
+      with; its alias method, for samples of any class, is with replacement and with equal weights, which is uniform.
+    - A negative that was drawn c times counts c times, and scores are taken against the whole bank at once: the same
+      sum, without K embeddings of D numbers for each row of the batch (half a GiB at 64 rows of 16384).
+    - The code adds 1e-7 to e + K / M against a division by zero. The logarithms here are those of a sigmoid, which
+      need nothing.
+    - With several processes the code would keep other banks, and other Z, in each. Here the embeddings of all
+      processes are gathered, so the banks stay the same everywhere.
+
+    A step takes up to half a GiB, and the banks 8 M D bytes (49 MiB on CIFAR, 1.2 GiB on ImageNet); the method refuses
+    a device that has less. A draw is a function of (seed, step, sample), so that a resumed run draws the same.
+
+    Args:
+        student_width, teacher_width: of the embeddings.
+        sample_ids, labels: (M,) of the training samples; ids as in `Batch.sample_ids`.
+        num_classes: number of classes.
+        weight: b.
+        width: D.
+        negatives: K.
+        temperature: τ.
+        momentum: μ.
+        positives: "exact" or "relax".
+        label_smoothing: of the cross-entropy.
+        seed: of the draws; None: from torch's generator, which stands at the same place in all processes of a run.
+        device: of the banks.
+
+    Raises:
+        ValueError: a setting out of range, samples that allow no negatives, or banks that do not fit the device.
+    """
+
+    needs = Needs(embedding=True, hard_labels=True)
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        sample_ids: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        *,
+        weight: float = 0.8,
+        width: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        positives: str = "exact",
+        label_smoothing: float = 0.0,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if positives not in POSITIVES:
+            raise ValueError(f"CRD: positives must be one of {', '.join(POSITIVES)}, got {positives!r}")
+        if not 1 <= negatives <= 2**18:
+            raise ValueError(f"CRD: negatives must be in [1, {2**18}], got {negatives}; 16384 is usual")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"CRD: momentum must be in [0, 1), got {momentum}; at 1 the banks would never change")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"CRD: temperature must be finite and above 0, got {temperature}; 0.07 is usual")
+        self.weight, self.negatives, self.temperature = weight, negatives, temperature
+        self.momentum, self.positives, self.label_smoothing = momentum, positives, label_smoothing
+        self.adapter = StudentEmbed(student_width, width).to(device)
+        self.companion = self.teacher_embed = Embed(teacher_width, width).to(device)
+        self.banks = Banks(
+            sample_ids,
+            labels,
+            num_classes=num_classes,
+            width=width,
+            seed=int(torch.randint(2**62, ())) if seed is None else seed,
+            working_bytes=_WORKING_BYTES,
+            device=device,
+        )
+        self.log_z = torch.zeros(2, device=device)
+        self._knows_z = False
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("ce", "crd")
+
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
+        return super().target(teacher, second)._replace(extra=teacher.embedding)
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        with torch.autocast(student.logits.device.type, enabled=False):
+            crd = self._contrast(student.adapted, self.teacher_embed(target.extra), batch)
+        return Loss(self.ce_weight * ce + self.weight * crd, {"ce": ce.detach(), "crd": crd.detach()})
+
+    def device_bytes(self, batch: int) -> int:
+        """The banks, and the scores and draws of as many rows as are taken at once."""
+        rows = min(batch, self._rows_at_once)
+        return bank_bytes(len(self.banks), self.banks.width) + rows * self._bytes_of_a_row
+
+    def _contrast(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """L_s + L_t for embeddings (N, D); the banks remember them."""
+        rows = self.banks.rows(batch.sample_ids)
+        positive = rows if self.positives == "exact" else self.banks.same_class(rows, batch.labels)
+        sides = [(student, self.banks.teacher), (teacher, self.banks.student)]
+        own = [(anchors * bank[positive]).sum(1) / self.temperature for anchors, bank in sides]
+        if not self._knows_z:
+            self._find_z(sides, own, rows, batch.labels)
+        # ln of e M / K, so that h is its sigmoid.
+        shifts = self.log_z + math.log(self.negatives / len(self.banks))
+        total = F.softplus(shifts[:, None] - torch.stack(own)).sum()
+        for part in self._parts(len(rows)):
+            counts = self._counts(rows[part], batch.labels[part])
+            for (anchors, bank), shift in zip(sides, shifts, strict=True):
+                total = total + _Negatives.apply(anchors[part], bank, counts, shift, self.temperature)
+        with torch.no_grad():
+            both = _from_all(torch.cat([student, teacher], dim=1)).chunk(2, dim=1)
+            self.banks.remember(_from_all(rows), *both, momentum=self.momentum)
+        loss: Tensor = total / len(rows)
+        return loss
+
+    @torch.no_grad()
+    def _find_z(self, sides: list[tuple[Tensor, Tensor]], own: list[Tensor], rows: Tensor, labels: Tensor) -> None:
+        """From the first batch of all processes; the host knows which that is."""
+        top = 1 / self.temperature  # about the largest score, taken off so that none overflows
+        sums = torch.stack([(scores - top).exp().sum() for scores in own])
+        for part in self._parts(len(rows)):
+            counts = self._counts(rows[part], labels[part])
+            scores = (anchors[part] @ bank.T / self.temperature for anchors, bank in sides)
+            sums += torch.stack([(counts * (s - top).exp()).sum() for s in scores])
+        mean = _from_all(sums[None]).mean(0) / (len(rows) * (self.negatives + 1))
+        self.log_z.copy_((mean * len(self.banks)).log() + top)
+        self._knows_z = True
+
+    @property
+    def _bytes_of_a_row(self) -> int:
+        """A few numbers per sample and per draw."""
+        return 16 * len(self.banks) + 96 * self.negatives
+
+    @property
+    def _rows_at_once(self) -> int:
+        """As many as memory allows."""
+        return max(1, _WORKING_BYTES // self._bytes_of_a_row)
+
+    def _parts(self, rows: int) -> list[slice]:
+        """Slices of a batch, each as large as memory allows."""
+        size = self._rows_at_once
+        return [slice(start, start + size) for start in range(0, rows, size)]
+
+    def _counts(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """(N, M) fp32, how often each sample is drawn for each row: whole numbers, whose sums have no order."""
+        drawn = self.banks.negatives(rows, labels, self.negatives)
+        counts = torch.zeros(len(rows), len(self.banks), device=rows.device)
+        return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"banks": self.banks.state_dict(), "log_z": self.log_z, "knows_z": self._knows_z}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.banks.load_state_dict(state["banks"])
+        self.log_z.copy_(state["log_z"])
+        self._knows_z = bool(state["knows_z"])
+
+
+class _Negatives(torch.autograd.Function):
+    """Σ_nm c_nm softplus( v_n·u_m / τ - shift ), with the gradient of v formed along: what is kept is (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, bank: Tensor, counts: Tensor, shift: Tensor, temperature: float) -> Tensor:
+        scores = (anchors @ bank.T).div_(temperature).sub_(shift)
+        total = (counts * F.softplus(scores)).sum()
+        ctx.save_for_backward((scores.sigmoid_().mul_(counts) @ bank).div_(temperature))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream[0] * gradient, None, None, None, None
+
+
+def _from_all(own: Tensor) -> Tensor:
+    """The rows (N, ...) of all processes, in their order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own.detach()
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own.detach().contiguous())
+    return torch.cat(found)

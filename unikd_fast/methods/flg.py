@@ -1,0 +1,102 @@
+"""FLG: distillation of logits with a term of the embeddings, weighted by what they do to the logits. A form of ours."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unikd_fast.kernels.reference import at_least_fp32, autocast_off
+from unikd_fast.losses import unikd_loss
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+
+class FLG(Method):
+    """L = w L_CE + beta τ² KL(p(τ) || q(τ)) + 1/2 gamma Δhᵀ Wᵀ (diag p - p pᵀ) W Δh, the last a batch mean.
+
+    Δh = h_t - A h_s between the embeddings of both; A (D_t, D_s) is trained with the student, W (K, D_t) are the
+    teacher's last weights, p = p(τ) its probabilities. The original formula was not found; this one is ours. The last
+    term is the second order in Δh of τ² KL(p || p'), p' of the logits z_t - W Δh: directions of the embedding that the
+    teacher's classifier does not see cost nothing, nor do classes that it rules out. It is half the variance of the
+    classes' u = W Δh under p, and computed as such.
+
+    Args:
+        student_width, teacher_width: D_s and D_t.
+        classifier_weight: W, kept in fp32 as a constant.
+        ce_weight, beta, gamma: w, beta and gamma.
+        temperature: τ.
+        label_smoothing: of the cross-entropy.
+        impl: implementation of the losses, see `unikd_loss`.
+
+    Raises:
+        ValueError: a W of another width than the teacher's embedding.
+    """
+
+    needs = Needs(embedding=True)
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        classifier_weight: Tensor,
+        *,
+        ce_weight: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 4.0,
+        label_smoothing: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        if classifier_weight.ndim != 2 or classifier_weight.shape[1] != teacher_width:
+            raise ValueError(
+                f"FLG: classifier_weight must be (K, {teacher_width}) for the teacher's embedding, got "
+                f"{tuple(classifier_weight.shape)}; pass the weight of the teacher's last linear layer"
+            )
+        self.ce_weight, self.beta, self.gamma = ce_weight, beta, gamma
+        self.temperature, self.label_smoothing, self.impl = temperature, label_smoothing, impl
+        self.classifier_weight = at_least_fp32(classifier_weight.detach())
+        self.adapter: Projection = Projection(student_width, teacher_width).to(classifier_weight.device)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("ce", "logit_kl", "embedding_gap")
+
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
+        return super().target(teacher, second)._replace(extra=teacher.embedding)
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        assert isinstance(target.logits, Tensor)
+        found = unikd_loss(
+            student.logits,
+            target.logits,
+            batch.labels,
+            ce_weight=self.ce_weight,
+            beta=self.beta,
+            temperature=self.temperature,
+            label_smoothing=self.label_smoothing,
+            impl=self.impl,
+        )
+        gap = self._gap(at_least_fp32(target.extra) - at_least_fp32(student.adapted), target.logits)
+        terms = {"ce": found.ce, "logit_kl": found.logit_kl, "embedding_gap": gap.detach()}
+        return Loss(found.total + self.gamma * gap, terms)
+
+    def _gap(self, delta: Tensor, teacher_logits: Tensor) -> Tensor:
+        """1/2 Var_p(W Δh), batch mean, for Δh (N, D_t)."""
+        p = (at_least_fp32(teacher_logits) / self.temperature).softmax(dim=-1)
+        with autocast_off(delta.device):
+            moved = F.linear(delta, self.classifier_weight.to(delta.dtype))
+        centred = moved - (p * moved).sum(dim=-1, keepdim=True)
+        return 0.5 * (p * centred.square()).sum(dim=-1).mean()
+
+
+class Projection(nn.Module):
+    """A: the student's embedding (N, D_s) -> (N, D_t), in fp32 under autocast too."""
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(student_width, teacher_width, bias=False)
+
+    def forward(self, features: Features) -> Tensor:
+        assert features.embedding is not None
+        with autocast_off(features.embedding.device):
+            embedding = at_least_fp32(features.embedding)
+            return F.linear(embedding, self.linear.weight.to(embedding.dtype))

@@ -1,0 +1,156 @@
+"""Several methods at once: their terms summed, the cross-entropy counted once."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from typing import Any
+
+from torch import Tensor, nn
+
+from unikd_fast.kernels import reference
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+
+class Hybrid(Method):
+    """L = L_CE + Σ_m (L_m - w_m L_CE), w_m the method's own weight of the cross-entropy.
+
+    The sum is that of the first view's logits. Each part sees adapted features and a `Target.extra` of its own;
+    terms and figures keep their names, with the part's name before them where two parts have the same.
+
+    Args:
+        parts: methods by name; their ``ce_weight`` is set to 0.
+        label_smoothing: of the cross-entropy.
+
+    Raises:
+        ValueError: fewer than two parts, one without a teacher, or two that fit a head beforehand.
+
+    Example:
+        >>> Hybrid({"kd": KD(), "dkd": DKD()}).term_names
+        ('ce', 'logit_kl', 'dkd_target', 'dkd_non_target')
+    """
+
+    def __init__(self, parts: Mapping[str, Method], *, label_smoothing: float = 0.0) -> None:
+        if len(parts) < 2:
+            raise ValueError(f"Hybrid: a hybrid has two methods or more, got {list(parts)}; use the method itself")
+        for name, part in parts.items():
+            if not part.needs.teacher:
+                raise ValueError(f"Hybrid: {name} learns from no teacher and adds nothing to a hybrid; leave it out")
+            part.ce_weight = 0.0
+        fitted = [name for name, part in parts.items() if part.fitted_head is not None]
+        if len(fitted) > 1:
+            raise ValueError(f"Hybrid: only one part may fit a head to the teacher beforehand, got {fitted}")
+        self.parts, self.label_smoothing = dict(parts), label_smoothing
+        self.needs = reduce(Needs.union, (part.needs for part in parts.values()))
+        self._head: Method | None = parts[fitted[0]] if fitted else None
+        own = {name: [term for term in part.term_names if term != "ce"] for name, part in parts.items()}
+        self._public = _without_clashes(own)
+        adapters = {name: part.adapter for name, part in parts.items() if part.adapter is not None}
+        companions = {name: part.companion for name, part in parts.items() if part.companion is not None}
+        if adapters:
+            self.adapter = _Adapters(adapters)
+        if companions:
+            self.companion = nn.ModuleDict(companions)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("ce", *(public for names in self._public.values() for public in names.values()))
+
+    def prepare(self, batches: Iterable[Features]) -> None:
+        batches = iter(batches)  # each part goes on where the one before it stopped
+        for part in self.parts.values():
+            part.prepare(batches)
+
+    def set_progress(self, epochs: float) -> None:
+        for part in self.parts.values():
+            part.set_progress(epochs)
+
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
+        found = {name: part.target(teacher, second) for name, part in self.parts.items()}
+        gaussians = [target.gaussian for target in found.values() if target.gaussian is not None]
+        assert len(gaussians) <= 1, "a target, as a cache, has room for one"
+        extra = {name: target.extra for name, target in found.items() if target.extra is not None}
+        whole = super().target(teacher, second)
+        return whole._replace(gaussian=gaussians[0] if gaussians else None, extra=extra or None)
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        total, terms = ce, {"ce": ce.detach()}
+        for name, part in self.parts.items():
+            adapted = None if student.adapted is None else student.adapted.get(name)
+            extra = None if target.extra is None else target.extra.get(name)
+            found = part.loss(student._replace(adapted=adapted), target._replace(extra=extra), batch)
+            total = total + found.total
+            terms |= {public: found.terms[term] for term, public in self._public[name].items()}
+        return Loss(total, terms)
+
+    def inside(self, student: StudentOutput) -> Any:
+        adapted = {name: None if student.adapted is None else student.adapted.get(name) for name in self.parts}
+        return [part.inside(student._replace(adapted=adapted[name])) for name, part in self.parts.items()]
+
+    def device_bytes(self, batch: int) -> int:
+        return sum(part.device_bytes(batch) for part in self.parts.values())
+
+    def train_head(self, loss: Loss, *, accumulation_steps: int, update: bool, leave_out: bool = False) -> None:
+        for name, part in self.parts.items():
+            own = {term: loss.terms[public] for term, public in self._public[name].items()}
+            part.train_head(
+                Loss(loss.total, {"ce": loss.terms["ce"], **own}),
+                accumulation_steps=accumulation_steps,
+                update=update,
+                leave_out=leave_out,
+            )
+
+    def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
+        found = {name: part.indicators(teacher, labels) for name, part in self.parts.items()}
+        public = _without_clashes({name: list(values) for name, values in found.items()})
+        return {public[name][key]: value for name, values in found.items() for key, value in values.items()}
+
+    @property
+    def uncacheable(self) -> str | None:
+        return "; ".join(filter(None, (part.uncacheable for part in self.parts.values()))) or None
+
+    @property
+    def uncapturable(self) -> str | None:
+        return "; ".join(filter(None, (part.uncapturable for part in self.parts.values()))) or None
+
+    @property
+    def fitted_head(self) -> nn.Module | None:
+        return None if self._head is None else self._head.fitted_head
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        return {} if self._head is None else self._head.head_settings
+
+    def adopt_head(self, state: Mapping[str, Tensor]) -> None:
+        assert self._head is not None
+        self._head.adopt_head(state)
+
+    def head_of(self, state: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+        heads = (part.head_of(state[name]) for name, part in self.parts.items() if part is self._head)
+        return next(heads, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+class _Adapters(nn.Module):
+    """The student's Features -> what each part's adapter makes of them, by its name."""
+
+    def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(adapters)
+
+    def forward(self, features: Features) -> dict[str, Any]:
+        return {name: adapter(features) for name, adapter in self.parts.items()}
+
+
+def _without_clashes(own: Mapping[str, list[str]]) -> dict[str, dict[str, str]]:
+    """Public names of each part's own: these, or with the part's before it where another part has the same."""
+    count = Counter(name for names in own.values() for name in names)
+    return {part: {name: name if count[name] == 1 else f"{part}_{name}" for name in own[part]} for part in own}

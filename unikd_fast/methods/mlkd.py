@@ -1,0 +1,135 @@
+"""MLKD, multi-level logit distillation (Jin et al., CVPR 2023): instances, batches and classes, in two views."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unikd_fast.kernels import reference
+from unikd_fast.kernels.reference import at_least_fp32, autocast_off
+from unikd_fast.losses import softmax_kl
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.values import Batch, Loss, StudentOutput, Target
+
+
+class MLKD(Method):
+    """Distillation of weak and strong views at several temperatures T, and of another few, F, of the weak view alone.
+
+        L = w CE(weak) + w_2 CE(strong) + v [ Σ_{T,F} m KL_τ(weak) + Σ_T KL_τ(strong) + Σ_F KL_τ(weak)
+                                              + Σ_{T,F} m ‖P Pᵀ - Q Qᵀ‖² / N + Σ_{T,F} c ‖Pᵀ P - Qᵀ Q‖² / K ]
+
+    KL_τ = τ² KL(p(τ) || q(τ)), batch mean; P and Q (N, K) are the teacher's and the student's probabilities of the weak
+    view at τ; ‖·‖² sums squares. Temperatures are summed, not averaged. This is what the published code
+    (Multi-Level-Logit-Distillation, KD_ours) computes, with w = w_2 = 0.1, v = 0.9, T = (3, 4, 5), F = (2, 6), and
+
+    - m and c stand for its masks: of samples whose teacher is at most as confident as the median one, and of classes
+      whose probabilities, summed over the batch, are at most the median. It multiplies sums that are reduced already
+      with these masks and takes the mean, so they select nothing: they are factors, m and c the shares of samples and
+      of classes kept, 1/2 but for ties and odd numbers.
+    - The strong view's KL at τ = 2 and 6 is called with the weak view's logits, so F counts the weak view once more.
+    - It computes Gram terms of the strong view too, and leaves them out of the loss.
+
+    Its strong view is weaker than ours by default (``data.second_view``): two operations, each at a random magnitude
+    whatever it calls "10", and a grey square cut out at any place, of a random side up to half the image's.
+
+    The formula without those accidents has T = (2, 3, 4, 5, 6), no F and m = c = 1 (``masks=False``). ‖Pᵀ P - Qᵀ Q‖²
+    grows with the number of samples squared: both Gram terms are of the micro-batch of one process (64 as published).
+
+    Args:
+        ce_weight, second_ce_weight: w of the weak, w_2 of the strong view; a hybrid keeps the second.
+        weight: v.
+        temperatures: T.
+        first_view_temperatures: F.
+        masks: with the factors m and c; without, both are 1.
+        standardized: logit standardisation of both sides (see `KD`) in the KL terms, and, as its authors do, not in the
+            Gram terms.
+        label_smoothing: of the cross-entropy.
+        impl: implementation of the losses, see `softmax_kl`.
+
+    Raises:
+        ValueError: no temperatures, or one that is not above 0.
+    """
+
+    needs = Needs(second_view=True)
+
+    def __init__(
+        self,
+        *,
+        ce_weight: float = 0.1,
+        second_ce_weight: float = 0.1,
+        weight: float = 0.9,
+        temperatures: Sequence[float] = (3.0, 4.0, 5.0),
+        first_view_temperatures: Sequence[float] = (2.0, 6.0),
+        masks: bool = True,
+        standardized: bool = False,
+        label_smoothing: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        if not temperatures or min(*temperatures, *first_view_temperatures, 1.0) <= 0:
+            raise ValueError(
+                "MLKD: temperatures and first_view_temperatures must be above 0, and the first not empty, got "
+                f"{tuple(temperatures)} and {tuple(first_view_temperatures)}; (3, 4, 5) and (2, 6) are published"
+            )
+        self.ce_weight, self.second_ce_weight, self.weight = ce_weight, second_ce_weight, weight
+        self.temperatures, self.first_view_temperatures = tuple(temperatures), tuple(first_view_temperatures)
+        self.masks, self.standardized = masks, standardized
+        self.label_smoothing, self.impl = label_smoothing, impl
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("ce", "second_ce", "logit_kl", "second_logit_kl", "batch_gram", "class_gram")
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        assert isinstance(target.logits, Tensor)
+        assert student.second_logits is not None
+        assert target.second_logits is not None
+        ce, second_ce = (
+            reference.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+            for logits in (student.logits, student.second_logits)
+        )
+        shared = self._divergence(student.logits, target.logits, self.temperatures)
+        again = self._divergence(student.logits, target.logits, self.first_view_temperatures)
+        second_kl = self._divergence(student.second_logits, target.second_logits, self.temperatures)
+        q, p = (self._probabilities(logits) for logits in (student.logits, target.logits))
+        with autocast_off(q.device):
+            batch_gram, class_gram = _gram_gap(p, q), _gram_gap(p.mT, q.mT)
+        m, c = self._shares_kept(target.logits)
+        first = m * (shared + again) + again
+        total = self.weight * (first + second_kl + m * batch_gram + c * class_gram)
+        total = total + self.ce_weight * ce + self.second_ce_weight * second_ce
+        values = (ce, second_ce, shared + again, second_kl, batch_gram, class_gram)
+        return Loss(total, {name: value.detach() for name, value in zip(self.term_names, values, strict=True)})
+
+    def _divergence(self, student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
+        """Σ τ² KL over these temperatures; 0 for none."""
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        for temperature in temperatures:
+            total = total + softmax_kl(
+                student, teacher, temperature=temperature, standardized=self.standardized, impl=self.impl
+            )
+        return total
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """(T, N, K) at all the temperatures."""
+        rows = at_least_fp32(logits)
+        return torch.stack(
+            [rows / temperature for temperature in (*self.temperatures, *self.first_view_temperatures)]
+        ).softmax(dim=-1)
+
+    def _shares_kept(self, teacher: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """m of the samples and c of the classes."""
+        if not self.masks:
+            return 1.0, 1.0
+        p = at_least_fp32(teacher).softmax(dim=-1)
+        return _share_up_to_the_median(p.amax(dim=-1)), _share_up_to_the_median(p.sum(dim=0))
+
+
+def _gram_gap(p: Tensor, q: Tensor) -> Tensor:
+    """Σ ‖p pᵀ - q qᵀ‖² / M over matrices (T, M, ·)."""
+    return (p @ p.mT - q @ q.mT).square().sum() / p.shape[-2]
+
+
+def _share_up_to_the_median(values: Tensor) -> Tensor:
+    """Share of values (M,) that are at most their median, the middle between the two middle ones of an even number."""
+    return (values <= values.quantile(0.5)).to(values.dtype).mean()

@@ -1,0 +1,71 @@
+"""NKD, knowledge distillation with a normalised loss of the non-targets (Yang et al., ICCV 2023)."""
+
+import torch
+from torch.nn import functional as F
+
+from unikd_fast.kernels import reference
+from unikd_fast.kernels.reference import at_least_fp32
+from unikd_fast.losses import dkd_loss
+from unikd_fast.losses.logits import dense_logits
+from unikd_fast.methods.method import Method
+from unikd_fast.values import Batch, Loss, StudentOutput, Target, TopKLogits
+
+
+class NKD(Method):
+    """L = w L_CE - p_y ln q_y - gamma τ² Σ_{k != y} p'_k ln q'_k, means over the batch.
+
+    p and q are the teacher's and the student's probabilities at τ = 1; p' and q' theirs at τ among the classes other
+    than the label y, renormalised. As in the published code (cls_KD), p_y and q_y stay at τ = 1 whatever τ is, and the
+    label of a mixed sample is its heaviest class. The published gamma and τ are 1.5 and 1 on ImageNet, 3.5 and 3 on
+    CIFAR-100 (ResNet-34 to ResNet-18). Tables that call logit standardisation "NKD" mean another method, see `KD`.
+
+    Args:
+        ce_weight: w.
+        gamma: weight of the non-targets.
+        temperature: τ.
+        label_smoothing: of the cross-entropy.
+        impl: implementation of the losses, see `dkd_loss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        ce_weight: float = 1.0,
+        gamma: float = 1.5,
+        temperature: float = 1.0,
+        label_smoothing: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        self.ce_weight, self.gamma, self.temperature = ce_weight, gamma, temperature
+        self.label_smoothing, self.impl = label_smoothing, impl
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("ce", "nkd_target", "nkd_non_target")
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        assert not isinstance(target.logits, TopKLogits), "all logits are needed"
+        labels = batch.labels.argmax(dim=-1) if batch.labels.is_floating_point() else batch.labels
+        ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        # The cross-entropy of p' and q' is the divergence, which is fused, and the entropy of p', a constant.
+        divergence = dkd_loss(
+            student.logits,
+            target.logits,
+            labels,
+            alpha=0.0,
+            beta=1.0,
+            temperature=self.temperature,
+            impl=self.impl,
+        )
+        label = labels[:, None]
+        with torch.no_grad():
+            teacher = at_least_fp32(dense_logits(target.logits))
+            p_y = teacher.softmax(dim=-1).gather(-1, label)
+            others = teacher.scatter(-1, label, -torch.inf) / self.temperature
+            entropy = self.temperature**2 * torch.special.entr(others.softmax(dim=-1)).sum(dim=-1).mean()
+        log_q_y = F.log_softmax(at_least_fp32(student.logits), dim=-1).gather(-1, label)
+        of_target, of_others = -(p_y * log_q_y).mean(), divergence + entropy
+        total = self.ce_weight * ce + of_target + self.gamma * of_others
+        terms = {"ce": ce.detach(), "nkd_target": of_target.detach(), "nkd_non_target": of_others.detach()}
+        return Loss(total, terms)

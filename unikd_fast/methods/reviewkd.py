@@ -1,0 +1,211 @@
+"""ReviewKD (KR): each level of the student, with what lies above it, against the teacher's (Chen et al. 2021)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
+from unikd_fast.methods.method import Method, Needs
+from unikd_fast.methods.ramp import Ramp
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+_CONTEXTS = (4, 2, 1)  # sizes that HCL averages to
+
+
+class ReviewKD(Method):
+    """L = L_CE + w min(1, t / T) Σ_l HCL( G_l, F_l ), after t epochs.
+
+    F_l are the teacher's levels before activation and its embedding, G_l what the student's ABF (`Review`) makes of
+    its own levels and embedding, from the coarsest on. The last min(L_s, L_t) levels and the embedding are compared.
+
+    The student's levels are those after activation, as in the authors' code for CIFAR and in mdistiller, which takes
+    them before it on ImageNet. HCL, as there, halves the weight for each size that it does average to: 1/2, 1/4, 1/8
+    for 4, 2, 1 on levels above 4 x 4, and 1/2, 1/4 for 2, 1 on a level of 4 x 4. There t counts whole epochs; ours has
+    fractions.
+
+    Args:
+        student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
+        student_width, teacher_width: D of the embeddings.
+        weight: w; from 0.6 to 8 in the literature, by the pair of networks.
+        ramp_epochs: T.
+        width: channels inside of the fusions; None: min(512, student_width).
+        student_before_activation: whether the student's levels are taken before their activation.
+        label_smoothing: of the cross-entropy.
+        device: of the ramp.
+
+    Example:
+        >>> method = ReviewKD([(16, 32, 32), (32, 16, 16)], [(64, 32, 32), (128, 8, 8)], 32, 128)
+        >>> levels = torch.randn(2, 16, 32, 32), torch.randn(2, 32, 16, 16)
+        >>> [tuple(g.shape[1:]) for g in method.adapter(Features(levels, logits, embedding=torch.randn(2, 32)))]
+        [(64, 32, 32), (128, 8, 8), (128, 1, 1)]
+    """
+
+    needs = Needs(levels=True, teacher_before_activation=True, embedding=True)
+
+    def __init__(
+        self,
+        student_shapes: Sequence[tuple[int, int, int]],
+        teacher_shapes: Sequence[tuple[int, int, int]],
+        student_width: int,
+        teacher_width: int,
+        *,
+        weight: float = 1.0,
+        ramp_epochs: float = 20.0,
+        width: int | None = None,
+        student_before_activation: bool = False,
+        label_smoothing: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.needs = self.needs_with(student_before_activation=student_before_activation)
+        self.count = min(len(student_shapes), len(teacher_shapes))
+        self.weight, self.label_smoothing = Ramp(weight, epochs=ramp_epochs, device=device), label_smoothing
+        self.adapter: Review = Review(
+            [*(shape[0] for shape in student_shapes[-self.count :]), student_width],
+            [*((channels, size) for channels, size, _ in teacher_shapes[-self.count :]), (teacher_width, 1)],
+            width=width or min(512, student_width),
+            before_activation=student_before_activation,
+        )
+
+    @classmethod
+    def needs_with(cls, *, student_before_activation: bool) -> Needs:
+        """What it needs, which is more where the student's levels are taken before their activation."""
+        return cls.needs._replace(before_activation=student_before_activation)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("ce", "hcl")
+
+    def set_progress(self, epochs: float) -> None:
+        self.weight.set_progress(epochs)
+
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
+        return Target(teacher.logits, extra=_with_embedding(teacher.before_activation[-self.count :], teacher))
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        pairs = zip(student.adapted, target.extra, strict=True)
+        hcl = torch.stack([hierarchical_context_loss(own, other) for own, other in pairs]).sum()
+        terms = {"ce": ce.detach(), "hcl": hcl.detach()}
+        return Loss(self.ce_weight * ce + self.weight.value * hcl, terms)
+
+
+class Review(nn.Module):
+    """The student's Features -> G_l of its last levels and of its embedding, in the shapes of the teacher's.
+
+    Args:
+        student_channels: of each, fine to coarse, the embedding's last.
+        teacher_shapes: (C_l, H_l) of each, likewise.
+        width: channels inside.
+        before_activation: whether the levels are taken before their activation.
+
+    Raises:
+        ValueError: in training, of a single sample: its embedding has no variance to normalise.
+    """
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_shapes: Sequence[tuple[int, int]],
+        *,
+        width: int,
+        before_activation: bool,
+    ) -> None:
+        super().__init__()
+        self.before_activation = before_activation
+        last = len(student_channels) - 1
+        pairs = zip(student_channels, teacher_shapes, strict=True)
+        self.fusions = nn.ModuleList(
+            AttentionFusion(own, width, other, size, has_above=index < last)
+            for index, (own, (other, size)) in enumerate(pairs)
+        )
+
+    def forward(self, features: Features) -> tuple[Tensor, ...]:
+        if self.training and len(features.logits) < 2:
+            raise ValueError(
+                f"ReviewKD: BatchNorm of the student's embedding needs a micro-batch of 2 samples or more, got "
+                f"{len(features.logits)}; raise train.global_batch_size, or lower train.accumulation_steps"
+            )
+        levels = features.before_activation if self.before_activation else features.levels
+        inputs = _with_embedding(levels[-(len(self.fusions) - 1) :], features)
+        results: list[Tensor] = []
+        fused: Tensor | None = None
+        for fusion, level in zip(reversed(self.fusions), reversed(inputs), strict=True):
+            result, fused = fusion(level, fused)
+            results.append(result)
+        return tuple(reversed(results))
+
+
+class AttentionFusion(nn.Module):
+    """ABF: a level blended with what was fused above it, by two maps of attention that need not sum to 1.
+
+        x = N(W_1 F),    (g, h) = sigmoid( W_g (x ⊕ Up(y)) ),    z = g x + h Up(y),    G = N(W_3 z)
+
+    W_1 and W_g are 1x1, W_3 is 3x3, N is BatchNorm, Up takes the nearest. z is brought to the teacher's size, also by
+    the nearest, and is the y of the next finer level. The coarsest has no y: z = x.
+
+    Args:
+        channels: of F.
+        width: of x, y and z.
+        out_channels, size: of G, the teacher's.
+        has_above: whether there is a y.
+    """
+
+    def __init__(self, channels: int, width: int, out_channels: int, size: int, *, has_above: bool) -> None:
+        super().__init__()
+        self.size = size
+        self.project = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.output = nn.Sequential(
+            nn.Conv2d(width, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        self.attention = nn.Conv2d(2 * width, 2, 1) if has_above else None
+        for layer in (self.project[0], self.output[0]):
+            assert isinstance(layer, nn.Conv2d)
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+
+    def forward(self, level: Tensor, above: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(G, z): (N, C_out, size, size) and (N, width, size, size)."""
+        x = self.project(level)
+        if self.attention is not None:
+            assert above is not None
+            above = _nearest(above, x.shape[-1])
+            maps = self.attention(torch.cat([x, above], dim=1)).sigmoid()
+            x = maps[:, :1] * x + maps[:, 1:] * above
+        x = _nearest(x, self.size)
+        return self.output(x), x
+
+
+def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """HCL: the mean squared difference as it is and averaged to 4 x 4, 2 x 2 and 1 x 1, in fp32.
+
+        ( MSE + Σ_i 2^-i MSE_i ) / ( 1 + Σ_i 2^-i ),    i = 1, 2, .. over those sizes that are smaller than H
+
+    Args:
+        student, teacher: (N, C, H, H).
+
+    Example:
+        >>> hierarchical_context_loss(torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
+        tensor(1.)
+    """
+    assert student.shape == teacher.shape
+    # Averaging is linear: the difference is averaged once instead of both.
+    difference = at_least_fp32(student) - at_least_fp32(teacher)
+    total, weight, weights = difference.square().mean(), 1.0, 1.0
+    for size in _CONTEXTS:
+        if size < difference.shape[-1]:
+            weight /= 2
+            weights += weight
+            total = total + weight * F.adaptive_avg_pool2d(difference, size).square().mean()
+    return total / weights
+
+
+def _with_embedding(levels: Sequence[Tensor], features: Features) -> tuple[Tensor, ...]:
+    """The embedding as a coarsest level of one pixel."""
+    assert features.embedding is not None
+    return (*levels, features.embedding[:, :, None, None])
+
+
+def _nearest(level: Tensor, size: int) -> Tensor:
+    return level if level.shape[-1] == size else F.interpolate(level, size=(size, size), mode="nearest")
