@@ -18,7 +18,7 @@ def _explain_one(item: Any, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part))
     kind, value, context = item["type"], item.get("input"), item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key {path!r}{nearest_key(path, model)}{_why_unsupported(path)}"
+        return f"unknown key {path!r}{nearest_key(path, model)}{_where_mixing_is(path)}"
     if kind == "missing":
         return f"{path} is required and not set"
     if kind == "value_error":
@@ -27,18 +27,21 @@ def _explain_one(item: Any, model: type[BaseModel]) -> str:
     return f"{path} = {value!r} is not valid; {allowed}"
 
 
-def _why_unsupported(path: str) -> str:
+def _where_mixing_is(path: str) -> str:
     if not path.rpartition(".")[2].lower().startswith(("mixup", "cutmix")):
         return ""
     return (
-        "; Mixup and CutMix are not supported: a mixed view belongs to a pair of samples, and a cache of the teacher's "
-        "outputs (teacher.cache) could not key it by its sample"
+        "; Mixup and CutMix are set in data.mixing, and not together with a cache of the teacher's outputs "
+        "(teacher.cache), which could not key a mixed view by its sample"
     )
 
 
 def _is_union_tag(part: object) -> bool:
     # pydantic adds the member of a union it tried ("int", "literal['auto']") to the path.
-    return isinstance(part, str) and (part in {"int", "float", "str"} or part.startswith(("literal[", "constrained-")))
+    # Our own tags of a union are of two words, which no key is.
+    return isinstance(part, str) and (
+        part in {"int", "float", "str"} or part.startswith(("literal[", "constrained-")) or " " in part
+    )
 
 
 def nearest_key(path: str, model: type[BaseModel]) -> str:

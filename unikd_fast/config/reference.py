@@ -55,7 +55,7 @@ def _section(model: type[BaseModel], prefix: str) -> list[str]:
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    options = schema.get("anyOf", [schema])
+    options = schema.get("anyOf") or schema.get("oneOf") or [schema]
     return " or ".join(dict.fromkeys(filter(None, map(_one, options))))
 
 
