@@ -1,87 +1,23 @@
 """The loader that decodes with DALI: the PIL loader's samples, windows and, within a level, pixels."""
 
-import io
-import logging
 import random
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from generated_images import write_jpegs
-from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("nvidia.dali")
 
+from dali_loaders import CROPS, RESIZED, SHORT, SIZE, assert_close, assert_same, by_id, crops, levels, make
+
 from unikd_fast.data import dali_views
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.dali_pipeline import view_pipeline
-from unikd_fast.data.dali_probe import _try_in_a_process, choose_decoding
-from unikd_fast.data.dali_views import cut_view
-from unikd_fast.data.decode import DecodeRequest
-from unikd_fast.data.image_feed import ImageFeed, ReadViews, read_image
-from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.loader import Loader, _say_once, build_loader
 from unikd_fast.data.splits import INDEX_DTYPE, DataSplits, ImageFiles, PackedImages
 from unikd_fast.data.strong import strong_view
-from unikd_fast.data.view_windows import ViewWindow, Windows
+from unikd_fast.data.view_windows import ViewWindow
 from unikd_fast.values import Batch
-
-SIZE, SHORT = 96, 110
-RESIZED = Augmentation(crop="resized", flip_probability=0.5, eval_resize=SHORT)
-CROPS = [
-    Augmentation(flip_probability=0.5, eval_resize=SHORT),
-    Augmentation(crop="pad", padding=9, flip_probability=0.5, eval_resize=SHORT),
-    RESIZED,
-]
-crops = pytest.mark.parametrize("augmentation", CROPS, ids=lambda a: a.crop)
-
-
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
-    return load_image_folder(write_jpegs(tmp_path_factory.mktemp("jpegs"), {"train": 240, "val": 61}), SIZE)
-
-
-def make(splits: DataSplits, augmentation: Augmentation = RESIZED, **changes: Any) -> Loader:
-    shared = {"kind": "dali", "seed": 3, "global_batch_size": 40, "device": "cpu", "workers": 0}
-    return build_loader(splits, augmentation=augmentation, **{**shared, **changes})
-
-
-def levels(images: Tensor, splits: DataSplits) -> Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (splits.mean, splits.std))
-    return ((images * std + mean) * 255).round().to(torch.uint8)
-
-
-def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
-    for batch, other in zip(batches, expected, strict=True):
-        for part, other_part in zip(batch, other, strict=True):
-            assert (part is None and other_part is None) or torch.equal(part, other_part)
-
-
-def assert_close(batches: list[Batch], expected: list[Batch], splits: DataSplits) -> None:
-    """The decoded pixels are the same. Resized, they may be rounded apart by a level, since torch's weights have 16
-    bits and PIL's 22; in each of two directions, so seldom by two."""
-    differences = []
-    for batch, other in zip(batches, expected, strict=True):
-        assert torch.equal(batch.labels, other.labels)
-        assert torch.equal(batch.sample_ids, other.sample_ids)
-        for images, others in ((batch.images, other.images), (batch.second, other.second)):
-            assert (images is None) == (others is None)
-            if images is not None and others is not None:
-                differences.append((levels(images, splits).int() - levels(others, splits).int()).abs().flatten())
-    difference = torch.cat(differences)
-    assert difference.max() <= 2
-    assert (difference == 2).float().mean() <= 1e-5
-    assert difference.float().mean() <= 0.02
-
-
-def by_id(batches: list[Batch]) -> dict[int, Tensor]:
-    return {int(i): image for batch in batches for image, i in zip(batch.images, batch.sample_ids, strict=True)}
 
 
 @crops
@@ -237,153 +173,6 @@ def test_global_random_numbers_are_left_alone(splits: DataSplits) -> None:
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), numpy_state, strict=True))  # noqa: NPY002
     assert random.getstate() == python_state
-
-
-def encoded(splits: DataSplits, augmentation: Augmentation, second: Augmentation | None = None) -> list[ReadViews]:
-    assert isinstance(splits.train, ImageFiles)
-    ids = np.arange(40)
-    views, other = (
-        None if a is None else view_parameters(a, seed=3, epoch=0, sample_ids=ids, stream=stream)
-        for stream, a in enumerate((augmentation, second))
-    )
-    request = DecodeRequest(splits.train.images(ids), splits.train.labels[ids], ids, views, other)
-    with ThreadPoolExecutor(1) as threads:
-        batch = ImageFeed(iter([request]), Windows(SIZE, SHORT), threads, ahead=1, for_pil=set()).next_batch()
-    assert batch is not None
-    return list(batch.images.values())
-
-
-@crops
-@pytest.mark.parametrize("second", [None, CROPS[1]], ids=["one view", "two views"])
-def test_the_graph_for_gpus_gives_the_same_views_where_the_cpu_runs_it(
-    splits: DataSplits, augmentation: Augmentation, second: Augmentation | None
-) -> None:
-    images = encoded(splits, augmentation, second)
-    number = 1 if second is None else 2
-    by_parts, whole = (
-        [
-            torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2).clone()
-            for views in view_pipeline(
-                iter([images]).__next__,
-                batch_size=40,
-                views=number,
-                image_size=SIZE,
-                padded="pad" in (augmentation.crop, second and second.crop),
-                by_parts=by_parts,
-                device_id=None,
-                threads=2,
-                prefetch=1,
-            ).run()
-        ]
-        for by_parts in (True, False)
-    )
-    assert len(by_parts) == number
-    for view in range(number):
-        assert torch.equal(by_parts[view], whole[view])
-        for shown, image in zip(whole[view], images, strict=True):
-            stored = read_whole(image)
-            expected = cut_view(stored, image.windows[view], SIZE)
-            difference = (shown.int() - expected.int()).abs()
-            # Where a window is made smaller, DALI's filter repeats the border: at most an eighth of 255 a side.
-            assert difference[:, 1:-1, 1:-1].max() <= 1
-            assert difference.max() <= 1 or augmentation.crop == "resized"
-            assert difference.max() <= 64
-
-
-def read_whole(image: ReadViews) -> Tensor:
-    if image.is_decoded:
-        return torch.from_numpy(image.decoded_part().copy())
-    pixels = np.asarray(Image.open(io.BytesIO(image.content.tobytes())).convert("RGB"))
-    top, left, height, width = image.part
-    return torch.from_numpy(pixels[top : top + height, left : left + width].copy())
-
-
-def test_only_the_part_that_is_shown_is_decoded(splits: DataSplits) -> None:
-    assert isinstance(splits.train, ImageFiles)
-    images = encoded(splits, RESIZED)
-    for stored, image in zip(splits.train.images(range(40)), images, strict=True):
-        whole = read_image(stored)
-        (window,) = image.windows
-        assert window.box == (0, 0, *image.part[2:])
-        assert image.part.height * image.part.width <= whole.height * whole.width
-    assert sum(image.part.height for image in images) < 0.8 * sum(
-        read_image(stored).height for stored in splits.train.images(range(40))
-    )
-
-
-def test_says_who_makes_the_pixels(splits: DataSplits) -> None:
-    import nvidia.dali
-
-    said = make(splits).pixels
-    assert said["decoder"].startswith(f"dali {nvidia.dali.__version__} cpu, nvimgcodec 0.")
-    assert said["resize"] == f"torch {'.'.join(torch.__version__.split('.')[:2])}, bilinear, antialiased"
-    assert "strong" not in said
-    assert "torchvision" in make(splits, Augmentation(policy="rand")).pixels["strong"]
-
-
-def test_auto_takes_dali_for_files_and_says_so_once(splits: DataSplits, caplog: pytest.LogCaptureFixture) -> None:
-    _say_once.cache_clear()
-    with caplog.at_level(logging.INFO, "unikd_fast"):
-        loaders = [make(splits, kind="auto") for _ in range(2)]
-    assert [type(one).__name__ for one in loaders] == ["DaliLoader"] * 2
-    assert [record.message for record in caplog.records] == ["data.loader: image files are decoded by DALI"]
-
-
-@pytest.mark.slow
-def test_without_dali_auto_takes_pil_and_says_why(splits: DataSplits) -> None:
-    program = """
-import logging, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith("nvidia.dali"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Refuse())
-logging.basicConfig(level=logging.INFO)
-from pathlib import Path
-from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.loader import build_loader
-shared = dict(augmentation=Augmentation(), seed=0, global_batch_size=8, device="cpu", workers=0)
-splits = load_image_folder(Path(sys.argv[1]), 96)
-print(type(build_loader(splits, **shared)).__name__)
-build_loader(splits, kind="dali", **shared)
-"""
-    assert isinstance(splits.train, ImageFiles)
-    root = Path(splits.train.paths[0]).parents[2]
-    run = subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True, text=True)
-    assert run.stdout == "FolderLoader\n"
-    assert run.stderr.count("decoded by PIL in worker processes (torchvision), because DALI does not work: Module") == 1
-    assert "ValueError: build_loader: kind 'dali' does not work on this machine: ModuleNotFoundError" in run.stderr
-    assert "dali12" in run.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to decode on")
-@pytest.mark.parametrize("way", ["gpu", "gpu_parts"])
-def test_a_trial_on_a_gpu_that_is_not_there_is_told(way: Any) -> None:
-    problem = _try_in_a_process(way, 0)
-    assert problem is not None
-    assert "a trial ended with status 1: " in problem
-    assert "CUDA" in problem
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@crops
-def test_on_a_gpu_views_are_near_the_pil_loaders(splits: DataSplits, augmentation: Augmentation) -> None:
-    """Never run yet. The mean, since DALI's decoder on a GPU smooths chroma differently and borders differ."""
-    assert choose_decoding(torch.device("cuda")) in ("gpu", "gpu_parts")
-    ours = make(splits, augmentation, device="cuda", second=CROPS[1])
-    theirs = make(splits, augmentation, kind="torchvision", workers=2, second=CROPS[1])
-    for batch, other in zip(ours.train(1), theirs.train(1), strict=True):
-        assert torch.equal(batch.sample_ids.cpu(), other.sample_ids)
-        assert torch.equal(batch.labels.cpu(), other.labels)
-        for images, others in ((batch.images, other.images), (batch.second, other.second)):
-            assert images is not None and others is not None
-            difference = (levels(images.cpu(), splits).float() - levels(others, splits).float()).abs()
-            assert difference.mean(dim=(1, 2, 3)).max() <= 8
-    first = [batch.images.cpu() for batch in ours.train(0)]
-    assert all(torch.equal(a, b.images.cpu()) for a, b in zip(first, ours.train(0), strict=True))
 
 
 def test_the_loaders_threads_leave_the_cores_to_the_training(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unikd_fast.data.augmentation import Augmentation, view_parameters
+from unikd_fast.data.device_loader import DeviceLoader
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.values import Batch
@@ -250,6 +251,33 @@ def test_says_who_makes_the_pixels(
     assert said == {"decoder": "none, uint8 tensors", "resize": ours if augmentation.crop == "resized" else "none"}
     monkeypatch.setattr("unikd_fast.data.device_loader.RESIZE_VERSION", 2)
     assert (loader(splits, augmentation).pixels == said) == (augmentation.crop != "resized")
+
+
+@crops
+@pytest.mark.parametrize("second", [None, Augmentation(crop="resized", scale=(0.3, 0.9))])
+def test_plans_hold_all_that_differs_between_batches(
+    splits: DataSplits, augmentation: Augmentation, second: Augmentation | None
+) -> None:
+    """A batch made from a plan is that of `train`, to the bit."""
+    own = build_loader(splits, augmentation=augmentation, second=second, seed=3, global_batch_size=24, device="cpu")
+    assert isinstance(own, DeviceLoader)
+    assert own.unplanned is None
+    for start in (0, 1):
+        plans, batches = list(own.plans(5, start)), list(own.train(5, start))
+        assert len(plans) == len(batches) == 2 - start
+        for plan, batch in zip(plans, batches, strict=True):
+            made = own.batch_of(plan)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(made[:3], batch[:3], strict=True))
+            assert (made.second is None) == (second is None)
+            assert made.second is None or (batch.second is not None and torch.equal(made.second, batch.second))
+
+
+def test_says_whose_views_cannot_be_planned(splits: DataSplits) -> None:
+    strong = Augmentation(policy="trivial")
+    for first, second, said in ((strong, None, "of the views"), (CROPS[1], strong, "of the second views")):
+        own = build_loader(splits, augmentation=first, second=second, seed=3, global_batch_size=24, device="cpu")
+        assert isinstance(own, DeviceLoader)
+        assert own.unplanned is not None and said in own.unplanned
 
 
 @pytest.mark.gpu

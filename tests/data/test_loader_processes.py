@@ -139,3 +139,29 @@ def test_ctrl_c_ends_a_process_that_loads(root: Path, kind: str) -> None:
         assert time.monotonic() - start < 30
     assert said.strip().endswith("KeyboardInterrupt")
     assert process.returncode == -signal.SIGINT
+
+
+SHUT_DOWN = """
+import signal
+from nvidia.dali import Pipeline
+
+shut_down = Pipeline._shutdown
+
+def interrupted(self):
+    if self._pipe:
+        signal.raise_signal(signal.SIGINT)
+    shut_down(self)
+
+Pipeline._shutdown = interrupted
+for batch in loader.train(1): pass
+print("lost")
+"""
+
+
+@needs_dali
+def test_ctrl_c_is_not_lost_while_a_pipeline_is_shut_down(root: Path) -> None:
+    """Which takes a good part of a short epoch."""
+    code, said, errors = finished(LOADER + SHUT_DOWN, root, "dali")
+    assert said == ""
+    assert "KeyboardInterrupt" in errors
+    assert code == -signal.SIGINT

@@ -239,12 +239,13 @@ def test_every_methods_loss_is_that_of_both_labels(name: str, smoothing: float) 
     gaussian = Gaussian(teacher, torch.zeros_like(teacher))
 
     def cross_entropy(labels: Tensor) -> Tensor:
+        batch = Batch(torch.zeros(6, 3, 1, 1), labels, torch.arange(6))
         if name == "none":
-            return StudentAlone(label_smoothing=smoothing).loss(StudentOutput(logits, None), None, labels).ce
+            return StudentAlone(label_smoothing=smoothing).loss(StudentOutput(logits), None, batch).terms["ce"]
         if name == "kd":
-            return KD(label_smoothing=smoothing).loss(StudentOutput(logits, None), Target(teacher), labels).ce
+            return KD(label_smoothing=smoothing).loss(StudentOutput(logits), Target(teacher), batch).terms["ce"]
         method = UniKD([4], [6], CLASSES, width=4, label_smoothing=smoothing)
-        return method.loss(StudentOutput(logits, torch.ones(6, 4)), Target(teacher, gaussian), labels).ce
+        return method.loss(StudentOutput(logits, torch.ones(6, 4)), Target(teacher, gaussian), batch).terms["ce"]
 
     expected = share * cross_entropy(own) + (1 - share) * cross_entropy(other)
     # fp64 throughout, of a sum of 30 numbers of size 1.

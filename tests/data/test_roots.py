@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unikd_fast.data.roots import DATA_NAMES, check_root
+from unikd_fast.data.roots import DATA_NAMES, check_root, expand_weights
 
 
 def make_folders(root: Path, *parts: str) -> Path:
@@ -15,7 +15,7 @@ def make_folders(root: Path, *parts: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic"])
+@pytest.mark.parametrize("name", ["digits", "synthetic", "fine_grained"])
 def test_data_sets_without_files_need_no_root(name: str) -> None:
     assert check_root(name, None) is None
     assert check_root(name, "/nowhere") is None
@@ -105,3 +105,19 @@ print("heavy:", sorted({"torch", "numpy", "torchvision", "PIL", "sklearn"} & set
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert "refused: check_root: the root of data set imagenet, /nowhere/at/all, is missing" in output
     assert "heavy: []" in output
+
+
+def test_weights_are_files_with_variables_or_identifiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHERS", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert expand_weights("teacher", "${TEACHERS}/resnet56_vanilla/a.pth") == f"{tmp_path}/resnet56_vanilla/a.pth"
+    assert expand_weights("teacher", "~/a.pth") == "/home/somebody/a.pth"
+    assert expand_weights("teacher", "./a.pth") == "./a.pth"  # a slash tells a file from an identifier
+    assert expand_weights("student", "IMAGENET1K_V1") == "IMAGENET1K_V1"
+    monkeypatch.delenv("TEACHERS")
+    with pytest.raises(ValueError) as refusal:
+        expand_weights("teacher", "${TEACHERS}/a.pth")
+    message = str(refusal.value)
+    assert message.startswith("teacher.weights is '${TEACHERS}/a.pth' and TEACHERS is not set")
+    assert "export TEACHERS=" in message
+    assert "--set teacher.weights=" in message

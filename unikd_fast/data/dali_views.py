@@ -55,7 +55,7 @@ def decoded(
         while True:
             outputs, failure = _outputs(pipeline, stream)
             if failure is not None:
-                pipeline = None
+                _end(pipeline)
                 run.repair(failure, pipeline_of)
                 pipeline = pipeline_of(run.next_images)
                 continue
@@ -65,7 +65,7 @@ def decoded(
             yield run.under_way.popleft(), outputs
     finally:
         # An error's traceback may live long, and DALI's threads would with it.
-        pipeline = None
+        _end(pipeline)
     if run.error is not None:
         raise run.error
 
@@ -78,6 +78,14 @@ def _outputs(pipeline: Pipeline, stream: Any = None) -> tuple[Any, RuntimeError 
         return None, None
     except RuntimeError as error:
         return None, error.with_traceback(None)
+
+
+def _end(pipeline: Pipeline) -> None:
+    """End the threads of a pipeline, now and by a call.
+
+    Where Python calls `__del__` itself it swallows what is raised there: a Ctrl-C, which then stops nothing.
+    """
+    pipeline.__del__()
 
 
 class _Run:
@@ -157,7 +165,12 @@ class _Run:
 
 def _failing(images: list[tuple[int, ReadViews]], pipeline_of: PipelineOf) -> list[int]:
     """Return the places of the images that DALI fails on, found by halving."""
-    if not images or _outputs(pipeline_of(iter([[image for _, image in images]]).__next__))[1] is None:
+    if not images:
+        return []
+    pipeline = pipeline_of(iter([[image for _, image in images]]).__next__)
+    failure = _outputs(pipeline)[1]
+    _end(pipeline)
+    if failure is None:
         return []
     half = len(images) // 2
     return _failing(images[:half], pipeline_of) + _failing(images[half:], pipeline_of) if half else [images[0][0]]

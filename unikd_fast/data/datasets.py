@@ -7,6 +7,7 @@ from pathlib import Path
 from unikd_fast.data.cifar100 import IMAGE_SIZE as CIFAR_SIZE
 from unikd_fast.data.cifar100 import load_cifar100
 from unikd_fast.data.digits import load_digits
+from unikd_fast.data.fine_grained import load_fine_grained
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.packed import load_packed
 from unikd_fast.data.roots import check_root
@@ -33,15 +34,15 @@ def open_data(
 
     Args:
         name: one of `roots.DATA_NAMES`; "imagenet" is "image_folder" under the name its users look for.
-        root: folder of the data set, see `roots.check_root`; not read by digits and synthetic.
+        root: folder of the data set, see `roots.check_root`; not read by digits, synthetic and fine_grained.
         image_size: height and width in pixels of the images; 32 for cifar100.
-        num_classes: number of classes; decides for synthetic (10 if None) and webdataset (one more than the largest
-            label if None), for the others it is checked.
+        num_classes: number of classes; decides for synthetic (10 if None), fine_grained (50 if None) and webdataset
+            (one more than the largest label if None), for the others it is checked.
         train_samples: train on a class-balanced subset of this many samples; they keep their ids, and mean and
             deviation stay those of the whole. None is all of them.
         val_samples: samples of the train split of cifar100 held out for validation.
-        synthetic_samples: images of the train split of synthetic.
-        seed: of the subset and of the images of synthetic. It is one of the data set, to be kept while the seed of the
+        synthetic_samples: images of the train split of synthetic and fine_grained.
+        seed: of the subset and of the images of these two. It is one of the data set, to be kept while the seed of the
             runs changes: runs over several seeds then see one data set, and a teacher fits them all.
 
     Raises:
@@ -70,6 +71,7 @@ def open_data(
         "packed": lambda: load_packed(_given(folder), image_size),
         "webdataset": lambda: load_tar_shards(_given(folder), image_size, num_classes),
         "synthetic": lambda: load_synthetic(synthetic_samples, num_classes or 10, image_size, seed=seed),
+        "fine_grained": lambda: load_fine_grained(synthetic_samples, num_classes or 50, image_size, seed=seed),
     }
     if val_samples and name != "cifar100":
         raise ValueError(

@@ -56,6 +56,7 @@ class DeviceLoader:
         self._augmentation = augmentation
         self._schedule = schedule
         self._second = second
+        self._shown = [schedule] if second is None else [schedule, second]
         self._device = device
         self._image_size = splits.image_size
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
@@ -92,11 +93,39 @@ class DeviceLoader:
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
     ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of an epoch; see `Loader.train`."""
-        micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
-        shown, others, other_stream = epoch if view_epoch is None else view_epoch, self._second, stream + SECOND_VIEWS
-        return (
-            self._batch(rows, views, None if others is None else others.views(rows, shown, other_stream))
-            for rows, views in micro_batches
+        micro_batches = self._views(epoch, start_step, stream, epoch if view_epoch is None else view_epoch)
+        return (self._batch(*shown) for shown in micro_batches)
+
+    @property
+    def unplanned(self) -> str | None:
+        """Why batches cannot be made from `plans`; None: they can."""
+        augmentations = [self._augmentation, *([] if self._second is None else [self._second.augmentation])]
+        if not any(augmentation.is_strong for augmentation in augmentations):
+            return None
+        second = "" if self._augmentation.is_strong else " second"
+        return f"jitter, policies and erasing of the{second} views are made image by image, as the host says"
+
+    def plans(self, epoch: int, start_step: int = 0) -> Iterator[Tensor]:
+        """Yield what `batch_of` makes the micro-batches of `train` from: all that differs between them.
+
+        Returns:
+            (V, N, 6) int64 on the host, pinned where the loader's device is a GPU, for V views of N samples: position,
+            window (top, left, height, width), flip.
+        """
+        assert self.unplanned is None, self.unplanned
+        for rows, *shown in self._views(epoch, start_step, 0, epoch):
+            plan = torch.from_numpy(np.stack([self._plan(rows, views) for views in shown if views is not None]))
+            yield plan.pin_memory() if self._device.type == "cuda" else plan
+
+    def batch_of(self, plan: Tensor) -> Batch:
+        """Make a micro-batch of a plan on the device: the same operations for every plan, and no host read."""
+        images, *second = (self._planned(own, shown.augmentation) for own, shown in zip(plan, self._shown, strict=True))
+        taken = plan[0, :, 0]
+        return Batch(
+            self._normalise(images),
+            self._train.labels.index_select(0, taken),
+            self._train.sample_ids.index_select(0, taken),
+            self._normalise(second[0]) if second else None,
         )
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
@@ -118,22 +147,35 @@ class DeviceLoader:
 
     def _show(self, positions_of_views: NDArray[np.int64], views: ViewParameters) -> tuple[Tensor, Tensor]:
         """Return the normalised views of these samples and their positions on the device."""
-        # A plan, (N, 6) int64: position, window (top, left, height, width), flip.
-        boxes_of_views = views.crop_boxes(*self._train.images.shape[-2:])
-        plan = np.column_stack((positions_of_views, boxes_of_views, views.flip))
         # One small copy from pinned memory: the host does not wait for the device.
-        host_plan = torch.from_numpy(plan)
+        host_plan = torch.from_numpy(self._plan(positions_of_views, views))
         if self._device.type == "cuda":
             host_plan = host_plan.pin_memory()
-        device_plan = host_plan.to(self._device, non_blocking=True)
-        positions, boxes, flip = device_plan[:, 0], device_plan[:, 1:5], device_plan[:, 5].bool()
+        plan = host_plan.to(self._device, non_blocking=True)
+        return self._normalise(strong_views(self._planned(plan, views.augmentation), views)), plan[:, 0]
+
+    def _plan(self, positions: NDArray[np.int64], views: ViewParameters) -> NDArray[np.int64]:
+        """Return (N, 6): position, window (top, left, height, width), flip."""
+        return np.column_stack((positions, views.crop_boxes(*self._train.images.shape[-2:]), views.flip))
+
+    def _planned(self, plan: Tensor, augmentation: Augmentation) -> Tensor:
+        """Return the views of a plan (N, 6) on the device, as uint8 and before what is strong about them."""
+        positions, boxes, flip = plan[:, 0], plan[:, 1:5], plan[:, 5].bool()
         images = self._train.images.index_select(0, positions)
-        augmentation = views.augmentation
         if augmentation.crop == "resized":
-            images = resized_crop(images, boxes, flip, self._image_size)
-        else:
-            images = pad_crop(images, boxes, flip, augmentation.padding if augmentation.crop == "pad" else 0)
-        return self._normalise(strong_views(images, views)), positions
+            return resized_crop(images, boxes, flip, self._image_size)
+        return pad_crop(images, boxes, flip, augmentation.padding if augmentation.crop == "pad" else 0)
+
+    def _views(
+        self, epoch: int, start_step: int, stream: int, shown: int
+    ) -> Iterator[tuple[NDArray[np.int64], ViewParameters, ViewParameters | None]]:
+        """Yield positions, views and second views of each micro-batch of an epoch, as they look in epoch `shown`."""
+        micro_batches = self._schedule.training(epoch, start_step, stream, view_epoch=shown)
+        others, other_stream = self._second, stream + SECOND_VIEWS
+        return (
+            (rows, views, None if others is None else others.views(rows, shown, other_stream))
+            for rows, views in micro_batches
+        )
 
     def _to_device(self, split: Split) -> _Resident:
         if not isinstance(split, TensorImages):

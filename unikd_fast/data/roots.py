@@ -1,7 +1,8 @@
-"""Where data sets lie. Imports neither torch nor numpy, so that a wrong path is reported at once."""
+"""Where data sets and weights lie. Imports neither torch nor numpy, so that a wrong path is reported at once."""
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 _CIFAR_FOLDER = "cifar-100-python"
@@ -23,6 +24,7 @@ _ROOTS: dict[str, tuple[str, str] | None] = {
     "packed": ("PACKED_ROOT", "manifest.json and shards, which `unikd-data pack` writes"),
     "webdataset": ("WEBDATASET_ROOT", "train-*.tar and val-*.tar, or train/*.tar and val/*.tar"),
     "synthetic": None,
+    "fine_grained": None,
 }
 DATA_NAMES = tuple(_ROOTS)
 
@@ -50,7 +52,8 @@ def check_root(name: str, root: str | None) -> Path | None:
     variable, layout = needs
     if not root:
         raise ValueError(f"check_root: data set {name} needs a root folder and got none; {_remedy(name, variable)}")
-    folder = Path(_expand(name, root)).expanduser()
+    expanded = _expand(root, f"check_root: the root of data set {name}", lambda unset: _remedy(name, unset))
+    folder = Path(expanded).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"check_root: the root of data set {name}, {folder}, is {'no folder' if folder.exists() else 'missing'}; "
@@ -67,19 +70,39 @@ def check_root(name: str, root: str | None) -> Path | None:
     return folder
 
 
-def _expand(name: str, root: str) -> str:
+def expand_weights(role: str, weights: str) -> str:
+    """Return the weights of a network as they are loaded: a file, `${VARIABLE}` and `~` expanded, or an identifier.
+
+    Args:
+        role: "teacher" or "student".
+        weights: as configured.
+
+    Raises:
+        ValueError: an environment variable is not set.
+
+    Example:
+        >>> expand_weights("teacher", "IMAGENET1K_V1")
+        'IMAGENET1K_V1'
+    """
+    key = f"{role}.weights"
+
+    def remedy(variable: str) -> str:
+        return f"set it by `export {variable}=/path/to/{role}s`, or give the file by `--set {key}=/path/to/file`"
+
+    expanded = _expand(weights, key, remedy)
+    return str(Path(expanded).expanduser()) if expanded.startswith("~") else expanded
+
+
+def _expand(text: str, what: str, remedy: Callable[[str], str]) -> str:
     """Put in the values of environment variables; a variable without a value is an error, not a literal name."""
 
     def value(match: re.Match[str]) -> str:
         found = os.environ.get(match[1])
         if not found:
-            raise ValueError(
-                f"check_root: the root of data set {name} is {root!r} and {match[1]} is not set; "
-                f"{_remedy(name, match[1])}"
-            )
+            raise ValueError(f"{what} is {text!r} and {match[1]} is not set; {remedy(match[1])}")
         return found
 
-    return re.sub(r"\$\{(\w+)\}", value, root)
+    return re.sub(r"\$\{(\w+)\}", value, text)
 
 
 def _remedy(name: str, variable: str) -> str:

@@ -51,6 +51,11 @@ class Schedule:
         self._world_size = world_size
 
     @property
+    def augmentation(self) -> Augmentation:
+        """The views."""
+        return self._augmentation
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch, the same on every rank."""
         return self._sampler.steps_per_epoch

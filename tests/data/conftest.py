@@ -1,0 +1,22 @@
+"""What the tests of tar files share, and those of the loader that decodes with DALI."""
+
+from pathlib import Path
+
+import pytest
+from dali_loaders import SIZE
+from generated_images import write_jpegs
+
+from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.splits import DataSplits
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's cache that is the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> DataSplits:
+    """JPEGs in a folder, 240 to train with and 61 to evaluate on."""
+    return load_image_folder(write_jpegs(tmp_path_factory.mktemp("jpegs"), {"train": 240, "val": 61}), SIZE)
