@@ -69,15 +69,15 @@ def test_the_folded_network_is_the_network_to_rounding(name: str, side: int, fol
         with torch.no_grad():
             exact = copy.deepcopy(network).double()(images.double())
             expected, found = plain(images.to(dtype)), fast(images.to(dtype))
-        errors, own = (relative_errors(Features(*map(_double, x)), exact) for x in (found, expected))
+        errors, own = (relative_errors(_double(x), exact) for x in (found, expected))
         if dtype is torch.float64:
             assert max(errors) < 1e-12
         else:
             assert all(e < 4 * o + 1e-6 for e, o in zip(errors, own, strict=True)), (errors, own)
 
 
-def _double(value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    return value.double() if isinstance(value, Tensor) else tuple(part.double() for part in value)
+def _double(features: Features) -> Features:
+    return Features(tuple(level.double() for level in features.levels), features.logits.double())
 
 
 def test_logits_alone_fold_wherever_fx_can_trace(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,7 @@
 """The teacher, run on every batch: frozen, in eval mode, outside the training engine."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Self
 
 import torch
@@ -92,22 +92,21 @@ class OnlineTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """Levels (N, C_l, H_l, W_l) in the teacher's dtype and logits (N, K) in fp32, for images (N, 3, H, W)."""
+        """Features in the teacher's dtype, but for the logits (N, K) in fp32, of images (N, 3, H, W)."""
         if self.network.training:  # switched behind our back
             self.network.eval()
         with torch.autocast(images.device.type, enabled=False):  # its precision is its own, not the student's
-            *levels, logits = self._in_fixed_batches(images)
-        return Features(tuple(levels), logits.float())
+            features = self._in_fixed_batches(images)
+        return features._replace(logits=features.logits.float())
 
     def is_finite(self, batches: Iterable[Tensor]) -> bool:
-        """Whether all levels and logits of these images (N, 3, H, W) are finite; waits for the device.
+        """Whether all features and logits of these images (N, 3, H, W) are finite; waits for the device.
 
         Example:
             >>> teacher.is_finite([images])
             True
         """
-        outputs = map(self, batches)
-        return all(bool(tensor.isfinite().all()) for levels, logits in outputs for tensor in (*levels, logits))
+        return all(bool(tensor.isfinite().all()) for features in map(self, batches) for tensor in _tensors(features))
 
     def settle(self, finite: bool) -> None:
         """End the choice of "auto": where fp16 was not finite, the weights are cast to bf16, anew from fp32.
@@ -140,9 +139,9 @@ class OnlineTeacher(nn.Module):
         formats.cast(self.network, self.dtype)
         if self.channels_last:
             self.network.to(memory_format=torch.channels_last)
-        self._run, self._is_compiled = _flat(self.network), False
+        self._run, self._is_compiled = _function(self.network), False
 
-    def _in_fixed_batches(self, images: Tensor) -> Sequence[Tensor]:
+    def _in_fixed_batches(self, images: Tensor) -> Features:
         if self.compile_mode is not None and self.batch_size is None:
             self.batch_size = max(1, len(images))
         size = self.batch_size
@@ -150,9 +149,9 @@ class OnlineTeacher(nn.Module):
             layout = torch.channels_last if self.channels_last else torch.preserve_format
             return self._run(images.to(self.dtype, memory_format=layout))
         parts = [self._one_batch(images[start : start + size], size) for start in range(0, max(1, len(images)), size)]
-        return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return parts[0] if len(parts) == 1 else _map(lambda *tensors: torch.cat(tensors), *parts)
 
-    def _one_batch(self, images: Tensor, size: int) -> Sequence[Tensor]:
+    def _one_batch(self, images: Tensor, size: int) -> Features:
         # A buffer of its own: a slice or a layout given by the loader may have other strides, and would recompile.
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         count, shape = len(images), (size, *images.shape[1:])
@@ -160,13 +159,13 @@ class OnlineTeacher(nn.Module):
         batch[:count].copy_(images)
         batch[count:].zero_()
         outputs = self._compiled(batch) if self.compile_mode else self._run(batch)
-        return [output[:count] for output in outputs]
+        return _map(lambda output: output[:count], outputs)
 
-    def _compiled(self, batch: Tensor) -> Sequence[Tensor]:
+    def _compiled(self, batch: Tensor) -> Features:
         graphs = batch.is_cuda and self.compile_mode in _CUDA_GRAPH_MODES
         if not self._is_compiled:
             packs = self.channels_last and self.dtype == torch.bfloat16 and batch.device.type == "cpu" and has_onednn()
-            run = _flat(pack_convolutions(self.network, batch)) if packs else self._run
+            run = _function(pack_convolutions(self.network, batch)) if packs else self._run
             self._run = torch.compile(run, fullgraph=True, dynamic=False, mode=self.compile_mode)
             self._is_compiled = True
         if graphs:
@@ -180,16 +179,33 @@ class OnlineTeacher(nn.Module):
                 "it eagerly with --set teacher.compile=null, or install what is missing (on a CPU a C++ compiler)"
             ) from error
         # The next replay of a CUDA graph writes into the same memory.
-        return [output.clone() for output in outputs] if graphs else outputs
+        return _map(torch.clone, outputs) if graphs else outputs
 
 
-def _flat(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The network as a function of one tensor that returns the levels and, last, the logits, for torch.compile."""
+def _function(network: nn.Module) -> Callable[[Tensor], Features]:
+    """The network as a function, for torch.compile."""
 
-    def run(images: Tensor) -> tuple[Tensor, ...]:
-        levels, logits = network(images)
-        return (*levels, logits)
+    def run(images: Tensor) -> Features:
+        features: Features = network(images)
+        return features
 
     # torch.compile counts recompilations per code object, of which all teachers of a comparison would share one.
     run.__code__ = run.__code__.replace()
     return run
+
+
+def _map(function: Callable[..., Tensor], *parts: Features) -> Features:
+    """Applies a function to the tensors in each place of these."""
+    levels, logits, before_activation, embeddings = zip(*parts, strict=True)
+    return Features(
+        tuple(map(function, *levels)),
+        function(*logits),
+        tuple(map(function, *before_activation)),
+        None if embeddings[0] is None else function(*embeddings),
+    )
+
+
+def _tensors(features: Features) -> Iterator[Tensor]:
+    yield from (*features.levels, features.logits, *features.before_activation)
+    if features.embedding is not None:
+        yield features.embedding
