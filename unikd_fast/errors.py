@@ -37,6 +37,24 @@ class LoaderError(RunError, RuntimeError):
     exit_code = 5
 
 
+class CheckpointError(RunError):
+    """A checkpoint could not be written, or none that is whole can be read; the message says what to do."""
+
+    exit_code = 6
+
+
+class OutOfMemory(RunError):
+    """The memory of the device or of the host is not enough; the message says for which part, and what to lower."""
+
+    exit_code = 7
+
+
+class LostProcess(RunError):
+    """Another process of the run ended, or did not answer in time; its own last lines say why."""
+
+    exit_code = 8
+
+
 class Interrupted(RunError):
     """SIGTERM or Ctrl-C; what could be saved is saved."""
 

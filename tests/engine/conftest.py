@@ -1,10 +1,17 @@
-"""What the tests of cached training share."""
+"""What the tests of cached training share, those of unikd-cache, and those of unikd-export."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from cache_commands import PER_SHARD, Command, Said, cached_config, make_folder
+from exported_runs import ALONE_TRAINED, SHORT, Runs, short, trained
 from real_runs import process_group, save_teacher
+
+from unikd_fast.engine.cache_command import main
 
 
 @pytest.fixture(scope="module")
@@ -16,3 +23,47 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with process_group(tmp_path_factory.mktemp("group")):
         yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, group: None) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    averaged = short(folder, "averaged", distill={"head_steps": None})
+    alone = short(folder, "alone", **ALONE_TRAINED, train={**SHORT["train"], "ema_decay": None})
+    return Runs(trained(averaged), trained(alone))
+
+
+@pytest.fixture
+def copy(runs: Runs, tmp_path: Path) -> Path:
+    """A run folder of one's own, to damage; "averaged" elsewhere, as after a move."""
+    return Path(shutil.copytree(runs.averaged, tmp_path / "copy"))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """unikd-cache in this process."""
+
+    def call(*arguments: object) -> Said:
+        capsys.readouterr()
+        with patch.dict(os.environ):  # joining a group of one process writes there
+            code = main([str(argument) for argument in arguments])
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration whose cache is built, in several shards."""
+    config = cached_config(tmp_path_factory.mktemp("built"))
+    make_folder(config, PER_SHARD)
+    with patch.dict(os.environ):
+        assert main(["build", "--config", str(config)]) == 0
+    return config
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path) -> Path:
+    """A configuration with a copy of that cache, to be harmed."""
+    shutil.copytree(built.parent / "cache", tmp_path / "cache")
+    return cached_config(tmp_path)

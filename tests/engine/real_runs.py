@@ -19,6 +19,7 @@ from torch import nn
 from unikd_fast.config import Config, load_config
 from unikd_fast.data.datasets import open_data
 from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.checkpoint import find_newest, read_folder
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.trainer import Trainer
@@ -68,6 +69,11 @@ def write_config(folder: Path, *, name: str = "tiny", **sections: dict[str, Any]
     return path
 
 
+def merged(base: dict[str, Any], sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both, section by section; what ``sections`` says holds."""
+    return {key: {**base.get(key, {}), **sections.get(key, {})} for key in base.keys() | sections.keys()}
+
+
 def command(config: Path, *arguments: str, launcher: str = "python", processes: int = 1) -> list[str]:
     start = LAUNCHERS[launcher] + ([] if launcher == "python" else [str(processes)])
     if launcher == "deepspeed":
@@ -113,6 +119,13 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeo
     raise AssertionError(f"step {step} not reached in {timeout_s} s:\n{process.communicate()[0]}")
 
 
+def newest_checkpoint(folder: Path) -> dict[str, Any]:
+    """What a run would be resumed from."""
+    newest = find_newest(folder)
+    assert newest is not None, f"no checkpoint in {folder}"
+    return read_folder(newest)
+
+
 def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
     os.killpg(process.pid, number)
 
@@ -154,14 +167,14 @@ def cached_config(
 
     Nothing is computed again and nothing planned, which would take longer than the training.
     """
-    merged = {key: {**CACHED.get(key, {}), **sections.get(key, {})} for key in CACHED.keys() | sections.keys()}
-    merged["teacher"] = {
+    changed = merged(CACHED, sections)
+    changed["teacher"] = {
         "weights": str(weights),
         "fidelity": {"min_agreement": 0.0},
         "cache": {"mode": "read_write", "dir": str(folder / "outputs"), "recheck": 0.0, **(cache or {})},
         **sections.get("teacher", {}),
     }
-    return write_config(folder, name=name, **merged)
+    return write_config(folder, name=name, **changed)
 
 
 def save_teacher(path: Path, model: str = "cifar/resnet8", seed: int = 0, sharpness: float = 16.0) -> Path:

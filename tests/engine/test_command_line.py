@@ -1,6 +1,8 @@
 """The command as users type it: launchers, refusals, messages, exit codes."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +58,17 @@ def test_a_missing_folder_is_refused_within_five_seconds() -> None:
     assert "export" in done.stderr
 
 
+def test_the_module_is_the_same_command_without_the_script(tmp_path: Path) -> None:
+    config = write_config(tmp_path, name="plan")
+    line = [sys.executable, "-m", "unikd_fast.engine.launch_command", "--config", str(config), "--dry-run"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "96 training samples" in done.stdout
+    wrong = [*line[:4], "/no/such.json", "--max-restarts", "1"]
+    done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("launch_distill: error: ")) == (2, 1)
+
+
 def test_an_existing_folder_is_refused_or_resumed_but_never_overwritten(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="once", train=SHORT)
     first = run(config)
@@ -82,7 +95,7 @@ def test_a_non_finite_loss_stops_with_step_terms_and_the_last_good_checkpoint(tm
     assert done.returncode == 3, done.stdout + done.stderr
     assert "loss is not finite at step" in done.stderr
     assert "ce " in done.stderr
-    assert str(tmp_path / "diverged" / "checkpoints" / "last.pt") in done.stderr
+    assert str(tmp_path / "diverged" / "checkpoints" / "step-00000000") in done.stderr
     assert "Traceback" not in done.stderr
 
 

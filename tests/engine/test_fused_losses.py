@@ -20,25 +20,42 @@ DIGITS: dict[str, Any] = {
     },
     "student": {"model": "cifar/resnet8"},
 }
-TERMS = ("total", "ce", "feature_kl", "logit_kl", "anchor")
+METHODS = {
+    "unikd": {"distill.method": "unikd", "distill.teacher_head": "anchored"},
+    "kd": {"distill.method": "kd"},
+}
+IMPLS = ("reference", "fused", "auto")
+TERMS = {
+    "unikd": ("total", "ce", "feature_kl", "logit_kl", "anchor"),
+    "kd": ("total", "ce", "logit_kl"),
+}
 
 
-def curves(folder: Path, method: dict[str, Any], impl: str) -> list[dict[str, float]]:
-    config = write_config(folder, name=impl, distill=method, loss={"impl": impl}, **DIGITS)
-    done = run(config)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one comparison of all the runs, so that torch is loaded once for them."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "needs the interpreter"
+    home = tmp_path_factory.mktemp("fused_losses")
+    runs = {
+        f"{method}-{impl}": settings | {"loss.impl": impl} for method, settings in METHODS.items() for impl in IMPLS
+    }
+    done = run(write_config(home, name="losses", compare={"seeds": [0], "runs": runs}, **DIGITS))
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (folder / impl / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x[name] for name in TERMS} for x in lines if x["kind"] == "train"]
+    return home / "losses" / "seed-0"
+
+
+def curve(trained: Path, method: str, impl: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (trained / f"{method}-{impl}" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x[name] for name in TERMS[method]} for x in lines if x["kind"] == "train"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [{"method": "unikd", "teacher_head": "anchored"}, {"method": "kd"}], ids=str)
-def test_fused_losses_follow_the_plain_loss_curve_on_digits(tmp_path: Path, method: dict[str, Any]) -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1", "needs the interpreter"
-    plain, fused, auto = (curves(tmp_path, method, impl) for impl in ("reference", "fused", "auto"))
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_losses_follow_the_plain_loss_curve_on_digits(trained: Path, method: str) -> None:
+    plain, fused, auto = (curve(trained, method, impl) for impl in IMPLS)
     assert len(plain) == 20
     assert len({x["total"] for x in plain}) == 20  # it trains
-    for name in TERMS:  # the loss to 1e-4; terms of it that are small next to it to 1e-4 of its size
+    for name in TERMS[method]:  # the loss to 1e-4; terms of it that are small next to it to 1e-4 of its size
         values = [[x[name] for x in run] for run in (plain, fused)]
         assert values[1] == pytest.approx(values[0], rel=1e-4, abs=0 if name == "total" else 1e-4), name
     assert auto == plain  # without a GPU "auto" is the plain one

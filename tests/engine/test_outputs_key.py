@@ -91,7 +91,7 @@ OF_A_HEAD = [
     ({"distill.gate": "channel"}, 'head.gate: "spatial" in the cache, "channel" now'),
     ({"distill.fusion": "last"}, 'head.fusion: "aff" in the cache, "last" now'),
     ({"distill.upsample": "bilinear"}, 'head.upsample: "nearest" in the cache, "bilinear" now'),
-    ({"distill.norm": "batch"}, 'head.norm: null in the cache, "batch" now'),
+    ({"distill.norm": "batch"}, 'head.norm: "input" in the cache, "batch" now'),
     ({"distill.fdp_norm": "none"}, 'head.fdp_norm: "layer" in the cache, "none" now'),
     ({"distill.width": 32}, "head.initial_weights: "),
     ({"distill.max_levels": 2}, 'head.levels: ["layer1","layer2","layer3"] in the cache, ["layer2","layer3"] now'),
@@ -265,8 +265,9 @@ def test_a_head_that_learns_along_cannot_be_cached(tmp_path: Path, weights: Path
         experiment(tmp_path, weights, changes={"distill.teacher_head": head})
     # Levels of 16 x 32 x 32, 32 x 16 x 16 and 64 x 8 x 8, of 96 samples, two bytes each.
     assert f"distill.teacher_head = '{head}'" in str(caught.value)
-    assert "in half precision these are 5.25 MiB a view of all samples" in str(caught.value)
-    assert "use distill.teacher_head = 'prefit' or teacher.cache.mode = 'off'" in str(caught.value)
+    assert "in half precision the levels are 5.25 MiB a view of all samples" in str(caught.value)
+    assert "with 'prefit' it does not; in half" in str(caught.value)
+    assert "; set teacher.cache.mode = 'off'" in str(caught.value)
     assert not (tmp_path / "unikd").exists()
 
 

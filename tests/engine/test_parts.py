@@ -19,9 +19,8 @@ from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.schedule import learning_rate
 from unikd_fast.engine.sharding import deepspeed_config
 from unikd_fast.errors import NonFiniteLoss
-from unikd_fast.losses import LossTerms
 from unikd_fast.teacher import OnlineTeacher
-from unikd_fast.values import Batch, Features
+from unikd_fast.values import Batch, Features, Loss
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -46,27 +45,37 @@ def test_step_schedule_drops_at_the_first_step_of_the_milestone_epoch() -> None:
     assert rates == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004])
 
 
-def terms(value: float) -> LossTerms:
+TERMS = ("ce", "hint")
+
+
+def loss(value: float) -> Loss:
+    """With the terms in another order than the method states them."""
     t = torch.tensor(value)
-    return LossTerms(t, 2 * t, 3 * t, 4 * t)
+    return Loss(t, {"hint": 3 * t, "ce": 2 * t})
 
 
 def test_the_meter_averages_and_starts_again() -> None:
-    meter = LossMeter(ALONE)
-    meter.update(terms(1.0), 0)
-    meter.update(terms(3.0), 1)
-    assert meter.read() == {"total": 2.0, "ce": 4.0, "feature_kl": 6.0, "logit_kl": 8.0, "anchor": 0.0}
-    meter.update(terms(5.0), 2)
+    meter = LossMeter(ALONE, TERMS)
+    meter.update(loss(1.0), 0)
+    meter.update(loss(3.0), 1)
+    assert list(meter.read().items()) == [("total", 2.0), ("ce", 4.0), ("hint", 6.0)]
+    meter.update(loss(5.0), 2)
     assert meter.read()["total"] == 5.0
+
+
+def test_the_meter_takes_the_terms_that_were_stated() -> None:
+    for other in ({"ce": torch.ones(())}, {name: torch.ones(()) for name in ("ce", "hint", "anchor")}):
+        with pytest.raises(AssertionError, match=r"states \('total', 'ce', 'hint'\), got"):
+            LossMeter(ALONE, TERMS).update(Loss(torch.ones(()), other), 0)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_the_meter_remembers_the_first_bad_step(bad: float) -> None:
-    meter = LossMeter(ALONE)
+    meter = LossMeter(ALONE, TERMS)
     for step, value in enumerate([1.0, 2.0, bad, math.nan]):
-        meter.update(terms(value), step)
+        meter.update(loss(value), step)
     for call in (meter.check, meter.read):
-        with pytest.raises(NonFiniteLoss, match=f"step 2 on process 0: total {bad:g}"):
+        with pytest.raises(NonFiniteLoss, match=f"step 2 on process 0: total {bad:g}, ce {bad:g}, hint {bad:g}"):
             call()
 
 
@@ -150,8 +159,8 @@ def _two_processes(rank: int, port: int, folder: str) -> None:
     images[:, 0, 0, rank] = 1.0
     labels = torch.zeros(len(images), dtype=torch.int64)
     found = evaluate(Fixed(), [Batch(images, labels, labels)], own)
-    meter = LossMeter(own)
-    meter.update(terms(float("nan") if rank else 1.0), 4)
+    meter = LossMeter(own, TERMS)
+    meter.update(loss(float("nan") if rank else 1.0), 4)
     try:
         meter.check()
         message = ""

@@ -1,15 +1,16 @@
 """From a configuration to the objects of a run: data, networks, method, checked against each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from unikd_fast.config import Config
 from unikd_fast.data.datasets import DataSplits
 from unikd_fast.data.loader import Loader
+from unikd_fast.engine.launched import require_agreement
+from unikd_fast.engine.methods import build_method, check_needs, needs_of
 from unikd_fast.engine.networks import build_network, build_teacher_network
 from unikd_fast.engine.online_teacher import start_teacher
 from unikd_fast.engine.output_cache import OutputCache, open_output_cache
@@ -17,7 +18,8 @@ from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import local_batch_size
 from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
 from unikd_fast.engine.student import StudentSide
-from unikd_fast.methods import KD, Method, StudentAlone, UniKD
+from unikd_fast.engine.surroundings import Surroundings
+from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.values import Batch, Target
@@ -68,35 +70,41 @@ def build_experiment(config: Config, processes: Processes) -> Experiment:
 
 def _build(config: Config, processes: Processes) -> Experiment:
     local_batch_size(config, processes)
+    needs = needs_of(config.distill)
+    check_needs(config, needs)
     splits = build_data(config)
-    loader = build_data_loader(config, splits, processes)
+    loader = build_data_loader(config, splits, processes, second_view=needs.second_view)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = config.train.total_epochs * steps_per_epoch
     if config.train.max_steps is not None:
         total_steps = min(total_steps, config.train.max_steps)
+    facts = {"training_samples": len(splits.train), "classes": splits.num_classes, "steps": total_steps}
+    require_agreement(processes, facts)
 
-    needs_levels = METHODS[config.distill.method].needs_levels
     torch.manual_seed(config.run.seed)
-    student = build_network(config, "student", splits, levels=needs_levels)
+    student = build_network(config, "student", splits, needs=needs)
     teacher_network = None
     cached = False
-    if METHODS[config.distill.method].needs_teacher:
+    if needs.teacher:
         assert config.teacher is not None
         cached = config.teacher.cache.mode != "off"
         with_weights = not cached or processes.is_first
-        teacher_network = build_teacher_network(config, splits, levels=needs_levels, with_weights=with_weights)
+        teacher_network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights)
     # The method's own weights come last, so that all methods of a comparison start from the same student.
     torch.manual_seed(config.run.seed + 2)
-    method = build_method(
-        config,
+    around = Surroundings(
         student,
         teacher_network,
         splits,
         processes.device,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        label_smoothing=config.loss.label_smoothing,
+        impl=config.loss.impl,
     )
-    side = StudentSide(student, method.adapter, method.companion).to(processes.device)
+    method = build_method(config.distill, around)
+    autocast = torch.float16 if config.train.precision == "fp16" else None
+    side = StudentSide(student, method.adapter, method.companion, autocast=autocast).to(processes.device)
     teacher, record, cache = None, None, None
     if teacher_network is not None and cached:
         epochs = -(-total_steps // steps_per_epoch)
@@ -106,72 +114,3 @@ def _build(config: Config, processes: Processes) -> Experiment:
     return Experiment(
         config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps, record, cache
     )
-
-
-def build_method(
-    config: Config,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    splits: DataSplits,
-    device: torch.device,
-    *,
-    total_steps: int,
-    steps_per_epoch: int,
-) -> Method:
-    """The distillation method of ``config.distill``."""
-    build: Callable[..., Method] = METHODS[config.distill.method]
-    options = METHOD_OPTIONS[config.distill.method](config, total_steps, steps_per_epoch)
-    if config.distill.method != "unikd":
-        return build(**options)
-    assert isinstance(student, FeatureExtractor)
-    assert isinstance(teacher, FeatureExtractor)
-    return build(
-        [shape[0] for shape in student.level_shapes],
-        [shape[0] for shape in teacher.level_shapes],
-        splits.num_classes,
-        device=device,
-        width=_fused_width(config, teacher),
-        **options,
-    )
-
-
-def _fused_width(config: Config, teacher: FeatureExtractor) -> int:
-    deepest = teacher.level_shapes[-1][0]
-    width = config.distill.width
-    return {"auto": min(256, deepest), "deepest": deepest}[width] if isinstance(width, str) else width
-
-
-def _none_options(config: Config, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-    return {"label_smoothing": config.loss.label_smoothing}
-
-
-def _kd_options(config: Config, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-    distill = config.distill
-    return {
-        "ce_weight": 0.1 if distill.ce_weight is None else distill.ce_weight,
-        "beta": 0.9 if distill.beta is None else distill.beta,
-        "temperature": distill.temperature,
-        "scale_by_t2": distill.scale_by_t2,
-        "label_smoothing": config.loss.label_smoothing,
-        "impl": config.loss.impl,
-    }
-
-
-def _unikd_options(config: Config, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-    distill = config.distill
-    ramp = distill.alpha_ramp_epochs
-    return {
-        **{name: getattr(distill, name) for name in ("fusion", "fusion_path", "fusion_impl")},
-        **{name: getattr(distill, name) for name in ("gate", "upsample", "norm", "fdp_norm", "variance_floor")},
-        **{name: getattr(distill, name) for name in ("teacher_head", "head_learning_rate", "alpha", "temperature")},
-        **{name: getattr(distill, name) for name in ("scale_by_t2", "feature_reduction")},
-        "beta": 1.0 if distill.beta is None else distill.beta,
-        "head_steps": min(1000, total_steps) if distill.head_steps is None else distill.head_steps,
-        "alpha_ramp_epochs": min(20.0, 0.08 * total_steps / steps_per_epoch) if ramp is None else ramp,
-        "label_smoothing": config.loss.label_smoothing,
-        "impl": config.loss.impl,
-    }
-
-
-METHODS: dict[str, type[Method]] = {"none": StudentAlone, "kd": KD, "unikd": UniKD}
-METHOD_OPTIONS = {"none": _none_options, "kd": _kd_options, "unikd": _unikd_options}

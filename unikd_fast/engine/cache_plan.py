@@ -19,6 +19,7 @@ from unikd_fast.config.schema import TrainConfig
 from unikd_fast.data.loader import Loader
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.schedule import build_optimizer
+from unikd_fast.engine.sharding import autocast_dtype
 from unikd_fast.engine.units import duration, size
 from unikd_fast.methods import Method
 from unikd_fast.teacher import OnlineTeacher
@@ -221,13 +222,14 @@ def measure_times(
         seconds: to spend on it at most, apart from two rounds of warm-up and one more.
     """
     device = batch.images.device
+    autocast = autocast_dtype(train.precision)
     trained = copy.deepcopy(side).train()
     optimizer = build_optimizer(trained.parameters(), train)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             student: StudentOutput = trained(batch.images)
-        method.loss(student, target, batch.labels).total.backward()
+        method.loss(student, target, batch).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

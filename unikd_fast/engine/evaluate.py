@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from unikd_fast.engine.outputs import Outputs
 from unikd_fast.engine.processes import Processes
 from unikd_fast.methods import Method
 from unikd_fast.values import Batch
@@ -12,23 +13,31 @@ from unikd_fast.values import Batch
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, batches: Iterable[Batch], processes: Processes, *, bf16: bool = False
+    network: nn.Module,
+    batches: Iterable[Batch],
+    processes: Processes,
+    *,
+    autocast: torch.dtype | None = None,
+    keep: list[Outputs] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, mean cross-entropy and the number of samples.
 
     Args:
         network: maps images to Features; put into eval mode meanwhile.
         batches: this process's share; the shares may differ in number and size.
-        bf16: autocast, as in training.
+        autocast: what operations are cast to, as in training; None: nothing.
+        keep: gets this process's outputs, batch by batch.
     """
     device = processes.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, cross-entropy, samples
     training = network.training
     network.eval()
     for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = network(batch.images).logits
         logits = logits.float()
+        if keep is not None:
+            keep.append(Outputs(batch.sample_ids.cpu(), logits.cpu(), batch.labels.cpu()))
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         ce = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
         sums += torch.stack([top[:, 0].sum(), top.sum(), ce, ce.new_tensor(len(logits))]).double()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unikd_fast.data.loader import Loader
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
 from unikd_fast.engine.output_cache import OutputCache
+from unikd_fast.engine.prepare_method import prepare_method
 from unikd_fast.engine.sources import refusing_misfits
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.errors import CacheError, Interrupted
@@ -23,22 +23,9 @@ from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.teacher.cache import build_cache
 from unikd_fast.teacher.cache.layout import stored_bytes
 from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
-from unikd_fast.values import Features, Gaussian
-
-PREPARATION_STREAM = 1  # augmentation views of the head's fit; training uses stream 0
+from unikd_fast.values import Gaussian
 
 Outputs = tuple[Tensor, Gaussian | None]
-
-
-def features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSignal, name: str) -> Iterator[Features]:
-    """The teacher's features of augmented training batches, for the method's head to be fitted to."""
-    epoch = 0
-    while True:
-        for batch in loader.train(epoch, stream=PREPARATION_STREAM):
-            if number := stop.agreed():
-                raise Interrupted(number, f"[{name}] stopped while the teacher's head was fitted; nothing to save")
-            yield teacher(batch.images)
-        epoch += 1
 
 
 def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, *, epochs: int) -> dict[str, Any]:
@@ -117,7 +104,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
         cache.config, _network(cache), cache.loader, processes, precision=precision, batch_size=batch_size
     )
     if known is None:
-        cache.method.prepare(features_without_end(cache.loader, teacher, stop, name))
+        prepare_method(cache.method, cache.loader, teacher, processes, stop, name)
         head = cache.method.fitted_head
         processes.from_first(lambda: bool(cache.folder.attach({} if head is None else head.state_dict(), record)))
         known = cache.folder.attachment()
@@ -196,7 +183,7 @@ def _progress(cache: OutputCache, name: str) -> Any:
 def _network(cache: OutputCache) -> FeatureExtractor | LogitsOnly:
     network, cache.network = cache.network, None  # whoever makes a teacher of it changes it
     if network is None:
-        network = build_teacher_network(cache.config, cache.splits, levels=cache.method.needs_levels)
+        network = build_teacher_network(cache.config, cache.splits, needs=cache.method.needs)
     return network
 
 

@@ -1,21 +1,31 @@
 """What ``launch_distill.py`` calls: one run, or a comparison over methods and seeds, and the report."""
 
 import logging
-import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from unikd_fast.config import Config, run_configs
-from unikd_fast.config.load import override, teacher_config
+from unikd_fast.config.effect import without_effect
+from unikd_fast.config.load import override, run_path, teacher_config
 from unikd_fast.engine.dry_run import describe
+from unikd_fast.engine.launched import describe_launch, program_facts, require_agreement
 from unikd_fast.engine.processes import Processes, start_processes
 from unikd_fast.engine.run_folder import open_run_folder, read_result
 from unikd_fast.engine.sharding import deepspeed_config
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.teacher_result import evaluate_teacher
 from unikd_fast.engine.trainer import Trainer
+from unikd_fast.errors import LostProcess, RunError
 from unikd_fast.report.table import TEACHER, markdown_report, results_table
+
+_logger = logging.getLogger("unikd_fast")
+
+_LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
 def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Path | None:
@@ -25,8 +35,12 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         ConfigError: the configuration does not fit the data, the models, the processes or the folder.
         NonFiniteLoss, Interrupted: see Trainer.run.
     """
-    processes = start_processes()
+    processes = start_processes(config.run.timeout_minutes)
     _show_log(processes)
+    _logger.info(describe_launch(config, processes))
+    require_agreement(processes, program_facts(config))
+    if processes.is_first and (idle := without_effect(config)) is not None:
+        _logger.warning(idle)
     if dry_run:
         text = describe(config, processes)
         if processes.is_first:
@@ -34,7 +48,11 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         return None
     for *_, single in run_configs(config):
         deepspeed_config(single, processes)  # before the folder exists
-    with open_run_folder(config, processes, resume=resume) as folder, StopSignal(processes) as stop:
+    with (
+        _noticing_lost_processes(config),
+        open_run_folder(config, processes, resume=resume) as folder,
+        StopSignal(processes) as stop,
+    ):
         results = _run_all(config, folder, processes, stop, resume=resume)
         if processes.is_first:
             (folder / "report.md").write_text(markdown_report(config.model_dump(mode="json"), results))
@@ -43,6 +61,22 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         processes.barrier()
     processes.leave()
     return folder
+
+
+@contextmanager
+def _noticing_lost_processes(config: Config) -> Iterator[None]:
+    """Turns what the backends say of a connection that broke, or of an answer that did not come, into a LostProcess."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)
+        if isinstance(error, RunError) or not lost:
+            raise
+        said = str(error).partition("\n")[0]
+        raise LostProcess(
+            f"another process of this run ended, or did not answer within {config.run.timeout_minutes:g} minutes "
+            f"(run.timeout_minutes): {said}; its own last lines say why; continue with --resume auto"
+        ) from error
 
 
 def _show_log(processes: Processes) -> None:
@@ -70,7 +104,7 @@ def _run_all(
                     teachers[seed] = Path(results[-1]["weights"])
                 trained = {"teacher.weights": str(teachers[seed]), "teacher.training": None}
                 single = override(single, trained, "teacher.training")
-        own_folder = home / re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") if config.compare else folder
+        own_folder = folder / run_path(config, label, seed)
         results.append(_run(single, own_folder, processes, stop, label=label, resume=resume))
         if single.distill.method != "none" and not any(result["label"] == TEACHER for result in results):
             # After the run, whose cache may know it already.

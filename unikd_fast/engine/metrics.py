@@ -1,70 +1,96 @@
 """Loss terms summed on the device, read by the host once per log line, and the places they are written to."""
 
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from unikd_fast.engine.gradient_watch import GradientWatch
 from unikd_fast.engine.processes import Processes
 from unikd_fast.errors import NonFiniteLoss
-from unikd_fast.losses import LossTerms
-
-TERMS = ("total", "ce", "feature_kl", "logit_kl", "anchor")
+from unikd_fast.values import Loss
 
 
 class LossMeter:
-    """Sums loss terms on the device and remembers the first non-finite step, without a host read.
+    """Sums loss terms on the device and remembers the first step that was not finite, without a host read.
 
     Args:
         processes: the mean is over all of them.
+        term_names: of the method's loss.
+        watch: of the gradients, which say so too; None: only the losses do.
+        skip: steps that are not finite are left out of the means, and are no error.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
+    def __init__(
+        self,
+        processes: Processes,
+        term_names: Sequence[str],
+        watch: GradientWatch | None = None,
+        *,
+        skip: bool = False,
+    ) -> None:
+        self._processes, self._watch, self._skip = processes, watch, skip
+        self.columns = ("total", *term_names)
         device = processes.device
-        self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
-        self._count = 0
+        self._sums = torch.zeros(len(self.columns) + 1, dtype=torch.float64, device=device)  # the last is their number
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._bad_terms = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+        self._bad_terms = torch.zeros(len(self.columns), dtype=torch.float64, device=device)
 
-    def update(self, terms: LossTerms, step: int) -> None:
-        zero = terms.total.new_zeros(())
-        row = torch.stack([zero if t is None else t.detach() for t in terms]).double()
-        first = (self._bad_step < 0) & ~row.isfinite().all()
-        self._bad_step = torch.where(first, step, self._bad_step)
-        self._bad_terms = torch.where(first, row, self._bad_terms)
-        self._sums += row
-        self._count += 1
+    def update(self, loss: Loss, step: int | Tensor, *, updated: bool = True) -> None:
+        """Adds the loss of a micro-batch; ``updated`` if it was the last one of its step.
+
+        It writes in place, so that a captured step can; its ``step`` is 0-d int64 on the device.
+        """
+        assert loss.terms.keys() == set(self.columns[1:]), f"the method states {self.columns}, got {list(loss.terms)}"
+        values = {"total": loss.total, **loss.terms}
+        row = torch.stack([values[column].detach() for column in self.columns]).double()
+        finite = row.isfinite().all()
+        if updated and self._watch is not None:
+            finite = finite & self._watch.finite
+        first = (self._bad_step < 0) & ~finite
+        self._bad_step.copy_(torch.where(first, step, self._bad_step))
+        self._bad_terms.copy_(torch.where(first, row, self._bad_terms))
+        counted = torch.cat([row, row.new_ones(1)])
+        self._sums += torch.where(finite, counted, 0.0) if self._skip else counted
 
     def read(self) -> dict[str, float]:
         """Mean of each term since the last read; all processes must call it.
 
         Raises:
-            NonFiniteLoss: on every process, if any process met a non-finite term.
+            NonFiniteLoss: on every process, if any process met a term or gradients that are not finite, unless these
+                steps are skipped.
         """
-        packed = torch.cat([self._sums, self._sums.new_tensor([self._count]), (self._bad_step >= 0).double()[None]])
-        *sums, count, bad = self._processes.sum_(packed).tolist()
-        if bad:
+        *sums, count, bad = self._processes.sum_(torch.cat([self._sums, (self._bad_step >= 0).double()[None]])).tolist()
+        if bad and not self._skip:
             self._raise()
         self._sums.zero_()
-        self._count = 0
-        return {term: value / max(count, 1.0) for term, value in zip(TERMS, sums, strict=True)}
+        return {term: value / max(count, 1.0) for term, value in zip(self.columns, sums, strict=True)}
 
     def check(self) -> None:
-        """Raises NonFiniteLoss, on every process, if any process met a non-finite term; all must call it."""
-        if self._processes.sum_((self._bad_step >= 0).long()).item():
+        """Raises NonFiniteLoss, on every process, where `read` would; all must call it."""
+        if not self._skip and self._processes.sum_((self._bad_step >= 0).long()).item():
             self._raise()
 
+    def describe_first(self) -> str:
+        """The first step that was not finite on any process, with its terms and gradients; all must call it."""
+        worst = "" if self._watch is None else self._watch.worst()
+        found = self._processes.gather((int(self._bad_step), self._bad_terms.tolist(), worst))
+        step, rank = min((step, rank) for rank, (step, _, _) in enumerate(found) if step >= 0)
+        _, values, worst = found[rank]
+        what = "gradients are" if all(map(math.isfinite, values)) else "loss is"
+        terms = ", ".join(f"{term} {value:g}" for term, value in zip(self.columns, values, strict=True))
+        return f"{what} not finite at step {step} on process {rank}: {terms}{worst and '; ' + worst}"
+
     def _raise(self) -> None:
-        found = self._processes.gather((int(self._bad_step), self._bad_terms.tolist()))
-        step, values, rank = min((s, v, r) for r, (s, v) in enumerate(found) if s >= 0)
-        terms = ", ".join(f"{term} {value:g}" for term, value in zip(TERMS, values, strict=True))
-        raise NonFiniteLoss(f"loss is not finite at step {step} on process {rank}: {terms}")
+        raise NonFiniteLoss(self.describe_first())
 
 
 class MetricsWriter:

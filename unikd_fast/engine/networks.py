@@ -3,25 +3,37 @@
 import torch
 
 from unikd_fast.config import Config, ConfigError
+from unikd_fast.data.roots import expand_weights
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, extract_features
+from unikd_fast.methods import Needs
+from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, checkpoint_blocks, extract_features
 
 
 def build_network(
-    config: Config, role: str, splits: DataSplits, *, levels: bool, with_weights: bool = True
+    config: Config, role: str, splits: DataSplits, *, needs: Needs, with_weights: bool = True
 ) -> FeatureExtractor | LogitsOnly:
-    """Teacher or student with its weights; with ``levels`` its stage ends are returned as well.
+    """Teacher or student with its weights; it returns its logits and of its features what is needed.
 
     Without its weights a network serves for its shapes alone.
     """
     section = config.student if role == "student" else config.teacher
     assert section is not None
-    weights = section.weights if with_weights else None
+    weights = expand_weights(role, section.weights) if with_weights and section.weights else None
     model = build_model(section.model, num_classes=splits.num_classes, weights=weights, role=role)
-    if not levels:
+    if role == "student" and config.train.activation_checkpointing:
+        checkpoint_blocks(model)
+    before_activation = needs.before_activation_of(role)
+    levels = needs.levels or before_activation
+    if not levels and not needs.embedding:
         return LogitsOnly(model)
     network = extract_features(
-        model, image_size=splits.image_size, max_levels=config.distill.max_levels, nodes=section.feature_nodes
+        model,
+        image_size=splits.image_size,
+        max_levels=config.distill.max_levels,
+        nodes=section.feature_nodes,
+        levels=levels,
+        before_activation=before_activation,
+        embedding=needs.embedding,
     )
     if network.num_classes != splits.num_classes:
         raise ConfigError(
@@ -32,7 +44,7 @@ def build_network(
 
 
 def build_teacher_network(
-    config: Config, splits: DataSplits, *, levels: bool, with_weights: bool = True
+    config: Config, splits: DataSplits, *, needs: Needs, with_weights: bool = True
 ) -> FeatureExtractor | LogitsOnly:
     """The teacher, as ``build_network``; an untrained one must be asked for, and is that of the seed."""
     assert config.teacher is not None
@@ -43,4 +55,4 @@ def build_teacher_network(
             "teacher.weights=random"
         )
     torch.manual_seed(config.run.seed + 1)
-    return build_network(config, "teacher", splits, levels=levels, with_weights=with_weights)
+    return build_network(config, "teacher", splits, needs=needs, with_weights=with_weights)

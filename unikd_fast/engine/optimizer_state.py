@@ -19,7 +19,7 @@ def collect_optimizer_state(engine: Any) -> dict[str, Any]:
         tensors = {name: _tensors(state, trained[name].shape) for name, state in states.items()}
         some: dict[str, Any] = next((state for state in states.values() if state), {})
         return {"tensors": tensors, "shared": _shared(some)}
-    flat = engine.optimizer.single_partition_of_fp32_groups[0]
+    flat = _partitions(engine)[0]
     state = engine.optimizer.optimizer.state.get(flat, {})
     keys = list(_tensors(state, flat.shape))
     tensors = {name: {key: safe_get_full_optimizer_state(p, key) for key in keys} for name, p in trained.items()}
@@ -33,12 +33,29 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Any]) -> None:
         for name, parameter in engine.module.named_parameters():
             if tensors.get(name):
                 own = {key: _like(value, parameter) for key, value in tensors[name].items()}
-                engine.optimizer.state[parameter] = {**own, **_copied(shared)}
+                # A fused optimiser counts its steps where it computes.
+                device = parameter.device if engine.optimizer.defaults.get("fused") else torch.device("cpu")
+                engine.optimizer.state[parameter] = {**own, **_copied(shared, device)}
         return
+    if engine.zero_optimization_partition_weights():
+        _restore_stage_3(engine, tensors, shared)
+    else:
+        _restore_stages_1_and_2(engine, tensors, shared)
+
+
+def _partitions(engine: Any) -> list[Tensor]:
+    """This process's flat part of each group of parameters."""
+    zero = engine.optimizer
+    stage_3 = engine.zero_optimization_partition_weights()
+    flat: list[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+    return flat
+
+
+def _restore_stages_1_and_2(engine: Any, tensors: dict[str, dict[str, Tensor]], shared: dict[str, Any]) -> None:
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     keys = {key for state in tensors.values() for key in state}
     zero = engine.optimizer
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+    for group, flat in zip(zero.bit16_groups, _partitions(engine), strict=True):
         state: dict[str, Any] = {key: torch.zeros_like(flat) for key in keys}
         for parameter in group:
             fragment = parameter._hp_mapping  # None: another process owns this parameter's part
@@ -52,6 +69,25 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Any]) -> None:
         for parameter in group:
             if parameter._hp_mapping is not None:
                 parameter._hp_mapping.set_optim_state_fragment(flat, zero.optimizer.state[flat])
+
+
+def _restore_stage_3(engine: Any, tensors: dict[str, dict[str, Tensor]], shared: dict[str, Any]) -> None:
+    """A parameter is cut into equal parts, one for each process, of which the last ones may be padded."""
+    keys = {key for state in tensors.values() for key in state}
+    zero = engine.optimizer
+    for flat in _partitions(engine):
+        zero.optimizer.state[flat] = {**{key: torch.zeros_like(flat) for key in keys}, **_copied(shared)}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group, target, _ = zero.grad_position[zero.get_param_id(parameter)]
+        state = zero.optimizer.state[_partitions(engine)[group]]
+        size = parameter.partition_numel()
+        start = size * zero._get_param_partition_rank(parameter)
+        for key in keys:
+            whole = tensors[name][key].flatten()
+            part = whole[start : start + size]
+            state[key].narrow(0, target, part.numel()).copy_(part)
 
 
 def _tensors(state: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
@@ -68,5 +104,9 @@ def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
     return torch.empty_like(parameter).copy_(value)
 
 
-def _copied(shared: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in shared.items()}
+def _copied(shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A copy, of tensors on ``device``; None: where they are."""
+    return {
+        key: value.to(device or value.device, copy=True) if isinstance(value, Tensor) else value
+        for key, value in shared.items()
+    }

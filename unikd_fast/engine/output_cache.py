@@ -161,14 +161,13 @@ def _explained(error: Exception, path: Path, mode: str) -> str:
 
 
 def refuse_uncacheable(method: Method, network: nn.Module, splits: DataSplits) -> None:
-    """Raises ConfigError, with the size that storing all would take, if a method needs more than outputs."""
+    """Raises ConfigError, with the size that storing its levels would take, if a method needs more than outputs."""
     if method.uncacheable is None:
         return
     amount = ""
-    if isinstance(network, FeatureExtractor):
+    if isinstance(network, FeatureExtractor) and network.level_shapes:
         a_sample = 2 * sum(channels * height * width for channels, height, width in network.level_shapes)
-        amount = f"; in half precision these are {size(a_sample * len(splits.train))} a view of all samples"
+        amount = f"; in half precision the levels are {size(a_sample * len(splits.train))} a view of all samples"
     raise ConfigError(
-        f"the teacher's outputs cannot be cached: {method.uncacheable}{amount}; use distill.teacher_head = 'prefit' or "
-        "teacher.cache.mode = 'off'"
+        f"the teacher's outputs cannot be cached: {method.uncacheable}{amount}; set teacher.cache.mode = 'off'"
     )

@@ -3,17 +3,16 @@
 import ctypes
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.cpp_extension import is_ninja_available
 
 from unikd_fast.errors import ConfigError, RunError
 
@@ -28,6 +27,8 @@ class Processes:
     world_size: int
     local_rank: int
     device: torch.device
+    patience: timedelta = timedelta(minutes=10)
+    """How long they wait for each other."""
 
     @property
     def is_first(self) -> bool:
@@ -84,8 +85,15 @@ class Processes:
         dist.destroy_process_group()
 
 
-def start_processes() -> Processes:
-    """Joins the process group that deepspeed, torchrun or plain python started (the last: a group of one)."""
+def start_processes(timeout_minutes: float = 10.0) -> Processes:
+    """Joins the process group that deepspeed, torchrun or plain python started (the last: a group of one).
+
+    Args:
+        timeout_minutes: how long the processes wait for each other, at the start and in every exchange.
+
+    Raises:
+        ConfigError: the others did not come.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
@@ -99,13 +107,20 @@ def start_processes() -> Processes:
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    if int(os.environ["WORLD_SIZE"]) == 1 or shutil.which("c++") is None or not is_ninja_available():
-        # DeepSpeed compiles its shared-memory all-reduce on first use: half a minute for nothing in a single process,
-        # and an exception without a compiler. gloo does the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would compile a shared-memory all-reduce that only its inference uses: half a minute on first use, a
+    # lock that a killed process leaves behind, and an exception without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        waiting = timedelta(minutes=timeout_minutes)
+        try:
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=waiting)
+        except (dist.DistError, RuntimeError) as error:
+            raise ConfigError(
+                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_minutes:g} minutes "
+                f"(run.timeout_minutes): {error}; see whether all nodes started, and reach this address and port"
+            ) from error
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, timedelta(minutes=timeout_minutes))
 
 
 def reuse_freed_memory() -> None:

@@ -102,12 +102,7 @@ def _lock(folder: Path) -> Any:
 
 def environment(processes: Processes) -> dict[str, Any]:
     """Versions, commit, hardware and command of this run."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    versions = {package: package_version(package) for package in PACKAGES}
     cuda = torch.cuda.is_available()
     return {
         "command": sys.argv,
@@ -122,6 +117,14 @@ def environment(processes: Processes) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "world_size": processes.world_size,
     }
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str:

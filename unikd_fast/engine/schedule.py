@@ -4,13 +4,37 @@ import math
 from collections.abc import Iterable
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch import nn
 
 from unikd_fast.config.schema import TrainConfig
 
 
+def build_capturable_optimizer(
+    parameters: Iterable[nn.Parameter], train: TrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """torch's, all of it on the device: each group's "lr" is one 0-d tensor, to be filled before a step."""
+    rate = torch.tensor(train.learning_rate, device=device)
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=rate,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            nesterov=train.nesterov,
+            fused=True,  # the only SGD of torch that leaves a rate where it is
+        )
+    assert train.optimizer == "adamw", train.optimizer
+    on_gpu = device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=train.weight_decay, fused=True, capturable=on_gpu)
+
+
 def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """The plain torch optimiser that DeepSpeed shards."""
+    """The optimiser that DeepSpeed shards: torch's, or DeepSpeed's own, which are compiled the first time."""
+    if train.optimizer == "fused_adamw":
+        return FusedAdam(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, adam_w_mode=True)
+    if train.optimizer == "cpu_adamw":
+        return DeepSpeedCPUAdam(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, adamw_mode=True)
     if train.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,

@@ -1,5 +1,7 @@
 """Our settings in DeepSpeed's terms, and the engine made from them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -10,8 +12,9 @@ from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.sampler import micro_batch_size
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.schedule import build_optimizer
+from unikd_fast.engine.student import StudentSide
 
-SUPPORTED_STAGES = (0, 1)
+SUPPORTED_STAGES = (0, 1, 2, 3)
 
 
 def zero_stage(config: Config) -> int:
@@ -50,12 +53,23 @@ def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
     }
     if config.train.precision == "bf16":
-        # Never bf16.enabled: it casts the parameters, and BatchNorm students crash with it.
+        # Never bf16.enabled: it casts the parameters, and BatchNorm students crash with it. fp16 we see to ourselves.
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return {**config.deepspeed, **ours}
+    # Unless the user asks for it: with offloading DeepSpeed otherwise refuses torch's optimisers.
+    return {"zero_force_ds_cpu_optimizer": False, **config.deepspeed, **ours}
 
 
-def start_engine(config: Config, module: nn.Module, processes: Processes) -> Any:
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What the student's operations are cast to; None: nothing.
+
+    Example:
+        >>> autocast_dtype("bf16")
+        torch.bfloat16
+    """
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def start_engine(config: Config, module: StudentSide, processes: Processes) -> Any:
     """The DeepSpeed engine that trains ``module``, whose weights are already those to start from."""
     optimizer = build_optimizer(module.parameters(), config.train)
     engine, *_ = deepspeed.initialize(
@@ -64,4 +78,20 @@ def start_engine(config: Config, module: nn.Module, processes: Processes) -> Any
     if config.train.channels_last and zero_stage(config) == 0:
         # Only now: channels_last parameters crash deepspeed.initialize.
         module.to(memory_format=torch.channels_last)
+    if config.train.compile is not None:
+        if zero_stage(config) == 3 and module.adapter is not None:
+            # It uses its layers' weights without calling the layers: the compiler would not see them gathered.
+            module.adapter.forward = torch.compiler.disable(module.adapter.forward)
+        engine.compile(compile_kwargs={"mode": config.train.compile})
     return engine
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it every process has the whole parameters of a module, to read; at ZeRO stage 3 each has a part of them.
+
+    All processes must enter it.
+    """
+    parts = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
+        yield

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from unikd_fast.config import Config, ConfigError
+from unikd_fast.config.schema import AugmentationConfig
 from unikd_fast.data.augmentation import Augmentation, Crop
 from unikd_fast.data.datasets import DataSplits, open_data
 from unikd_fast.data.loader import Loader, build_loader
@@ -15,13 +17,14 @@ CROP: dict[str, Crop] = {
     "digits": "pad",
     "cifar100": "pad",
     "synthetic": "none",
+    "fine_grained": "none",
     "image_folder": "resized",
     "imagenet": "resized",
     "packed": "resized",
     "webdataset": "resized",
 }
 PADDING = {"digits": 1, "cifar100": 4}
-FLIP = {"digits": 0.0}  # a mirrored 2 is no digit
+FLIP = {"digits": 0.0, "fine_grained": 0.0}  # a mirrored 2 is no digit
 
 
 @contextmanager
@@ -48,9 +51,13 @@ def build_data(config: Config) -> DataSplits:
     )
 
 
-def augmentation_of(config: Config) -> Augmentation:
-    """The views to train on; what the configuration leaves open is the data set's usual recipe."""
-    data, given = config.data, config.data.augmentation
+def augmentation_of(config: Config, section: AugmentationConfig | None = None) -> Augmentation:
+    """The views to train on; what the configuration leaves open is the data set's usual recipe.
+
+    Args:
+        section: None for the first view's.
+    """
+    data, given = config.data, section or config.data.augmentation
     return Augmentation(
         crop=given.crop or CROP[data.name],
         padding=given.padding if given.padding is not None else PADDING.get(data.name, 0),
@@ -68,11 +75,28 @@ def augmentation_of(config: Config) -> Augmentation:
     )
 
 
-def build_data_loader(config: Config, splits: DataSplits, processes: Processes) -> Loader:
-    """This process's loader."""
+def second_augmentation_of(config: Config) -> Augmentation:
+    """The second views of a method that compares two: the first's crop and flip, then RandAugment and cutout."""
+    given = config.data.second_view
+    if given is not None:
+        return augmentation_of(config, given)
+    return replace(
+        augmentation_of(config),
+        policy="rand",
+        rand_ops=2,
+        rand_magnitude=10,
+        erase_probability=1.0,
+        erase_scale=(0.25, 0.25),
+        erase_ratio=(1.0, 1.0),
+    )
+
+
+def build_data_loader(config: Config, splits: DataSplits, processes: Processes, *, second_view: bool = False) -> Loader:
+    """This process's loader; with ``second_view`` of two views of each training sample."""
     loader = build_loader(
         splits,
         augmentation=augmentation_of(config),
+        second=second_augmentation_of(config) if second_view else None,
         kind=config.data.loader,
         seed=config.run.seed,
         global_batch_size=config.train.global_batch_size,

@@ -22,7 +22,8 @@ class StopSignal:
         self._processes = processes
         self._signal = 0
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group: Any = dist.new_group(backend="gloo") if processes.world_size > 1 else None
+        several = processes.world_size > 1
+        self._group: Any = dist.new_group(backend="gloo", timeout=processes.patience) if several else None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:

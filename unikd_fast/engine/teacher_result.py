@@ -11,9 +11,11 @@ from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher
+from unikd_fast.engine.outputs import Outputs, write_outputs
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.run_folder import read_result, write_json, write_result
 from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
+from unikd_fast.methods import Needs
 
 BESIDE_THE_CACHE = "teacher_result.json"
 
@@ -32,7 +34,10 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         test_split = hash_split(splits.test) if processes.is_first else ""
         found = processes.broadcast(_read_figures(config, test_split) if processes.is_first else None)
         if found is None:
-            found = _evaluate(config, splits, processes)
+            outputs: list[Outputs] | None = [] if config.run.test_logits else None
+            found = _evaluate(config, splits, processes, outputs)
+            if outputs is not None:
+                write_outputs(folder, outputs, processes, split="test")
             if processes.is_first:
                 _keep_figures(config, test_split, found)
     figures = {"epoch": None, "test": found}
@@ -53,14 +58,14 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
     return result
 
 
-def _evaluate(config: Config, splits: DataSplits, processes: Processes) -> dict[str, float]:
+def _evaluate(config: Config, splits: DataSplits, processes: Processes, keep: list[Outputs] | None) -> dict[str, float]:
     assert config.teacher is not None
-    network = build_teacher_network(config, splits, levels=False)
+    network = build_teacher_network(config, splits, needs=Needs())
     loader = build_data_loader(config, splits, processes)
     # With "auto" in fp32, which needs no check of its range. Not compiled: it runs once over the split.
     precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
     teacher = make_teacher(config, network, processes.device, precision=precision)
-    return evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes)
+    return evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes, keep=keep)
 
 
 def _beside_the_cache(config: Config) -> Path | None:

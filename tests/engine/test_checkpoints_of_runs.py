@@ -1,0 +1,140 @@
+"""Checkpoints of whole runs: a full disk, damaged ones, those of DeepSpeed beside ours; and a lack of memory."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from real_runs import ROOT, command, merged, newest_checkpoint, run, train_records, write_config
+from safetensors.torch import load_file
+
+from unikd_fast.engine.checkpoint import checkpoint_name
+
+pytestmark = pytest.mark.slow
+
+SMALL: dict[str, Any] = {
+    "student": {"model": "cifar/resnet8"},
+    "train": {"total_epochs": 1, "accumulation_steps": 1, "ema_decay": None},
+}
+
+
+def small_config(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
+    return write_config(folder, name=name, **merged(SMALL, sections))
+
+
+def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """The disk holds one checkpoint of 0.7 MB, and not a second one beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        config = small_config(disk, "run", run={"checkpoint_every_steps": 1})
+        done = run(config)
+        assert done.returncode == 6, done.stderr
+        assert "launch_distill: error: cannot write the checkpoint" in done.stderr
+        assert "those before it are as they were; free at least 0." in done.stderr
+        assert newest_checkpoint(disk / "run")["run"]["step"] == 1
+        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+        done = run(config, "--resume", "auto")
+        assert done.returncode == 0, done.stderr
+        resumed = load_file(disk / "run" / "student.safetensors")
+        records = train_records(disk / "run")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # what was read is mapped
+    done = run(small_config(tmp_path, "whole", run={"checkpoint_every_steps": 1}))
+    assert done.returncode == 0, done.stderr
+    whole = load_file(tmp_path / "whole" / "student.safetensors")
+    assert all(resumed[name].equal(tensor) for name, tensor in whole.items())
+    assert records == train_records(tmp_path / "whole")
+
+
+def test_a_run_passes_over_damaged_checkpoints_and_stops_if_none_is_whole(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "run", run={"checkpoint_every_steps": 2, "keep_checkpoints": 3})
+    assert run(config).returncode == 0
+    folder = tmp_path / "run"
+    records = train_records(folder)
+    final = load_file(folder / "student.safetensors")
+    (folder / "result.json").unlink()
+    damaged = folder / "checkpoints" / checkpoint_name(6) / "student.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    done = run(config, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert f"passed over a checkpoint: {damaged} is damaged: its checksum is" in done.stderr
+    assert f"continuing from {folder / 'checkpoints' / checkpoint_name(4)}" in done.stderr
+    assert train_records(folder) == records
+    assert all(tensor.equal(final[name]) for name, tensor in load_file(folder / "student.safetensors").items())
+
+    (folder / "result.json").unlink()
+    for path in (folder / "checkpoints").glob("step-*/checkpoint.json"):
+        os.truncate(path, 100)
+    done = run(config, "--resume", "auto")
+    assert done.returncode == 6
+    assert f"no checkpoint in {folder / 'checkpoints'} is whole: " in done.stderr
+
+
+@pytest.mark.parametrize(("stage", "processes"), [pytest.param(0, 1, marks=pytest.mark.long), (2, 2)])
+def test_deepspeeds_own_checkpoints_hold_the_same_weights(tmp_path: Path, stage: int, processes: int) -> None:
+    config = small_config(
+        tmp_path,
+        "run",
+        run={"checkpoint_every_steps": 2, "keep_checkpoints": 2, "deepspeed_checkpoints": True},
+        deepspeed={"zero_optimization": {"stage": stage}},
+    )
+    done = run(config, launcher="torchrun", processes=processes)
+    assert done.returncode == 0, done.stderr
+    native = tmp_path / "run" / "checkpoints" / "deepspeed"
+    assert sorted(path.name for path in native.iterdir() if path.is_dir()) == [checkpoint_name(4), checkpoint_name(6)]
+    assert (native / "latest").read_text() == checkpoint_name(6)
+    ours = newest_checkpoint(tmp_path / "run")["student"]
+    if stage:
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(native))
+        assert theirs.keys() == ours.keys()
+        assert all(ours[name].equal(tensor) for name, tensor in theirs.items() if "running" not in name)
+    # A run does not go on from them: without ours there is nothing, though theirs are there.
+    (tmp_path / "run" / "result.json").unlink()
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        path.rename(tmp_path / path.name)
+    done = run(config, "--resume", "auto", launcher="torchrun", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert len([r for r in train_records(tmp_path / "run") if r["kind"] == "train"]) == 6
+
+
+# From the third step on the images are many, and the process may not grow for them.
+HUNGRY = """
+import resource, sys
+import psutil
+import launch_distill
+from unikd_fast.engine import steps
+whole = steps.train_step
+count = 0
+def hungry(engine, teacher, method, batch, target=None, **options):
+    global count
+    count += 1
+    if count == 3:
+        size = psutil.Process().memory_info().vms + 2**26
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        batch = batch._replace(images=batch.images.repeat(40, 1, 1, 1), labels=batch.labels.repeat(40))
+    return whole(engine, teacher, method, batch, target, **options)
+steps.train_step = hungry
+sys.exit(launch_distill.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("method", "part"), [("unikd", "teacher"), ("none", "student")])
+def test_a_run_without_memory_says_which_part_and_what_to_lower(tmp_path: Path, method: str, part: str) -> None:
+    script = tmp_path / "hungry.py"
+    script.write_text(HUNGRY)
+    config = small_config(tmp_path, "run", distill={"method": method})
+    line = [str(script) if word.endswith("launch_distill.py") else word for word in command(config)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 7, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"out of memory in the {part}'s part: " in last
+    assert "raise train.accumulation_steps" in last
+    assert newest_checkpoint(tmp_path / "run")["run"]["step"] == 2

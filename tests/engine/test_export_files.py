@@ -1,0 +1,167 @@
+"""unikd-export: its files compute what the plain network computes, and are whole or absent."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from exported_runs import STEPS, Runs, export, left_behind, resnet8, stripped
+from real_runs import ROOT
+from torch import Tensor, nn
+
+from unikd_fast.engine import export_formats
+from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
+from unikd_fast.engine.export_check import relative_difference
+from unikd_fast.models import CIFAR_MODELS
+
+# Eight times what fp32 costs such a network, see export_check.py; measured 0 for TorchScript and 9e-7 for ONNX.
+CLOSE = 1e-5
+
+
+def test_torchscript_computes_what_the_plain_network_computes(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "student.pt"
+    assert export(runs.averaged, file) == 0
+    assert "TorchScript for images of 16 pixels; logits differ by at most 0" in capsys.readouterr().out
+    loaded, plain = torch.jit.load(file), resnet8(runs.averaged / "student.safetensors")
+    for count in (1, 5):
+        images = torch.randn(count, 3, 16, 16)
+        with torch.no_grad():
+            assert relative_difference(loaded(images), plain(images)) < CLOSE
+    assert not loaded.training
+    assert left_behind(tmp_path) == ["student.pt"]
+
+
+def test_onnx_computes_what_the_plain_network_computes(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "student.onnx"
+    assert export(runs.averaged, file, "--opset", "21", "--image-size", "24", "--average", "no") == 0
+    assert "ONNX for images of 24 pixels; logits differ by at most" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [("images", ["batch", 3, 24, 24])]
+    plain = CIFAR_MODELS["resnet8"](num_classes=10)
+    saved = read_folder(runs.averaged / "checkpoints" / checkpoint_name(STEPS))
+    plain.load_state_dict(stripped(saved["student"], "network.plain."), strict=True)
+    plain.eval()
+    for count in (1, 5):
+        images = torch.randn(count, 3, 24, 24)
+        with torch.no_grad():
+            (logits,) = session.run(["logits"], {"images": images.numpy()})
+            assert relative_difference(torch.from_numpy(logits), plain(images)) < CLOSE
+    assert [(item.domain, item.version) for item in onnx.load(file).opset_import] == [("", 21)]
+    for trace in (str(ROOT), sys.prefix, "stack_trace"):  # where the code lay concerns nobody
+        assert trace.encode() not in file.read_bytes()
+    assert left_behind(tmp_path) == ["student.onnx"]  # weights included
+
+
+def test_a_file_is_replaced_only_on_demand(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "student.safetensors"
+    file.write_text("mine")
+    assert export(runs.alone, file) == 2
+    assert "exists; give another name, or --force" in capsys.readouterr().err
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere.safetensors")
+    assert export(runs.alone, tmp_path / "link.safetensors") == 2
+    assert file.read_text() == "mine"
+    assert export(runs.alone, file, "--force") == 0
+    resnet8(file)
+
+    def meanwhile(student: Any, path: Path, *rest: Any) -> None:
+        exact.write(student, path, *rest)
+        (tmp_path / "late.safetensors").write_text("another's")
+
+    exact = export_formats.FORMATS[".safetensors"]
+    monkeypatch.setitem(export_formats.FORMATS, ".safetensors", replace(exact, write=meanwhile))
+    assert export(runs.alone, tmp_path / "late.safetensors") == 2
+    assert (tmp_path / "late.safetensors").read_text() == "another's"
+    assert left_behind(tmp_path) == ["late.safetensors", "link.safetensors", "student.safetensors"]
+
+
+class Shorter(nn.Module):
+    """What a trace of a network would be that was written for the two images it was shown."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[:2]
+
+
+def rounded(network: nn.Module) -> nn.Module:
+    for parameter in network.parameters():
+        parameter.data = parameter.data.half().float()
+    return network
+
+
+@pytest.mark.parametrize(
+    ("ending", "spoil", "reason"),
+    [
+        (".pt", rounded, "of their size from those of the plain network, "),
+        (".pt", Shorter, "a batch of 3 gives torch.float32 (2, 10) instead of torch.float32 (3, 10)"),
+        (".safetensors", rounded, "came back from the file with other numbers"),
+    ],
+)
+def test_a_file_that_computes_something_else_is_not_left(
+    runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+    spoil: Callable[[nn.Module], nn.Module],
+    reason: str,
+) -> None:
+    good = export_formats.FORMATS[ending]
+
+    def write(student: Any, *rest: Any) -> None:
+        other = student.fresh()
+        other.load_state_dict(student.network.state_dict())
+        good.write(replace(student, network=spoil(other)), *rest)
+
+    monkeypatch.setitem(export_formats.FORMATS, ending, replace(good, write=write))
+    assert export(runs.averaged, tmp_path / f"new{ending}") == 1
+    error = capsys.readouterr().err
+    assert "went wrong" in error
+    assert reason in error
+    (tmp_path / f"old{ending}").write_text("good")
+    assert export(runs.averaged, tmp_path / f"old{ending}", "--force") == 1
+    assert (tmp_path / f"old{ending}").read_text() == "good"
+    assert left_behind(tmp_path) == [f"old{ending}"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)])
+def test_nothing_half_is_left(
+    runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+) -> None:
+    def write(student: Any, path: Path, *rest: Any) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    good = export_formats.FORMATS[".pt"]
+    monkeypatch.setitem(export_formats.FORMATS, ".pt", replace(good, write=write))
+    assert export(runs.alone, tmp_path / "student.pt") == code
+    assert capsys.readouterr().err.startswith("unikd-export: error: ")
+    assert left_behind(tmp_path) == []
+
+
+def test_missing_packages_are_named(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert export(runs.alone, tmp_path / "student.onnx") == 2
+    assert "needs onnxruntime, not installed: pip install 'unikd-fast[export]'" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
+    assert export(runs.alone, tmp_path / "student.safetensors") == 0

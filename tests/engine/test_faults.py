@@ -1,0 +1,166 @@
+"""A process that dies ends the whole run within a minute, with the cause, and the run goes on from its checkpoint."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from real_runs import (
+    LAUNCHERS,
+    ROOT,
+    command,
+    newest_checkpoint,
+    run,
+    start,
+    train_records,
+    wait_for_step,
+    write_config,
+)
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+LIMIT_S = 60.0
+QUICK: dict[str, Any] = {"student": {"model": "cifar/resnet8"}, "train": {"total_epochs": 4}}
+
+
+def trainers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The processes that train, by rank: those that run the script and start nothing that does."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            line = child.cmdline()
+            if len(line) > 2 and any(part.endswith("launch_distill.py") for part in line[1:3]):
+                found.append((int(child.environ().get("RANK", "0")), child))
+        except psutil.Error:
+            continue
+    return [child for _, child in sorted(found, key=lambda pair: pair[0])]
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    began = time.monotonic()
+    try:
+        output, _ = process.communicate(timeout=3 * LIMIT_S)
+    finally:
+        kill_quietly(process)
+    assert time.monotonic() - began < LIMIT_S
+    return output
+
+
+def kill_quietly(process: "subprocess.Popen[str]") -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert train_records(left) == train_records(right)
+    ours, theirs = load_file(left / "student.safetensors"), load_file(right / "student.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("deepspeed", 0)])
+def test_a_killed_process_ends_the_run_with_the_cause(tmp_path: Path, launcher: str, rank: int) -> None:
+    config = write_config(tmp_path, name="killed", **QUICK)
+    process = start(config, launcher=launcher, processes=2)
+    try:
+        wait_for_step(tmp_path / "killed", 4, process)
+        trainers(process)[rank].kill()
+        output = ended(process)
+    finally:
+        kill_quietly(process)
+    assert process.returncode not in (0, None)
+    # torchrun lets the others speak; DeepSpeed's launcher ends them at once, and says itself who was killed.
+    told = "another process of this run ended, or did not answer" in output and "with --resume auto" in output
+    assert told or (launcher == "deepspeed" and "exits with return code = -9" in output)
+    assert newest_checkpoint(tmp_path / "killed")["run"]["step"] >= 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(write_config(folder, name="whole", **QUICK), launcher="deepspeed", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "whole"
+
+
+def fault_rounds(tmp_path: Path, whole: Path, rounds: int, seed: int) -> None:
+    """Kill a random process at a random moment, again and again, until the run is through all the same."""
+    cut = write_config(tmp_path, name="cut", **QUICK)
+    chance = random.Random(seed)
+    for _ in range(rounds):
+        process = subprocess.Popen(
+            command(cut, "--resume", "auto", launcher="deepspeed", processes=2),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while len(there := trainers(process)) < 2 and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.05)
+            # Anywhere between its start and well into its steps, of which each ends with a checkpoint.
+            time.sleep(chance.uniform(0.0, 12.0))
+            if len(there) == 2 and process.poll() is None:
+                chance.choice(there).kill()
+            ended(process)
+        finally:
+            kill_quietly(process)
+    done = run(cut, "--resume", "auto", launcher="deepspeed", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(whole, tmp_path / "cut")
+
+
+def test_killed_at_random_moments_it_ends_as_if_never_interrupted(tmp_path: Path, whole: Path) -> None:
+    fault_rounds(tmp_path, whole, rounds=2, seed=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_killed_at_many_random_moments_it_ends_as_if_never_interrupted(tmp_path: Path, whole: Path, seed: int) -> None:
+    fault_rounds(tmp_path, whole, rounds=5, seed=seed)
+
+
+def test_a_supervised_run_restarts_itself(tmp_path: Path, whole: Path) -> None:
+    config = write_config(tmp_path, name="restarted", **QUICK)
+    process = start(config, "--max-restarts", "2", launcher="deepspeed", processes=2)
+    try:
+        wait_for_step(tmp_path / "restarted", 4, process)
+        # Of each rank the one that trains is the child of the one that watches.
+        child = next(p for p in reversed(trainers(process)) if not p.children())
+        child.kill()
+        output, _ = process.communicate(timeout=3 * LIMIT_S)
+    finally:
+        kill_quietly(process)
+    assert process.returncode == 0, output
+    assert len(re.findall(r"ended with exit code \d+; restart 1 of 2 from the newest checkpoint", output)) == 2
+    assert_same_run(whole, tmp_path / "restarted")
+
+
+@pytest.mark.parametrize("arguments", [["--max-restarts", "3"], ["--max-restarts=3"]])
+def test_a_configuration_that_is_wrong_is_not_tried_again(arguments: list[str]) -> None:
+    line = [sys.executable, str(ROOT / "launch_distill.py"), *arguments, "--config", "/no/such.json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "restart" not in done.stderr
+
+
+def test_under_torchrun_its_own_restarts_are_named(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    line = [*LAUNCHERS["torchrun"], "1", str(ROOT / "launch_distill.py"), "--config", str(config)]
+    done = subprocess.run([*line, "--max-restarts", "1"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode != 0
+    assert "under torchrun, which restarts by itself: torchrun --max-restarts 1 ..." in done.stderr

@@ -1,0 +1,148 @@
+"""Methods on feature levels, configured and trained: on networks of different levels, sharded, summed and resumed."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_runs import ALONE, cached_config, newest_checkpoint, process_group, save_teacher, train_here, train_records
+
+from unikd_fast.config import ConfigError, load_config
+from unikd_fast.engine.build import build_experiment
+from unikd_fast.engine.checkpoint import FOLDER
+from unikd_fast.methods import AT, OFD, FitNet, Method, ReviewKD
+
+TERMS = {"fitnet": "hint", "at": "attention", "ofd": "partial_l2", "reviewkd": "hcl"}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of three levels before activation, and of four levels where the student has three."""
+    folder = tmp_path_factory.mktemp("teachers")
+    models = ("cifar/wrn_16_1", "cifar/vgg8")
+    return {model: save_teacher(folder / f"{model[6:]}.pt", model) for model in models}
+
+
+@pytest.fixture(autouse=True)
+def group(tmp_path: Path) -> Iterator[None]:
+    with process_group(tmp_path):
+        yield
+
+
+def config_of(
+    folder: Path, teachers: dict[str, Path], name: str, *, model: str = "cifar/vgg8", **sections: Any
+) -> Path:
+    teacher = {"model": model, **sections.pop("teacher", {})}
+    weights = str(teachers[model])
+    return cached_config(
+        folder,
+        teachers[model],
+        name=name,
+        teacher={"weights": weights, "cache": {"mode": "off"}, **teacher},
+        **sections,
+    )
+
+
+def method_of(path: Path) -> Method:
+    return build_experiment(load_config(path), ALONE).method
+
+
+def test_settings_reach_the_methods(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    def built(name: str, **settings: Any) -> Any:
+        distill = {"method": name, **({name: settings} if settings else {})}
+        return method_of(config_of(tmp_path, teachers, name, distill=distill, loss={"label_smoothing": 0.1}))
+
+    found = [built(name) for name in TERMS]
+    assert [type(method) for method in found] == [FitNet, AT, OFD, ReviewKD]
+    assert [method.label_smoothing for method in found] == [0.1] * 4
+    fitnet, at, ofd, reviewkd = found
+    assert (fitnet.weight, fitnet.level, at.weight, ofd.weight, reviewkd.weight.peak) == (100.0, 1, 1000.0, 1e-3, 1.0)
+    assert reviewkd.weight.epochs == pytest.approx(0.08 * 3)  # of this run's three epochs, which are fewer than 20
+    assert (built("fitnet", level=2, weight=5.0).level, built("fitnet", weight=5.0).weight) == (2, 5.0)
+    assert (built("at", weight=7.0).weight, built("ofd", weight=1e-4).weight) == (7.0, 1e-4)
+    told = built("reviewkd", weight=8.0, ramp_epochs=1.0, width=24, student_before_activation=True)
+    assert (told.weight.peak, told.weight.epochs) == (8.0, 1.0)
+    assert told.adapter.before_activation and told.adapter.fusions[0].project[0].out_channels == 24
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    unused = config_of(tmp_path, teachers, "unused", distill={"method": "kd", "at": {"weight": 2.0}})
+    with pytest.raises(ConfigError, match=r"distill\.at"):
+        load_config(unused)
+    negative = config_of(tmp_path, teachers, "negative", distill={"method": "at", "at": {"weight": -1.0}})
+    with pytest.raises(ConfigError, match=r"distill\.at\.weight"):
+        load_config(negative)
+    level = config_of(tmp_path, teachers, "level", distill={"method": "fitnet", "fitnet": {"level": 3}})
+    with pytest.raises(ConfigError, match="level must be from 0 to 2, got 3: the student has 3 levels"):
+        method_of(level)
+
+
+# ReviewKD with the literature's weight for both of these teachers.
+SETTINGS: dict[str, Any] = {"reviewkd": {"weight": 5.0}}
+TRAIN = {"accumulation_steps": 2, "global_batch_size": 32, "total_epochs": 4, "learning_rate": 0.05}
+
+
+def values_of(term: str, config: Path) -> list[float]:
+    records = train_records(train_here(load_config(config)))
+    return [record[term] for record in records if record["kind"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["cifar/vgg8", "cifar/wrn_16_1"])
+@pytest.mark.parametrize("name", TERMS)
+def test_training_by_a_term_brings_it_down(tmp_path: Path, teachers: dict[str, Path], name: str, model: str) -> None:
+    """Which training by the cross-entropy alone does not."""
+    settings = SETTINGS.get(name, {})
+    found = []
+    for run, own in {"by it": settings, "without": {**settings, "weight": 0.0}}.items():
+        distill = {"method": name, **({name: own} if own else {})}
+        config = config_of(tmp_path, teachers, run, model=model, distill=distill, train=TRAIN)
+        found.append(values_of(TERMS[name], config))
+    by_it, without = found
+    assert len(by_it) == len(without) == 12
+    assert by_it[0] == without[0]
+    assert sum(by_it[-3:]) < 0.9 * sum(by_it[:3])
+    assert sum(by_it[-3:]) < 0.9 * sum(without[-3:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fitnet", "ofd", "reviewkd"])
+def test_sharded_parameters_are_whole_where_the_method_runs(
+    tmp_path: Path, teachers: dict[str, Path], name: str
+) -> None:
+    distill = {"method": name, **({name: SETTINGS[name]} if name in SETTINGS else {})}
+    runs = [
+        config_of(
+            tmp_path,
+            teachers,
+            f"stage{stage}",
+            distill=distill,
+            train={**TRAIN, "max_steps": 6},
+            deepspeed={"zero_optimization": {"stage": stage}},
+        )
+        for stage in (0, 3)
+    ]
+    replicated, sharded = (values_of(TERMS[name], run) for run in runs)
+    # One process holds all of it, so the sums are the same but for the order in which they are made.
+    assert sharded == pytest.approx(replicated, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_resumed_sum_is_the_whole_run(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    settings: dict[str, Any] = {
+        "distill": {"method": ["kd", *TERMS]},
+        "train": {"total_epochs": 2, "max_steps": 6, "precision": "bf16"},
+        "run": {"checkpoint_every_steps": 1, "keep_checkpoints": 20},
+        "teacher": {"precision": "bf16"},
+    }
+    whole = train_here(load_config(config_of(tmp_path, teachers, "whole", **settings)))
+    parted = load_config(config_of(tmp_path, teachers, "parted", **settings))
+    folder = train_here(parted)
+    for later in sorted((folder / FOLDER).glob("step-*"))[3:]:
+        shutil.rmtree(later)
+    assert newest_checkpoint(folder)["run"]["step"] == 3
+    (folder / "result.json").unlink()
+    train_here(parted, resume=True)
+    assert train_records(folder) == train_records(whole)
+    assert {"logit_kl", *TERMS.values()} <= set(train_records(folder)[0])

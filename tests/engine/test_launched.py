@@ -1,0 +1,116 @@
+"""What was launched is said, a hostfile that means nothing is caught, and processes that differ do not train."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_runs import LAUNCHERS, ROOT, run, write_config
+
+from unikd_fast.config import Config, ConfigError, load_config
+from unikd_fast.engine import launched
+from unikd_fast.engine.launched import _ranges, describe_launch, program_facts, require_agreement
+from unikd_fast.engine.processes import Processes
+
+
+class Several(Processes):
+    """This process and others that say what a test has them say."""
+
+    others: list[Any]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *[other(value) if callable(other) else other for other in self.others]]
+
+
+def several(*others: Any) -> Several:
+    processes = Several(0, 1 + len(others), 0, torch.device("cpu"))
+    object.__setattr__(processes, "others", list(others))
+    return processes
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(write_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"), [([], ""), ([0], "0"), ([0, 1], "0-1"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8")]
+)
+def test_numbers_in_short(numbers: list[int], said: str) -> None:
+    assert _ranges(numbers) == said
+
+
+def test_nodes_processes_and_devices_are_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUP_RANK", "0")
+    monkeypatch.setattr(launched.socket, "gethostname", lambda: "red")
+    monkeypatch.setattr(launched.dist, "is_initialized", lambda: False)  # other tests make a group of this process
+    others = [(("0", "red"), "CPU", None), (("1", "blue"), "CPU", None), (("1", "blue"), "CPU", None)]
+    said = describe_launch(config, several(*others))
+    assert said == "launched 4 processes on 2 nodes: red (processes 0-1), blue (processes 2-3); CPU; none"
+
+
+def test_two_nodes_of_one_name_are_two(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSS_RANK", "0")
+    monkeypatch.setattr(launched.socket, "gethostname", lambda: "box")
+    assert "on 2 nodes" in describe_launch(config, several((("1", "box"), "CPU", None)))
+
+
+def test_another_number_of_nodes_than_was_said_is_refused(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, run={"nodes": 2}))
+    with pytest.raises(ConfigError, match=r"run\.nodes = 2, and the launcher started processes on 1: "):
+        describe_launch(config, several())
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"torch": "1.0"}, r"torch is .* on 0, 2, 1\.0 on 1"),
+        ({"configuration": "ffff"}, r"configuration is .* on 0, 2, ffff on 1"),
+        ({"steps": 7}, r"steps is 6 on 0, 2, 7 on 1"),
+        ({"unikd_fast": "0.1.0, commit abc"}, r"unikd_fast is .* on 0, 2, 0\.1\.0, commit abc on 1"),
+    ],
+)
+def test_processes_that_differ_do_not_train(config: Config, other: dict[str, Any], told: str) -> None:
+    facts = {**program_facts(config), "steps": 6}
+    require_agreement(several(lambda own: own, lambda own: own), facts)
+    with pytest.raises(ConfigError, match=f"the processes do not agree: {told}; start all with one"):
+        require_agreement(several(lambda own: {**own, **other}, lambda own: own), facts)
+
+
+@pytest.mark.slow
+def test_a_hostfile_that_is_not_there_is_caught(tmp_path: Path) -> None:
+    config = write_config(tmp_path, name="nowhere")
+    command = [LAUNCHERS["deepspeed"][0], "--hostfile", str(tmp_path / "hosts"), str(ROOT / "launch_distill.py")]
+    done = subprocess.run([*command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert f"the launcher was given the hostfile {tmp_path / 'hosts'}, which is not there" in done.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.slow
+def test_what_was_launched_is_on_the_terminal(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"max_steps": 1})
+    done = run(config, launcher="torchrun", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("launched 2 processes on 1 node: ") == 1
+    assert "(processes 0-1); CPU; gloo" in done.stderr
+
+
+@pytest.mark.slow
+def test_who_comes_alone_gives_up_and_says_for_whom_it_waited(tmp_path: Path) -> None:
+    config = write_config(tmp_path, run={"timeout_minutes": 0.05})
+    environment = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29999",
+    }
+    command = [*LAUNCHERS["python"], str(ROOT / "launch_distill.py"), "--config", str(config)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert done.returncode == 2, done.stderr
+    assert "process 1 of 2 could not join the others at 127.0.0.1:29999 within 0.05 minutes" in done.stderr

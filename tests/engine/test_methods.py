@@ -1,0 +1,322 @@
+"""From a configuration to a method: it gets what it needs of networks and data, and the engine asks nothing else."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from real_runs import (
+    ALONE,
+    CACHED,
+    cached_config,
+    newest_checkpoint,
+    process_group,
+    save_teacher,
+    train_here,
+    train_records,
+    write_config,
+)
+from torch import Tensor, nn
+
+from unikd_fast.config import ConfigError, load_config
+from unikd_fast.config.schema import DistillConfig
+from unikd_fast.engine import methods
+from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.checkpoint import FOLDER
+from unikd_fast.engine.dry_run import describe
+from unikd_fast.engine.methods import Entry, build_method, needs_of
+from unikd_fast.engine.sources import augmentation_of, second_augmentation_of
+from unikd_fast.engine.student import StudentSide
+from unikd_fast.engine.surroundings import Surroundings
+from unikd_fast.engine.train_step import train_step
+from unikd_fast.methods import KD, Hybrid, Method, Needs, StudentAlone, UniKD
+from unikd_fast.models import LogitsOnly, build_model
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
+
+
+@pytest.fixture(autouse=True)
+def group(tmp_path: Path) -> Any:
+    with process_group(tmp_path):
+        yield
+
+
+class Everything(Method):
+    """Uses all that can be asked for, and checks that it is there."""
+
+    needs = Needs(levels=True, before_activation=True, embedding=True, second_view=True, teacher_network=True)
+    term_names = ("ce", "levels", "embedding", "second", "stones")
+
+    def __init__(self, around: Surroundings) -> None:
+        self.adapter = Adapter(around)
+        self.blocks = around.teacher_blocks()
+        self.norms = [(norm.num_features, bool((norm.weight == 1).all())) for norm in around.teacher_norms]
+        self.around = around
+        self.ids: list[Tensor] = []
+
+    def target(self, teacher: Features, second: Features | None = None) -> Target:
+        extra = {"before": teacher.before_activation, "embedding": teacher.embedding}
+        return super().target(teacher, second)._replace(extra=extra)
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        assert target is not None
+        assert student.second_logits is not None and target.second_logits is not None and batch.second is not None
+        self.ids.append(batch.sample_ids)
+        stone = student.adapted["levels"][0]
+        for block in self.blocks:
+            stone = block(stone)
+        mean = nn.functional.mse_loss
+        pairs = zip(student.adapted["levels"], target.extra["before"], strict=True)
+        terms = {
+            "ce": nn.functional.cross_entropy(student.logits, batch.labels),
+            "levels": torch.stack([mean(a, b) for a, b in pairs]).mean(),
+            "embedding": mean(student.adapted["embedding"], target.extra["embedding"]),
+            "second": mean(student.second_logits, target.second_logits),
+            "stones": mean(stone, target.logits),
+        }
+        return Loss(torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()})
+
+
+class Adapter(nn.Module):
+    def __init__(self, around: Surroundings) -> None:
+        super().__init__()
+        pairs = zip(around.student_channels, around.teacher_channels, strict=True)
+        self.levels = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
+        self.embedding = nn.Linear(around.student_width, around.teacher_width)
+
+    def forward(self, features: Features) -> dict[str, Any]:
+        assert features.embedding is not None
+        levels = zip(self.levels, features.before_activation, strict=True)
+        return {
+            "levels": tuple(layer(level) for layer, level in levels),
+            "embedding": self.embedding(features.embedding),
+        }
+
+
+def everything(distill: DistillConfig, around: Surroundings) -> Method:
+    return Everything(around)
+
+
+def config_of(folder: Path, weights: Path, name: str, **sections: Any) -> Path:
+    cache = sections.pop("cache", {"mode": "off"})
+    return cached_config(folder, weights, name=name, cache=cache, **sections)
+
+
+def built(path: Path) -> Experiment:
+    return build_experiment(load_config(path), ALONE)
+
+
+STAGES = [0, pytest.param(3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_method_is_given_all_it_needs(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    monkeypatch.setitem(methods.METHODS, "kd", Entry(Everything, everything))
+    config = config_of(
+        tmp_path,
+        weights,
+        "everything",
+        distill={"method": "kd"},
+        train={"accumulation_steps": 2, "total_epochs": 3, "learning_rate": 0.01},
+        deepspeed={"zero_optimization": {"stage": stage}},
+    )
+    records = [record for record in train_records(train_here(load_config(config))) if record["kind"] == "train"]
+    assert [key for key in records[0] if key in ("total", *Everything.term_names)] == ["total", *Everything.term_names]
+    for record in records:
+        assert record["total"] == pytest.approx(sum(record[name] for name in Everything.term_names), rel=1e-5)
+    first, last = records[0], records[-1]
+    assert all(last[name] < first[name] for name in ("levels", "embedding", "second", "stones"))
+    method = built(config).method
+    assert isinstance(method, Everything)
+    around = method.around
+    assert around.num_classes == 10
+    assert len(around.sample_ids) == len(around.sample_labels) == 96
+    assert [tuple(x.shape) for x in around.classifier_weights] == [(10, 64), (10, 64)]
+    assert around.teacher_channels == around.student_channels == [16, 32, 64]
+    assert method.norms == [(channels, True) for channels in around.teacher_channels]
+    with pytest.raises(AssertionError, match="when the method is built"):
+        around.teacher_norms  # noqa: B018
+
+
+def test_a_step_shows_both_networks_both_views(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "kd", Entry(Everything, everything))
+    experiment = built(config_of(tmp_path, weights, "views", distill={"method": "kd"}))
+    method, teacher = experiment.method, experiment.teacher
+    assert isinstance(method, Everything) and teacher is not None
+    batch, _ = next(experiment.micro_batches(0))
+    assert batch.second is not None
+    assert not torch.equal(batch.images, batch.second)
+    given: list[tuple[StudentOutput, Target]] = []
+    whole = method.loss
+
+    def noted(student: StudentOutput, target: Target | None, of: Batch) -> Loss:
+        assert of is batch and target is not None
+        given.append((student, target))
+        return whole(student, target, of)
+
+    monkeypatch.setattr(method, "loss", noted)
+    reference = copy.deepcopy(experiment.student)
+    engine: Any = SimpleNamespace(
+        backward=lambda loss: loss.backward(), step=lambda: None, gradient_accumulation_steps=lambda: 1
+    )
+    train_step(_Called(experiment.side, engine), teacher, method, batch, update=True)
+    ((student, target),) = given
+    assert torch.equal(student.logits, reference(batch.images).logits)
+    assert student.second_logits is not None and target.second_logits is not None
+    assert torch.equal(student.second_logits, reference(batch.second).logits)
+    assert torch.equal(target.logits, teacher(batch.images).logits)
+    assert torch.equal(target.second_logits, teacher(batch.second).logits)
+    assert torch.equal(method.ids[0], batch.sample_ids)
+
+
+class _Called:
+    """An engine around a module, without DeepSpeed."""
+
+    def __init__(self, side: nn.Module, engine: Any) -> None:
+        self.side, self.backward, self.step = side, engine.backward, engine.step
+        self.gradient_accumulation_steps = engine.gradient_accumulation_steps
+
+    def __call__(self, *views: Tensor) -> StudentOutput:
+        return self.side(*views)
+
+
+def test_batch_norm_sees_each_view_by_itself() -> None:
+    torch.manual_seed(0)
+    network = LogitsOnly(build_model("cifar/resnet8", num_classes=10)).train()
+    one_after_the_other, together = copy.deepcopy(network), copy.deepcopy(network)
+    weak, strong = torch.randn(8, 3, 16, 16), 3 * torch.randn(8, 3, 16, 16) + 1
+    found = StudentSide(network, None, None)(weak, strong)
+    assert torch.equal(found.logits, one_after_the_other(weak).logits)
+    assert torch.equal(found.second_logits, one_after_the_other(strong).logits)
+    for (name, buffer), other in zip(network.named_buffers(), one_after_the_other.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    both = together(torch.cat([weak, strong])).logits
+    assert not torch.allclose(both[:8], found.logits, atol=1e-3)
+    (found.logits.sum() + found.second_logits.sum()).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert StudentSide(network, None, None)(weak).second_logits is None
+
+
+def test_second_views_are_read_for_methods_that_need_them_alone(tmp_path: Path, weights: Path) -> None:
+    config = config_of(tmp_path, weights, "plain", distill={"method": "kd"})
+    batch, _ = next(built(config).micro_batches(0))
+    assert batch.second is None
+
+
+def test_the_second_view_is_the_strong_one_of_the_literature_or_as_told(tmp_path: Path) -> None:
+    weak = load_config(write_config(tmp_path))
+    strong, first = second_augmentation_of(weak), augmentation_of(weak)
+    assert (strong.crop, strong.padding, strong.flip_probability) == (first.crop, first.padding, first.flip_probability)
+    assert (strong.policy, strong.rand_ops, strong.rand_magnitude, strong.erase_probability) == ("rand", 2, 10, 1.0)
+    assert strong.erase_scale == (0.25, 0.25)
+    told = load_config(write_config(tmp_path, data={"second_view": {"policy": "trivial", "crop": "none"}}))
+    assert second_augmentation_of(told).policy == "trivial"
+    assert (second_augmentation_of(told).crop, augmentation_of(told).crop) == ("none", "pad")
+
+
+NEEDS = {
+    "levels": "the teacher's feature levels",
+    "before_activation": "its features before activation",
+    "embedding": "its embeddings",
+    "second_view": "its logits for a second view",
+    "teacher_network": "the teacher's own blocks",
+}
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_what_is_needed_beyond_the_outputs_cannot_be_cached(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, need: str
+) -> None:
+    class Needing(KD):
+        needs = Needs(**{need: True})
+
+    monkeypatch.setitem(methods.METHODS, "kd", Entry(Needing, lambda distill, around: Needing()))
+    config = config_of(tmp_path, weights, "needing", distill={"method": "kd"}, cache={"mode": "read_write"})
+    with pytest.raises(ConfigError) as caught:
+        built(config)
+    assert f"cannot be cached: Needing needs {NEEDS[need]}" in str(caught.value)
+    assert "set teacher.cache.mode = 'off'" in str(caught.value)
+    # Levels of 16 x 16 x 16, 32 x 8 x 8 and 64 x 4 x 4, of 96 samples, two bytes each.
+    assert ("1.31 MiB a view" in str(caught.value)) == (need in ("levels", "before_activation"))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_one_class_a_sample_excludes_mixing(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hard(KD):
+        needs = Needs(hard_labels=True)
+
+    mixing = {**CACHED["data"], "mixing": {"mixup_alpha": 0.2}}
+    config = config_of(tmp_path, weights, "mixed", distill={"method": "kd"}, data=mixing)
+    assert built(config).method.needs == Needs()
+    monkeypatch.setitem(methods.METHODS, "kd", Entry(Hard, lambda distill, around: Hard()))
+    with pytest.raises(ConfigError, match=r"mixup_alpha = 0\.2 .* 'kd', which needs one class a sample"):
+        built(config)
+
+
+def test_each_name_is_its_method_and_a_list_their_sum(tmp_path: Path, weights: Path) -> None:
+    assert set(methods.METHODS) == set(DistillConfig.model_json_schema()["properties"]["method"]["oneOf"][0]["enum"])
+    assert needs_of(DistillConfig(method="none")) == Needs(teacher=False)
+    assert needs_of(DistillConfig(method=("kd", "unikd"))) == Needs(levels=True)
+    found = built(config_of(tmp_path, weights, "sum", distill={"method": ["kd", "unikd"], "beta": 2.0})).method
+    assert isinstance(found, Hybrid)
+    kd, unikd = found.parts.values()
+    assert isinstance(kd, KD) and isinstance(unikd, UniKD)
+    assert (kd.beta, kd.ce_weight, unikd.ce_weight) == (2.0, 0.0, 0.0)
+    around: Any = SimpleNamespace(label_smoothing=0.1, impl="reference")
+    alone = build_method(DistillConfig(method="none"), around)
+    assert isinstance(alone, StudentAlone) and alone.label_smoothing == 0.1
+
+
+HYBRID: dict[str, Any] = {
+    "method": ["kd", "unikd"],
+    "teacher_head": "prefit",
+    "head_steps": 4,
+    "alpha_ramp_epochs": 0.0,
+}
+TERMS = ("total", "ce", "kd_logit_kl", "feature_kl", "unikd_logit_kl")
+
+
+def test_a_hybrid_trains_and_says_each_term(tmp_path: Path, weights: Path) -> None:
+    config = load_config(config_of(tmp_path, weights, "hybrid", distill=HYBRID, train={"max_steps": 6}))
+    records = [record for record in train_records(train_here(config)) if record["kind"] == "train"]
+    assert len(records) == 6
+    for record in records:
+        assert [key for key in record if key in TERMS] == list(TERMS)
+        _, ce, kd, feature, unikd = (record[name] for name in TERMS)
+        assert record["total"] == pytest.approx(ce + 0.9 * kd + 4.0 * feature + 1.0 * unikd, rel=1e-5)
+        assert kd == pytest.approx(unikd, rel=1e-5)
+    result = json.loads((tmp_path / "hybrid" / "result.json").read_text())
+    assert result["method"] == "kd+unikd"
+
+
+@pytest.mark.parametrize("cache", [{"mode": "off"}, {"mode": "read_write"}], ids=["online", "cached"])
+def test_a_resumed_hybrid_is_the_whole_run(tmp_path: Path, weights: Path, cache: dict[str, Any]) -> None:
+    """Which with a cache means that the head of the checkpoint is compared with that of the cache."""
+    settings: dict[str, Any] = {"distill": HYBRID, "cache": cache, "train": {"total_epochs": 2}}
+    settings["run"] = {"checkpoint_every_steps": 1, "keep_checkpoints": 20}
+    whole = train_here(load_config(config_of(tmp_path, weights, "whole", **settings)))
+    parted = load_config(config_of(tmp_path, weights, "parted", **settings))
+    folder = train_here(parted)
+    for later in sorted((folder / FOLDER).glob("step-*"))[4:]:
+        shutil.rmtree(later)
+    assert newest_checkpoint(folder)["run"]["step"] == 4
+    (folder / "result.json").unlink()
+    train_here(parted, resume=True)
+    assert train_records(folder) == train_records(whole)
+
+
+def test_a_dry_run_runs_both_views(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "kd", Entry(Everything, everything))
+    text = describe(load_config(config_of(tmp_path, weights, "dry", distill={"method": "kd"})), ALONE)
+    own = sum(a * b + b for a, b in ((16, 16), (32, 32), (64, 64), (64, 64)))
+    assert f"method    kd: {own:,} parameters beside the student's" in text

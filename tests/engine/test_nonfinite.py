@@ -1,0 +1,176 @@
+"""A loss or gradient that is not finite: where it was is said, or the step is left out and counted."""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_engine import PlainEngine
+from real_runs import ALONE, LAUNCHERS, ROOT, write_config
+from torch import nn
+
+from unikd_fast.engine.gradient_watch import GradientWatch
+from unikd_fast.engine.metrics import LossMeter
+from unikd_fast.errors import NonFiniteLoss
+from unikd_fast.values import Loss
+
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+
+
+def backward(module: nn.Sequential, factor: float) -> None:
+    for parameter in module.parameters():
+        parameter.grad = None
+    module(torch.ones(1, 2)).sum().mul(factor).backward()
+
+
+@pytest.fixture
+def module() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+
+
+def loss(total: float) -> Loss:
+    value = torch.tensor(total)
+    return Loss(value, {"ce": value})
+
+
+def test_the_first_gradients_that_are_not_finite_are_named(module: nn.Sequential) -> None:
+    watch = GradientWatch(PlainEngine(module, **OPTIONS), skip=False)
+    meter = LossMeter(ALONE, ["ce"], watch)
+    for step in range(6):
+        backward(module, 1.0)
+        if step in (3, 4):
+            assert module[1].weight.grad is not None and module[0].bias.grad is not None
+            (module[1].weight if step == 3 else module[0].bias).grad.fill_(math.nan if step == 3 else math.inf)
+        watch.before_update()
+        assert bool(watch.finite) == (step not in (3, 4))
+        meter.update(loss(1.0), step)
+    assert watch.worst(2).startswith(
+        "1 of 4 parameters have gradients that are not finite; largest entries: 1.weight nan, "
+    )
+    with pytest.raises(NonFiniteLoss, match=r"^gradients are not finite at step 3 on .* 0: total 1, .*1\.weight nan"):
+        meter.read()
+    with pytest.raises(NonFiniteLoss):
+        meter.check()
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_gradients(module: nn.Sequential) -> None:
+    watch = GradientWatch(PlainEngine(module, **OPTIONS), skip=False)
+    meter = LossMeter(ALONE, ["ce"], watch)
+    backward(module, math.nan)
+    watch.before_update()
+    meter.update(loss(math.inf), 5)
+    with pytest.raises(NonFiniteLoss, match=r"^loss is not finite at step 5 .*: total inf, .*; 4 of 4 parameters"):
+        meter.read()
+
+
+def test_nothing_is_said_where_all_is_finite(module: nn.Sequential) -> None:
+    watch = GradientWatch(PlainEngine(module, **OPTIONS), skip=False)
+    meter = LossMeter(ALONE, ["ce"], watch)
+    for step in range(3):
+        backward(module, 1e30)
+        watch.before_update()
+        meter.update(loss(float(step)), step)
+    assert meter.read()["total"] == 1.0
+    assert watch.worst() == ""
+
+
+def test_a_skipped_step_leaves_weights_momentum_and_means_alone(module: nn.Sequential) -> None:
+    engine = PlainEngine(module, **OPTIONS)
+    optimizer = engine.optimizer
+    watch = GradientWatch(engine, skip=True)
+    meter = LossMeter(ALONE, ["ce"], watch, skip=True)
+    for step, factor in enumerate((1.0, math.nan, 1.0)):
+        before = [p.detach().clone() for p in module.parameters()]
+        momentum = [optimizer.state[p].get("momentum_buffer", torch.zeros(())).clone() for p in module.parameters()]
+        backward(module, factor)
+        watch.before_update()
+        optimizer.step()
+        assert watch.after_update() == (step == 1)
+        meter.update(loss(float(step) * factor), step)
+        same = [torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+        assert all(same) if step == 1 else not any(same)
+        if step == 1:
+            kept = [optimizer.state[p]["momentum_buffer"] for p in module.parameters()]
+            assert all(torch.equal(a, b) for a, b in zip(momentum, kept, strict=True))
+    assert watch.skipped_steps == 1
+    assert meter.read()["total"] == 1.0  # of steps 0 and 2
+    meter.check()
+
+
+STAGES = [
+    pytest.param(0, 1, id="stage 0"),
+    pytest.param(1, 2, id="stage 1"),
+    pytest.param(3, 2, marks=pytest.mark.long, id="stage 3"),
+]
+
+# Poisons the images of one step of the run, on one process.
+POISONED = """
+import sys
+import launch_distill
+from unikd_fast.engine import steps
+whole = steps.train_step
+count = 0
+def poisoned(engine, teacher, method, batch, target=None, **options):
+    global count
+    count += options["update"]
+    rank = trainer_rank()
+    if count in {steps} and rank == 0:
+        batch = batch._replace(images=batch.images * float("nan"))
+    return whole(engine, teacher, method, batch, target, **options)
+def trainer_rank():
+    import torch.distributed as dist
+    return dist.get_rank()
+steps.train_step = poisoned
+sys.exit(launch_distill.main(sys.argv[1:]))
+"""
+
+
+def poisoned_run(tmp_path: Path, steps: set[int], stage: int, processes: int, **train: Any) -> tuple[Any, Path]:
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED.replace("{steps}", repr(steps)))
+    config = write_config(
+        tmp_path,
+        name="poisoned",
+        student={"model": "cifar/resnet8"},
+        deepspeed={"zero_optimization": {"stage": stage}},
+        train={"learning_rate": 0.001, "accumulation_steps": 1, "ema_decay": None, **train},
+    )
+    command = [*LAUNCHERS["torchrun"], str(processes), str(script), "--config", str(config)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    return done, tmp_path / "poisoned"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "processes"), STAGES)
+def test_a_run_skips_and_counts(tmp_path: Path, stage: int, processes: int) -> None:
+    done, folder = poisoned_run(tmp_path, {3, 8}, stage, processes, nonfinite="skip")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line.get("skipped_steps", 0) for line in train] == [0] * 2 + [1] * 5 + [2] * 11
+    assert all(math.isfinite(line["total"]) for line in train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "processes"), STAGES)
+def test_a_run_stops_and_names_step_terms_and_gradients(tmp_path: Path, stage: int, processes: int) -> None:
+    done, _ = poisoned_run(tmp_path, {3}, stage, processes)
+    assert done.returncode != 0
+    assert "loss is not finite at step 2 on process 0: total nan" in done.stderr  # steps count from 0
+    assert "parameters have gradients that are not finite; largest entries: network." in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_skips_most_steps_stops(tmp_path: Path) -> None:
+    done, _ = poisoned_run(tmp_path, set(range(3, 99)), 0, 1, nonfinite="skip")
+    assert done.returncode != 0
+    assert (
+        "10 steps in a row were skipped (train.nonfinite = skip); the first: loss is not finite at step 2"
+        in done.stderr
+    )

@@ -1,0 +1,63 @@
+"""The head that a method fits to the teacher before training is one head, however many processes fit it."""
+
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from unikd_fast.engine.prepare_method import prepare_method
+from unikd_fast.engine.processes import Processes
+from unikd_fast.methods import UniKD
+from unikd_fast.values import Features
+
+NORMS = ["input", "batch"]
+
+
+class Images:
+    """A loader of other images on every process."""
+
+    def __init__(self, rank: int) -> None:
+        self._generator = torch.Generator().manual_seed(rank)
+
+    def train(self, epoch: int, *, stream: int) -> Any:
+        assert stream != 0, "that is the views of training"
+        return (SimpleNamespace(images=torch.randn(4, 3, 4, 4, generator=self._generator)) for _ in range(2))
+
+
+def teacher(images: torch.Tensor) -> Features:
+    return Features((images, images[:, :, ::2, ::2] * 2 + 1), images.mean((2, 3)))
+
+
+def _fits(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    own: Any = Images(rank), teacher, Processes(rank, 2, rank, torch.device("cpu")), SimpleNamespace(agreed=lambda: 0)
+    for norm in NORMS:
+        torch.manual_seed(0)
+        method = UniKD([2, 3], [3, 3], 3, norm=norm, head_steps=3)
+        prepare_method(method, *own, "run")
+        assert method.fitted_head is not None and not method.fitted_head.training
+        torch.save(method.fitted_head.state_dict(), f"{folder}/{norm}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_fits, args=(port, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_two_processes_freeze_the_same_head(fitted: Path, norm: str) -> None:
+    one, other = (torch.load(fitted / f"{norm}-{rank}.pt") for rank in (0, 1))
+    assert any("running_mean" in name for name in one)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name

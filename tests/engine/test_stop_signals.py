@@ -1,0 +1,71 @@
+"""SIGTERM and Ctrl-C: the run saves and ends, all its processes at the same step."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from real_runs import kill_group, newest_checkpoint, run, start, wait_for_step, write_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
+    config = write_config(tmp_path, name="stopped", run={"log_every_steps": 1, "checkpoint_every_steps": None})
+    process = start(config)
+    wait_for_step(tmp_path / "stopped", 2, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    saved = newest_checkpoint(tmp_path / "stopped")
+    assert f"stopped at step {saved['run']['step']}" in output
+    assert 2 <= saved["run"]["step"] < 18
+
+
+@pytest.mark.parametrize(
+    ("number", "loader"),
+    [
+        pytest.param(signal.SIGTERM, "torchvision", id="SIGTERM-torchvision"),
+        pytest.param(signal.SIGINT, "dali", id="Ctrl-C-dali"),
+        pytest.param(signal.SIGTERM, "dali", id="SIGTERM-dali", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, "torchvision", id="Ctrl-C-torchvision", marks=pytest.mark.long),
+    ],
+)
+def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path, number: int, loader: str) -> None:
+    """Ctrl-C on a terminal, and DeepSpeed's launcher, signal every process of the run."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 4)):
+        for index in range(2 * count):
+            folder = tmp_path / "data" / split / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
+    root = str(tmp_path / "data")
+    data = {"name": "image_folder", "root": root, "loader": loader, "num_classes": None, "workers": 2}
+    config = write_config(
+        tmp_path, name="files", data=data, run={"checkpoint_every_steps": None}, train={"total_epochs": 9}
+    )
+    process = start(config)
+    wait_for_step(tmp_path / "files", 2, process)
+    kill_group(process, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "stopped at step" in output
+    assert newest_checkpoint(tmp_path / "files")["run"]["step"] >= 2
+
+
+def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
+    """torchrun and deepspeed signal one process after another; both must still save together."""
+    config = write_config(tmp_path, name="stopped", run={"log_every_steps": 1, "checkpoint_every_steps": None})
+    process = start(config, launcher="deepspeed", processes=2)
+    wait_for_step(tmp_path / "stopped", 2, process)
+    kill_group(process, signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    saved = newest_checkpoint(tmp_path / "stopped")
+    assert f"stopped at step {saved['run']['step']}" in output
+    assert len(saved["processes"]) == 2
+
+    done = run(config, "--resume", "auto", launcher="deepspeed", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,43 @@
+"""Weights whose path has an environment variable in it."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from real_runs import CACHED, opened, run, write_config
+
+from unikd_fast.config import ConfigError
+
+PATH = "${UNIKD_TEST_TEACHERS}/teacher.pth"
+
+
+def config_of(folder: Path) -> Path:
+    return write_config(folder, **{**CACHED, "teacher": {"weights": PATH}})
+
+
+def test_they_are_the_files(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIKD_TEST_TEACHERS", str(weights.parent))
+    experiment = opened(config_of(tmp_path))
+    assert experiment.teacher is not None
+    stored = torch.load(weights, weights_only=True)["fc.weight"]
+    found = experiment.teacher.network.plain.get_parameter("fc.weight")
+    assert torch.equal(found, stored)
+    assert experiment.config.teacher is not None
+    assert experiment.config.teacher.weights == PATH  # the run is the same wherever they lie
+
+
+def test_a_variable_that_is_not_set_is_an_error_and_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNIKD_TEST_TEACHERS", raising=False)
+    with pytest.raises(ConfigError, match="UNIKD_TEST_TEACHERS is not set; set it by `export UNIKD_TEST_TEACHERS="):
+        opened(config_of(tmp_path))
+
+
+@pytest.mark.slow
+def test_it_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNIKD_TEST_TEACHERS", raising=False)
+    began = time.monotonic()
+    done = run(config_of(tmp_path))
+    assert done.returncode == 2
+    assert time.monotonic() - began < 5
+    assert f"launch_distill: error: teacher.weights is {PATH!r} and UNIKD_TEST_TEACHERS is not set" in done.stderr

@@ -1,0 +1,161 @@
+"""Steps of one GPU as one CUDA graph: for small networks, whose kernels are shorter than their launches.
+
+A step is a program over buffers that stay where they are: the plans of its micro-batches (which samples, which windows,
+which are mirrored), the learning rate, the method's ramps and the number of the step are filled in before; weights,
+optimiser state, sums of the log and averages are changed in place. The first steps run the program as it is, on a
+stream of their own as CUDA asks for, and are steps like any other. Then it is captured, which computes nothing, and
+from there on replayed. On a CPU the program is called every time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from unikd_fast.data.device_loader import DeviceLoader
+from unikd_fast.engine.local_engine import LocalEngine
+from unikd_fast.engine.pace import Pace
+from unikd_fast.engine.steps import Parts
+from unikd_fast.engine.train_step import train_step
+from unikd_fast.errors import ConfigError
+
+_logger = logging.getLogger("unikd_fast")
+
+WARM_UP = 3
+"""Steps before the capture: they make the optimiser's state and what a method makes with its first batch."""
+
+
+class CapturedSteps:
+    """Steps of a captured program.
+
+    Args:
+        parts: with a LocalEngine and a DeviceLoader whose batches can be planned.
+        required: a capture that fails is an error; otherwise it is said, and the program is called every time.
+    """
+
+    def __init__(self, parts: Parts, *, required: bool) -> None:
+        experiment, engine, *_ = parts
+        assert isinstance(experiment.loader, DeviceLoader) and isinstance(engine, LocalEngine)
+        self._parts, self._engine, self._loader, self._required = parts, engine, experiment.loader, required
+        device = engine.learning_rate.device
+        views = 2 if experiment.method.needs.second_view else 1
+        shape = (engine.gradient_accumulation_steps(), views, experiment.loader.schedule.micro_batch_size, 6)
+        self._plans = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._average = None if parts.average is None else _Averaging(parts)
+        self._warm_up = WARM_UP if device.type == "cuda" else 0
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._run: Callable[[], None] = self.program
+
+    def data(self, epoch: int, start: int) -> Iterator[Tensor]:
+        """Plans of micro-batches."""
+        return self._loader.plans(epoch, start)
+
+    def take(self, data: Iterator[Tensor], pace: Pace, step: int, *, learning_rate: float) -> None:
+        experiment, clock = self._parts.experiment, self._parts.clock
+        clock.start()
+        for plan in self._plans:
+            plan.copy_(pace.next(data), non_blocking=True)
+        clock.mark("data")
+        self._engine.learning_rate.fill_(learning_rate)
+        experiment.method.set_progress(step / experiment.steps_per_epoch)
+        self._step.fill_(step)
+        self.replay()
+        clock.mark("step")
+        if self._average is not None:
+            self._average.count()
+
+    def replay(self) -> None:
+        """The program, on what is in the buffers now."""
+        if self._side is None or self._warm_up < 0:
+            self._run()
+        elif self._warm_up:
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                self.program()
+            current.wait_stream(self._side)
+            self._warm_up -= 1
+        else:
+            self._warm_up = -1
+            self._run = self._captured()
+            self._run()
+
+    def program(self) -> None:
+        """One step, of the buffers and of nothing else; no host read."""
+        experiment, engine, watch, meter, *_ = self._parts
+        for number, plan in enumerate(self._plans):
+            update = number == len(self._plans) - 1
+            batch = self._loader.batch_of(plan)
+            loss = train_step(engine, experiment.teacher, experiment.method, batch, update=update, watch=watch)
+            meter.update(loss, self._step, updated=update)
+        if self._average is not None:
+            self._average.update()
+
+    def _captured(self) -> Callable[[], None]:
+        try:
+            return record(self.program)
+        except RuntimeError as error:
+            said = str(error).strip().partition("\n")[0]
+            if self._required:
+                raise ConfigError(
+                    f"train.cuda_graph = 'on', but capturing a step failed: {said}; set it to 'off'"
+                ) from error
+            _logger.warning(
+                "train.cuda_graph: capturing a step failed, and steps are launched operation by operation: %s; "
+                "train.cuda_graph = off keeps from trying",
+                said,
+            )
+        self._engine.optimizer.zero_grad(set_to_none=True)  # those of the failed capture have no numbers
+        return self.program
+
+
+def record(program: Callable[[], None]) -> Callable[[], None]:
+    """Captures what ``program`` launches on the current device, and gives what launches it again.
+
+    Raises:
+        RuntimeError: it did what a graph cannot hold, such as waiting for the device.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # The thread that writes checkpoints may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            program()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that failed does not leave its own
+    return graph.replay
+
+
+class _Averaging:
+    """What AveragedModel does at every step, but for what it reads and counts on the host."""
+
+    def __init__(self, parts: Parts) -> None:
+        average, decay = parts.average, parts.experiment.config.train.ema_decay
+        assert average is not None and decay is not None
+        self._model, self._mix = average, get_ema_multi_avg_fn(decay)
+        self._begun = bool(average.n_averaged)
+        kept, current = _tensors(average.module), _tensors(parts.experiment.student)
+        self._groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for own, other in zip(kept, current, strict=True):
+            same, others = self._groups.setdefault(own.dtype, ([], []))
+            same.append(own)
+            others.append(other)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for own, other in self._groups.values():
+            if self._begun:
+                self._mix(own, other, 0)
+            else:
+                torch._foreach_copy_(own, other)
+
+    def count(self) -> None:
+        """After a step, on the host."""
+        self._begun = True
+        self._model.n_averaged += 1
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]

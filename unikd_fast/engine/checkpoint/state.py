@@ -1,0 +1,133 @@
+"""What a checkpoint holds of a run: the same whatever the ZeRO stage and however many processes.
+
+    student     the StudentSide's parameters and buffers, whole
+    optimizer   its state by parameter name
+    method      what the method keeps beside the student's side
+    average     the exponential average, if there is one
+    processes   per process: its own buffers and random states
+    run         step, number of processes, ZeRO stage, seed, loss scale of fp16
+
+The teacher is not in it. Loss curves continue bit for bit at the same number of processes and stage, and within the
+rounding of another order of summation at others; the order of the samples is a function of the step.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unikd_fast.engine.checkpoint.tree import on_cpu
+from unikd_fast.engine.optimizer_state import collect_optimizer_state
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.sharding import gathered
+from unikd_fast.errors import CacheError
+from unikd_fast.methods import Method
+
+
+def collect_state(
+    *,
+    step: int,
+    engine: Any,
+    method: Method,
+    average: nn.Module | None,
+    processes: Processes,
+    seed: int,
+    loss_scale: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The parts of a checkpoint, as copies on the CPU; all processes must call it, and the first one gets them.
+
+    Returns:
+        Nested state by part; empty on the other processes.
+    """
+    side: nn.Module = engine.module
+    optimizer = collect_optimizer_state(engine)
+    own = {
+        "buffers": dict(side.named_buffers()),
+        "average_buffers": {} if average is None else dict(average.named_buffers()),
+        "rng": _random_state(processes.device),
+    }
+    of_processes = processes.gather(on_cpu(own))
+    with gathered(side):
+        if not processes.is_first:
+            return {}
+        student = on_cpu(side.state_dict())
+    return {
+        "student": student,
+        "optimizer": on_cpu(optimizer),
+        "method": on_cpu(method.state_dict()),
+        "average": None if average is None else on_cpu(average.state_dict()),
+        "processes": of_processes,
+        "run": {
+            "step": step,
+            "world_size": processes.world_size,
+            "zero_stage": int(engine.zero_optimization_stage()),
+            "seed": seed,
+            "loss_scale": loss_scale,
+        },
+    }
+
+
+def restore_weights(saved: dict[str, Any], side: nn.Module, method: Method, processes: Processes) -> None:
+    """Before the engine is made: the student's side, this process's buffers and the method's head."""
+    side.load_state_dict(saved["student"])
+    _restore_buffers(saved, "buffers", side, processes)
+    method.load_state_dict(saved["method"])
+
+
+def require_same_head(saved: dict[str, Any], method: Method) -> None:
+    """Refuses to go on with a student against Gaussians of another head than it was trained with.
+
+    Args:
+        method: with the head of the teacher's cache.
+
+    Raises:
+        CacheError: the cache was built anew since the checkpoint was written.
+    """
+    before, found = method.head_of(saved["method"]), method.head_of(method.state_dict())
+    if before is None or found is None:
+        return
+    differing = [name for name in found if name not in before or not torch.equal(found[name].cpu(), before[name].cpu())]
+    if differing:
+        raise CacheError(
+            f"the teacher's cache holds another head than the checkpoint was trained with ({len(differing)} of "
+            f"{len(found)} tensors differ, the first is {differing[0]}): it was built anew since; restore that cache, "
+            "or start a new run folder with --set run.dir=..."
+        )
+
+
+def restore_average(saved: dict[str, Any], average: nn.Module, processes: Processes) -> None:
+    """The exponential average, with this process's buffers."""
+    average.load_state_dict(saved["average"])
+    _restore_buffers(saved, "average_buffers", average, processes)
+
+
+def restore_random_state(saved: dict[str, Any], processes: Processes) -> None:
+    """Last before training: this process's random states; at another number of processes they start afresh."""
+    if saved["run"]["world_size"] != processes.world_size:
+        return
+    rng = saved["processes"][processes.rank]["rng"]
+    torch.set_rng_state(rng["cpu"])
+    if processes.device.type == "cuda" and rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"], processes.device)
+
+
+@torch.no_grad()
+def _restore_buffers(saved: dict[str, Any], key: str, module: nn.Module, processes: Processes) -> None:
+    """The process's own; at another number of processes the mean of all, as before every evaluation."""
+    of_processes = [part[key] for part in saved["processes"]]
+    for name, buffer in module.named_buffers():
+        if saved["run"]["world_size"] == processes.world_size:
+            buffer.copy_(of_processes[processes.rank][name])
+        elif buffer.is_floating_point():
+            buffer.copy_(mean_buffer(of_processes, name))
+
+
+def mean_buffer(of_processes: list[dict[str, Tensor]], name: str) -> Tensor:
+    """A floating-point buffer averaged over the processes that saved theirs, as before every evaluation."""
+    mean = torch.stack([own[name].double() for own in of_processes]).mean(0)
+    return mean.to(of_processes[0][name].dtype)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}

@@ -1,0 +1,164 @@
+"""The formats of an exported student: how each is written, and read back by what will read it later."""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unikd_fast.config import ConfigError
+from unikd_fast.engine.export import export_student, import_student
+from unikd_fast.engine.plain_student import PlainStudent
+from unikd_fast.errors import RunError
+
+Run = Callable[[Tensor], Tensor]
+
+LOWEST_OPSET = 18  # of torch's exporter; it cannot write a mean over pixels for an older one
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_ONNX_LIMIT = 2**31 - 2**24  # of one protobuf file; the graph itself takes some of it
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        title: for people.
+        write: writes the student for images like the given ones, in batches of any size.
+        read: opens the file as its users will; images to logits, in fp32 on the CPU.
+        exact: what is read back computes the very same, because it is the plain network.
+    """
+
+    title: str
+    write: Callable[[PlainStudent, Path, Tensor, int | None], None]
+    read: Callable[[PlainStudent, Path], Run]
+    exact: bool = False
+
+
+def format_of(path: Path, opset: int | None) -> Format:
+    """The format that the ending of a file's name stands for.
+
+    Raises:
+        ConfigError: it stands for none, the opset does not fit, or packages are missing.
+
+    Example:
+        >>> format_of(Path("student.onnx"), None).title
+        'ONNX'
+    """
+    found = FORMATS.get(path.suffix.lower())
+    if found is None:
+        known = ", ".join(f"{ending} ({each.title})" for ending, each in FORMATS.items())
+        raise ConfigError(f"--to {path}: the ending {path.suffix!r} is no format; use one of {known}")
+    if found is not FORMATS[".onnx"]:
+        if opset is not None:
+            raise ConfigError(f"--opset {opset} is for ONNX, and --to {path} is {found.title}; leave --opset out")
+        return found
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--to {path} needs {', '.join(missing)}, not installed: pip install 'unikd-fast[export]'")
+    if opset is not None and opset < LOWEST_OPSET:
+        raise ConfigError(f"--opset {opset}: torch writes opset {LOWEST_OPSET} and later; the default is its own")
+    return found
+
+
+def _write_safetensors(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
+    export_student(student.network, path)
+
+
+def _read_safetensors(student: PlainStudent, path: Path) -> Run:
+    network = student.fresh()
+    import_student(network, path)
+    written, expected = load_file(path), student.network.state_dict()
+    for name, tensor in expected.items():
+        if not torch.equal(_bits(written[name]), _bits(tensor)):
+            raise RunError(f"{name} came back from the file with other numbers")
+    return network
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # also NaN equals itself
+
+
+def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
+    # Traced, not scripted: many networks are not written in the subset of Python that can be. What a trace may get
+    # wrong, a batch of another size, is what the check after writing looks at.
+    with torch.no_grad(), _quiet():
+        torch.jit.save(torch.jit.trace(student.network, images, check_trace=False), path)
+
+
+def _read_torchscript(student: PlainStudent, path: Path) -> Run:
+    with _quiet():
+        loaded: nn.Module = torch.jit.load(path, map_location="cpu")
+    return loaded.eval()
+
+
+def _write_onnx(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in student.network.state_dict().values())
+    if needed > _ONNX_LIMIT:
+        raise RunError(f"an ONNX file holds at most 2 GiB, and the student has {needed / 2**30:.1f}")
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            student.network,
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        found = program.model.opset_imports[""]
+        if opset is not None and found != opset:
+            raise RunError(f"torch cannot write this student in opset {opset}; leave --opset out")
+        # Where its code lies on this machine, line by line, concerns nobody.
+        ClearMetadataAndDocStringPass()(program.model)
+        graph = program.model.graph
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        program.save(path, external_data=False)
+
+
+def _read_onnx(student: PlainStudent, path: Path) -> Run:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of much that does not concern this network; the check after writing is what counts."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+FORMATS = {
+    ".safetensors": Format("safetensors", _write_safetensors, _read_safetensors, exact=True),
+    ".pt": Format("TorchScript", _write_torchscript, _read_torchscript),
+    ".onnx": Format("ONNX", _write_onnx, _read_onnx),
+}

@@ -1,0 +1,89 @@
+"""What ``launch_distill.py`` does, from its arguments to its exit code.
+
+``python -m unikd_fast.engine.launch_command`` is the same where the package is installed without the script; so are
+torchrun's ``-m`` and deepspeed's ``--module``.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from unikd_fast.config import load_config
+from unikd_fast.data.roots import check_root, expand_weights
+from unikd_fast.engine.supervise import supervise
+from unikd_fast.errors import LostProcess, RunError
+
+# Before torch is loaded. OpenMP's threads spin for milliseconds when they wait for each other; where another process
+# shares the cores, that costs two orders of magnitude (two runs on 2 cores: 1 s instead of 9 ms for a forward pass).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+_MODULE = ("-m", "unikd_fast.engine.launch_command")
+
+
+def main(arguments: Sequence[str] | None = None, *, program: Sequence[str] = _MODULE) -> int:
+    """Trains, and returns the exit code; ``--help`` describes the options.
+
+    Args:
+        arguments: None for those of this process.
+        program: what Python is to run for the same command, after a fault.
+    """
+    parser = argparse.ArgumentParser(prog="launch_distill", description="Distil a student from a teacher.")
+    parser.add_argument("--config", required=True, help="experiment, a JSON file; see configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.max_steps=3"
+    )
+    parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="print models, shapes, steps and memory, and stop")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="start again after a fault, from the newest checkpoint"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    options = parser.parse_args(arguments)
+    if options.max_restarts:
+        given = sys.argv[1:] if arguments is None else arguments
+        return _supervised(program, given, options.max_restarts)
+    try:
+        config = load_config(options.config, options.set)
+        check_root(config.data.name, config.data.root)
+        for role, network in (("student", config.student), ("teacher", config.teacher)):
+            if network is not None and network.weights is not None:
+                expand_weights(role, network.weights)
+    except (RunError, ValueError, FileNotFoundError) as error:
+        return _complain(error, 2)
+    # Only now torch and DeepSpeed: a wrong configuration or a missing folder is refused within a second.
+    from unikd_fast.engine.launch import launch
+
+    try:
+        launch(config, resume=options.resume == "auto", dry_run=options.dry_run)
+    except RunError as error:
+        return _complain(error, error.exit_code)
+    return 0
+
+
+def _supervised(program: Sequence[str], arguments: Sequence[str], restarts: int) -> int:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        text = (
+            f"--max-restarts {restarts} under torchrun, which restarts by itself: torchrun --max-restarts {restarts} "
+        )
+        return _complain(ValueError(f"{text}... launch_distill.py ... --resume auto"), 2)
+    own: list[str] = []
+    for argument in arguments:
+        if own and own[-1] == "--max-restarts":
+            own.pop()
+        elif not argument.startswith("--max-restarts="):
+            own.append(argument)
+    return supervise([sys.executable, *program, *own], restarts)
+
+
+def _complain(error: Exception, code: int) -> int:
+    if os.environ.get("RANK", "0") != "0" and not isinstance(error, LostProcess):
+        # The first process speaks for all, and its launcher then ends this one. If it did not fail, this one speaks.
+        time.sleep(10)  # on a busy machine the first may be that late
+    print(f"launch_distill: error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

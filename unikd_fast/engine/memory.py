@@ -1,0 +1,92 @@
+"""What a run takes of a device's memory, estimated before it is trained."""
+
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from unikd_fast.engine.build import Experiment
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.sharding import autocast_dtype, zero_stage
+
+OPTIMIZER_STATES = {"sgd": 1, "adamw": 2, "fused_adamw": 2, "cpu_adamw": 2}
+
+
+class Kept(NamedTuple):
+    """Bytes that autograd keeps of a forward pass: of the student's side, and of what the method runs besides."""
+
+    student: int
+    inside: int
+
+
+def estimate_memory(experiment: Experiment, batch: int, processes: Processes) -> dict[str, float]:
+    """Bytes by what takes them: most from sizes, activations by measuring a few images.
+
+    Args:
+        batch: images of a micro-batch.
+    """
+    config, method = experiment.config, experiment.method
+    shards = processes.world_size if zero_stage(config) else 1
+    parameters = 4 * _count(experiment.side)
+    student, inside = kept_of_a_batch(experiment, batch, processes.device)
+    parts = {
+        "parameters and gradients": 2 * parameters,
+        "optimiser": parameters * OPTIMIZER_STATES[config.train.optimizer] / shards,
+        "student's activations": student,
+    }
+    if inside:
+        parts["activations inside the method"] = inside
+    if own := method.device_bytes(batch):
+        parts["the method's own"] = own
+    if experiment.teacher is not None:
+        size = torch.finfo(experiment.teacher.dtype).bits // 8
+        parts["teacher"] = size * _count(experiment.teacher)
+        shapes = getattr(experiment.teacher.network, "level_shapes", ())
+        times = 1 + method.needs.before_activation_of("teacher")
+        parts["teacher's features"] = times * size * batch * sum(c * h * w for c, h, w in shapes)
+    return parts
+
+
+def kept_of_a_batch(experiment: Experiment, batch: int, device: torch.device) -> Kept:
+    """What autograd keeps of a micro-batch, from two measurements on a line through them.
+
+    Part of it does not grow with the batch: autocast's copies of the weights.
+    """
+    few, more = 2, 4
+    pairs = zip(*(kept_of(experiment, images, device) for images in (few, more)), strict=True)
+    return Kept(*(round(low + (high - low) / (more - few) * (batch - few)) for low, high in pairs))
+
+
+def kept_of(experiment: Experiment, images: int, device: torch.device) -> Kept:
+    """What autograd keeps of that many images, measured; parameters and the teacher's weights do not count."""
+    teacher: nn.Module = nn.Identity() if experiment.teacher is None else experiment.teacher
+    known = chain(experiment.side.parameters(), teacher.parameters(), teacher.buffers())
+    counted = {tensor.untyped_storage().data_ptr() for tensor in known}
+    total = 0
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in counted:  # which is not taken again as long as the graph lives
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    size = experiment.config.data.image_size
+    views = torch.zeros(images, 3, size, size, device=device)
+    autocast = autocast_dtype(experiment.config.train.precision)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast(device.type, autocast, enabled=autocast is not None),
+    ):
+        outputs = experiment.side(views, views if experiment.method.needs.second_view else None)
+        student = total
+        inside = experiment.method.inside(outputs)
+    kept = Kept(student, total - student)
+    del outputs, inside
+    return kept
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

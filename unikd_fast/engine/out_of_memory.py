@@ -1,0 +1,36 @@
+"""Which part of a run the memory was not enough for, and what would take less of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from unikd_fast.errors import OutOfMemory
+
+Part = Literal["teacher", "student", "optimiser", "networks"]
+
+_REMEDIES: dict[Part, str] = {
+    "teacher": "raise train.accumulation_steps, set teacher.precision = auto, or train from a cache of its outputs "
+    "(teacher.cache.mode = read_write)",
+    "student": "raise train.accumulation_steps, or set train.precision = bf16 or train.activation_checkpointing = true",
+    "optimiser": "shard it over more processes (deepspeed.zero_optimization.stage = 1 to 3), or keep it on the CPU "
+    "(deepspeed.zero_optimization.offload_optimizer, train.optimizer = cpu_adamw)",
+    "networks": "shard the student (deepspeed.zero_optimization.stage = 3), set teacher.precision = auto, or take "
+    "smaller ones",
+}
+# torch's allocator for the CPU, and the system's, say it in words.
+_WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+
+
+@contextmanager
+def naming_part(part: Part) -> Iterator[None]:
+    """Turns a lack of memory inside the block into an OutOfMemory that names the part and the remedies."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(words in str(error) for words in _WORDS):
+            raise
+        said = str(error).partition("\n")[0] or "MemoryError"
+        raise OutOfMemory(f"out of memory in the {part}'s part: {said}; {_REMEDIES[part]}") from error

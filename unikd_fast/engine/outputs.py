@@ -1,0 +1,76 @@
+"""A network's logits over an evaluated split: kept for the report, and compared with the teacher's."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unikd_fast.engine.processes import Processes
+from unikd_fast.losses import softmax_kl
+from unikd_fast.report.run_files import write_test_logits
+from unikd_fast.values import Batch
+
+PROBE_TEMPERATURE = 4.0
+
+
+class Outputs(NamedTuple):
+    """Of one batch, on the CPU."""
+
+    sample_ids: Tensor  # (N,)
+    logits: Tensor  # (N, K) fp32
+    labels: Tensor  # (N,)
+
+
+class Probe:
+    """τ² KL(p_t(τ) || p_s(τ)) with τ = 4 on held-out samples: one figure for methods whose own losses do not compare.
+
+    The teacher sees the split once; this process keeps the logits of its share.
+
+    Args:
+        teacher: maps images to Features.
+        batches: this process's share of the split, anew at every call.
+    """
+
+    def __init__(self, teacher: nn.Module, batches: Callable[[], Iterable[Batch]], processes: Processes) -> None:
+        self._teacher, self._batches, self._processes = teacher, batches, processes
+        self._known: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def measure(self, student: Sequence[Outputs]) -> float:
+        """The mean over all processes' samples.
+
+        Args:
+            student: its outputs for the batches, in their order.
+        """
+        if self._known is None:
+            self._known = [self._teacher(batch.images).logits.float().cpu() for batch in self._batches()]
+        device = self._processes.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for own, theirs in zip(student, self._known, strict=True):
+            logits = (own.logits.to(device), theirs.to(device))
+            kl = softmax_kl(*logits, temperature=PROBE_TEMPERATURE, reduction="sum", impl="reference")
+            sums += torch.stack([kl.double(), kl.new_tensor(len(theirs), dtype=torch.float64)])
+        total, count = self._processes.sum_(sums).tolist()
+        return total / max(count, 1.0)
+
+
+def write_outputs(folder: Path, outputs: Sequence[Outputs], processes: Processes, *, split: str) -> None:
+    """Writes test_logits.safetensors from the outputs of all processes, in the order of the split; all must call it.
+
+    Raises:
+        ConfigError: on all processes: it cannot be written.
+    """
+    own = Outputs(*(torch.cat(parts) for parts in zip(*outputs, strict=True))) if outputs else None
+    shares = [share for share in processes.gather(own) if share is not None]
+
+    def write() -> bool:
+        ids, logits, labels = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        order = ids.argsort()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_test_logits(folder, logits[order].numpy(), labels[order].numpy(), split=split)
+        return True
+
+    if shares:
+        processes.from_first(write)

@@ -1,0 +1,101 @@
+"""A run before its next step: everything built, and restored where it goes on from a checkpoint."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from unikd_fast.config import Config
+from unikd_fast.engine import checkpoint as ckpt
+from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.capture import captures
+from unikd_fast.engine.captured_steps import CapturedSteps
+from unikd_fast.engine.fill_cache import ready_cache
+from unikd_fast.engine.gradient_watch import GradientWatch
+from unikd_fast.engine.local_engine import LocalEngine
+from unikd_fast.engine.loss_scale import LossScale
+from unikd_fast.engine.metrics import LossMeter
+from unikd_fast.engine.optimizer_state import restore_optimizer_state
+from unikd_fast.engine.prepare_method import prepare_method
+from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.run_folder import write_teacher
+from unikd_fast.engine.sharding import start_engine, zero_stage
+from unikd_fast.engine.step_time import StepClock
+from unikd_fast.engine.steps import EagerSteps, Parts, Steps
+from unikd_fast.engine.stop import StopSignal
+from unikd_fast.models import FeatureExtractor, LogitsOnly
+
+
+class Prepared(NamedTuple):
+    """A run's parts, how many steps it has done, and a copy of the student to evaluate, where one is needed."""
+
+    parts: Parts
+    steps: Steps
+    step: int
+    copy: FeatureExtractor | LogitsOnly | None
+
+
+def prepare(
+    config: Config, folder: Path, processes: Processes, stop: StopSignal, *, name: str, resume: bool
+) -> Prepared:
+    """Builds a single run in its folder; all processes must call it.
+
+    Args:
+        name: of the run in what is said meanwhile.
+        resume: take up the folder's newest checkpoint if there is one.
+    """
+    experiment = build_experiment(config, processes)
+    method, side = experiment.method, experiment.side
+    saved = _read_checkpoint(folder, processes) if resume else None
+    teacher_record = experiment.teacher_record
+    if experiment.cache is not None:
+        teacher_record = ready_cache(experiment.cache, side, stop, name, epochs=experiment.epochs)
+        if saved is not None:
+            ckpt.require_same_head(saved, method)
+    if saved is not None:
+        ckpt.restore_weights(saved, side, method, processes)
+    average = _start_average(experiment)
+    # At ZeRO stage 3 nobody has whole weights to evaluate, and processes do not evaluate in step.
+    needs_copy = zero_stage(config) == 3 and average is None
+    whole = copy.deepcopy(experiment.student) if needs_copy else None
+    captured = captures(config, experiment, processes)
+    engine = LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
+    folder.mkdir(parents=True, exist_ok=True)
+    if teacher_record is not None and processes.is_first:
+        write_teacher(folder, teacher_record)
+    scale = LossScale() if config.train.precision == "fp16" else None
+    if saved is None:
+        if experiment.teacher is not None:
+            prepare_method(method, experiment.loader, experiment.teacher, processes, stop, name)
+        torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes
+    else:
+        restore_optimizer_state(engine, saved["optimizer"])
+        if average is not None:
+            ckpt.restore_average(saved, average, processes)
+        ckpt.restore_random_state(saved, processes)
+        if scale is not None:
+            scale.load_state_dict(saved["run"]["loss_scale"])
+    skip = config.train.nonfinite == "skip"
+    watch = GradientWatch(engine, skip=skip, scale=scale)
+    # With fp16 gradients overflow now and then, and the loss scale sees to them.
+    meter = LossMeter(processes, method.term_names, None if scale else watch, skip=skip)
+    clock = StepClock(processes.device if processes.is_first else None, whole=captured)
+    parts = Parts(experiment, engine, watch, meter, average, clock)
+    required = config.train.cuda_graph == "on"
+    steps: Steps = CapturedSteps(parts, required=required) if captured else EagerSteps(parts)
+    return Prepared(parts, steps, 0 if saved is None else int(saved["run"]["step"]), whole)
+
+
+def _read_checkpoint(folder: Path, processes: Processes) -> dict[str, Any] | None:
+    """The newest whole checkpoint, chosen by the first process for all."""
+    found = processes.from_first(lambda: ckpt.find_newest(folder))
+    return None if found is None else ckpt.read_folder(found)
+
+
+def _start_average(experiment: Experiment) -> AveragedModel | None:
+    decay = experiment.config.train.ema_decay
+    if decay is None:
+        return None
+    return AveragedModel(experiment.student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
