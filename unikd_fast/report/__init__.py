@@ -1,1 +1,1 @@
-"""Tables of results; figures will stand beside them."""
+"""What runs came to: tables, figures and the page they stand on."""

@@ -1,0 +1,157 @@
+"""The accuracy table: means over seeds by hand, and when a printed figure stands beside them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import config, write_result, write_run_folder
+
+from unikd_fast.report.accuracy import accuracy_rows, spread
+from unikd_fast.report.runs import Group, find_runs, group_runs
+from unikd_fast.report.section_accuracy import accuracy_section, single_runs_section
+
+
+def groups_of(
+    folder: Path, content: dict[str, Any], *, method: Any = "unikd", model: str = "cifar/resnet20", **result: Any
+) -> list[Group]:
+    """Two seeds of one student, whose best epochs score 70 and 72 and last ones 69 and 70."""
+    content["compare"] = {"seeds": [0, 1], "runs": {"it": {}}}
+    write_run_folder(folder, content)
+    for seed, best, last in ((0, 70.0, 69.0), (1, 72.0, 70.0)):
+        home = folder / f"seed-{seed}" / "it"
+        write_result(home, "it", seed=seed, method=method, model=model, best=best, last=last, **result)
+    return group_runs(find_runs([folder]).runs)
+
+
+def test_a_spread_is_the_mean_and_the_sample_standard_deviation() -> None:
+    found = spread([70.0, 72.0, 77.0])
+    assert found.mean == 73.0
+    assert found.deviation == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
+    assert found.text() == "73.00 ± 3.61"
+    assert spread([70.0]).text() == "70.00"
+
+
+def test_a_row_has_both_epochs_and_what_is_printed(tmp_path: Path) -> None:
+    (row,) = accuracy_rows(groups_of(tmp_path / "r", config()))
+    assert (row.best.text(), row.last.text(), row.best.seeds) == ("71.00 ± 1.41", "69.50 ± 0.71", 2)
+    assert [(one.value, one.tables) for one in row.printed] == [(73.01, (1, 5))]
+    assert row.remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "distill", "value"),
+    [
+        ("kd", {}, 73.08),
+        ("none", {}, 71.14),
+        (["kr", "dkd"], {}, 74.23),
+        ("unikd", {"fusion": "last"}, 74.42),
+        ("unikd", {"alpha": 0}, 73.08),
+        ("kd", {"ce_weight": 0.1, "beta": 0.9}, 73.08),
+        ("dkd", {"dkd": {"standardized": True}}, 74.29),
+        ("dkd", {"dkd": {"standardized": False}}, 74.11),
+        ("something new", {}, None),
+    ],
+)
+def test_the_row_of_a_method_and_of_the_ablations(
+    tmp_path: Path, method: Any, distill: dict[str, Any], value: float | None
+) -> None:
+    content = config(teacher={"model": "cifar/resnet110"}, distill=distill)
+    (row,) = accuracy_rows(groups_of(tmp_path / "r", content, method=method, model="cifar/resnet32"))
+    assert [one.value for one in row.printed] == ([] if value is None else [value])
+
+
+def test_cross_entropy_and_kd_at_equal_weights_are_the_ablation_without_both(tmp_path: Path) -> None:
+    teacher = {"model": "cifar/wrn_40_2"}
+    content = config(teacher=teacher, distill={"ce_weight": 1.0, "beta": 1.0})
+    (row,) = accuracy_rows(groups_of(tmp_path / "r", content, method="kd", model="cifar/ShuffleV1"))
+    assert [(one.value, one.tables) for one in row.printed] == [(75.21, (6,))]
+
+
+def test_a_student_without_any_teacher_is_that_of_all_its_pairs(tmp_path: Path) -> None:
+    def printed(model: str, method: str) -> list[tuple[float, tuple[int, ...]]]:
+        content = config(teacher=None, student={"model": model})
+        groups = groups_of(tmp_path / model.replace("/", "-") / method, content, method=method, model=model)
+        return [(one.value, one.tables) for one in accuracy_rows(groups)[0].printed]
+
+    assert printed("cifar/ShuffleV1", "none") == [(70.50, (2,))]
+    assert printed("cifar/resnet20", "none") == [(69.06, (1, 5))]
+    assert printed("cifar/wrn_40_1", "none") == [(72.98, (1,)), (71.98, (5,))]
+    assert printed("cifar/resnet14", "none") == []
+
+
+def test_a_teacher_has_the_printed_figure_of_teachers(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    write_run_folder(folder)
+    write_result(folder, "student")
+    write_result(folder / "teacher", "teacher", method="given", model="cifar/resnet56")
+    teacher, student = accuracy_rows(group_runs(find_runs([folder]).runs))
+    assert ([one.value for one in teacher.printed], teacher.model) == ([72.34], "cifar/resnet56")
+    assert [one.value for one in student.printed] == [73.01]
+
+
+@pytest.mark.parametrize(
+    ("data", "printed"),
+    [
+        ({"name": "digits"}, False),
+        ({"name": "packed", "num_classes": 10}, False),
+        ({"name": "packed", "num_classes": 1000}, True),
+        ({"name": "imagenet"}, True),
+    ],
+)
+def test_only_the_papers_data_sets_have_printed_figures(tmp_path: Path, data: dict[str, Any], printed: bool) -> None:
+    content = config(data=data, teacher={"model": "torchvision/resnet34"}, train={"total_epochs": 100})
+    groups = groups_of(tmp_path / "r", content, model="torchvision/resnet18")
+    top1, top5 = accuracy_rows(groups), accuracy_rows(groups, "top5")
+    assert [one.value for one in top1[0].printed] == ([72.83] if printed else [])
+    assert [(one.best.mean, one.printed[0].value) for one in top5] == ([(91.0, 91.38)] if printed else [])
+    assert bool(top1[0].remarks) == (data["name"] == "packed" and printed)
+
+
+def test_cifar_100_pairs_have_no_figure_on_other_data(tmp_path: Path) -> None:
+    (row,) = accuracy_rows(groups_of(tmp_path / "r", config(data={"name": "synthetic"})))
+    assert row.printed == ()
+
+
+def test_what_was_done_otherwise_than_in_the_recipe_is_said(tmp_path: Path) -> None:
+    content = config(data={"name": "cifar100", "train_samples": 5000}, train={"total_epochs": 24, "max_steps": 1000})
+    (row,) = accuracy_rows(groups_of(tmp_path / "r", content, test_is_val=False))
+    text = "; ".join(row.remarks)
+    for expected in ("5,000 samples", "24 epochs, the usual recipe has 240", "1,000 steps", "on a validation split"):
+        assert expected in text
+
+
+def test_the_section_shows_both_figures_and_the_differences_to_them(tmp_path: Path) -> None:
+    content = config(teacher={"model": "cifar/wrn_40_2"})
+    groups = groups_of(tmp_path / "r", content, model="cifar/wrn_40_1")
+    section = accuracy_section(groups, ["x is not finished."])
+    table, remarks = (part for part in section.parts if hasattr(part, "rows"))
+    assert table.rows == (
+        (
+            "it",
+            "cifar/wrn_40_1",
+            "2",
+            "71.00 ± 1.41",
+            "69.50 ± 0.71",
+            "75.35 (T1)\n76.35 (T5)",
+            "−4.35\n−5.35",
+            "−5.85\n−6.85",
+        ),
+    )
+    assert remarks.rows[0][0] == "it"
+    assert remarks.rows[0][1].startswith("75.35 (T1) and 76.35 (T5): Table 1 prints 75.35")
+    assert section.parts[-1] == ("x is not finished.",)
+    assert "maximum on the test split" in section.parts[0]
+
+
+def test_without_a_printed_figure_the_section_says_for_what_there_is_none(tmp_path: Path) -> None:
+    section = accuracy_section(groups_of(tmp_path / "r", config(data={"name": "digits"})), [])
+    table = section.parts[1]
+    assert table.header == ("", "model", "seeds", "best epoch", "last epoch")
+    assert "prints nothing for digits with cifar/resnet56 to cifar/resnet20" in section.parts[2].text
+
+
+def test_every_single_run_has_a_row(tmp_path: Path) -> None:
+    (table,) = single_runs_section(groups_of(tmp_path / "r", config(), method=["kd", "at"])).parts
+    assert [row[:3] for row in table.rows] == [("it", "0", "kd+at"), ("it", "1", "kd+at")]
+    assert table.rows[1][4:] == ("7", "72.00", "9", "70.00", "90.00", "1.2500")

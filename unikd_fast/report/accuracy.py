@@ -1,0 +1,132 @@
+"""The accuracy table: mean and deviation over seeds, beside what the paper prints and what it did otherwise."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from unikd_fast.report.printed import Metric, Pair, Printed, printed_alone, printed_anywhere
+from unikd_fast.report.runs import Group
+from unikd_fast.report.table import TEACHER
+
+_CIFAR100 = "cifar100"
+_IMAGE_FOLDERS = ("image_folder", "packed", "webdataset")
+_EPOCHS = {_CIFAR100: 240, "imagenet": 100}
+"""Of the recipes that the paper's figures come from."""
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation of some values; the deviation of a single one is NaN."""
+
+    mean: float
+    deviation: float
+    seeds: int
+
+    def text(self, digits: int = 2) -> str:
+        """``73.01 ± 0.20``, or the mean alone."""
+        mean = f"{self.mean:.{digits}f}"
+        return mean if math.isnan(self.deviation) else f"{mean} ± {self.deviation:.{digits}f}"
+
+
+class AccuracyRow(NamedTuple):
+    """One group's accuracy on the test split, in percent.
+
+    Args:
+        name: of the group.
+        model: of its network.
+        best, last: of the epoch that was chosen, and of the last one.
+        printed: what the paper prints; several figures where its tables disagree.
+        remarks: what makes the comparison with the printed figure unlike.
+    """
+
+    name: str
+    model: str
+    best: Spread
+    last: Spread
+    printed: tuple[Printed, ...]
+    remarks: tuple[str, ...]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The mean of at least one value, and their sample standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Spread(statistics.mean(values), deviation, len(values))
+
+
+def accuracy_rows(groups: Sequence[Group], metric: Metric = "top1") -> list[AccuracyRow]:
+    """A row a group. With ``top5`` only the groups of which the paper prints it."""
+    key = "accuracy" if metric == "top1" else "top5"
+    rows = []
+    for group in groups:
+        found = tuple(printed_for(group, metric))
+        if metric == "top5" and not found:
+            continue
+        best, last = (spread([run.result[which]["test"][key] for run in group.runs]) for which in ("best", "last"))
+        remarks = tuple(_remarks(group)) if found else ()
+        rows.append(AccuracyRow(group.name, str(group.runs[0].result["model"]), best, last, found, remarks))
+    return rows
+
+
+def printed_for(group: Group, metric: Metric = "top1") -> list[Printed]:
+    """What the paper prints for a group's method and pair; nothing for data sets and pairs that it has not."""
+    run = group.runs[0]
+    config = run.config
+    if _dataset(config) is None:
+        return []
+    teacher = (config.get("teacher") or {}).get("model")
+    if teacher is None:
+        return printed_alone(str(run.result["model"]), metric) if run.result["method"] == "none" else []
+    student = config["student"]["model"] if group.is_teacher else run.result["model"]
+    pair: Pair = (teacher, student)
+    if group.is_teacher:
+        return printed_anywhere(TEACHER, pair, metric)
+    return printed_anywhere(_row(run.result["method"], config.get("distill") or {}), pair, metric)
+
+
+def method_name(method: Any) -> str:
+    """The method of a result; the parts of a hybrid joined by a plus."""
+    return "+".join(map(str, method)) if isinstance(method, list) else str(method)
+
+
+def _row(method: Any, distill: dict[str, Any]) -> str:
+    """The paper's row; its ablation (Table 6) is UniKD with less, without both KD at the weights of Eq. 7."""
+    name = method_name(method)
+    if name == "dkd" and (distill.get("dkd") or {}).get("standardized"):
+        return "logit_standardisation"
+    if name == "kd" and (distill.get("ce_weight"), distill.get("beta")) == (1.0, 1.0):
+        return "unikd without fdp and aff"
+    if name != "unikd":
+        return name
+    if distill.get("alpha") == 0:
+        return "unikd without fdp and aff"
+    return "unikd without aff" if distill.get("fusion") == "last" else "unikd"
+
+
+def _dataset(config: dict[str, Any]) -> str | None:
+    """cifar100, imagenet, or None. Folders of images with 1000 classes count as ImageNet's."""
+    data = config.get("data") or {}
+    name = data.get("name")
+    if name in _EPOCHS:
+        return str(name)
+    return "imagenet" if name in _IMAGE_FOLDERS and data.get("num_classes") == 1000 else None
+
+
+def _remarks(group: Group) -> list[str]:
+    config = group.runs[0].config
+    dataset = _dataset(config)
+    assert dataset is not None
+    data, train = config["data"], config.get("train") or {}
+    remarks = []
+    if data["name"] in _IMAGE_FOLDERS:
+        remarks.append(f"taken for ImageNet: data.name = {data['name']} with 1000 classes")
+    if group.is_teacher:
+        return remarks
+    if data.get("train_samples"):
+        remarks.append(f"trained on {data['train_samples']:,} samples")
+    if train.get("total_epochs") != _EPOCHS[dataset]:
+        remarks.append(f"trained for {train.get('total_epochs')} epochs, the usual recipe has {_EPOCHS[dataset]}")
+    if train.get("max_steps"):
+        remarks.append(f"stopped after {train['max_steps']:,} steps")
+    if not group.runs[0].result["test_is_val"]:
+        remarks.append("best epoch chosen on a validation split, where the literature chooses on the test split")
+    return remarks

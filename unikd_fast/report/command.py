@@ -1,0 +1,160 @@
+"""``unikd-report``: the page of results of finished runs, with its figures.
+
+``python -m unikd_fast.report.command`` is the same.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unikd_fast.report.records import RunFileError
+from unikd_fast.report.runs import Found, find_runs, group_runs
+
+if TYPE_CHECKING:
+    from unikd_fast.report.content import Picture, Section
+
+
+_LISTED = 8
+
+
+class ReportError(ValueError):
+    """The arguments do not fit; the message says what to change."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the page.
+
+    Returns:
+        The exit code: 0; 1 if a file could not be written; 2 for arguments and run folders that do not fit; 130 after
+        Ctrl-C.
+
+    Example:
+        >>> main(["runs/digits-1f2e3d4c", "--to", "digits.html"])
+        0
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        refuse_target(options.to, force=options.force)
+        print(write_report(find_runs(options.runs), options.to, title=options.title, force=options.force))
+    except (ReportError, RunFileError) as error:
+        return _complain(error, 2)
+    except OSError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("stopped by Ctrl-C", 130)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unikd-report", description="One HTML page, and PNG figures beside it, of finished runs."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, comparisons or single runs")
+    parser.add_argument("--to", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument("--title", help="of the page (default: the data sets and students)")
+    parser.add_argument("--force", action="store_true", help="replace a page that exists, and its figures")
+    return parser
+
+
+def write_report(found: Found, target: Path, *, title: str | None = None, force: bool = False) -> str:
+    """Writes the page of these runs, and says what in a line.
+
+    Args:
+        target: the page, an HTML file; its figures lie beside it.
+        title: None for the data sets and students.
+        force: replace a page that exists, and its figures.
+
+    Raises:
+        ReportError: the target is none, exists, or matplotlib is not installed.
+        RunFileError: a file of a run is damaged.
+    """
+    refuse_target(target, force=force)
+    # Only now matplotlib and numpy.
+    try:
+        import matplotlib  # noqa: F401
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ReportError(f"the page needs {error.name}: pip install 'unikd-fast[report]'") from error
+    from unikd_fast.report.content import Picture
+    from unikd_fast.report.page import write_html
+
+    sections = _sections(found)
+    pictures = [part for section in sections for part in section.parts if isinstance(part, Picture)]
+    page = write_html(title or _title(found), _sources(found), sections)
+    images = _draw(target, pictures, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for path, content in [*images.items(), (target, page.encode())]:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    return f"{target}: {len(found.runs)} runs, {len(pictures)} figures, {len(page.encode()) / 2**20:.1f} MiB"
+
+
+def refuse_target(target: Path, *, force: bool) -> None:
+    """Raises ReportError where a page must not be written."""
+    if target.suffix not in (".html", ".htm"):
+        raise ReportError(f"--to {target}: the page is HTML; give a name that ends in .html")
+    if target.is_dir():
+        raise ReportError(f"--to {target} is a folder; give the name of a file in it")
+    _refuse_existing(target, force=force)
+
+
+def _refuse_existing(target: Path, *, force: bool) -> None:
+    if target.exists() and not force:
+        raise ReportError(f"{target} exists; give another name with --to, or --force to replace it")
+
+
+def _draw(target: Path, pictures: "Sequence[Picture]", *, force: bool) -> dict[Path, bytes]:
+    """The PNG files, drawn before anything is written."""
+    from unikd_fast.report.figure_style import LIGHT, render
+
+    paths = {target.with_name(f"{target.stem}-{picture.name}.png"): picture for picture in pictures}
+    for path in paths:
+        _refuse_existing(path, force=force)
+    return {path: render(picture.draw, LIGHT, "png") for path, picture in paths.items()}
+
+
+def _sections(found: Found) -> "list[Section]":
+    from unikd_fast.report.evidence import gather
+    from unikd_fast.report.section_accuracy import accuracy_section, single_runs_section
+    from unikd_fast.report.section_curves import collapse_section, convergence_section
+    from unikd_fast.report.section_logits import logit_sections
+    from unikd_fast.report.section_making import making_section, step_time_section
+
+    groups = group_runs(found.runs)
+    students = gather([group for group in groups if not group.is_teacher])
+    return [
+        accuracy_section(groups, found.unfinished),
+        convergence_section(students),
+        *logit_sections(students),
+        collapse_section(students),
+        step_time_section(students),
+        single_runs_section(groups),
+        making_section(list(dict.fromkeys(run.source for run in found.runs))),
+    ]
+
+
+def _sources(found: Found) -> str:
+    """The run folders, or where they lie if they are many."""
+    folders = list(dict.fromkeys(str(run.source) for run in found.runs))
+    if len(folders) > _LISTED:
+        return f"{len(folders)} run folders in {os.path.commonpath(folders)}"
+    return f"Run folders: {', '.join(folders)}"
+
+
+def _title(found: Found) -> str:
+    students = [run for run in found.runs if not run.is_teacher] or list(found.runs)
+    named = dict.fromkeys(f"{(run.config.get('data') or {}).get('name')}: {run.result['model']}" for run in students)
+    return ", ".join(named)
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"unikd-report: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The figures themselves, from arrays: curves in panels, heatmaps, shares as dots, times as stacked bars."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from unikd_fast.report.curves import Line
+from unikd_fast.report.figure_style import WIDTH, Theme
+from unikd_fast.report.figure_text import LONGEST_NAME, add_legend, fit, shorten
+
+Floats = NDArray[np.float64]
+Limits = tuple[float | None, float | None]
+
+_MOST_CELLS = 256
+_MARKED = 12
+_PAD = 0.09
+"""Inches around the axes: a title must not touch the label of the axis above it."""
+_TITLE_ROW = 0.19
+_NAMES = 2.9
+"""Inches for the names beside rows; the rest of the width is for what they name."""
+
+
+class Panel(NamedTuple):
+    """One pair of axes with a line a group.
+
+    Args:
+        title, x_label, y_label: the labels with their units.
+        lines: to draw; a group has the same colour in every panel of a figure.
+        x_limits, y_limits: of the axes; None: as the lines need.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    x_limits: Limits = (None, None)
+    y_limits: Limits = (None, None)
+
+
+class Matrix(NamedTuple):
+    """A (K, K) array of one group."""
+
+    name: str
+    values: Floats
+
+
+class Dots(NamedTuple):
+    """One group's shares in percent: for each measure the mean, the lowest and the highest seed."""
+
+    name: str
+    measures: dict[str, tuple[float, float, float]]
+
+
+class Bar(NamedTuple):
+    """One group's parts, in the order they are stacked."""
+
+    name: str
+    parts: dict[str, float]
+
+
+def draw_curves(panels: Sequence[Panel], theme: Theme, names: Sequence[str]) -> Figure:
+    """Panels in two columns, one legend; the band spans the seeds.
+
+    Args:
+        panels: at least one.
+        theme: the colours.
+        names: of all groups of a page, so that each has one colour in all its figures.
+    """
+    shown = {line.name for panel in panels for line in panel.lines}
+    listed = [name for name in names if name in shown]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(WIDTH if columns == 2 else 0.72 * WIDTH, 2.7 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    drawn: dict[str, Any] = {}
+    for panel, place in zip(panels, axes, strict=False):
+        drawn |= _draw_panel(place, panel, names, theme, figure.get_figwidth() / columns - 0.8)
+    for unused in axes[len(panels) :]:
+        unused.remove()
+    add_legend(figure, [drawn[name] for name in listed], [shorten(name) for name in listed])
+    return figure
+
+
+def draw_heatmaps(
+    matrices: Sequence[Matrix],
+    theme: Theme,
+    *,
+    kind: Literal["sequential", "diverging"],
+    color_label: str,
+    x_label: str,
+    y_label: str,
+) -> Figure:
+    """Square heatmaps on one colour scale; more than 256 classes are averaged in square cells."""
+    cells = [shrink(matrix.values) for matrix in matrices]
+    classes = matrices[0].values.shape[0]
+    finite = np.concatenate([np.abs(cell[np.isfinite(cell)]).ravel() for cell in cells])
+    most = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    columns = min(3, len(matrices))
+    rows = -(-len(matrices) // columns)
+    width = max(4.6, WIDTH * columns / 3)
+    titles = [fit(matrix.name, width / columns - 1.0, LONGEST_NAME) for matrix in matrices]
+    title = _TITLE_ROW * max(text.count("\n") for text in titles)
+    figure = _figure(width, 0.55 + rows * (2.75 * (1.25 if columns < 3 else 1) + title))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    image: Any = None
+    for index, (cell, place) in enumerate(zip(cells, axes, strict=False)):
+        image = place.imshow(
+            np.ma.masked_invalid(cell),
+            cmap=theme.color_map(kind),
+            vmin=0.0 if kind == "sequential" else -most,
+            vmax=most,
+            extent=(-0.5, classes - 0.5, classes - 0.5, -0.5),
+            interpolation="none",
+        )
+        place.set_title(titles[index], loc="left")
+        place.grid(visible=False)
+        for axis in (place.xaxis, place.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
+        place.set_xlabel(x_label)
+        place.set_ylabel(y_label if index % columns == 0 else "")
+    for unused in axes[len(matrices) :]:
+        unused.remove()
+    bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.85, aspect=30, pad=0.02)
+    bar.set_label(color_label)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def draw_dots(groups: Sequence[Dots], theme: Theme, *, x_label: str) -> Figure:
+    """A row a group, a marker a measure, with a line from the lowest to the highest seed."""
+    measures = list(dict.fromkeys(measure for group in groups for measure in group.measures))
+    figure = _figure(0.8 * WIDTH, 0.95 + 0.42 * len(groups))
+    place = figure.subplots()
+    heights = np.arange(len(groups))[::-1]
+    drawn: dict[str, Any] = {}
+    for index, measure in enumerate(measures):
+        colour = theme.series[index % len(theme.series)]
+        known = [(y, *group.measures[measure]) for y, group in zip(heights, groups, strict=True)]
+        y, mean, low, high = (np.array(column) for column in zip(*known, strict=True))
+        offset = y + 0.12 * (0.5 * (len(measures) - 1) - index)
+        place.hlines(offset, low, high, color=colour, linewidth=2)
+        marker = "oDs^v<"[index % 6]
+        (drawn[measure],) = place.plot(mean, offset, marker, color=colour, markersize=7, linestyle="none")
+    place.set_yticks(heights, [fit(group.name, _NAMES, LONGEST_NAME) for group in groups])
+    place.set_ylim(-0.6, len(groups) - 0.4)
+    place.grid(visible=True, axis="both")
+    place.set_xlabel(x_label)
+    place.spines["left"].set_visible(False)
+    place.tick_params(axis="y", length=0)
+    add_legend(figure, list(drawn.values()), list(drawn))
+    return figure
+
+
+def draw_bars(bars: Sequence[Bar], theme: Theme, *, x_label: str) -> Figure:
+    """Horizontal stacked bars with their sums at the end."""
+    parts = list(dict.fromkeys(part for bar in bars for part in bar.parts))
+    figure = _figure(WIDTH, 0.95 + 0.5 * len(bars))
+    place = figure.subplots()
+    heights = np.arange(len(bars))[::-1]
+    left = np.zeros(len(bars))
+    drawn: dict[str, Any] = {}
+    for index, part in enumerate(parts):
+        widths = np.array([bar.parts.get(part, 0.0) for bar in bars])
+        colour = theme.series[index % len(theme.series)]
+        drawn[part] = place.barh(
+            heights, widths, left=left, height=0.58, color=colour, edgecolor=theme.surface, linewidth=1.4
+        )
+        left += widths
+    for y, total in zip(heights, left, strict=True):
+        place.annotate(f"{total:.3g}", (total, y), xytext=(5, 0), textcoords="offset points", va="center")
+    place.margins(x=0.08)
+    place.set_xlim(left=0.0)
+    place.set_yticks(heights, [fit(bar.name, _NAMES, LONGEST_NAME) for bar in bars])
+    place.grid(visible=True, axis="x")
+    place.grid(visible=False, axis="y")
+    place.set_xlabel(x_label)
+    place.spines["left"].set_visible(False)
+    place.tick_params(axis="y", length=0)
+    add_legend(figure, list(drawn.values()), list(drawn))
+    return figure
+
+
+def shrink(values: Floats, most: int = _MOST_CELLS) -> Floats:
+    """A matrix of at most ``most`` cells a side: means of squares, NaN not counted."""
+    size = len(values)
+    side = -(-size // most)
+    if side == 1:
+        return values
+    padded = np.full((-(-size // side) * side,) * 2, np.nan)
+    padded[:size, :size] = values
+    blocks = padded.reshape(len(padded) // side, side, len(padded) // side, side)
+    known = np.isfinite(blocks)
+    with np.errstate(invalid="ignore"):
+        means: Floats = np.where(known, blocks, 0.0).sum(axis=(1, 3)) / known.sum(axis=(1, 3))
+    return means
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, whose parts are laid out beside each other."""
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=_PAD, w_pad=_PAD))
+
+
+def _draw_panel(place: Axes, panel: Panel, names: Sequence[str], theme: Theme, width: float) -> dict[str, Any]:
+    """Draws it and returns the drawn line of each group; a title of more than ``width`` inches takes two lines."""
+    drawn: dict[str, Any] = {}
+    for line in panel.lines:
+        style = theme.line_style(names.index(line.name))
+        marker = "o" if len(line.x) <= _MARKED else None
+        (drawn[line.name],) = place.plot(line.x, line.mean, marker=marker, markersize=3.5, **style)
+        if line.seeds > 1:
+            place.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.17, linewidth=0)
+    place.set_title(fit(panel.title, width), loc="left")
+    place.set_xlabel(panel.x_label)
+    place.set_ylabel(panel.y_label)
+    place.set_xlim(*panel.x_limits)
+    place.set_ylim(*panel.y_limits)
+    return drawn

@@ -1,0 +1,204 @@
+"""Run folders as the engine writes them: the networks that were trained in them, and which are seeds of one another.
+
+A single run has result.json beside config.json, its teacher in ``teacher/``. A comparison has ``seed-<n>/<label>/`` and
+``seed-<n>/teacher/``, or ``teacher/`` if that was given rather than trained.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unikd_fast.report.records import RunFileError, read_json
+from unikd_fast.report.table import TEACHER
+
+_CONFIG, _RESULT = "config.json", "result.json"
+_RESULT_KEYS = ("label", "seed", "method", "model", "test_is_val", "best", "last")
+
+
+class Run(NamedTuple):
+    """One trained network, or a teacher that was given.
+
+    Args:
+        folder: with its result.json.
+        source: the run folder it is part of, with config.json.
+        config: of this run alone, the comparison's settings put in; of a teacher the experiment's own.
+        result: what result.json holds.
+        teacher: the folder of the teacher's outputs and figures; None where there is none.
+    """
+
+    folder: Path
+    source: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+    teacher: Path | None
+
+    @property
+    def label(self) -> str:
+        return str(self.result["label"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.result["seed"])
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.label == TEACHER
+
+
+class Group(NamedTuple):
+    """The seeds of one experiment, in ascending order; ``name`` tells it from the other groups of a report."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.runs[0].is_teacher
+
+
+class Found(NamedTuple):
+    """What the folders hold: the finished runs, and a sentence for each one that is not finished."""
+
+    runs: tuple[Run, ...]
+    unfinished: tuple[str, ...]
+
+
+def find_runs(folders: Sequence[Path]) -> Found:
+    """The runs in the given run folders, each once.
+
+    Args:
+        folders: run folders, or parts of them that have a result.json.
+
+    Raises:
+        RunFileError: one is no run folder, holds no finished run, or has a damaged file.
+    """
+    runs: dict[Path, Run] = {}
+    unfinished: dict[str, None] = {}
+    for folder in folders:
+        found = _find(folder)
+        runs |= {run.folder.resolve(): run for run in found.runs}
+        unfinished |= dict.fromkeys(found.unfinished)
+    return Found(tuple(runs.values()), tuple(unfinished))
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Runs of one label whose configurations differ in nothing but the seed, teachers first.
+
+    A label that several groups bear is told apart by the model, else by the folder, and so are two runs of one seed.
+    """
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.label, _identity(run)), []).append(run)
+    parts = [part for members in found.values() for part in _distinct_seeds(members)]
+    parts.sort(key=lambda part: not part[0].is_teacher)
+    labels = [part[0].label for part in parts]
+    models = [f"{part[0].label} ({part[0].result['model']})" for part in parts]
+    folders = [
+        f"{label} ({folder})"
+        for label, folder in zip(labels, _short_names([part[0].source for part in parts]), strict=True)
+    ]
+    groups = []
+    for index, part in enumerate(parts):
+        name = next((names[index] for names in (labels, models) if names.count(names[index]) == 1), folders[index])
+        groups.append(Group(name, tuple(sorted(part, key=lambda run: run.seed))))
+    return groups
+
+
+def _find(folder: Path) -> Found:
+    if not folder.exists():
+        raise RunFileError(f"{folder} does not exist; give a run folder, as run.dir names it")
+    if (folder / _CONFIG).exists():
+        return _find_whole(folder)
+    if (folder / _RESULT).exists():
+        for parent in (folder.parent, folder.parent.parent):
+            if (parent / _CONFIG).exists():
+                parts = [folder, folder.parent / TEACHER] if folder.name != TEACHER else [folder]
+                return Found(_read_parts(parent, parts, read_json(parent / _CONFIG)), ())
+    for parent in folder.resolve().parents[:2]:
+        if (parent / _CONFIG).exists():
+            raise RunFileError(f"{folder} is a part of the run folder {parent} and holds no result.json; give {parent}")
+    raise RunFileError(f"{folder} is no run folder: it has no {_CONFIG}; give a folder that launch_distill.py wrote")
+
+
+def _find_whole(source: Path) -> Found:
+    config = read_json(source / _CONFIG)
+    seeds = sorted(source.glob("seed-*/"), key=lambda path: (len(path.name), path.name))
+    parts = [source / TEACHER, source, *(part for seed in seeds for part in sorted(seed.glob("*/")))]
+    runs = _read_parts(source, parts, config)
+    if all(run.is_teacher for run in runs):
+        raise RunFileError(
+            f"{source} holds no finished run (no {_RESULT}); let it finish: launch_distill.py ... --resume auto"
+        )
+    compare = config.get("compare") or {}
+    places = {label: place for place, label in enumerate(compare.get("runs", ()))}
+    runs = tuple(sorted(runs, key=lambda run: places.get(run.label, -1)))  # as the configuration lists them
+    finished = {(run.label, run.seed) for run in runs}
+    missing = [(label, seed) for seed in compare.get("seeds", ()) for label in compare.get("runs", ())]
+    return Found(
+        runs,
+        tuple(
+            f"{label}, seed {seed} of {source} is not finished (no {_RESULT}) and is left out."
+            for label, seed in missing
+            if (label, seed) not in finished
+        ),
+    )
+
+
+def _read_parts(source: Path, parts: Iterable[Path], config: dict[str, Any]) -> tuple[Run, ...]:
+    compare = config.get("compare") or {}
+    runs = []
+    for part in parts:
+        path = part / _RESULT
+        if not path.exists():
+            continue
+        result = read_json(path)
+        if missing := [key for key in _RESULT_KEYS if key not in result]:
+            raise RunFileError(f"{path} lacks {', '.join(missing)}; is it of this version of unikd_fast?")
+        settings = compare.get("runs", {}).get(result["label"], {})
+        places = [part, source] if part == source else [part.parent, source]
+        teachers = (place / TEACHER for place in places if part.name != TEACHER)
+        teacher = next((folder for folder in teachers if (folder / _RESULT).exists()), None)
+        runs.append(Run(part, source, apply_settings(config, settings), result, teacher))
+    return tuple(runs)
+
+
+def apply_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with values put in at dotted keys, such as ``distill.method``; its sections are not changed."""
+    changed = copy.deepcopy(config)
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        section = changed
+        for name in path:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[last] = value
+    return changed
+
+
+def _identity(run: Run) -> str:
+    """Everything of the configuration that two seeds of one experiment have in common."""
+    left_out = ("run", "compare", "$schema", *(("student", "distill") if run.is_teacher else ()))
+    kept = {key: value for key, value in run.config.items() if key not in left_out}
+    return json.dumps([kept, run.result["method"], run.result["model"]], sort_keys=True)
+
+
+def _distinct_seeds(members: list[Run]) -> list[list[Run]]:
+    """One part, or one per source where a seed was run more than once."""
+    if len({run.seed for run in members}) == len(members):
+        return [members]
+    sources: dict[Path, list[Run]] = {}
+    for run in members:
+        sources.setdefault(run.source, []).append(run)
+    return list(sources.values())
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or all of it where that does not tell two of them apart."""
+    resolved = [folder.resolve() for folder in folders]
+    names: dict[str, set[Path]] = {}
+    for path in resolved:
+        names.setdefault(path.name, set()).add(path)
+    return [path.name if len(names[path.name]) == 1 else str(path) for path in resolved]
