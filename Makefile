@@ -6,7 +6,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-compat conformance lint bench gpu-check schema clean
+.PHONY: help setup distill test test-faults test-compat conformance lint bench gpu-check schema clean
 
 help: ## list the tasks
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -24,11 +24,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 distill: setup ## distil on scikit-learn's digits and print the table (2 minutes on 2 cores)
 	$(RUN) deepspeed launch_distill.py --config configs/digits.json --resume auto
 
-# Processes that test side by side.
+# Processes that test side by side. In the order of the files, of which those that start runs come early; xdist itself
+# would begin with the files of many, short tests, and end with one process waiting for the other.
 TESTERS ?= 2
 
 test: setup ## the test suite; TESTERS=2 processes
-	$(RUN) pytest tests -n $(TESTERS) --dist loadfile
+	$(RUN) pytest tests -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+
+test-faults: setup ## the long rounds of faults and combinations, half an hour
+	$(RUN) pytest tests -m long -n $(TESTERS) --dist loadfile
 
 # The codebases that the drop-ins stand in for bring many packages along. They go into an environment on top of .venv.
 COMPAT := $(VENV)/compat

@@ -87,9 +87,10 @@ def _parts(
     device, classes = images[0].device, student.num_classes
     autocast = partial(torch.autocast, device.type, torch.bfloat16)
     fusions = [
-        AdaptiveFeatureFusion([channels for channels, *_ in network.level_shapes], width).to(device)
+        AdaptiveFeatureFusion([channels for channels, *_ in network.level_shapes], width, norm="input").to(device)
         for network in (teacher, student)
     ]
+    fusions[0].eval()  # fitted before
     # Fitted before and shared; the student's loss does not train it.
     distribution = FeatureDistributionPrediction(width, classes).to(device).requires_grad_(False)
     labels = torch.arange(len(images[0]), device=device) % classes
@@ -102,12 +103,12 @@ def _parts(
 
     def student_step(batch: Tensor) -> tuple[Tensor, ...]:
         with autocast():
-            levels, logits = student(batch)
-            loss = F.cross_entropy(logits, labels)
+            features = student(batch)
+            loss = F.cross_entropy(features.logits, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return tuple(levels)
+        return tuple(features.levels)
 
     @torch.no_grad()
     def behind_teacher(levels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

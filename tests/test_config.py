@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from unikd_fast.config import Config, ConfigError, config_hash, load_config, run_configs
+from unikd_fast.config import Config, ConfigError, check, config_hash, load_config, run_configs
 from unikd_fast.config.load import cache_dir, teacher_config
+from unikd_fast.config.methods import MethodSection
 from unikd_fast.config.reference import reference
+from unikd_fast.config.schema import DistillConfig
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs" / "digits.json"
@@ -77,7 +79,12 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("distill.alpha=-1", ["distill.alpha = -1", "greater than or equal to 0"]),
         ("distill.temperature=0", ["distill.temperature = 0", "greater than 0"]),
         ("distill.alpha=NaN", ["distill.alpha", "finite"]),
-        ("distill.method=dkd", ["distill.method = 'dkd'", "'unikd', 'kd' or 'none'"]),
+        ("distill.method=nothing", ["distill.method = 'nothing'", "allowed: 'unikd', 'kd'", "or 'none'"]),
+        ('distill.method=["kd", "nothing"]', ["distill.method.1 = 'nothing'", "allowed: 'unikd', 'kd'", "or 'none'"]),
+        ("distill.method=3", ["distill.method = 3", "allowed: 'unikd', 'kd'", "or 'none'"]),
+        ('distill.method=["kd"]', ["distill.method = ['kd']", "two methods or more", "given by its name"]),
+        ('distill.method=["kd", "kd"]', ["distill.method = ['kd', 'kd']", "each once"]),
+        ('distill.method=["kd", "none"]', ["distill.method = ['kd', 'none']", "none of them is 'none'"]),
         ("train.global_batch_size=7.5", ["train.global_batch_size = 7.5", "integer"]),
         ("train.global_batch_size=many", ["train.global_batch_size = 'many'", "integer"]),
         ("train.accumulation_steps=3", ["(50)", "divisible by train.accumulation_steps (3)"]),
@@ -87,6 +94,10 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("data.name.x=1", ["data.name is a value ('digits')"]),
         ("train.total_epochs", ["expected section.key=value"]),
         ('compare.runs={"a": {"distill.alhpa": 1}}', ["unknown key 'distill.alhpa'", "'distill.alpha'"]),
+        ('compare.runs={"a b": {}, "A-b": {}}', ["compare.runs['A-b']", "'a-b', is also that of compare.runs['a b']"]),
+        ('compare.runs={"Teacher": {}}', ["'teacher', is also that of the teacher's training"]),
+        ('compare.runs={"../.": {}}', ["compare.runs['../.']", "would be empty"]),
+        ("compare.seeds=[1,2,1]", ["compare.seeds = [1, 2, 1] names a seed twice"]),
         ("distill.ce_weight=0.5", ["distill.ce_weight = 0.5", "'kd'", "'unikd'"]),
         ("teacher=null", ["needs a teacher", "teacher.model"]),
         ("teacher.cache.mode=write", ["teacher.cache.mode = 'write'", "'off', 'read' or 'read_write'"]),
@@ -106,14 +117,100 @@ def test_bad_settings_name_the_path_the_value_and_what_is_allowed(override: str,
 
 
 @pytest.mark.parametrize("key", ["data.augmentation.mixup_alpha", "data.augmentation.cutmix", "train.mixup.alpha"])
-def test_mixed_views_are_refused_with_the_reason(key: str) -> None:
+def test_mixing_elsewhere_is_sent_to_its_section(key: str) -> None:
     with pytest.raises(ConfigError, match="unknown key") as error:
         load_config(DIGITS, [f"{key}=0.2"])
-    for part in ("valid key", "pair of samples", "Mixup and CutMix are not supported", "key it by its sample"):
+    for part in ("valid key", "Mixup and CutMix are set in data.mixing", "key a mixed view by its sample"):
         assert part in str(error.value)
     with pytest.raises(ConfigError) as other:
         load_config(DIGITS, ["data.augmentation.mix=0.2"])
     assert "Mixup" not in str(other.value)
+
+
+def test_an_error_about_the_method_is_one_line() -> None:
+    for method in ("nothing", '["kd", "nothing"]', '["kd"]', "3"):
+        with pytest.raises(ConfigError) as error:
+            load_config(DIGITS, [f"distill.method={method}", "compare=null"])
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_list_of_methods_is_their_sum() -> None:
+    config = load_config(DIGITS, ['distill.method=["kd", "unikd"]', "compare=null"])
+    assert (config.distill.methods, config.distill.label) == (("kd", "unikd"), "kd+unikd")
+    assert cache_dir(config).name == "digits-kd+unikd-seed0"
+    one = load_config(DIGITS, ["distill.method=kd", "compare=null"])
+    assert (one.distill.methods, one.distill.label) == (("kd",), "kd")
+    assert config_hash(one) != config_hash(config)
+    with pytest.raises(ConfigError, match=r"ce_weight = 0\.5 .* \('kd', 'unikd'\)"):
+        load_config(DIGITS, ['distill.method=["kd", "unikd"]', "compare=null", "distill.ce_weight=0.5"])
+    with pytest.raises(ConfigError, match="needs a teacher"):
+        load_config(DIGITS, ['distill.method=["kd", "unikd"]', "compare=null", "teacher=null"])
+
+
+class Own(MethodSection):
+    """Settings of a method."""
+
+    weight: float = 2.0
+    """A weight."""
+
+
+class Distill(DistillConfig):
+    """With sections of two methods."""
+
+    kd: Own | None = None
+    """Of kd."""
+    unikd: Own | None = None
+    """Of unikd."""
+
+
+class WithSections(Config):
+    """With these."""
+
+    distill: Distill = Distill()
+    """The method."""
+
+
+@pytest.fixture
+def with_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "Config", WithSections)
+
+
+@pytest.mark.usefixtures("with_sections")
+def test_a_method_has_a_section_of_its_own() -> None:
+    alone = ["compare=null", "distill.method=kd"]
+    config = load_config(DIGITS, [*alone, "distill.kd.weight=3"])
+    assert config.distill.kd.weight == 3.0  # type: ignore[attr-defined]
+    assert config.distill.unikd is None  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"unknown key 'distill\.kd\.wieght'.*'distill\.kd\.weight'"):
+        load_config(DIGITS, [*alone, "distill.kd.wieght=3"])
+    for method in ("kd", "none"):
+        with pytest.raises(ConfigError, match=rf"distill\.unikd has the settings of .* 'unikd', got '{method}'"):
+            load_config(DIGITS, ["compare=null", f"distill.method={method}", "distill.unikd.weight=3"])
+    both = load_config(DIGITS, ["compare=null", 'distill.method=["kd","unikd"]', "distill.kd={}", "distill.unikd={}"])
+    assert both.distill.kd == both.distill.unikd == Own()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("with_sections")
+def test_the_runs_of_a_comparison_share_sections_and_take_their_own() -> None:
+    config = load_config(DIGITS, ["distill.kd.weight=3"])
+    found = {label: single.distill.kd for label, _, single in run_configs(config)}  # type: ignore[attr-defined]
+    assert found == {"student alone": None, "student + KD": Own(weight=3.0), "student + UniKD": None}
+    kd = next(single for label, _, single in run_configs(config) if label == "student + KD")
+    assert teacher_config(kd).distill.kd is None  # type: ignore[attr-defined]
+    runs = {"alone": {"distill.method": "none"}}
+    with pytest.raises(ConfigError, match=r"distill\.kd has the settings"):
+        load_config(DIGITS, [f"compare.runs={json.dumps(runs)}", "distill.kd.weight=3"])
+    wrong = {"KD": {"distill.method": "kd", "distill.unikd.weight": 1}}
+    with pytest.raises(ConfigError, match=r"KD: distill\.unikd has the settings"):
+        load_config(DIGITS, [f"compare.runs={json.dumps(wrong)}"])
+
+
+def test_an_experiment_keeps_its_name_when_sections_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = config_hash(load_config(DIGITS))
+    monkeypatch.setattr(check, "Config", WithSections)
+    assert config_hash(load_config(DIGITS)) == before
+    assert config_hash(load_config(DIGITS, ["distill.kd.weight=2"])) != before
+    assert config_hash(load_config(DIGITS, ["data.second_view.policy=rand"])) != before
 
 
 TOP_K = ["teacher.cache.mode=read_write", "teacher.cache.logits=top_k", "teacher.cache.top_k=5"]

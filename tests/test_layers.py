@@ -19,16 +19,28 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"kernels", "values"},
     "compressed": {"kernels", "values"},
     "compat": {"losses", "kernels", "values"},
-    "fusion": {"kernels", "values"},
+    "fusion_norms": {"kernels"},
+    "fusion": {"fusion_norms", "kernels", "values"},
     "distribution": {"kernels", "values"},
     "methods": {"losses", "fusion", "distribution", "kernels", "values"},
     "models": {"values"},
     "data": {"errors", "values"},
     "teacher": {"compressed", "errors", "values"},
     "report": set(),
+    "recipes": set(),
+    "reproduce": {"config", "data", "errors", "recipes", "report"},
     "engine": {"config", "errors", "methods", "losses", "models", "data", "teacher", "report", "values"},
 }
-FIRST_PARTY_ONLY_TORCH = ("values", "errors", "kernels", "losses", "compressed", "fusion", "distribution")
+FIRST_PARTY_ONLY_TORCH = (
+    "values",
+    "errors",
+    "kernels",
+    "losses",
+    "compressed",
+    "fusion_norms",
+    "fusion",
+    "distribution",
+)
 
 
 def modules() -> list[Path]:
