@@ -3,7 +3,8 @@
 A level's feature is (N, C, P) with strides (C P, SC, SP). The composite matrix (18 G, COLUMNS) has the taps of the G
 gates as rows, first those that look at Up(R), gate by gate, then those that look at the gate's own level; its columns
 are the channels of all levels and then the expanders' biases, one a level. So level i is seen by the rows 0 .. 9i and,
-if it has a gate, by nine more; `row_of` maps their running number to the row.
+if it has a gate, by nine more; `row_of` maps their running number to the row. Of features that are normalised the
+kernels read what is left when the channel's mean is taken away; the scale is in the matrix, and in what comes out.
 """
 
 import triton
@@ -21,13 +22,22 @@ def load_feature(ptr, c, p, C, P, SC: tl.constexpr, SP: tl.constexpr, EXACT: tl.
 
 
 @triton.jit
+def load_centred(ptr, mean, c, p, C, P, SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr, EXACT: tl.constexpr):
+    """The same less the channels' means, if there are any; at pixels outside it is not 0 then."""
+    x = load_feature(ptr, c, p, C, P, SC, SP, EXACT)
+    if mean is not None:
+        x = (x.to(tl.float32) - tl.load(mean + COLUMN + c, mask=c < C, other=0.0)[:, None]).to(x.dtype)
+    return x
+
+
+@triton.jit
 def row_of(r, LEVEL: tl.constexpr, GATES: tl.constexpr):
     return tl.where(r < 9 * LEVEL, r, r + 9 * GATES)
 
 
 @triton.jit
 def _project(
-    feature, matrix, composite, seen, own, block,
+    feature, mean, matrix, composite, seen, own, block,
     LEVEL: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SP: tl.constexpr,
     COLUMN: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -38,7 +48,7 @@ def _project(
     total = tl.zeros([ROWS_PADDED, BLOCK_P], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        x = load_feature(feature, c, p, C, P, SC, SP, EXACT)
+        x = load_centred(feature, mean, c, p, C, P, SC, SP, COLUMN, EXACT)
         inside = (r < ROWS)[:, None] & (c < C)[None, :]
         m = tl.load(matrix + COLUMN + rows[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
         total += tl.dot(m.to(x.dtype), x, input_precision="ieee")
@@ -55,6 +65,7 @@ def _project(
 @triton.jit
 def project_kernel(
     features,  # of each level
+    mean_ptr,  # (COLUMNS,), or None
     matrix_ptr,  # (18 G, COLUMNS) in the features' dtype
     composite_ptr,  # the same in fp32, for the biases
     seen_ptr,  # (N, SEEN_SIZE)
@@ -83,7 +94,7 @@ def project_kernel(
     for i in tl.static_range(L):
         if (block >= FIRST[i]) & (block < FIRST[i + 1]):
             _project(
-                features[i] + image * (CS[i] * PS[i]), matrix_ptr, composite_ptr,
+                features[i] + image * (CS[i] * PS[i]), mean_ptr, matrix_ptr, composite_ptr,
                 seen_ptr + image * SEEN_SIZE + SEEN[i], own_ptr + image * OWN_SIZE + OWN[i], block - FIRST[i],
                 i, L - 1, CS[i], PS[i], SCS[i], SPS[i], COLUMN[i], COLUMN[L] + i, COLUMNS, ROWS[i], ROWS_PADDED[i],
                 EXACT, BLOCK_PS[i], BLOCK_C,
@@ -92,8 +103,8 @@ def project_kernel(
 
 @triton.jit
 def _average(
-    feature, gates, remaining, average, mass, block,
-    C: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SP: tl.constexpr,
+    feature, mean, rstd, gates, remaining, average, mass, block,
+    C: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -102,10 +113,13 @@ def _average(
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         w = tl.load(gates + p, mask=p < P, other=0.0) * tl.load(remaining + p, mask=p < P, other=0.0)
-        x = load_feature(feature, c, p, C, P, SC, SP, True)
+        x = load_centred(feature, mean, c, p, C, P, SC, SP, COLUMN, True)
         total += x * w[None, :]
         weights += w
-    tl.store(average + c, tl.sum(total, axis=1), mask=c < C)
+    result = tl.sum(total, axis=1)
+    if rstd is not None:
+        result *= tl.load(rstd + COLUMN + c, mask=c < C, other=0.0)
+    tl.store(average + c, result, mask=c < C)
     if block == 0:
         tl.store(mass, tl.sum(weights, axis=0))
 
@@ -113,6 +127,8 @@ def _average(
 @triton.jit(do_not_specialize=["N"])
 def average_kernel(
     features,
+    mean_ptr,  # (COLUMNS,), or None
+    rstd_ptr,
     gate_ptr,  # (N, PIXEL_SIZE)
     remaining_ptr,  # (N, PIXEL_SIZE)
     average_ptr,  # (N, COLUMNS): the averages of all channels, and the sum of the weights of each level
@@ -138,22 +154,23 @@ def average_kernel(
             at = image * PIXEL_SIZE + PIXELS[i]
             out = average_ptr + image * COLUMNS
             _average(
-                features[i] + image * (CS[i] * PS[i]), gate_ptr + at, remaining_ptr + at, out + COLUMN[i],
-                out + COLUMN[L] + i, block - FIRST[i], CS[i], PS[i], SCS[i], SPS[i], BLOCK_PS[i], BLOCK_CS[i],
+                features[i] + image * (CS[i] * PS[i]), mean_ptr, rstd_ptr, gate_ptr + at, remaining_ptr + at,
+                out + COLUMN[i], out + COLUMN[L] + i, block - FIRST[i],
+                CS[i], PS[i], SCS[i], SPS[i], COLUMN[i], BLOCK_PS[i], BLOCK_CS[i],
             )  # fmt: skip
 
 
 @triton.jit
 def _weight_gradient(
-    feature, grad_average, grad_mass, grad_weight, block,
-    C: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SP: tl.constexpr,
+    feature, mean, grad_average, grad_mass, grad_weight, block,
+    C: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        x = load_feature(feature, c, p, C, P, SC, SP, True)
+        x = load_centred(feature, mean, c, p, C, P, SC, SP, COLUMN, True)
         total += x * tl.load(grad_average + c, mask=c < C, other=0.0)[:, None]
     tl.store(grad_weight + p, tl.sum(total, axis=0) + tl.load(grad_mass), mask=p < P)
 
@@ -161,7 +178,8 @@ def _weight_gradient(
 @triton.jit
 def weight_gradient_kernel(
     features,
-    grad_average_ptr,  # (N, COLUMNS)
+    mean_ptr,  # (COLUMNS,), or None
+    grad_average_ptr,  # (N, COLUMNS), of the averages before they are scaled
     grad_weight_ptr,  # (N, PIXEL_SIZE)
     L: tl.constexpr,
     CS: tl.constexpr,
@@ -182,7 +200,7 @@ def weight_gradient_kernel(
         if (block >= FIRST[i]) & (block < FIRST[i + 1]):
             grad = grad_average_ptr + image * COLUMNS
             _weight_gradient(
-                features[i] + image * (CS[i] * PS[i]), grad + COLUMN[i], grad + COLUMN[L] + i,
+                features[i] + image * (CS[i] * PS[i]), mean_ptr, grad + COLUMN[i], grad + COLUMN[L] + i,
                 grad_weight_ptr + image * PIXEL_SIZE + PIXELS[i], block - FIRST[i],
-                CS[i], PS[i], SCS[i], SPS[i], BLOCK_PS[i], BLOCK_C,
+                CS[i], PS[i], SCS[i], SPS[i], COLUMN[i], BLOCK_PS[i], BLOCK_C,
             )  # fmt: skip

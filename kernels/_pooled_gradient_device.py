@@ -2,16 +2,21 @@
 
     ∂F(p) = w(p) ∂A + Mᵀ ∂S(p),    ∂M = Σ ∂S(p) F(p)ᵀ
 
-Where two levels were blended and not averaged, w ∂A is what comes back through the blend (`_blend_device`). A program
-takes a block of channels through a fixed share of all images and pixels and leaves its part of ∂M; the parts are added
-by a second kernel in their order.
+Where two levels were blended and not averaged, w ∂A is what comes back through the blend (`_blend_device`). Where the
+features were normalised, x̂ = (x - μ) r, this is r ∂x̂ and Σ ∂S (x - μ)ᵀ, and the norm's own part comes in a second pass,
+when its two sums a channel are known:
+
+    ∂x = r ∂x̂ + slope (x - μ) + offset,    slope = -r² Σ ∂x̂ x̂ / n,    offset = -r Σ ∂x̂ / n
+
+A program takes a block of channels through a fixed share of all images and pixels and leaves its part of ∂M; the parts
+are added by a second kernel in their order.
 """
 
 import triton
 import triton.language as tl
 
 from unikd_fast.kernels._blend_device import through_the_blend
-from unikd_fast.kernels._pooled_device import load_feature, row_of
+from unikd_fast.kernels._pooled_device import load_centred, row_of
 
 
 @triton.jit
@@ -39,8 +44,8 @@ def _seen_gradient(grad_seen, grad_a, r, p, LEVEL: tl.constexpr, GATES: tl.const
 
 @triton.jit
 def _feature_gradient(
-    feature, matrix, gates, remaining, grad_average, grad_blend, grad_seen, grad_a, grad_feature, parts, it, ft, N,
-    program, groups,
+    feature, mean, slope, offset, matrix, gates, remaining, grad_average, grad_blend, grad_seen, grad_a, grad_feature,
+    parts, it, ft, N, program, groups,
     LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_SIZE: tl.constexpr,
     SEEN_SIZE: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, EXACT: tl.constexpr,
@@ -74,7 +79,7 @@ def _feature_gradient(
             seen = seen.to(element)
         if parts is not None:
             if ROWS > 0:
-                x = load_feature(feature + at, c, p, C, P, SC, SP, EXACT)
+                x = load_centred(feature + at, mean, c, p, C, P, SC, SP, COLUMN, EXACT)
                 total += tl.dot(seen, tl.trans(x), input_precision="ieee")
         if grad_feature is not None:
             if grad_blend is not None:
@@ -88,6 +93,10 @@ def _feature_gradient(
                 grad = tl.load(grad_average + image * COLUMNS + c, mask=c < C, other=0.0)[:, None] * w[None, :]
             if ROWS > 0:
                 grad += tl.dot(m_t, seen, input_precision="ieee")
+            if slope is not None:
+                x = load_centred(feature + at, mean, c, p, C, P, SC, SP, COLUMN, True)
+                grad += x * tl.load(slope + COLUMN + c, mask=c < C, other=0.0)[:, None]
+                grad += tl.load(offset + COLUMN + c, mask=c < C, other=0.0)[:, None]
             out = grad_feature + at + c[:, None].to(tl.int64) * SC + p[None, :].to(tl.int64) * SP
             tl.store(out, grad.to(grad_feature.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
     if parts is not None:
@@ -101,6 +110,9 @@ def _feature_gradient(
 @triton.jit(do_not_specialize=["N"])
 def feature_gradient_kernel(
     features,
+    mean_ptr,  # (COLUMNS,), or None
+    slope_ptr,  # (COLUMNS,), or None
+    offset_ptr,
     matrix_ptr,  # (18 G, COLUMNS) in the features' dtype, or None without gates
     gate_ptr,  # (N, PIXEL_SIZE)
     remaining_ptr,  # (N, PIXEL_SIZE)
@@ -158,8 +170,9 @@ def feature_gradient_kernel(
                 remaining = remaining_ptr + PIXELS[i]
                 grad_average = grad_average_ptr + COLUMN[i]
             _feature_gradient(
-                features[i], matrix_ptr, gates, remaining, grad_average, grad_blend_ptr, grad_seen, grad_a,
-                grad_features[i], parts, integers_ptr, floats_ptr, N, tl.program_id(0) - first, groups,
+                features[i], mean_ptr, slope_ptr, offset_ptr, matrix_ptr, gates, remaining, grad_average,
+                grad_blend_ptr, grad_seen, grad_a, grad_features[i], parts, integers_ptr, floats_ptr, N,
+                tl.program_id(0) - first, groups,
                 i, L - 1, HS[i], WS[i], CS[i], SCS[i], SPS[i], COLUMN[i], COLUMNS, PIXEL_SIZE, SEEN_SIZE,
                 ROWS[i], ROWS_PADDED[i], EXACT, HS[0], WS[0], HS[1 % L], WS[1 % L], SCS[0], SPS[0],
                 RYS[0], RXS[0], REACH_Y[0], REACH_X[0], BLOCK_P, BLOCK_C,

@@ -17,6 +17,7 @@ from unikd_fast.kernels.reference_pooled import TAPS
 # Programs that share the features in backward, a multiprocessor; each leaves a part of ∂M.
 SHARES = 8
 _SUM_BLOCK = 128
+_NORM_BLOCK = 64
 
 
 class Plan(NamedTuple):
@@ -29,9 +30,11 @@ class Plan(NamedTuple):
     weight_gradient: dict[str, Any]
     feature_gradient: dict[str, Any]
     sum_parts: dict[str, Any]
+    norm_gradient: dict[str, Any]
     pixel_blocks: int
     channel_blocks: int
     sum_programs: int
+    norm_programs: int
     channel_blocks_of: tuple[int, ...]
     groups: tuple[int, ...]
     pixel_blocks_of: tuple[int, ...]
@@ -143,9 +146,13 @@ def plan_of(
             "BLOCK": _SUM_BLOCK,
         }
         | narrow.options,
+        norm_gradient={key: shared[key] for key in ("L", "COLUMN", "COLUMNS")}
+        | {"PS": tuple(pixels), "ROWS": 2 * TAPS * gates, "BLOCK": 16, "BLOCK_C": _NORM_BLOCK}
+        | narrow.options,
         pixel_blocks=pixel_blocks,
         channel_blocks=channel_blocks,
         sum_programs=sum_programs,
+        norm_programs=math.ceil(width / _NORM_BLOCK),
         channel_blocks_of=tuple(channel_blocks_of),
         groups=tuple(groups),
         pixel_blocks_of=tuple(math.ceil(p / block_p) for p in pixels),

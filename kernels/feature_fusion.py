@@ -50,7 +50,7 @@ def fused_blend(
         composite = torch.cat([taps, taps, taps.new_zeros(2 * TAPS, 2)], dim=1)
         tensors = [composite, gate_bias.float(), fine, coarse]
         if pool:
-            average = averages(tensors, upsample=upsample)
+            average = averages(tensors, upsample=upsample, normalised=False)
             return average[:, :width] + average[:, width : 2 * width]
         return _blends(tensors, upsample=upsample)
 

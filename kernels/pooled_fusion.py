@@ -10,16 +10,22 @@
 Three launches forward and four backward, whatever the number of levels. Bytes moved: the features twice forward, twice
 backward and their gradient written once; the second reading begins with the images read last, which the L2 still has.
 Nothing with D channels is ever stored, and every sum over images or pixels is taken in a fixed order.
+
+Features that are normalised with their batch's statistics are read less their means, and their scale is in M. Their
+gradient takes two launches more and one more reading: the norm's part of it needs ∂M, the sum over the batch
+(`_norm_gradient_device`).
 """
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unikd_fast.kernels._fused_function import FusedFunction
 from unikd_fast.kernels._launch import on_device
+from unikd_fast.kernels._norm_gradient_device import norm_gradient_kernel
 from unikd_fast.kernels._pooled_device import average_kernel, project_kernel, weight_gradient_kernel
 from unikd_fast.kernels._pooled_gradient_device import feature_gradient_kernel, sum_parts_kernel
 from unikd_fast.kernels._pooled_plan import Plan, plan_for
@@ -31,6 +37,7 @@ from unikd_fast.kernels.pixel_weights import (
     pixel_weights_forward,
 )
 from unikd_fast.kernels.reference import autocast_off
+from unikd_fast.kernels.reference_moments import ChannelStatistics
 from unikd_fast.kernels.reference_pooled import TAPS
 
 
@@ -42,6 +49,7 @@ def fused_pool(
     gate_biases: Sequence[Tensor],
     *,
     upsample: str = "nearest",
+    statistics: Sequence[ChannelStatistics] | None = None,
 ) -> Tensor:
     """Give `reference_pooled.pool_collapsed`, (N, D) in fp32; features that are not dense are copied."""
     dtype = functools.reduce(torch.promote_types, (f.dtype for f in features))
@@ -51,7 +59,14 @@ def fused_pool(
         halves = [w.reshape(2, -1, TAPS).mT.float() for w in gate_weights]  # (own or coarse, tap, D)
         taps = torch.cat([*(h[1] for h in halves), *(h[0] for h in halves), expand.new_empty(0, len(expand))])
         biases = torch.cat([*(b.float() for b in gate_biases), expand.new_empty(0)])
-        return averages([taps @ expand, biases, *features], upsample=upsample) @ expand.t()
+        tensors = [taps @ expand, biases]
+        if statistics is not None:
+            # As wide as the matrix; its last columns, of the expanders' biases, are left as they are.
+            beside = expand.new_zeros(len(features))
+            means = torch.cat([*(known.mean.float() for known in statistics), beside])
+            scales = torch.cat([*(known.rstd.float() for known in statistics), beside + 1])
+            tensors.append(torch.stack([means, scales]))
+        return averages([*tensors, *features], upsample=upsample, normalised=statistics is not None) @ expand.t()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -59,34 +74,65 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _allocate(tensors: Sequence[Tensor], *, upsample: str) -> tuple[Tensor, list[Tensor]]:
-    composite, _, *features = tensors
-    return composite.new_empty(features[0].shape[0], composite.shape[1]), list(empty_maps(composite, features))
+class _Norm(NamedTuple):
+    """What kernels add to or take from a feature, (Σ C_l + L,) each."""
+
+    mean: Tensor | None
+    slope: Tensor | None = None
+    offset: Tensor | None = None
 
 
-def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor], *, upsample: str) -> None:
-    composite, biases, *features = tensors
-    plan, maps, images = plan_for(features, upsample), ScalarMaps(*saved), len(output)
+_NO_NORM = _Norm(None)
+
+
+def _split(tensors: Sequence[Tensor], normalised: bool) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
+    """Give the matrix, the gates' biases, means and scales if there are any, and the features."""
+    return tensors[0], tensors[1], tensors[2] if normalised else None, tensors[3 if normalised else 2 :]
+
+
+def _allocate(tensors: Sequence[Tensor], *, upsample: str, normalised: bool) -> tuple[Tensor, list[Tensor]]:
+    composite, _, _, features = _split(tensors, normalised)
+    output = composite.new_empty(features[0].shape[0], composite.shape[1])
+    saved = list(empty_maps(composite, features))
+    return output, [*saved, torch.empty_like(output)] if normalised else saved
+
+
+def _forward(
+    tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor], *, upsample: str, normalised: bool
+) -> None:
+    composite, biases, statistics, features = _split(tensors, normalised)
+    plan, maps, images = plan_for(features, upsample), ScalarMaps(*saved[:4]), len(output)
+    mean, scale = (None, None) if statistics is None else statistics
     if not images:
         return
     with on_device(composite):
         if len(features) > 1:
-            own = project(composite, features, maps.seen, plan)
+            own = project(composite, features, maps.seen, plan, mean, scale)
             pixel_weights_forward(maps, own, biases, plan.layout, upsample)
         else:
             maps.gates.fill_(1)
             maps.remaining.fill_(1 / plan.layout.pixel_size)
         average_kernel[(images * plan.channel_blocks,)](
-            tuple(features), maps.gates, maps.remaining, output, images, **plan.average
+            tuple(features), mean, scale, maps.gates, maps.remaining, output, images, **plan.average
         )
+        if normalised:
+            saved[-1].copy_(output)
 
 
-def project(composite: Tensor, features: Sequence[Tensor], seen: Tensor, plan: Plan) -> Tensor:
+def project(
+    composite: Tensor,
+    features: Sequence[Tensor],
+    seen: Tensor,
+    plan: Plan,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Launch: fill `seen` with what the taps of the finer gates see, and give the same of the own gates."""
     images = len(seen)
     own = seen.new_empty(images, plan.layout.own_size)
+    matrix = composite if scale is None else composite * scale
     project_kernel[(images * plan.pixel_blocks,)](
-        tuple(features), composite.to(features[0].dtype), composite, seen, own, **plan.project
+        tuple(features), mean, matrix.to(features[0].dtype), composite, seen, own, **plan.project
     )
     return own
 
@@ -98,19 +144,37 @@ def _backward(
     grads: Sequence[Tensor | None],
     *,
     upsample: str,
+    normalised: bool,
 ) -> None:
-    composite, _, *features = tensors
-    plan, maps, images = plan_for(features, upsample), ScalarMaps(*saved), len(upstream)
+    composite, _, statistics, features = _split(tensors, normalised)
+    plan, maps, images = plan_for(features, upsample), ScalarMaps(*saved[:4]), len(upstream)
+    mean, scale = (None, None) if statistics is None else statistics
     upstream = upstream.contiguous()
+    unscaled = upstream if scale is None else upstream * scale
     with on_device(composite):
         grad_maps = None
         if len(features) > 1 and images:
             grad_weights = torch.empty_like(maps.gates)
             weight_gradient_kernel[(images * plan.pixel_blocks,)](
-                tuple(features), upstream, grad_weights, **plan.weight_gradient
+                tuple(features), mean, unscaled, grad_weights, **plan.weight_gradient
             )
             grad_maps = pixel_weights_backward(maps, grad_weights, plan.layout, upsample)
-        feature_gradients(composite, features, maps.gates, maps.remaining, upstream, None, grad_maps, grads, plan)
+        rest = (features, maps.gates, maps.remaining, unscaled, None, grad_maps)
+        if mean is None or scale is None:
+            feature_gradients(composite, *rest, grads, plan)
+            return
+        grad_composite, grad_biases, grad_statistics, *grad_features = grads
+        if grad_statistics is not None:
+            grad_statistics.zero_()  # theirs is in that of the features
+        nothing = [None] * len(features)
+        grad_composite = torch.empty_like(composite) if grad_composite is None else grad_composite
+        feature_gradients(composite, *rest, [grad_composite, grad_biases, *nothing], plan, _Norm(mean))
+        slope, offset = torch.empty_like(mean), torch.empty_like(mean)
+        norm_gradient_kernel[(plan.norm_programs,)](
+            upstream, saved[-1], composite, grad_composite, scale, slope, offset, images, **plan.norm_gradient
+        )
+        norm = _Norm(mean, slope, offset)
+        feature_gradients(composite * scale, *rest, [None, None, *grad_features], plan, norm)
 
 
 def feature_gradients(
@@ -123,10 +187,12 @@ def feature_gradients(
     grad_maps: GradMaps | None,
     grads: Sequence[Tensor | None],
     plan: Plan,
+    norm: _Norm = _NO_NORM,
 ) -> None:
     """Launch: fill the gradients of the composite matrix, of the gates' biases and of the features.
 
-    Upstream is the gradient of the averages, or that of the blend of two levels (`feature_fusion`).
+    Upstream is the gradient of the averages, or that of the blend of two levels (`feature_fusion`). With means the
+    matrix is that on the features less these, and so is its gradient.
     """
     images = len(features[0])
     grad_composite, grad_biases, *grad_features = grads
@@ -142,15 +208,20 @@ def feature_gradients(
     if images and (parts is not None or any(g is not None for g in grad_features)):
         matrix = None if grad_maps is None else composite.to(features[0].dtype)
         feature_gradient_kernel[(plan.gradient_programs(images),)](
-            tuple(features), matrix, gates, remaining, grad_averages, grad_blend, seen, a, tuple(grad_features), parts,
-            plan.layout.integer_table, plan.layout.float_table, images, **plan.feature_gradient,
+            tuple(features), *norm, matrix, gates, remaining, grad_averages, grad_blend, seen, a, tuple(grad_features),
+            parts, plan.layout.integer_table, plan.layout.float_table, images, **plan.feature_gradient,
         )  # fmt: skip
     if parts is not None:
         sum_parts_kernel[(plan.sum_programs,)](parts, grad_composite, images, **plan.sum_parts)
 
 
-# (composite M (18 (L - 1), Σ C_l + L) in fp32, biases of the gates (L - 1,) in fp32, the features, dense and in one
-# dtype) -> the weighted averages of all channels and the sums of the weights, (N, Σ C_l + L).
+# (composite M (18 (L - 1), Σ C_l + L), biases of the gates (L - 1,), means and scales (2, Σ C_l + L) if the features
+# are normalised, all in fp32, the features, dense and in one dtype) -> the weighted averages of all channels and the
+# sums of the weights, (N, Σ C_l + L).
 averages = FusedFunction(
-    "pooled_averages", settings={"upsample": "str"}, allocate=_allocate, forward=_forward, backward=_backward
+    "pooled_averages",
+    settings={"upsample": "str", "normalised": "bool"},
+    allocate=_allocate,
+    forward=_forward,
+    backward=_backward,
 )

@@ -8,11 +8,10 @@ E is linear, so over all pixels of all images
 With these, batch normalisation in training folds into E as its running statistics do in evaluation.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unikd_fast.kernels.reference import autocast_off
 
@@ -48,14 +47,25 @@ def projected_moments(feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
         return rows @ mean + bias.to(exact), ((rows @ covariance) * rows).sum(1)
 
 
+class ChannelStatistics(NamedTuple):
+    """What batch normalisation takes of a batch of features: x̂ = (x - mean) rstd, with rstd = 1 / sqrt(σ² + ε)."""
+
+    mean: Tensor  # (C,)
+    rstd: Tensor  # (C,)
+    eps: float
+
+
+@torch.no_grad()
 def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Give mean and biased variance of each channel over N, H and W.
+    """Give mean and biased variance of each channel over N, H and W, as numbers that no gradient goes through.
+
+    What normalises with them has the gradient of the normalisation as a whole (`reference_pooled`).
 
     Args:
         feature: (N, C, H, W), of at least two pixels in all.
 
     Returns:
-        Two (C,) in fp32, or fp64 for fp64; differentiable once.
+        Two (C,) in fp32, or fp64 for fp64.
 
     Raises:
         ValueError: there is one pixel, whose variance says nothing.
@@ -66,33 +76,14 @@ def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([2.]), tensor([1.]))
     """
     _check_pixels(feature)
-    moments: tuple[Tensor, Tensor] = _ChannelMoments.apply(feature)
-    return moments
-
-
-class _ChannelMoments(torch.autograd.Function):
-    """By batch normalisation's own sums, which on a CPU take a tenth of `var_mean`'s time; one pass backward."""
-
-    @staticmethod
-    def forward(feature: Tensor) -> tuple[Tensor, Tensor]:
-        # With running statistics of a type the results are of that type, and not rounded to half precision.
-        unused = feature.new_zeros((2, feature.shape[1]), dtype=_exact(feature))
-        mean, variance = torch.ops.aten.batch_norm_update_stats(feature, unused[0], unused[1], 0.0)
+    if torch.compiler.is_compiling():  # which cannot take the operator below, and makes one loop of this
+        variance, mean = torch.var_mean(feature.to(_exact(feature)), (0, 2, 3), correction=0)
         return mean, variance
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], output[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
-        feature, mean = ctx.saved_tensors
-        count = feature.numel() // feature.shape[1]
-        slope = 2 * grad_variance / count
-        offset = grad_mean / count - slope * mean
-        x = feature.to(_exact(feature))
-        return torch.addcmul(offset[:, None, None], x, slope[:, None, None]).to(feature.dtype)
+    # Batch normalisation's own sums take a tenth of `var_mean`'s time on a CPU. With running statistics of a type the
+    # results are of that type, and not rounded to half precision.
+    unused = feature.new_zeros((2, feature.shape[1]), dtype=_exact(feature))
+    mean, variance = torch.ops.aten.batch_norm_update_stats(feature, unused[0], unused[1], 0.0)
+    return mean, variance
 
 
 def _exact(feature: Tensor) -> torch.dtype:

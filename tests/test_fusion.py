@@ -218,7 +218,12 @@ class TestModule:
                     fusion.pooled(features_of(SIZES, CHANNELS))
         messages = [record.getMessage() for record in caplog.records if record.name == "unikd_fast"]
         assert len(messages) == 4
-        reasons = ("collapsed: with spatial gates", "stage-wise: a gate per channel", "folds into E", "as asked for")
+        reasons = (
+            "collapsed: with spatial gates",
+            "stage-wise: a gate per channel",
+            "batch norm folds into",
+            "as asked for",
+        )
         for message, reason in zip(messages, reasons, strict=True):
             assert reason in message
 

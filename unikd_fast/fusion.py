@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from unikd_fast.fusion_norms import batch_norms, fold_after, fold_before
+from unikd_fast.fusion_norms import batch_norms, batch_statistics, fold_after, fold_before
 from unikd_fast.kernels._checks import choose_impl
 from unikd_fast.kernels.reference_fusion import blend, blend_top_down, expand
 from unikd_fast.kernels.reference_pooled import pool_collapsed
@@ -120,8 +120,8 @@ class AdaptiveFeatureFusion(nn.Module):
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
         """Give the mean of F_R over H_1 x W_1, collapsed where that is exact.
 
-        It is exact with spatial gates. Batch normalisation folds into E: in training its statistics are those of the
-        batch, before E of each channel, after it from the covariance of the features (`fusion_norms`).
+        It is exact with spatial gates. Batch normalisation takes no map of its own: in training its statistics are
+        those of the batch, before E of each channel, after it from the covariance of the features (`fusion_norms`).
 
         Args:
             features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
@@ -131,20 +131,26 @@ class AdaptiveFeatureFusion(nn.Module):
             and wants the precision. Collapsed or by the kernels, it can be differentiated once.
 
         Raises:
-            ValueError: features that do not fit, or path="collapsed" with SyncBatchNorm in training mode.
+            ValueError: features that do not fit, or path="collapsed" with SyncBatchNorm in training mode, or with
+                norms some of which are in training mode and some not.
         """
         if self._collapses():
             self._check(features)
+            statistics = None
+            if self.norm == "input" and self.norms[0].training:
+                pairs = zip(batch_norms(self.norms), features, strict=True)
+                statistics = [batch_statistics(norm, feature) for norm, feature in pairs]
             parameters = (*self._folded_expanders(features), self.gate_kernels, _biases(self.gates))
             if self._fuses(features):
                 from unikd_fast.kernels.pooled_fusion import fused_pool
 
-                return fused_pool(features, *parameters, upsample=self.upsample)
-            return pool_collapsed(features, *parameters, upsample=self.upsample)
+                return fused_pool(features, *parameters, upsample=self.upsample, statistics=statistics)
+            return pool_collapsed(features, *parameters, upsample=self.upsample, statistics=statistics)
         if self.path == "collapsed":
             raise ValueError(
-                "AdaptiveFeatureFusion: path='collapsed' needs statistics of this process's batch, got SyncBatchNorm "
-                "in training mode, where they are those of all processes; use path='auto' or .eval()"
+                "AdaptiveFeatureFusion: path='collapsed' needs statistics of this process's batch at all levels or at "
+                "none, got SyncBatchNorm in training mode, where they are those of all processes, or norms of which "
+                "some are in eval mode; use path='auto' or .eval()"
             )
         return self._stagewise(features, pool=True)
 
@@ -160,7 +166,8 @@ class AdaptiveFeatureFusion(nn.Module):
 
     def _collapses(self) -> bool:
         shared = any(norm.training and not isinstance(norm, nn.BatchNorm2d) for norm in self.norms)
-        return self.path != "stagewise" and self.gate == "spatial" and not shared
+        mixed = any(norm.training != self.norms[0].training for norm in self.norms)
+        return self.path != "stagewise" and self.gate == "spatial" and not shared and not mixed
 
     def _stagewise(self, features: Sequence[Tensor], *, pool: bool) -> Tensor:
         self._check(features)
@@ -187,15 +194,18 @@ class AdaptiveFeatureFusion(nn.Module):
         if self.gate == "channel":
             return "pooled() runs stage-wise: a gate per channel has no collapsed form"
         if self.norm:
-            return "pooled() runs collapsed: with spatial gates that is exact, and batch norm folds into E"
+            return "pooled() runs collapsed: with spatial gates that is exact, and batch norm folds into what is read"
         return "pooled() runs collapsed: with spatial gates and no norm that is exact"
 
     def _folded_expanders(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Give E_l with its batch normalisation folded in."""
+        """Give E_l with its batch normalisation folded in, but for batch statistics of what lies before E_l."""
         weights, biases = _weights(self.expanders), _biases(self.expanders)
-        fold = fold_before if self.norm == "input" else fold_after
         for level, norm in enumerate(batch_norms(self.norms)):
-            weights[level], biases[level] = fold(norm, features[level], weights[level], biases[level])
+            given = weights[level], biases[level]
+            if self.norm == "batch":
+                weights[level], biases[level] = fold_after(norm, features[level], *given)
+            elif not norm.training:
+                weights[level], biases[level] = fold_before(norm, *given)
         return weights, biases
 
     def _check(self, features: Sequence[Tensor]) -> None:

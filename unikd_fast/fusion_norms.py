@@ -1,9 +1,11 @@
-"""Batch normalisation beside a 1x1 convolution E, folded into it: no normalised map is formed, in training neither.
+"""Batch normalisation beside a 1x1 convolution E, without forming a normalised map, in training neither.
 
     after E:    γ (W F + b - μ) / sqrt(σ² + ε) + β,    μ, σ² of E(F)
     before E:   W (F - μ) / sqrt(σ² + ε) + b,          μ, σ² of F
 
-In training the statistics are those of the batch, and the running ones follow them as torch's modules have it.
+Either folds into E, but for the batch statistics of what lies before it, whose gradient is one with that of the
+features (`reference_pooled`). In training the statistics are those of the batch, and the running ones follow them as
+torch's modules have it.
 """
 
 from collections.abc import Iterable
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unikd_fast.kernels.reference_moments import channel_moments, projected_moments
+from unikd_fast.kernels.reference_moments import ChannelStatistics, channel_moments, projected_moments
 
 
 def fold_after(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,19 +40,28 @@ def fold_after(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor) 
     return weight * scale[:, None, None, None], (bias - mean) * scale + norm.bias
 
 
-def fold_before(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Give weight and bias of a convolution that does ``F.conv2d(norm(feature), weight, bias)``; see `fold_after`.
+def fold_before(norm: _BatchNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Give weight and bias of a convolution that does ``F.conv2d(norm(feature), weight, bias)`` in eval mode.
 
     Args:
         norm: of C channels, without parameters of its own, which E would make redundant.
-        feature, weight, bias: as in `fold_after`.
+        weight: (D, C, 1, 1).
+        bias: (D,).
     """
     mean, variance = _running_moments(norm)
-    if norm.training:
-        mean, variance = channel_moments(feature)
-        _follow(norm, mean, variance, feature)
     weight = weight * torch.rsqrt(variance + norm.eps)[:, None, None]
     return weight, bias - (weight.flatten(1) * mean).sum(1)  # no product of matrices, which autocast would round
+
+
+def batch_statistics(norm: _BatchNorm, feature: Tensor) -> ChannelStatistics:
+    """Give what `norm` normalises `feature` (N, C, H, W) with in training; its running statistics move.
+
+    Raises:
+        ValueError: one pixel, whose variance says nothing.
+    """
+    mean, variance = channel_moments(feature)
+    _follow(norm, mean, variance, feature)
+    return ChannelStatistics(mean, torch.rsqrt(variance + norm.eps), norm.eps)
 
 
 def batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:

@@ -27,6 +27,7 @@ from unikd_fast.kernels import (
     topk_kl,
     unikd_loss,
 )
+from unikd_fast.kernels.reference_moments import ChannelStatistics
 
 SIZES = (10, 100, 1000, 1003, 8192, 16384, 32768, 128256)
 HEAVY_SIZES = (10, 1000, 1003, 8192, 128256)  # on chip up to 2048, then one and two rows a multiprocessor
@@ -96,7 +97,7 @@ def multiply_case(classes: int) -> None:
     _multiply.multiply_in_place(pairs)
 
 
-def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str) -> None:
+def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str, normalised: bool = False) -> None:
     """Forward and backward on the features of a ResNet-50 at 224 pixels."""
     shapes = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
     width, gates = 8, len(shapes) - 1
@@ -109,7 +110,8 @@ def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str) 
     ]
     for x in (*features, *(p for group in parameters for p in group)):
         x.requires_grad_()
-    pooled_fusion.fused_pool(features, *parameters, upsample=upsample).sum().backward()
+    statistics = [ChannelStatistics(torch.zeros(c), torch.ones(c), 1e-5) for c, _ in shapes] if normalised else None
+    pooled_fusion.fused_pool(features, *parameters, upsample=upsample, statistics=statistics).sum().backward()
 
 
 def blend_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str, gates: int, pool: bool = False) -> None:
@@ -159,6 +161,12 @@ LAUNCHES["topk_kl-all-100"] = partial(topk_case, 100, 100)
 LAUNCHES["pooled_fusion-bf16-channels_last"] = partial(pooled_case, torch.bfloat16, torch.channels_last, "bilinear")
 LAUNCHES["pooled_fusion-bf16-contiguous"] = partial(pooled_case, torch.bfloat16, torch.contiguous_format, "nearest")
 LAUNCHES["pooled_fusion-fp32-channels_last"] = partial(pooled_case, torch.float32, torch.channels_last, "nearest")
+LAUNCHES["pooled_fusion-normalised-bf16-channels_last"] = partial(
+    pooled_case, torch.bfloat16, torch.channels_last, "nearest", normalised=True
+)
+LAUNCHES["pooled_fusion-normalised-fp32-contiguous"] = partial(
+    pooled_case, torch.float32, torch.contiguous_format, "nearest", normalised=True
+)
 for name, gates in (("spatial", 1), ("channel", 256)):
     case = partial(blend_case, gates=gates)
     LAUNCHES[f"blend-{name}-bf16-channels_last"] = partial(case, torch.bfloat16, torch.channels_last, "nearest")
@@ -199,6 +207,7 @@ KERNELS = [
     (pooled_fusion, "weight_gradient_kernel"),
     (pooled_fusion, "feature_gradient_kernel"),
     (pooled_fusion, "sum_parts_kernel"),
+    (pooled_fusion, "norm_gradient_kernel"),
 ]
 
 

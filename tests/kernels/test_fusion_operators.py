@@ -32,9 +32,11 @@ def fusion(**options: str) -> AdaptiveFeatureFusion:
     return module
 
 
-# What runs which operators: the collapsed average; two blends; two blends by channel, one of them pooled.
+# What runs which operators: the collapsed average, and that of normalised features; two blends; two blends by channel,
+# one of them pooled.
 FORMS: dict[str, tuple[dict[str, str], str]] = {
     "collapsed": ({}, "pooled"),
+    "normalised": ({"norm": "input"}, "pooled"),
     "stagewise": ({"upsample": "bilinear"}, "forward"),
     "channel": ({"gate": "channel"}, "forward"),
     "channel pooled": ({"gate": "channel"}, "pooled"),

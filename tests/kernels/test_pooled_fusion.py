@@ -1,11 +1,12 @@
 """The kernels of the collapsed AFF against the stage-wise form, values and every gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
@@ -15,6 +16,7 @@ from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels.pixel_weights import empty_maps, geometry, pixel_weights_forward
 from unikd_fast.kernels.pooled_fusion import fused_pool
 from unikd_fast.kernels.reference_fusion import fuse_stagewise
+from unikd_fast.kernels.reference_moments import ChannelStatistics, channel_moments
 from unikd_fast.kernels.reference_pooled import TAPS, pixel_weights, pool_collapsed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,6 +74,19 @@ def fused(*x: Tensor, upsample: str = "nearest") -> Tensor:
     return fused_pool(*groups(x), upsample=upsample)
 
 
+def statistics_of(features: Sequence[Tensor]) -> list[ChannelStatistics]:
+    moments = [channel_moments(feature) for feature in features]
+    return [ChannelStatistics(mean, torch.rsqrt(variance + 1e-5), 1e-5) for mean, variance in moments]
+
+
+def fused_normalised(*x: Tensor, upsample: str = "nearest") -> Tensor:
+    return fused_pool(*groups(x), upsample=upsample, statistics=statistics_of(groups(x)[0]))
+
+
+def plain_normalised(*x: Tensor, upsample: str = "nearest") -> Tensor:
+    return pool_collapsed(*groups(x), upsample=upsample, statistics=statistics_of(groups(x)[0]))
+
+
 def fused_pixel_weights(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
     layout = geometry(tuple((x.shape[2], x.shape[3]) for x in projections), upsample, projections[0].device)
     seen = torch.cat([x[:, : TAPS * level].flatten(1) for level, x in enumerate(projections)], dim=1)
@@ -91,26 +106,39 @@ def stagewise(*x: Tensor, upsample: str = "nearest") -> Tensor:
     return result.mean((2, 3), dtype=torch.promote_types(result.dtype, torch.float32))
 
 
-def assert_no_worse(x: Sequence[Tensor], *, upsample: str = "nearest") -> None:
+def stagewise_normalised(*x: Tensor, upsample: str = "nearest") -> Tensor:
+    features, *parameters = groups(x)
+    normalised = [F.batch_norm(feature, None, None, training=True) for feature in features]
+    return stagewise(*normalised, *(p for group in parameters for p in group), upsample=upsample)
+
+
+def assert_no_worse(
+    x: Sequence[Tensor],
+    *,
+    upsample: str = "nearest",
+    tested: Callable[..., Tensor] = fused,
+    plain: Callable[..., Tensor] = stagewise,
+    units: float = UNITS,
+) -> None:
     """The oracle of `numerics`, for the value and for the gradients of each kind of input taken together.
 
     Together, because the gradient of one gate's bias is a sum of numbers that cancel: its error belongs to their size,
     not to its own.
     """
-    forms = [partial(form, upsample=upsample) for form in (fused, stagewise)]
-    assert_no_worse_than_eager(*forms, [t.detach() for t in x], units=UNITS)
+    forms = [partial(form, upsample=upsample) for form in (tested, plain)]
+    assert_no_worse_than_eager(*forms, [t.detach() for t in x], units=units)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in x]
-    truth, tested, plain = (
+    truth, ours, theirs = (
         outputs_and_gradients(form, given)[1] for form, given in ((forms[1], exact), (forms[0], x), (forms[1], x))
     )
     wanted = [i for i, t in enumerate(x) if t.requires_grad]
     kinds = {i: kind for kind, group in enumerate(groups(range(len(x)))) for i in group}
     for kind in {kinds[i] for i in wanted}:
         members = [j for j, i in enumerate(wanted) if kinds[i] == kind]
-        together = [torch.cat([g[j].double().flatten() for j in members]) for g in (tested, plain, truth)]
+        together = [torch.cat([g[j].double().flatten() for j in members]) for g in (ours, theirs, truth)]
         error, allowance = relative_error(together[0], together[2]), relative_error(together[1], together[2])
-        eps = torch.finfo(tested[members[0]].dtype).eps
-        assert error <= allowance + UNITS * eps, f"gradients of kind {kind}: {error:.1e}, plain {allowance:.1e}"
+        eps = torch.finfo(ours[members[0]].dtype).eps
+        assert error <= allowance + units * eps, f"gradients of kind {kind}: {error:.1e}, plain {allowance:.1e}"
 
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
@@ -123,6 +151,42 @@ def test_no_worse_than_stagewise(pyramid: str, upsample: str) -> None:
 @pytest.mark.parametrize("pyramid", ["one level", "odd", "equal and one pixel"])
 def test_no_worse_than_stagewise_in_half_precision(pyramid: str, dtype: torch.dtype, upsample: str) -> None:
     assert_no_worse(inputs(pyramid, dtype=dtype, channels_last=dtype == torch.bfloat16), upsample=upsample)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "mean"),
+    [
+        (fused_normalised, torch.float32, 5.0),
+        (fused_normalised, torch.bfloat16, 5.0),
+        (plain_normalised, torch.float32, 5.0),
+        (plain_normalised, torch.bfloat16, 1.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pyramid", ["one level", "odd"])
+def test_normalised_no_worse_than_stagewise(
+    pyramid: str, form: Callable[..., Tensor], dtype: torch.dtype, mean: float
+) -> None:
+    """Of any mean: the kernels take it away as they read, plain PyTorch from the sums, which are larger by as much."""
+    x = inputs(pyramid, images=3, dtype=dtype, channels_last=dtype == torch.bfloat16)
+    with torch.no_grad():
+        for feature in groups(x)[0]:
+            feature += mean
+    units = UNITS * (1 + mean) if form is plain_normalised else UNITS
+    assert_no_worse(x, tested=form, plain=stagewise_normalised, units=units)
+
+
+@pytest.mark.long
+def test_normalised_with_more_than_a_block_of_pixels() -> None:
+    assert_no_worse(inputs("many pixels"), tested=fused_normalised, plain=stagewise_normalised)
+
+
+@pytest.mark.parametrize("frozen", ["features", "parameters"])
+def test_normalised_only_what_asks_for_a_gradient_gets_one(frozen: str) -> None:
+    x = inputs("odd")
+    for i, t in enumerate(x):
+        t.requires_grad_((i < 3) != (frozen == "features"))
+    assert_no_worse(x, tested=fused_normalised, plain=stagewise_normalised)
 
 
 def test_more_accurate_than_stagewise_in_bf16() -> None:
