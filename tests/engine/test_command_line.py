@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 SHORT = {"total_epochs": 1, "max_steps": 2, "accumulation_steps": 1}
 
 
-@pytest.mark.parametrize(("launcher", "processes"), [("python", 1), ("torchrun", 2), ("deepspeed", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "processes"), [pytest.param("python", 1, marks=pytest.mark.long), ("torchrun", 2), ("deepspeed", 1)]
+)
 def test_every_launcher_trains_and_leaves_a_complete_folder(tmp_path: Path, launcher: str, processes: int) -> None:
     config = write_config(
         tmp_path, name="short", train=SHORT, run={"tensorboard": True}, distill={"teacher_head": "prefit"}

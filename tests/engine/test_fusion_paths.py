@@ -77,7 +77,6 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], dict[str, Group]]] = {
             "anchored": Group(ANCHORED, PLAIN),
             "prefit": Group(PREFIT, PLAIN),
             "small-anchored": Group(ANCHORED | SMALL_DIGITS, (PLAIN[0], *KERNELS)),
-            "small-prefit": Group(PREFIT | SMALL_DIGITS, (PLAIN[0], *KERNELS)),
         },
     ),
     "pair": (PAIR, {"whole": Group(PREFIT, PLAIN), "small": Group(PREFIT | SMALL_PAIR, (PLAIN[0], *KERNELS))}),

@@ -53,6 +53,7 @@ def test_a_folder_of_files(imagenet: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "student.safetensors").exists()
 
 
+@pytest.mark.long
 def test_the_same_packed_gives_the_same_losses(imagenet: Path, tmp_path: Path) -> None:
     # Files that are packed as they are have the same pixels.
     assert unikd_data(["pack", str(imagenet), str(tmp_path / "packed"), "--workers", "0"]) == 0

@@ -104,7 +104,7 @@ def test_why_a_teacher_is_not_checked_is_said(
     assert ("not checked" in caplog.text) == (given["weights"] == "random")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_bf16_on_two_processes_records_the_pooled_figures(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,

@@ -1,4 +1,7 @@
-"""A killed run continues bit for bit: one and two processes, every ZeRO stage, mid-epoch."""
+"""A killed run continues bit for bit: one and two processes, every ZeRO stage, mid-epoch.
+
+Two processes killed at random moments are in `test_faults` as well, which is why those here are long.
+"""
 
 import signal
 from pathlib import Path
@@ -14,7 +17,7 @@ pytestmark = pytest.mark.slow
 CASES: list[Any] = [
     pytest.param("python", 1, 0, 3, id="one process, stage 0"),
     pytest.param("deepspeed", 2, 0, 3, marks=pytest.mark.long, id="two processes, stage 0"),
-    pytest.param("deepspeed", 2, 1, 3, id="two processes, stage 1"),
+    pytest.param("deepspeed", 2, 1, 3, marks=pytest.mark.long, id="two processes, stage 1"),
     pytest.param("deepspeed", 2, 2, 3, marks=pytest.mark.long, id="two processes, stage 2"),
     # A step takes a second or two here: no third epoch.
     pytest.param("deepspeed", 2, 3, 2, marks=pytest.mark.long, id="two processes, stage 3"),

@@ -11,7 +11,13 @@ from real_runs import kill_group, newest_checkpoint, run, start, wait_for_step, 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),  # below with two processes
+        pytest.param(signal.SIGINT, id="Ctrl-C"),
+    ],
+)
 def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
     config = write_config(tmp_path, name="stopped", run={"log_every_steps": 1, "checkpoint_every_steps": None})
     process = start(config)
@@ -27,7 +33,7 @@ def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
 @pytest.mark.parametrize(
     ("number", "loader"),
     [
-        pytest.param(signal.SIGTERM, "torchvision", id="SIGTERM-torchvision"),
+        pytest.param(signal.SIGTERM, "torchvision", id="SIGTERM-torchvision", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, "dali", id="Ctrl-C-dali"),
         pytest.param(signal.SIGTERM, "dali", id="SIGTERM-dali", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, "torchvision", id="Ctrl-C-torchvision", marks=pytest.mark.long),

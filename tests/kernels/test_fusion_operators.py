@@ -42,6 +42,11 @@ FORMS: dict[str, tuple[dict[str, str], str]] = {
     "channel pooled": ({"gate": "channel"}, "pooled"),
 }
 every_form = pytest.mark.parametrize("name", FORMS)
+# With dynamic shapes tracing takes long, and one form of each operator is enough.
+TRACED = ("collapsed", "stagewise", "channel pooled")
+traced_forms = pytest.mark.parametrize(
+    "name", [name if name in TRACED else pytest.param(name, marks=pytest.mark.long) for name in FORMS]
+)
 
 
 def form(name: str) -> tuple[AdaptiveFeatureFusion, Compute]:
@@ -70,7 +75,7 @@ def calls_of(compute: Callable[[], Any]) -> list[tuple[Any, list[Tensor], list[A
     return calls
 
 
-@every_form
+@traced_forms
 def test_opcheck(name: str) -> None:
     """Schema, fake tensors, autograd and tracing with dynamic shapes; forward and backward operators."""
     _, compute = form(name)
@@ -102,7 +107,7 @@ def test_compiled_is_eager(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(*results, rtol=4 * torch.finfo(dtype).eps, atol=1e-6 if dtype == torch.float32 else 1e-2)
 
 
-@every_form
+@traced_forms
 def test_one_graph_for_all_batch_sizes(name: str) -> None:
     torch._dynamo.reset()
     _, compute = form(name)
