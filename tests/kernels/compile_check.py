@@ -119,13 +119,13 @@ def _spills(ptx: str, target: str) -> int:
     """Ask the assembler, as Triton of this version calls it; it takes as long as to compile."""
     arch = re.search(r"\.target (sm_\w+)", ptx)
     assert arch is not None
+    assembler = nvidia.get_ptxas(TARGETS[target].arch).path
     options = ["--regAllocOptLevel=2"] if "--regAllocOptLevel=2" in inspect.getsource(nvidia) else []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         done = subprocess.run(
-            [nvidia.get_ptxas(TARGETS[target].arch).path, "-v", *options, f"--gpu-name={arch[1]}", str(source)]
-            + ["-o", str(source.with_suffix(".cubin"))],
+            [assembler, "-v", *options, f"--gpu-name={arch[1]}", str(source), "-o", str(source.with_suffix(".cubin"))],
             capture_output=True,
             text=True,
             check=True,
