@@ -16,13 +16,19 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CHANNELS, SIZES = (256, 512, 1024, 2048), (56, 28, 14, 7)  # of a ResNet-50 at 224 pixels
-FORMS = {"collapsed": ("spatial", "pooled"), "spatial": ("spatial", "forward"), "channel": ("channel", "forward")}
+FORMS: dict[str, tuple[dict[str, str], str]] = {
+    "collapsed": ({}, "pooled"),
+    "normalised": ({"norm": "input"}, "pooled"),
+    "spatial": ({}, "forward"),
+    "channel": ({"gate": "channel"}, "forward"),
+}
+OURS_ALONE = ("collapsed", "normalised", "spatial")  # the convolutions of the others are cuDNN's
 every_form = pytest.mark.parametrize("name", FORMS)
 
 
 def make(name: str, images: int, width: int = 64) -> tuple[AdaptiveFeatureFusion, list[Tensor]]:
     torch.manual_seed(0)
-    fusion = AdaptiveFeatureFusion(CHANNELS, width, gate=FORMS[name][0], impl="fused").cuda()
+    fusion = AdaptiveFeatureFusion(CHANNELS, width, impl="fused", **FORMS[name][0]).cuda()
     features = [
         torch.randn(images, c, s, s, device="cuda", dtype=torch.bfloat16)
         .contiguous(memory_format=torch.channels_last)
@@ -38,7 +44,7 @@ def step(name: str, fusion: AdaptiveFeatureFusion, features: list[Tensor]) -> li
     return [y.detach(), *torch.autograd.grad(y, [*features, *fusion.parameters()], torch.ones_like(y))]
 
 
-@pytest.mark.parametrize("name", ["collapsed", "spatial"])
+@pytest.mark.parametrize("name", OURS_ALONE)
 def test_no_synchronisation(name: str) -> None:
     fusion, features = make(name, 4)
     step(name, fusion, features)  # compiled, and the tables made, before
@@ -50,7 +56,7 @@ def test_no_synchronisation(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["collapsed", "spatial"])
+@pytest.mark.parametrize("name", OURS_ALONE)
 def test_cuda_graph(name: str) -> None:
     """Captured once, replayed on other numbers; a replay gives what eager mode gives, to the bit."""
     fusion, features = make(name, 4)
@@ -70,7 +76,7 @@ def test_same_bits_twenty_times(name: str) -> None:
     with torch.no_grad():
         expected = y(features)
         assert all(torch.equal(y(features), expected) for _ in range(20))
-    if name != "channel":  # whose convolutions are cuDNN's
+    if name in OURS_ALONE:
         expected = step(name, fusion, features)
         for _ in range(20):
             assert all(torch.equal(a, b) for a, b in zip(step(name, fusion, features), expected, strict=True))
@@ -80,6 +86,7 @@ def test_same_bits_twenty_times(name: str) -> None:
 def test_an_image_does_not_depend_on_its_neighbours(name: str) -> None:
     """Eight images at once and each alone: another grid, the same numbers."""
     fusion, features = make(name, 8)
+    fusion.eval()  # batch statistics are those of all neighbours
     y = getattr(fusion, FORMS[name][1])
     with torch.no_grad():
         together = y(features)
