@@ -156,12 +156,11 @@ def test_no_worse_than_stagewise_in_half_precision(pyramid: str, dtype: torch.dt
 @pytest.mark.parametrize(
     ("form", "dtype", "mean"),
     [
-        (fused_normalised, torch.float32, 5.0),
-        (fused_normalised, torch.bfloat16, 5.0),
-        (plain_normalised, torch.float32, 5.0),
-        (plain_normalised, torch.bfloat16, 1.0),
+        pytest.param(fused_normalised, torch.float32, 5.0, id="fused-fp32"),
+        pytest.param(fused_normalised, torch.bfloat16, 5.0, id="fused-bf16"),
+        pytest.param(plain_normalised, torch.float32, 5.0, id="plain-fp32"),
+        pytest.param(plain_normalised, torch.bfloat16, 1.0, id="plain-bf16"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("pyramid", ["one level", "odd"])
 def test_normalised_no_worse_than_stagewise(
