@@ -59,7 +59,7 @@ class ChannelStatistics(NamedTuple):
 def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Give mean and biased variance of each channel over N, H and W, as numbers that no gradient goes through.
 
-    What normalises with them has the gradient of the normalisation as a whole (`reference_pooled`).
+    What normalises with them has the gradient of the normalisation as a whole (`reference_readings`).
 
     Args:
         feature: (N, C, H, W), of at least two pixels in all.

@@ -4,7 +4,7 @@
     before E:   W (F - μ) / sqrt(σ² + ε) + b,          μ, σ² of F
 
 Either folds into E, but for the batch statistics of what lies before it, whose gradient is one with that of the
-features (`reference_pooled`). In training the statistics are those of the batch, and the running ones follow them as
+features (`reference_readings`). In training the statistics are those of the batch, and the running ones follow them as
 torch's modules have it.
 """
 
