@@ -177,6 +177,12 @@ def cached_config(
     return write_config(folder, name=name, **changed)
 
 
+def config_of(folder: Path, weights: Path, name: str, **sections: Any) -> Path:
+    """A run as `cached_config`'s whose teacher's outputs are not cached unless ``cache`` says otherwise."""
+    cache = sections.pop("cache", {"mode": "off"})
+    return cached_config(folder, weights, name=name, cache=cache, **sections)
+
+
 def save_teacher(path: Path, model: str = "cifar/resnet8", seed: int = 0, sharpness: float = 16.0) -> Path:
     """Random weights with the statistics of the digits and logits of some size, so that their rounding shows."""
     torch.manual_seed(seed)

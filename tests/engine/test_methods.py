@@ -1,32 +1,19 @@
 """From a configuration to a method: it gets what it needs of networks and data, and the engine asks nothing else."""
 
 import copy
-import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from real_runs import (
-    ALONE,
-    CACHED,
-    cached_config,
-    newest_checkpoint,
-    process_group,
-    save_teacher,
-    train_here,
-    train_records,
-    write_config,
-)
+from real_runs import ALONE, CACHED, config_of, process_group, train_here, train_records, write_config
 from torch import Tensor, nn
 
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.engine import methods
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.checkpoint import FOLDER
 from unikd_fast.engine.dry_run import describe
 from unikd_fast.engine.methods import Entry, build_method, needs_of
 from unikd_fast.engine.sources import augmentation_of, second_augmentation_of
@@ -36,11 +23,6 @@ from unikd_fast.engine.train_step import train_step
 from unikd_fast.methods import KD, Hybrid, Method, Needs, StudentAlone, UniKD
 from unikd_fast.models import LogitsOnly, build_model
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
 
 
 @pytest.fixture(autouse=True)
@@ -103,11 +85,6 @@ class Adapter(nn.Module):
 
 def everything(distill: DistillConfig, around: Surroundings) -> Method:
     return Everything(around)
-
-
-def config_of(folder: Path, weights: Path, name: str, **sections: Any) -> Path:
-    cache = sections.pop("cache", {"mode": "off"})
-    return cached_config(folder, weights, name=name, cache=cache, **sections)
 
 
 def built(path: Path) -> Experiment:
@@ -275,44 +252,6 @@ def test_each_name_is_its_method_and_a_list_their_sum(tmp_path: Path, weights: P
     around: Any = SimpleNamespace(label_smoothing=0.1, impl="reference")
     alone = build_method(DistillConfig(method="none"), around)
     assert isinstance(alone, StudentAlone) and alone.label_smoothing == 0.1
-
-
-HYBRID: dict[str, Any] = {
-    "method": ["kd", "unikd"],
-    "teacher_head": "prefit",
-    "head_steps": 4,
-    "alpha_ramp_epochs": 0.0,
-}
-TERMS = ("total", "ce", "kd_logit_kl", "feature_kl", "unikd_logit_kl")
-
-
-def test_a_hybrid_trains_and_says_each_term(tmp_path: Path, weights: Path) -> None:
-    config = load_config(config_of(tmp_path, weights, "hybrid", distill=HYBRID, train={"max_steps": 6}))
-    records = [record for record in train_records(train_here(config)) if record["kind"] == "train"]
-    assert len(records) == 6
-    for record in records:
-        assert [key for key in record if key in TERMS] == list(TERMS)
-        _, ce, kd, feature, unikd = (record[name] for name in TERMS)
-        assert record["total"] == pytest.approx(ce + 0.9 * kd + 4.0 * feature + 1.0 * unikd, rel=1e-5)
-        assert kd == pytest.approx(unikd, rel=1e-5)
-    result = json.loads((tmp_path / "hybrid" / "result.json").read_text())
-    assert result["method"] == "kd+unikd"
-
-
-@pytest.mark.parametrize("cache", [{"mode": "off"}, {"mode": "read_write"}], ids=["online", "cached"])
-def test_a_resumed_hybrid_is_the_whole_run(tmp_path: Path, weights: Path, cache: dict[str, Any]) -> None:
-    """Which with a cache means that the head of the checkpoint is compared with that of the cache."""
-    settings: dict[str, Any] = {"distill": HYBRID, "cache": cache, "train": {"total_epochs": 2}}
-    settings["run"] = {"checkpoint_every_steps": 1, "keep_checkpoints": 20}
-    whole = train_here(load_config(config_of(tmp_path, weights, "whole", **settings)))
-    parted = load_config(config_of(tmp_path, weights, "parted", **settings))
-    folder = train_here(parted)
-    for later in sorted((folder / FOLDER).glob("step-*"))[4:]:
-        shutil.rmtree(later)
-    assert newest_checkpoint(folder)["run"]["step"] == 4
-    (folder / "result.json").unlink()
-    train_here(parted, resume=True)
-    assert train_records(folder) == train_records(whole)
 
 
 def test_a_dry_run_runs_both_views(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

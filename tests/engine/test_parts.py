@@ -2,12 +2,12 @@
 
 import itertools
 import math
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from free_ports import free_port
 from torch import Tensor, nn
 
 from unikd_fast.config import Config, ConfigError
@@ -171,10 +171,7 @@ def _two_processes(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_agree_on_buffers_evaluation_and_failure(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_two_processes, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(_two_processes, args=(free_port(), str(tmp_path)), nprocs=2)
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.equal(a["local"], b["local"])
     assert torch.equal(a["mean"], b["mean"])

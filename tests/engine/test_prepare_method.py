@@ -1,6 +1,5 @@
 """The head that a method fits to the teacher before training is one head, however many processes fit it."""
 
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from free_ports import free_port
 
 from unikd_fast.engine.prepare_method import prepare_method
 from unikd_fast.engine.processes import Processes
@@ -47,10 +47,7 @@ def _fits(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fitted")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_fits, args=(port, str(folder)), nprocs=2)
+    mp.spawn(_fits, args=(free_port(), str(folder)), nprocs=2)
     return folder
 
 

@@ -1,0 +1,182 @@
+"""The two products that read a level of features, plain or normalised, with one that writes its gradient.
+
+Autograd would write that gradient three times: once for each product and once for the sum. The gradient of the average
+is an outer product, so instead its two factors travel from `_Average` to `_Project`, as the "gradient" of a tensor that
+exists for that alone, the handle, and `_Project` writes ∂x = Mᵀ ∂S + ∂A wᵀ in one product.
+
+Features may be normalised with their batch's statistics, x̂ = (x - μ) r with r = 1 / sqrt(σ² + ε). No x̂ is formed:
+projections and averages are those of x, shifted and scaled, and with that ∂x̂
+
+    ∂x = r ( ∂x̂ - mean(∂x̂) - x̂ mean(∂x̂ x̂) ),    Σ ∂x̂ = Σ_n ∂A Σ_p w + Mᵀ Σ ∂S,    Σ ∂x̂ x̂ = Σ_n ∂A A + diag( Mᵀ ∂M )
+
+where the sums are over the channel's pixels in the batch, M the rows that are projected on and S = M x̂. What this
+needs besides, Σ_n ∂A A, travels along.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Moments = tuple[Tensor | None, Tensor | None]
+"""μ and r of a level's channels, (C,) each, or None twice."""
+
+# Compiled by torch 2.11 that gradient does not arrive: what the handle brings is lost. 2.15 was seen to do it right.
+_COMPILES_HANDLES = torch.__version__ >= "2.15"
+
+
+def takes_handles() -> bool:
+    """Whether here, in eager mode or while compiling, gradients travel by handles."""
+    return _COMPILES_HANDLES or not torch.compiler.is_compiling()
+
+
+def project(feature: Tensor, rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor | None]:
+    """Give M x̂, (N, R, P), and the handle that `average` takes.
+
+    Args:
+        feature: x, (N, C, H, W).
+        rows: M, (R, C).
+        moments: to normalise x with; None twice where there are no handles, which the caller sees to.
+    """
+    if takes_handles():
+        seen, handle = _Project.apply(feature, rows, *moments)
+        return seen, handle
+    return torch.bmm(rows.to(feature.dtype).expand(len(feature), -1, -1), feature.flatten(2)).to(rows.dtype), None
+
+
+def average(feature: Tensor, weight: Tensor, handle: Tensor | None, moments: Moments) -> Tensor:
+    """Give A = x̂ w, (N, C), for x (N, C, P) and weights w (N, P)."""
+    if handle is None:
+        return torch.bmm(feature.to(weight.dtype), weight[:, :, None])[:, :, 0]
+    averaged: Tensor = _Average.apply(feature, weight, handle, *moments)
+    return averaged
+
+
+class _Project(torch.autograd.Function):
+    """M x̂ for a feature (N, C, H, W) and rows M (R, C), (N, R, P); and the handle that `_Average` takes.
+
+    The handle is (N, C + P), and (N, C + P + C) for normalised features.
+    """
+
+    @staticmethod
+    def forward(feature: Tensor, rows: Tensor, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+        # On a flattened feature the batched product is a view in both layouts; a 1x1 conv2d copies the contiguous one.
+        flat = feature.flatten(2)
+        n, channels, pixels = flat.shape
+        size = channels + pixels
+        read = (rows if rstd is None else rows * rstd).to(feature.dtype)
+        seen = torch.bmm(read.expand(n, -1, -1), flat).to(rows.dtype)
+        if mean is not None:
+            seen = seen - (read.to(rows.dtype) @ mean)[:, None]  # of what was multiplied, not of what was meant
+            size += channels
+        # Never read: expanded, it takes up no memory.
+        return seen, rows.new_zeros(()).expand(n, size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_seen: Tensor, factors: Tensor) -> tuple[Tensor | None, ...]:
+        feature, rows, mean, rstd = ctx.saved_tensors
+        wanted, wants_rows = ctx.needs_input_grad[:2]
+        grad_feature = grad_rows = None
+        if wants_rows or (wanted and mean is not None):
+            multiplied = grad_seen.to(feature.dtype)
+            grad_rows = torch.bmm(multiplied, feature.flatten(2).transpose(1, 2)).to(rows.dtype).sum(0)
+            if mean is not None:
+                total = multiplied.to(rows.dtype).sum((0, 2))  # (R,)
+                grad_rows = torch.addr(grad_rows, total, mean, alpha=-1) * rstd
+        if wanted:
+            sizes = (feature.shape[1], feature.shape[2] * feature.shape[3])
+            grad_average, weight = factors[:, : sum(sizes)].split(sizes, dim=1)
+            left, right = [rows.expand(len(feature), -1, -1), grad_average[:, None]], [grad_seen, weight[:, None]]
+            if mean is None:
+                grad_feature = _outer_sum(left, right, feature)
+            else:
+                drift = (grad_average * weight.sum(1, keepdim=True)).sum(0) + total @ rows
+                stretch = factors[:, sum(sizes) :].sum(0) + (grad_rows * rows).sum(0)
+                grad_feature = _through_the_norm(left, right, feature, mean, rstd, drift, stretch)
+        return grad_feature, grad_rows if wants_rows else None, None, None
+
+
+def _through_the_norm(
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    feature: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    drift: Tensor,
+    stretch: Tensor,
+) -> Tensor:
+    """Give the gradient of a feature from that of the normalised one, leftᵀ right, and its two sums (C,)."""
+    count = feature.numel() // feature.shape[1]
+    slope = -stretch * rstd.square() / count
+    offset = -drift * rstd / count - slope * mean
+    scaled = [part * rstd for part in left]
+    if feature.dtype == rstd.dtype:  # the offset as one more row, and the rest into the product where it lies
+        n, pixels = len(feature), right[0].shape[2]
+        rows = offset.expand(n, 1, -1), offset.new_ones(()).expand(n, 1, pixels)
+        return _outer_sum([*scaled, rows[0]], [*right, rows[1]], feature).addcmul_(feature, slope[:, None, None])
+    rest = torch.addcmul(offset[:, None, None], feature.to(rstd.dtype), slope[:, None, None])
+    return _outer_sum(scaled, right, feature).add_(rest)
+
+
+def _outer_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Give leftᵀ right, left (N, R, C) and right (N, R, P) of parts, in shape, layout and dtype of `like` (N, C, H, W).
+
+    Written into a tensor of its own and not viewed as one: autograd adds the network's own gradient of a level in place
+    where it can, and into a view it cannot.
+    """
+    left, right = (torch.cat(list(parts), dim=1).to(like.dtype) for parts in (lefts, rights))
+    if like.is_contiguous():
+        result = torch.empty_like(like)
+        torch.bmm(left.transpose(1, 2), right, out=result.view(len(like), like.shape[1], -1))
+    elif like.is_contiguous(memory_format=torch.channels_last):
+        result = torch.empty_like(like)
+        by_pixel = result.permute(0, 2, 3, 1)
+        torch.bmm(right.transpose(1, 2), left, out=by_pixel.view(len(like), -1, like.shape[1]))
+    else:
+        result = torch.bmm(left.transpose(1, 2), right).unflatten(2, like.shape[2:])
+    return result
+
+
+class _Average(torch.autograd.Function):
+    """A = x̂ w for a feature (N, C, P) and weights w (N, P); the handle takes the gradient to `_Project`."""
+
+    @staticmethod
+    def forward(feature: Tensor, weight: Tensor, handle: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Tensor:
+        # Not in half precision: the average may be large against what is left when a bias takes its mean away.
+        averaged = torch.bmm(feature.to(weight.dtype), weight[:, :, None])[:, :, 0]
+        if mean is None or rstd is None:
+            return averaged
+        return (averaged - weight.sum(1, keepdim=True) * mean) * rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        feature, weight, _, mean, rstd = inputs
+        ctx.save_for_backward(feature, weight, mean, rstd, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_average: Tensor) -> tuple[Tensor | None, ...]:
+        feature, weight, mean, rstd, averaged = ctx.saved_tensors
+        grad_weight = factors = None
+        if ctx.needs_input_grad[1]:
+            read = (grad_average if rstd is None else grad_average * rstd).to(feature.dtype)
+            grad_weight = torch.bmm(read[:, None], feature)[:, 0].to(weight.dtype)
+            if mean is not None:
+                grad_weight = grad_weight - (read.to(weight.dtype) @ mean)[:, None]
+        if ctx.needs_input_grad[2]:
+            scale = _half_way(feature)
+            parts = [grad_average / scale, weight * scale]
+            factors = torch.cat(parts if mean is None else [*parts, grad_average * averaged], dim=1)
+        return None, grad_weight, factors, None, None
+
+
+def _half_way(feature: Tensor) -> float:
+    """Scale for weights that sum to one: as they are they fall below the range of fp16, times P their sums leave it."""
+    return feature.shape[2] ** 0.5
