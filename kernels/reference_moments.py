@@ -80,9 +80,7 @@ def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(feature.to(_exact(feature)), (0, 2, 3), correction=0)
         return mean, variance
     if feature.device.type == "cpu" and feature.is_contiguous() and feature.dtype == _exact(feature):
-        moments = _moments_of_small_means(feature)
-        if moments is not None:
-            return moments
+        return _moments_by_image(feature)
     # Batch normalisation's own sums take a tenth of `var_mean`'s time on a CPU. With running statistics of a type the
     # results are of that type, and not rounded to half precision.
     unused = feature.new_zeros((2, feature.shape[1]), dtype=_exact(feature))
@@ -90,18 +88,13 @@ def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-# E[x²] - E[x]² loses what the mean is large against: two bits, where its square is at most four times the variance.
-_LARGEST_MEAN_SQUARE = 4.0
-
-
-def _moments_of_small_means(feature: Tensor) -> tuple[Tensor, Tensor] | None:
-    """By the sums of x and x², which take a third of the time of centred ones; None where a mean is too large."""
-    count = feature.numel() // feature.shape[1]
-    flat = feature.flatten(2)
-    mean = flat.sum(2).double().sum(0) / count
-    variance = torch.linalg.vector_norm(flat, dim=2).double().square().sum(0) / count - mean.square()
-    if (mean.square() > _LARGEST_MEAN_SQUARE * variance).any():
-        return None
+def _moments_by_image(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """By those of each image, which instance normalisation gives: faster, although it writes its result too."""
+    images, channels, height, width = feature.shape
+    _, means, rstds = torch.native_group_norm(feature, None, None, images, channels, height * width, channels, 0.0)
+    means = means.double()
+    mean = means.mean(0)
+    variance = (rstds.double().pow(-2) + (means - mean).square()).mean(0)
     return mean.to(feature.dtype), variance.to(feature.dtype)
 
 
