@@ -31,7 +31,7 @@ TESTERS ?= 2
 test: setup ## the test suite; TESTERS=2 processes
 	$(RUN) pytest tests -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
-test-faults: setup ## the long rounds of faults and combinations, half an hour
+test-faults: setup ## the long rounds of faults and combinations, an hour or more
 	$(RUN) pytest tests -m long -n $(TESTERS) --dist loadfile
 
 # The codebases that the drop-ins stand in for bring many packages along. They go into an environment on top of .venv.
