@@ -19,6 +19,10 @@ class NonFiniteLoss(RunError):
     exit_code = 3
 
 
+class FileError(RunError, OSError):
+    """A file cannot be written, or what it holds is damaged; names it and the remedy."""
+
+
 class CacheError(RunError):
     """The teacher's output cache is damaged, incomplete or of another run; the message says what to do."""
 
