@@ -1,7 +1,9 @@
 """Configuration: overrides, hashes, comparisons, and an error message for every way to get it wrong."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -269,6 +271,39 @@ def test_the_hash_of_a_run_knows_that_it_is_cached_and_not_where() -> None:
     others = [name(), name(cached), name(cached, "teacher.cache.views=2"), name(cached, "teacher.cache.logits=uint8")]
     assert len(set(others)) == 4
     assert config_hash(load_config(DIGITS, ["teacher=null", "compare=null", "distill.method=none"])) not in others
+
+
+def _strings(section: dict[str, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every key of a schema whose value may be a string of any content."""
+    found: list[str] = []
+    for name, field in section["properties"].items():
+        for option in (field, *field.get("anyOf", ())):
+            if option.get("type") == "string" and not {"enum", "const"} & option.keys():
+                found.append(prefix + name)
+            if "$ref" in option:
+                found += _strings(known[option["$ref"].rpartition("/")[2]], known, f"{prefix}{name}.")
+    return found
+
+
+SCHEMA = Config.model_json_schema()
+STRINGS = [key for key in _strings(SCHEMA, SCHEMA["$defs"]) if key != "json_schema"]
+
+
+def test_every_string_is_seen_by_the_next_test() -> None:
+    keys = {"run.dir", "data.root", "teacher.weights", "teacher.model", "teacher.cache.dir", "student.weights"}
+    assert keys <= set(STRINGS)
+
+
+@pytest.mark.parametrize("key", STRINGS)
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_string_is_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{key} = {value!r} is empty")):
+        load_config(DIGITS, [f"{key}={value}"])
+
+
+def test_an_empty_name_in_a_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match=re.escape("student.feature_nodes.1 = '' is empty")):
+        load_config(DIGITS, ['student.feature_nodes=["layer1", ""]'])
 
 
 def test_bad_files(tmp_path: Path) -> None:

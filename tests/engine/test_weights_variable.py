@@ -8,6 +8,7 @@ import torch
 from real_runs import CACHED, opened, run, write_config
 
 from unikd_fast.config import ConfigError
+from unikd_fast.engine.launch_command import main
 
 PATH = "${UNIKD_TEST_TEACHERS}/teacher.pth"
 
@@ -31,6 +32,12 @@ def test_a_variable_that_is_not_set_is_an_error_and_no_name(tmp_path: Path, monk
     monkeypatch.delenv("UNIKD_TEST_TEACHERS", raising=False)
     with pytest.raises(ConfigError, match="UNIKD_TEST_TEACHERS is not set; set it by `export UNIKD_TEST_TEACHERS="):
         opened(config_of(tmp_path))
+
+
+def test_empty_weights_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(config_of(tmp_path)), "--set", "teacher.weights="]
+    assert main(arguments, program=["launch_distill.py"]) == 2
+    assert "teacher.weights = '' is empty" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from unikd_fast.config.section import Fraction, HueShift, NonNegative, Positive, PositiveInt, Section
+from unikd_fast.config.section import Fraction, HueShift, NonNegative, Positive, PositiveInt, Section, Text
 
 
 class AugmentationConfig(Section):
@@ -59,7 +59,7 @@ class DataConfig(Section):
     name: Literal["digits", "cifar100", "image_folder", "imagenet", "packed", "webdataset", "synthetic", "fine_grained"]
     """digits ships with scikit-learn; cifar100, image folders, packed stores (unikd-data pack) and the tar files of
     webdataset are read from root; synthetic and fine_grained are generated."""
-    root: str | None = None
+    root: Text | None = None
     """Folder of the data set; environment variables are written ${IMAGENET_ROOT}."""
     loader: Literal["auto", "device", "dali", "torchvision"] = "auto"
     """device: tensors that live on the device, augmented by gathers; dali: files decoded by NVIDIA DALI, on the GPU if

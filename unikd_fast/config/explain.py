@@ -23,6 +23,8 @@ def _explain_one(item: Any, model: type[BaseModel]) -> str:
         return f"{path} is required and not set"
     if kind == "value_error":
         return str(context.get("error", item["msg"]))
+    if kind == "string_pattern_mismatch":
+        return f"{path} = {value!r} is empty, perhaps by a variable that is not set; give a value, or leave the key out"
     allowed = item["msg"].replace("Input should be", "allowed:").replace("Input should", "it should")
     return f"{path} = {value!r} is not valid; {allowed}"
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from unikd_fast.config.section import Fraction, Positive, PositiveInt, Section
+from unikd_fast.config.section import Fraction, Positive, PositiveInt, Section, Text
 
 
 class TeacherTraining(Section):
@@ -34,7 +34,7 @@ class TeacherCache(Section):
 
     mode: Literal["off", "read", "read_write"] = "off"
     """off; read: a finished cache; read_write: what is missing is built before training, by all processes."""
-    dir: str = "caches/{name}-{method}-seed{seed}"
+    dir: Text = "caches/{name}-{method}-seed{seed}"
     """Folder of one cache. {name} is the configuration file's name, {method} and {seed} are the run's: methods store
     different outputs, and seeds show different views."""
     views: PositiveInt | None = None
@@ -64,9 +64,9 @@ class TeacherCache(Section):
 class TeacherConfig(Section):
     """The frozen network the student learns from."""
 
-    model: str
+    model: Text
     """torchvision/<name>, timm/<name> or cifar/<name>."""
-    weights: str | None = None
+    weights: Text | None = None
     """A file, a torchvision or timm weight identifier, or "random" to allow a teacher that knows nothing (smoke runs,
     benchmarks). null needs teacher.training. Environment variables are written ${CIFAR100_TEACHERS}."""
     training: TeacherTraining | None = None
@@ -83,16 +83,16 @@ class TeacherConfig(Section):
     """Comparison of the teacher with itself in fp32, before training."""
     cache: TeacherCache = TeacherCache()
     """The teacher's outputs, stored on disk."""
-    feature_nodes: tuple[str, ...] | None = None
+    feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
 
 
 class StudentConfig(Section):
     """The network that is trained."""
 
-    model: str
+    model: Text
     """torchvision/<name>, timm/<name> or cifar/<name>."""
-    weights: str | None = None
+    weights: Text | None = None
     """Weights to start from: a file or an identifier; null: random."""
-    feature_nodes: tuple[str, ...] | None = None
+    feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""

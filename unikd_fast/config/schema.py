@@ -10,7 +10,7 @@ from pydantic import Field
 from unikd_fast.config.data import AugmentationConfig, DataConfig, MixingConfig
 from unikd_fast.config.distill import DistillConfig
 from unikd_fast.config.networks import StudentConfig, TeacherCache, TeacherConfig, TeacherFidelity, TeacherTraining
-from unikd_fast.config.section import Positive, PositiveInt, Section
+from unikd_fast.config.section import Positive, PositiveInt, Section, Text
 from unikd_fast.config.training import LossConfig, TrainConfig
 
 # Every section is to be had here, wherever it stands.
@@ -35,7 +35,7 @@ __all__ = [
 class RunConfig(Section):
     """Where a run writes and how often."""
 
-    dir: str = "runs/{name}-{hash}"
+    dir: Text = "runs/{name}-{hash}"
     """Run folder. {name} is the configuration file's name, {hash} a digest of the resolved configuration, so that the
     same experiment always meets its own folder and another one never does."""
     nodes: PositiveInt | None = None
@@ -81,7 +81,7 @@ class CompareConfig(Section):
 class Config(Section):
     """One experiment."""
 
-    json_schema: str | None = Field(default=None, alias="$schema")
+    json_schema: Text | None = Field(default=None, alias="$schema")
     """Path of the exported JSON schema, for editors."""
     run: RunConfig = RunConfig()
     """Where the run writes and how often."""

@@ -138,7 +138,7 @@ def _folders(options: argparse.Namespace) -> list["CacheFolder"]:
     """The folder that is given, or those of the configuration's runs."""
     if options.set and options.config is None:
         raise ConfigError("--set changes a configuration, and a folder needs none; leave it out or give --config")
-    paths = [Path(options.folder)] if options.folder else [cache_dir(config) for *_, config in _runs(options)]
+    paths = [cache_dir(config) for *_, config in _runs(options)] if options.folder is None else [Path(options.folder)]
     from unikd_fast.teacher.cache import CacheFolder
 
     return [CacheFolder.open(path) for path in dict.fromkeys(paths)]

@@ -18,7 +18,7 @@ def build_network(
     """
     section = config.student if role == "student" else config.teacher
     assert section is not None
-    weights = expand_weights(role, section.weights) if with_weights and section.weights else None
+    weights = expand_weights(role, section.weights) if with_weights and section.weights is not None else None
     model = build_model(section.model, num_classes=splits.num_classes, weights=weights, role=role)
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
