@@ -221,8 +221,8 @@ def check_labels(function: str, labels: Tensor, logits: Tensor, ignore_index: in
     _check_rows(function, "labels", labels, logits)
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    classes = logits.shape[-1]
-    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    classes, values = logits.shape[-1], labels.long()  # small integers would be compared in their own type, wrapped
+    wrong = values[(values != ignore_index) & ((values < 0) | (values >= classes))]
     if wrong.numel() > 0:
         raise ValueError(
             f"{function}: labels must lie in [0, {classes}) or be ignore_index {ignore_index}, got {wrong[0].item()}; "

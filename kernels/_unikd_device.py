@@ -27,8 +27,9 @@ def _labelled_rows(labels_ptr, N, ignore_index):
     count = 0
     for start in range(0, N, 1024):
         at = start + tl.arange(0, 1024)
-        label = tl.load(labels_ptr + at, mask=at < N, other=ignore_index)
-        count += tl.sum((label != ignore_index).to(tl.int32), axis=0)
+        # Nothing but 0 may stand in for a label: -100 would wrap round in the type of small ones.
+        label = tl.load(labels_ptr + at, mask=at < N, other=0).to(tl.int64)
+        count += tl.sum(((at < N) & (label != ignore_index)).to(tl.int32), axis=0)
     return tl.maximum(count, 1).to(tl.float32)
 
 
@@ -176,7 +177,7 @@ def unikd_kernel(
                 labelled = live
                 wrong = rows < 0
             else:
-                label = tl.load(labels_ptr + rows, mask=live, other=ignore_index).to(tl.int64)
+                label = tl.load(labels_ptr + rows, mask=live, other=0).to(tl.int64)
                 labelled = live & (label != ignore_index)
                 wrong = labelled & ((label < 0) | (label >= K))
                 target = label[:, None]

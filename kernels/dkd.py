@@ -43,6 +43,7 @@ from unikd_fast.kernels._launch import (
     rows_of,
     strides,
 )
+from unikd_fast.kernels.reference import is_ignored
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def _dkd_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = rows < N
-        label = tl.load(labels_ptr + rows, mask=inside, other=ignore_index).to(tl.int64)
+        label = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
         live = inside & (label != ignore_index)
         wrong = live & ((label < 0) | (label >= K))
         target = tl.where(live & (wrong == 0), label, 0)[:, None]
@@ -278,7 +279,7 @@ def fused_dkd(
     value, tensor = 1.0, None
     if reduction in ("batchmean", "mean"):
         # The rows kept are those with a label; counting them stays on the device.
-        value, tensor = normalizer_of(student_logits, reduction, labels == ignore_index, normalizer)
+        value, tensor = normalizer_of(student_logits, reduction, is_ignored(labels, ignore_index), normalizer)
     weights = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
     (loss,) = _loss(
         (student_logits, teacher_logits, scale, labels, tensor, *weights),

@@ -158,7 +158,7 @@ def cross_entropy(
     total = F.cross_entropy(
         rows, labels.reshape(-1).long(), label_smoothing=label_smoothing, ignore_index=ignore_index, reduction="sum"
     )
-    return total / ((labels != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
+    return total / ((~is_ignored(labels, ignore_index)).sum().clamp(min=1) if normalizer is None else normalizer)
 
 
 def gaussian_anchor(
@@ -214,6 +214,11 @@ def reduce_rows(
     else:
         kept = max(rows.numel(), 1) if ignore_mask is None else (~ignore_mask).sum().clamp(min=1)
     return total / (kept * classes if reduction == "mean" else kept)
+
+
+def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Tell which labels are `ignore_index`; compared in the labels' own type, uint8 say, -100 would wrap to 156."""
+    return labels.long() == ignore_index
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unikd_fast.kernels.reference import at_least_fp32, reduce_rows
+from unikd_fast.kernels.reference import at_least_fp32, is_ignored, reduce_rows
 from unikd_fast.kernels.reference_divergences import kl_rows, standardize
 
 
@@ -42,12 +42,12 @@ def dkd(
         normalizer: what "batchmean" and "mean" divide by in place of the number of rows kept.
     """
     student, teacher = at_least_fp32(student_logits), at_least_fp32(teacher_logits)
-    ignored = labels == ignore_index
+    ignored = is_ignored(labels, ignore_index)
     student = student.masked_fill(ignored[..., None], 0.0)
     teacher = teacher.masked_fill(ignored[..., None], 0.0)
     if standardized:
         student, teacher = standardize(student), standardize(teacher)
-    target = labels.masked_fill(ignored, 0).long()[..., None]
+    target = labels.long().masked_fill(ignored, 0)[..., None]
     classes = torch.arange(student.shape[-1], device=student.device)
     is_target = classes == target
     binary, others = [], []

@@ -25,6 +25,7 @@ from unikd_fast.kernels._launch import (
     ticket,
 )
 from unikd_fast.kernels._unikd_device import unikd_kernel
+from unikd_fast.kernels.reference import is_ignored
 
 # Up to so many labels each program counts the labelled rows itself, which is cheaper than another launch.
 COUNTED_IN_KERNEL = 4096
@@ -81,7 +82,7 @@ def _launch(
     row_normalizer = ce_normalizer = normalizer_or_rows(normalizer_value, normalizer, rows)
     count = not soft and normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:
-        count, ce_normalizer = False, (labels != ignore_index).sum().clamp(min=1)
+        count, ce_normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
     partial = None
     if outputs[0] is not None:
         partial = torch.empty((4, 2 * MAX_PROGRAMS), dtype=torch.float32, device=s.device)

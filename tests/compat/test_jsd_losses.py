@@ -86,6 +86,11 @@ class TestLigerJSD:
         labels = torch.full((N,), -100)
         assert LigerJSD()(unnormalised(1), unnormalised(2), labels).item() == 0
 
+    def test_small_integer_labels(self) -> None:
+        """156 is what -100 wraps round to in uint8."""
+        labels, log_q, log_p = torch.tensor([156, 0, 1, 156, 2, 3]), unnormalised(1), unnormalised(2)
+        assert torch.equal(LigerJSD()(log_q, log_p, labels.to(torch.uint8)), LigerJSD()(log_q, log_p, labels))
+
     @pytest.mark.parametrize("beta", [0.0, 0.5])
     def test_a_class_that_is_impossible_for_both_adds_0(self, beta: float) -> None:
         log_q = torch.tensor([[0.0, 1.0, -math.inf]]).double().log_softmax(-1).requires_grad_()
@@ -119,6 +124,13 @@ class TestTRL:
             randn(2, 3, K, seed=1),
             randn(2, 3, K, seed=2),
         )
+
+    def test_small_integer_labels(self) -> None:
+        """156 is what -100 wraps round to in uint8."""
+        s, t = randn(2, 3, K, seed=1), randn(2, 3, K, seed=2)
+        labels = torch.tensor([[156, 1, 2], [3, 156, 4]])
+        small = generalized_jsd_loss(s, t, labels.to(torch.uint8))
+        assert torch.equal(small, generalized_jsd_loss(s, t, labels))
 
     @pytest.mark.parametrize("beta", BETAS)
     def test_without_labels_the_batch_divides_and_not_the_tokens(self, beta: float) -> None:

@@ -20,7 +20,7 @@ from kernel_inputs import (
 from numerics import relative_error
 from torch import Tensor
 
-from unikd_fast import unikd_loss
+from unikd_fast import dkd_loss, unikd_loss
 from unikd_fast.kernels.unikd_loss import COUNTED_IN_KERNEL, fused_unikd_loss
 
 pytestmark = quiet
@@ -68,6 +68,42 @@ def test_ignored_labels() -> None:
     assert terms.total.item() == terms.ce.item() == 0
     assert student.grad is not None
     assert (student.grad == 0).all()
+
+
+# Where -100 and 255 wrap round in the labels' dtype to a class, or to what is no class.
+SMALL_LABELS = [(torch.uint8, -100), (torch.uint8, 255), (torch.int8, 255), (torch.int8, -100), (torch.uint16, -100)]
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize(("dtype", "ignore_index"), SMALL_LABELS, ids=str)
+@pytest.mark.parametrize("loss", ["unikd_loss", "dkd_loss"])
+def test_small_integer_labels(loss: str, dtype: torch.dtype, ignore_index: int, impl: str) -> None:
+    """They mean what they mean in int64; classes 156 and 155 are what -100 and -101 wrap round to."""
+
+    def compute(labels: Tensor) -> list[Tensor]:
+        student, teacher = randn(5, 200, seed=1, grad=True), randn(5, 200, seed=2)
+        chosen: dict[str, Any] = {"ignore_index": ignore_index, "impl": impl}
+        if loss == "dkd_loss":
+            y = dkd_loss(student, teacher, labels, **chosen)
+        else:
+            y = unikd_loss(student, teacher, labels, beta=0, **chosen).total
+        return [y.detach(), *torch.autograd.grad(y, student)]
+
+    labels = torch.tensor([3, 7, 100, 0, 9] if dtype == torch.int8 else [3, 156, 155, 0, 9], device=DEVICE)
+    if ignore_index == 255 and dtype == torch.uint8:
+        labels[3] = 255
+    for a, b in zip(compute(labels.to(dtype)), compute(labels), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [5, COUNTED_IN_KERNEL + 1])
+def test_cross_entropy_of_small_integer_labels(rows: int) -> None:
+    """Against PyTorch's own: rows past the last one once counted as labelled."""
+    student, labels = randn(rows, 10, seed=1), torch.arange(rows, device=DEVICE) % 10
+    expected = torch.nn.functional.cross_entropy(student, labels)
+    for dtype, ignore_index in ((torch.uint8, -100), (torch.int8, 255), (torch.int16, 65535)):
+        ce = unikd_loss(student, student, labels.to(dtype), ignore_index=ignore_index, impl="fused").ce
+        torch.testing.assert_close(ce, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unikd_fast.compat._kl_div import jsd_terms
-from unikd_fast.kernels.reference import at_least_fp32
+from unikd_fast.kernels.reference import at_least_fp32, is_ignored
 
 
 class LigerKLDIVLoss(nn.KLDivLoss):
@@ -103,7 +103,7 @@ class LigerJSD(nn.Module):
             raise ValueError(
                 f"LigerJSD: shift_labels must be ({log_q.shape[0]},), one per row, got {tuple(shift_labels.shape)}"
             )
-        ignored = shift_labels == self.ignore_index
+        ignored = is_ignored(shift_labels, self.ignore_index)
         # Before the arithmetic: what is ignored may be NaN. Two equal rows differ by exactly 0.
         student, teacher = (x.masked_fill(ignored[:, None], 0.0) for x in (student, teacher))
         terms = jsd_terms(student, teacher, self.beta).masked_fill(ignored[:, None], 0.0)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unikd_fast.compat._kl_div import jsd_terms
-from unikd_fast.kernels.reference import at_least_fp32
+from unikd_fast.kernels.reference import at_least_fp32, is_ignored
 from unikd_fast.losses import softmax_kl
 
 
@@ -38,7 +38,7 @@ def generalized_jsd_loss(
     Raises:
         ValueError: what `softmax_kl` refuses: beta outside of [0, 1], where TRL gives NaN, among them.
     """
-    mask = labels == -100 if labels is not None else None
+    mask = is_ignored(labels, -100) if labels is not None else None
     if num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean"):
         log_q, log_p = (F.log_softmax(at_least_fp32(x) / temperature, dim=-1) for x in (student_logits, teacher_logits))
         terms = jsd_terms(log_q, log_p, beta)
