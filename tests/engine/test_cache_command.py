@@ -135,7 +135,7 @@ def test_errors_are_one_line_with_their_exit_code(tmp_path: Path, command: Comma
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (OSError(5, "Input/output error", "shard-00001.bin"), 4)]
+    ("error", "code"), [(KeyboardInterrupt(), 130), (OSError(5, "Input/output error", "shard-00001.bin"), 1)]
 )
 def test_ctrl_c_and_a_broken_disk_give_no_traceback(
     built: Path, command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int

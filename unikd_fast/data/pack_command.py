@@ -5,8 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from unikd_fast.data.packed import PackError, PackSettings, StoreManifest, pack_folder, read_manifest, verify_store
+from unikd_fast.command import run_command
+from unikd_fast.data.packed import PackSettings, StoreManifest, pack_folder, read_manifest, verify_store
 from unikd_fast.data.packed.records import DEFAULT_QUALITY, DEFAULT_SHARD_BYTES
+from unikd_fast.errors import ConfigError
 
 _FAULTS_SHOWN = 20
 
@@ -23,15 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0
     """
     options = _parser().parse_args(arguments)
-    try:
-        code: int = options.run(options)
-    except PackError as error:
-        return _complain(error, 1)
-    except (ValueError, OSError) as error:
-        return _complain(error, 2)
-    except KeyboardInterrupt:
-        return _complain("stopped; run the same again, finished shards are kept", 130)
-    return code
+
+    def body() -> int:
+        try:
+            code: int = options.run(options)
+        except (ValueError, FileNotFoundError, NotADirectoryError) as error:  # also a DataError of an image
+            raise ConfigError(str(error)) from error
+        return code
+
+    return run_command("unikd-data", body, stopped="stopped; run the same again, finished shards are kept")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,11 +125,6 @@ def _summary(store: Path, manifest: StoreManifest) -> str:
             f"  {name}: {part.count} images, {sum(part.shard_bytes)} bytes in {len(part.shard_bytes)} files{left_out}"
         )
     return "\n".join(lines)
-
-
-def _complain(error: Exception | str, code: int) -> int:
-    print(f"unikd-data: error: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unikd_fast.command import run_command
 from unikd_fast.config import Config, ConfigError, config_hash, load_config, run_configs
 from unikd_fast.config.load import cache_dir, override
-from unikd_fast.data.roots import check_root
-from unikd_fast.errors import CacheError, RunError
+from unikd_fast.engine.paths import check_paths
+from unikd_fast.errors import CacheError
 
 if TYPE_CHECKING:
     from unikd_fast.engine.processes import Processes
@@ -32,15 +32,7 @@ _CONFIG = "experiment, a JSON file; see configs/"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit code; ``--help`` describes them."""
     options = _parser().parse_args(arguments)
-    try:
-        code: int = options.run(options)
-    except RunError as error:
-        return _complain(error, error.exit_code)
-    except OSError as error:  # of a folder: no permission, a broken disk
-        return _complain(error, CacheError.exit_code)
-    except KeyboardInterrupt:
-        return _complain("stopped by Ctrl-C", 130)
-    return code
+    return run_command("unikd-cache", lambda: options.run(options))
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -52,7 +44,7 @@ def _build(options: argparse.Namespace) -> int:
                 "teacher.weights is not set and teacher.training is: the run trains its teacher itself, and builds the "
                 "cache then, with teacher.cache.mode = 'read_write'; to build it beforehand, give teacher.weights"
             )
-    _check_data(runs)
+    _check_paths(runs)
     processes = _start_processes()
     from unikd_fast.engine.cache_launch import build_caches
 
@@ -81,7 +73,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     runs = _runs(options)
-    _check_data(runs)
+    _check_paths(runs)
     first, seeds = runs[0][1], len({seed for _, seed, _ in runs})
     distinct: dict[str, tuple[str, Config]] = {}  # neither labels nor seeds cost anything
     for label, seed, config in runs:
@@ -118,12 +110,9 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, int, Config]]:
     return runs
 
 
-def _check_data(runs: Sequence[tuple[str, int, Config]]) -> None:
+def _check_paths(runs: Sequence[tuple[str, int, Config]]) -> None:
     for *_, config in runs:
-        try:
-            check_root(config.data.name, config.data.root)
-        except (ValueError, OSError) as error:
-            raise ConfigError(str(error)) from error
+        check_paths(config)
 
 
 def _start_processes() -> "Processes":
@@ -148,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unikd-cache",
         description="The teacher's outputs on disk (teacher.cache in a configuration).",
-        epilog="exit codes: 0 done; 2 the configuration is not usable; 4 the cache is damaged, incomplete or another "
-        "run's; 128 + n stopped by signal n",
+        epilog="exit codes: 0 done; 1 a file cannot be read or written; 2 the configuration is not usable; 4 the cache "
+        "is damaged, incomplete or another run's; 128 + n stopped by signal n",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -200,13 +189,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=run)
     return parser
-
-
-def _complain(error: Exception | str, code: int) -> int:
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # the first process speaks for all, if it failed too; see launch_distill.py
-    print(f"unikd-cache: error: {error}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

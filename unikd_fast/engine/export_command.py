@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from unikd_fast.command import run_command
 from unikd_fast.config import ConfigError
 from unikd_fast.engine.export_run import read_run
 from unikd_fast.errors import RunError
@@ -23,18 +24,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports one student and returns the exit code; ``--help`` describes the options."""
     options = _parser().parse_args(arguments)
-    try:
-        print(_export(options), flush=True)
-    except RunError as error:
-        return _complain(error, error.exit_code)
-    except OSError as error:  # of a folder: no permission, a full disk
-        return _complain(error, RunError.exit_code)
-    except KeyboardInterrupt:
-        return _complain("stopped by Ctrl-C", 130)
-    return 0
+    return run_command("unikd-export", lambda: _export(options))
 
 
-def _export(options: argparse.Namespace) -> str:
+def _export(options: argparse.Namespace) -> int:
     """Does it, and says what in a line."""
     run, target = Path(options.run), Path(options.to)
     config = read_run(run)
@@ -73,10 +66,11 @@ def _export(options: argparse.Namespace) -> str:
         else f"for images of {images.shape[-1]} pixels; logits differ by at most {agreement.difference:.1e} of their "
         f"size ({agreement.allowed:.1e} allowed)"
     )
-    return (
+    print(
         f"{target}: {student.name} of {run} from {weights.origin}; {student.num_classes} classes, "
         f"{parameter_count(student.network):,} parameters, {size / 2**20:.2f} MiB, {file_format.title} {compared}"
     )
+    return 0
 
 
 def _refuse(run: Path, target: Path, *, force: bool) -> None:
@@ -171,11 +165,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
-
-
-def _complain(error: Exception | str, code: int) -> int:
-    print(f"unikd-export: error: {error}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

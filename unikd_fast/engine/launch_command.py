@@ -7,13 +7,12 @@ torchrun's ``-m`` and deepspeed's ``--module``.
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 
-from unikd_fast.config import load_config
-from unikd_fast.data.roots import check_root, expand_weights
+from unikd_fast.command import run_command
+from unikd_fast.config import ConfigError, load_config
+from unikd_fast.engine.paths import check_paths
 from unikd_fast.engine.supervise import supervise
-from unikd_fast.errors import LostProcess, RunError
 
 # Before torch is loaded. OpenMP's threads spin for milliseconds when they wait for each other; where another process
 # shares the cores, that costs two orders of magnitude (two runs on 2 cores: 1 s instead of 9 ms for a forward pass).
@@ -41,33 +40,28 @@ def main(arguments: Sequence[str] | None = None, *, program: Sequence[str] = _MO
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command("launch_distill", lambda: _launch(options, program, given))
+
+
+def _launch(options: argparse.Namespace, program: Sequence[str], given: Sequence[str]) -> int:
     if options.max_restarts:
-        given = sys.argv[1:] if arguments is None else arguments
         return _supervised(program, given, options.max_restarts)
-    try:
-        config = load_config(options.config, options.set)
-        check_root(config.data.name, config.data.root)
-        for role, network in (("student", config.student), ("teacher", config.teacher)):
-            if network is not None and network.weights is not None:
-                expand_weights(role, network.weights)
-    except (RunError, ValueError, FileNotFoundError) as error:
-        return _complain(error, 2)
+    config = load_config(options.config, options.set)
+    check_paths(config)
     # Only now torch and DeepSpeed: a wrong configuration or a missing folder is refused within a second.
     from unikd_fast.engine.launch import launch
 
-    try:
-        launch(config, resume=options.resume == "auto", dry_run=options.dry_run)
-    except RunError as error:
-        return _complain(error, error.exit_code)
+    launch(config, resume=options.resume == "auto", dry_run=options.dry_run)
     return 0
 
 
 def _supervised(program: Sequence[str], arguments: Sequence[str], restarts: int) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        text = (
+        raise ConfigError(
             f"--max-restarts {restarts} under torchrun, which restarts by itself: torchrun --max-restarts {restarts} "
+            "... launch_distill.py ... --resume auto"
         )
-        return _complain(ValueError(f"{text}... launch_distill.py ... --resume auto"), 2)
     own: list[str] = []
     for argument in arguments:
         if own and own[-1] == "--max-restarts":
@@ -75,14 +69,6 @@ def _supervised(program: Sequence[str], arguments: Sequence[str], restarts: int)
         elif not argument.startswith("--max-restarts="):
             own.append(argument)
     return supervise([sys.executable, *program, *own], restarts)
-
-
-def _complain(error: Exception, code: int) -> int:
-    if os.environ.get("RANK", "0") != "0" and not isinstance(error, LostProcess):
-        # The first process speaks for all, and its launcher then ends this one. If it did not fail, this one speaks.
-        time.sleep(10)  # on a busy machine the first may be that late
-    print(f"launch_distill: error: {error}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unikd_fast.report.records import RunFileError
+from unikd_fast.command import run_command
+from unikd_fast.errors import RunError
 from unikd_fast.report.runs import Found, find_runs, group_runs
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 _LISTED = 8
 
 
-class ReportError(ValueError):
+class ReportError(RunError, ValueError):
     """The arguments do not fit; the message says what to change."""
+
+    exit_code = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,15 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0
     """
     options = _parser().parse_args(arguments)
-    try:
-        refuse_target(options.to, force=options.force)
-        print(write_report(find_runs(options.runs), options.to, title=options.title, force=options.force))
-    except (ReportError, RunFileError) as error:
-        return _complain(error, 2)
-    except OSError as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain("stopped by Ctrl-C", 130)
+    return run_command("unikd-report", lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    refuse_target(options.to, force=options.force)
+    print(write_report(find_runs(options.runs), options.to, title=options.title, force=options.force))
     return 0
 
 
@@ -149,11 +149,6 @@ def _title(found: Found) -> str:
     students = [run for run in found.runs if not run.is_teacher] or list(found.runs)
     named = dict.fromkeys(f"{(run.config.get('data') or {}).get('name')}: {run.result['model']}" for run in students)
     return ", ".join(named)
-
-
-def _complain(error: object, code: int) -> int:
-    print(f"unikd-report: error: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

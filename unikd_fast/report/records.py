@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unikd_fast.errors import RunError
+
 METRICS = "metrics.jsonl"
 
 
-class RunFileError(ValueError):
+class RunFileError(RunError, ValueError):
     """A file of a run folder is damaged, or of another kind; the message says which and what to do."""
+
+    exit_code = 2
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from unikd_fast.command import run_command
 from unikd_fast.config import ConfigError
-from unikd_fast.report.command import ReportError
-from unikd_fast.report.records import RunFileError
+from unikd_fast.errors import Interrupted, RunError
 from unikd_fast.reproduce.attempts import estimate_s, wall_s
 from unikd_fast.reproduce.cells import TABLES, Cell, Table, student_cells, teacher_cells
 from unikd_fast.reproduce.digits import stand_in
@@ -23,9 +23,6 @@ from unikd_fast.reproduce.plan import Run, Teachers, plan_runs, teachers_environ
 from unikd_fast.reproduce.requirements import missing_requirements
 from unikd_fast.reproduce.study_page import study_markdown
 from unikd_fast.reproduce.study_statistics import read_study, study_json
-
-_FAILED = 1
-_WRONG = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,14 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0
     """
     options = _parser().parse_args(arguments)
-    try:
-        return _reproduce(options)
-    except (ConfigError, RunFileError, ReportError) as error:
-        return _complain(error, _WRONG)
-    except OSError as error:
-        return _complain(error, _FAILED)
-    except KeyboardInterrupt:
-        return _complain("stopped by Ctrl-C", 130)
+    return run_command("unikd-reproduce", lambda: _reproduce(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +92,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(_listing(runs, out))
     if lacking:
-        return _complain("\n\n".join([f"{table.name} cannot run yet", *lacking]), _WRONG)
+        raise ConfigError("\n\n".join([f"{table.name} cannot run yet", *lacking]))
     if options.dry_run:
         return 0
     write_configs(waiting)
@@ -116,13 +106,13 @@ def _reproduce(options: argparse.Namespace) -> int:
         _write(home / "study.md", study_markdown(study))
     print(f"\n{overviews(ledger)}\n\nledger: {home / 'ledger.md'}, {home / 'ledger.json'}", flush=True)
     if number:
-        return _complain("stopped; start it again to continue", 128 + number)
+        raise Interrupted(number, "stopped; start it again to continue")
     # Only now matplotlib, and what the page needs beside it.
     page = write_page(table, student_cells(table, range(options.seeds)), out, home / "report.html")
     if page is not None:
         print(f"page: {page}", flush=True)
     if failed:
-        return _complain(f"{len(failed)} runs failed\n\n{describe_failures(failed)}", _FAILED)
+        raise RunError(f"{len(failed)} runs failed\n\n{describe_failures(failed)}")
     return 0
 
 
@@ -201,11 +191,6 @@ def _jobs(text: str) -> int | None:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
-
-
-def _complain(error: object, code: int) -> int:
-    print(f"unikd-reproduce: error: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

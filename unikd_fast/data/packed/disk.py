@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from unikd_fast.errors import RunError
+
 # EDQUOT: a user's quota; EFBIG: a file size limit of the process (ulimit -f).
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class PackError(RuntimeError):
+class PackError(RunError, RuntimeError):
     """Packing cannot go on, for no fault of the images; the message says what to do."""
 
 

@@ -1,0 +1,136 @@
+"""Where errors become messages: every command runs its body here.
+
+What the user can act on ends as one line on standard error and an exit code; anything else is a fault of ours and keeps
+its traceback.
+"""
+
+import atexit
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from unikd_fast.errors import LostProcess, RunError
+
+_FIRST_SPEAKS_S = 10.0
+"""How much later than the others the first process may speak on a busy machine."""
+
+
+def run_command(name: str, body: Callable[[], int], *, stopped: str = "stopped by Ctrl-C") -> int:
+    """Run a command and return its exit code; a failure is one line on standard error.
+
+    Of the processes of a launcher the first speaks for all; another one speaks if the first has not ended the run
+    meanwhile. Where nobody reads the output any more (``| head``), nothing is said.
+
+    Args:
+        name: the command, as the user types it.
+        body: does the work and returns the exit code.
+        stopped: what to say after Ctrl-C.
+
+    Returns:
+        The body's code; that of a `RunError`; 1 for an `OSError`; 130 after Ctrl-C, also after a second one that broke
+        the way out; 141 where nobody reads the output.
+
+    Example:
+        >>> run_command("unikd-export", lambda: 0)
+        0
+    """
+    code, message = 0, None
+    try:
+        try:
+            code = body()
+            _flush_output()
+        except Exception as error:
+            if _was_interrupted(error):
+                raise KeyboardInterrupt from None
+            if isinstance(error, BrokenPipeError) and _without_reader(sys.stdout, sys.stderr):
+                code = 128 + signal.SIGPIPE
+            elif isinstance(error, RunError):
+                code, message = error.exit_code, str(error)
+            elif isinstance(error, OSError):
+                code, message = RunError.exit_code, describe_os_error(error)
+            else:
+                raise
+            if message is not None and not _is_first() and not isinstance(error, LostProcess):
+                time.sleep(_FIRST_SPEAKS_S)
+    except KeyboardInterrupt:
+        # Ctrl-C reaches all processes of a terminal, so the first has it too.
+        code, message = 128 + signal.SIGINT, stopped if _is_first() else None
+        # One more while Python shuts down ends it at once, in place of a traceback.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    if message is not None:
+        with contextlib.suppress(OSError):
+            print(f"{name}: error: {message}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        _discard_unwritable(stream)
+    return code
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the path and what the system says of it.
+
+    Example:
+        >>> describe_os_error(OSError(28, "No space left on device", "/runs/a/config.json"))
+        '/runs/a/config.json: No space left on device'
+    """
+    if error.errno is None:
+        return str(error)
+    paths = [
+        os.fsdecode(path) if isinstance(path, bytes) else str(path)
+        for path in (error.filename, error.filename2)
+        if path is not None
+    ]
+    said = error.strerror or os.strerror(error.errno)
+    return f"{' -> '.join(paths)}: {said}" if paths else said
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C came before the error: a lock whose waiting it broke cannot be released, and says only that."""
+    following: list[BaseException] = [error]
+    seen: set[int] = set()
+    while following:
+        one = following.pop()
+        if isinstance(one, KeyboardInterrupt):
+            return True
+        seen.add(id(one))
+        following += [
+            other for other in (one.__cause__, one.__context__) if other is not None and id(other) not in seen
+        ]
+    return False
+
+
+def _flush_output() -> None:
+    """Raise here, and not while Python shuts down, where what was printed cannot be written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _without_reader(*streams: TextIO) -> bool:
+    """Whether one of them is a pipe whose other end is closed."""
+    poll = select.poll()
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError):  # not a file, as in a notebook
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _discard_unwritable(stream: TextIO) -> None:
+    """What cannot be written must not fail once more while Python shuts down, with exit code 120."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
