@@ -10,6 +10,7 @@ import pytest
 
 from unikd_fast.errors import ConfigError, FileError
 from unikd_fast.io import (
+    append_line,
     make_folder,
     naming,
     new_file,
@@ -188,3 +189,24 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 4
     remove_leftovers(tmp_path)
     assert names(tmp_path) == {"kept", ".kept.tmp"}
+
+
+def test_lines_are_appended_whole(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    append_line(log, "one")
+    log.write_bytes(log.read_bytes() + b"cut")
+    append_line(log, "zwölf")
+    assert log.read_text() == "one\ncut\nzwölf\n"
+    (tmp_path / "link").symlink_to(log)
+    with pytest.raises(FileError, match="link, which is not followed"):
+        append_line(tmp_path / "link", "three")
+    assert log.read_text() == "one\ncut\nzwölf\n"
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_line_without_room_leaves_no_half(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    append_line(log, "x" * 1000)
+    with pytest.raises(FileError, match=r"log cannot be written: File too large, .*make room"):
+        append_line(log, "y" * 1000)
+    assert log.read_text() == "x" * 1000 + "\n"

@@ -101,6 +101,26 @@ def new_path(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
+def append_line(path: Path, text: str) -> None:
+    """Append a line to a file, and make it where it is missing; if this raises, the file is as it was.
+
+    A line that a kill cut off before is ended first.
+
+    Raises:
+        FileError: see `open_own`, or the disk is full.
+    """
+    with open_own(path, append=True) as file, naming(path):
+        size = os.fstat(file.fileno()).st_size
+        ends = size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n"
+        left = memoryview((("" if ends else "\n") + text + "\n").encode())
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+
+
 def open_own(path: Path, *, append: bool = False) -> BinaryIO:
     """Open a file that is kept open, a lock or a log, and make it where it is missing; never through a link.
 
@@ -110,6 +130,11 @@ def open_own(path: Path, *, append: bool = False) -> BinaryIO:
     Raises:
         FileError: it cannot be opened, or is a link (hard or symbolic) or not a regular file.
     """
+    return cast(BinaryIO, os.fdopen(own_descriptor(path, append=append), "ab+" if append else "r+b", buffering=0))
+
+
+def own_descriptor(path: Path, *, append: bool = False) -> int:
+    """Open a file as `open_own` does; the caller closes the descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_APPEND if append else 0)
     with naming(path):
         descriptor = os.open(path, flags, 0o666)
@@ -118,7 +143,7 @@ def open_own(path: Path, *, append: bool = False) -> BinaryIO:
             os.close(descriptor)
             what = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
             raise FileError(f"{path} {what}, and would be written to; remove it")
-        return cast(BinaryIO, os.fdopen(descriptor, "ab" if append else "r+b", buffering=0))
+        return descriptor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -186,10 +211,15 @@ def free_bytes(folder: Path) -> int:
     return room.f_bavail * room.f_frsize
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is what a killed process left of one it wrote."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left of files they wrote in a folder; the caller excludes other writers."""
     for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
+        if is_leftover(path.name):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

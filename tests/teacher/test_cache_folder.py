@@ -154,9 +154,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_creation_that_was_killed_is_done_again(tmp_path: Path) -> None:
-    for name in ("create.lock", "sample_ids.npy", "sample_ids.npy.tmp", "manifest.json.tmp"):
+    left = [f".{name}.0123456789abcdef.tmp" for name in ("sample_ids.npy", "manifest.json")]
+    for name in ("create.lock", "sample_ids.npy", *left):
         (tmp_path / name).write_bytes(b"half")
     assert torch.equal(decoded(build_all(tmp_path), [7]), logits([7]))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"], ids=["empty", "cut", "list", "bytes"])

@@ -27,7 +27,8 @@ def test_the_room_of_a_shard_is_claimed_before_the_first_record(
     with monkeypatch.context() as patch:
         patch.setattr("os.posix_fallocate", full)
         with pytest.raises(
-            CacheError, match=r"shard-00002\.partial cannot be written \(No space left.*: 240 bytes needed"
+            CacheError,
+            match=r"shard-00002\.partial cannot be written: No space left.* MiB are free .*240 bytes are",
         ):
             folder.claim(2)
     assert list(tmp_path.glob("shard-*")) == []
@@ -50,7 +51,7 @@ def test_a_disk_that_fills_up_while_writing_loses_nothing(tmp_path: Path, monkey
         monkeypatch.setattr("os.pwrite", half_then_full)
         writer.write([0], payloads([0]))
         with pytest.raises(
-            CacheError, match=r"shard-00000\.partial cannot be .*: 20 bytes needed, \d+ free .* is kept"
+            CacheError, match=r"shard-00000\.partial cannot be .*20 bytes are needed; what is written is kept"
         ):
             writer.write([1, 2], payloads([1, 2]))
     monkeypatch.setattr("os.pwrite", write)
@@ -67,12 +68,12 @@ def test_a_build_that_cannot_end_is_refused(tmp_path: Path, monkeypatch: pytest.
         folder.require_room()
 
 
-def test_other_errors_of_the_disk_pass_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_the_disk_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("os.posix_fallocate", broken)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(CacheError, match=r"shard-00000\.partial cannot be written: Input/output error, and build"):
         make(tmp_path).claim(0)
 
 
@@ -117,8 +118,8 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     refused, full, files, same = output
     shard = 50 * 2016
     assert refused.startswith(f"{tmp_path}/cache: the shards still to build need {4 * shard} bytes and ")
-    assert f"shard-00002.partial cannot be written (No space left on device): {shard} bytes needed, " in full
-    assert 0 < int(full.split(" free on its")[0].split()[-1]) < shard
+    assert "shard-00002.partial cannot be written: No space left on device, 0.0 MiB are free on its file sys" in full
+    assert f"; make room, and build again ({shard} bytes are needed; what is written is kept)" in full
     assert files == "['shard-00000.bin', 'shard-00001.bin']"
     assert same == "True"
 
@@ -137,5 +138,5 @@ except CacheError as error:
     print(error)
 """
     output = start(program, tmp_path).communicate(timeout=300)[0]
-    assert "shard-00000.partial cannot be written (File too large): 240 bytes needed" in output
+    assert "shard-00000.partial cannot be written: File too large, " in output and "240 bytes are needed" in output
     assert list(tmp_path.glob("shard-*")) == []

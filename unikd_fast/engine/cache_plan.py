@@ -21,10 +21,10 @@ from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.schedule import build_optimizer
 from unikd_fast.engine.sharding import autocast_dtype
 from unikd_fast.engine.units import duration, size
+from unikd_fast.io import free_bytes
 from unikd_fast.methods import Method
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.teacher.cache import CacheFolder, Codec
-from unikd_fast.teacher.cache.disk import free_bytes
 from unikd_fast.teacher.cache.layout import stored_bytes
 from unikd_fast.teacher.cache.manifest import MANIFEST
 from unikd_fast.values import Batch, StudentOutput, Target

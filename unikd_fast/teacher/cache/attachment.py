@@ -11,7 +11,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cache.disk import folder_lock, write_atomically
+from unikd_fast.io import write_file
+from unikd_fast.teacher.cache.disk import folder_lock, refuse_link, writing
 from unikd_fast.teacher.cache.key import canonical_json, hash_tensors
 
 ATTACHMENT = "teacher.safetensors"
@@ -41,7 +42,8 @@ def write_attachment(folder: Path, key_digest: str, tensors: Mapping[str, Tensor
     sealed["seal"] = _seal(own, sealed)
     with folder_lock(folder):
         if not (folder / ATTACHMENT).exists():
-            write_atomically(folder / ATTACHMENT, save(own, sealed))
+            with writing(folder / ATTACHMENT):
+                write_file(folder / ATTACHMENT, save(own, sealed))
 
 
 def read_attachment(folder: Path, key_digest: str) -> Attachment | None:
@@ -53,6 +55,7 @@ def read_attachment(folder: Path, key_digest: str) -> Attachment | None:
     path = folder / ATTACHMENT
     remedy = f"delete {folder} and build the cache again"
     try:
+        refuse_link(path)
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             sealed = dict(file.metadata() or {})

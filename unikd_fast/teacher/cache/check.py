@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unikd_fast.errors import CacheError
+from unikd_fast.teacher.cache.disk import refuse_link
 from unikd_fast.teacher.cache.layout import Layout
 from unikd_fast.teacher.cache.writer import committed_path, intact_records
 
@@ -17,7 +19,7 @@ class ShardCheck(NamedTuple):
     """What was found of one shard."""
 
     shard: int
-    status: str  # "ok", "missing", "truncated", "too long" or "bad records"
+    status: str  # "ok", "missing", "a link", "truncated", "too long" or "bad records"
     bad_records: tuple[int, ...] = ()  # record indices, of a shard of the right size
 
 
@@ -64,10 +66,14 @@ def check_shards(folder: Path, layout: Layout, progress: Progress | None) -> Cac
 
 
 def _check(folder: Path, layout: Layout, shard: int) -> ShardCheck:
+    path = committed_path(folder, shard)
     try:
-        descriptor = os.open(committed_path(folder, shard), os.O_RDONLY)
+        refuse_link(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return ShardCheck(shard, "missing")
+    except CacheError:
+        return ShardCheck(shard, "a link")
     try:
         size, expected = os.fstat(descriptor).st_size, layout.shard_bytes(shard)
         if size != expected:

@@ -1,24 +1,16 @@
-"""Writing so that it survives: whole files or none, room claimed beforehand, a full disk named."""
+"""The files of a cache: opened where they are no links, room claimed beforehand, what goes wrong a CacheError."""
 
-import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unikd_fast.errors import CacheError
-
-# EDQUOT: a user's quota; EFBIG: a file size limit of the process (ulimit -f).
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from unikd_fast.errors import CacheError, FileError
+from unikd_fast.io import naming, open_own, remove_leftovers, sync_folder
 
 LOCK = "create.lock"
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes this user can still write on the file system of a folder."""
-    room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize
 
 
 def allocated_bytes(path: Path) -> int:
@@ -30,47 +22,37 @@ def allocated_bytes(path: Path) -> int:
 
 
 @contextmanager
-def full_disk_named(path: Path, needed_bytes: int) -> Iterator[None]:
-    """Turns the OSError of a full disk into a CacheError with the bytes needed for `path` and those that are free."""
+def writing(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into a CacheError, with the bytes needed for it."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise CacheError(
-            f"{path} cannot be written ({os.strerror(error.errno)}): {needed_bytes} bytes needed, "
-            f"{free_bytes(path.parent)} free on its file system; make room and build again, what is written is kept, "
-            "or build into a folder elsewhere"
-        ) from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is complete under its name or not there; two writers of one name must exclude each other.
-
-    Raises:
-        CacheError: the disk is full.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with full_disk_named(path, len(content)):
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
+        with naming(path):
+            yield
+    except FileError as error:
+        needed = f"{needed_bytes} bytes are needed; " if needed_bytes else ""
+        raise CacheError(f"{error}, and build again ({needed}what is written is kept)") from error
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Exclude all other processes that ask for the same; the kernel gives the lock back if this one dies.
 
+    What a killed holder left of a file it wrote is removed.
+
     Raises:
-        CacheError: the disk is full.
+        CacheError: the disk is full, or the lock's file is a link.
     """
-    with full_disk_named(folder / LOCK, 0):
-        file = (folder / LOCK).open("a")
+    with writing(folder / LOCK):
+        file = open_own(folder / LOCK)
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        remove_leftovers(folder)
         yield
+
+
+def refuse_link(path: Path) -> None:
+    """Raise CacheError where a file of a cache is a link or a device; FileNotFoundError where it is missing."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise CacheError(f"{path} is a link, or not a regular file; put the file itself there")
 
 
 def rename(old: Path, new: Path) -> None:
@@ -79,23 +61,14 @@ def rename(old: Path, new: Path) -> None:
     sync_folder(new.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def reserve(descriptor: int, path: Path, total_bytes: int) -> None:
     """Give an open file its full size and the blocks for it; what it holds stays.
 
     Raises:
-        CacheError: the disk has no room for it.
+        CacheError: the disk has no room for it, or is broken.
     """
     held = os.fstat(descriptor).st_blocks * 512
-    with full_disk_named(path, max(total_bytes - held, 0)):
+    with writing(path, max(total_bytes - held, 0)):
         os.posix_fallocate(descriptor, 0, total_bytes)
 
 
@@ -106,7 +79,7 @@ def write_at(descriptor: int, path: Path, content: memoryview, offset: int) -> N
         CacheError: the disk is full; a first part may be written.
     """
     while content:
-        with full_disk_named(path, len(content)):
+        with writing(path, len(content)):
             written = os.pwrite(descriptor, content, offset)
         content, offset = content[written:], offset + written
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cache.disk import allocated_bytes, free_bytes
+from unikd_fast.io import free_bytes
+from unikd_fast.teacher.cache.disk import allocated_bytes
 from unikd_fast.teacher.cache.key import CacheKey
 from unikd_fast.teacher.cache.layout import Layout
 from unikd_fast.teacher.cache.writer import committed_path, partial_path

@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from unikd_fast.errors import CacheError
+from unikd_fast.io import make_folder, sync_folder, write_file
 from unikd_fast.teacher.cache.codec import Codec
-from unikd_fast.teacher.cache.disk import LOCK, folder_lock, sync_folder, write_atomically
+from unikd_fast.teacher.cache.disk import LOCK, folder_lock, refuse_link, writing
 from unikd_fast.teacher.cache.key import CacheKey, canonical_json, differences, refuse_differences
 from unikd_fast.teacher.cache.layout import Layout
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SAMPLE_IDS = "sample_ids.npy"
-_BEFORE_THE_MANIFEST = {LOCK, SAMPLE_IDS, SAMPLE_IDS + ".tmp", MANIFEST + ".tmp"}
+_BEFORE_THE_MANIFEST = {LOCK, SAMPLE_IDS}
 
 
 @dataclass(eq=False)
@@ -76,7 +77,8 @@ class Manifest:
         Raises:
             CacheError: the folder holds something else, or the disk is full.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            make_folder(folder)
         with folder_lock(folder):
             if (folder / MANIFEST).exists():
                 return
@@ -86,9 +88,10 @@ class Manifest:
                     f"{folder} holds {strays[0]} ({len(strays)} such in all) and no {MANIFEST}: it is no cache, or one "
                     "that lost its manifest; choose another folder or delete this one"
                 )
-            write_atomically(folder / SAMPLE_IDS, _npy(self.sample_ids))
-            write_atomically(folder / MANIFEST, _sealed(self._content()))
-            sync_folder(folder.parent)
+            with writing(folder):
+                write_file(folder / SAMPLE_IDS, _npy(self.sample_ids))
+                write_file(folder / MANIFEST, _sealed(self._content()))
+                sync_folder(folder.parent)
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -111,8 +114,12 @@ def read_manifest(folder: Path) -> Manifest:
         CacheError: there is none, it is damaged, or of another format.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise CacheError(f"{folder} is no cache, {MANIFEST} is missing; build the cache first, or check the path")
+    try:
+        refuse_link(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(
+            f"{folder} is no cache, {MANIFEST} is missing; build the cache first, or check the path"
+        ) from None
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -154,6 +161,7 @@ def _read_ids(folder: Path, expected: str) -> NDArray[np.int64]:
     path = folder / SAMPLE_IDS
     remedy = f"restore it, or delete {folder} and build the cache again"
     try:
+        refuse_link(path)
         ids: NDArray[np.int64] = np.load(path, allow_pickle=False)
         found = _hash_ids(ids)
     except FileNotFoundError as error:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +69,12 @@ class ShardReader:
             ) from error
 
     def _mapped(self, path: Path, shard: int, record: int) -> NDArray[np.uint8]:
-        found, expected = path.stat(), self._layout.shard_bytes(shard)
+        found, expected = path.lstat(), self._layout.shard_bytes(shard)
+        if not stat.S_ISREG(found.st_mode):
+            raise CacheError(
+                f"{path} is a link, or not a regular file: {self._layout.name(record)} cannot be trusted; delete it "
+                "and build the cache again, only this shard is redone"
+            )
         # Looked at every time: memory mapped beyond the end of a file is a bus error, not an exception.
         if found.st_size != expected:
             raise CacheError(
@@ -85,7 +91,7 @@ class ShardReader:
         return mapping.rows
 
     def _map(self, path: Path, size: int) -> _Mapping:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             opened = os.fstat(file.fileno())
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         rows = np.frombuffer(memory, np.uint8).reshape(-1, self._layout.record_bytes)

@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from unikd_fast.errors import CacheError
+from unikd_fast.io import sync_folder
 from unikd_fast.teacher.cache.attachment import ATTACHMENT, Attachment, read_attachment, write_attachment
 from unikd_fast.teacher.cache.check import CacheCheck, Progress, check_shards
 from unikd_fast.teacher.cache.codec import Codec
-from unikd_fast.teacher.cache.disk import sync_folder
 from unikd_fast.teacher.cache.info import CacheInfo, cache_info, missing_shards, require_room
 from unikd_fast.teacher.cache.key import CacheKey
 from unikd_fast.teacher.cache.layout import default_records_per_shard
@@ -217,7 +217,7 @@ class CacheFolder:
         return all(committed_path(self.path, shard).exists() for shard in shards.tolist())
 
     def verify(self, progress: Progress | None = None) -> CacheCheck:
-        """Read everything and say of every shard whether it is ok, missing, truncated, too long or has bad records.
+        """Read everything and say of every shard whether it is ok, and what is wrong with it otherwise.
 
         Args:
             progress: called with the number of shards checked and that of all, after each.

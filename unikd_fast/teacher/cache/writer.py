@@ -11,7 +11,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unikd_fast.teacher.cache.disk import full_disk_named, read_at, rename, reserve, write_at
+from unikd_fast.io import own_descriptor
+from unikd_fast.teacher.cache.disk import read_at, rename, reserve, write_at, writing
 from unikd_fast.teacher.cache.layout import Layout
 
 _SCAN_BYTES = 2**22
@@ -106,7 +107,7 @@ class ShardWriter:
                 f"ShardWriter.commit: shard {self.shard} lacks {todo.size} of {len(self._span)} records, the first is "
                 f"{self._layout.name(int(todo[0]))}; write all of .todo first"
             )
-        with full_disk_named(self._path, 0):
+        with writing(self._path):
             os.fsync(descriptor)
             rename(self._path, self._committed)
         self.close()
@@ -172,11 +173,14 @@ def lock_partial(folder: Path, shard: int) -> int | None:
     """Open a shard's partial file, made if need be, and lock it; None where another holder has it.
 
     The kernel releases the lock when its holder dies.
+
+    Raises:
+        CacheError: it is a link, or the disk is full.
     """
     path = partial_path(folder, shard)
     while True:
-        with full_disk_named(path, 0):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with writing(path):
+            descriptor = own_descriptor(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, path):
