@@ -1,14 +1,17 @@
 """From a configuration to the objects of a run: data, networks, method, checked against each other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from unikd_fast.config import Config
+from unikd_fast.config.load import teacher_config
 from unikd_fast.data.datasets import DataSplits
 from unikd_fast.data.loader import Loader
+from unikd_fast.engine.first_forward import check_forward
 from unikd_fast.engine.launched import require_agreement
 from unikd_fast.engine.methods import build_method, check_needs, needs_of
 from unikd_fast.engine.networks import build_network, build_teacher_network
@@ -69,7 +72,7 @@ def build_experiment(config: Config, processes: Processes) -> Experiment:
 
 
 def _build(config: Config, processes: Processes) -> Experiment:
-    local_batch_size(config, processes)
+    batch = local_batch_size(config, processes)
     needs = needs_of(config.distill)
     check_needs(config, needs)
     splits = build_data(config)
@@ -82,14 +85,16 @@ def _build(config: Config, processes: Processes) -> Experiment:
     require_agreement(processes, facts)
 
     torch.manual_seed(config.run.seed)
-    student = build_network(config, "student", splits, needs=needs)
+    student = build_network(config, "student", splits, needs=needs, batch=batch)
     teacher_network = None
     cached = False
     if needs.teacher:
         assert config.teacher is not None
         cached = config.teacher.cache.mode != "off"
         with_weights = not cached or processes.is_first
-        teacher_network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights)
+        # A dry run sees the teacher before it is trained.
+        trained = None if config.teacher.training is None else local_batch_size(teacher_config(config), processes)
+        teacher_network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights, batch=trained)
     # The method's own weights come last, so that all methods of a comparison start from the same student.
     torch.manual_seed(config.run.seed + 2)
     around = Surroundings(
@@ -109,8 +114,37 @@ def _build(config: Config, processes: Processes) -> Experiment:
     if teacher_network is not None and cached:
         epochs = -(-total_steps // steps_per_epoch)
         cache = open_output_cache(config, splits, loader, teacher_network, method, processes, epochs=epochs)
-    elif teacher_network is not None:
+    heads = method.heads if cache is None or cache.missing else ()  # those of a finished cache are not run
+    if method.adapter is not None or heads:
+        _check_method(config, side, teacher_network, method, heads, processes.device, batch=batch)
+    if teacher_network is not None and not cached:
         teacher, record = start_teacher(config, teacher_network, loader, processes)
     return Experiment(
         config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps, record, cache
     )
+
+
+def _check_method(
+    config: Config,
+    side: StudentSide,
+    teacher: FeatureExtractor | LogitsOnly | None,
+    method: Method,
+    heads: Sequence[nn.Module],
+    device: torch.device,
+    *,
+    batch: int,
+) -> None:
+    """Run what the method puts on top of both networks, which by themselves take the images."""
+    modes: dict[nn.Module, bool] = {side: True, **dict.fromkeys(heads, True)}
+    if teacher is not None:
+        modes[teacher.to(device)] = False
+
+    def run(images: Tensor) -> None:
+        method.inside(side(images))
+        if teacher is not None and heads:
+            features = teacher(images)
+            for head in heads:
+                head(features)
+
+    what = f"distill.method = {config.distill.label}"
+    check_forward(run, modes, what=what, image_size=config.data.image_size, batch=batch, device=device)

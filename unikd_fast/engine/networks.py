@@ -1,20 +1,30 @@
 """Teacher and student as the configuration describes them."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.roots import expand_weights
 from unikd_fast.data.splits import DataSplits
+from unikd_fast.engine.first_forward import check_forward
 from unikd_fast.methods import Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, checkpoint_blocks, extract_features
 
 
 def build_network(
-    config: Config, role: str, splits: DataSplits, *, needs: Needs, with_weights: bool = True
+    config: Config, role: str, splits: DataSplits, *, needs: Needs, with_weights: bool = True, batch: int | None = None
 ) -> FeatureExtractor | LogitsOnly:
     """Teacher or student with its weights; it returns its logits and of its features what is needed.
 
     Without its weights a network serves for its shapes alone.
+
+    Args:
+        batch: samples of a micro-batch that it is trained on. If None, it is not trained.
+
+    Raises:
+        ConfigError: it does not take the data's images, or not so few of them; see `check_forward`.
     """
     section = config.student if role == "student" else config.teacher
     assert section is not None
@@ -22,11 +32,13 @@ def build_network(
     model = build_model(section.model, num_classes=splits.num_classes, weights=weights, role=role)
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
+    plain = LogitsOnly(model)
+    _check_logits(plain, f"{role}.model = {section.model}", splits, batch)
     before_activation = needs.before_activation_of(role)
     levels = needs.levels or before_activation
     if not levels and not needs.embedding:
-        return LogitsOnly(model)
-    network = extract_features(
+        return plain
+    return extract_features(
         model,
         image_size=splits.image_size,
         max_levels=config.distill.max_levels,
@@ -35,16 +47,24 @@ def build_network(
         before_activation=before_activation,
         embedding=needs.embedding,
     )
-    if network.num_classes != splits.num_classes:
+
+
+def _check_logits(network: LogitsOnly, what: str, splits: DataSplits, batch: int | None) -> None:
+    """Refuse a network that cannot be evaluated on these images, or trained where ``batch`` says so."""
+    settings: dict[str, Any] = {"what": what, "image_size": splits.image_size}
+    logits = check_forward(network, {network: False}, **settings).logits
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (2, splits.num_classes):
         raise ConfigError(
-            f"{role}.model = {section.model} has {network.num_classes} classes, the data {splits.num_classes}; "
-            "use a model or weights for this data"
+            f"{what} must return logits (2, {splits.num_classes}) for two images of this data, got {shape}; use a "
+            "model or weights for this data"
         )
-    return network
+    if batch is not None:
+        check_forward(network, {network: True}, **settings, batch=batch)
 
 
 def build_teacher_network(
-    config: Config, splits: DataSplits, *, needs: Needs, with_weights: bool = True
+    config: Config, splits: DataSplits, *, needs: Needs, with_weights: bool = True, batch: int | None = None
 ) -> FeatureExtractor | LogitsOnly:
     """The teacher, as ``build_network``; an untrained one must be asked for, and is that of the seed."""
     assert config.teacher is not None
@@ -55,4 +75,4 @@ def build_teacher_network(
             "teacher.weights=random"
         )
     torch.manual_seed(config.run.seed + 1)
-    return build_network(config, "teacher", splits, needs=needs, with_weights=with_weights)
+    return build_network(config, "teacher", splits, needs=needs, with_weights=with_weights, batch=batch)

@@ -23,14 +23,19 @@ _REMEDIES: dict[Part, str] = {
 _WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Return whether this says that the memory of the device or of the host was not enough."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS))
+
+
 @contextmanager
 def naming_part(part: Part) -> Iterator[None]:
     """Turns a lack of memory inside the block into an OutOfMemory that names the part and the remedies."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(words in str(error) for words in _WORDS):
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
         said = str(error).partition("\n")[0] or "MemoryError"
         raise OutOfMemory(f"out of memory in the {part}'s part: {said}; {_REMEDIES[part]}") from error

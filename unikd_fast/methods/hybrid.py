@@ -116,6 +116,10 @@ class Hybrid(Method):
         return "; ".join(filter(None, (part.uncapturable for part in self.parts.values()))) or None
 
     @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        return tuple(head for part in self.parts.values() for head in part.heads)
+
+    @property
     def fitted_head(self) -> nn.Module | None:
         return None if self._head is None else self._head.fitted_head
 

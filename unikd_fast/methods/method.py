@@ -124,6 +124,11 @@ class Method:
         return None
 
     @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """Networks of the method that take the teacher's Features and are trained at some time."""
+        return ()
+
+    @property
     def fitted_head(self) -> nn.Module | None:
         """What ``prepare`` fits and ``target`` runs, fixed from then on."""
         return None

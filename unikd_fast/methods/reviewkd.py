@@ -100,9 +100,6 @@ class Review(nn.Module):
         teacher_shapes: (C_l, H_l) of each, likewise.
         width: channels inside.
         before_activation: whether the levels are taken before their activation.
-
-    Raises:
-        ValueError: in training, of a single sample: its embedding has no variance to normalise.
     """
 
     def __init__(
@@ -123,11 +120,6 @@ class Review(nn.Module):
         )
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
-        if self.training and len(features.logits) < 2:
-            raise ValueError(
-                f"ReviewKD: BatchNorm of the student's embedding needs a micro-batch of 2 samples or more, got "
-                f"{len(features.logits)}; raise train.global_batch_size, or lower train.accumulation_steps"
-            )
         levels = features.before_activation if self.before_activation else features.levels
         inputs = _with_embedding(levels[-(len(self.fusions) - 1) :], features)
         results: list[Tensor] = []

@@ -206,6 +206,10 @@ class UniKD(Method):
         )
 
     @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        return (self.head,)
+
+    @property
     def fitted_head(self) -> nn.Module | None:
         return self.head if self.teacher_head == "prefit" else None
 
