@@ -4,9 +4,15 @@ Named tuples rather than dataclasses: they are pytrees, so torch.compile, Distri
 graphs see the tensors inside without being told.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
+
+Channels = tuple[float, float, float]
+"""A number for each of red, green and blue."""
+
+Interpolation = Literal["bilinear", "bicubic"]
+"""How images are resized; antialiased."""
 
 
 class Batch(NamedTuple):

@@ -13,6 +13,7 @@ from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.packed import PackSettings, load_packed, pack_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 from unikd_fast.data.tar_shards import load_tar_shards
+from unikd_fast.data.view_windows import Windows
 
 SIZE, SHORT = 24, 29
 TRAIN, VAL = 29, 7
@@ -64,6 +65,6 @@ def write_tars(folder: DataSplits, root: Path) -> None:
 
 def central_views(split: object) -> TensorImages:
     assert isinstance(split, ImageFiles)
-    decoder = Decoder(SIZE, SHORT)
+    decoder = Decoder(Windows(SIZE, SHORT))
     views = [np.asarray(decoder.central_view(read_rgb(stored))) for stored in split.images(range(len(split)))]
     return TensorImages(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous(), split.labels)

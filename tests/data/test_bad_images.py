@@ -11,6 +11,7 @@ from PIL import Image
 
 from unikd_fast.data.decode import Decoder, DecodeRequest, read_rgb
 from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.data.view_windows import Windows
 
 
 def read(content: bytes, folder: Path, name: str = "image.jpg") -> np.ndarray:
@@ -81,8 +82,8 @@ def test_an_image_that_would_grow_beyond_all_bounds_is_refused(tmp_path: Path) -
     Image.new("RGB", (1, 3000)).save(path)
     request = DecodeRequest((StoredImage(str(path)),), np.zeros(1, np.int64), np.zeros(1, np.int64), None)
     with pytest.raises(ValueError, match=r"cannot decode .*line\.png: 1 x 3000 pixels become 256 x 768000 when"):
-        Decoder(224, 256)[request]
-    assert Decoder(16, 20)[request].images.shape == (1, 3, 16, 16)
+        Decoder(Windows(224, 256))[request]
+    assert Decoder(Windows(16, 20))[request].images.shape == (1, 3, 16, 16)
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The loader of image files: torchvision's pixels, any number of workers."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torchvision.transforms.functional as TF
@@ -78,6 +80,41 @@ def test_evaluation_pixels_are_torchvisions(splits: DataSplits, eval_resize: int
     for image, path in zip(images, splits.val.paths, strict=True):
         expected = TF.center_crop(TF.resize(Image.open(path), [eval_resize]), [SIZE])
         assert torch.equal(levels(image, splits), TF.pil_to_tensor(expected))
+
+
+@pytest.mark.parametrize(("squash", "resize"), [(False, [20]), (True, [20, 20])])
+def test_bicubic_and_squashed_pixels_are_torchvisions(splits: DataSplits, squash: bool, resize: list[int]) -> None:
+    """As the published configuration of a network may ask for."""
+    bicubic = TF.InterpolationMode.BICUBIC
+    asked = replace(splits, interpolation="bicubic", eval_resize=20, squash=squash)
+    assert isinstance(splits.val, ImageFiles) and isinstance(splits.train, ImageFiles)
+    shown = loader(asked, Augmentation(crop="resized"))
+    assert shown.pixels["resize"] == f"pillow {PIL.__version__.partition('.')[0]}, bicubic, antialiased"
+    images = torch.cat([batch.images for batch in shown.evaluate("val")])
+    for image, path in zip(images, splits.val.paths, strict=True):
+        expected = TF.center_crop(TF.resize(Image.open(path), resize, bicubic), [SIZE])
+        assert torch.equal(levels(image, splits), TF.pil_to_tensor(expected))
+    batch = next(shown.train(0))
+    views = view_parameters(Augmentation(crop="resized"), seed=3, epoch=0, sample_ids=batch.sample_ids.numpy())
+    for i, sample_id in enumerate(batch.sample_ids.tolist()):
+        image = Image.open(splits.train.paths[sample_id])
+        window = views.crop_box(i, image.height, image.width)
+        expected = TF.resized_crop(image, *window, size=[SIZE, SIZE], interpolation=bicubic)
+        assert torch.equal(levels(batch.images[i], splits), TF.pil_to_tensor(expected))
+
+
+def test_a_resize_that_is_set_wins_over_the_data_sets(splits: DataSplits) -> None:
+    asked = replace(splits, eval_resize=18, squash=True)
+    set_to_20, own, theirs = (
+        next(loader(data, augmentation).evaluate("val")).images
+        for data, augmentation in (
+            (asked, Augmentation(eval_resize=20)),
+            (splits, Augmentation(eval_resize=20)),
+            (asked, Augmentation()),
+        )
+    )
+    assert torch.equal(set_to_20, own)
+    assert not torch.equal(theirs, own)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

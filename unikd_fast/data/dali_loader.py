@@ -75,7 +75,8 @@ class DaliLoader:
         self._number_of_threads = threads
         self._prefetch = prefetch
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
-        self._windows = Windows(splits.image_size, files.augmentation.short_side(splits.image_size))
+        self._windows = Windows.of(splits, files.augmentation)
+        self._interpolation = splits.interpolation
         self._for_pil: set[StoredImage] = set()
 
     @property
@@ -91,7 +92,7 @@ class DaliLoader:
     @property
     def pixels(self) -> dict[str, str]:
         """What decides a view's pixels besides its numbers; see `Loader.pixels`."""
-        return {**pixels_of(self._decoding), **strong_pixels(self._files.augmentation)}
+        return {**pixels_of(self._decoding, self._interpolation), **strong_pixels(self._files.augmentation)}
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
@@ -153,7 +154,7 @@ class DaliLoader:
         try:
             feed = ImageFeed(requests, self._windows, threads, ahead=self._prefetch + 1, for_pil=self._for_pil)
             if self._decoding == "cpu":
-                yield from cpu_views(feed, pipeline_of, threads, self._windows.image_size)
+                yield from cpu_views(feed, pipeline_of, threads, self._windows.image_size, self._interpolation)
             else:
                 yield from gpu_views(feed, pipeline_of, torch.cuda.current_stream(self._device))
         finally:
@@ -172,6 +173,7 @@ class DaliLoader:
             source,
             views=1 if first.second is None else 2,
             image_size=self._windows.image_size,
+            interpolation=self._interpolation,
             padded=any(views.augmentation.crop == "pad" for views in numbers),
             by_parts=self._decoding == "gpu_parts",
             device_id=gpu_number(self._device),

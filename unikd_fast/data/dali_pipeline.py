@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
 from unikd_fast.data.image_feed import ReadViews
+from unikd_fast.values import Interpolation
+
+_KERNELS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Source = Callable[[], list[ReadViews]]
 """Returns the images of the next batch, at least one, or raises StopIteration."""
@@ -42,6 +45,7 @@ def view_pipeline(
     batch_size: int,
     views: int,
     image_size: int,
+    interpolation: Interpolation = "bilinear",
     padded: bool,
     by_parts: bool,
     device_id: int | None,
@@ -55,6 +59,7 @@ def view_pipeline(
         batch_size: images of the largest one.
         views: of each image.
         image_size: height and width of the views in pixels.
+        interpolation: of every resize.
         padded: whether views are shifted.
         by_parts: decode the parts that are asked for and not whole images.
         device_id: the GPU that decodes and resizes; None: the CPU does, which serves to check the graph.
@@ -76,7 +81,7 @@ def view_pipeline(
         for first in range(of_image, columns, of_view):
             start, shape, size, cut, flip, *shift = inputs[first : first + of_view]
             view = fn.slice(decoded, start=start, shape=shape, axes=[0, 1])
-            view = fn.resize(view, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+            view = fn.resize(view, size=size, interp_type=_KERNELS[interpolation], antialias=True)
             view = fn.slice(view, start=cut, **square)
             if padded:
                 view = fn.slice(view, start=shift[0], out_of_bounds_policy="pad", **square)

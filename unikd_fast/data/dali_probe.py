@@ -16,6 +16,7 @@ from PIL import Image
 
 from unikd_fast.data.image_feed import ReadViews
 from unikd_fast.data.view_windows import Box, ViewWindow
+from unikd_fast.values import Interpolation
 
 Decoding = Literal["cpu", "gpu", "gpu_parts"]
 """Who decodes: "cpu" and "gpu_parts" only the part of an image that is shown, "gpu" all of it.
@@ -74,7 +75,7 @@ def gpu_number(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def pixels_of(decoding: Decoding) -> dict[str, str]:
+def pixels_of(decoding: Decoding, interpolation: Interpolation = "bilinear") -> dict[str, str]:
     """Return what decides the pixels of views, as in `Loader.pixels`."""
     from nvidia.dali import __version__ as dali
 
@@ -83,7 +84,7 @@ def pixels_of(decoding: Decoding) -> dict[str, str]:
     resize = f"torch {torch_version}" if decoding == "cpu" else f"dali {dali} gpu"
     return {
         "decoder": f"dali {dali} {where}, nvimgcodec {_nvimgcodec_version()}",
-        "resize": f"{resize}, bilinear, antialiased",
+        "resize": f"{resize}, {interpolation}, antialiased",
     }
 
 

@@ -18,6 +18,7 @@ from unikd_fast.data.image_feed import CHUNK, ImageFeed, ReadBatch, ReadViews
 from unikd_fast.data.strong import strong_view
 from unikd_fast.data.view_windows import ViewWindow
 from unikd_fast.errors import DataError
+from unikd_fast.values import Interpolation
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -177,7 +178,11 @@ def _failing(images: list[tuple[int, ReadViews]], pipeline_of: PipelineOf) -> li
 
 
 def cpu_views(
-    feed: ImageFeed, pipeline_of: PipelineOf, threads: Executor, image_size: int
+    feed: ImageFeed,
+    pipeline_of: PipelineOf,
+    threads: Executor,
+    image_size: int,
+    interpolation: Interpolation = "bilinear",
 ) -> Generator[ViewBatch, None, None]:
     """Yield the views of each batch of a feed; DALI decodes, and torch resizes in these threads.
 
@@ -188,6 +193,7 @@ def cpu_views(
         pipeline_of: builds the decoding pipeline.
         threads: that make the views.
         image_size: height and width of the views in pixels.
+        interpolation: of every resize.
 
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
@@ -197,7 +203,7 @@ def cpu_views(
     with closing(decoded(feed, pipeline_of, encoded_only=True)) as batches:
         try:
             for batch, outputs in batches:
-                started.append(_start(batch, outputs, threads, image_size))
+                started.append(_start(batch, outputs, threads, image_size, interpolation))
                 if len(started) > 1:
                     yield _finished(*started.popleft())
         except DataError as error:
@@ -208,7 +214,9 @@ def cpu_views(
         raise bad
 
 
-def _start(batch: ReadBatch, outputs: Any, threads: Executor, image_size: int) -> tuple[ViewBatch, list[Future[None]]]:
+def _start(
+    batch: ReadBatch, outputs: Any, threads: Executor, image_size: int, interpolation: Interpolation
+) -> tuple[ViewBatch, list[Future[None]]]:
     images = list(batch.images.items())
     if not images:
         return ViewBatch(batch, []), []
@@ -223,7 +231,7 @@ def _start(batch: ReadBatch, outputs: Any, threads: Executor, image_size: int) -
             place, image = images[row]
             part = torch.from_numpy(parts[row].copy()) if image.is_decoded else torch.from_dlpack(parts[row])
             for views, window, numbers in zip(shown, image.windows, numbers_of, strict=False):
-                view = cut_view(part, window, image_size)
+                view = cut_view(part, window, image_size, interpolation)
                 views[row] = view if numbers is None else _strong(view, numbers, place)
 
     rows = (range(first, min(first + CHUNK, len(images))) for first in range(0, len(images), CHUNK))
@@ -240,13 +248,14 @@ def _finished(views: ViewBatch, tasks: list[Future[None]]) -> ViewBatch:
     return views
 
 
-def cut_view(image: Tensor, window: ViewWindow, image_size: int) -> Tensor:
+def cut_view(image: Tensor, window: ViewWindow, image_size: int, interpolation: Interpolation = "bilinear") -> Tensor:
     """Make a view from a decoded image.
 
     Args:
         image: (H, W, 3) uint8.
         window: says how; its box lies in the image.
         image_size: height and width of the view in pixels.
+        interpolation: of the resize.
 
     Returns:
         (3, image_size, image_size) uint8.
@@ -259,7 +268,7 @@ def cut_view(image: Tensor, window: ViewWindow, image_size: int) -> Tensor:
     # Cut first: the filter must not reach outside the box.
     view = image[top : top + height, left : left + width].permute(2, 0, 1)
     if window.size != (height, width):
-        view = F.interpolate(view[None], window.size, mode="bilinear", antialias=True)[0]
+        view = F.interpolate(view[None], window.size, mode=interpolation, antialias=True)[0]
     top, left = window.cut
     view = view[:, top : top + image_size, left : left + image_size]
     if window.shift != (0, 0):

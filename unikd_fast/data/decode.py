@@ -17,8 +17,11 @@ from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.strong import strong_views
 from unikd_fast.data.view_windows import ViewWindow, Windows
 from unikd_fast.errors import DataError
+from unikd_fast.values import Interpolation
 
 OnBad = Literal["raise", "replace", "leave_out"]
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,15 @@ class Decoder:
     """Decode requests; indexed by them, as a torch DataLoader wants its data set.
 
     Args:
-        image_size: height and width of the images in pixels.
-        short_side: length in pixels the short side is resized to before the centre is cut out.
+        windows: of the views.
+        interpolation: of every resize.
 
     Example:
-        >>> images, labels, sample_ids, second, bad = Decoder(image_size=224, short_side=256)[request]
+        >>> images, labels, sample_ids, second, bad = Decoder(Windows(image_size=224, short_side=256))[request]
     """
 
-    image_size: int
-    short_side: int
+    windows: Windows
+    interpolation: Interpolation = "bilinear"
 
     def __getitem__(self, request: DecodeRequest) -> DecodedBatch:
         """Decode a batch; the request says whether a bad file is an error, is left out, or is replaced.
@@ -67,8 +70,9 @@ class Decoder:
             DataError: a file cannot be decoded, or none of a batch; the message names it.
         """
         bad: dict[int, BadImage] = {}
+        size = self.windows.image_size
         shown = [request.views] if request.second is None else [request.views, request.second]
-        pixels = np.empty((len(shown), len(request.images), self.image_size, self.image_size, 3), np.uint8)
+        pixels = np.empty((len(shown), len(request.images), size, size, 3), np.uint8)
         for i, stored in enumerate(request.images):
             try:
                 image = self._read(stored)
@@ -90,29 +94,25 @@ class Decoder:
 
     def _read(self, stored: StoredImage) -> Image.Image:
         image = read_rgb(stored)
-        self._windows.check(stored, image.height, image.width)
+        self.windows.check(stored, image.height, image.width)
         return image
-
-    @property
-    def _windows(self) -> Windows:
-        return Windows(self.image_size, self.short_side)
 
     def central_view(self, image: Image.Image) -> Image.Image:
         """Resize the short side, then cut out the centre, as torchvision's Resize and CenterCrop do."""
-        return self._cut(image, self._windows.central(image.height, image.width))
+        return self._cut(image, self.windows.central(image.height, image.width))
 
     def training_view(self, image: Image.Image, views: ViewParameters, i: int) -> Image.Image:
         """Apply view i: crop, resize where the crop asks for it, flip."""
-        return self._cut(image, self._windows.training(views, i, image.height, image.width))
+        return self._cut(image, self.windows.training(views, i, image.height, image.width))
 
     def _cut(self, image: Image.Image, window: ViewWindow) -> Image.Image:
         # Crop first: given as `box`, PIL would let the filter reach outside the window.
         top, left, height, width = window.box
         image = _crop(image, top, left, height, width)
         if window.size != (height, width):
-            image = image.resize(window.size[::-1], Image.Resampling.BILINEAR)
+            image = image.resize(window.size[::-1], _RESAMPLING[self.interpolation])
         for top, left in (window.cut, window.shift):
-            image = _crop(image, top, left, self.image_size, self.image_size)
+            image = _crop(image, top, left, self.windows.image_size, self.windows.image_size)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else image
 
 

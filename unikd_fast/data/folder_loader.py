@@ -18,6 +18,7 @@ from unikd_fast.data.pixels import Normalise
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.strong import strong_pixels
+from unikd_fast.data.view_windows import Windows
 from unikd_fast.errors import DataError
 from unikd_fast.values import Batch
 
@@ -57,7 +58,7 @@ class FolderLoader:
         self._device = device
         self._workers = workers
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
-        self._decoder = Decoder(splits.image_size, files.augmentation.short_side(splits.image_size))
+        self._decoder = Decoder(Windows.of(splits, files.augmentation), splits.interpolation)
         self._requests = _Requests()
         self._train_workers = self._data_loader(self._requests, persistent=workers > 0)
         self._latest_train = 0
@@ -79,7 +80,7 @@ class FolderLoader:
         turbo = features.version("libjpeg_turbo")
         library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
         major = PIL.__version__.partition(".")[0]
-        resize = f"pillow {major}, bilinear, antialiased"
+        resize = f"pillow {major}, {self._decoder.interpolation}, antialiased"
         return {"decoder": f"pillow, {library}", "resize": resize, **strong_pixels(self._files.augmentation)}
 
     @property

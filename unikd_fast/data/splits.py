@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy, uint8
 
 from unikd_fast.data.stored_image import StoredImage
-
-Channels = tuple[float, float, float]
+from unikd_fast.values import Channels, Interpolation
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
@@ -171,6 +170,10 @@ class DataSplits:
         class_names: K names, or None.
         mean, std: per channel, of images in [0, 1].
         image_size: height and width in pixels of the images a loader delivers.
+        interpolation: of every resize of image files.
+        eval_resize: length in pixels the short side of image files is resized to for evaluation, unless the
+            augmentation says another; if None, 8/7 of the image size.
+        squash: whether both sides are resized to `eval_resize`.
 
     Example:
         >>> splits = open_data("digits", root=None, image_size=32)
@@ -186,6 +189,9 @@ class DataSplits:
     mean: Channels
     std: Channels
     image_size: int
+    interpolation: Interpolation = "bilinear"
+    eval_resize: int | None = None
+    squash: bool = False
 
     @property
     def test_is_val(self) -> bool:

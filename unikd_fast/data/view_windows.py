@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from unikd_fast.data.augmentation import ViewParameters
+from unikd_fast.data.augmentation import Augmentation, ViewParameters
 from unikd_fast.data.inspect_image import MAX_PIXELS
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.errors import DataError
 
@@ -42,15 +43,28 @@ class Windows:
     Args:
         image_size: height and width of the views in pixels.
         short_side: length in pixels the short side is resized to before the centre is cut out.
+        squash: whether the long side is resized to that length too.
 
     Example:
         >>> Windows(image_size=224, short_side=256).central(400, 500).cut
         (16, 48)
     """
 
-    def __init__(self, image_size: int, short_side: int) -> None:
+    def __init__(self, image_size: int, short_side: int, *, squash: bool = False) -> None:
         self.image_size = image_size
         self.short_side = short_side
+        self.squash = squash
+
+    @classmethod
+    def of(cls, splits: DataSplits, augmentation: Augmentation) -> "Windows":
+        """Return the windows of a data set's views: `eval_resize` of the augmentation, else that of the data set.
+
+        Raises:
+            ValueError: `eval_resize` is too small to cut out the image size.
+        """
+        if augmentation.eval_resize is None and splits.eval_resize is not None:
+            return cls(splits.image_size, splits.eval_resize, squash=splits.squash)
+        return cls(splits.image_size, augmentation.short_side(splits.image_size))
 
     def training(self, views: ViewParameters, i: int, height: int, width: int) -> ViewWindow:
         """Return the window of view i of an image of this size."""
@@ -68,7 +82,7 @@ class Windows:
     def central(self, height: int, width: int) -> ViewWindow:
         """Return the window of the view for evaluation of an image of this size."""
         short, long = sorted((height, width))
-        long_side = int(self.short_side * long / short)
+        long_side = self.short_side if self.squash else int(self.short_side * long / short)
         size = (self.short_side, long_side) if height <= width else (long_side, self.short_side)
         top, left = (round((length - self.image_size) / 2) for length in size)
         return ViewWindow(Box(0, 0, height, width), size, (top, left), (0, 0), False)

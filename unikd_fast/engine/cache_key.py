@@ -10,6 +10,7 @@ from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.manifest import hash_split
 from unikd_fast.data.splits import DataSplits, TensorImages
+from unikd_fast.data.view_windows import Windows
 from unikd_fast.engine.sources import augmentation_of
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
@@ -82,7 +83,10 @@ def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
         del views["erase_probability"], views["erase_scale"], views["erase_ratio"]
     if augmentation.crop != "resized" and not isinstance(splits.train, TensorImages):
         # Cut from the view for evaluation.
-        views["short_side"] = augmentation.short_side(splits.image_size)
+        windows = Windows.of(splits, augmentation)
+        views["short_side"] = windows.short_side
+        if windows.squash:
+            views["squash"] = True
     return views
 
 
