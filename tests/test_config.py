@@ -108,6 +108,8 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("teacher.cache.logits=int8", ["teacher.cache.logits = 'int8'", "'fp16', 'uint8' or 'top_k'"]),
         ("teacher.cache.logits=top_k", ["logits = 'top_k' with teacher.cache.top_k = None", "set both or neither"]),
         ("teacher.cache.top_k=5", ["logits = 'fp16' with teacher.cache.top_k = 5", "set both or neither"]),
+        ("teacher.weights_key=x", ["teacher.weights_key = 'x' with teacher.weights = None", "or leave the key out"]),
+        ("student.weights_key=x", ["student.weights_key = 'x' with student.weights = None", "or leave the key out"]),
         ("teacher.cache.directory=x", ["unknown key 'teacher.cache.directory'", "'teacher.cache.dir'"]),
     ],
 )
@@ -268,6 +270,8 @@ def test_the_hash_of_a_run_knows_that_it_is_cached_and_not_where() -> None:
     assert name() == name("teacher.cache.dir=/elsewhere")
     cached = "teacher.cache.mode=read_write"
     assert name(cached) == name(cached, "teacher.cache.dir=/elsewhere")
+    of_file = ["student.weights=a.pth", "student.weights_key=null"]
+    assert name(*of_file[:1]) == name(*of_file) != name(of_file[0], "student.weights_key=model")
     others = [name(), name(cached), name(cached, "teacher.cache.views=2"), name(cached, "teacher.cache.logits=uint8")]
     assert len(set(others)) == 4
     assert config_hash(load_config(DIGITS, ["teacher=null", "compare=null", "distill.method=none"])) not in others

@@ -34,6 +34,19 @@ def test_a_variable_that_is_not_set_is_an_error_and_no_name(tmp_path: Path, monk
         opened(config_of(tmp_path))
 
 
+def test_the_key_of_each_network_is_its_own(tmp_path: Path, weights: Path) -> None:
+    states = [torch.load(weights, weights_only=True) for _ in range(3)]
+    for number, state in enumerate(states):
+        state["fc.bias"].fill_(number)
+    torch.save(dict(zip(("model", "model_ema", "best"), states, strict=True)), tmp_path / "three.pth")
+    file = {"weights": str(tmp_path / "three.pth")}
+    networks = {"teacher": {**file, "weights_key": "best"}, "student": {"model": "cifar/resnet8", **file}}
+    experiment = opened(write_config(tmp_path, **{**CACHED, **networks}))
+    assert experiment.teacher is not None
+    assert experiment.teacher.network.plain.get_parameter("fc.bias").tolist() == [2.0] * 10
+    assert experiment.student.plain.get_parameter("fc.bias").tolist() == [1.0] * 10
+
+
 def test_empty_weights_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(config_of(tmp_path)), "--set", "teacher.weights="]
     assert main(arguments, program=["launch_distill.py"]) == 2

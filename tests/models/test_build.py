@@ -1,13 +1,18 @@
 """Networks by name and published weights by identifier."""
 
+from pathlib import Path
+
 import huggingface_hub.constants
 import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 from torch import nn
 
-from unikd_fast.models import build_model, parameter_count
+from unikd_fast.engine.export import export_student
+from unikd_fast.models import bare_model, build_model, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -144,3 +149,96 @@ def test_timm_identifier_loads_the_published_tensors(monkeypatch: pytest.MonkeyP
     model = build_model("timm/test_resnet", num_classes=1000, weights="pretrained")
     for key, value in model.state_dict().items():
         assert torch.equal(value, published.state_dict()[key]), key
+
+
+@pytest.fixture(scope="module")
+def googlenet() -> nn.Module:
+    """As torchvision returns it with published weights."""
+    torch.manual_seed(0)
+    model = torchvision.models.GoogLeNet(10, aux_logits=False, transform_input=True, init_weights=False)
+    for module in model.modules():  # so that it tells images apart
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_googlenet_from_a_file(tmp_path: Path, googlenet: nn.Module, ending: str, prefix: str) -> None:
+    path = tmp_path / f"googlenet.{ending}"
+    state = {prefix + name: tensor for name, tensor in googlenet.state_dict().items()}
+    save_file(state, path) if ending == "safetensors" else torch.save(state, path)
+    model = build_model("torchvision/googlenet", num_classes=10, weights=str(path)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), googlenet(images))
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_inceptions_auxiliary_head_is_that_of_the_file(auxiliary: bool) -> None:
+    with torch.device("meta"):
+        state = torchvision.models.Inception3(10, auxiliary, init_weights=False).state_dict()
+        model = bare_model("torchvision/inception_v3", num_classes=10, weights="a.pth", state=state)
+    assert model.transform_input
+    assert model.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("transforms", [True, False])
+def test_an_exported_student_says_how_it_was_built(tmp_path: Path, transforms: bool) -> None:
+    path = tmp_path / "student.safetensors"
+    student = torchvision.models.GoogLeNet(10, transform_input=transforms, init_weights=False)
+    export_student(student, path)
+    model = build_model("torchvision/googlenet", num_classes=10, weights=str(path))
+    assert model.transform_input == transforms
+    assert model.aux1 is not None
+
+
+def test_random_networks_are_torchvisions_own() -> None:
+    assert not build_model("torchvision/googlenet", num_classes=2, weights=None).transform_input
+
+
+WITH_OPTIONS = [
+    (name, member)
+    for name in torchvision.models.list_models(module=torchvision.models)
+    for member in {entry.name for entry in torchvision.models.get_model_weights(name)}
+    if name.startswith("vit_b") or name in ("googlenet", "inception_v3", "maxvit_t")
+]
+
+
+@pytest.mark.parametrize(("name", "member"), WITH_OPTIONS)
+def test_files_get_the_options_of_published_weights(
+    name: str, member: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    entry = torchvision.models.get_model_weights(name)[member]
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda self, *arguments, **options: {})
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, *arguments, **options: None)
+    with torch.device("meta"):
+        published = build_model(f"torchvision/{name}", num_classes=1000, weights=member)
+        state = published.state_dict()
+        file = bare_model(f"torchvision/{name}", num_classes=1000, weights=str(tmp_path / "a.pth"), state=state)
+        known = bare_model(f"torchvision/{name}", num_classes=1000, weights=member)
+    for model in (file, known):
+        assert {key: value.shape for key, value in model.state_dict().items()} == {
+            key: value.shape for key, value in state.items()
+        }
+        for option in ("transform_input", "image_size"):
+            assert getattr(model, option, None) == getattr(published, option, None)
+
+
+def test_no_tag_of_timm_implies_an_option() -> None:
+    """Of what timm takes from a pretrained configuration only the number of classes differs between tags."""
+    full_names = timm.list_pretrained()
+    assert len(full_names) > 1000
+    for full in full_names:
+        default, tagged = get_pretrained_cfg(full.split(".")[0]).to_dict(), get_pretrained_cfg(full).to_dict()
+        assert tagged.get("global_pool") == default.get("global_pool"), full
+        assert tagged["input_size"][0] == default["input_size"][0], full
+        assert not tagged.get("fixed_input_size") or tagged["input_size"] == default["input_size"], full
+
+
+def test_a_tag_in_the_name_comes_with_its_configuration(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "a.pth")
+    model = build_model("timm/test_resnet.r160_in1k", num_classes=3, weights=str(tmp_path / "a.pth"))
+    assert model.pretrained_cfg["tag"] == "r160_in1k"
+    with pytest.raises(ValueError, match="no weights 'nope'"):
+        build_model("timm/test_resnet.nope", num_classes=3)

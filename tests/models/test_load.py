@@ -81,6 +81,114 @@ def test_counters_may_be_missing_as_in_old_checkpoints(tmp_path: Path, trained: 
     assert torch.equal(model.fc.weight, trained.fc.weight)
 
 
+AVERAGE = ["state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"]
+
+
+@pytest.mark.parametrize("raw", ["state_dict", "model", None])
+@pytest.mark.parametrize("ema", AVERAGE)
+def test_the_average_is_taken_and_said(
+    tmp_path: Path, trained: nn.Module, raw: str | None, ema: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "both.pth"
+    averaged = {f"module.{name}": value for name, value in trained.state_dict().items()}
+    content: dict[str, Any] = {"epoch": 3, ema: {"n_averaged": torch.tensor(7), **averaged}}
+    if raw is not None:
+        content = {raw: build_model("cifar/resnet8", num_classes=10).state_dict(), **content}
+    torch.save(content, path)
+    with caplog.at_level("INFO", "unikd_fast"):
+        _assert_loads(path, trained)
+    beside = f" (weights_key takes {raw!r} instead)" if raw else ""
+    assert f"model: weights under {ema!r} of {path}{beside}" in caplog.messages
+    assert "prefix 'module.' taken off" in caplog.text
+    assert "left out, as the model has no such tensors: n_averaged" in caplog.text
+
+
+def test_a_key_takes_other_weights(tmp_path: Path, trained: nn.Module) -> None:
+    path = tmp_path / "both.pth"
+    other = build_model("cifar/resnet8", num_classes=10)
+    torch.save({"state_dict_ema": other.state_dict(), "net": trained.state_dict(), "epoch": 3}, path)
+    model = build_model("cifar/resnet8", num_classes=10, weights=str(path), weights_key="net")
+    assert torch.equal(model.fc.weight, trained.fc.weight)
+    with pytest.raises(ValueError, match="no state dict under weights_key = 'epoch'; take 'state_dict_ema' or 'net'"):
+        build_model("cifar/resnet8", num_classes=10, weights=str(path), weights_key="epoch")
+    torch.save(trained.state_dict(), path)
+    with pytest.raises(ValueError, match="at top level and weights_key is 'net'; leave it out"):
+        build_model("cifar/resnet8", num_classes=10, weights=str(path), weights_key="net")
+    for name, weights in (("cifar/resnet8", None), ("torchvision/resnet18", "DEFAULT")):
+        with pytest.raises(ValueError, match=f"weights_key = 'net' with weights {weights!r}, which is not a file"):
+            build_model(name, num_classes=10, weights=weights, weights_key="net")
+
+
+def test_an_unknown_key_is_named(tmp_path: Path, trained: nn.Module) -> None:
+    message = _refused(tmp_path, {"net": trained.state_dict(), "epoch": 3})
+    assert "choose from 'net' by weights_key" in message
+
+
+PREFIXES = ["module.student.", "model.", "backbone.", "encoder.", "net.", "student.", "_orig_mod.", "any.thing.at_all."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_is_taken_off_and_said(
+    tmp_path: Path, trained: nn.Module, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "weights.pth"
+    state = {prefix + name: value for name, value in trained.state_dict().items()}
+    beside = {"adapter.0.weight": torch.ones(3, 3), "module.teacher.layer1.weight": torch.ones(4)}
+    torch.save({"state_dict": {**state, **beside}}, path)
+    with caplog.at_level("INFO", "unikd_fast"):
+        _assert_loads(path, trained)
+    left_out = f"left out, as the model has no such tensors: {', '.join(beside)}"
+    assert f"prefix {prefix!r} taken off; {left_out}" in caplog.text
+
+
+def test_counters_and_other_heads_are_left_out(
+    tmp_path: Path, trained: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "profiled.pth"
+    extra = {"total_ops": torch.zeros(1).double(), "layer1.0.conv1.total_ops": torch.zeros(1).double()}
+    extra |= {"n_averaged": torch.tensor(3), "aux_head.weight": torch.ones(4, 4), "mask_token": torch.ones(1, 1, 8)}
+    extra |= {"layer1.0.index": torch.arange(5)}
+    torch.save({**trained.state_dict(), **extra}, path)
+    with caplog.at_level("INFO", "unikd_fast"):
+        _assert_loads(path, trained)
+    assert f"left out, as the model has no such tensors: {', '.join(list(extra)[:5])} and 1 more" in caplog.text
+
+
+DEEPER = [("cifar/resnet56", "cifar/resnet20"), ("cifar/wrn_40_1", "cifar/wrn_16_1")]
+
+
+@pytest.mark.parametrize(("deeper", "name"), DEEPER)
+def test_a_deeper_network_is_another_one(tmp_path: Path, deeper: str, name: str) -> None:
+    state = build_model(deeper, num_classes=10).state_dict()
+    small = build_model(name, num_classes=10)
+    assert small.state_dict().keys() <= state.keys()  # and of the same shapes
+    message = _refused(tmp_path, {"model": state}, small)
+    assert "0 tensors differ in shape, 0 are missing" in message
+
+
+def test_another_stage_is_another_network(tmp_path: Path, trained: nn.Module) -> None:
+    message = _refused(tmp_path, {**trained.state_dict(), "layer4.0.conv1.weight": torch.ones(4, 4, 3, 3)})
+    assert "layer4.0.conv1.weight: (4, 4, 3, 3) in the file, not in the model" in message
+
+
+def test_two_networks_that_fit_are_not_guessed_between(tmp_path: Path, trained: nn.Module) -> None:
+    both = {f"{prefix}.{name}": value for prefix in ("query", "key") for name, value in trained.state_dict().items()}
+    assert "2 networks that fit, under the prefixes 'key.', 'query.'" in _refused(tmp_path, both)
+
+
+def test_classes_are_counted_behind_a_prefix(tmp_path: Path) -> None:
+    state = build_model("cifar/resnet8", num_classes=100).state_dict()
+    message = _refused(tmp_path, {"model": {f"backbone.{name}": value for name, value in state.items()}})
+    assert "100 classes and the teacher 10" in message
+
+
+def test_a_headless_body_lacks_the_head_alone(tmp_path: Path, trained: nn.Module) -> None:
+    state = {f"backbone.{name}": value for name, value in trained.state_dict().items() if not name.startswith("fc.")}
+    message = _refused(tmp_path, state)
+    assert "0 tensors differ in shape, 2 are missing, 0 unexpected" in message
+    assert "fc.weight: missing in the file" in message
+
+
 def test_half_precision_weights_are_widened(tmp_path: Path, trained: nn.Module) -> None:
     torch.save(trained.half().state_dict(), tmp_path / "half.pth")
     model = build_model("cifar/resnet8", num_classes=10, weights=str(tmp_path / "half.pth"))

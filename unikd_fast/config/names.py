@@ -38,10 +38,15 @@ def config_hash(config: Config) -> str:
     and how many micro-batches and shards its steps are cut into.
     """
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
-    # Sections that came later: an experiment that does not have them keeps its name.
-    for section, keys in (("distill", section_names(type(config.distill))), ("data", ["second_view"])):
+    # Sections and keys that came later: an experiment that does not have them keeps its name.
+    for section, keys in (
+        ("distill", section_names(type(config.distill))),
+        ("data", ["second_view"]),
+        ("teacher", ["weights_key"]),
+        ("student", ["weights_key"]),
+    ):
         for key in keys:
-            if content[section][key] is None:
+            if content[section] is not None and content[section][key] is None:
                 del content[section][key]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 

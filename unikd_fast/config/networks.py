@@ -69,6 +69,9 @@ class TeacherConfig(Section):
     weights: Text | None = None
     """A file, a torchvision or timm weight identifier, or "random" to allow a teacher that knows nothing (smoke runs,
     benchmarks). null needs teacher.training. Environment variables are written ${CIFAR100_TEACHERS}."""
+    weights_key: Text | None = None
+    """Key of the state dict in a weights file that holds several; null: the exponential average where there is one
+    (state_dict_ema, model_ema), otherwise the first of model, state_dict, model_state and student."""
     training: TeacherTraining | None = None
     """Train the teacher in this run before the student, when weights is null."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -86,6 +89,11 @@ class TeacherConfig(Section):
     feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
 
+    @model_validator(mode="after")
+    def _key_of_a_file(self) -> "TeacherConfig":
+        _require_weights("teacher", self.weights, self.weights_key)
+        return self
+
 
 class StudentConfig(Section):
     """The network that is trained."""
@@ -94,5 +102,20 @@ class StudentConfig(Section):
     """torchvision/<name>, timm/<name> or cifar/<name>."""
     weights: Text | None = None
     """Weights to start from: a file or an identifier; null: random."""
+    weights_key: Text | None = None
+    """Key of the state dict in a weights file that holds several, as of the teacher."""
     feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
+
+    @model_validator(mode="after")
+    def _key_of_a_file(self) -> "StudentConfig":
+        _require_weights("student", self.weights, self.weights_key)
+        return self
+
+
+def _require_weights(role: str, weights: str | None, key: str | None) -> None:
+    if key is not None and weights in (None, "random"):
+        raise ValueError(
+            f"{role}.weights_key = {key!r} with {role}.weights = {weights!r}: it is the key of the weights in a file; "
+            f"set {role}.weights to the file, or leave the key out"
+        )

@@ -34,6 +34,7 @@ def teacher_config(config: Config) -> Config:
         "student.model": config.teacher.model,
         "student.feature_nodes": config.teacher.feature_nodes,
         "student.weights": None,
+        "student.weights_key": None,
         "data.train_samples": training.train_samples,
     }
     for key in ("total_epochs", "learning_rate", "global_batch_size"):

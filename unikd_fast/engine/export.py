@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unikd_fast.models import options_in_words
+
 BEST = Path("checkpoints") / "best.safetensors"
 
 
@@ -17,7 +19,7 @@ def export_student(plain: nn.Module, path: Path) -> None:
     tensors = {
         k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in plain.state_dict().items()
     }
-    save_file(tensors, temporary)
+    save_file(tensors, temporary, options_in_words(plain))
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -10,7 +10,7 @@ from unikd_fast.data.roots import expand_weights
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.first_forward import check_forward
 from unikd_fast.methods import Needs
-from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, checkpoint_blocks, extract_features
+from unikd_fast.models import FeatureExtractor, LogitsOnly, bare_model, build_model, checkpoint_blocks, extract_features
 
 
 def build_network(
@@ -28,8 +28,13 @@ def build_network(
     """
     section = config.student if role == "student" else config.teacher
     assert section is not None
-    weights = expand_weights(role, section.weights) if with_weights and section.weights is not None else None
-    model = build_model(section.model, num_classes=splits.num_classes, weights=weights, role=role)
+    weights = None if section.weights is None else expand_weights(role, section.weights)
+    classes = splits.num_classes
+    if with_weights:
+        key = section.weights_key
+        model = build_model(section.model, num_classes=classes, weights=weights, weights_key=key, role=role)
+    else:
+        model = bare_model(section.model, num_classes=classes, weights=weights, role=role)
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
     plain = LogitsOnly(model)

@@ -1,15 +1,14 @@
 """The student's network as the run built it, without the weights it started from, and with those of a checkpoint."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-import timm
-import torchvision
 from torch import Tensor, nn
 
 from unikd_fast.config import ConfigError
-from unikd_fast.models import build_model
+from unikd_fast.data.roots import expand_weights
+from unikd_fast.models import bare_model
 
 _USUAL_CLASSES = 1000
 
@@ -51,10 +50,10 @@ def load_student(
         100
     """
     guess = num_classes or _USUAL_CLASSES
-    network = _build(name, started_from, guess)
+    network = _build(name, started_from, tensors, guess)
     classes = _classes(network, tensors, guess)
     if classes != guess:
-        network = _build(name, started_from, classes)
+        network = _build(name, started_from, tensors, classes)
     expected = network.state_dict()
     other = [key for key in expected if key in tensors and tensors[key].dtype != expected[key].dtype]
     try:
@@ -66,7 +65,11 @@ def load_student(
             f"the weights are not those of student.model = {name!r}: {other[0]} is {tensors[other[0]].dtype} instead "
             f"of {expected[other[0]].dtype}, and so are {len(other) - 1} more"
         )
-    return PlainStudent(name, classes, _for_use(network), lambda: _for_use(_build(name, started_from, classes)))
+
+    def fresh() -> nn.Module:
+        return _for_use(_build(name, started_from, network.state_dict(), classes))
+
+    return PlainStudent(name, classes, _for_use(network), fresh)
 
 
 def _for_use(network: nn.Module) -> nn.Module:
@@ -83,36 +86,12 @@ def _classes(network: nn.Module, tensors: Mapping[str, Tensor], guess: int) -> i
     return sizes.pop() if len(sizes) == 1 else guess
 
 
-def _build(name: str, started_from: str | None, num_classes: int) -> nn.Module:
-    source, _, model = name.partition("/")
+def _build(name: str, started_from: str | None, tensors: Mapping[str, Tensor], num_classes: int) -> nn.Module:
+    weights = started_from
+    if weights is not None:
+        with suppress(ValueError):  # a variable that is not set where the student is exported
+            weights = expand_weights("student", weights)
     try:
-        if source == "torchvision" and (extra := _torchvision_extra(model, started_from)):
-            return torchvision.models.get_model(model, weights=None, num_classes=num_classes, **extra)
-        if source == "timm" and (tagged := _timm_tagged(model, started_from)):
-            return timm.create_model(tagged, pretrained=False, num_classes=num_classes)
-        return build_model(name, num_classes=num_classes, weights=None, role="student")
+        return bare_model(name, num_classes=num_classes, weights=weights, state=tensors, role="student")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _torchvision_extra(model: str, started_from: str | None) -> dict[str, Any]:
-    """What torchvision's builders set beside the weights when they are given published ones."""
-    if started_from is None or model not in torchvision.models.list_models(module=torchvision.models):
-        return {}
-    members = torchvision.models.get_model_weights(model).__members__
-    if started_from not in members:
-        return {}
-    if model in ("googlenet", "inception_v3"):
-        auxiliary = {"aux_logits": False} if model == "googlenet" else {}
-        return {"transform_input": True, "init_weights": False, **auxiliary}
-    size = members[started_from].meta["min_size"]
-    return {"image_size": size[0]} if model.startswith("vit_") else {"input_size": size} if model == "maxvit_t" else {}
-
-
-def _timm_tagged(model: str, started_from: str | None) -> str | None:
-    """timm's name with the tag of published weights, whose input size it takes over."""
-    arch, _, tag = model.partition(".")
-    if started_from not in (None, "pretrained"):
-        tag = str(started_from)
-    full = f"{arch}.{tag}"
-    return full if tag and started_from is not None and full in timm.list_pretrained(f"{arch}.*") else None

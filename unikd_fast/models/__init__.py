@@ -1,19 +1,22 @@
 """Networks by name, their weights, and the features at the end of their stages."""
 
-from unikd_fast.models.build import build_model, parameter_count
+from unikd_fast.models.build import bare_model, build_model, parameter_count
 from unikd_fast.models.checkpointing import checkpoint_blocks
 from unikd_fast.models.extract import FeatureExtractor, extract_features
 from unikd_fast.models.load import load_weights
 from unikd_fast.models.logits_only import LogitsOnly
+from unikd_fast.models.options import options_in_words
 from unikd_fast.models.zoo import CIFAR_MODELS
 
 __all__ = [
     "CIFAR_MODELS",
     "FeatureExtractor",
     "LogitsOnly",
+    "bare_model",
     "build_model",
     "checkpoint_blocks",
     "extract_features",
     "load_weights",
+    "options_in_words",
     "parameter_count",
 ]

@@ -2,20 +2,23 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import timm
 import torchvision
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
-from unikd_fast.models.load import classifier_tensor, load_weights
+from unikd_fast.models.load import classifier_tensor, load_state, read_state
+from unikd_fast.models.options import torchvision_options
 from unikd_fast.models.zoo import CIFAR_MODELS
 
 _FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar")
 
 
-def build_model(name: str, *, num_classes: int, weights: str | None = None, role: str = "model") -> nn.Module:
+def build_model(
+    name: str, *, num_classes: int, weights: str | None = None, weights_key: str | None = None, role: str = "model"
+) -> nn.Module:
     """Build a classifier: a plain network that maps images (N, 3, H, W) to logits (N, num_classes).
 
     Args:
@@ -24,29 +27,70 @@ def build_model(name: str, *, num_classes: int, weights: str | None = None, role
         weights: None or "random"; the path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors,
             .bin or .tar); or an identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1" or "DEFAULT",
             a timm tag such as "a1_in1k", or "pretrained" for timm's default tag.
-        role: "teacher" or "student", for error messages.
+        weights_key: key of the state dict in a checkpoint; None: see `load_weights`.
+        role: "teacher" or "student", for messages.
 
     Raises:
-        ValueError: the name or the identifier is unknown, or the weights have another number of classes.
+        ValueError: the name or the identifier is unknown, the weights have another number of classes, or a key is given
+            for weights that are not a file.
         FileNotFoundError: there is no such checkpoint.
         ConnectionError: the weights could not be downloaded.
 
     Example:
         >>> teacher = build_model("cifar/resnet56", num_classes=100, weights="resnet56_vanilla/ckpt_epoch_240.pth")
     """
-    if num_classes < 1:
-        raise ValueError(f"build_model: num_classes of the {role} must be 1 or more, got {num_classes}")
-    source, _, model_name = name.partition("/")
-    arch = model_name.split(".")[0] if source == "timm" else model_name  # timm also takes "resnet50.a1_in1k"
-    if source not in _BUILDERS or arch not in _names(source):
-        raise ValueError(f"build_model: no network {name!r} for the {role}; nearest: {_nearest(name)}")
+    is_file = weights is not None and _is_file(weights)
+    if weights_key is not None and not is_file:
+        raise ValueError(
+            f"build_model: weights_key = {weights_key!r} with weights {weights!r}, which is not a file, for the "
+            f"{role}; leave the key out"
+        )
     if weights is None or weights == "random":
-        return _random(source, arch, num_classes)
-    if "/" in weights or os.sep in weights or weights.endswith(_FILE_SUFFIXES):
-        model = _random(source, arch, num_classes)
-        load_weights(model, weights, role=role)
-        return model
-    return _BUILDERS[source](model_name, num_classes, weights, role)
+        return bare_model(name, num_classes=num_classes, role=role)
+    if not is_file:
+        source, model_name = _parsed(name, num_classes, role)
+        return _BUILDERS[source](model_name, num_classes, weights, role)
+    _parsed(name, num_classes, role)  # an unknown network is refused before a large file is read
+    state = read_state(weights, role=role, key=weights_key)
+    model = bare_model(name, num_classes=num_classes, weights=weights, state=state, role=role)
+    load_state(model, state, weights, role=role)
+    return model
+
+
+def bare_model(
+    name: str,
+    *,
+    num_classes: int,
+    weights: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    role: str = "model",
+) -> nn.Module:
+    """Build the network that these weights belong to, with random ones in their place.
+
+    Args:
+        weights: as of `build_model`; nothing is loaded, and a file need not be there.
+        state: the tensors of a file, where they are known: some options of a network can be told from them.
+        name, num_classes, role: as of `build_model`.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Example:
+        >>> bare_model("torchvision/googlenet", num_classes=1000, weights="IMAGENET1K_V1").transform_input
+        True
+    """
+    source, model_name = _parsed(name, num_classes, role)
+    if source == "cifar":
+        return CIFAR_MODELS[model_name](num_classes=num_classes)
+    if source == "torchvision":
+        options = torchvision_options(model_name, weights, state)
+        return torchvision.models.get_model(model_name, weights=None, num_classes=num_classes, **options)
+    arch, _, tag = model_name.partition(".")
+    if weights not in (None, "random", "pretrained") and not _is_file(str(weights)):
+        tag = str(weights)
+    if tag and tag not in _timm_tags(arch):
+        raise _unknown_identifier("timm/" + arch, tag, role, _timm_tags(arch))
+    return timm.create_model(f"{arch}.{tag}" if tag else arch, pretrained=False, num_classes=num_classes)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -59,14 +103,23 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _random(source: str, name: str, num_classes: int) -> nn.Module:
-    if source == "cifar":
-        return CIFAR_MODELS[name](num_classes=num_classes)
-    if source == "timm":
-        return timm.create_model(name, pretrained=False, num_classes=num_classes)
-    # These two print a warning unless told which initialisation to use; it is the one they use by default.
-    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+def _parsed(name: str, num_classes: int, role: str) -> tuple[str, str]:
+    """The source and the network's name in it, of timm perhaps with a tag, "resnet50.a1_in1k"."""
+    if num_classes < 1:
+        raise ValueError(f"build_model: num_classes of the {role} must be 1 or more, got {num_classes}")
+    source, _, model_name = name.partition("/")
+    arch = model_name.split(".")[0] if source == "timm" else model_name
+    if source not in _BUILDERS or arch not in _names(source):
+        raise ValueError(f"build_model: no network {name!r} for the {role}; nearest: {_nearest(name)}")
+    return source, model_name
+
+
+def _is_file(weights: str) -> bool:
+    return "/" in weights or os.sep in weights or weights.endswith(_FILE_SUFFIXES)
+
+
+def _timm_tags(arch: str) -> list[str]:
+    return [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*") if full.split(".")[0] == arch]
 
 
 def _torchvision_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Module:
@@ -80,7 +133,7 @@ def _torchvision_weights(name: str, num_classes: int, weights: str, role: str) -
 
 def _timm_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Module:
     arch, _, tag = name.partition(".")
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*") if full.split(".")[0] == arch]
+    tags = _timm_tags(arch)
     if weights != "pretrained":
         tag = weights
     elif not tag and tags:
@@ -130,7 +183,7 @@ def _nearest(name: str) -> str:
 def _check_class_count(source: str, name: str, count: int, num_classes: int, weights: str, role: str) -> None:
     if count == num_classes:
         return
-    tensor = classifier_tensor(_random(source, name, num_classes), num_classes)
+    tensor = classifier_tensor(bare_model(f"{source}/{name}", num_classes=num_classes), num_classes)
     raise ValueError(
         f"build_model: the {role} {source}/{name} has {count} classes in its weights {weights!r} and num_classes is "
         f"{num_classes}: {tensor} would not fit; set num_classes to {count}, or pass the path of a checkpoint trained "

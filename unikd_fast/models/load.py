@@ -2,7 +2,10 @@
 
 import argparse
 import codecs
+import logging
 import pickle
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,41 +17,81 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# Where training scripts keep the state dict: at top level, else under one of these.
+_logger = logging.getLogger("unikd_fast")
+
+# Where training scripts keep the state dict: at top level, else under one of these. An exponential average is what its
+# authors report, so it comes first, as in timm.
+_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 _STATE_KEYS = ("model", "state_dict", "model_state", "student")
-# Put before every name by DistributedDataParallel and torch.compile.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# Not in checkpoints older than PyTorch 0.4.1.
+_COUNTER = "num_batches_tracked"
 _SHOWN = 5
 
 
-def load_weights(model: nn.Module, path: str | Path, *, role: str = "model") -> None:
+def load_weights(model: nn.Module, path: str | Path, *, role: str = "model", key: str | None = None) -> None:
     """Load a checkpoint into `model`, all of it or nothing.
 
     Reads .safetensors and torch.save files, the latter without executing any code they hold. The state dict may lie at
-    top level or under `model`, `state_dict`, `model_state` or `student`, with or without the prefix `module.`
+    top level or under a key: of an exponential average (`state_dict_ema`, `model_ema`, ...), which is preferred, or
+    `model`, `state_dict`, `model_state` or `student`. A prefix that all of the model's tensors have in the file, such
+    as `module.`, `backbone.` or `module.student.`, is taken off; what the model has no place for, such as counters of
+    profilers or other networks beside it, is left out. The log says what was taken.
 
     Args:
         model: gets the weights; unchanged if an error is raised.
         path: the file.
-        role: "teacher" or "student", for error messages.
+        role: "teacher" or "student", for messages.
+        key: the key of the state dict in the file; None: the first of those above that there is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, would need code to be executed, belongs to another model, or has another
-            number of classes.
+        ValueError: the file is no checkpoint, has no such key, would need code to be executed, belongs to another
+            model, or has another number of classes.
 
     Example:
         >>> load_weights(model, "save/models/resnet56_vanilla/ckpt_epoch_240.pth", role="teacher")
+    """
+    load_state(model, read_state(path, role=role, key=key), path, role=role)
+
+
+def read_state(path: str | Path, *, role: str = "model", key: str | None = None) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint, under the names it has there; arguments and errors as of `load_weights`.
+
+    Example:
+        >>> read_state("convnext_ema.pth", key="model_ema")["norm.weight"].shape
+        torch.Size([768])
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"load_weights: no file {path} for the {role}; check the path, or pass weights=None for random ones"
         )
-    state = _state_dict(_read(path, role), path, role)
-    _check(model, state, path, role)
+    return _state_dict(_read(path, role), path, role, key)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, *, role: str = "model") -> None:
+    """Load what `read_state` returned; arguments and errors as of `load_weights`.
+
+    Example:
+        >>> load_state(model, read_state("resnet56.pth"), "resnet56.pth")
+    """
+    path, expected = Path(path), model.state_dict()
+    prefix = _find_prefix(state, expected, path, role)
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    beside = [name for name in state if not name.startswith(prefix)]
+    spare = [name for name, tensor in own.items() if name not in expected and not _is_of_the_body(name, tensor, model)]
+    if all(name in own or name.endswith(_COUNTER) for name in expected):  # otherwise they may be what is missing
+        for name in spare:
+            del own[name]
+    _check(model, own, path, role)
+    said = [f"prefix {prefix!r} taken off"] if prefix else []
+    if left := [*(prefix + name for name in spare), *beside]:
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        said.append(f"left out, as the {role} has no such tensors: {', '.join(left[:_SHOWN])}{more}")
+    if said:
+        _logger.info("%s: weights of %s, %s", role, path, "; ".join(said))
     # BatchNorm counters are absent from checkpoints older than PyTorch 0.4.1; strict loading fills them in.
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(own, strict=True)
 
 
 def classifier_tensor(model: nn.Module, num_classes: int) -> str:
@@ -97,29 +140,81 @@ def _published_checkpoint_types() -> Iterator[None]:
         yield
 
 
-def _state_dict(content: Any, path: Path, role: str) -> dict[str, Tensor]:
-    found = content
-    if isinstance(content, Mapping) and not _is_state(content):
-        found = next((content[key] for key in _STATE_KEYS if _is_state(content.get(key))), None)
-    if not _is_state(found):
-        keys = list(content)[:_SHOWN] if isinstance(content, Mapping) else type(content).__name__
+def _state_dict(content: Any, path: Path, role: str, key: str | None) -> dict[str, Tensor]:
+    entries = content if isinstance(content, Mapping) else {}
+    there = [name for name in entries if _is_state(entries[name])]
+    if _is_state(content):
+        if key is not None:
+            raise ValueError(
+                f"load_weights: the {role}'s checkpoint {path} has its tensors at top level and weights_key is "
+                f"{key!r}; leave it out"
+            )
+        return dict(content)
+    if key is not None and key not in there:
+        raise ValueError(
+            f"load_weights: the {role}'s checkpoint {path} has no state dict under weights_key = {key!r}; take "
+            f"{' or '.join(map(repr, there)) or 'another file, which has one'}"
+        )
+    found = key or next((name for name in (*_EMA_KEYS, *_STATE_KEYS) if name in there), None)
+    if found is None:
+        keys = list(entries)[:_SHOWN] if isinstance(content, Mapping) else type(content).__name__
+        remedy = f"choose from {', '.join(map(repr, there))} by weights_key" if there else "save model.state_dict()"
         raise ValueError(
             f"load_weights: the {role}'s checkpoint {path} has no state dict at top level or under "
-            f"{', '.join(_STATE_KEYS)}, got {keys}; save model.state_dict()"
+            f"{', '.join((*_STATE_KEYS, *_EMA_KEYS))}, got {keys}; {remedy}"
         )
-    state = dict(found)
-    while prefix := next((p for p in _WRAPPER_PREFIXES if all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+    others = [name for name in there if name != found]
+    beside = f" (weights_key takes {' or '.join(map(repr, others))} instead)" if others else ""
+    _logger.info("%s: weights under %r of %s%s", role, found, path, beside)
+    return dict(content[found])
 
 
 def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
+def _find_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, role: str) -> str:
+    """What stands in the file before the name of every tensor of the model; of no prefix that fits, the nearest."""
+    needed = {name for name in expected if not name.endswith(_COUNTER)}
+    found: Counter[str] = Counter()
+    for name in state:
+        starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+        found.update(name[:start] for start in starts if name[start:] in needed)
+    most = max(found.values(), default=0)
+    if 2 * most <= len(needed):
+        return ""
+    nearest = sorted((prefix for prefix, count in found.items() if count == most), key=len)
+    if most < len(needed):
+        return nearest[0]
+    fitting = [start for start in nearest if all(state[start + name].shape == expected[name].shape for name in needed)]
+    if not fitting:
+        return nearest[0]
+    if len(fitting) > 1 and fitting[0]:
+        raise ValueError(
+            f"load_weights: the {role}'s checkpoint {path} holds {len(fitting)} networks that fit, under the prefixes "
+            f"{', '.join(map(repr, fitting))}; save the state dict of one of them alone"
+        )
+    return fitting[0]
+
+
+def _is_of_the_body(name: str, tensor: Tensor, model: nn.Module) -> bool:
+    """Whether a tensor without a place in the model shows that the file is of a deeper one.
+
+    A resnet34 has every tensor of a resnet18, and more in the same stages. What the model does not have at all, such as
+    another head, says nothing of the kind, and neither do counters.
+    """
+    if tensor.numel() <= 1 or not tensor.is_floating_point():
+        return False
+    first, _, rest = name.partition(".")
+    children = {child for child, _ in model.named_children()}
+    numbers = re.compile(r"\d+")
+    series = {numbers.sub("#", child) for child in children if numbers.search(child)}
+    return bool(rest) and (first in children or numbers.sub("#", first) in series)
+
+
 def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, role: str) -> None:
     expected = model.state_dict()
-    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    missing = [name for name in expected if name not in state and not name.endswith(_COUNTER)]
     unexpected = [name for name in state if name not in expected]
     differing = [name for name in expected if name in state and state[name].shape != expected[name].shape]
     if not (missing or unexpected or differing):
