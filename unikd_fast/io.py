@@ -2,7 +2,8 @@
 
 What is written goes to a new file with a random name beside the target, is synced, and takes the target's place by a
 rename. So a kill or a full disk leaves the old content, a link that lies in the folder is replaced and never written
-through, and the mode is what umask gives. A kill can leave such a file behind: see `remove_leftovers`.
+through, and the mode is what umask gives. A kill can leave such a file behind: see `remove_leftovers`. Folders are
+written likewise; no rename replaces one, so a kill can leave the old folder under the name that `replaced` gives.
 """
 
 import errno
@@ -64,10 +65,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     temporary = _temporary(path)
     with naming(path):
         try:
-            with os.fdopen(os.open(temporary, _NEW, 0o666), "wb") as file:
+            with _created(temporary) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -119,6 +118,58 @@ def append_line(path: Path, text: str) -> None:
         except OSError:
             os.ftruncate(file.fileno(), size)
             raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` when the block ends, and is gone if it raises.
+
+    Its files are made by `create_file`, which has them on disk.
+
+    Raises:
+        FileError: see `write_file`.
+    """
+    folder, aside = _temporary(path), replaced(path)
+    with naming(path):
+        try:
+            folder.mkdir()
+            yield folder
+            sync_folder(folder)
+            if path.exists():
+                if aside.exists():  # of a kill after the second rename below: what has its name is the newer one
+                    remove_folder(aside)
+                path.rename(aside)
+            try:
+                folder.rename(path)
+            except BaseException:
+                with suppress(OSError):
+                    aside.rename(path)
+                raise
+            sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    if aside.exists():
+        remove_folder(aside)
+
+
+def replaced(path: Path) -> Path:
+    """Return where a folder lies while another takes its place, and stays if the process is killed at that moment."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def create_file(path: Path, content: bytes) -> None:
+    """Write a file of a name that is not taken, and have its content on disk; its name is when its folder is synced."""
+    with _created(path) as file:
+        file.write(content)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder as far as that is possible; under its name it is whole until it is gone."""
+    removed = _temporary(path)
+    with suppress(OSError):
+        path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def open_own(path: Path, *, append: bool = False) -> BinaryIO:
@@ -216,19 +267,31 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left of files they wrote in a folder; the caller excludes other writers."""
+def remove_leftovers(folder: Path, start: str = "") -> None:
+    """Remove what killed processes left of files they wrote in a folder; the caller excludes other writers.
+
+    Args:
+        start: beginning of the names of these files.
+    """
     for path in folder.iterdir():
-        if is_leftover(path.name):
+        if is_leftover(path.name) and path.name.startswith(f".{start}"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _created(path: Path) -> Iterator[BinaryIO]:
+    with os.fdopen(os.open(path, _NEW, 0o666), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _temporary(path: Path) -> Path:
     """Return a name that nobody can foresee, short enough where that of the target is."""
-    start = path.name.encode()[:200].decode(errors="ignore")
+    start = path.name.lstrip(".").encode()[:200].decode(errors="ignore")
     return path.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
 
 

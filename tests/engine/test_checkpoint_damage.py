@@ -1,20 +1,28 @@
 """A checkpoint that is damaged: found and named, nothing in it run, and the newest whole one taken instead."""
 
+import itertools
 import json
 import logging
 import os
 import pickle
+import random
 import shutil
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exported_runs import SHORT, short, trained
+from real_runs import ALONE
+from torch import nn
 from written_checkpoints import PARTS, write_steps
 
-from unikd_fast.engine.checkpoint import DamagedCheckpoint, find_newest, read_folder
+from unikd_fast.engine.build import build_experiment
+from unikd_fast.engine.checkpoint import DamagedCheckpoint, find_newest, read_folder, require_usable
 from unikd_fast.engine.checkpoint import store as store_module
 from unikd_fast.engine.checkpoint.files import HEADER, check_folder, write_folder
-from unikd_fast.engine.checkpoint.store import FOLDER, LATEST, checkpoint_name
+from unikd_fast.engine.checkpoint.store import FOLDER, checkpoint_name
 
 
 def damages() -> dict[str, Any]:
@@ -63,8 +71,6 @@ def test_a_header_leads_to_no_file_outside(tmp_path: Path) -> None:
     header = json.loads(wrapped["header"])
     header["files"]["../secret"] = {"bytes": 1, "crc32": 0}
     text = json.dumps(header)
-    import zlib
-
     (tmp_path / "c" / HEADER).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "header": text}))
     with pytest.raises(DamagedCheckpoint, match=r"names the file '\.\./secret'"):
         check_folder(tmp_path / "c")
@@ -132,10 +138,99 @@ def test_without_a_whole_one_all_faults_are_told(tmp_path: Path) -> None:
         find_newest(tmp_path)
 
 
-@pytest.mark.parametrize("said", ["", "../elsewhere", "step-000000009", "step-1", "\0", "step-000000001"])
-def test_what_latest_says_is_believed_only_if_it_names_a_checkpoint(tmp_path: Path, said: str) -> None:
-    write_steps(tmp_path, 1, 2)
-    (tmp_path / FOLDER / LATEST).write_text(said)
-    shutil.copytree(tmp_path / FOLDER / checkpoint_name(2), tmp_path / "elsewhere")
-    expected = 1 if said == "step-000000001" else 2
-    assert find_newest(tmp_path) == tmp_path / FOLDER / checkpoint_name(expected)
+def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the header, and give it a checksum that fits."""
+    header = json.loads(json.loads((path / HEADER).read_text())["header"])
+    change(header)
+    text = json.dumps(header)
+    (path / HEADER).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "header": text}))
+
+
+def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
+    """Return the way to everything in nested JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*before, key)
+        yield from places(inner, *before, key)
+
+
+ODD = (None, -1, 0.5, 2**70, "", "../x", "/etc/passwd", [], {}, [[]], {"$tensor": []}, {"$pairs": 1})
+
+
+@pytest.fixture(scope="module")
+def run_before_training(tmp_path_factory: pytest.TempPathFactory, group: None) -> tuple[nn.Module, Path]:
+    """The student's side of a run, and the checkpoint that it wrote."""
+    config = short(tmp_path_factory.mktemp("forged"), "run", train={**SHORT["train"], "total_epochs": 1})
+    folder = trained(config)
+    return build_experiment(config, ALONE).side, folder / FOLDER / checkpoint_name(2)
+
+
+@pytest.mark.parametrize("tries", [150, pytest.param(5000, marks=pytest.mark.long)])
+def test_forged_headers_are_named_errors(
+    run_before_training: tuple[nn.Module, Path], tmp_path: Path, tries: int
+) -> None:
+    """A header whose checksum fits and whose content does not: refused by name, or read, but never a raw error."""
+    side, whole = run_before_training
+    require_usable(whole, side)
+    header = json.loads(json.loads((whole / HEADER).read_text())["header"])
+    forgeries = list(itertools.product(places(header), ODD))
+    near = [(way, odd) for way, odd in forgeries if len(way) < 4 and way[-1] != "format"]
+    path, refused = tmp_path / "c", 0
+    shutil.copytree(whole, path)
+    pristine = (path / HEADER).read_bytes()
+    # Half of them near the root, where each one matters, half among the many tensors.
+    tries = min(tries, 2 * len(near))
+    for way, odd in random.Random(0).sample(near, tries // 2) + random.Random(1).sample(forgeries, tries // 2):
+
+        def put(content: Any, way: tuple[Any, ...] = way, odd: Any = odd) -> None:
+            for key in way[:-1]:
+                content = content[key]
+            content[way[-1]] = odd
+
+        (path / HEADER).write_bytes(pristine)
+        forge(path, put)
+        try:
+            check_folder(path)
+            require_usable(path, side)
+        except DamagedCheckpoint as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 0.6 * tries
+
+
+@pytest.mark.parametrize("kind", ["a folder outside", "an absolute path", "no checksum", "a link", "a linked header"])
+def test_parts_are_files_of_the_folder_with_a_checksum(tmp_path: Path, kind: str) -> None:
+    path, outside = tmp_path / "c", tmp_path / "outside.safetensors"
+    write_folder(path, PARTS)
+    shutil.copy(path / "student.safetensors", outside)
+    if kind == "a folder outside":
+        forge(path, lambda header: header["parts"].update({"../outside": header["parts"]["student"]}))
+    elif kind == "an absolute path":
+        forge(path, lambda header: header["parts"].update({str(outside)[:-12]: header["parts"]["student"]}))
+    elif kind == "no checksum":
+        forge(path, lambda header: header["files"].pop("student.safetensors"))
+    elif kind == "a link":
+        (path / "student.safetensors").unlink()
+        (path / "student.safetensors").symlink_to(outside)
+    else:
+        (path / HEADER).rename(tmp_path / "header")
+        (path / HEADER).symlink_to(tmp_path / "header")
+    for read in (check_folder, read_folder):
+        with pytest.raises(DamagedCheckpoint, match=str(path)):
+            read(path)
+
+
+def test_a_forged_checkpoint_does_not_hide_an_older_one(
+    run_before_training: tuple[nn.Module, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    side, whole = run_before_training
+    for step in (1, 2, 3, 4):
+        shutil.copytree(whole, tmp_path / FOLDER / checkpoint_name(step))
+    forge(tmp_path / FOLDER / checkpoint_name(4), lambda header: header.pop("format"))
+    forge(tmp_path / FOLDER / checkpoint_name(3), lambda header: header["parts"]["run"].update(step="three"))
+    forge(tmp_path / FOLDER / checkpoint_name(2), lambda header: header["parts"].pop("processes"))
+    with caplog.at_level(logging.WARNING, logger="unikd_fast"):
+        found = find_newest(tmp_path, lambda path: require_usable(path, side))
+    assert found == tmp_path / FOLDER / checkpoint_name(1)
+    assert caplog.text.count("passed over a checkpoint") == 3
+    assert "does not say its format" in caplog.text and "run is {'step': 'three'" in caplog.text

@@ -1,8 +1,8 @@
 """A checkpoint written to disk: complete or absent, beside training or in line, and read back as it was."""
 
 import json
+import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import killed_at_each_operation
 from written_checkpoints import PARTS, write_steps
 
 from unikd_fast.engine.checkpoint import CheckpointWriter, find_newest, read_folder
 from unikd_fast.engine.checkpoint import files as files_module
 from unikd_fast.engine.checkpoint import store as store_module
 from unikd_fast.engine.checkpoint.files import check_folder, write_folder
-from unikd_fast.engine.checkpoint.store import FOLDER, LATEST, checkpoint_name
+from unikd_fast.engine.checkpoint.store import FOLDER, checkpoint_name
 from unikd_fast.engine.checkpoint.tree import flatten, on_cpu, unflatten
 from unikd_fast.errors import CheckpointError
+from unikd_fast.io import replaced
 
 
 def assert_equal(left: Any, right: Any) -> None:
@@ -90,7 +92,7 @@ def test_the_last_few_are_kept_and_the_newest_is_found(tmp_path: Path, beside_tr
     assert find_newest(tmp_path) is None
     write_steps(tmp_path, 1, 5, 10, 999_999_999, keep=2, beside_training=beside_training)
     there = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
-    assert there == [LATEST, checkpoint_name(10), checkpoint_name(999_999_999)]
+    assert there == [checkpoint_name(10), checkpoint_name(999_999_999)]
     newest = find_newest(tmp_path)
     assert newest is not None
     assert read_folder(newest)["run"]["step"] == 999_999_999
@@ -128,39 +130,51 @@ def test_an_error_of_the_thread_comes_with_the_next_call(tmp_path: Path) -> None
     writer.close()
 
 
-WRITE_FOREVER = """
-import sys
-from pathlib import Path
-import torch
-from unikd_fast.engine.checkpoint import CheckpointWriter
-writer = CheckpointWriter(Path(sys.argv[1]), keep=2, beside_training=False)
-print("ready", flush=True)
-for step in range(1, 10**6):
-    writer.write(step, {"run": {"step": step}, "student": {"w": torch.full((50_000,), float(step))}})
-"""
+BEFORE = {"step 5": (5,), "steps 4 and 5": (4, 5)}
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_the_newest_is_whole(tmp_path: Path) -> None:
-    step = 0
-    for round_ in range(8):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert process.stdout is not None
-            assert "ready\n" in iter(process.stdout.readline, "")  # DeepSpeed has its say before
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.05 + 0.037 * round_)
-        finally:
-            process.kill()
-            process.wait()
+@pytest.mark.parametrize("step", [5, 6], ids=["the same step", "the next step"])
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_killed_at_any_operation_the_newest_is_whole(tmp_path: Path, step: int, before: str, keep: int) -> None:
+    write_steps(tmp_path, *BEFORE[before], keep=keep)
+    found: set[int] = set()
+    kills = 0
+    for _ in killed_at_each_operation(lambda: write_steps(tmp_path, step, keep=keep), tmp_path):
         newest = find_newest(tmp_path)
         assert newest is not None
         saved = read_folder(newest)
         assert saved["student"]["w"].unique().tolist() == [saved["run"]["step"]]
-        step = max(step, saved["run"]["step"])
-    assert step > 1
+        found.add(saved["run"]["step"])
+        kills += 1
+        # What a kill leaves hides nothing from the next write, and does not stop it.
+        copy = tmp_path.with_name(f"{tmp_path.name}-{kills}")
+        shutil.copytree(tmp_path, copy)
+        write_steps(copy, 7, keep=1)
+        assert [path.name for path in (copy / FOLDER).iterdir()] == [checkpoint_name(7)]
+        shutil.rmtree(copy)
+    assert kills > 8 and found >= {5}
+    there = sorted({*BEFORE[before], step})[-keep:]
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [checkpoint_name(each) for each in there]
+
+
+def test_what_a_kill_left_aside_is_found_and_taken_back(tmp_path: Path) -> None:
+    """Between the two renames of a replacement the good checkpoint has another name, and is the only one."""
+    write_steps(tmp_path, 5, keep=1)
+    aside = replaced(tmp_path / FOLDER / checkpoint_name(5))
+    (tmp_path / FOLDER / checkpoint_name(5)).rename(aside)
+    assert find_newest(tmp_path) == aside
+    write_steps(tmp_path, 6, keep=2)
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [checkpoint_name(5), checkpoint_name(6)]
+
+
+def test_a_step_whose_old_folder_was_left_is_written(tmp_path: Path) -> None:
+    """After the second rename both are there; another write of that step must not stumble over it."""
+    write_steps(tmp_path, 5, keep=1)
+    whole = tmp_path / FOLDER / checkpoint_name(5)
+    shutil.copytree(whole, replaced(whole))
+    write_steps(tmp_path, 5, keep=1)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [checkpoint_name(5)]
 
 
 @pytest.mark.slow
@@ -181,7 +195,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(files_module, "_require_room", lambda folder, needed: None)
         with pytest.raises(CheckpointError, match=r"step-000000002: No space left on device; .* free at least"):
             writer.write(2, large)
-        assert sorted(path.name for path in (disk / FOLDER).iterdir()) == [LATEST, checkpoint_name(1)]
+        assert sorted(path.name for path in (disk / FOLDER).iterdir()) == [checkpoint_name(1)]
         newest = find_newest(disk)
         assert newest is not None and torch.equal(read_folder(newest)["student"]["w"], small["student"]["w"])
     finally:

@@ -1,16 +1,31 @@
 """Checkpoints of whole runs: a full disk, damaged ones, those of DeepSpeed beside ours; and a lack of memory."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from real_runs import ROOT, command, merged, newest_checkpoint, run, train_records, write_config
+from exported_runs import short
+from real_runs import (
+    ALONE,
+    ROOT,
+    command,
+    merged,
+    newest_checkpoint,
+    run,
+    train_here,
+    train_records,
+    write_config,
+)
 from safetensors.torch import load_file
 
-from unikd_fast.engine.checkpoint import checkpoint_name
+from unikd_fast.engine.checkpoint import CheckpointWriter, checkpoint_name
+from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.trainer import Trainer
+from unikd_fast.errors import Interrupted
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +37,49 @@ SMALL: dict[str, Any] = {
 
 def small_config(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
     return write_config(folder, name=name, **merged(SMALL, sections))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps whose checkpoints are written, in order."""
+    steps: list[int] = []
+    write = CheckpointWriter.write
+
+    def noted(self: CheckpointWriter, step: int, parts: dict[str, Any]) -> None:
+        steps.append(step)
+        write(self, step, parts)
+
+    monkeypatch.setattr(CheckpointWriter, "write", noted)
+    return steps
+
+
+@pytest.mark.usefixtures("group")
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path, written: list[int]) -> None:
+    """Steps 2, 4 and 6 end epochs that are evaluated, and are due by their number as well."""
+    config = short(tmp_path, "run", run={"checkpoint_every_steps": 1, "evaluate_every_epochs": 1})
+    folder = train_here(config)
+    assert written == [1, 2, 3, 4, 5, 6]
+    (folder / "result.json").unlink(missing_ok=True)
+    train_here(config, resume=True)
+    assert written == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("step", [3, 4], ids=["inside of an epoch", "at its end"])
+def test_a_signal_at_a_saved_step_saves_nothing(tmp_path: Path, written: list[int], step: int) -> None:
+    config = short(tmp_path, "run", run={"checkpoint_every_steps": 1, "evaluate_every_epochs": 1})
+
+    class Signalled(StopSignal):
+        def agreed(self) -> int:
+            return signal.SIGTERM if trainer.step == step else 0
+
+    with Signalled(ALONE) as stop, pytest.raises(Interrupted, match=rf"stopped at step {step}; saved .*{step}$"):
+        trainer = Trainer(config, Path(config.run.dir), ALONE, stop, label="student", resume=False)
+        trainer.run()
+    assert written == list(range(1, step + 1))
+    with StopSignal(ALONE) as stop:
+        Trainer(config, Path(config.run.dir), ALONE, stop, label="student", resume=True).run()
+    assert written == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path: Path) -> None:

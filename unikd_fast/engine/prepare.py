@@ -2,9 +2,10 @@
 
 import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unikd_fast.config import Config
@@ -27,6 +28,8 @@ from unikd_fast.engine.steps import EagerSteps, Parts, Steps
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 
+_REMOVE = "remove that folder and continue with --resume auto"
+
 
 class Prepared(NamedTuple):
     """A run's parts, how many steps it has done, and a copy of the student to evaluate, where one is needed."""
@@ -48,14 +51,16 @@ def prepare(
     """
     experiment = build_experiment(config, processes)
     method, side = experiment.method, experiment.side
-    saved = _read_checkpoint(folder, processes) if resume else None
+    newest = _newest_checkpoint(folder, side, processes) if resume else None
+    saved = None if newest is None else ckpt.read_folder(newest)
     teacher_record = experiment.teacher_record
     if experiment.cache is not None:
         teacher_record = ready_cache(experiment.cache, side, stop, name, epochs=experiment.epochs)
         if saved is not None:
             ckpt.require_same_head(saved, method)
-    if saved is not None:
-        ckpt.restore_weights(saved, side, method, processes)
+    if newest is not None and saved is not None:
+        with ckpt.restoring(newest, advice=_REMOVE):
+            ckpt.restore_weights(saved, side, method, processes)
     average = _start_average(experiment)
     # At ZeRO stage 3 nobody has whole weights to evaluate, and processes do not evaluate in step.
     needs_copy = zero_stage(config) == 3 and average is None
@@ -66,17 +71,18 @@ def prepare(
     if teacher_record is not None and processes.is_first:
         write_teacher(folder, teacher_record)
     scale = LossScale() if config.train.precision == "fp16" else None
-    if saved is None:
+    if newest is None or saved is None:
         if experiment.teacher is not None:
             prepare_method(method, experiment.loader, experiment.teacher, processes, stop, name)
         torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes
     else:
-        restore_optimizer_state(engine, saved["optimizer"])
-        if average is not None:
-            ckpt.restore_average(saved, average, processes)
-        ckpt.restore_random_state(saved, processes)
-        if scale is not None:
-            scale.load_state_dict(saved["run"]["loss_scale"])
+        with ckpt.restoring(newest, advice=_REMOVE):
+            restore_optimizer_state(engine, saved["optimizer"])
+            if average is not None:
+                ckpt.restore_average(saved, average, processes)
+            ckpt.restore_random_state(saved, processes)
+            if scale is not None:
+                scale.load_state_dict(saved["run"]["loss_scale"])
     skip = config.train.nonfinite == "skip"
     watch = GradientWatch(engine, skip=skip, scale=scale)
     # With fp16 gradients overflow now and then, and the loss scale sees to them.
@@ -88,10 +94,9 @@ def prepare(
     return Prepared(parts, steps, 0 if saved is None else int(saved["run"]["step"]), whole)
 
 
-def _read_checkpoint(folder: Path, processes: Processes) -> dict[str, Any] | None:
-    """The newest whole checkpoint, chosen by the first process for all."""
-    found = processes.from_first(lambda: ckpt.find_newest(folder))
-    return None if found is None else ckpt.read_folder(found)
+def _newest_checkpoint(folder: Path, side: nn.Module, processes: Processes) -> Path | None:
+    """Return the newest checkpoint that this run can go on from, chosen by the first process for all."""
+    return processes.from_first(lambda: ckpt.find_newest(folder, lambda path: ckpt.require_usable(path, side)))
 
 
 def _start_average(experiment: Experiment) -> AveragedModel | None:

@@ -47,6 +47,7 @@ class Trainer:
         )
         self.experiment, self.engine, self.watch, self.meter, self.average, self.clock = parts
         self.method, self.side = self.experiment.method, self.experiment.side
+        self.saved_step = self.step  # a new run has nothing to save before its first step
         self.checkpoints = ckpt.CheckpointWriter(
             folder, keep=config.run.keep_checkpoints, beside_training=config.run.async_checkpoints
         )
@@ -138,7 +139,8 @@ class Trainer:
                     },
                 )
                 self.clock.write(self.folder)
-            if run.checkpoint_every_steps and self.step % run.checkpoint_every_steps == 0:
+            # At the end of an epoch the buffers are averaged before they are saved.
+            if self._checkpoint_due() and self.step % per_epoch:
                 self._save()
             if (number := self.stop.agreed()) and self.step % per_epoch and self.step < total:
                 self._stop(number)
@@ -146,15 +148,22 @@ class Trainer:
         if self.average is not None:
             average_buffers(self.average, self.processes)
         number = self.stop.agreed()
-        if not number and self._evaluation_due():  # short epochs would otherwise spend their time on the disk
+        # Short epochs would otherwise spend their time on the disk.
+        if self._checkpoint_due() or self._evaluation_due():
             self._save()
         if (skipped := bad_sample_record(self.config, self.experiment.loader, self.processes)) is not None:
             self.writer.write("bad_samples", self.step, {"epoch": epoch + 1, **skipped})
         if number:
             self._stop(number)
 
+    def _checkpoint_due(self) -> bool:
+        every = self.config.run.checkpoint_every_steps
+        return every is not None and self.step % every == 0
+
     def _save(self) -> None:
-        """Takes a checkpoint, which a thread may write while training goes on."""
+        """Take a checkpoint, which a thread may write while training goes on; a step that is saved stays as it is."""
+        if self.saved_step == self.step:
+            return
         self.meter.check()
         parts = ckpt.collect_state(
             step=self.step,
@@ -166,6 +175,7 @@ class Trainer:
             loss_scale=None if self.watch.scale is None else self.watch.scale.state_dict(),
         )
         self.processes.from_first(lambda: self.checkpoints.write(self.step, parts))
+        self.saved_step = self.step
         run = self.config.run
         if run.deepspeed_checkpoints:
             ckpt.write_native(self.engine, self.folder, self.processes, step=self.step, keep=run.keep_checkpoints)

@@ -5,9 +5,11 @@ from unikd_fast.engine.checkpoint.native import write_native
 from unikd_fast.engine.checkpoint.state import (
     collect_state,
     require_same_head,
+    require_usable,
     restore_average,
     restore_random_state,
     restore_weights,
+    restoring,
 )
 from unikd_fast.engine.checkpoint.store import (
     FOLDER,
@@ -28,8 +30,10 @@ __all__ = [
     "read_folder",
     "read_header",
     "require_same_head",
+    "require_usable",
     "restore_average",
     "restore_random_state",
     "restore_weights",
+    "restoring",
     "write_native",
 ]

@@ -1,16 +1,13 @@
 """One checkpoint on disk: a folder of safetensors files and one JSON file, complete or absent, checked when it is read.
 
-    checkpoint.json      step, what else is no tensor, and size and CRC-32 of every other file
-    student.safetensors  ...
-
-The folder is written under another name and renamed when everything is on the disk.
+checkpoint.json      step, what else is not a tensor, and size and CRC-32 of every other file
+student.safetensors  ...
 """
 
 import json
-import os
 import shutil
+import stat
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,10 @@ from safetensors.torch import load_file, save
 
 from unikd_fast.engine.checkpoint.tree import flatten, unflatten
 from unikd_fast.errors import CheckpointError
+from unikd_fast.io import create_file, new_folder
 
 FORMAT = 2
 HEADER = "checkpoint.json"
-UNFINISHED = ".unfinished-"
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -30,7 +27,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def write_folder(path: Path, parts: dict[str, Any]) -> None:
-    """Writes a checkpoint; it is there when this returns, and not at all if it raises.
+    """Write a checkpoint; it is there when this returns, and what was there before if this raises.
 
     Args:
         path: folder to make; one of this name is replaced.
@@ -41,120 +38,116 @@ def write_folder(path: Path, parts: dict[str, Any]) -> None:
     """
     parts_of_it = {name: flatten(state) for name, state in parts.items()}
     needed = sum(t.numel() * t.element_size() for tensors, _ in parts_of_it.values() for t in tensors.values())
-    unfinished = path.with_name(UNFINISHED + path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
         _require_room(path.parent, needed)
-        unfinished.mkdir()
-        files: dict[str, Any] = {}
-        for name, (tensors, _) in parts_of_it.items():
-            content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-            files[f"{name}.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
-            _write(unfinished / f"{name}.safetensors", content)
-        header = {"format": FORMAT, "parts": {name: rest for name, (_, rest) in parts_of_it.items()}, "files": files}
-        text = json.dumps(header, indent=1)
-        _write(unfinished / HEADER, json.dumps({"crc32": zlib.crc32(text.encode()), "header": text}).encode())
-        _sync_folder(unfinished)
-        replaced = _aside(path)
-        if path.exists():
-            path.rename(replaced)
-        unfinished.rename(path)
-        _sync_folder(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with new_folder(path) as folder:
+            files: dict[str, Any] = {}
+            for name, (tensors, _) in parts_of_it.items():
+                content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+                files[f"{name}.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+                create_file(folder / f"{name}.safetensors", content)
+            header = {
+                "format": FORMAT,
+                "parts": {name: rest for name, (_, rest) in parts_of_it.items()},
+                "files": files,
+            }
+            text = json.dumps(header, indent=1)
+            create_file(folder / HEADER, json.dumps({"crc32": zlib.crc32(text.encode()), "header": text}).encode())
     except OSError as error:
-        with suppress(OSError):
-            shutil.rmtree(unfinished)
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise CheckpointError(
-            f"cannot write the checkpoint {path}: {error.strerror or error}; those before it are as they were; free at "
+            f"cannot write the checkpoint {path}: {cause.strerror or cause}; those before it are as they were; free at "
             f"least {needed / 2**20:,.1f} MiB there and continue with --resume auto"
         ) from error
 
 
-def remove_folder(path: Path) -> None:
-    """Removes a checkpoint as far as that can be done; under its own name it is whole until it is gone."""
-    removed = _aside(path)
-    with suppress(OSError):
-        path.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file; it has all of its old content or all of the new one.
-
-    Raises:
-        CheckpointError: the disk is full, or cannot be written to.
-    """
-    unfinished = path.with_name(UNFINISHED + path.name)
-    try:
-        _write(unfinished, text.encode())
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; the checkpoints are as they were") from error
-
-
 def read_folder(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint back: the nested state of every part, on the CPU.
+    """Read a checkpoint back: the nested state of every part, on the CPU.
 
     Raises:
-        DamagedCheckpoint: a file is missing or no safetensors file, or this version cannot read it; names it. Whether
-            its bytes are those that were written is what `check_folder` looks at.
+        DamagedCheckpoint: a file is missing or is not a safetensors file, the header does not fit the files, or this
+            version cannot read it; names it. Whether the bytes are those that were written is for `check_folder`.
     """
     parts: dict[str, Any] = {}
     for name, rest in read_header(path)["parts"].items():
         file = path / f"{name}.safetensors"
         try:
+            _require_regular(file)
             parts[name] = unflatten(load_file(file), rest)
-        except (OSError, RuntimeError, KeyError, SafetensorError) as error:  # torch's, of a file that went meanwhile
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's, of a file that went meanwhile
             raise DamagedCheckpoint(f"{file} is damaged: {error}") from error
+        except (LookupError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(
+                f"{path / HEADER} is damaged: its part {name!r} does not fit {file.name}: {error}"
+            ) from error
     return parts
 
 
 def check_folder(path: Path) -> None:
-    """Holds every byte of a checkpoint against what was written.
+    """Hold every byte of a checkpoint against what was written.
 
     Raises:
         DamagedCheckpoint: a file is missing, cut off or changed, or this version cannot read it; names it.
     """
     for name, expected in read_header(path)["files"].items():
-        if Path(name).name != name:
-            raise DamagedCheckpoint(f"{path / HEADER} names the file {name!r}, which is none of this folder")
         _check(path / name, expected)
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What is no tensor in a checkpoint: its "parts", with names for their tensors, and its "files".
+    """Read what is not a tensor in a checkpoint: its "parts", with names for their tensors, and its "files".
 
     Raises:
         DamagedCheckpoint: see `read_folder`.
     """
     file = path / HEADER
     try:
+        _require_regular(file)
         wrapped = json.loads(file.read_bytes())
         text, checksum = wrapped["header"], wrapped["crc32"]
         intact = zlib.crc32(text.encode()) == checksum
+        header = json.loads(text)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is damaged: {type(error).__name__}: {error}") from error
     if not intact:
         raise DamagedCheckpoint(f"{file} is damaged: its checksum is not that of its text")
-    header: dict[str, Any] = json.loads(text)
+    if not isinstance(header, dict) or "format" not in header:
+        raise DamagedCheckpoint(f"{file} is damaged: it does not say its format")
     if header["format"] != FORMAT:
         raise DamagedCheckpoint(
             f"{path} has format {header['format']}, this version reads {FORMAT}; start a new run folder"
         )
+    _check_header(file, header)
     return header
 
 
-def _aside(path: Path) -> Path:
-    """Where a checkpoint goes that is being removed."""
-    return path.with_name(f"{UNFINISHED}old-{path.name}")
+def _check_header(file: Path, header: dict[str, Any]) -> None:
+    """Refuse a header whose text is intact, but was not written by `write_folder`."""
+    parts, files = header.get("parts"), header.get("files")
+    if not isinstance(parts, dict) or not isinstance(files, dict):
+        raise DamagedCheckpoint(f"{file} is damaged: it lacks its parts or its files")
+    for name, expected in files.items():
+        if Path(name).name != name or not name:
+            raise DamagedCheckpoint(f"{file} names the file {name!r}, which is not in this folder")
+        values = [expected.get("bytes"), expected.get("crc32")] if isinstance(expected, dict) else []
+        if [type(value) for value in values] != [int, int]:
+            raise DamagedCheckpoint(f"{file} is damaged: size or checksum of {name} is missing")
+    for name in parts:
+        if f"{name}.safetensors" not in files:
+            raise DamagedCheckpoint(f"{file} is damaged: its part {name!r} has no file with a checksum")
+
+
+def _require_regular(file: Path) -> None:
+    """Refuse a link, a pipe or a device: what leads elsewhere was not written by us."""
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise DamagedCheckpoint(f"{file} is damaged: it is not a regular file")
 
 
 def _check(file: Path, expected: dict[str, int]) -> None:
     try:
+        _require_regular(file)
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise DamagedCheckpoint(f"{file} is damaged: it has {size} bytes, {expected['bytes']} were written")
@@ -176,18 +169,3 @@ def _require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(None, f"it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,11 +11,15 @@ The teacher is not in it. Loss curves continue bit for bit at the same number of
 rounding of another order of summation at others; the order of the samples is a function of the step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unikd_fast.engine.checkpoint.files import DamagedCheckpoint, read_folder
 from unikd_fast.engine.checkpoint.tree import on_cpu
 from unikd_fast.engine.optimizer_state import collect_optimizer_state
 from unikd_fast.engine.processes import Processes
@@ -65,6 +69,66 @@ def collect_state(
             "loss_scale": loss_scale,
         },
     }
+
+
+def require_usable(path: Path, side: nn.Module) -> None:
+    """Refuse a checkpoint that is intact, but does not hold the state of this network.
+
+    Args:
+        path: its folder.
+        side: the student's side before it is sharded.
+
+    Raises:
+        DamagedCheckpoint: says what does not fit.
+    """
+    saved = read_folder(path)
+    with restoring(path):
+        run, of_processes = saved["run"], saved["processes"]
+        counts = {key: run[key] for key in ("step", "world_size", "zero_stage", "seed")}
+        _require(all(type(value) is int and value >= 0 for value in counts.values()), f"run is {counts}")
+        _require(len(of_processes) == run["world_size"], f"{len(of_processes)} processes, {run['world_size']} said")
+        _require_like(saved["student"], side.state_dict(), "student")
+        for own in of_processes:
+            _require_like(own["buffers"], dict(side.named_buffers()), "buffers of a process")
+            _require(own["rng"]["cpu"].dtype == torch.uint8, f"a random state is {own['rng']['cpu'].dtype}")
+        parameters = dict(side.named_parameters())
+        for name, state in saved["optimizer"]["tensors"].items():
+            _require_like(state, dict.fromkeys(state, parameters[name]), f"optimizer, {name}")
+
+
+@contextmanager
+def restoring(path: Path, *, advice: str = "") -> Iterator[None]:
+    """Name the checkpoint in an error of taking its state up.
+
+    Args:
+        advice: what to do then.
+
+    Raises:
+        DamagedCheckpoint: it does not fit this run.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DamagedCheckpoint(
+            f"{path} does not hold the state of this run: {said}{advice and '; '}{advice}"
+        ) from error
+
+
+def _require(holds: bool, found: str) -> None:
+    if not holds:
+        raise ValueError(found)
+
+
+def _require_like(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    differing = sorted(
+        name
+        for name in found.keys() | expected.keys()
+        if name not in found or name not in expected or found[name].shape != expected[name].shape
+    )
+    _require(not differing, f"{what}: {len(differing)} tensors differ in name or shape, the first is {differing[:1]}")
 
 
 def restore_weights(saved: dict[str, Any], side: nn.Module, method: Method, processes: Processes) -> None:

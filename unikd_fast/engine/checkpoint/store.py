@@ -2,24 +2,18 @@
 
 import logging
 import re
-import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from unikd_fast.engine.checkpoint.files import (
-    UNFINISHED,
-    DamagedCheckpoint,
-    check_folder,
-    remove_folder,
-    write_folder,
-    write_text,
-)
+from unikd_fast.engine.checkpoint.files import DamagedCheckpoint, check_folder, write_folder
+from unikd_fast.io import remove_folder, remove_leftovers
 
 FOLDER = Path("checkpoints")
-LATEST = "latest"
 
-_NAME = re.compile(r"step-(\d{9})")
+_NAME = re.compile(r"step-\d{9}")
+_ASIDE = re.compile(r"\.(step-\d{9})\.replaced")
 _logger = logging.getLogger("unikd_fast")
 
 
@@ -34,22 +28,25 @@ def checkpoint_name(step: int) -> str:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, the newest first: that which `latest` names, then by step.
+    """Return the checkpoints of a run folder, the newest first.
 
-    A folder that was not finished has another name.
+    A folder that was not finished has another name. One that a kill left aside while another took its place counts.
     """
     folder = run / FOLDER
     if not folder.is_dir():
         return []
-    found = sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
-    named = folder / _latest(folder)
-    return [named, *(path for path in found if path != named)] if named in found else found
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    aside = [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)]
+    return sorted([*found, *aside], key=lambda path: (_step(path), path in found), reverse=True)
 
 
-def find_newest(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a warning. None: there is none at all.
+def find_newest(run: Path, accept: Callable[[Path], object] = lambda path: None) -> Path | None:
+    """Return the newest checkpoint that is whole, or None where there are none; damaged ones are passed over, and said.
 
     A run that goes on may write and remove checkpoints meanwhile: what is found, or missed, is of one moment.
+
+    Args:
+        accept: raises DamagedCheckpoint for a checkpoint whose bytes are those that were written, but cannot be used.
 
     Raises:
         DamagedCheckpoint: there are some, and none is whole.
@@ -60,6 +57,7 @@ def find_newest(run: Path) -> Path | None:
         for path in there:
             try:
                 check_folder(path)
+                accept(path)
             except DamagedCheckpoint as error:
                 if path.is_dir():
                     faults.append(str(error))
@@ -128,21 +126,18 @@ class CheckpointWriter:
                 self._thread.shutdown()
 
     def _write(self, step: int, parts: dict[str, Any]) -> None:
-        write_folder(self._folder / checkpoint_name(step), parts)
-        write_text(self._folder / LATEST, checkpoint_name(step) + "\n")
+        folder = self._folder
+        for path in folder.glob(".*"):  # of a kill while one took the place of another
+            if (name := _ASIDE.fullmatch(path.name)) and not (folder / name[1]).exists():
+                path.rename(folder / name[1])
+        write_folder(folder / checkpoint_name(step), parts)
+        there = complete_checkpoints(folder.parent)
         # Later steps are of a run that was resumed before them, because they were damaged.
-        there = complete_checkpoints(self._folder.parent)
-        past = [path for path in there if path.name > checkpoint_name(step)]
-        for path in self._folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        past = [path for path in there if _step(path) > step]
         for path in [*past, *[path for path in there if path not in past][self._keep :]]:
             remove_folder(path)
+        remove_leftovers(folder, "step-")
 
 
-def _latest(folder: Path) -> str:
-    """The name in `latest`; a name that could lead elsewhere counts as none."""
-    try:
-        name = (folder / LATEST).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return name if _NAME.fullmatch(name) else ""
+def _step(path: Path) -> int:
+    return int(path.name.strip(".").split(".")[0].removeprefix("step-"))
