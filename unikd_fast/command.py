@@ -71,6 +71,15 @@ def run_command(name: str, body: Callable[[], int], *, stopped: str = "stopped b
     return code
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask a command to save and end.
+
+    SIGHUP, which a terminal sends when it is closed, is not among them under ``nohup``.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,)))
+
+
 def describe_os_error(error: OSError) -> str:
     """Return the path and what the system says of it.
 

@@ -60,7 +60,7 @@ class LostProcess(RunError):
 
 
 class Interrupted(RunError):
-    """SIGTERM or Ctrl-C; what could be saved is saved."""
+    """SIGTERM, SIGHUP or Ctrl-C; what could be saved is saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

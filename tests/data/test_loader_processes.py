@@ -103,7 +103,7 @@ SIGNALLED = """
 import multiprocessing, os, signal
 assert len(multiprocessing.active_children()) == 4
 for worker in multiprocessing.active_children():
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(worker.pid, number)
 assert len(list(kept[0])) == 2
 kept.append(loader.views([]))  # whose have only just begun

@@ -1,12 +1,17 @@
 """SIGTERM and Ctrl-C: the run saves and ends, all its processes at the same step."""
 
+import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from real_runs import kill_group, newest_checkpoint, run, start, wait_for_step, write_config
+from real_runs import ALONE, kill_group, newest_checkpoint, run, start, wait_for_step, write_config
+
+from unikd_fast.command import run_command
+from unikd_fast.engine.stop import StopSignal
 
 pytestmark = pytest.mark.slow
 
@@ -16,6 +21,7 @@ pytestmark = pytest.mark.slow
     [
         pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),  # below with two processes
         pytest.param(signal.SIGINT, id="Ctrl-C"),
+        pytest.param(signal.SIGHUP, id="SIGHUP"),
     ],
 )
 def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
@@ -59,6 +65,37 @@ def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path,
     assert process.returncode == 128 + number, output
     assert "stopped at step" in output
     assert newest_checkpoint(tmp_path / "files")["run"]["step"] >= 2
+
+
+def test_a_hangup_asks_to_stop_except_under_nohup() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with StopSignal(ALONE) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.agreed() == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
+    try:
+        with StopSignal(ALONE) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agreed() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_in_a_lock_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever waits for a thread holds no lock meanwhile, and Ctrl-C makes the release of it fail."""
+    gate = threading.Condition()
+
+    def waiting() -> int:
+        with StopSignal(ALONE) as stop, gate:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.asked == signal.SIGINT
+            gate.release()
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not interrupted")
+
+    assert run_command("launch_distill", waiting) == 130
+    assert capsys.readouterr().err == "launch_distill: error: stopped by Ctrl-C\n"
 
 
 def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:

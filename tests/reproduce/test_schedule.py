@@ -141,7 +141,7 @@ def test_out_of_memory_alone_is_a_failure(tmp_path: Path) -> None:
 SAVES = 'trap "echo saved; exit 143" TERM; echo up; while :; do sleep 0.05; done'
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_all_children_which_save_and_starts_no_more(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     schedule = Schedule([job(tmp_path, name, SAVES) for name in "abc"], Places(2))

@@ -68,10 +68,11 @@ def cause_of_death(broken_connection: Exception) -> Exception:
 
 
 def outlive_stop_signals(worker: int) -> None:
-    """Keep a worker, which calls this first, alive through Ctrl-C and what launchers send to every process.
+    """Keep a worker, which calls this first, alive through Ctrl-C and what terminals and launchers send to all.
 
     It must serve until the run has finished its step and saved. But SIGTERM is also how Python ends it at exit, so that
     is put off and not ignored.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that all processes honour after the same step."""
+"""SIGTERM, SIGHUP and Ctrl-C as a request that all processes honour after the same step."""
 
 import signal
 from types import FrameType
@@ -7,11 +7,12 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from unikd_fast.command import stop_signals
 from unikd_fast.engine.processes import Processes
 
 
 class StopSignal:
-    """Context manager that catches SIGTERM and SIGINT; :meth:`agreed` tells every process at the same step.
+    """Context manager that catches SIGTERM, SIGHUP and SIGINT; :meth:`agreed` tells every process at the same step.
 
     Launchers signal one process after another, so acting on the own signal would leave the others waiting in a
     collective. The requests are compared by a small all-reduce on a gloo group of its own, started at one step and read
@@ -27,7 +28,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, Protocol
 
+from unikd_fast.command import stop_signals
 from unikd_fast.errors import OutOfMemory
 
 _POLL_S = 0.1
@@ -137,7 +138,7 @@ class Schedule:
                     process.kill()
             self.signal = self.signal or number
 
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, note) for number in stop_signals()}
         try:
             yield
         finally:
