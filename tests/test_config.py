@@ -76,6 +76,18 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
     ("override", "parts"),
     [
         ("train.epochs=3", ["unknown key 'train.epochs'", "'train.total_epochs'"]),
+        ("train.lr=0.1", ["unknown key 'train.lr'", "the nearest valid key is 'train.learning_rate'"]),
+        ("lr=0.1", ["'train.learning_rate'"]),
+        ("train.wd=0.1", ["'train.weight_decay'"]),
+        ("train.batch_size=8", ["'train.global_batch_size'"]),
+        ("train.ema=0.9", ["'train.ema_decay'"]),
+        ("train.clip=1", ["'train.clip_grad_norm'"]),
+        ("train.seed=1", ["'run.seed'"]),
+        ("data.num_workers=1", ["'data.workers'"]),
+        ("data.batch_size=1", ["'train.global_batch_size'"]),
+        ("distill.tau=4", ["'distill.temperature'"]),
+        ("student.pretrained=a.pt", ["'student.weights'"]),
+        ("teacher.arch=resnet50", ["'teacher.model'"]),
         ("trian.total_epochs=3", ["unknown key 'trian'", "'train'"]),
         ("temperature=3", ["unknown key 'temperature'", "'distill.temperature'"]),
         ("distill.alpha=-1", ["distill.alpha = -1", "greater than or equal to 0"]),
@@ -118,6 +130,39 @@ def test_bad_settings_name_the_path_the_value_and_what_is_allowed(override: str,
         load_config(DIGITS, [override])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param("{}".encode("utf-16"), "is encoded in UTF-16, not in UTF-8; save it as UTF-8", id="UTF-16"),
+        pytest.param("{ }".encode("utf-16-be"), "is encoded in UTF-16, not in UTF-8", id="UTF-16-BE"),
+        pytest.param("{}".encode("utf-32"), "is encoded in UTF-32, not in UTF-8", id="UTF-32"),
+        pytest.param(
+            '{\n"é": 1}'.encode("latin-1"), "is not UTF-8: byte 0xe9 in line 2; save it as UTF-8", id="Latin-1"
+        ),
+        pytest.param(b"", "not valid JSON", id="empty"),
+    ],
+)
+def test_a_file_in_another_encoding_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value).startswith(str(path))
+    assert said in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "digits.json"
+    path.write_text(DIGITS.read_text(), encoding="utf-8-sig")
+    assert load_config(path) == load_config(DIGITS)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="File name too long") as error:
+        load_config(tmp_path / ("a" * 300))
+    assert str(error.value).startswith(f"--config {tmp_path}/aaa")
 
 
 @pytest.mark.parametrize("key", ["data.augmentation.mixup_alpha", "data.augmentation.cutmix", "train.mixup.alpha"])

@@ -7,6 +7,31 @@ from pydantic import BaseModel, ValidationError
 
 from unikd_fast.errors import ConfigError
 
+# What other programs call a key, and what it is here: of the same section, or anywhere.
+_NAMES_ELSEWHERE = {
+    "amp": "train.precision",
+    "arch": "model",
+    "batch_size": "train.global_batch_size",
+    "bf16": "train.precision",
+    "bs": "train.global_batch_size",
+    "checkpoint": "weights",
+    "ckpt": "weights",
+    "dataset": "data.name",
+    "dtype": "train.precision",
+    "ema": "train.ema_decay",
+    "epochs": "train.total_epochs",
+    "fp16": "train.precision",
+    "grad_clip": "train.clip_grad_norm",
+    "lr": "train.learning_rate",
+    "path": "data.root",
+    "pretrained": "weights",
+    "scheduler": "train.schedule",
+    "t": "distill.temperature",
+    "tau": "distill.temperature",
+    "warmup": "train.warmup_epochs",
+    "wd": "train.weight_decay",
+}
+
 
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:
     """Rewrites every violation of a pydantic error in the terms of the configuration file."""
@@ -47,15 +72,19 @@ def _is_union_tag(part: object) -> bool:
 
 
 def nearest_key(path: str, model: type[BaseModel]) -> str:
-    """A hint with the nearest valid key: in the same section first, then anywhere."""
+    """A hint with the nearest valid key: by its name elsewhere, in the same section, then anywhere."""
     known = list(all_keys(model))
     head, _, leaf = path.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == head]
-    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
-    near = near or [key for key in known if key.rpartition(".")[2] == leaf][:1]
-    near = near or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-    near = near or [key for key in known if leaf in key.rpartition(".")[2]][:1]
-    return f"; the nearest valid key is {near[0]!r}" if near else f"; valid keys here: {', '.join(siblings)}"
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == head}
+    elsewhere = _NAMES_ELSEWHERE.get(leaf.lower())
+    near = [key for key in (f"{head}.{elsewhere}", elsewhere) if key in known]
+    near = near or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.75)]
+    near = near or [key for key in known if key.rpartition(".")[2] == leaf]
+    near = near or [siblings[name] for name in siblings if head and (leaf in name or name in leaf)]
+    near = near or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
+    near = near or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    near = near or [key for key in known if leaf in key.rpartition(".")[2]]
+    return f"; the nearest valid key is {near[0]!r}" if near else f"; valid keys here: {', '.join(siblings.values())}"
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

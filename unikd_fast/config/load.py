@@ -71,15 +71,33 @@ def parse_config(raw: dict[str, Any], overrides: Sequence[str] = (), *, name: st
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file; the configurations that come along are in configs/")
     try:
-        raw = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+        if not path.is_file():
+            raise ConfigError(f"--config {path}: no such file; the configurations that come along are in configs/")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give a file that can be read") from error
+    try:
+        raw = json.loads(_decode(content, path), object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     return raw
+
+
+def _decode(content: bytes, path: Path) -> str:
+    encoding = json.detect_encoding(content)
+    if not encoding.startswith("utf-8"):
+        name = encoding[:6].upper()
+        raise ConfigError(f"{path} is encoded in {name}, not in UTF-8; save it as UTF-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}; save it as UTF-8"
+        ) from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
