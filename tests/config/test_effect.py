@@ -92,3 +92,67 @@ def test_a_compiled_teacher_has_eager_blocks() -> None:
         without_effect(load_config(CONFIGS / "cifar100" / "kd" / "vgg13-vgg8.json", ["teacher.compile=default"]))
         is None
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.milestones=[2,4]"], "train.milestones has no effect with train.schedule = 'cosine'"),
+        (["train.gamma=0.1"], "train.gamma has no effect with train.schedule = 'cosine'"),
+        (
+            ["train.schedule=constant", "train.gamma=0.5", "train.milestones=[2]"],
+            "train.milestones, train.gamma have no effect with train.schedule = 'constant'",
+        ),
+        (["train.milestones=[]"], None),
+        (["train.schedule=step", "train.milestones=[2,4]"], None),
+        (
+            ["train.schedule=step"],
+            "train.schedule = 'step' without train.milestones: the learning rate stays as it is; set the epochs of its "
+            "drops",
+        ),
+        (
+            ["train.schedule=step", "train.milestones=[2,5,9]", "train.total_epochs=5"],
+            "train.milestones = 5, 9 are not reached: the run ends after epoch 5 (train.total_epochs)",
+        ),
+        (
+            ["train.warmup_epochs=5", "train.total_epochs=5"],
+            "train.warmup_epochs = 5 is not shorter than train.total_epochs = 5: the learning rate only rises, and the "
+            "schedule never begins",
+        ),
+        (["train.warmup_epochs=4.5", "train.total_epochs=5"], None),
+        (
+            ["train.optimizer=adamw", "train.momentum=0.9", "train.nesterov=true"],
+            "train.momentum, train.nesterov have no effect with train.optimizer = 'adamw'",
+        ),
+        (["data.synthetic_samples=64"], "data.synthetic_samples has no effect with data.name = 'digits'"),
+        (
+            ["data.workers=4", "data.bad_images=skip"],
+            "data.workers, data.bad_images have no effect with data.name = 'digits'",
+        ),
+        (["data.name=synthetic", "data.num_classes=10", "data.synthetic_samples=64"], None),
+        (["data.root=/data"], "data.root has no effect with data.name = 'digits'"),
+        (["data.val_samples=10"], "data.val_samples has no effect with data.name = 'digits'"),
+        (
+            ["data.mixing.switch_probability=0.1", "data.mixing.mixup_alpha=0.2"],
+            "data.mixing.switch_probability has no effect: one of mixup_alpha and cutmix_alpha is 0",
+        ),
+        (
+            ["data.augmentation.rand_ops=3", "data.augmentation.erase_scale=[0.1,0.2]"],
+            "data.augmentation.rand_ops has no effect with policy = 'none'. data.augmentation.erase_scale has no "
+            "effect with erase_probability = 0.0",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_key_that_another_makes_useless(overrides: list[str], said: str | None) -> None:
+    assert of("unikd", *overrides) == said
+    resolved = load_config(DIGITS, ["compare=null", "distill.method=unikd", *overrides])
+    again = parse_config(resolved.model_dump(mode="json", by_alias=True), name="digits", source="digits")
+    if said is None:
+        assert without_effect(again) is None
+
+
+def test_a_setting_that_one_run_of_a_comparison_reads_is_not_reported() -> None:
+    runs = {"step": {"train.schedule": "step"}, "cosine": {"train.schedule": "cosine"}}
+    given = ["train.milestones=[2]", "distill.method=unikd", f"compare.runs={json.dumps(runs)}"]
+    assert without_effect(load_config(DIGITS, given)) is None

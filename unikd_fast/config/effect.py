@@ -1,11 +1,14 @@
 """What a configuration sets and no run of it reads: no error, for runs share keys, but worth a word."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from unikd_fast.config.distill import DistillConfig
 from unikd_fast.config.methods import MethodName, section_names
 from unikd_fast.config.runs import run_configs
 from unikd_fast.config.schema import Config
+from unikd_fast.config.section import Section
+from unikd_fast.config.training import TrainConfig
 
 _LEVELS = frozenset({"max_levels"})
 _KD = frozenset({"ce_weight", "beta", "temperature", "scale_by_t2"})
@@ -24,6 +27,68 @@ READS: dict[MethodName, frozenset[str]] = {
 """Keys of ``distill`` outside of the methods' sections that each method reads; the others read none."""
 
 
+class _Rule(NamedTuple):
+    """Keys of a section that only some configurations read."""
+
+    section: str
+    keys: tuple[str, ...]
+    read: Callable[[Config], bool]
+    why: Callable[[Config], str]
+    """Follows "has no effect"."""
+
+
+def _with_data(config: Config) -> str:
+    return f" with data.name = {config.data.name!r}"
+
+
+def _by_augmentation(key: str, *keys: str, off: Any) -> _Rule:
+    def read(config: Config) -> bool:
+        return bool(getattr(config.data.augmentation, key) != off)
+
+    return _Rule("data.augmentation", keys, read, lambda _: f" with {key} = {off!r}")
+
+
+_IN_MEMORY = ("digits", "cifar100", "synthetic", "fine_grained")
+_WITHOUT_FILES = ("digits", "synthetic", "fine_grained")
+_RULES = (
+    _Rule(
+        "train",
+        ("milestones", "gamma"),
+        lambda config: config.train.schedule == "step",
+        lambda config: f" with train.schedule = {config.train.schedule!r}",
+    ),
+    _Rule(
+        "train",
+        ("momentum", "nesterov"),
+        lambda config: config.train.optimizer == "sgd",
+        lambda config: f" with train.optimizer = {config.train.optimizer!r}",
+    ),
+    _Rule("data", ("synthetic_samples",), lambda config: config.data.name in ("synthetic", "fine_grained"), _with_data),
+    _Rule("data", ("val_samples",), lambda config: config.data.name == "cifar100", _with_data),
+    _Rule("data", ("root",), lambda config: config.data.name not in _WITHOUT_FILES, _with_data),
+    _Rule(
+        "data",
+        ("workers", "dali_threads", "dali_prefetch", "bad_images"),
+        lambda config: config.data.name not in _IN_MEMORY,
+        _with_data,
+    ),
+    _Rule(
+        "data",
+        ("max_bad_share",),
+        lambda config: config.data.bad_images == "skip",
+        lambda _: " with data.bad_images = 'error'",
+    ),
+    _Rule(
+        "data.mixing",
+        ("switch_probability",),
+        lambda config: config.data.mixing.mixup_alpha > 0 and config.data.mixing.cutmix_alpha > 0,
+        lambda _: ": one of mixup_alpha and cutmix_alpha is 0",
+    ),
+    _by_augmentation("policy", "rand_ops", "rand_magnitude", off="none"),
+    _by_augmentation("erase_probability", "erase_scale", "erase_ratio", off=0.0),
+)
+
+
 def without_effect(config: Config) -> str | None:
     """What was set and does nothing, in a line; None: nothing was.
 
@@ -40,21 +105,64 @@ def without_effect(config: Config) -> str | None:
         keys = (key.removeprefix("distill.") for key, value in settings.items() if value is not None)
         own = singles[label].distill.methods
         found.append(_sentence(f"compare.runs[{label!r}]: ", _unread(keys, own), own))
-    return ". ".join(filter(None, [*found, _compiled(singles.values())])) or None
+    for rule in _RULES:
+        found.append(_useless("", rule, _explicit_keys(config, rule), list(singles.values())))
+        for label, settings in config.compare.runs.items() if config.compare else ():
+            set_there = [key for key in rule.keys if f"{rule.section}.{key}" in settings]
+            found.append(_useless(f"compare.runs[{label!r}]: ", rule, set_there, [singles[label]]))
+    for single in singles.values():
+        found += _rate(single.train)
+    return ". ".join(dict.fromkeys(filter(None, [*found, _compiled(singles.values())]))) or None
 
 
-def _explicit(distill: DistillConfig) -> list[str]:
+def _explicit(section: Section) -> list[str]:
     """The keys that a file sets; of a resolved configuration, which has them all, those that are not as by default."""
-    given = distill.model_fields_set
-    resolved = given == set(type(distill).model_fields)
-    default = DistillConfig()
+    given, fields = section.model_fields_set, type(section).model_fields
+    resolved = given == set(fields)
     return [
         key
-        for key in type(distill).model_fields
+        for key, field in fields.items()
         if key in given
-        and getattr(distill, key) is not None
-        and not (resolved and getattr(distill, key) == getattr(default, key, None))
+        and getattr(section, key) is not None
+        and not (resolved and getattr(section, key) == field.get_default(call_default_factory=True))
     ]
+
+
+def _explicit_keys(config: Config, rule: _Rule) -> list[str]:
+    section: Section = config
+    for name in rule.section.split("."):
+        section = getattr(section, name)
+    return [key for key in _explicit(section) if key in rule.keys and getattr(section, key) != ()]
+
+
+def _useless(where: str, rule: _Rule, keys: list[str], singles: list[Config]) -> str:
+    if not keys or any(rule.read(single) for single in singles):
+        return ""
+    verb = "has" if len(keys) == 1 else "have"
+    return f"{where}{', '.join(f'{rule.section}.{key}' for key in keys)} {verb} no effect{rule.why(singles[0])}"
+
+
+def _rate(train: TrainConfig) -> list[str]:
+    """What a schedule does not get to. `train.max_steps` is not looked at: it cuts a run short for a trial."""
+    found = []
+    if train.schedule == "step" and not train.milestones:
+        found.append(
+            "train.schedule = 'step' without train.milestones: the learning rate stays as it is; set the epochs of its "
+            "drops"
+        )
+    late = [milestone for milestone in train.milestones if milestone >= train.total_epochs]
+    if train.schedule == "step" and late:
+        which = ", ".join(f"{milestone:g}" for milestone in late)
+        found.append(
+            f"train.milestones = {which} {'is' if len(late) == 1 else 'are'} not reached: the run ends after epoch "
+            f"{train.total_epochs} (train.total_epochs)"
+        )
+    if train.warmup_epochs >= train.total_epochs:
+        found.append(
+            f"train.warmup_epochs = {train.warmup_epochs:g} is not shorter than train.total_epochs = "
+            f"{train.total_epochs}: the learning rate only rises, and the schedule never begins"
+        )
+    return found
 
 
 def _unread(keys: Iterable[str], methods: Iterable[MethodName]) -> list[str]:

@@ -1,11 +1,16 @@
 """Our settings in DeepSpeed's terms, and the engine made from them."""
 
-from collections.abc import Iterator
+import copy
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn
 
 from unikd_fast.config import Config, ConfigError
@@ -15,10 +20,27 @@ from unikd_fast.engine.schedule import build_optimizer
 from unikd_fast.engine.student import StudentSide
 
 SUPPORTED_STAGES = (0, 1, 2, 3)
+_READ_BY_LOOKUP = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers")
+"""Sections of DeepSpeed that pass over a key that they do not know; the others are classes that refuse it."""
 
 
 def zero_stage(config: Config) -> int:
-    return int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    """The ZeRO stage that is asked for; 0 without a section.
+
+    Raises:
+        ConfigError: it is not a stage.
+    """
+    section = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise ConfigError(
+            f"deepspeed.zero_optimization = {section!r} is not a section; set deepspeed.zero_optimization.stage"
+        )
+    stage = section.get("stage", 0)
+    if stage not in SUPPORTED_STAGES:
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage = {stage!r} is not supported; use one of {SUPPORTED_STAGES}"
+        )
+    return int(stage)
 
 
 def local_batch_size(config: Config, processes: Processes) -> int:
@@ -38,12 +60,9 @@ def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
     """The configuration DeepSpeed gets: the user's object and what our schema states, each thing once.
 
     Raises:
-        ConfigError: an unsupported ZeRO stage or an indivisible batch.
+        ConfigError: an unsupported ZeRO stage, an indivisible batch, or a key or value that DeepSpeed does not take.
     """
-    if zero_stage(config) not in SUPPORTED_STAGES:
-        raise ConfigError(
-            f"deepspeed.zero_optimization.stage = {zero_stage(config)} is not supported; use one of {SUPPORTED_STAGES}"
-        )
+    zero_stage(config)
     ours: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": local_batch_size(config, processes),
@@ -56,7 +75,66 @@ def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
         # Never bf16.enabled: it casts the parameters, and BatchNorm students crash with it. fp16 we see to ourselves.
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     # Unless the user asks for it: with offloading DeepSpeed otherwise refuses torch's optimisers.
-    return {"zero_force_ds_cpu_optimizer": False, **config.deepspeed, **ours}
+    whole = {"zero_force_ds_cpu_optimizer": False, **config.deepspeed, **ours}
+    _require_understood(whole, config.deepspeed)
+    return whole
+
+
+class _Watched(dict[str, Any]):
+    """A section that notes which of its keys are asked for."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[object] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+def _require_understood(whole: dict[str, Any], given: dict[str, Any]) -> None:
+    """DeepSpeed passes over a key that it does not know, and ends by a traceback where a section has one."""
+    watched = _Watched(copy.deepcopy(whole))
+    inner = {name: _Watched(section) for name, section in watched.items() if name in _READ_BY_LOOKUP}
+    watched.update(inner)
+    try:
+        DeepSpeedConfig(watched)
+    except ValidationError as error:
+        raise ConfigError("; ".join(dict.fromkeys(_explain(one, given) for one in error.errors()))) from error
+    except (AssertionError, DeepSpeedConfigError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {str(error).partition(chr(10))[0]}; change the value or leave it out") from error
+    for key in given:
+        if key not in watched.asked:
+            raise ConfigError(f"deepspeed.{key} is not read by DeepSpeed; {_nearest(key, watched.asked)}")
+    for name, section in inner.items():
+        for key in section:
+            if key not in section.asked:
+                raise ConfigError(f"deepspeed.{name}.{key} is not read by DeepSpeed; {_nearest(key, section.asked)}")
+
+
+def _explain(error: Any, given: dict[str, Any]) -> str:
+    place = [str(part) for part in error["loc"]]
+    # The error knows its place within a section, and not which section that is.
+    section = next((name for name, part in given.items() if isinstance(part, dict) and place[0] in part), None)
+    path = ".".join(["deepspeed", *filter(None, [section]), *place])
+    said = error["msg"].partition("\n")[0].replace("Input should be", "allowed:")
+    if error["type"] == "extra_forbidden":
+        fields = DeepSpeedZeroConfig.model_fields if section == "zero_optimization" and len(place) == 1 else {}
+        said = f"unknown key; {_nearest(place[-1], fields)}"
+    return f"{path} = {error['input']!r} is not valid: {said}"
+
+
+def _nearest(key: str, known: Iterable[object]) -> str:
+    near = difflib.get_close_matches(key, [name for name in known if isinstance(name, str)], n=1)
+    return f"the nearest key is {near[0]!r}" if near else "leave it out"
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
