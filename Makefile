@@ -6,7 +6,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-faults test-compat conformance lint bench gpu-check schema clean
+.PHONY: help setup distill test test-faults test-compat conformance lint bench gpu-check gpu-wheels schema clean
 
 help: ## list the tasks
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -62,7 +62,11 @@ bench: setup ## the benchmarks; correctness is asserted before anything is timed
 CHECKED := $(if $(filter file default undefined,$(origin PYTHON)),,given)
 
 gpu-check: $(if $(CHECKED),,setup) ## all GPU tests and benchmarks, 10 minutes; PYTHON=python3 takes that environment, OUT=folder
-	PYTHONPATH=. $(if $(CHECKED),$(PYTHON),$(BIN)/python) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
+	PYTHONPATH=. $(if $(CHECKED),$(PYTHON),$(BIN)/python) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT)) \
+		$(if $(WHEELS),--wheels $(WHEELS))
+
+gpu-wheels: setup ## wheels for gpu-check on a machine without a package index, in WHEELS=wheels
+	$(BIN)/python benchmarks/gpu_wheels.py $(or $(WHEELS),wheels)
 
 schema: setup ## write configs/schema.json and docs/configuration.md from the code
 	$(BIN)/python -m unikd_fast.config schema > configs/schema.json

@@ -9,11 +9,9 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# The losses and the fusion are measured where only torch and triton are installed, too.
-if importlib.util.find_spec("deepspeed") is not None:
-    from unikd_fast.engine.processes import reuse_freed_memory
+from unikd_fast.engine.processes import reuse_freed_memory
 
-    reuse_freed_memory()  # as a run does; here before any benchmark, so that their order does not matter
+reuse_freed_memory()  # as a run does; here before any benchmark, so that their order does not matter
 
 if importlib.util.find_spec("pytest_benchmark") is None:
 

@@ -1,8 +1,9 @@
 """Run all tests and benchmarks that need a GPU, and write what they found to one JSON file.
 
-    python benchmarks/gpu_check.py [--budget SECONDS] [--out DIR]
+    python benchmarks/gpu_check.py [--budget SECONDS] [--out DIR] [--wheels DIR]
 
 Works in an environment that has no more than torch, triton and pytest: what needs another package is skipped by name.
+Where the machine reaches no package index, --wheels takes the folder that `gpu_wheels.py` made elsewhere.
 Where there is no git repository, UNIKD_COMMIT names the commit, with `-dirty` after it for a changed tree.
 Exit code: 0, or 1 after a failed test, or 2 where it cannot run at all. A missed target is recorded and is no failure.
 """
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,20 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def install(wheels: Path, target: Path) -> str:
+    """Install wheels into a folder, put it on the path, and return what went wrong, empty if nothing did."""
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        return f"--wheels {wheels} holds no wheels; make them with benchmarks/gpu_wheels.py"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target"]
+    done = subprocess.run([*pip, str(target), *map(str, found)], capture_output=True, text=True)
+    if done.returncode:
+        return f"--wheels {wheels} cannot be installed: {done.stderr.strip().rpartition(chr(10))[2]}"
+    sys.path.insert(0, str(target))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return ""
+
+
 def run_pytest(what: str, deadline: float, scratch: Path) -> dict[str, Any]:
     """Run the GPU tests of a folder in a process of their own: a GPU error there cannot reach the next."""
     record = scratch / f"{what}.jsonl"
@@ -147,14 +163,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing new starts")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to use besides what is installed")
     options = parser.parse_args(arguments)
-    reason = what_is_missing()
-    if reason:
-        print(f"gpu-check: {reason}; nothing was run and nothing written", file=sys.stderr)
-        return 2
     start = time.time()
-    environment = describe_environment()
     with tempfile.TemporaryDirectory() as scratch:
+        reason = install(options.wheels, Path(scratch) / "site") if options.wheels else ""
+        reason = reason or what_is_missing()
+        if reason:
+            print(f"gpu-check: {reason}; nothing was run and nothing written", file=sys.stderr)
+            return 2
+        environment = describe_environment()
         tests = run_pytest("tests", start + TESTS_SHARE * options.budget, Path(scratch))
         benchmarks = run_pytest("benchmarks", start + options.budget, Path(scratch))
     now = datetime.datetime.now(datetime.UTC)
@@ -181,20 +199,38 @@ def report(result: Mapping[str, Any]) -> list[str]:
     environment = result["environment"]
     lines = [f"gpu-check on {environment['gpu']}, commit {environment['commit']}, {result['seconds']:.0f} s"]
     lines.append(f"not installed: {', '.join(environment['missing_packages']) or 'nothing'}")
+    lines += table({**result["tests"]["areas"], **result["benchmarks"]["areas"]})
     for what in ("tests", "benchmarks"):
         run = result[what]
-        lines.append(
-            f"{what}: " + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in run["counts"].items())
-        )
         if run["exit_code"] not in (0, 1, 5):
-            lines.append(f"  the run ended early, exit code {run['exit_code']} (None: stopped for time)")
-        for kind in ("failed", "skipped"):
-            lines += [f"  {kind} {test}: {why}" for test, why in run[kind].items()]
+            lines.append(f"{what}: the run ended early, exit code {run['exit_code']} (None: stopped for time)")
+        lines += [f"failed {test}: {why}" for test, why in run["failed"].items()]
+        why_skipped = Counter(run["skipped"].values())
+        lines += [f"skipped {count} in {what}: {why}" for why, count in why_skipped.most_common()]
         for kind in ("left_out", "unfinished"):
-            lines += [f"  {kind.replace('_', ' ')} {test}" for test in run[kind]]
+            lines += [f"{kind.replace('_', ' ')} {test}" for test in run[kind]]
     for row in result["rows"]:
         for target in row.get("targets", []):
             lines.append(f"{'reached' if target['reached'] else 'MISSED '} {row['case']}: {describe(target)}")
+    return lines
+
+
+def table(areas: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Give what was done by folder, as the lines of a table.
+
+    Example:
+        >>> table({"tests/data": {"passed": 3, "skipped": 1}})
+        ['              passed  skipped', 'tests/data         3        1', 'total              3        1']
+    """
+    kinds = list(dict.fromkeys(kind for counts in areas.values() for kind in counts))
+    total = {kind: sum(counts.get(kind, 0) for counts in areas.values()) for kind in kinds}
+    shown = [kind for kind in kinds if total[kind]]
+    width = max(map(len, ["total", *areas]))
+    heads = [f"{kind.replace('_', ' '):>{max(len(kind), 6)}}" for kind in shown]
+    lines = ["  ".join([" " * width, *heads])]
+    for area, counts in [*areas.items(), ("total", total)]:
+        figures = [f"{counts.get(kind, 0):>{len(head)}}" for kind, head in zip(shown, heads, strict=True)]
+        lines.append("  ".join([f"{area:{width}}", *figures]))
     return lines
 
 

@@ -130,8 +130,9 @@ def summarise(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Give what a run did.
 
     Returns:
-        counts: passed, missed, failed, skipped, left_out and unfinished tests; then failed and skipped as name ->
-        reason, left_out and unfinished as names, missed as name -> targets, and the recorded rows and roofs.
+        counts: passed, missed, failed, skipped, left_out and unfinished tests, and areas: the same by folder; then
+        failed and skipped as name -> reason, left_out and unfinished as names, missed as name -> targets, and the
+        recorded rows and roofs.
     """
     outcomes: dict[str, str] = {}
     named: dict[str, dict[str, str]] = {"failed": {}, "skipped": {}, "missed": {}}
@@ -158,8 +159,13 @@ def summarise(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 named[outcome][test] = entry["reason"]
     outcomes |= dict.fromkeys(started, "unfinished")
     kinds = ("passed", "missed", "failed", "skipped", "left_out", "unfinished")
+    areas: dict[str, dict[str, int]] = {}
+    for test, outcome in outcomes.items():
+        counts = areas.setdefault(test.partition("::")[0].rpartition("/")[0] or ".", dict.fromkeys(kinds, 0))
+        counts[outcome] += 1
     return {
         "counts": {kind: sum(outcome == kind for outcome in outcomes.values()) for kind in kinds},
+        "areas": dict(sorted(areas.items())),
         **named,
         "left_out": [test for test, outcome in outcomes.items() if outcome == "left_out"],
         "unfinished": list(started),

@@ -1,14 +1,18 @@
 """`make gpu-check` and the table made from it: whatever of them needs no GPU."""
 
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import gpu_check
+import gpu_wheels
 import pytest
 import results_table
 import torch
@@ -97,9 +101,13 @@ def run_sample(folder: Path, deadline: float) -> dict[str, Any]:
     return summarise(read_record(folder / "record"))
 
 
-def test_outcomes_are_recorded(tmp_path: Path) -> None:
-    found = run_sample(tmp_path, time.time() + 60)
-    sample = "tests/test_sample.py::"
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_sample(tmp_path_factory.mktemp("sample"), time.time() + 60)
+
+
+def test_outcomes_are_recorded(sampled: dict[str, Any]) -> None:
+    found, sample = sampled, "tests/test_sample.py::"
     assert found["counts"] == {"passed": 1, "missed": 1, "failed": 3, "skipped": 3, "left_out": 0, "unfinished": 0}
     assert found["skipped"] == {
         "tests/test_missing.py": "needs no_such_package, which is not installed",
@@ -110,6 +118,91 @@ def test_outcomes_are_recorded(tmp_path: Path) -> None:
     assert "unikd_fast.no_such_module" in found["failed"]["tests/test_own.py"]
     assert found["missed"] == {f"{sample}test_misses": "too slow"}
     assert (found["rows"], found["roofs"]) == ([{"a": 1}], [{"copy": 3}])
+
+
+def test_a_table_says_what_ran_by_folder(sampled: dict[str, Any]) -> None:
+    found = sampled
+    kinds = ("passed", "missed", "failed", "skipped", "left_out", "unfinished")
+    assert found["areas"] == {"tests": dict(zip(kinds, (1, 1, 3, 3, 0, 0), strict=True))}
+    benchmarks = {"benchmarks": dict(zip(kinds, (2, 0, 0, 1, 0, 0), strict=True))}
+    assert gpu_check.table({**found["areas"], **benchmarks}) == [
+        "            passed  missed  failed  skipped",
+        "tests            1       1       3        3",
+        "benchmarks       2       0       0        1",
+        "total            3       1       3        4",
+    ]
+    ended = {"exit_code": 0, "missed": {}, "left_out": [], "unfinished": [], "failed": {}}
+    lacking = {f"tests/test_{name}.py": "needs scipy, which is not installed" for name in "ab"}
+    lines = gpu_check.report(
+        {
+            "seconds": 59.6,
+            "environment": {"gpu": "Some GPU", "commit": "abc", "missing_packages": ["scipy"]},
+            "tests": {**found, "exit_code": 1, "skipped": lacking},
+            "benchmarks": {**ended, "areas": benchmarks, "skipped": {"benchmarks/test_data.py": "no camera"}},
+            "rows": [],
+        }
+    )
+    assert lines[:2] == ["gpu-check on Some GPU, commit abc, 60 s", "not installed: scipy"]
+    assert "skipped 2 in tests: needs scipy, which is not installed" in lines
+    assert "skipped 1 in benchmarks: no camera" in lines
+    assert sum(line.startswith("failed ") for line in lines) == 3
+
+
+def test_wheels_of_a_folder_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel is installed beside what is there, found in this process and in those it starts."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    (tmp_path / "wheels").mkdir()
+    assert gpu_check.install(tmp_path / "wheels", tmp_path / "site").endswith("make them with benchmarks/gpu_wheels.py")
+    wheel = tmp_path / "wheels" / "carried_thing-1.5-py3-none-any.whl"
+    wheel.write_bytes(b"cut off")
+    assert f"--wheels {wheel.parent} cannot be installed" in gpu_check.install(wheel.parent, tmp_path / "site")
+    with zipfile.ZipFile(wheel, "w") as file:
+        about = "carried_thing-1.5.dist-info"
+        file.writestr("carried_thing.py", "")
+        file.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: carried-thing\nVersion: 1.5\n")
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{about}/RECORD", "")
+    assert gpu_check.install(wheel.parent, tmp_path / "site") == ""
+    assert importlib.util.find_spec("carried_thing") is not None
+    assert gpu_check.missing_packages(["carried-thing"]) == []
+    assert gpu_check.os.environ["PYTHONPATH"] == f"{tmp_path / 'site'}:elsewhere"
+
+
+def test_wheels_at_hand_are_summed_and_limited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No index is asked for those that are there, of the versions installed here; an older one does not count."""
+    for name in gpu_wheels.PACKAGES:
+        version = importlib.metadata.version(name)
+        (tmp_path / f"{name.replace('-', '_')}-{version}-py3-none-any.whl").write_bytes(bytes(2**20))
+    (tmp_path / "deepspeed-0.1-py3-none-any.whl").write_bytes(bytes(2**20))
+    count = len(gpu_wheels.PACKAGES)
+    assert gpu_wheels.main([str(tmp_path)]) == 0
+    assert f"{count:.2f} MiB  in {tmp_path}, of 64 that can be carried" in capsys.readouterr().out
+    assert gpu_wheels.main([str(tmp_path), "--limit", str(count - 1)]) == 1
+    assert f"that is more than {count - 1} MiB; leave packages out" in capsys.readouterr().err
+    assert gpu_wheels.main([str(tmp_path), "no-such-package"]) == 2
+    assert "no-such-package is not installed" in capsys.readouterr().err
+
+
+WITHOUT = """
+import sys
+sys.modules["deepspeed"] = sys.modules["nvidia.dali"] = None
+sys.exit(__import__("pytest").main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_captured_steps_and_loaders_run_without_deepspeed() -> None:
+    """As on a GPU machine without it: what needs it says so, and the rest is collected and runs."""
+    tests = [
+        "tests/engine/test_captured_steps.py::test_nothing_that_changes_is_baked_in[kd]",
+        "tests/engine/test_captured_on_gpu.py",
+        "tests/data/test_every_loader.py::test_an_epoch_gives_each_id_to_one_rank_once[1-device-memory]",
+    ]
+    command = [sys.executable, "-c", WITHOUT, *tests, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "error" not in done.stdout
 
 
 def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:

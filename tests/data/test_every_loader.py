@@ -89,6 +89,24 @@ def test_the_pixels_of_all_loaders_are_near(expected: dict[str, dict[int, Shown]
     assert shifted.amax(dim=(1, 2, 3)).min() > 30
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ways
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_gets_the_pixels_of_the_cpu(
+    forms: dict[str, DataSplits], expected: dict[str, dict[int, Shown]], kind: str, form: str, workers: int
+) -> None:
+    """Within a level of 256 where the GPU makes the views, two with its own decoder; the rest is copied."""
+    loader = make(forms[form], kind, 12, workers=workers, device="cuda")
+    for _ in range(2):  # a copy that is not waited for would show the batch after it
+        shown = by_id(loader.train(EPOCH))
+        assert len(shown) == 24
+        for sample_id, (image, second, label) in shown.items():
+            assert image.is_cuda and label == LABELS[sample_id]
+            for found, known in ((image, expected[kind][sample_id].image), (second, expected[kind][sample_id].second)):
+                assert (found.cpu() - known).abs().max() * 0.23 * 255 < (2.1 if kind == "dali" else 1.01)
+
+
 @ways
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_an_epoch_gives_each_id_to_one_rank_once(

@@ -1,5 +1,6 @@
 """Starts real runs of launch_distill.py on tiny data, as a user would; trains in this process where that will do."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -11,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import deepspeed.comm
 import torch
 from torch import nn
 
@@ -203,7 +202,16 @@ def save_teacher(path: Path, model: str = "cifar/resnet8", seed: int = 0, sharpn
 
 @contextmanager
 def process_group(folder: Path) -> Iterator[None]:
-    """A process group of this process alone, which DeepSpeed needs; gone afterwards, so that others may make theirs."""
+    """A process group of this process alone, which DeepSpeed needs; gone afterwards, so that others may make theirs.
+
+    Where DeepSpeed is not installed, on a GPU machine that has little, runs of captured steps do without.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        yield
+        return
+    import deepspeed
+    import deepspeed.comm
+
     environment = dict(os.environ)
     os.environ["LOCAL_RANK"] = "0"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -7,7 +7,6 @@ each parameter, so they are read back at any stage.
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 
@@ -19,6 +18,8 @@ def collect_optimizer_state(engine: Any) -> dict[str, Any]:
         tensors = {name: _tensors(state, trained[name].shape) for name, state in states.items()}
         some: dict[str, Any] = next((state for state in states.values() if state), {})
         return {"tensors": tensors, "shared": _shared(some)}
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     flat = _partitions(engine)[0]
     state = engine.optimizer.optimizer.state.get(flat, {})
     keys = list(_tensors(state, flat.shape))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -107,6 +106,8 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    import deepspeed
+
     # DeepSpeed would compile a shared-memory all-reduce that only its inference uses: half a minute on first use, a
     # lock that a killed process leaves behind, and an exception without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

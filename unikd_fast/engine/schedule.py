@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch import nn
 
 from unikd_fast.config.schema import TrainConfig
@@ -32,8 +31,12 @@ def build_capturable_optimizer(
 def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser that DeepSpeed shards: torch's, or DeepSpeed's own, which are compiled the first time."""
     if train.optimizer == "fused_adamw":
+        from deepspeed.ops.adam import FusedAdam
+
         return FusedAdam(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, adam_w_mode=True)
     if train.optimizer == "cpu_adamw":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
         return DeepSpeedCPUAdam(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, adamw_mode=True)
     if train.optimizer == "sgd":
         return torch.optim.SGD(

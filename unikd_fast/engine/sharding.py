@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -149,6 +148,8 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 def start_engine(config: Config, module: StudentSide, processes: Processes) -> Any:
     """The DeepSpeed engine that trains ``module``, whose weights are already those to start from."""
+    import deepspeed
+
     optimizer = build_optimizer(module.parameters(), config.train)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(config, processes), dist_init_required=False
@@ -171,5 +172,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
     All processes must enter it.
     """
     parts = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
         yield
