@@ -40,6 +40,46 @@ def bomb() -> bytes:
     return png(60_000, 60_000, 8, 2, b"\0")
 
 
+def bombs(side: int) -> dict[str, bytes]:
+    """Files of every format whose headers claim a square of this side in pixels, and that hold next to nothing."""
+
+    def changed(kind: str, form: str, *places: int, **options: Any) -> bytes:
+        content = bytearray(encoded(kind, **options))
+        for place in places:
+            struct.pack_into(form, content, place, side)
+        return bytes(content)
+
+    jpeg, tiff = encoded("JPEG"), bytearray(encoded("TIFF"))
+    frame = jpeg.index(b"\xff\xc0")
+    for place in range(10, 10 + 12 * tiff[8], 12):
+        if int.from_bytes(tiff[place : place + 2], "little") in (256, 257, 278):  # width, height, rows in a strip
+            struct.pack_into("<HII", tiff, place + 2, 4, 1, side)
+    canvas, frame_size = 2 * (side - 1).to_bytes(3, "little"), bytes((WIDTH - 1, 0, 0, HEIGHT - 1, 0, 0))
+    picture_chunk = encoded("WEBP")[12:]
+    chunks = b"WEBPVP8X" + struct.pack("<II", 10, 2) + canvas + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    chunks += b"ANMF" + struct.pack("<I", 16 + len(picture_chunk)) + bytes(6) + frame_size + bytes(4) + picture_chunk
+    return {
+        "JPEG": changed("JPEG", ">H", frame + 5, frame + 7),
+        "PNG": png(side, side, 8, 2, b"\0"),
+        "PPM": b"P6 %d %d 255\n" % (side, side) + bytes(100),
+        "BMP": changed("BMP", "<I", 18, 22),
+        "TIFF": bytes(tiff),
+        "WEBP": b"RIFF" + struct.pack("<I", len(chunks)) + chunks,
+        "GIF": changed("GIF", "<H", 6, 8),
+    }
+
+
+def tiff_of_a_large_tile(side: int) -> bytes:
+    """Hold 16 x 16 pixels in the corner of a tile that size in pixels, which is deflated to nothing."""
+    packer = zlib.compressobj()
+    tile = b"".join(packer.compress(bytes(side)) for _ in range(side)) + packer.flush()
+    tile += bytes(len(tile) % 2)
+    values = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(tile)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    directory = struct.pack("<H", len(values)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(tile)) + tile + directory
+
+
 def undecodable_png() -> bytes:
     """Hold all chunks and their checksums, but pixels that zlib cannot unpack."""
     whole = png(4, 4, 8, 0, bytes(20))
@@ -70,6 +110,25 @@ def transparent_palette() -> bytes:
 def animation() -> bytes:
     frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue")]
     return encoded("GIF", frames[0], save_all=True, append_images=frames[1:])
+
+
+def two_pictures() -> bytes:
+    """A JPEG of two pictures, as phones write it (MPO)."""
+    return encoded("MPO", save_all=True, append_images=[picture().transpose(0)])
+
+
+def run_length_bmp() -> bytes:
+    """A BMP of 16 colours in run lengths."""
+    image = picture().quantize(16)
+    runs = bytearray()
+    for row in np.asarray(image)[::-1]:
+        for colours in np.split(row, np.flatnonzero(np.diff(row)) + 1):
+            runs += bytes((len(colours), colours[0]))
+        runs += b"\0\0"
+    plain = encoded("BMP", image)
+    start = struct.unpack_from("<I", plain, 10)[0]
+    size, compression = struct.pack("<I", start + len(runs) + 2), struct.pack("<I", 1)
+    return plain[:2] + size + plain[6:30] + compression + plain[34:start] + runs + b"\0\1"
 
 
 def odd() -> dict[str, bytes]:
@@ -105,8 +164,10 @@ def odd() -> dict[str, bytes]:
         "png and zeros": whole_png + bytes(3000),
         "png and text": whole_png + b"text",
         "png without end": whole_png[:-12],
+        "mpo": two_pictures(),
         "gif": animation(),
         "bmp": encoded("BMP"),
+        "bmp run lengths": run_length_bmp(),
         "webp": encoded("WEBP", lossless=True),
         "tiff": encoded("TIFF"),
         "tiff grey 16": encoded("TIFF", Image.fromarray(levels)),

@@ -4,13 +4,15 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from generated_images import write_jpegs
-from odd_images import bomb, encoded
+from odd_images import bomb, encoded, two_pictures
+from PIL import EpsImagePlugin, Image
 
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali_probe import dali_problem
@@ -58,9 +60,19 @@ def lead_nowhere(path: Path) -> None:
 
 SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (halve, "cannot decode {}: .*; repair the file or remove it"),
+    "truncated of two": (
+        lambda path: path.write_bytes(two_pictures()[: two_pictures().index(b"\xff\xd9") - 50] + bytes(5000)),
+        "cannot decode {}: the MPO file is truncated, its ",
+    ),
     "zero-byte": (lambda path: path.write_bytes(b""), "cannot decode {}: the file is empty; repair"),
-    "text": (lambda path: path.write_bytes(b"<html>404</html>"), "cannot decode {}: no image that PIL knows"),
-    "bomb": (lambda path: path.write_bytes(bomb()), "cannot decode {}: Image size .3600000000 pixels. exceeds limit"),
+    "text": (
+        lambda path: path.write_bytes(b"<html>404</html>"),
+        "cannot decode {}: not a JPEG, PNG, PPM, BMP, TIFF, WEBP or GIF file; its 16",
+    ),
+    "bomb": (
+        lambda path: path.write_bytes(bomb()),
+        "cannot decode {}: its header claims more pixels than the 89478485 that",
+    ),
     "removed": (Path.unlink, "cannot read {}: No such file or directory; restore the file or remove it"),
     "folder": (make_folder, "cannot read {}: Is a directory; restore"),
     "dangling": (lead_nowhere, "cannot read {}: No such file or directory; restore"),
@@ -119,6 +131,27 @@ def test_a_bad_file_is_skipped_counted_and_told(
         assert text.startswith(f"{start}: skipped a sample: cannot ")
         assert str(bad) in text
     assert said[2] == "val: evaluated without 1 of 7 samples"
+
+
+@kinds
+def test_no_image_starts_ghostscript(
+    splits: DataSplits, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EPS under the name of a JPEG; Pillow alone would have it drawn by `gs`."""
+    program, trace = tmp_path / "programs" / "gs", tmp_path / "trace"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $0 $* >> {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for once
+    path = paths(splits.train)[BAD]
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=f"{path}: not a JPEG, PNG, PPM, BMP, TIFF, WEBP or GIF file; its 78 bytes"):
+        list(make(splits, kind).train(0))
+    assert not trace.exists()
+    with suppress(OSError):
+        Image.open(path).load()
+    assert trace.exists()
 
 
 @kinds

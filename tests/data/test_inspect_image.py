@@ -1,12 +1,22 @@
 """What a header tells, and that files which are not all there are found: no more and no fewer."""
 
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torchvision
-from odd_images import HEIGHT, WIDTH, bomb, broken, encoded, odd, png, undecodable_png
+from odd_images import HEIGHT, WIDTH, bomb, bombs, broken, encoded, odd, png, tiff_of_a_large_tile, undecodable_png
 
-from unikd_fast.data.inspect_image import MAX_PIXELS, inspect, naming_broken, open_image
+import unikd_fast
+from unikd_fast.data.decode import read_rgb
+from unikd_fast.data.image_feed import read_image
+from unikd_fast.data.inspect_image import FORMATS, MAX_PIXELS, inspect, naming_broken, open_image
+from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.errors import DataError
 
 ODD, BROKEN = odd(), broken()
 EXPECTED = {
@@ -35,13 +45,33 @@ EXPECTED = {
     "png and zeros": ("PNG", "RGB", WIDTH, HEIGHT, True),
     "png and text": ("PNG", "RGB", WIDTH, HEIGHT, True),
     "png without end": ("PNG", "RGB", WIDTH, HEIGHT, False),
+    "mpo": ("MPO", "RGB", WIDTH, HEIGHT, False),
     "gif": ("GIF", "P", WIDTH, HEIGHT, False),
     "bmp": ("BMP", "RGB", WIDTH, HEIGHT, False),
+    "bmp run lengths": ("BMP", "P", WIDTH, HEIGHT, False),
     "webp": ("WEBP", "RGB", WIDTH, HEIGHT, False),
     "tiff": ("TIFF", "RGB", WIDTH, HEIGHT, False),
     "tiff grey 16": ("TIFF", "I;16", WIDTH, HEIGHT, False),
     "pgm grey 16": ("PPM", "I", WIDTH, HEIGHT, False),
 }
+
+
+class Peak:
+    """Memory taken within a block."""
+
+    bytes = 0
+
+
+@contextmanager
+def peak_of_memory() -> Iterator[Peak]:
+    def high_water_mark() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before, peak = high_water_mark(), Peak()
+    yield peak
+    peak.bytes = high_water_mark() - before
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -93,13 +123,49 @@ def test_a_jpeg_cut_between_the_scans_is_found() -> None:
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
-    with pytest.raises(ValueError, match=r"f: Image size \(3600000000 pixels\) exceeds limit of 178956970"):
+    with pytest.raises(ValueError, match="f: its header claims more pixels than the 89478485 that are allowed; re"):
         inspect(bomb(), "f")
-    assert MAX_PIXELS == 178956970
+    assert MAX_PIXELS == 89478485
     small = encoded("PNG")
-    with pytest.raises(ValueError, match=r"f: its header claims 40 x 30 pixels, 1199 are allowed"):
+    with pytest.raises(ValueError, match=r"f: its header claims 40 x 30 pixels, more than the 1199 that are allowed"):
         inspect(small, "f", max_pixels=1199)
     assert inspect(small, "f", max_pixels=1200).width == 40
+
+
+@pytest.mark.parametrize("side", [9_460, 60_000])
+def test_a_bomb_of_any_format_takes_no_memory(side: int, tmp_path: Path) -> None:
+    """In both loaders of files; the smaller is just over the limit, and Pillow alone would decode it."""
+    files = bombs(side)
+    assert set(files) == set(FORMATS)
+    for kind, content in files.items():
+        (tmp_path / kind).write_bytes(content)
+        for read in (read_rgb, read_image):
+            with (
+                peak_of_memory() as peak,
+                pytest.raises(DataError, match=f"{kind}: its header claims .* 89478485 that"),
+            ):
+                read(StoredImage(str(tmp_path / kind)))
+            assert peak.bytes < 2**25
+
+
+def test_a_tile_of_a_tiff_is_no_larger_than_an_image() -> None:
+    """It is decoded whole, however little of it is shown."""
+    assert inspect(tiff_of_a_large_tile(256), "f").width == 16
+    content = tiff_of_a_large_tile(9_472)
+    with peak_of_memory() as peak, pytest.raises(DataError, match="f: its header claims 9472 x 9472 pixels, more than"):
+        inspect(content, "f")
+    assert peak.bytes < 2**25
+
+
+def test_all_images_are_opened_as_these_formats_alone() -> None:
+    """Pillow starts Ghostscript for an EPS, whatever its name."""
+    calls = 0
+    for path in Path(unikd_fast.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
+                calls += 1
+                assert "formats" in {keyword.arg for keyword in node.keywords}, (path, node.lineno)
+    assert calls
 
 
 def test_an_image_without_pixels_is_refused() -> None:

@@ -156,12 +156,16 @@ def read_rgb(stored: StoredImage) -> Image.Image:
         height, width = stored.shape
         with naming_broken(stored.name):
             return Image.frombuffer("RGB", (width, height), content, "raw", "RGB", 0, 1)
-    image, _ = open_image(content, stored.name)
-    with naming_broken(stored.name):
-        return _to_rgb(image)
+    return to_rgb(open_image(content, stored.name)[0], stored.name)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decode an opened image as `read_rgb` does, which lists the errors; `name` is what messages call it."""
+    with naming_broken(name):
+        return _converted(image)
+
+
+def _converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         # PIL would clip: all above 255 of 65535 would be white. Of 16-bit RGB it takes the upper byte as well.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from unikd_fast.data.bad_images import BadImage, stand_ins
-from unikd_fast.data.decode import DecodeRequest, read_rgb
+from unikd_fast.data.decode import DecodeRequest, read_rgb, to_rgb
 from unikd_fast.data.inspect_image import naming_broken, open_image
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.view_windows import Box, ViewWindow, Windows, enclosing
@@ -173,10 +174,12 @@ def read_image(stored: StoredImage) -> ReadImage:
     if stored.shape is not None:
         return _raw(stored, *stored.shape)
     content = stored.read()
-    _, info = open_image(content, stored.name)
+    image, info = open_image(content, stored.name)
     if info.format == "JPEG" and info.plain:
         return ReadImage(np.frombuffer(content, np.uint8), info.height, info.width)
-    return _decoded_by_pil(stored)
+    decoded = to_rgb(image, stored.name)
+    del image  # with a decoder that may hold the picture twice more
+    return _pixels(decoded)
 
 
 def _raw(stored: StoredImage, height: int, width: int) -> ReadImage:
@@ -186,5 +189,8 @@ def _raw(stored: StoredImage, height: int, width: int) -> ReadImage:
 
 
 def _decoded_by_pil(stored: StoredImage) -> ReadImage:
-    image = read_rgb(stored)
+    return _pixels(read_rgb(stored))
+
+
+def _pixels(image: Image.Image) -> ReadImage:
     return ReadImage(np.asarray(image), image.height, image.width)

@@ -1,21 +1,21 @@
 """What the header of an encoded image says, and whether the image is all there, before anything is decoded."""
 
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from unikd_fast.data.truncation import is_whole
 from unikd_fast.errors import DataError
 
-MAX_PIXELS = 2 * 89_478_485
-"""More pixels are taken for a decompression bomb: a small file that would fill the memory. PIL's limit as well."""
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""What is decoded, as PIL names it; JPEG covers MPO. For other formats PIL starts programs (Ghostscript for EPS)."""
 
-_END_OF_JPEG = b"\xff\xd9"
-_END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
+MAX_PIXELS = 89_478_485
+"""More pixels are taken for a decompression bomb: a small file that would fill the memory. PIL warns from there on."""
+
 _START_OF_SCAN = 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2
@@ -37,10 +37,8 @@ class ImageInfo(NamedTuple):
 def inspect(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """Read the header of an image and check that the image is all there.
 
-    A JPEG is whole if it ends in an end marker, a PNG if it has its last chunk; zeros behind are padding. A JPEG that
-    has no end marker and goes on in zeros is truncated, and so is a PNG that lacks part of a chunk. All others that do
-    not end so are decoded, and PIL's word is taken. Damage in between is not looked for, and formats other than these
-    two are not checked: they are PIL's to decode in any case.
+    A JPEG is whole if it ends in an end marker, a PNG if it has its last chunk; zeros behind are padding. Otherwise
+    `truncation.is_whole` says so, or PIL, which then decodes it. Damage in between is not looked for.
 
     Args:
         content: the bytes of the file.
@@ -64,20 +62,32 @@ def open_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> tu
             raise ValueError("the file is empty")
         file = io.BytesIO(content)
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
         except Image.UnidentifiedImageError:  # its words name an object in memory
             start = bytes(content[:8])
-            raise ValueError(f"no image that PIL knows; its {len(content)} bytes begin with {start!r}") from None
+            known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+            raise ValueError(f"not a {known} file; its {len(content)} bytes begin with {start!r}") from None
+        except Image.DecompressionBombError:  # its words name a limit of its own
+            raise ValueError(f"its header claims more pixels than the {max_pixels} that are allowed") from None
         width, height = image.size
-        if width * height > max_pixels:
-            raise ValueError(f"its header claims {width} x {height} pixels, {max_pixels} are allowed")
-        plain, whole = _look_closer(image, content)
+        for wide, high in (image.size, _tile(image)):
+            if wide * high > max_pixels:
+                claim = f"{wide} x {high} pixels"
+                raise ValueError(f"its header claims {claim}, more than the {max_pixels} that are allowed")
+        plain, whole = _is_plain(image, content), is_whole(image, content)
         if whole is False:
             raise ValueError(f"the {image.format} file is truncated, its {len(content)} bytes do not hold all of it")
         if whole is None:
             plain = False
             image.load()
         return image, ImageInfo(str(image.format), image.mode, width, height, plain)
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height of the tiles of a TIFF, which may be larger than the image and are decoded whole."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0, 0
+    return image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)
 
 
 @contextmanager
@@ -95,21 +105,17 @@ def naming_broken(name: str) -> Iterator[None]:
         raise DataError(f"cannot decode {name}: {error}; repair the file or remove it") from error
 
 
-def _look_closer(image: Image.Image, content: bytes) -> tuple[bool, bool | None]:
-    """Return whether an image is plain, and whether it is whole, None if decoding must tell."""
+def _is_plain(image: Image.Image, content: bytes) -> bool:
     if image.format == "JPEG":
-        plain, scan = _read_jpeg_header(content)
-        return plain, _jpeg_is_whole(content, scan)
+        return _is_plain_jpeg(content)
     if image.format == "PNG":
         # Bit depth and colour type, 0 grey and 2 RGB.
         plain = content[12:16] == b"IHDR" and content[24] == 8 and content[25] in (0, 2)
-        odd = "transparency" in image.info or getattr(image, "is_animated", False)
-        return plain and not odd, _png_is_whole(content)
-    return False, True
+        return plain and not ("transparency" in image.info or getattr(image, "is_animated", False))
+    return False
 
 
-def _read_jpeg_header(content: bytes) -> tuple[bool, int]:
-    """Return whether a JPEG is plain, and where its first scan starts; without one, its length."""
+def _is_plain_jpeg(content: bytes) -> bool:
     place, frame, components = 2, 0, b""
     jfif, transform = False, None
     while place + 4 <= len(content) and content[place] == 0xFF:
@@ -121,48 +127,16 @@ def _read_jpeg_header(content: bytes) -> tuple[bool, int]:
             # As libjpeg tells RGB from YCbCr. Decoders that trust the number of components get the former wrong.
             is_rgb = not jfif and (transform == 0 or (transform is None and components == b"RGB"))
             usual = len(components) == 1 or (len(components) == 3 and not is_rgb)
-            return frame in (_BASELINE, _PROGRESSIVE) and usual, place
+            return frame in (_BASELINE, _PROGRESSIVE) and usual
         length = int.from_bytes(content[place + 2 : place + 4], "big")
         segment = content[place + 4 : place + 2 + length]
         if marker in _FRAMES:
+            if frame:
+                return False  # of two sizes decoders take either
             frame, components = marker, segment[6::3]
         elif marker == 0xE0 and segment.startswith(b"JFIF\0"):
             jfif = True
         elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
             transform = segment[11]
         place += 2 + length
-    # Something odd between the segments, which PIL jumps over: it is the one to decode this.
-    scan = content.find(bytes((0xFF, _START_OF_SCAN)), place)
-    return False, len(content) if scan < 0 else scan
-
-
-def _jpeg_is_whole(content: bytes, scan: int) -> bool | None:
-    """Return whether the image is all there, None if decoding must tell.
-
-    The coded pixels never hold the bytes of the end marker, the thumbnail in the header does. PIL does notice a file
-    that ends too early, but not if it goes on in zeros, as what remains of an interrupted copy often does.
-    """
-    if scan == len(content):
-        return False
-    if content.endswith(_END_OF_JPEG):
-        return True
-    if content.rfind(_END_OF_JPEG, scan) < 0:
-        return False if content.endswith(b"\0") else None
-    return True if content.rstrip(b"\0").endswith(_END_OF_JPEG) else None
-
-
-def _png_is_whole(content: bytes) -> bool | None:
-    """Return whether the image is all there, None if decoding must tell."""
-    if content.endswith(_END_OF_PNG):
-        return True
-    place = 8
-    while place + 12 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        end = place + 8 + length
-        if kind == b"IEND":
-            return True
-        if end + 4 > len(content) or zlib.crc32(content[place + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
-            return False
-        place = end + 4
-    # All chunks but the last, which says no more than that it is the last; or the file was cut between two.
-    return None
+    return False  # something odd between the segments, which PIL jumps over: it is the one to decode this
