@@ -273,3 +273,53 @@ def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "resnet56_vanilla" / "ckpt_epoch_240.pth"
     with pytest.raises(FileNotFoundError, match=r"no file .*ckpt_epoch_240\.pth for the teacher; check the path"):
         build_model("cifar/resnet56", num_classes=100, weights=str(path), role="teacher")
+
+
+def quantised(tensor: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8) if tensor.is_floating_point() else tensor
+
+
+ODD: dict[str, Any] = {
+    "sparse": (lambda tensor: tensor.to_sparse(), "is torch.sparse_coo"),
+    "without values": (lambda tensor: tensor.to("meta"), "is without values"),
+    "quantised": (quantised, "is quantised"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), "holds torch.complex64"),
+    "whole": (lambda tensor: tensor.long(), "holds torch.int64, where finite real numbers"),
+    "bool": (lambda tensor: tensor.bool(), "holds torch.bool"),
+    "NaN": (lambda tensor: tensor / 0 if tensor.is_floating_point() else tensor, "holds inf or NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_weights_are_refused(tmp_path: Path, trained: nn.Module, kind: str) -> None:
+    """Of the right shape, so that copying would fail halfway, or make a network that knows nothing."""
+    change, said = ODD[kind]
+    path = tmp_path / "weights.pt"
+    torch.save({name: change(tensor) for name, tensor in trained.state_dict().items()}, path)
+    with pytest.raises(ValueError, match=rf"the teacher's checkpoint {path} cannot be used: conv1.weight {said}"):
+        build_model("cifar/resnet8", num_classes=10, weights=str(path), role="teacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_another_precision_load(tmp_path: Path, trained: nn.Module, dtype: torch.dtype) -> None:
+    path = tmp_path / "weights.pt"
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in trained.state_dict().items()}
+    torch.save(state, path)
+    loaded = build_model("cifar/resnet8", num_classes=10, weights=str(path)).state_dict()
+    assert all(torch.equal(loaded[name], tensor.to(loaded[name].dtype)) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "numbers for names", "pairs for names"])
+def test_odd_files_are_named_errors(tmp_path: Path, trained: nn.Module, kind: str) -> None:
+    path, state = tmp_path / "weights.pth", trained.state_dict()
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "cut":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        names = [index if kind.startswith("numbers") else (name,) for index, name in enumerate(state)]
+        torch.save(dict(zip(names, state.values(), strict=True)), path)
+    with pytest.raises(ValueError, match=rf"the model's checkpoint {path} (cannot be read|has no state dict)"):
+        build_model("cifar/resnet8", num_classes=10, weights=str(path))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -45,8 +44,8 @@ def load_weights(model: nn.Module, path: str | Path, *, role: str = "model", key
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, has no such key, would need code to be executed, belongs to another
-            model, or has another number of classes.
+        ValueError: the file is not a checkpoint or is damaged, has no such key, would need code to be executed, belongs
+            to another model, has another number of classes, or holds other values than finite numbers.
 
     Example:
         >>> load_weights(model, "save/models/resnet56_vanilla/ckpt_epoch_240.pth", role="teacher")
@@ -84,6 +83,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
         for name in spare:
             del own[name]
     _check(model, own, path, role)
+    _check_values(expected, own, path, role)
     said = [f"prefix {prefix!r} taken off"] if prefix else []
     if left := [*(prefix + name for name in spare), *beside]:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
@@ -113,14 +113,21 @@ def _read(path: Path, role: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"load_weights: the {role}'s checkpoint {path} is no plain checkpoint: it is damaged, or it holds Python "
+            f"load_weights: the {role}'s checkpoint {path} is not a plain one: it is damaged, or it holds Python "
             "objects that only executing code from the file would restore, which is refused; load it where you trust "
             "it and save model.state_dict() alone"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"load_weights: the {role}'s checkpoint {path} cannot be read ({error}); is the download complete?"
-        ) from error
+    except OSError as error:
+        if error.filename is not None:  # of the file; otherwise of what it says of itself
+            raise
+        raise ValueError(_unreadable(path, role, error)) from error
+    except Exception as error:  # bytes that are taken for a pickle make its reader raise anything
+        raise ValueError(_unreadable(path, role, error)) from error
+
+
+def _unreadable(path: Path, role: str, error: Exception) -> str:
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"load_weights: the {role}'s checkpoint {path} cannot be read ({said}); is the download complete?"
 
 
 @contextmanager
@@ -170,7 +177,11 @@ def _state_dict(content: Any, path: Path, role: str, key: str | None) -> dict[st
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
 
 
 def _find_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, role: str) -> str:
@@ -240,3 +251,22 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, role: str)
         f"{len(differing)} tensors differ in shape, {len(missing)} are missing, {len(unexpected)} unexpected; "
         "build the network it was trained as\n  " + "\n  ".join(lines[:_SHOWN]) + more
     )
+
+
+def _check_values(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, role: str) -> None:
+    """Refuse what has the right shape and would be copied, but does not hold the numbers of a network."""
+    for name, tensor in state.items():
+        kind = "real" if expected[name].is_floating_point() else "whole"
+        found = ""
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            held = "quantised" if tensor.is_quantized else "without values" if tensor.is_meta else str(tensor.layout)
+            found = f"is {held}"
+        elif tensor.is_complex() or tensor.is_floating_point() != (kind == "real") or tensor.dtype == torch.bool:
+            found = f"holds {tensor.dtype}"
+        elif kind == "real" and not torch.isfinite(tensor.float()).all():
+            found = "holds inf or NaN"
+        if found:
+            raise ValueError(
+                f"load_weights: the {role}'s checkpoint {path} cannot be used: {name} {found}, where finite {kind} "
+                f"numbers belong; save model.state_dict() of the trained network"
+            )
