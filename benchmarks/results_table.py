@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unikd_fast.io import write_file
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -159,7 +161,7 @@ def _ratio(value: float | None) -> str:
 
 
 def main() -> None:
-    README.write_text(replace_block(README.read_text(), render(newest_results(RESULTS))))
+    write_file(README, replace_block(README.read_text(), render(newest_results(RESULTS))))
 
 
 if __name__ == "__main__":

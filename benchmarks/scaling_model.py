@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from unikd_fast.io import write_file
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
@@ -75,7 +77,7 @@ def main() -> None:
     text = DOCUMENT.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    write_file(DOCUMENT, f"{before}{BEGIN}\n{table()}\n{END}{after}")
 
 
 if __name__ == "__main__":

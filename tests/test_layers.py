@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"values"},
     "losses": {"kernels", "values"},
     "compressed": {"kernels", "values"},
-    "compat": {"losses", "kernels", "values"},
+    "compat": {"io", "losses", "kernels", "values"},
     "fusion_norms": {"kernels"},
     "fusion": {"fusion_norms", "kernels", "values"},
     "distribution": {"kernels", "values"},

@@ -106,7 +106,7 @@ def test_arguments_that_do_not_fit(run: Path, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "folder.html").mkdir()
     assert "is a folder" in refused(capsys, run, "--to", tmp_path / "folder.html")
     (run / "result.json").write_text("{")
-    assert "result.json is no JSON" in refused(capsys, run, "--to", target)
+    assert "result.json is damaged: " in refused(capsys, run, "--to", target)
     assert list(tmp_path.glob("r*.html")) == []
 
 
@@ -171,9 +171,9 @@ def test_many_runs_of_one_environment_are_not_listed_one_by_one(tmp_path: Path) 
     few, many = tmp_path / "few.html", tmp_path / "many.html"
     assert main([*map(str, folders[:2]), "--to", str(few)]) == 0
     assert f"Run folders: {folders[0]}, {folders[1]}<" in few.read_text()
-    assert f"Environment of {folders[0]} and another, which differ in the command alone" in few.read_text()
+    assert f"Environment of {folders[0]} and another, which differ in time and command alone" in few.read_text()
     assert main([*map(str, folders), "--to", str(many)]) == 0
     page = many.read_text()
     assert f"9 run folders in {tmp_path / 'all'}<" in page
-    assert f"Environment of {folders[0]} and 7 others, which differ in the command alone" in page
+    assert f"Environment of {folders[0]} and 7 others, which differ in time and command alone" in page
     assert f"Environment of {folders[8]}<" in page

@@ -114,8 +114,8 @@ def test_a_broken_record_in_the_middle_is_an_error(tmp_path: Path) -> None:
 def test_json_that_is_no_object_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("[]")
-    with pytest.raises(RunFileError, match="must be a JSON object, got list"):
+    with pytest.raises(RunFileError, match="it holds list where an object belongs; restore it"):
         read_json(path)
     path.write_text("{")
-    with pytest.raises(RunFileError, match=r"config\.json is no JSON"):
+    with pytest.raises(RunFileError, match=r"config\.json is damaged: .*; restore it"):
         read_json(path)

@@ -1,5 +1,6 @@
 """What each section shows of runs whose files hold chosen figures, and what it says where they hold none."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,18 @@ def test_step_times_are_stacked_means_over_seeds(root: Path) -> None:
         "The breakdown of a step is missing for alone; it appears once the run's folder holds step_time.json, which a "
         "run of 20 steps writes. Steps captured in a CUDA graph (train.cuda_graph) have no parts."
     )
+
+
+def test_what_was_another_at_a_later_start(root: Path) -> None:
+    first = json.loads((root / "environment.json").read_text())
+    starts = [{"time": time, **first, "command": ["again"]} for time in ("2026-01-02", "2026-01-03")]
+    starts[1] |= {"commit": "beef", "versions": {**first["versions"], "torch": "9.0"}, "world_size": 8}
+    (root / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    (table,) = making_section([root]).parts
+    assert isinstance(table, Table)
+    assert [row for row in table.rows if row[0].startswith("from ")] == [
+        ("from 2026-01-03 on", "versions torch 9.0, world_size 8, commit beef")
+    ]
 
 
 def test_the_environment_of_each_folder(root: Path, tmp_path: Path) -> None:

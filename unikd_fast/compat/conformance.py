@@ -18,6 +18,7 @@ from unikd_fast.compat import _published
 from unikd_fast.compat._difference import Difference, difference, largest, measure
 from unikd_fast.compat.patching import installed_version
 from unikd_fast.compat.presets import PRESETS, Preset, Target, load
+from unikd_fast.io import write_file
 
 DTYPES = (torch.float32, torch.bfloat16)
 SEEDS = (0, 1, 2)
@@ -67,7 +68,7 @@ def main() -> None:
         for dtype in DTYPES
     ]
     # To a file: what the compared packages say while they load goes to the terminal.
-    Path(sys.argv[1]).write_text(introduction + "\n".join(rows) + "\n")
+    write_file(Path(sys.argv[1]), introduction + "\n".join(rows) + "\n")
 
 
 def row(preset_name: str, preset: Preset, target: Target, dtype: torch.dtype, device: str) -> str:

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from unikd_fast.config.check import validate
+from unikd_fast.config.explain import explain
 from unikd_fast.config.names import cache_dir, config_hash, run_path
 from unikd_fast.config.override import assign, override, parse_override
 from unikd_fast.config.runs import run_configs, teacher_config
 from unikd_fast.config.schema import Config
-from unikd_fast.errors import ConfigError
+from unikd_fast.errors import ConfigError, FileError
+from unikd_fast.io import read_json
 
 # With what is asked of a Config once it is loaded.
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "override",
     "parse_config",
     "parse_override",
+    "read_stored",
     "run_configs",
     "run_path",
     "teacher_config",
@@ -68,6 +73,21 @@ def parse_config(raw: dict[str, Any], overrides: Sequence[str] = (), *, name: st
         cache = cache.model_copy(update={"dir": cache.dir.replace("{name}", name)})
         named["teacher"] = config.teacher.model_copy(update={"cache": cache})
     return config.model_copy(update=named)
+
+
+def read_stored(path: Path) -> Config:
+    """Read the config.json of a run folder.
+
+    Raises:
+        ConfigError: it is damaged, or of another version.
+        FileNotFoundError: it is missing.
+    """
+    try:
+        return Config.model_validate(read_json(path))
+    except FileError as error:
+        raise ConfigError(f"{error}; put the configuration that the run was started with in its place") from error
+    except ValidationError as error:
+        raise explain(error, Config, str(path)) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,17 +5,16 @@
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from unikd_fast.command import run_command
 from unikd_fast.config import ConfigError
 from unikd_fast.engine.export_run import read_run
 from unikd_fast.errors import RunError
+from unikd_fast.io import make_folder, new_path
 
 # Before torch is loaded; see launch_distill.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -48,7 +47,8 @@ def _export(options: argparse.Namespace) -> int:
     )
     images = random_images(options.image_size or config.data.image_size)
     logits = plain_logits(student.network, images)
-    with _placed(target, force=options.force) as unfinished:
+    make_folder(target.parent)
+    with new_path(target) as unfinished:
         try:
             file_format.write(student, unfinished, images[:2], options.opset)
             run_again = file_format.read(student, unfinished)
@@ -60,6 +60,7 @@ def _export(options: argparse.Namespace) -> int:
                 f"{target} is not written, {student.name} as {file_format.title} went wrong: {_root_cause(error)}"
             ) from error
         size = unfinished.stat().st_size
+        _refuse_existing(target, force=options.force)  # somebody else may have written it meanwhile
     compared = (
         "which is bit for bit the plain network"
         if file_format.exact
@@ -90,27 +91,6 @@ def _refuse(run: Path, target: Path, *, force: bool) -> None:
 def _refuse_existing(target: Path, *, force: bool) -> None:
     if not force and (target.exists() or target.is_symlink()):
         raise ConfigError(f"--to {target} exists; give another name, or --force to replace it")
-
-
-@contextmanager
-def _placed(target: Path, *, force: bool) -> Iterator[Path]:
-    """A path to write to; what lies there is put in place if the block succeeds, and is gone if it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
-    try:
-        unfinished = folder / target.name
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        _refuse_existing(target, force=force)  # somebody else may have written it meanwhile
-        unfinished.replace(target)
-        handle = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -4,11 +4,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from unikd_fast.config import Config, ConfigError, run_configs
-from unikd_fast.config.explain import explain
-from unikd_fast.config.load import run_path, teacher_config
+from unikd_fast.config.load import read_stored, run_path, teacher_config
 
 CONFIG = "config.json"
 _DEPTH = 2  # a comparison keeps its runs in seed-<seed>/<label>
@@ -33,7 +30,7 @@ def read_run(folder: Path) -> Config:
     here = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would leave a linked folder for another one
     for root in (here, *here.parents[:_DEPTH]):
         if (root / CONFIG).is_file():
-            runs = _runs(_read(root / CONFIG))
+            runs = _runs(read_stored(root / CONFIG))
             name = here.relative_to(root).as_posix()
             if name in runs:
                 return runs[name]
@@ -51,13 +48,6 @@ def _runs(config: Config) -> dict[str, Config]:
             runs.setdefault(f"{home}teacher", teacher_config(single))
         runs[run_path(config, label, seed)] = single
     return runs
-
-
-def _read(path: Path) -> Config:
-    try:
-        return Config.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise explain(error, Config, str(path)) from None
 
 
 def _which(folder: Path, root: Path, runs: Mapping[str, Config]) -> str:

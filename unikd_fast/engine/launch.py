@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,26 @@ from unikd_fast.config.load import override, run_path, teacher_config
 from unikd_fast.engine.dry_run import describe
 from unikd_fast.engine.launched import describe_launch, program_facts, require_agreement
 from unikd_fast.engine.processes import Processes, start_processes
-from unikd_fast.engine.run_folder import open_run_folder, read_result
+from unikd_fast.engine.run_folder import REPORT, open_run_folder, read_result, require_same_config
 from unikd_fast.engine.sharding import deepspeed_config
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.teacher_result import evaluate_teacher
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import LostProcess, RunError
+from unikd_fast.io import write_file
 from unikd_fast.report.table import TEACHER, markdown_report, results_table
 
 _logger = logging.getLogger("unikd_fast")
+
+Results = list[dict[str, Any]]
 
 _LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
 def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Path | None:
     """Runs the experiment of ``config`` on all processes and returns its folder.
+
+    With ``resume`` a finished one is shown, and nothing is written.
 
     Raises:
         ConfigError: the configuration does not fit the data, the models, the processes or the folder.
@@ -46,6 +51,10 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         if processes.is_first:
             print(text)
         return None
+    if resume and (results := processes.from_first(lambda: _finished(config))) is not None:
+        _show(config, results, processes)
+        processes.leave()
+        return Path(config.run.dir)
     for *_, single in run_configs(config):
         deepspeed_config(single, processes)  # before the folder exists
     with (
@@ -53,14 +62,24 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         open_run_folder(config, processes, resume=resume) as folder,
         StopSignal(processes) as stop,
     ):
-        results = _run_all(config, folder, processes, stop, resume=resume)
-        if processes.is_first:
-            (folder / "report.md").write_text(markdown_report(config.model_dump(mode="json"), results))
-            sys.stderr.flush()
-            print(f"\n{results_table(results)}\n\nrun folder: {folder}", flush=True)
-        processes.barrier()
+        results = _run_all(
+            config,
+            folder,
+            lambda single, own, label: _run(single, own, processes, stop, label=label, resume=resume),
+            lambda single, own: evaluate_teacher(single, own, processes, label=TEACHER),
+        )
+        report = markdown_report(config.model_dump(mode="json"), results)
+        processes.from_first(lambda: write_file(folder / REPORT, report))
+        _show(config, results, processes)
     processes.leave()
     return folder
+
+
+def _show(config: Config, results: Results, processes: Processes) -> None:
+    if processes.is_first:
+        sys.stderr.flush()
+        print(f"\n{results_table(results)}\n\nrun folder: {config.run.dir}", flush=True)
+    processes.barrier()
 
 
 @contextmanager
@@ -87,11 +106,49 @@ def _show_log(processes: Processes) -> None:
         logger.addHandler(logging.StreamHandler())
 
 
+class _Unfinished(Exception):
+    """A run of the experiment has no result."""
+
+
+def _finished(config: Config) -> Results | None:
+    """The results of an experiment that needs nothing more, which are read and no more; None if it does.
+
+    Raises:
+        ConfigError: the folder was made with another configuration.
+        FileError: a result is damaged.
+    """
+
+    def kept(folder: Path) -> dict[str, Any]:
+        if (result := read_result(folder)) is None:
+            raise _Unfinished
+        return result
+
+    folder = Path(config.run.dir)
+    try:
+        if not (folder / REPORT).exists():
+            return None
+    except OSError:
+        return None  # whoever opens the folder says what is wrong with it
+    require_same_config(folder, config)
+    try:
+        return _run_all(config, folder, lambda _, own, label: kept(own), lambda _, own: kept(own))
+    except _Unfinished:
+        return None
+
+
 def _run_all(
-    config: Config, folder: Path, processes: Processes, stop: StopSignal, *, resume: bool
-) -> list[dict[str, Any]]:
-    """Every run of the experiment, the teachers' included; with ``resume`` finished runs are read back."""
-    results: list[dict[str, Any]] = []
+    config: Config,
+    folder: Path,
+    run: Callable[[Config, Path, str], dict[str, Any]],
+    evaluate: Callable[[Config, Path], dict[str, Any]],
+) -> Results:
+    """Every run of the experiment, the teachers' included.
+
+    Args:
+        run: gives the result of a single run, by its configuration, folder and label.
+        evaluate: gives that of the teacher of a run, where none was trained.
+    """
+    results: Results = []
     teachers: dict[int, Path] = {}
     for label, seed, single in run_configs(config):
         home = folder / f"seed-{seed}" if config.compare else folder
@@ -99,23 +156,21 @@ def _run_all(
             assert single.teacher is not None
             if single.teacher.weights is None and single.teacher.training is not None:
                 if seed not in teachers:
-                    own = teacher_config(single)
-                    results.append(_run(own, home / "teacher", processes, stop, label=TEACHER, resume=resume))
+                    results.append(run(teacher_config(single), home / "teacher", TEACHER))
                     teachers[seed] = Path(results[-1]["weights"])
                 trained = {"teacher.weights": str(teachers[seed]), "teacher.training": None}
                 single = override(single, trained, "teacher.training")
-        own_folder = folder / run_path(config, label, seed)
-        results.append(_run(single, own_folder, processes, stop, label=label, resume=resume))
+        results.append(run(single, folder / run_path(config, label, seed), label))
         if single.distill.method != "none" and not any(result["label"] == TEACHER for result in results):
             # After the run, whose cache may know it already.
-            results.insert(0, evaluate_teacher(single, folder / "teacher", processes, label=TEACHER))
+            results.insert(0, evaluate(single, folder / "teacher"))
     return results
 
 
 def _run(
     config: Config, folder: Path, processes: Processes, stop: StopSignal, *, label: str, resume: bool
 ) -> dict[str, Any]:
-    finished: dict[str, Any] | None = processes.broadcast(read_result(folder) if resume else None)
+    finished = processes.from_first(lambda: read_result(folder)) if resume else None
     if finished is not None:
         return finished
     return Trainer(config, folder, processes, stop, label=label, resume=resume).run()

@@ -1,8 +1,10 @@
 """Loss terms summed on the device, read by the host once per log line, and the places they are written to."""
 
 import json
+import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,11 @@ from tqdm import tqdm
 
 from unikd_fast.engine.gradient_watch import GradientWatch
 from unikd_fast.engine.processes import Processes
-from unikd_fast.errors import NonFiniteLoss
+from unikd_fast.errors import FileError, NonFiniteLoss
+from unikd_fast.io import append_line, naming, write_file
 from unikd_fast.values import Loss
+
+_logger = logging.getLogger("unikd_fast")
 
 
 class LossMeter:
@@ -96,6 +101,8 @@ class LossMeter:
 class MetricsWriter:
     """metrics.jsonl, TensorBoard events and the terminal, on the first process; silent on the others.
 
+    All processes must make it, and they get one error.
+
     Args:
         folder: run folder.
         label: name of the run, before its lines.
@@ -112,33 +119,39 @@ class MetricsWriter:
         self._began = time.perf_counter()
         self._bar: Any = None
         self._events: Any = None
-        if not self._active:
-            return
-        kept = [record for record in read_metrics(folder) if record["step"] <= start_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self._path)
-        self._file = self._path.open("a", buffering=1)
+        self._events_folder = folder / "tensorboard"
+        processes.from_first(lambda: self._begin(folder, tensorboard=tensorboard))
+
+    def _begin(self, folder: Path, *, tensorboard: bool) -> None:
+        kept = [record for record in read_metrics(folder) if record["step"] <= self._start]
+        write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+            threading.excepthook = _without_tensorboard
+            with naming(self._events_folder):
+                self._events = SummaryWriter(self._events_folder, purge_step=self._start + 1)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, desc=label, unit="step", leave=False)
+            self._bar = tqdm(total=self._total, initial=self._start, desc=self._label, unit="step", leave=False)
 
     def advance(self, step: int) -> None:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One record: a line of metrics.jsonl, a scalar per number, and one line or a postfix on the terminal."""
+        """One record: a line of metrics.jsonl, a scalar per number, and one line or a postfix on the terminal.
+
+        Raises:
+            FileError: the disk is full.
+        """
         if not self._active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        append_line(self._path, json.dumps({"kind": kind, "step": step, **values}))
         if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            with naming(self._events_folder):
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._events.add_scalar(f"{kind}/{name}", value, step)
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         if kind == "train":
             text += f"  eta {self._eta(step)}"
@@ -152,21 +165,45 @@ class MetricsWriter:
         return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
     def close(self) -> None:
+        """Ends them; what TensorBoard still has to write and cannot is lost, and said."""
         if self._bar is not None:
             self._bar.close()
-        if self._active:
-            self._file.close()
         if self._events is not None:
-            self._events.close()
+            try:
+                with naming(self._events_folder):
+                    self._events.close()
+            except FileError as error:
+                _logger.warning(f"[{self._label}] {error}; its last points are lost")
+
+
+def _without_tensorboard(failure: threading.ExceptHookArgs) -> None:
+    """What its thread could not write is raised from `MetricsWriter.write`: no traceback beside that."""
+    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(failure)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line cut off by a kill is left out."""
+    """The records of metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+        FileError: a line is not a record; names it.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
+    return [
+        _record(line, f"{path}: line {number}")
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1)
+        if line.endswith(b"\n")
+    ]
+
+
+def _record(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        return {**record, "step": int(record["step"]), "kind": str(record["kind"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileError(f"{place} is damaged ({error}); remove it") from error
 
 
 def memory_gib(device: torch.device) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unikd_fast.engine.processes import Processes
+from unikd_fast.io import make_folder
 from unikd_fast.losses import softmax_kl
 from unikd_fast.report.run_files import write_test_logits
 from unikd_fast.values import Batch
@@ -60,7 +61,7 @@ def write_outputs(folder: Path, outputs: Sequence[Outputs], processes: Processes
     """Writes test_logits.safetensors from the outputs of all processes, in the order of the split; all must call it.
 
     Raises:
-        ConfigError: on all processes: it cannot be written.
+        FileError: on all processes: it cannot be written.
     """
     own = Outputs(*(torch.cat(parts) for parts in zip(*outputs, strict=True))) if outputs else None
     shares = [share for share in processes.gather(own) if share is not None]
@@ -68,7 +69,7 @@ def write_outputs(folder: Path, outputs: Sequence[Outputs], processes: Processes
     def write() -> bool:
         ids, logits, labels = (torch.cat(parts) for parts in zip(*shares, strict=True))
         order = ids.argsort()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_test_logits(folder, logits[order].numpy(), labels[order].numpy(), split=split)
         return True
 

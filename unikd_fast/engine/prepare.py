@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.capture import captures
 from unikd_fast.engine.captured_steps import CapturedSteps
+from unikd_fast.engine.export import BEST
 from unikd_fast.engine.fill_cache import ready_cache
 from unikd_fast.engine.gradient_watch import GradientWatch
 from unikd_fast.engine.local_engine import LocalEngine
@@ -26,6 +27,7 @@ from unikd_fast.engine.sharding import start_engine, zero_stage
 from unikd_fast.engine.step_time import StepClock
 from unikd_fast.engine.steps import EagerSteps, Parts, Steps
 from unikd_fast.engine.stop import StopSignal
+from unikd_fast.io import make_folder, remove_leftovers
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 
 _REMOVE = "remove that folder and continue with --resume auto"
@@ -67,9 +69,7 @@ def prepare(
     whole = copy.deepcopy(experiment.student) if needs_copy else None
     captured = captures(config, experiment, processes)
     engine = LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
-    folder.mkdir(parents=True, exist_ok=True)
-    if teacher_record is not None and processes.is_first:
-        write_teacher(folder, teacher_record)
+    processes.from_first(lambda: _begin(folder, teacher_record))
     scale = LossScale() if config.train.precision == "fp16" else None
     if newest is None or saved is None:
         if experiment.teacher is not None:
@@ -97,6 +97,15 @@ def prepare(
 def _newest_checkpoint(folder: Path, side: nn.Module, processes: Processes) -> Path | None:
     """Return the newest checkpoint that this run can go on from, chosen by the first process for all."""
     return processes.from_first(lambda: ckpt.find_newest(folder, lambda path: ckpt.require_usable(path, side)))
+
+
+def _begin(folder: Path, teacher_record: dict[str, Any] | None) -> None:
+    make_folder(folder)
+    remove_leftovers(folder)
+    if (folder / BEST).parent.is_dir():
+        remove_leftovers((folder / BEST).parent)
+    if teacher_record is not None:
+        write_teacher(folder, teacher_record)
 
 
 def _start_average(experiment: Experiment) -> AveragedModel | None:

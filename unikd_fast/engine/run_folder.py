@@ -1,4 +1,10 @@
-"""The run folder: made once, never overwritten, used by one run at a time, and self-describing."""
+"""The run folder: made once, never overwritten, used by one run at a time, and self-describing.
+
+config.json         the configuration; a folder that has it is a run folder
+environment.json    what the run was first started with; written once
+starts.jsonl        a line for each further start
+.lock               held by the run that goes on
+"""
 
 import fcntl
 import importlib.metadata
@@ -9,17 +15,37 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from unikd_fast.config import Config, ConfigError, config_hash
+from unikd_fast.config.load import read_stored
 from unikd_fast.engine.processes import Processes
+from unikd_fast.errors import FileError
+from unikd_fast.io import (
+    append_line,
+    is_leftover,
+    make_folder,
+    naming,
+    open_own,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "numpy", "unikd-fast")
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+STARTS = "starts.jsonl"
 RESULT = "result.json"
 TEACHER = "teacher.json"
+REPORT = "report.md"
+_LOCK = ".lock"
+_BEFORE_THE_CONFIG = {_LOCK, ENVIRONMENT}
+_OF_A_START = ("time", "command", "commit", "versions", "world_size")
 
 
 @contextmanager
@@ -31,41 +57,62 @@ def open_run_folder(config: Config, processes: Processes, *, resume: bool) -> It
             another run holds it.
     """
     folder = Path(config.run.dir)
-    lock: Any = None
-    problem: str | None = None
-    if processes.is_first:
+    locks: list[BinaryIO] = []
+
+    def make() -> None:
         try:
             _refuse_or_accept(folder, config, resume)
-            lock = _lock(folder)
-            write_json(folder / "config.json", config.model_dump(mode="json", by_alias=True))
-            write_json(folder / "environment.json", environment(processes))
-        except ConfigError as error:
-            problem = str(error)
-    problem = processes.broadcast(problem)
-    if problem is not None:
-        raise ConfigError(problem)
+            make_folder(folder)
+        except FileError as error:
+            raise ConfigError(f"run.dir = {error}") from error
+        locks.append(_lock(folder))
+        remove_leftovers(folder)
+        _record_start(folder, config, environment(processes))
+
     try:
+        processes.from_first(make)
         yield folder
     finally:
-        if lock is not None:
+        for lock in locks:
             lock.close()
 
 
+def _record_start(folder: Path, config: Config, start: dict[str, Any]) -> None:
+    """The configuration comes last, so that a folder that a full disk left without it counts as new."""
+    is_new = not (folder / CONFIG).exists()
+    if is_new or not (folder / ENVIRONMENT).exists():
+        write_json(folder / ENVIRONMENT, start)
+    else:
+        append_line(folder / STARTS, json.dumps({key: start[key] for key in _OF_A_START}))
+    write_json(folder / CONFIG, config.model_dump(mode="json", by_alias=True))
+
+
 def _refuse_or_accept(folder: Path, config: Config, resume: bool) -> None:
-    stored_path = folder / "config.json"
-    if not stored_path.exists():
-        if folder.exists() and any(folder.iterdir()):
+    with naming(folder):
+        is_new = not (folder / CONFIG).exists()
+        found = {path.name for path in folder.iterdir()} if is_new and folder.exists() else set()
+    if is_new:
+        if any(name not in _BEFORE_THE_CONFIG and not is_leftover(name) for name in found):
             raise ConfigError(
-                f"run.dir = {folder} is not empty and no run folder; choose another with --set run.dir=..."
+                f"run.dir = {folder} is not empty and not a run folder; choose another with --set run.dir=..."
             )
         return
     if not resume:
-        state = "holds a finished run" if (folder / "report.md").exists() else "holds an unfinished run"
+        state = "holds a finished run" if (folder / REPORT).exists() else "holds an unfinished run"
         raise ConfigError(
             f"run.dir = {folder} {state}; continue it (or show its report) with --resume auto, or choose another "
             "folder with --set run.dir=..."
         )
-    stored = Config.model_validate_json(stored_path.read_text())
+    require_same_config(folder, config)
+
+
+def require_same_config(folder: Path, config: Config) -> None:
+    """Hold a configuration against that of a run folder.
+
+    Raises:
+        ConfigError: they differ (every difference is named), or that of the folder cannot be read.
+    """
+    stored = read_stored(folder / CONFIG)
     if config_hash(stored) != config_hash(config):
         differing = _differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
         raise ConfigError(
@@ -81,30 +128,32 @@ def _differences(stored: Any, given: Any, path: str = "") -> list[str]:
     return [] if stored == given or path.startswith("run.dir") else [f"{path} was {stored!r}, now {given!r}"]
 
 
-def _lock(folder: Path) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("a+")
+def _lock(folder: Path) -> BinaryIO:
+    lock = open_own(folder / _LOCK)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip()
+        with naming(folder / _LOCK):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = lock.read().decode(errors="replace").strip()
+                raise ConfigError(
+                    f"run.dir = {folder} is being written by another run (process {holder}); wait for it or choose "
+                    "another folder with --set run.dir=..."
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+    except BaseException:
         lock.close()
-        raise ConfigError(
-            f"run.dir = {folder} is being written by another run (process {holder}); wait for it or choose another "
-            "folder with --set run.dir=..."
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+        raise
     return lock
 
 
 def environment(processes: Processes) -> dict[str, Any]:
-    """Versions, commit, hardware and command of this run."""
+    """Time, versions, commit, hardware and command of this start."""
     versions = {package: package_version(package) for package in PACKAGES}
     cuda = torch.cuda.is_available()
     return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "versions": versions,
@@ -150,9 +199,19 @@ def _cpu_model() -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, or None."""
-    path = folder / RESULT
-    return json.loads(path.read_text()) if path.exists() else None
+    """The result of a finished run, or None.
+
+    Raises:
+        FileError: it is damaged; names it.
+    """
+    try:
+        return read_json(folder / RESULT)
+    except FileNotFoundError:
+        return None
+    except FileError as error:
+        raise FileError(
+            f"{error}; remove it and continue with --resume auto, which makes it again from the last checkpoint"
+        ) from error
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -162,9 +221,3 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def write_teacher(folder: Path, record: dict[str, Any]) -> None:
     """How the teacher of the run in ``folder`` was run, and how faithful it was to itself in fp32."""
     write_json(folder / TEACHER, record)
-
-
-def write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

@@ -1,6 +1,6 @@
 """The teacher's own accuracy, for the table, when it was not trained in this run."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher
 from unikd_fast.engine.outputs import Outputs, write_outputs
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import read_result, write_json, write_result
+from unikd_fast.engine.run_folder import read_result, write_result
 from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
+from unikd_fast.errors import FileError
+from unikd_fast.io import make_folder, read_json, write_json
 from unikd_fast.methods import Needs
+from unikd_fast.teacher.cache.disk import folder_lock
 
 BESIDE_THE_CACHE = "teacher_result.json"
 
@@ -25,21 +28,20 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
 
     Where the teacher's outputs are cached, the figures are kept beside them, and no later run loads it for them.
     """
-    known: dict[str, Any] | None = processes.broadcast(read_result(folder))
+    known = processes.from_first(lambda: read_result(folder))
     if known is not None:
         return known
     assert config.teacher is not None
     with refusing_misfits():
         splits = build_data(config)
         test_split = hash_split(splits.test) if processes.is_first else ""
-        found = processes.broadcast(_read_figures(config, test_split) if processes.is_first else None)
+        found = processes.from_first(lambda: _read_figures(config, test_split))
         if found is None:
             outputs: list[Outputs] | None = [] if config.run.test_logits else None
             found = _evaluate(config, splits, processes, outputs)
             if outputs is not None:
                 write_outputs(folder, outputs, processes, split="test")
-            if processes.is_first:
-                _keep_figures(config, test_split, found)
+            processes.from_first(partial(_keep_figures, config, test_split, found))
     figures = {"epoch": None, "test": found}
     result = {
         "label": label,
@@ -52,9 +54,12 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         "last": figures,
         "weights": config.teacher.weights,
     }
-    if processes.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        make_folder(folder)
         write_result(folder, result)
+
+    processes.from_first(write)
     return result
 
 
@@ -76,14 +81,18 @@ def _beside_the_cache(config: Config) -> Path | None:
 
 def _read_figures(config: Config, test_split: str) -> dict[str, float] | None:
     path = _beside_the_cache(config)
-    if path is None or not path.exists():
+    try:
+        kept = {} if path is None else read_json(path)
+    except FileNotFoundError:
         return None
-    kept = json.loads(path.read_text())
-    return kept["figures"] if kept["test_split"] == test_split else None
+    except FileError as error:
+        raise FileError(f"{error}; remove it, and the teacher is evaluated again") from error
+    return kept.get("figures") if kept.get("test_split") == test_split else None
 
 
 def _keep_figures(config: Config, test_split: str, figures: dict[str, float]) -> None:
     path = _beside_the_cache(config)
     assert config.teacher is not None
     if path is not None and config.teacher.cache.mode == "read_write":
-        write_json(path, {"test_split": test_split, "figures": figures})
+        with folder_lock(path.parent):  # which another run may remove the leftovers of
+            write_json(path, {"test_split": test_split, "figures": figures})

@@ -10,7 +10,7 @@ from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.bad_samples import bad_sample_record
 from unikd_fast.engine.batch_norm import average_buffers
 from unikd_fast.engine.evaluate import evaluate, head_indicators
-from unikd_fast.engine.export import BEST, export_student, import_student
+from unikd_fast.engine.export import BEST, STUDENT, export_student, import_student
 from unikd_fast.engine.metrics import MetricsWriter, memory_gib, read_metrics
 from unikd_fast.engine.outputs import Outputs, Probe, write_outputs
 from unikd_fast.engine.pace import Pace, loader_rate
@@ -60,7 +60,9 @@ class Trainer:
             tensorboard=config.run.tensorboard,
         )
         self.probe = self._start_probe()
-        self.evaluations = processes.broadcast([r for r in read_metrics(folder) if r["kind"] == "evaluation"])
+        self.evaluations = processes.from_first(
+            lambda: [record for record in read_metrics(folder) if record["kind"] == "evaluation"]
+        )
 
     @property
     def evaluated(self) -> FeatureExtractor | LogitsOnly:
@@ -126,9 +128,8 @@ class Trainer:
             self.writer.advance(self.step)
             if self.step % run.log_every_steps == 0 or self.step == total:
                 means = self.meter.read()
-                self.writer.write(
+                self._record(
                     "train",
-                    self.step,
                     {
                         "epoch": round(self.step / per_epoch, 2),
                         **means,
@@ -138,7 +139,6 @@ class Trainer:
                         "memory_gib": memory_gib(self.processes.device),
                     },
                 )
-                self.clock.write(self.folder)
             # At the end of an epoch the buffers are averaged before they are saved.
             if self._checkpoint_due() and self.step % per_epoch:
                 self._save()
@@ -152,9 +152,18 @@ class Trainer:
         if self._checkpoint_due() or self._evaluation_due():
             self._save()
         if (skipped := bad_sample_record(self.config, self.experiment.loader, self.processes)) is not None:
-            self.writer.write("bad_samples", self.step, {"epoch": epoch + 1, **skipped})
+            self._record("bad_samples", {"epoch": epoch + 1, **skipped})
         if number:
             self._stop(number)
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        """Writes a record, and once the times of a step; what goes wrong on the first process is raised on all."""
+
+        def write() -> None:
+            self.writer.write(kind, self.step, values)
+            self.clock.write(self.folder)
+
+        self.processes.from_first(write)
 
     def _checkpoint_due(self) -> bool:
         every = self.config.run.checkpoint_every_steps
@@ -211,11 +220,14 @@ class Trainer:
             )
         )
         record = {"step": self.step, **values}
-        if best_evaluation([*self.evaluations, record]) is record and self.processes.is_first:
-            export_student(self.evaluated.plain, self.folder / BEST)
-        self.writer.write("evaluation", self.step, values)
+
+        def keep_best() -> None:
+            if best_evaluation([*self.evaluations, record]) is record:
+                export_student(self.evaluated.plain, self.folder / BEST)
+
+        self.processes.from_first(keep_best)
+        self._record("evaluation", values)
         self.evaluations.append(record)
-        self.processes.barrier()
 
     def _evaluate(self, split: Literal["val", "test"], keep: list[Outputs] | None = None) -> dict[str, float]:
         batches, dtype = self.experiment.loader.evaluate(split), autocast_dtype(self.config.train.precision)
@@ -224,9 +236,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Exports the student and evaluates its last and best weights on the test split, once."""
         self.processes.from_first(self.checkpoints.finish)
-        plain = self.evaluated.plain
-        if self.processes.is_first:
-            export_student(plain, self.folder / "student.safetensors")
+        self.processes.from_first(lambda: export_student(self.evaluated.plain, self.folder / STUDENT))
         last = self.evaluations[-1]
         best = best_evaluation(self.evaluations)
         outputs: list[Outputs] | None = [] if self.config.run.test_logits else None
@@ -238,7 +248,7 @@ class Trainer:
             last_test = self._evaluate("test", outputs)
             best_test = last_test
             if best["step"] != last["step"]:
-                import_student(plain, self.folder / BEST)
+                import_student(self.evaluated.plain, self.folder / BEST)
                 best_test = self._evaluate("test")
         if outputs is not None:
             write_outputs(self.folder, outputs, self.processes, split="test")
@@ -249,9 +259,7 @@ class Trainer:
             test_is_val=self.experiment.splits.test_is_val,
             best=(best, best_test),
             last=(last, last_test),
-            weights=self.folder / "student.safetensors",
+            weights=self.folder / STUDENT,
         )
-        if self.processes.is_first:
-            write_result(self.folder, result)
-        self.processes.barrier()
+        self.processes.from_first(lambda: write_result(self.folder, result))
         return result

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from unikd_fast.command import run_command
 from unikd_fast.errors import RunError
+from unikd_fast.io import make_folder, write_file
 from unikd_fast.report.runs import Found, find_runs, group_runs
 
 if TYPE_CHECKING:
@@ -85,11 +86,9 @@ def write_report(found: Found, target: Path, *, title: str | None = None, force:
     pictures = [part for section in sections for part in section.parts if isinstance(part, Picture)]
     page = write_html(title or _title(found), _sources(found), sections)
     images = _draw(target, pictures, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     for path, content in [*images.items(), (target, page.encode())]:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_file(path, content)
     return f"{target}: {len(found.runs)} runs, {len(pictures)} figures, {len(page.encode()) / 2**20:.1f} MiB"
 
 

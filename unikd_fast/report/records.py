@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unikd_fast.errors import RunError
+from unikd_fast import io
+from unikd_fast.errors import FileError, RunError
 
 METRICS = "metrics.jsonl"
 
@@ -21,19 +22,23 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     Raises:
         RunFileError: a line before the last is no record.
     """
-    path = folder / METRICS
+    return read_lines(folder / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file that has one a line; see `read_records`."""
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             break
         try:
             record = json.loads(line)
         except ValueError as error:
             raise RunFileError(f"{path}: line {number} is no JSON: {error}") from error
         if not isinstance(record, dict):
-            raise RunFileError(f"{path}: line {number} is no record, got {line.strip()[:80]}")
+            raise RunFileError(f"{path}: line {number} is no record, got {line.strip()[:80].decode()}")
         records.append(record)
     return records
 
@@ -42,12 +47,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        RunFileError: it cannot be parsed, or is no object.
+        RunFileError: it cannot be read or parsed, or is not an object.
+        FileNotFoundError: it is missing.
     """
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunFileError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise RunFileError(f"{path} must be a JSON object, got {type(content).__name__}")
-    return content
+        return io.read_json(path)
+    except FileError as error:
+        made_again = path.name == "result.json"
+        remedy = (
+            "remove it and continue the run with --resume auto" if made_again else "restore it, or leave the run out"
+        )
+        raise RunFileError(f"{error}; {remedy}") from error

@@ -4,7 +4,6 @@ Plain arrays and numbers go in and out, so that whoever has them can write them.
 there and damaged is an error.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unikd_fast.io import write_file, write_json
 from unikd_fast.report.records import RunFileError, read_json
 
 TEST_LOGITS = "test_logits.safetensors"
@@ -52,8 +52,9 @@ def write_test_logits(folder: Path, logits: NDArray[Any], labels: NDArray[Any], 
 
     Raises:
         ValueError: the shapes do not belong together, or the labels are no integers.
+        FileError: the disk is full, or cannot be written to.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
@@ -64,10 +65,8 @@ def write_test_logits(folder: Path, logits: NDArray[Any], labels: NDArray[Any], 
     wide = np.abs(logits, where=np.isfinite(logits), out=np.zeros(logits.shape, np.float32)).max(initial=0.0)
     kept = logits.astype(np.float16 if wide <= np.finfo(np.float16).max else np.float32)
     path = folder / TEST_LOGITS
-    temporary = path.with_suffix(".tmp")
     tensors = {"logits": np.ascontiguousarray(kept), "labels": np.ascontiguousarray(labels.astype(np.int64))}
-    save_file(tensors, temporary, metadata={"split": split})
-    temporary.replace(path)
+    write_file(path, save(tensors, metadata={"split": split}))
     return path
 
 
@@ -99,24 +98,20 @@ def read_test_logits(folder: Path) -> TestLogits | None:
 def write_step_time(folder: Path, times: StepTime) -> Path:
     """Writes step_time.json and returns its path."""
     path = folder / STEP_TIME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(times._asdict(), indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, times._asdict())
     return path
 
 
 def write_whole_step_time(folder: Path, *, data_ms: float, step_ms: float, hardware: str) -> Path:
     """Writes the step_time.json of steps captured in one CUDA graph, whose parts nobody sees; returns its path."""
     path = folder / STEP_TIME
-    temporary = path.with_suffix(".tmp")
     content = {
         "captured": "the step is one CUDA graph (train.cuda_graph): only its whole is known",
         "data_ms": data_ms,
         "step_ms": step_ms,
         "hardware": hardware,
     }
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, content)
     return path
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from unikd_fast.report.content import Missing, Part, Picture, Section, Table
 from unikd_fast.report.evidence import Material
 from unikd_fast.report.figures import Bar, draw_bars
-from unikd_fast.report.records import read_json
+from unikd_fast.report.records import read_json, read_lines
 from unikd_fast.report.run_files import STEP_TIME, StepTime
 
+_STARTS = "starts.jsonl"
+_OWN = ("time", "command")
 _NAMES = {
     "data_ms": "data",
     "teacher_ms": "teacher",
@@ -42,7 +44,10 @@ def step_time_section(materials: Sequence[Material]) -> Section:
 
 
 def making_section(sources: Sequence[Path]) -> Section:
-    """The environment of each run folder; those that differ in the command alone stand together."""
+    """The environment of each run folder, and what was another at a later start.
+
+    Those that differ in time and command alone stand together.
+    """
     tables: list[Part] = []
     missing: list[Part] = []
     alike: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
@@ -52,14 +57,26 @@ def making_section(sources: Sequence[Path]) -> Section:
             missing.append(Missing(f"{source} has no environment.json."))
             continue
         found = read_json(path)
-        compared = json.dumps({key: value for key, value in found.items() if key != "command"}, sort_keys=True)
+        for start in read_lines(source / _STARTS):
+            if text := _changes(found, start):
+                found[f"from {start.get('time')} on"] = text
+        compared = json.dumps({key: value for key, value in found.items() if key not in _OWN}, sort_keys=True)
         alike.setdefault(compared, []).append((source, found))
     for (source, found), *others in alike.values():
         more = f" and {len(others)} others" if len(others) > 1 else " and another" if others else ""
-        caption = f"Environment of {source}{more}{', which differ in the command alone' if others else ''}"
+        caption = f"Environment of {source}{more}{', which differ in time and command alone' if others else ''}"
         rows = tuple((key, _plain(value)) for key, value in found.items())
         tables.append(Table(caption, ("", "value"), rows, numbers=False))
     return Section("environment", "How these were made", (*tables, *missing))
+
+
+def _changes(first: dict[str, Any], start: dict[str, Any]) -> str:
+    """What a later start had that the first had not; empty where nothing of it matters."""
+    changed = {key: value for key, value in start.items() if key not in _OWN and value != first.get(key)}
+    versions, before = changed.get("versions"), first.get("versions")
+    if isinstance(versions, dict) and isinstance(before, dict):
+        changed["versions"] = {name: one for name, one in versions.items() if one != before.get(name)}
+    return ", ".join(f"{key} {_plain(value)}" for key, value in changed.items())
 
 
 def _breakdown(measured: dict[str, list[StepTime]]) -> list[Part]:

@@ -39,7 +39,7 @@ def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -
             "",
             f"{data['train_samples'] or 'All'} training samples, {train['total_epochs']} epochs, batch "
             f"{train['global_batch_size']}. The configuration is in config.json, versions and hardware in "
-            "environment.json, each run's course in its metrics.jsonl.",
+            "environment.json (of later starts in starts.jsonl), each run's course in its metrics.jsonl.",
             "",
             "## Single runs",
             "",

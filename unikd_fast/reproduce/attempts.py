@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unikd_fast.io import append_line
 from unikd_fast.reproduce.cells import Cell
 
 
@@ -25,8 +26,7 @@ class Attempt(NamedTuple):
 
 def record_attempt(folder: Path, attempt: Attempt) -> None:
     """Writes it down beside the run's folder."""
-    with _file(folder).open("a") as file:
-        file.write(json.dumps(attempt._asdict()) + "\n")
+    append_line(_file(folder), json.dumps(attempt._asdict()))
 
 
 def read_attempts(folder: Path) -> list[Attempt]:

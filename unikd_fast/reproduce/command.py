@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from unikd_fast.command import run_command
 from unikd_fast.config import ConfigError
 from unikd_fast.errors import Interrupted, RunError
+from unikd_fast.io import make_folder, write_file, write_json
 from unikd_fast.reproduce.attempts import estimate_s, wall_s
 from unikd_fast.reproduce.cells import TABLES, Cell, Table, student_cells, teacher_cells
 from unikd_fast.reproduce.digits import stand_in
@@ -102,8 +102,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     _write_ledger(ledger, home)
     if table.name == "defaults":
         study = read_study(out, range(options.seeds))
-        _write(home / "study.json", study_json(study))
-        _write(home / "study.md", study_markdown(study))
+        write_file(home / "study.json", study_json(study))
+        write_file(home / "study.md", study_markdown(study))
     print(f"\n{overviews(ledger)}\n\nledger: {home / 'ledger.md'}, {home / 'ledger.json'}", flush=True)
     if number:
         raise Interrupted(number, "stopped; start it again to continue")
@@ -164,18 +164,9 @@ def _listing(runs: Sequence[Run], out: Path) -> str:
 
 
 def _write_ledger(ledger: Ledger, home: Path) -> None:
-    home.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("ledger.json", json.dumps(ledger_json(ledger), indent=2) + "\n"),
-        ("ledger.md", ledger_markdown(ledger)),
-    ):
-        _write(home / name, content)
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content)
-    temporary.replace(path)
+    make_folder(home)
+    write_json(home / "ledger.json", ledger_json(ledger))
+    write_file(home / "ledger.md", ledger_markdown(ledger))
 
 
 def _positive(text: str) -> int:

@@ -1,12 +1,12 @@
 """Cells as runs: configuration, folder, and how far they are."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from unikd_fast.config import Config, ConfigError, config_hash, parse_config
 from unikd_fast.config.load import parse_override
+from unikd_fast.io import make_folder, write_json
 from unikd_fast.recipes import TEACHERS_ROOT, alone, experiment
 from unikd_fast.reproduce.cells import TEACHER, Cell, short
 from unikd_fast.reproduce.digits import digits_config
@@ -63,11 +63,9 @@ class Run(NamedTuple):
 
     def write_config(self) -> Path:
         """Writes what was set, without the defaults."""
-        self.config_file.parent.mkdir(parents=True, exist_ok=True)
-        content = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        temporary = self.config_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        return temporary.replace(self.config_file)
+        make_folder(self.config_file.parent)
+        write_json(self.config_file, self.config.model_dump(mode="json", by_alias=True, exclude_unset=True))
+        return self.config_file
 
 
 def plan_runs(

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from unikd_fast.command import stop_signals
 from unikd_fast.errors import OutOfMemory
+from unikd_fast.io import append_line, make_folder, open_own
 
 _POLL_S = 0.1
 _SHOWN_LINES = 8
@@ -187,12 +188,11 @@ class _Process:
 
     def __init__(self, job: Job, offered: Mapping[str, str], *, beside: int) -> None:
         self.job, self.offered, self.beside = job, offered, beside
-        job.log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(job.log.parent)
         variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in {**job.environment, **offered}.items())
-        with job.log.open("ab") as log:
-            log.write(f"$ {variables} {shlex.join(job.command)}\n".encode())
-            log.flush()
-            self._log_start = log.tell()
+        append_line(job.log, f"$ {variables} {shlex.join(job.command)}")
+        with open_own(job.log, append=True) as log:
+            self._log_start = log.seek(0, os.SEEK_END)
             self._began = time.monotonic()
             self.popen = subprocess.Popen(
                 job.command,

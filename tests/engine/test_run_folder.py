@@ -1,0 +1,268 @@
+"""What may go wrong with the files of a run: one line, an exit code, and a folder that can be resumed."""
+
+import errno
+import json
+import logging
+import os
+import resource
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cache_commands import Said
+from real_runs import ALONE, merged, write_config
+
+from unikd_fast.engine.launch_command import main
+from unikd_fast.engine.metrics import MetricsWriter, read_metrics
+from unikd_fast.engine.processes import Processes
+from unikd_fast.errors import FileError
+
+Train = Callable[..., Said]
+DAMAGE = {"empty": b"", "zeros": bytes(64), "cut": b'{"run": {"dir": "ru'}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "data": {"image_size": 16, "synthetic_samples": 32},
+    "student": {"model": "cifar/resnet8"},
+    "distill": {"method": "kd"},
+    "train": {"total_epochs": 1, "max_steps": 1, "accumulation_steps": 1, "ema_decay": None},
+}
+
+
+@pytest.fixture
+def train(tmp_path: Path, group: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
+    """launch_distill in this process, on a run of one step in "run"."""
+    monkeypatch.setattr(Processes, "leave", lambda _: None)  # the group is for all of these tests
+    monkeypatch.setattr(logging.getLogger("unikd_fast"), "handlers", [])  # those of another test write to its stderr
+
+    def call(*arguments: str, **sections: dict[str, Any]) -> Said:
+        config = write_config(tmp_path, name="run", **merged(SECTIONS, sections))
+        capfd.readouterr()
+        code = main(["--config", str(config), *arguments])
+        return Said(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process grows beyond a kilobyte, which is what a full disk looks like."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full_at(name: str) -> Callable[[int], None]:
+    """os.fsync of a disk that is full when a file of this name is written."""
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if f".{name}." in Path(f"/proc/self/fd/{descriptor}").readlink().name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    return full
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and content of everything in a folder."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def said_once(said: Said, message: str) -> None:
+    """It is one line, and no traceback stands before it."""
+    errors = [line for line in said.err.splitlines() if line.startswith("launch_distill: error: ")]
+    assert len(errors) == 1 and message in errors[0], said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_full_disk_at_any_file_can_be_resumed(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start gets one file further than the one before; the last trains no step again."""
+    folder = tmp_path / "run"
+    before = ["environment.json", "config.json"]
+    within = ["teacher.json", "metrics.jsonl", "best.safetensors", "student.safetensors"]
+    after = ["test_logits.safetensors", "result.json", "report.md"]
+    for name in before + within + after:
+        with monkeypatch.context() as patched:
+            patched.setattr("os.fsync", full_at(name))
+            said = train(*([] if name in before else ["--resume", "auto"]))
+        assert said.code == 1
+        said_once(said, f"{name} cannot be written: No space left on device, ")
+        assert said.err.count("step 1/1") <= 2
+        if name == "student.safetensors":
+            trained = (folder / "metrics.jsonl").read_bytes()
+    done = train("--resume", "auto")
+    assert done.code == 0, done.err
+    assert (folder / "metrics.jsonl").read_bytes() == trained and b'"evaluation"' in trained
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_the_same_command_works_after_a_full_disk(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full_at("config.json"))
+        assert train().code == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "environment.json"]
+    (tmp_path / "run" / ".config.json.0123456789abcdef.tmp").write_text("of a kill")
+    done = train()
+    assert done.code == 0, done.err
+    assert not (tmp_path / "run" / "starts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file/run", "Not a directory; a part of its path is a file; choose another"),
+        ("file", "Not a directory"),
+        ("x" * 300, "File name too long; choose a shorter name"),
+        ("gone/run", "File exists; a file of that name is there"),
+    ],
+    ids=["under a file", "a file", "a long name", "under a link to nothing"],
+)
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, train: Train, place: str, said: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for resume in ("never", "auto"):
+        found = train("--resume", resume, run={"dir": str(tmp_path / place)})
+        assert found.code == 2
+        said_once(found, f"run.dir = {tmp_path / place} cannot be written: {said}")
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_configuration_is_named(tmp_path: Path, train: Train, content: bytes) -> None:
+    assert train().code == 0
+    path = tmp_path / "run" / "config.json"
+    path.write_bytes(content)
+    found = train("--resume", "auto")
+    assert found.code == 2
+    said_once(found, f"{path} is ")
+    assert "put the configuration that the run was started with in its place" in found.err
+    path.write_bytes((tmp_path / "run.json").read_bytes())
+    assert train("--resume", "auto").code == 0
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_result_is_named(tmp_path: Path, train: Train, content: bytes) -> None:
+    assert train().code == 0
+    path = tmp_path / "run" / "result.json"
+    result, trained = path.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    path.write_bytes(content)
+    found = train("--resume", "auto")
+    assert found.code == 1
+    said_once(found, f"{path} is ")
+    assert "remove it and continue with --resume auto" in found.err
+    path.unlink()
+    assert train("--resume", "auto").code == 0
+    assert path.read_bytes() == result and (tmp_path / "run" / "metrics.jsonl").read_bytes() == trained
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "train", "step": 1}\n' + bytes(8) + b"\n")
+    with pytest.raises(FileError, match=r"metrics\.jsonl: line 2 is damaged .*; remove it"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "tr')
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]
+
+
+def test_showing_a_finished_run_changes_nothing(tmp_path: Path, train: Train) -> None:
+    first = train()
+    assert first.code == 0, first.err
+    (tmp_path / "run" / ".lock").unlink()
+    before = state(tmp_path / "run")
+    shown = train("--resume", "auto")
+    assert shown.code == 0, shown.err
+    assert shown.out.splitlines()[-3:] == first.out.splitlines()[-3:]
+    assert state(tmp_path / "run") == before
+    other = train("--resume", "auto", "--set", "train.learning_rate=0.25")
+    assert other.code == 2
+    said_once(other, "train.learning_rate was 0.05, now 0.25")
+    assert state(tmp_path / "run") == before
+
+
+def test_further_starts_are_appended_to_the_record(tmp_path: Path, train: Train) -> None:
+    assert train().code == 0
+    folder = tmp_path / "run"
+    first = (folder / "environment.json").read_bytes()
+    assert json.loads(first)["time"].endswith("+00:00") and not (folder / "starts.jsonl").exists()
+    for _ in range(2):
+        (folder / "report.md").unlink()
+        assert train("--resume", "auto").code == 0
+    assert (folder / "environment.json").read_bytes() == first
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert [sorted(start) for start in starts] == [["command", "commit", "time", "versions", "world_size"]] * 2
+    assert starts[0]["versions"] == json.loads(first)["versions"] and starts[0]["time"] <= starts[1]["time"]
+
+
+def test_links_in_the_folder_are_not_written_through(tmp_path: Path, train: Train) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(precious)
+    refused = train()
+    assert refused.code == 1
+    said_once(refused, f"{folder / '.lock'} cannot be written: Too many levels of symbolic links; it is a link")
+    (folder / ".lock").unlink()
+    (folder / ".lock").hardlink_to(precious)
+    refused = train()
+    assert refused.code == 1
+    said_once(refused, f"{folder / '.lock'} has another name too (a hard link)")
+    (folder / ".lock").unlink()
+    (folder / "environment.json").symlink_to(precious)
+    assert train().code == 0
+    written = ["config.json", "metrics.jsonl", "result.json", "student.safetensors", "test_logits.safetensors"]
+    (folder / "config.tmp").symlink_to(precious)
+    for name in ("starts.jsonl", *written[2:]):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(precious)
+    (folder / "result.json").unlink()
+    refused = train("--resume", "auto")
+    assert refused.code == 1
+    said_once(refused, f"{folder / 'starts.jsonl'} cannot be written: Too many levels of symbolic links")
+    (folder / "starts.jsonl").unlink()
+    assert train("--resume", "auto").code == 0
+    assert not any((folder / name).is_symlink() for name in written)
+    assert precious.read_text() == "kept"
+
+
+def test_every_file_has_the_mode_of_umask(tmp_path: Path, train: Train) -> None:
+    before = os.umask(0o027)
+    try:
+        done = train(run={"tensorboard": True})
+    finally:
+        os.umask(before)
+    assert done.code == 0, done.err
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"student.safetensors", "test_logits.safetensors", "best.safetensors"} <= {path.name for path in files}
+    assert {path.name for path in files if stat.S_IMODE(path.stat().st_mode) != 0o640} == set()
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_while_training_is_named(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    events = name == "tensorboard"
+    writer = MetricsWriter(tmp_path, ALONE, label="x", total_steps=9, start_step=0, tensorboard=events)
+    with pytest.raises(FileError, match=rf"{name} cannot be written: File too large, .*make room"):
+        for step in range(1, 1000):
+            if events:
+                (tmp_path / "metrics.jsonl").unlink()
+            writer.write("train", step, {f"a figure of step {step}": 0.5} if events else {"loss": 0.5})
+    writer.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_process_beside_the_first_gets_its_error(tmp_path: Path) -> None:
+    class Second(Processes):
+        def broadcast(self, value: Any) -> Any:
+            assert value is None
+            return None, FileError, "metrics.jsonl cannot be written"
+
+    with pytest.raises(FileError, match=r"^metrics\.jsonl cannot be written$"):
+        second = Second(1, 2, 1, ALONE.device)
+        MetricsWriter(tmp_path, second, label="x", total_steps=9, start_step=0, tensorboard=False)
+    assert list(tmp_path.iterdir()) == []
