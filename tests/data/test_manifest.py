@@ -11,6 +11,7 @@ import torch
 from unikd_fast.data import manifest
 from unikd_fast.data.manifest import hash_split
 from unikd_fast.data.splits import ImageFiles, TensorImages
+from unikd_fast.errors import DataError
 
 NAMES = ("fox/a.jpeg", "fox/b.jpeg", "wolf/a.jpeg", "wolf/c.jpeg")
 
@@ -136,7 +137,7 @@ def test_many_files_are_hashed_in_order(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     split = files(tmp_path)
     (tmp_path / "wolf" / "a.jpeg").unlink()
-    with pytest.raises(ValueError, match=r"size of .*wolf/a\.jpeg: .*No such file.*restore the file or open"):
+    with pytest.raises(DataError, match=r"size of .*wolf/a\.jpeg: No such file .*; restore the file or remove it"):
         hash_split(split)
 
 

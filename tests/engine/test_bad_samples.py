@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from odd_images import encoded
-from real_runs import run, write_config
+from real_runs import ALONE, run, write_config
 
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.dali_probe import dali_problem
 from unikd_fast.engine.bad_samples import bad_sample_record
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.run_folder import read_result
 from unikd_fast.engine.sources import build_data, build_data_loader
+from unikd_fast.engine.teacher_result import evaluate_teacher
 from unikd_fast.values import Features
 
 SAMPLES = {"train": 32, "val": 12}
@@ -111,6 +113,25 @@ def test_a_mixed_loader_reports_them_as_well(tmp_path: Path) -> None:
     loader = build_data_loader(config, build_data(config), processes)
     list(loader.train(0))
     assert len(loader.bad_samples) == 1
+
+
+@pytest.mark.parametrize("how", ["removed", "dangling"])
+def test_a_skipped_file_is_not_asked_for_after_training(how: str, tmp_path: Path) -> None:
+    """The teacher's accuracy is measured last, and by every resume that finds none."""
+    root = write_folder(tmp_path / "images")
+    data = data_section(root, image_size=16, max_bad_share=0.2)
+    config = load_config(write_config(tmp_path, data=data, run={"test_logits": True}))
+    splits = build_data(config)
+    bad = root / "val" / "class_1" / "001.png"
+    bad.unlink()
+    if how == "dangling":
+        bad.symlink_to(root / "gone.png")
+        splits = build_data(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unikd_fast.engine.teacher_result.build_data", lambda _: splits)  # listed when it was there
+        result = evaluate_teacher(config, tmp_path / "teacher", ALONE, label="teacher")
+    assert result["last"]["test"]["samples"] == 10
+    assert read_result(tmp_path / "teacher") == result
 
 
 def test_a_cache_does_not_go_with_skipping(tmp_path: Path) -> None:

@@ -45,6 +45,20 @@ def test_the_probe_is_the_softened_kl_and_asks_the_teacher_once() -> None:
     assert teacher.calls == 2
 
 
+def test_the_probe_goes_without_samples_that_one_lacks() -> None:
+    """Their images were skipped, in one evaluation and not in the other."""
+    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    student = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    ids = [torch.tensor([0, 1, 2]), torch.tensor([3])]
+    batches = [Batch(i.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), torch.zeros(len(i)).long(), i) for i in ids]
+    probe = Probe(Table(rows), lambda: iter(batches), ALONE)
+    p, q = (x.double().div(4).log_softmax(1) for x in (rows, student))
+    for seen, common in (([[0, 2], [3, 4]], [0, 2, 3]), ([[0, 1, 2, 3]], [0, 1, 2, 3]), ([[4], [0, 2]], [0, 2])):
+        outputs = [Outputs(torch.tensor(i), student[i], torch.zeros(len(i)).long()) for i in seen]
+        expected = 16 * (p.exp() * (p - q)).sum(1)[common].mean().item()
+        assert probe.measure(outputs) == pytest.approx(expected, abs=1e-6)  # fp32 against float64
+
+
 def test_outputs_of_all_processes_are_written_in_the_order_of_the_split(tmp_path: Path) -> None:
     class Two(Processes):
         def gather(self, value: Outputs) -> list[Outputs]:

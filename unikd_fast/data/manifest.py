@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from unikd_fast.data.splits import ImageFiles, PackedImages, Split, TensorImages
+from unikd_fast.errors import DataError
 
 # A file system over a network answers many questions at a time, each late.
 _THREADS = 32
@@ -34,7 +35,7 @@ def hash_split(split: Split) -> str:
         SHA-256, 64 hexadecimal digits.
 
     Raises:
-        ValueError: the size of a file cannot be found out; the message names it.
+        DataError: the size of a file cannot be found out; the message names it.
 
     Example:
         >>> len(hash_split(open_data("digits", root=None, image_size=32).train))
@@ -86,8 +87,8 @@ def _line(path: str, relative: dict[str, str]) -> str:
     try:
         size = os.stat(path).st_size  # noqa: PTH116  a Path of each of a million files takes longer than its size
     except OSError as error:
-        raise ValueError(
-            f"hash_split: cannot find out the size of {path}: {error}; restore the file or open the data set anew"
+        raise DataError(
+            f"hash_split: cannot find out the size of {path}: {error.strerror}; restore the file or remove it"
         ) from error
     folder, name = os.path.split(path)
     return json.dumps([relative[folder], name, size]) + "\n"

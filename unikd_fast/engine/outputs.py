@@ -36,23 +36,30 @@ class Probe:
 
     def __init__(self, teacher: nn.Module, batches: Callable[[], Iterable[Batch]], processes: Processes) -> None:
         self._teacher, self._batches, self._processes = teacher, batches, processes
-        self._known: list[Tensor] | None = None
+        self._known: dict[int, Tensor] | None = None  # logits (K,) by sample id
 
     @torch.no_grad()
     def measure(self, student: Sequence[Outputs]) -> float:
         """The mean over all processes' samples.
 
         Args:
-            student: its outputs for the batches, in their order.
+            student: its outputs for the batches. Either network may lack samples, whose images were skipped.
         """
         if self._known is None:
-            self._known = [self._teacher(batch.images).logits.float().cpu() for batch in self._batches()]
+            self._known = {}
+            for batch in self._batches():
+                logits = self._teacher(batch.images).logits.float().cpu()
+                self._known |= zip(batch.sample_ids.tolist(), logits, strict=True)
         device = self._processes.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for own, theirs in zip(student, self._known, strict=True):
-            logits = (own.logits.to(device), theirs.to(device))
-            kl = softmax_kl(*logits, temperature=PROBE_TEMPERATURE, reduction="sum", impl="reference")
-            sums += torch.stack([kl.double(), kl.new_tensor(len(theirs), dtype=torch.float64)])
+        for own in student:
+            rows = [row for row, sample_id in enumerate(own.sample_ids.tolist()) if sample_id in self._known]
+            if not rows:
+                continue
+            theirs = torch.stack([self._known[sample_id] for sample_id in own.sample_ids[rows].tolist()])
+            both = (own.logits[rows].to(device), theirs.to(device))
+            kl = softmax_kl(*both, temperature=PROBE_TEMPERATURE, reduction="sum", impl="reference")
+            sums += torch.stack([kl.double(), kl.new_tensor(len(rows), dtype=torch.float64)])
         total, count = self._processes.sum_(sums).tolist()
         return total / max(count, 1.0)
 

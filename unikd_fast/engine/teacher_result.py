@@ -34,7 +34,9 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
     assert config.teacher is not None
     with refusing_misfits():
         splits = build_data(config)
-        test_split = hash_split(splits.test) if processes.is_first else ""
+        # Only figures that are kept need it, and it wants every file, also those that were skipped.
+        kept = _beside_the_cache(config) is not None
+        test_split = processes.from_first(lambda: hash_split(splits.test)) if kept else ""
         found = processes.from_first(lambda: _read_figures(config, test_split))
         if found is None:
             outputs: list[Outputs] | None = [] if config.run.test_logits else None
