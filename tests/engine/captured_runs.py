@@ -146,14 +146,6 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-_READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "_unique2", "masked_select", "lift_fresh"}
-
-
-def host_reads(calls: list[tuple[str, str]]) -> list[str]:
-    """Of the operations those that make the host wait for the device, or give a tensor numbers of the host."""
-    return [name for name, _ in calls if name.split(".")[1] in _READS]
-
-
 @contextmanager
 def breaking_at(step: int) -> Iterator[None]:
     """Within the block runs of captured steps end at this one, with a ZeroDivisionError."""

@@ -1,12 +1,14 @@
 """The program that a CUDA graph holds, without one: it trains as eager steps do, and has in it nothing that changes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from captured_runs import CHANGING, Recorder, breaking_at, config_of, curve, host_reads, inputs, prepared, state
+from captured_runs import CHANGING, Recorder, breaking_at, config_of, curve, inputs, prepared, state
+from fake_device import host_reads
 from real_runs import ALONE, train_here, train_records
 from torch import Tensor
 
@@ -14,11 +16,12 @@ from unikd_fast.engine import capture, captured_steps
 from unikd_fast.engine.captured_steps import CapturedSteps
 from unikd_fast.engine.methods import METHODS
 from unikd_fast.engine.optimizer_state import collect_optimizer_state
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.pace import Pace
 from unikd_fast.engine.prepare import Prepared
 from unikd_fast.engine.schedule import learning_rate
 from unikd_fast.engine.steps import EagerSteps
-from unikd_fast.errors import ConfigError
+from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 from unikd_fast.kernels import _checks, reference
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -198,6 +201,94 @@ def test_a_capture_that_fails_is_said_and_steps_go_on(
     assert isinstance(steps, CapturedSteps)
     with pytest.raises(ConfigError, match=r"capturing a step failed: operation not permitted .*; set it to 'off'"):
         steps._captured()
+
+
+def test_what_broke_a_capture_first_is_said(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ending the capture raises as well, and the lookup before it was provided for."""
+
+    def fails(program: Any) -> Any:
+        try:
+            try:
+                os.environ["NONE_OF_THIS_NAME"]
+            except KeyError:
+                raise RuntimeError("operation not permitted when stream is capturing")  # noqa: B904
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(captured_steps, "record", fails)
+    steps = prepared(config_of(tmp_path, weights, "auto", "kd")).steps
+    assert isinstance(steps, CapturedSteps)
+    assert steps._captured() == steps.program
+    assert "operation by operation: operation not permitted when stream is capturing;" in caplog.text
+    assert "previous error" not in caplog.text
+
+
+def test_out_of_memory_in_a_capture_falls_back(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(program: Any) -> Any:
+        with naming_part("student"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(captured_steps, "record", fails)
+    for mode in ("auto", "on"):
+        train = {**CHANGING["train"], "cuda_graph": mode}
+        steps = prepared(config_of(tmp_path, weights, mode, "kd", train=train)).steps
+        assert isinstance(steps, CapturedSteps)
+        if mode == "auto":
+            assert steps._captured() == steps.program
+            assert "operation by operation: CUDA out of memory. Tried to allocate 2.00 GiB;" in caplog.text
+        else:
+            with pytest.raises(OutOfMemory, match=r"'on', .* failed: CUDA out of memory.*; set it to 'off'"):
+                steps._captured()
+
+
+def test_a_capture_that_broke_off_leaves_no_half_step(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended after the first of two micro-batches: the next step still has two."""
+    train = {**CHANGING["train"], "accumulation_steps": 2}
+    whole, broken = (prepared(config_of(tmp_path, weights, name, "kd", train=train)) for name in ("whole", "broken"))
+    steps = broken.steps
+    assert isinstance(steps, CapturedSteps)
+
+    def fails(program: Any) -> Any:
+        broken.parts.engine.step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured_steps, "record", fails)
+    steps._captured()
+    for ready in (whole, broken):
+        take(ready, inputs(ready), 0)
+    for theirs, ours in zip(held(whole), held(broken), strict=True):
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+
+
+def test_a_device_that_is_still_in_a_capture_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.tensor([7])]
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[-1])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.append(state))
+    captured_steps.require_no_capture(torch.device("cpu"), "no room")
+    assert len(states) == 2 and states[1] is states[0], "the run draws what it would have drawn"
+
+    def marked(*sizes: int, device: torch.device) -> Tensor:
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.\nat CUDAGeneratorImpl")
+
+    monkeypatch.setattr(torch, "rand", marked)
+    with pytest.raises(RunError, match=r"failed \(no room\) .* \(Offset .* unexpectedly\.\); start again .* off, and"):
+        captured_steps.require_no_capture(torch.device("cpu"), "no room")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_times_its_algorithms_unless_bound(
+    tmp_path: Path, weights: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    prepared(config_of(tmp_path, weights, "run", "none"))
+    assert torch.backends.cudnn.benchmark is not deterministic
 
 
 def take(ready: Prepared, data: Iterator[Any], step: int) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from deepspeed.ops.op_builder.builder import MissingCUDAException
+from deepspeed.runtime.utils import clip_grad_norm_
 from free_ports import free_port
 from torch import Tensor, nn
 
@@ -16,9 +18,10 @@ from unikd_fast.engine.batch_norm import average_buffers
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.schedule import learning_rate
+from unikd_fast.engine.schedule import build_optimizer, clip_before_update, learning_rate
 from unikd_fast.engine.sharding import deepspeed_config
 from unikd_fast.errors import NonFiniteLoss
+from unikd_fast.models import build_model
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.values import Batch, Features, Loss
 
@@ -128,7 +131,8 @@ def test_the_teacher_stays_in_eval_mode_and_keeps_its_buffers() -> None:
 def full_config(**train: object) -> Config:
     raw = {"data": {"name": "digits"}, "student": {"model": "cifar/resnet8"}, "distill": {"method": "none"}}
     sizes = {"total_epochs": 1, "global_batch_size": 24, "learning_rate": 0.1}
-    return Config.model_validate({**raw, "train": {**sizes, **train}, "deepspeed": {"wall_clock_breakdown": True}})
+    deepspeed = {"wall_clock_breakdown": True, "zero_optimization": {"stage": 1}}
+    return Config.model_validate({**raw, "train": {**sizes, **train}, "deepspeed": deepspeed})
 
 
 def test_deepspeed_gets_each_setting_once_and_the_users_own() -> None:
@@ -141,10 +145,58 @@ def test_deepspeed_gets_each_setting_once_and_the_users_own() -> None:
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert "bf16" not in found
     assert found["wall_clock_breakdown"] is True
+    assert found["timers"] == {"throughput": {"enabled": False}}
     with pytest.raises(
         ConfigError, match=r"train.global_batch_size = 24: .* world_size 5 x accumulation_steps 1 .* set it to 20 or 25"
     ):
         deepspeed_config(full_config(), Processes(0, 5, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_compiled_graphs_do_not_accumulate(mode: str) -> None:
+    assert full_config(compile="default", accumulation_steps=2) and full_config(compile=mode)
+    with pytest.raises(ValueError, match=f"train.compile = '{mode}' .* train.accumulation_steps = 2; set .* 'default'"):
+        full_config(compile=mode, accumulation_steps=2)
+
+
+@pytest.mark.parametrize("name", ["fused_adamw", "cpu_adamw"])
+def test_an_optimiser_that_cannot_be_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MissingCUDAException("CUDA_HOME does not exist, unable to compile CUDA op(s)\nand more")
+
+    for kind in ("FusedAdam", "DeepSpeedCPUAdam"):
+        monkeypatch.setattr(f"deepspeed.ops.adam.{kind}", fails)
+    with pytest.raises(ConfigError, match=rf"'{name}': .* build it: CUDA_HOME .* op\(s\); set it to 'adamw'"):
+        build_optimizer(nn.Linear(2, 2).parameters(), train_section(optimizer=name))
+
+
+def test_the_users_timers_stay() -> None:
+    timers = {"throughput": {"enabled": True, "synchronized": False}}
+    config = full_config().model_copy(update={"deepspeed": {"timers": timers}})
+    assert deepspeed_config(config, ALONE)["timers"] == timers
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 3.0, 1e4])
+def test_clipping_is_deepspeeds_to_the_bit(group: None, max_norm: float) -> None:
+    ours, theirs = (build_model("cifar/resnet8", num_classes=10) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        own.grad = torch.randn_like(own) * 0.05
+        other.grad = own.grad.clone()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    clip_before_update(optimizer, max_norm)
+    optimizer.step()
+    if max_norm:
+        clip_grad_norm_(list(theirs.parameters()), max_norm)
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert own.grad is not None and other.grad is not None
+        assert torch.equal(own.grad, other.grad) and torch.equal(own, other)
+
+
+def test_without_zero_deepspeed_leaves_gradients_alone() -> None:
+    config = full_config(clip_grad_norm=1.5).model_copy(update={"deepspeed": {}})
+    assert deepspeed_config(config, ALONE)["gradient_clipping"] == 0.0
 
 
 def _two_processes(rank: int, port: int, folder: str) -> None:

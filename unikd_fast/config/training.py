@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from unikd_fast.config.section import NonNegative, Positive, PositiveInt, Section
 
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes in which torch.compile captures CUDA graphs by itself."""
+
 
 class LossConfig(Section):
     """How the losses are computed."""
@@ -74,5 +77,14 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.global_batch_size ({self.global_batch_size}) must be divisible by train.accumulation_steps "
                 f"({self.accumulation_steps})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_outputs(self) -> "TrainConfig":
+        if self.compile in OWN_GRAPHS and self.accumulation_steps > 1:
+            raise ValueError(
+                f"train.compile = {self.compile!r} replays CUDA graphs, in which a micro-batch overwrites what the one "
+                f"before left, and train.accumulation_steps = {self.accumulation_steps}; set train.compile to 'default'"
             )
         return self

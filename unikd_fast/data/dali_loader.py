@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from unikd_fast.data.bad_images import BadImage
 from unikd_fast.data.dali_pipeline import decoding_pipeline, view_pipeline
@@ -17,8 +16,8 @@ from unikd_fast.data.dali_probe import Decoding, gpu_number, pixels_of
 from unikd_fast.data.dali_views import PipelineOf, ViewBatch, cpu_views, gpu_views
 from unikd_fast.data.decode import DecodeRequest
 from unikd_fast.data.file_requests import FileRequests, Requested
-from unikd_fast.data.image_feed import ImageFeed
-from unikd_fast.data.pixels import Normalise
+from unikd_fast.data.image_feed import ImageFeed, compute_alone
+from unikd_fast.data.pixels import Normalise, to_device
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.stored_image import StoredImage
@@ -136,12 +135,11 @@ class DaliLoader:
         taken, places = views.batch.taken()
         if not len(taken):
             return None
-        images, *second = (
-            self._normalise((view if len(taken) == len(view) else view[torch.from_numpy(taken)]).to(self._device))
-            for view in views.views
-        )
+        on_device = (view if view.device == self._device else to_device(view, self._device) for view in views.views)
+        chosen = to_device(torch.from_numpy(taken), self._device)
+        images, *second = (self._normalise(view if len(taken) == len(view) else view[chosen]) for view in on_device)
         labels, sample_ids = (
-            torch.from_numpy(part[places]).to(self._device, non_blocking=True)
+            to_device(torch.from_numpy(part[places]), self._device)
             for part in (views.batch.request.labels, views.batch.request.sample_ids)
         )
         return Batch(images, labels, sample_ids, second[0] if second else None)
@@ -149,14 +147,14 @@ class DaliLoader:
     def _views(self, first: DecodeRequest, requests: Iterator[DecodeRequest]) -> Generator[ViewBatch, None, None]:
         pipeline_of = self._pipeline_of(first)
         threads = ThreadPoolExecutor(
-            self._number_of_threads, thread_name_prefix="unikd-dali-loader", initializer=_compute_alone
+            self._number_of_threads, thread_name_prefix="unikd-dali-loader", initializer=compute_alone
         )
         try:
             feed = ImageFeed(requests, self._windows, threads, ahead=self._prefetch + 1, for_pil=self._for_pil)
             if self._decoding == "cpu":
                 yield from cpu_views(feed, pipeline_of, threads, self._windows.image_size, self._interpolation)
             else:
-                yield from gpu_views(feed, pipeline_of, torch.cuda.current_stream(self._device))
+                yield from gpu_views(feed, pipeline_of, threads, torch.cuda.current_stream(self._device))
         finally:
             threads.shutdown(cancel_futures=True)
 
@@ -179,16 +177,6 @@ class DaliLoader:
             device_id=gpu_number(self._device),
             **shared,
         )
-
-
-def _compute_alone() -> None:
-    """Keep a thread of the loader from opening a team of OpenMP's for every operation.
-
-    OpenMP, which then counts more threads than cores, would put those of the training to sleep between operations: a
-    step on 2 cores took half as long again.
-    """
-    torch.get_num_threads()  # torch sets the number of a thread the first time it is used there
-    threadpool_limits(1, user_api="openmp")
 
 
 class _UpTo(Iterator[DecodeRequest]):

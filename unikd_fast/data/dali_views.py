@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unikd_fast.data.augmentation import ViewParameters
 from unikd_fast.data.bad_images import BadImage
-from unikd_fast.data.image_feed import CHUNK, ImageFeed, ReadBatch, ReadViews
+from unikd_fast.data.image_feed import ImageFeed, ReadBatch, ReadViews, chunks
 from unikd_fast.data.strong import strong_view
 from unikd_fast.data.view_windows import ViewWindow
 from unikd_fast.errors import DataError
@@ -234,8 +234,7 @@ def _start(
                 view = cut_view(part, window, image_size, interpolation)
                 views[row] = view if numbers is None else _strong(view, numbers, place)
 
-    rows = (range(first, min(first + CHUNK, len(images))) for first in range(0, len(images), CHUNK))
-    return ViewBatch(batch, shown), [threads.submit(make, some) for some in rows]
+    return ViewBatch(batch, shown), [threads.submit(make, rows) for rows in chunks(len(images))]
 
 
 def _strong(view: Tensor, numbers: ViewParameters, place: int) -> Tensor:
@@ -277,22 +276,60 @@ def cut_view(image: Tensor, window: ViewWindow, image_size: int, interpolation: 
     return view.flip(2) if window.flip else view
 
 
-def gpu_views(feed: ImageFeed, pipeline_of: PipelineOf, stream: Any) -> Generator[ViewBatch, None, None]:
-    """Yield the views of each batch of a feed, made by DALI but for strong augmentation.
+def gpu_views(
+    feed: ImageFeed, pipeline_of: PipelineOf, threads: Executor, stream: Any
+) -> Generator[ViewBatch, None, None]:
+    """Yield the views of each batch of a feed, made by DALI; what is strong about them is done on the CPU, ahead.
 
     Args:
         feed: of the batches.
         pipeline_of: builds the pipeline of views.
+        threads: that make strong views.
         stream: of torch, on which they are used; None where the pipeline runs on a CPU.
 
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
     """
-    for batch, outputs in decoded(feed, pipeline_of, stream, encoded_only=False):
-        # What torch holds of an output keeps its memory, as long as it does.
-        shown = [torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2) for views in outputs or ()]
-        for views, numbers in zip(shown, (batch.request.views, batch.request.second), strict=False):
-            if numbers is not None and numbers.augmentation.is_strong:
-                for view, place in zip(views, batch.images, strict=True):
-                    view.copy_(strong_view(view, numbers, place))
-        yield ViewBatch(batch, shown)
+    started: deque[tuple[ViewBatch, list[Future[None]]]] = deque()
+    bad: DataError | None = None
+    with closing(decoded(feed, pipeline_of, stream, encoded_only=False)) as batches:
+        try:
+            for batch, outputs in batches:
+                # What torch holds of an output keeps its memory, as long as it does.
+                shown = [torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2) for views in outputs or ()]
+                started.append(_start_strong(batch, shown, threads))
+                if len(started) > 1 or not started[0][1]:
+                    yield _finished(*started.popleft())
+        except DataError as error:
+            bad = error  # after what was started before
+    while started:
+        yield _finished(*started.popleft())
+    if bad is not None:
+        raise bad
+
+
+def _start_strong(batch: ReadBatch, shown: list[Tensor], threads: Executor) -> tuple[ViewBatch, list[Future[None]]]:
+    """Have these threads change the views that are strong, on the CPU: a device would wait for its host at each."""
+    places, tasks = list(batch.images), []
+    views_of = list(shown)
+    for index, numbers in enumerate((batch.request.views, batch.request.second)[: len(shown)]):
+        if numbers is None or not numbers.augmentation.is_strong:
+            continue
+        weak = shown[index].to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(shown[index].device).record_event() if shown[index].is_cuda else None
+        views_of[index] = strong = torch.empty_like(weak)
+
+        def make(
+            rows: range,
+            weak: Tensor = weak,
+            strong: Tensor = strong,
+            numbers: ViewParameters = numbers,
+            copied: torch.cuda.Event | None = copied,
+        ) -> None:
+            if copied is not None:
+                copied.synchronize()
+            for row in rows:
+                strong[row] = strong_view(weak[row], numbers, places[row])
+
+        tasks += [threads.submit(make, rows) for rows in chunks(len(weak))]
+    return ViewBatch(batch, views_of), tasks

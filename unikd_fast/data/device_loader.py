@@ -1,6 +1,8 @@
 """The loader of small data sets: they live on the device, and a view is an index into them."""
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,11 +12,17 @@ from torch import Tensor
 
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
 from unikd_fast.data.bad_images import BadImage
-from unikd_fast.data.pixels import RESIZE_VERSION, Normalise, pad_crop, resized_crop
+from unikd_fast.data.image_feed import chunks, compute_alone
+from unikd_fast.data.pixels import RESIZE_VERSION, Normalise, pad_crop, resized_crop, to_device
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits, Split, TensorImages
-from unikd_fast.data.strong import strong_pixels, strong_views
+from unikd_fast.data.strong import strong_pixels, strong_view
 from unikd_fast.values import Batch
+
+_THREADS = 2
+"""That make strong views: the interpreter lets few of them work at a time."""
+_AHEAD = 3
+"""Batches whose strong views are under way while the one before is used."""
 
 
 class _Resident(NamedTuple):
@@ -61,6 +69,8 @@ class DeviceLoader:
         self._image_size = splits.image_size
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
         self._train = self._to_device(splits.train)
+        assert isinstance(splits.train, TensorImages)
+        self._on_host = splits.train.images
         self._held_out = {"val": self._to_device(splits.val)}
         self._held_out["test"] = self._held_out["val"] if splits.test_is_val else self._to_device(splits.test)
 
@@ -93,8 +103,7 @@ class DeviceLoader:
         self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
     ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of an epoch; see `Loader.train`."""
-        micro_batches = self._views(epoch, start_step, stream, epoch if view_epoch is None else view_epoch)
-        return (self._batch(*shown) for shown in micro_batches)
+        return self._batches(self._views(epoch, start_step, stream, epoch if view_epoch is None else view_epoch))
 
     @property
     def unplanned(self) -> str | None:
@@ -115,7 +124,7 @@ class DeviceLoader:
         assert self.unplanned is None, self.unplanned
         for rows, *shown in self._views(epoch, start_step, 0, epoch):
             plan = torch.from_numpy(np.stack([self._plan(rows, views) for views in shown if views is not None]))
-            yield plan.pin_memory() if self._device.type == "cuda" else plan
+            yield plan if self._device.type == "cpu" else plan.pin_memory()
 
     def batch_of(self, plan: Tensor) -> Batch:
         """Make a micro-batch of a plan on the device: the same operations for every plan, and no host read."""
@@ -130,7 +139,7 @@ class DeviceLoader:
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request; see `Loader.views`."""
-        return (self._batch(positions, self._schedule.views(positions, epoch)) for positions, epoch in requests)
+        return self._batches((rows, self._schedule.views(rows, epoch), None) for rows, epoch in requests)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split; see `Loader.evaluate`."""
@@ -138,30 +147,54 @@ class DeviceLoader:
         for part in self._schedule.evaluation(len(images)):
             yield Batch(self._normalise(images[part]), labels[part], sample_ids[part])
 
-    def _batch(
-        self, positions: NDArray[np.int64], views: ViewParameters, second: ViewParameters | None = None
-    ) -> Batch:
-        images, taken = self._show(positions, views)
-        other = None if second is None else self._show(positions, second)[0]
-        return Batch(images, self._train.labels[taken], self._train.sample_ids[taken], other)
+    def _batches(
+        self, shown: Iterator[tuple[NDArray[np.int64], ViewParameters, ViewParameters | None]]
+    ) -> Iterator[Batch]:
+        """Yield the batches; where views are strong, threads make those of the next batches meanwhile."""
+        strong = any(schedule.augmentation.is_strong for schedule in self._shown)
+        ahead = _AHEAD if strong and self._device.type != "cpu" else 0
+        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="unikd-device-loader", initializer=compute_alone)
+        started: deque[tuple[Tensor, list[Callable[[], Tensor]]]] = deque()
+        try:
+            for rows, *views in shown:
+                plans = [(torch.from_numpy(self._plan(rows, own)), own) for own in views if own is not None]
+                started.append((plans[0][0], [self._start(plan, own, threads) for plan, own in plans]))
+                if len(started) > ahead:
+                    yield self._finished(*started.popleft())
+            while started:
+                yield self._finished(*started.popleft())
+        finally:
+            threads.shutdown(cancel_futures=True)
 
-    def _show(self, positions_of_views: NDArray[np.int64], views: ViewParameters) -> tuple[Tensor, Tensor]:
-        """Return the normalised views of these samples and their positions on the device."""
-        # One small copy from pinned memory: the host does not wait for the device.
-        host_plan = torch.from_numpy(self._plan(positions_of_views, views))
-        if self._device.type == "cuda":
-            host_plan = host_plan.pin_memory()
-        plan = host_plan.to(self._device, non_blocking=True)
-        return self._normalise(strong_views(self._planned(plan, views.augmentation), views)), plan[:, 0]
+    def _start(self, plan: Tensor, views: ViewParameters, threads: Executor) -> Callable[[], Tensor]:
+        """Return what gives the uint8 views of a plan (N, 6) on the device.
+
+        Strong ones are made by these threads on the CPU: torchvision's operations take other numbers for every image,
+        and on a device each of them would make the host wait.
+        """
+        if not views.augmentation.is_strong:
+            return lambda: self._planned(to_device(plan, self._device), views.augmentation)
+
+        def make(part: range) -> Tensor:
+            weak = self._planned(plan[part.start : part.stop], views.augmentation)
+            return torch.stack([strong_view(image, views, i) for i, image in zip(part, weak, strict=True)])
+
+        tasks = [threads.submit(make, part) for part in chunks(len(plan))]
+        return lambda: to_device(torch.cat([task.result() for task in tasks]), self._device)
+
+    def _finished(self, plan: Tensor, views: list[Callable[[], Tensor]]) -> Batch:
+        taken = to_device(plan[:, 0].contiguous(), self._device)
+        images, *second = (self._normalise(view()) for view in views)
+        return Batch(images, self._train.labels[taken], self._train.sample_ids[taken], second[0] if second else None)
 
     def _plan(self, positions: NDArray[np.int64], views: ViewParameters) -> NDArray[np.int64]:
         """Return (N, 6): position, window (top, left, height, width), flip."""
         return np.column_stack((positions, views.crop_boxes(*self._train.images.shape[-2:]), views.flip))
 
     def _planned(self, plan: Tensor, augmentation: Augmentation) -> Tensor:
-        """Return the views of a plan (N, 6) on the device, as uint8 and before what is strong about them."""
+        """Return the views of a plan (N, 6), where that is, as uint8 and before what is strong about them."""
         positions, boxes, flip = plan[:, 0], plan[:, 1:5], plan[:, 5].bool()
-        images = self._train.images.index_select(0, positions)
+        images = (self._on_host if plan.device.type == "cpu" else self._train.images).index_select(0, positions)
         if augmentation.crop == "resized":
             return resized_crop(images, boxes, flip, self._image_size)
         return pad_crop(images, boxes, flip, augmentation.padding if augmentation.crop == "pad" else 0)

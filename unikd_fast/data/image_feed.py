@@ -6,8 +6,10 @@ from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from unikd_fast.data.bad_images import BadImage, stand_ins
 from unikd_fast.data.decode import DecodeRequest, read_rgb, to_rgb
@@ -18,6 +20,21 @@ from unikd_fast.errors import DataError
 
 CHUNK = 16
 """Images that one thread takes in a row."""
+
+
+def chunks(count: int) -> Iterator[range]:
+    """Share `count` images out among threads."""
+    return (range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
+
+
+def compute_alone() -> None:
+    """Keep a thread of a loader from opening a team of OpenMP's for every operation; the first call of a thread.
+
+    OpenMP, which then counts more threads than cores, would put those of the training to sleep between operations: a
+    step on 2 cores took half as long again.
+    """
+    torch.get_num_threads()  # torch sets the number of a thread the first time it is used there
+    threadpool_limits(1, user_api="openmp")
 
 
 class ReadImage(NamedTuple):
@@ -109,10 +126,8 @@ class ImageFeed:
                 message names it.
         """
         while len(self._reading) < self._ahead and (request := next(self._requests, None)) is not None:
-            chunks = (
-                range(first, min(first + CHUNK, len(request.images))) for first in range(0, len(request.images), CHUNK)
-            )
-            self._reading.append((request, [self._threads.submit(self._read, request, places) for places in chunks]))
+            parts = chunks(len(request.images))
+            self._reading.append((request, [self._threads.submit(self._read, request, places) for places in parts]))
         if not self._reading:
             return None
         request, chunks_read = self._reading.popleft()

@@ -14,6 +14,7 @@ from torch import Tensor
 from unikd_fast.data.bad_images import BadImage
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, uniforms
+from unikd_fast.data.pixels import to_device
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.values import Batch
 
@@ -146,9 +147,7 @@ def apply_mix(batch: Batch, mix: Mix, num_classes: int) -> Batch:
     own = F.one_hot(batch.labels, num_classes).float()
     if mix.share == 1:
         return batch._replace(labels=own)
-    partners = torch.from_numpy(mix.partners)
-    if own.is_cuda:  # from pinned memory, so that the host does not wait for the device
-        partners = partners.pin_memory().to(own.device, non_blocking=True)
+    partners = to_device(torch.from_numpy(mix.partners), own.device)
     return batch._replace(
         images=_mixed(batch.images, partners, mix),
         labels=own * mix.share + own[partners] * (1 - mix.share),

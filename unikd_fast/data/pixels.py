@@ -98,6 +98,11 @@ class Normalise:
         return images.to(torch.float32, memory_format=self._layout).mul_(self._scale).add_(self._shift)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, from pinned memory: the host does not wait for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _weights(starts: Tensor, lengths: Tensor, size: int, extent: int) -> Tensor:
     """Return the (N, size, extent) weights of a triangle filter over the windows, as whole numbers in fp32."""
     pixel = torch.arange(extent, device=starts.device)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 
 from unikd_fast.config import Config, ConfigError
+from unikd_fast.config.training import OWN_GRAPHS
 from unikd_fast.data.device_loader import DeviceLoader
 from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.engine.build import Experiment
@@ -11,8 +12,6 @@ from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import zero_stage
 
 _logger = logging.getLogger("unikd_fast")
-
-_OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes in which torch.compile captures by itself
 
 
 def captures(config: Config, experiment: Experiment, processes: Processes) -> bool:
@@ -65,7 +64,7 @@ def obstacles(config: Config, experiment: Experiment, processes: Processes) -> I
     if train.activation_checkpointing:
         yield "train.activation_checkpointing reads the random state on the host (set it to false)"
     for key, mode in (("train", train.compile), ("teacher", None if teacher is None else teacher.compile)):
-        if mode in _OWN_GRAPHS:
+        if mode in OWN_GRAPHS:
             yield f"{key}.compile = {mode!r} captures graphs of its own (set null or 'default')"
     if (reason := experiment.method.uncapturable) is not None:
         yield f"{reason} (choose another setting)"

@@ -11,15 +11,14 @@ import logging
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 from unikd_fast.data.device_loader import DeviceLoader
 from unikd_fast.engine.local_engine import LocalEngine
 from unikd_fast.engine.pace import Pace
 from unikd_fast.engine.steps import Parts
 from unikd_fast.engine.train_step import train_step
-from unikd_fast.errors import ConfigError
+from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -44,7 +43,6 @@ class CapturedSteps:
         shape = (engine.gradient_accumulation_steps(), views, experiment.loader.schedule.micro_batch_size, 6)
         self._plans = torch.zeros(shape, dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        self._average = None if parts.average is None else _Averaging(parts)
         self._warm_up = WARM_UP if device.type == "cuda" else 0
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._run: Callable[[], None] = self.program
@@ -64,8 +62,8 @@ class CapturedSteps:
         self._step.fill_(step)
         self.replay()
         clock.mark("step")
-        if self._average is not None:
-            self._average.count()
+        if self._parts.average is not None:
+            self._parts.average.count()
 
     def replay(self) -> None:
         """The program, on what is in the buffers now."""
@@ -85,31 +83,77 @@ class CapturedSteps:
 
     def program(self) -> None:
         """One step, of the buffers and of nothing else; no host read."""
-        experiment, engine, watch, meter, *_ = self._parts
+        experiment, engine, watch, meter, average, _ = self._parts
         for number, plan in enumerate(self._plans):
             update = number == len(self._plans) - 1
             batch = self._loader.batch_of(plan)
             loss = train_step(engine, experiment.teacher, experiment.method, batch, update=update, watch=watch)
             meter.update(loss, self._step, updated=update)
-        if self._average is not None:
-            self._average.update()
+        if average is not None:
+            average.mix(experiment.student)
 
     def _captured(self) -> Callable[[], None]:
+        """Return what launches the captured program, or the program itself where capturing failed.
+
+        Raises:
+            ConfigError: capturing failed, and train.cuda_graph = on.
+            OutOfMemory: there was too little memory for it, and train.cuda_graph = on.
+            RunError: the device is still in the failed capture.
+        """
         try:
             return record(self.program)
-        except RuntimeError as error:
-            said = str(error).strip().partition("\n")[0]
-            if self._required:
-                raise ConfigError(
-                    f"train.cuda_graph = 'on', but capturing a step failed: {said}; set it to 'off'"
-                ) from error
-            _logger.warning(
-                "train.cuda_graph: capturing a step failed, and steps are launched operation by operation: %s; "
-                "train.cuda_graph = off keeps from trying",
-                said,
-            )
-        self._engine.optimizer.zero_grad(set_to_none=True)  # those of the failed capture have no numbers
+        except (RuntimeError, OutOfMemory) as error:
+            chain = list(_chain(error))
+        # torch then says "operation failed due to a previous error", and what went wrong first is in the chain.
+        said = str(chain[-1]).strip().partition("\n")[0]
+        memory = any(isinstance(error, OutOfMemory | torch.OutOfMemoryError) for error in chain)
+        del chain  # its tracebacks hold what the capture had allocated
+        self._engine.start_over()
+        if self._side is not None:
+            require_no_capture(self._side.device, said)
+        if self._required:
+            kind = OutOfMemory if memory else ConfigError
+            raise kind(f"train.cuda_graph = 'on', but capturing a step failed: {said}; set it to 'off'")
+        _logger.warning(
+            "train.cuda_graph: capturing a step failed, and steps are launched operation by operation: %s; "
+            "train.cuda_graph = off keeps from trying",
+            said,
+        )
         return self.program
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield what was raised on the way to an error, the first last, without lookups that failed and were provided for.
+
+    Those are no RuntimeErrors.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RuntimeError | RunError):
+            yield found
+        found = found.__cause__ or found.__context__
+
+
+def require_no_capture(device: torch.device, failure: str) -> None:
+    """Check that a failed capture is over: the allocator gives memory back, and the generator draws numbers.
+
+    Where ending the capture fails as well, both stay marked as captured, and the next dropout or the next lack of
+    memory would end the run, far from its cause. There is no call that takes the mark away.
+
+    Raises:
+        RunError: it is not.
+    """
+    before = torch.cuda.get_rng_state(device)
+    try:
+        torch.cuda.empty_cache()
+        torch.rand(1, device=device)
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"train.cuda_graph: capturing a step failed ({failure}) and left the device in the capture ({said}); start "
+            "again with train.cuda_graph = off, and --resume auto goes on from the last checkpoint"
+        ) from error
+    torch.cuda.set_rng_state(before, device)  # what is drawn here is not missing in the run
 
 
 def record(program: Callable[[], None]) -> Callable[[], None]:
@@ -126,36 +170,3 @@ def record(program: Callable[[], None]) -> Callable[[], None]:
     finally:
         torch.cuda.set_stream(stream)  # a capture that failed does not leave its own
     return graph.replay
-
-
-class _Averaging:
-    """What AveragedModel does at every step, but for what it reads and counts on the host."""
-
-    def __init__(self, parts: Parts) -> None:
-        average, decay = parts.average, parts.experiment.config.train.ema_decay
-        assert average is not None and decay is not None
-        self._model, self._mix = average, get_ema_multi_avg_fn(decay)
-        self._begun = bool(average.n_averaged)
-        kept, current = _tensors(average.module), _tensors(parts.experiment.student)
-        self._groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for own, other in zip(kept, current, strict=True):
-            same, others = self._groups.setdefault(own.dtype, ([], []))
-            same.append(own)
-            others.append(other)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        for own, other in self._groups.values():
-            if self._begun:
-                self._mix(own, other, 0)
-            else:
-                torch._foreach_copy_(own, other)
-
-    def count(self) -> None:
-        """After a step, on the host."""
-        self._begun = True
-        self._model.n_averaged += 1
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]

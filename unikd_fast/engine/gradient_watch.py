@@ -75,9 +75,6 @@ class GradientWatch:
         self._found.logical_or_(~self.finite)
         self._kept_out = self._skip and not self._sharded and not self.finite.item()
         if self._kept_out:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()  # DeepSpeed takes their norm, where it clips
             # For this one step, in front of the class's: an update by zeros would move the momentum and decay weights.
             self._engine.optimizer.step = _no_update
 

@@ -4,18 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from unikd_fast.config import Config
-from unikd_fast.engine.schedule import build_capturable_optimizer
+from unikd_fast.engine.schedule import build_capturable_optimizer, clip_before_update
 from unikd_fast.engine.student import StudentSide
 
 
 class LocalEngine:
     """Stands in for the DeepSpeed engine where a step is captured: it has that part of it which our engine calls.
 
-    DeepSpeed's own step reads clocks and counters, waits for the device to time itself, and makes tensors of Python
-    numbers where it clips; none of it may be in a CUDA graph.
+    DeepSpeed's own step reads clocks and counters; none of it may be in a CUDA graph.
 
     Args:
         config: whose precision, clipping, accumulation, layout and compilation it follows.
@@ -30,8 +28,9 @@ class LocalEngine:
         train = config.train
         self.module: nn.Module = module
         self.optimizer = build_capturable_optimizer(module.parameters(), train, device)
+        clip_before_update(self.optimizer, train.clip_grad_norm)
         self.learning_rate: Tensor = self.optimizer.param_groups[0]["lr"]
-        self._clip, self._accumulation_steps, self._micro_steps = train.clip_grad_norm, train.accumulation_steps, 0
+        self._accumulation_steps, self._micro_steps = train.accumulation_steps, 0
         self._device, self._autocast = device.type, torch.bfloat16 if train.precision == "bf16" else None
         if train.channels_last:
             module.to(memory_format=torch.channels_last)
@@ -52,9 +51,12 @@ class LocalEngine:
         self._micro_steps = (self._micro_steps + 1) % self._accumulation_steps
         if self._micro_steps:
             return
-        if self._clip:
-            clip_grad_norm_(self.module.parameters(), self._clip)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def start_over(self) -> None:
+        """Forget the micro-batches since the last update."""
+        self._micro_steps = 0
         self.optimizer.zero_grad(set_to_none=True)
 
     def gradient_accumulation_steps(self) -> int:

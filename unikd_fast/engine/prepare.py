@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unikd_fast.config import Config
 from unikd_fast.engine import checkpoint as ckpt
+from unikd_fast.engine.average import StudentAverage
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.capture import captures
 from unikd_fast.engine.captured_steps import CapturedSteps
@@ -68,6 +68,10 @@ def prepare(
     needs_copy = zero_stage(config) == 3 and average is None
     whole = copy.deepcopy(experiment.student) if needs_copy else None
     captured = captures(config, experiment, processes)
+    # Every step has the same shapes, so cuDNN times its algorithms once; where it has to be deterministic, its choice
+    # would differ between runs.
+    deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    torch.backends.cudnn.benchmark = not deterministic
     engine = LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
     processes.from_first(lambda: _begin(folder, teacher_record))
     scale = LossScale() if config.train.precision == "fp16" else None
@@ -108,8 +112,12 @@ def _begin(folder: Path, teacher_record: dict[str, Any] | None) -> None:
         write_teacher(folder, teacher_record)
 
 
-def _start_average(experiment: Experiment) -> AveragedModel | None:
+def _start_average(experiment: Experiment) -> StudentAverage | None:
     decay = experiment.config.train.ema_decay
     if decay is None:
         return None
-    return AveragedModel(experiment.student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = StudentAverage(experiment.student, decay)
+    if experiment.config.train.channels_last and zero_stage(experiment.config) == 0:
+        # As the engine's: tensors of two layouts are averaged one by one.
+        average.module.to(memory_format=torch.channels_last)
+    return average

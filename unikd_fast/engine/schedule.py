@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from unikd_fast.config.schema import TrainConfig
+from unikd_fast.errors import ConfigError
 
 
 def build_capturable_optimizer(
@@ -29,15 +31,24 @@ def build_capturable_optimizer(
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that DeepSpeed shards: torch's, or DeepSpeed's own, which are compiled the first time."""
-    if train.optimizer == "fused_adamw":
-        from deepspeed.ops.adam import FusedAdam
+    """The optimiser that DeepSpeed shards: torch's, or DeepSpeed's own, which are compiled the first time.
 
-        return FusedAdam(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, adam_w_mode=True)
-    if train.optimizer == "cpu_adamw":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    Raises:
+        ConfigError: DeepSpeed's cannot be compiled.
+    """
+    rates = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
+    if train.optimizer in ("fused_adamw", "cpu_adamw"):
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        return DeepSpeedCPUAdam(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, adamw_mode=True)
+            if train.optimizer == "fused_adamw":
+                return FusedAdam(parameters, adam_w_mode=True, **rates)
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **rates)
+        except Exception as error:  # whatever compilers, their absence and DeepSpeed's checks of versions raise
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ConfigError(
+                f"train.optimizer = {train.optimizer!r}: DeepSpeed cannot build it: {said}; set it to 'adamw'"
+            ) from error
     if train.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -47,6 +58,30 @@ def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> t
             nesterov=train.nesterov,
         )
     return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+
+
+def clip_before_update(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Make an optimiser clip the norm of all its gradients together before each update, all of it on the device.
+
+    Args:
+        optimizer: holds whole gradients, as without ZeRO.
+        max_norm: norm above which gradients are scaled down to it. If 0, they are left alone.
+    """
+    if not max_norm:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def clip(*_: Any) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        # torch's clip_grad_norm_ rounds the last bit in another way than DeepSpeed's, by which runs were clipped.
+        norm = torch.stack(torch._foreach_norm(gradients)).pow(2).sum().pow(0.5)
+        factor = torch.full_like(norm, max_norm).div_(norm + 1e-6).clamp_(max=1.0)
+        torch._foreach_mul_(gradients, factor)
+
+    optimizer.register_step_pre_hook(clip)
 
 
 def learning_rate(train: TrainConfig, step: int, *, total_steps: int, steps_per_epoch: int) -> float:

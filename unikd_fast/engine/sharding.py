@@ -15,7 +15,7 @@ from torch import nn
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.sampler import micro_batch_size
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.schedule import build_optimizer
+from unikd_fast.engine.schedule import build_optimizer, clip_before_update
 from unikd_fast.engine.student import StudentSide
 
 SUPPORTED_STAGES = (0, 1, 2, 3)
@@ -66,15 +66,18 @@ def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": local_batch_size(config, processes),
         "gradient_accumulation_steps": config.train.accumulation_steps,
-        "gradient_clipping": config.train.clip_grad_norm,
+        # Without ZeRO `clip_before_update` does it: DeepSpeed makes the host wait for the device twice.
+        "gradient_clipping": config.train.clip_grad_norm if zero_stage(config) else 0.0,
         "steps_per_print": 10**9,  # the metrics are ours
         "zero_allow_untested_optimizer": True,
     }
     if config.train.precision == "bf16":
         # Never bf16.enabled: it casts the parameters, and BatchNorm students crash with it. fp16 we see to ourselves.
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    # Unless the user asks for it: with offloading DeepSpeed otherwise refuses torch's optimisers.
-    whole = {"zero_force_ds_cpu_optimizer": False, **config.deepspeed, **ours}
+    # Unless the user asks for them: with offloading DeepSpeed otherwise refuses torch's optimisers, and its throughput
+    # timer makes the host wait for the device twice in every micro-batch.
+    defaults = {"zero_force_ds_cpu_optimizer": False, "timers": {"throughput": {"enabled": False}}}
+    whole = {**defaults, **config.deepspeed, **ours}
     _require_understood(whole, config.deepspeed)
     return whole
 
@@ -151,6 +154,8 @@ def start_engine(config: Config, module: StudentSide, processes: Processes) -> A
     import deepspeed
 
     optimizer = build_optimizer(module.parameters(), config.train)
+    if zero_stage(config) == 0:
+        clip_before_update(optimizer, config.train.clip_grad_norm)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(config, processes), dist_init_required=False
     )

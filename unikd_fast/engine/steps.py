@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from torch.optim.swa_utils import AveragedModel
-
+from unikd_fast.engine.average import StudentAverage
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.gradient_watch import GradientWatch
 from unikd_fast.engine.metrics import LossMeter
@@ -21,7 +20,7 @@ class Parts(NamedTuple):
     engine: Any  # the DeepSpeed engine, or a LocalEngine
     watch: GradientWatch
     meter: LossMeter
-    average: AveragedModel | None
+    average: StudentAverage | None
     clock: StepClock
 
 

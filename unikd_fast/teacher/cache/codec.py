@@ -141,7 +141,7 @@ class Codec:
                 f"Codec.decode: records must be (N, {self.record_bytes}) uint8, got {records.shape} {records.dtype}"
             )
         tensor = _as_tensor(records)
-        if torch.device(device).type == "cuda":  # from pinned memory the host does not wait for the device
+        if torch.device(device).type != "cpu":  # from pinned memory the host does not wait for the device
             tensor = tensor.pin_memory()
         packed = tensor.to(device, non_blocking=True)
         numbers: dict[str, Tensor] = {}
