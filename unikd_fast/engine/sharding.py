@@ -105,6 +105,7 @@ class _Watched(dict[str, Any]):
 def _require_understood(whole: dict[str, Any], given: dict[str, Any]) -> None:
     """DeepSpeed passes over a key that it does not know, and ends by a traceback where a section has one."""
     watched = _Watched(copy.deepcopy(whole))
+    del watched["train_batch_size"]  # it follows from the others, over processes that need not have met yet
     inner = {name: _Watched(section) for name, section in watched.items() if name in _READ_BY_LOOKUP}
     watched.update(inner)
     try:
