@@ -1,5 +1,7 @@
 """unikd-export: its files compute what the plain network computes, and are whole or absent."""
 
+import os
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,7 +73,12 @@ def test_a_file_is_replaced_only_on_demand(
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere.safetensors")
     assert export(runs.alone, tmp_path / "link.safetensors") == 2
     assert file.read_text() == "mine"
-    assert export(runs.alone, file, "--force") == 0
+    before = os.umask(0o027)
+    try:
+        assert export(runs.alone, file, "--force") == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
     resnet8(file)
 
     def meanwhile(student: Any, path: Path, *rest: Any) -> None:

@@ -14,10 +14,12 @@ import pytest
 from cache_commands import Said
 from real_runs import ALONE, merged, write_config
 
+from unikd_fast.config import load_config
 from unikd_fast.engine.launch_command import main
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
 from unikd_fast.engine.processes import Processes
-from unikd_fast.errors import FileError
+from unikd_fast.engine.run_folder import open_run_folder
+from unikd_fast.errors import ConfigError, FileError
 
 Train = Callable[..., Said]
 DAMAGE = {"empty": b"", "zeros": bytes(64), "cut": b'{"run": {"dir": "ru'}
@@ -131,6 +133,36 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, train: Train, pla
         found = train("--resume", resume, run={"dir": str(tmp_path / place)})
         assert found.code == 2
         said_once(found, f"run.dir = {tmp_path / place} cannot be written: {said}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a user to change to")
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, name="run"))
+    os.seteuid(65534)
+    try:
+        with (
+            pytest.raises(ConfigError, match=r"run\.dir = .*/run cannot be written: Permission denied; check its perm"),
+            open_run_folder(config, ALONE, resume=False),
+        ):
+            pass
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_the_teachers_figures_beside_a_cache_are_named(tmp_path: Path, train: Train, content: bytes) -> None:
+    cached = {"teacher": {"cache": {"mode": "read_write", "dir": str(tmp_path / "cache"), "recheck": 0.0}}}
+    assert train(**cached).code == 0
+    path = tmp_path / "cache" / "teacher_result.json"
+    figures = path.read_bytes()
+    path.write_bytes(content)
+    found = train(**cached, run={"dir": str(tmp_path / "another")})
+    assert found.code == 1
+    said_once(found, f"{path} is ")
+    assert "remove it, and the teacher is evaluated again" in found.err
+    path.unlink()
+    assert train("--resume", "auto", **cached, run={"dir": str(tmp_path / "another")}).code == 0
+    assert path.read_bytes() == figures
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)

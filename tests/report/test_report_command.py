@@ -98,6 +98,16 @@ def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytes
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_page_is_not_written_through_a_link(run: Path, tmp_path: Path) -> None:
+    precious, target = tmp_path / "precious", tmp_path / "r.html"
+    precious.write_text("mine")
+    for link in (target, tmp_path / ".r.html.tmp", tmp_path / "r-agreement.png"):
+        link.symlink_to(precious)
+    assert main([str(run), "--to", str(target), "--force"]) == 0
+    assert precious.read_text() == "mine"
+    assert target.read_text().startswith("<!doctype html>") and not target.is_symlink()
+
+
 def test_arguments_that_do_not_fit(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "r.html"
     assert "is no run folder: it has no config.json" in refused(capsys, tmp_path, "--to", target)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from unikd_fast.errors import FileError
 from unikd_fast.reproduce.schedule import Ended, Job, Schedule, Started
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,14 @@ def test_a_log_is_continued_and_begins_with_the_command(tmp_path: Path) -> None:
         assert event.last_lines == (text,)
     lines = (tmp_path / "a.log").read_text().splitlines()
     assert lines == ["$ NAME=a PLACE=1 sh -c 'echo first'", "first", "$ NAME=a PLACE=1 sh -c 'echo second'", "second"]
+
+
+def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a.log").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileError, match=r"a\.log cannot be written: .*it is a link, which is not followed; remove it"):
+        run(Schedule([job(tmp_path, "a", "echo text")], Places(1)))
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_out_of_memory_beside_others_is_tried_again_with_fewer(tmp_path: Path) -> None:

@@ -37,6 +37,11 @@ def test_a_cache_is_not_made_through_a_link(tmp_path: Path, precious: Path, name
     assert precious.read_text() == "kept"
 
 
+def test_a_folder_that_cannot_be_made_is_named(precious: Path) -> None:
+    with pytest.raises(CacheError, match=r"precious/cache cannot be written: Not a directory; a part of its path is a"):
+        make(precious / "cache")
+
+
 @pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
 def test_a_shard_is_not_built_through_a_link(tmp_path: Path, precious: Path, link: Link) -> None:
     folder = make(tmp_path / "cache")

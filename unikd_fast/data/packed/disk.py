@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unikd_fast.errors import RunError
+from unikd_fast.io import free_bytes, open_own
 
 # EDQUOT: a user's quota; EFBIG: a file size limit of the process (ulimit -f).
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -15,12 +16,6 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class PackError(RunError, RuntimeError):
     """Packing cannot go on, for no fault of the images; the message says what to do."""
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes this user can still write on the file system of a folder."""
-    room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize
 
 
 @contextmanager
@@ -74,7 +69,7 @@ def only_packer(lock: Path) -> Iterator[None]:
     Raises:
         PackError: another process holds it.
     """
-    with lock.open("a") as file:
+    with open_own(lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

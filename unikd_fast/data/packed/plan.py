@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.packed.disk import PackError, complete_or_absent, free_bytes
+from unikd_fast.data.packed.disk import PackError, complete_or_absent
 from unikd_fast.data.packed.layout import MANIFEST, PACKING, SPLITS, StoreManifest
 from unikd_fast.data.packed.records import BadImageError, PackSettings, make_record
 from unikd_fast.data.packed.shard import ShardJob
 from unikd_fast.data.splits import DataSplits, ImageFiles
+from unikd_fast.io import free_bytes
 
 _PLAN = "plan.json"
 _SAMPLED_IMAGES = 64
