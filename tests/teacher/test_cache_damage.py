@@ -1,8 +1,13 @@
 """Files that were damaged, cut or removed: never a wrong value, always the file, the record and the remedy."""
 
+import hashlib
+import itertools
+import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from hypothesis import strategies as st
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
+from unikd_fast.teacher.cache.manifest import MANIFEST
 
 SIZE = CODEC.record_bytes + 16
 SHARD_1 = "shard-00001.bin"
@@ -162,3 +168,36 @@ def test_verify_says_what_to_do_and_how_far_it_is(tmp_path: Path) -> None:
         folder.discard(shard.shard)
         build_shard(folder, shard.shard)
     assert folder.verify().ok and len(folder.verify().shards) == SHARDS
+
+
+def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
+    """Return the way to everything in nested JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*before, key)
+        yield from places(inner, *before, key)
+
+
+def test_forged_manifests_are_named_errors(tmp_path: Path) -> None:
+    """The checksum fits, the content is odd: refused by name, or opened and then read like any other cache."""
+    build_all(tmp_path)
+    pristine = (tmp_path / MANIFEST).read_text()
+    refused = tried = 0
+    for way, odd in itertools.product(
+        places(json.loads(pristine)), (None, -1, 0.5, 2**70, "", "../x", [], {}, True, float("nan"))
+    ):
+        content = json.loads(pristine)
+        del content["sha256"]
+        inner = content
+        for key in way[:-1]:
+            inner = inner[key]
+        inner[way[-1]] = odd
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        (tmp_path / MANIFEST).write_text(json.dumps({**content, "sha256": digest}))
+        tried += 1
+        try:
+            CacheFolder.open(tmp_path).read([0])
+        except CacheError as error:
+            assert str(tmp_path) in str(error)
+            refused += 1
+    assert tried > 100 and refused > 0.9 * tried

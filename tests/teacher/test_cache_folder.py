@@ -130,7 +130,7 @@ def test_another_size_of_shards_is_no_mismatch(tmp_path: Path) -> None:
     [
         ((IDS, 0, 6), r"views must lie in \[1, 2147483647\], got 0"),
         ((IDS, 2**31, 6), r"views must lie in .* got 2147483648; views are int32"),
-        ((IDS, 1, 0), "records_per_shard must be at least 1, got 0"),
+        ((IDS, 1, 0), r"records_per_shard must lie in \[1, 2\^63\), got 0"),
         (([], 1, 6), r"sample_ids must be a vector of one or more int64, got shape \(0,\)"),
         ((IDS.astype(np.float32), 1, 6), "of float32"),
         ((np.array([2**63], np.uint64), 1, 6), "of uint64"),

@@ -69,8 +69,8 @@ class Layout:
             raise ValueError("CacheFolder: there must be at least one sample, got none; check the training split")
         if not 1 <= views <= MAX_VIEWS:
             raise ValueError(f"CacheFolder: views must lie in [1, {MAX_VIEWS}], got {views}; views are int32")
-        if records_per_shard < 1:
-            raise ValueError(f"CacheFolder: records_per_shard must be at least 1, got {records_per_shard}")
+        if not 1 <= records_per_shard < 2**63:
+            raise ValueError(f"CacheFolder: records_per_shard must lie in [1, 2^63), got {records_per_shard}")
         self.dtype = _record_dtype(payload_bytes)
         self.payload_bytes = payload_bytes
         self.record_bytes = self.dtype.itemsize

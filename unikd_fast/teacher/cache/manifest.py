@@ -122,25 +122,42 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheError(f"{path} is damaged ({error}); delete {folder} and build the cache again") from error
     stored = content.pop("format", None) if isinstance(content, dict) else None
     if stored != FORMAT:
         raise CacheError(f"{path} has format {stored}, this version reads {FORMAT}; build into another folder")
     checksum = content.pop("sha256", None)
-    computed = _checksum({"format": stored, **content})
+    try:
+        computed = _checksum({"format": stored, **content})
+    except ValueError as error:  # NaN, which json reads and a digest does not take
+        raise CacheError(f"{path} is damaged ({error}); delete {folder} and build the cache again") from error
     if checksum != computed:
         raise CacheError(
             f"{path} is damaged or was edited: its checksum is {checksum} and its content gives {computed}; "
             f"delete {folder} and build the cache again"
         )
-    return Manifest(
-        CacheKey(content["key"]),
-        Codec(**content["codec"]),
-        _read_ids(folder, content["sample_ids_sha256"]),
-        content["views"],
-        content["records_per_shard"],
-    )
+    try:
+        return _from_content(folder, content)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CacheError(
+            f"{path} is intact and does not describe a cache ({said}); delete {folder} and build the cache again"
+        ) from error
+
+
+def _from_content(folder: Path, content: dict[str, Any]) -> Manifest:
+    codec, numbers = content["codec"], {key: content[key] for key in ("views", "records_per_shard", "samples")}
+    numbers |= {key: codec[key] for key in ("num_classes", "top_k") if codec.get(key) is not None}
+    if odd := {key: value for key, value in numbers.items() if type(value) is not int}:
+        raise TypeError(f"these must be whole numbers: {odd}")
+    key, ids = CacheKey(content["key"]), checked_sample_ids(_read_ids(folder, content["sample_ids_sha256"]))
+    if content["key_digest"] != key.digest or content["samples"] != len(ids):
+        raise ValueError(
+            f"key_digest or samples are not those of the key and of {SAMPLE_IDS}: {content['key_digest']} and "
+            f"{content['samples']}, where {key.digest} and {len(ids)} belong"
+        )
+    return Manifest(key, Codec(**codec), ids, numbers["views"], numbers["records_per_shard"])
 
 
 def checked_sample_ids(sample_ids: ArrayLike) -> NDArray[np.int64]:
@@ -166,7 +183,7 @@ def _read_ids(folder: Path, expected: str) -> NDArray[np.int64]:
         found = _hash_ids(ids)
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing; {remedy}") from error
-    except (ValueError, EOFError, AttributeError, TypeError) as error:
+    except (ValueError, EOFError, AttributeError, TypeError, MemoryError) as error:
         raise CacheError(f"{path} is damaged ({error}); {remedy}") from error
     if found != expected:
         raise CacheError(f"{path} is damaged: its hash is {found} and {MANIFEST} says {expected}; {remedy}")
