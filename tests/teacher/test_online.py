@@ -136,6 +136,26 @@ def test_a_loss_can_go_backward_through_what_the_teacher_gave(images: Tensor) ->
     assert weight.grad is not None
 
 
+# Another normalisation
+
+
+@pytest.mark.parametrize("compiled", [None, "default"])
+@pytest.mark.parametrize(("precision", "batch_size"), [("fp32", None), ("fp32", 3), ("bf16", 3)])
+def test_images_are_renormalised_before_they_are_cast(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, precision: str, batch_size: int | None, compiled: str | None
+) -> None:
+    """In fp32: rounded to bf16 first, an input would err twice."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    scale, shift = (0.458, 0.448, 0.45), (-0.03, -0.088, -0.188)
+    plain = network()
+    settings = {"precision": precision, "batch_size": batch_size}
+    wanted = torch.addcmul(torch.tensor(shift).view(3, 1, 1), images, torch.tensor(scale).view(3, 1, 1))
+    teacher = OnlineTeacher(copy.deepcopy(plain), renormalise=(scale, shift), compile_mode=compiled, **settings)
+    assert same(teacher(images), OnlineTeacher(copy.deepcopy(plain), **settings)(wanted))
+    assert not same(teacher(images), OnlineTeacher(plain, **settings)(images))
+    assert torch.equal(teacher.renormalised(images), wanted)
+
+
 # Fixed batches
 
 

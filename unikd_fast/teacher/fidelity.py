@@ -60,7 +60,7 @@ def measure_fidelity(teacher: OnlineTeacher, reference: nn.Module, batches: Iter
     for batch in batches:
         fast = teacher(batch)
         with _exact_convolutions(batch.device):
-            exact: Features = reference(batch.float())
+            exact: Features = reference(teacher.renormalised(batch.float()))
         rows = [_squares(a, b) for a, b in zip(fast.levels, exact.levels, strict=True)]
         y, z = (_centred(logits) for logits in (fast.logits, exact.logits))
         table = torch.stack([*rows, _squares(y, z)]).cpu()  # (L + 1, 2)

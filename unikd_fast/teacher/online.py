@@ -11,12 +11,15 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from unikd_fast.teacher import precision as formats
 from unikd_fast.teacher.fold import fold_batch_norm
 from unikd_fast.teacher.packing import has_onednn, pack_convolutions
-from unikd_fast.values import Features
+from unikd_fast.values import Channels, Features
 
 _logger = logging.getLogger("unikd_fast")
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+Affine = tuple[Channels, Channels]
+"""Scale and shift of each channel."""
 
 
 class OnlineTeacher(nn.Module):
@@ -36,6 +39,8 @@ class OnlineTeacher(nn.Module):
         channels_last: NHWC memory format of images, weights and levels.
         batch_size: images of one call of the network. Other batches are cut and padded to it, so that a compiled
             network never sees a second shape. None: any size when run eagerly, that of the first batch when compiled.
+        renormalise: (scale, shift), each of the three channels: the network sees images * scale + shift, computed in
+            fp32, and within the compiled graph where there is one. If None, it sees the images as they are.
 
     Attributes:
         precision: what the network runs in; "auto" is resolved.
@@ -61,6 +66,7 @@ class OnlineTeacher(nn.Module):
         compile_mode: str | None = None,
         channels_last: bool = True,
         batch_size: int | None = None,
+        renormalise: Affine | None = None,
     ) -> None:
         super().__init__()
         if compile_mode is not None and compile_mode not in COMPILE_MODES:
@@ -75,6 +81,10 @@ class OnlineTeacher(nn.Module):
         self.network = network.eval().requires_grad_(False)
         self.folded = fold_batch_norm(network) if fold else 0
         self.compile_mode, self.channels_last, self.batch_size = compile_mode, channels_last, batch_size
+        self._affine: tuple[Tensor, Tensor] | None = None
+        if renormalise is not None:
+            scale, shift = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in renormalise)
+            self._affine = scale, shift
         self._fp32: list[Tensor] | None = None
         if precision == "auto" and self.precision == "fp16":
             self._fp32 = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
@@ -85,6 +95,10 @@ class OnlineTeacher(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights and of the levels."""
         return formats.PRECISIONS[self.precision]
+
+    def renormalised(self, images: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) as the network wants them."""
+        return images if self._affine is None else _affine(images, *self._affine)
 
     def train(self, mode: bool = True) -> Self:
         """Keeps eval mode whatever is asked: a teacher with batch statistics is another teacher."""
@@ -139,7 +153,8 @@ class OnlineTeacher(nn.Module):
         formats.cast(self.network, self.dtype)
         if self.channels_last:
             self.network.to(memory_format=torch.channels_last)
-        self._run, self._is_compiled = _function(self.network), False
+        self._run, self._is_compiled = _function(self.network, self._affine, self.dtype), False
+        self._input_dtype = self.dtype if self._affine is None else torch.float32
 
     def _in_fixed_batches(self, images: Tensor) -> Features:
         if self.compile_mode is not None and self.batch_size is None:
@@ -147,7 +162,7 @@ class OnlineTeacher(nn.Module):
         size = self.batch_size
         if size is None or (self.compile_mode is None and len(images) == size):
             layout = torch.channels_last if self.channels_last else torch.preserve_format
-            return self._run(images.to(self.dtype, memory_format=layout))
+            return self._run(images.to(self._input_dtype, memory_format=layout))
         parts = [self._one_batch(images[start : start + size], size) for start in range(0, max(1, len(images)), size)]
         return parts[0] if len(parts) == 1 else _map(lambda *tensors: torch.cat(tensors), *parts)
 
@@ -155,7 +170,7 @@ class OnlineTeacher(nn.Module):
         # A buffer of its own: a slice or a layout given by the loader may have other strides, and would recompile.
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         count, shape = len(images), (size, *images.shape[1:])
-        batch = torch.empty(shape, dtype=self.dtype, device=images.device, memory_format=layout)
+        batch = torch.empty(shape, dtype=self._input_dtype, device=images.device, memory_format=layout)
         batch[:count].copy_(images)
         batch[count:].zero_()
         outputs = self._compiled(batch) if self.compile_mode else self._run(batch)
@@ -165,7 +180,10 @@ class OnlineTeacher(nn.Module):
         graphs = batch.is_cuda and self.compile_mode in _CUDA_GRAPH_MODES
         if not self._is_compiled:
             packs = self.channels_last and self.dtype == torch.bfloat16 and batch.device.type == "cpu" and has_onednn()
-            run = _function(pack_convolutions(self.network, batch)) if packs else self._run
+            run = self._run
+            if packs:
+                packed = pack_convolutions(self.network, batch.to(self.dtype))
+                run = _function(packed, self._affine, self.dtype)
             self._run = torch.compile(run, fullgraph=True, dynamic=False, mode=self.compile_mode)
             self._is_compiled = True
         if graphs:
@@ -182,11 +200,18 @@ class OnlineTeacher(nn.Module):
         return _map(torch.clone, outputs) if graphs else outputs
 
 
-def _function(network: nn.Module) -> Callable[[Tensor], Features]:
+def _affine(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift, images.float(), scale)
+
+
+def _function(
+    network: nn.Module, affine: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Callable[[Tensor], Features]:
     """The network as a function, for torch.compile."""
 
     def run(images: Tensor) -> Features:
-        features: Features = network(images)
+        seen = images if affine is None else _affine(images, *affine).to(dtype)
+        features: Features = network(seen)
         return features
 
     # torch.compile counts recompilations per code object, of which all teachers of a comparison would share one.
