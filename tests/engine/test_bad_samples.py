@@ -73,13 +73,13 @@ def test_two_processes_report_the_sum_and_evaluate_the_rest(tmp_path: Path) -> N
 def test_a_bad_sample_counts_neither_as_right_nor_as_wrong(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, data=data_section(write_folder(tmp_path / "images"))))
     processes = Processes(0, 1, 0, torch.device("cpu"))
-    loader = build_data_loader(config, build_data(config), processes)
+    loader = build_data_loader(config, build_data(config, processes), processes)
     result = evaluate(Constant(), loader.evaluate("val"), processes)
     assert result["samples"] == 11
     assert result["accuracy"] == pytest.approx(100 * 3 / 11)  # of the four of class 0, one is cut
     strict = load_config(write_config(tmp_path, data=data_section(tmp_path / "images", max_bad_share=0.05)))
     with pytest.raises(ValueError, match=r"val: 1 of 12 samples .* allows 0\.05"):
-        list(build_data_loader(strict, build_data(strict), processes).evaluate("val"))
+        list(build_data_loader(strict, build_data(strict, processes), processes).evaluate("val"))
 
 
 def test_the_record_holds_the_sum_against_the_share(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_record_holds_the_sum_against_the_share(tmp_path: Path) -> None:
 
     def record(**changes: Any) -> dict[str, Any] | None:
         config = load_config(write_config(tmp_path, data=data_section(root, **changes)))
-        loader = build_data_loader(config, build_data(config), processes)
+        loader = build_data_loader(config, build_data(config, processes), processes)
         if config.data.bad_images == "skip":
             list(loader.train(0))
         return bad_sample_record(config, loader, processes)
@@ -110,7 +110,7 @@ def test_a_mixed_loader_reports_them_as_well(tmp_path: Path) -> None:
     data = data_section(write_folder(tmp_path / "images"), mixing={"mixup_alpha": 0.2})
     config = load_config(write_config(tmp_path, data=data))
     processes = Processes(0, 1, 0, torch.device("cpu"))
-    loader = build_data_loader(config, build_data(config), processes)
+    loader = build_data_loader(config, build_data(config, processes), processes)
     list(loader.train(0))
     assert len(loader.bad_samples) == 1
 
@@ -121,14 +121,14 @@ def test_a_skipped_file_is_not_asked_for_after_training(how: str, tmp_path: Path
     root = write_folder(tmp_path / "images")
     data = data_section(root, image_size=16, max_bad_share=0.2)
     config = load_config(write_config(tmp_path, data=data, run={"test_logits": True}))
-    splits = build_data(config)
+    splits = build_data(config, ALONE)
     bad = root / "val" / "class_1" / "001.png"
     bad.unlink()
     if how == "dangling":
         bad.symlink_to(root / "gone.png")
-        splits = build_data(config)
+        splits = build_data(config, ALONE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unikd_fast.engine.teacher_result.build_data", lambda _: splits)  # listed when it was there
+        patch.setattr("unikd_fast.engine.teacher_result.build_data", lambda *_: splits)  # listed when it was there
         result = evaluate_teacher(config, tmp_path / "teacher", ALONE, label="teacher")
     assert result["last"]["test"]["samples"] == 10
     assert read_result(tmp_path / "teacher") == result

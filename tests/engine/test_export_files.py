@@ -16,10 +16,11 @@ from exported_runs import STEPS, Runs, export, left_behind, resnet8, stripped
 from real_runs import ROOT
 from torch import Tensor, nn
 
+from unikd_fast.data.datasets import open_data
 from unikd_fast.engine import export_formats
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.engine.export_check import relative_difference
-from unikd_fast.models import CIFAR_MODELS
+from unikd_fast.models import CIFAR_MODELS, Preprocessing, preprocessing_in_words, stored_preprocessing
 
 # Eight times what fp32 costs such a network, see export_check.py; measured 0 for TorchScript and 9e-7 for ONNX.
 CLOSE = 1e-5
@@ -61,6 +62,23 @@ def test_onnx_computes_what_the_plain_network_computes(
     for trace in (str(ROOT), sys.prefix, "stack_trace"):  # where the code lay concerns nobody
         assert trace.encode() not in file.read_bytes()
     assert left_behind(tmp_path) == ["student.onnx"]  # weights included
+
+
+def test_every_format_says_how_its_images_are_made(runs: Runs, tmp_path: Path) -> None:
+    splits = open_data("digits", root=None, image_size=16)
+    expected = Preprocessing(splits.mean, splits.std, "bilinear", 1.0, False, 16)
+    for name in ("student.safetensors", "checkpoints/best.safetensors"):  # as the run wrote them
+        assert stored_preprocessing(runs.averaged / name) == expected
+    (said,) = preprocessing_in_words(expected).values()
+    for name in ("new.safetensors", "new.pt", "new.onnx"):
+        assert export(runs.averaged, tmp_path / name) == 0
+    assert stored_preprocessing(tmp_path / "new.safetensors") == expected
+    found = {"preprocessing": ""}
+    torch.jit.load(tmp_path / "new.pt", _extra_files=found)
+    assert found["preprocessing"] in (said, said.encode())
+    assert [(item.key, item.value) for item in onnx.load(tmp_path / "new.onnx").metadata_props] == [
+        ("preprocessing", said)
+    ]
 
 
 def test_a_file_is_replaced_only_on_demand(

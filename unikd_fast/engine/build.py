@@ -12,6 +12,7 @@ from unikd_fast.config.load import teacher_config
 from unikd_fast.data.datasets import DataSplits
 from unikd_fast.data.loader import Loader
 from unikd_fast.engine.first_forward import check_forward
+from unikd_fast.engine.inputs import say_inputs, teacher_affine
 from unikd_fast.engine.launched import require_agreement
 from unikd_fast.engine.methods import build_method, check_needs, needs_of
 from unikd_fast.engine.networks import build_network, build_teacher_network
@@ -19,7 +20,7 @@ from unikd_fast.engine.online_teacher import start_teacher
 from unikd_fast.engine.output_cache import OutputCache, open_output_cache
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import local_batch_size
-from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
+from unikd_fast.engine.sources import augmentation_of, build_data, build_data_loader, refusing_misfits
 from unikd_fast.engine.student import StudentSide
 from unikd_fast.engine.surroundings import Surroundings
 from unikd_fast.methods import Method
@@ -75,7 +76,9 @@ def _build(config: Config, processes: Processes) -> Experiment:
     batch = local_batch_size(config, processes)
     needs = needs_of(config.distill)
     check_needs(config, needs)
-    splits = build_data(config)
+    splits = build_data(config, processes)
+    if processes.is_first:
+        say_inputs(config, splits, augmentation_of(config))
     loader = build_data_loader(config, splits, processes, second_view=needs.second_view)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = config.train.total_epochs * steps_per_epoch
@@ -118,7 +121,8 @@ def _build(config: Config, processes: Processes) -> Experiment:
     if method.adapter is not None or heads:
         _check_method(config, side, teacher_network, method, heads, processes.device, batch=batch)
     if teacher_network is not None and not cached:
-        teacher, record = start_teacher(config, teacher_network, loader, processes)
+        affine = teacher_affine(config, splits)
+        teacher, record = start_teacher(config, teacher_network, loader, processes, renormalise=affine)
     return Experiment(
         config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps, record, cache
     )

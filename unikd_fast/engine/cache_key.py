@@ -11,6 +11,7 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.data.manifest import hash_split
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.data.view_windows import Windows
+from unikd_fast.engine.inputs import teacher_constants
 from unikd_fast.engine.sources import augmentation_of
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
@@ -28,8 +29,10 @@ def outputs_key(
 ) -> dict[str, Any]:
     """What the outputs of this run's teacher are made from, for a CacheKey.
 
-    The student, the batch size and the loss are no part of it, so all students of a teacher share a cache; only a head
-    that is fitted depends on the batches it is fitted to. World size, workers and device change rounding at most.
+    The student, the batch size and the loss are no part of it, so all students of a teacher share a cache; but a
+    student whose weights ask for another interpolation shows other views, and a head that is fitted depends on the
+    batches it is fitted to. Mean and deviation are those of the teacher's images, however the student's are normalised.
+    World size, workers and device change rounding at most.
 
     Args:
         config: of a single run with a teacher.
@@ -41,6 +44,7 @@ def outputs_key(
     """
     teacher = config.teacher
     assert teacher is not None
+    mean, std = teacher_constants(config, splits)
     return {
         "teacher": {
             "model": teacher.model,
@@ -52,8 +56,8 @@ def outputs_key(
         "data": {
             "samples": hash_split(splits.train),
             "image_size": splits.image_size,
-            "mean": list(splits.mean),
-            "std": list(splits.std),
+            "mean": list(mean),
+            "std": list(std),
             **loader.pixels,
         },
         "views": {

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from unikd_fast.command import run_command
@@ -33,11 +34,13 @@ def _export(options: argparse.Namespace) -> int:
     _refuse(run, target, force=options.force)
     # Only now torch and DeepSpeed. What DeepSpeed prints must not stand before our line.
     with redirect_stdout(sys.stderr):
+        from unikd_fast.engine.export import BEST
         from unikd_fast.engine.export_check import check, plain_logits, random_images
         from unikd_fast.engine.export_formats import format_of
         from unikd_fast.engine.export_weights import read_weights
         from unikd_fast.engine.plain_student import load_student
-        from unikd_fast.models import parameter_count
+        from unikd_fast.engine.sources import refusing_misfits
+        from unikd_fast.models import parameter_count, stored_preprocessing
 
     file_format = format_of(target, options.opset)
     has_average = config.train.ema_decay is not None
@@ -45,6 +48,9 @@ def _export(options: argparse.Namespace) -> int:
     student = load_student(
         config.student.model, config.student.weights, weights.tensors, num_classes=config.data.num_classes
     )
+    # Whose mean and deviation may be measured on its data, which need not be here: its own file says them.
+    with refusing_misfits():
+        student = replace(student, preprocessing=stored_preprocessing(run / BEST))
     images = random_images(options.image_size or config.data.image_size)
     logits = plain_logits(student.network, images)
     make_folder(target.parent)

@@ -16,6 +16,7 @@ from unikd_fast.config import ConfigError
 from unikd_fast.engine.export import export_student, import_student
 from unikd_fast.engine.plain_student import PlainStudent
 from unikd_fast.errors import RunError
+from unikd_fast.models import preprocessing_in_words
 
 Run = Callable[[Tensor], Tensor]
 
@@ -68,7 +69,7 @@ def format_of(path: Path, opset: int | None) -> Format:
 
 
 def _write_safetensors(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
-    export_student(student.network, path)
+    export_student(student.network, path, student.preprocessing)
 
 
 def _read_safetensors(student: PlainStudent, path: Path) -> Run:
@@ -89,7 +90,8 @@ def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset:
     # Traced, not scripted: many networks are not written in the subset of Python that can be. What a trace may get
     # wrong, a batch of another size, is what the check after writing looks at.
     with torch.no_grad(), _quiet():
-        torch.jit.save(torch.jit.trace(student.network, images, check_trace=False), path)
+        traced = torch.jit.trace(student.network, images, check_trace=False)
+        torch.jit.save(traced, path, preprocessing_in_words(student.preprocessing))
 
 
 def _read_torchscript(student: PlainStudent, path: Path) -> Run:
@@ -124,6 +126,7 @@ def _write_onnx(student: PlainStudent, path: Path, images: Tensor, opset: int | 
         graph = program.model.graph
         for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
             value.metadata_props.clear()
+        program.model.metadata_props.update(preprocessing_in_words(student.preprocessing))
         program.save(path, external_data=False)
 
 

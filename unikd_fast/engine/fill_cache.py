@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
+from unikd_fast.engine.inputs import teacher_affine
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
 from unikd_fast.engine.output_cache import OutputCache
@@ -101,7 +102,13 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
     known = cache.attachment()
     precision = None if known is None else known.record["precision"]
     teacher, record = start_teacher(
-        cache.config, _network(cache), cache.loader, processes, precision=precision, batch_size=batch_size
+        cache.config,
+        _network(cache),
+        cache.loader,
+        processes,
+        renormalise=teacher_affine(cache.config, cache.splits),
+        precision=precision,
+        batch_size=batch_size,
     )
     if known is None:
         prepare_method(cache.method, cache.loader, teacher, processes, stop, name)
@@ -140,6 +147,7 @@ def cached_teacher(cache: OutputCache) -> OnlineTeacher:
         _network(cache),
         cache.processes.device,
         precision=known.record["precision"],
+        renormalise=teacher_affine(cache.config, cache.splits),
         batch_size=cache.settings.batch_size,
     )
 

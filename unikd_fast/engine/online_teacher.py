@@ -13,6 +13,7 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import local_batch_size
 from unikd_fast.teacher import (
+    Affine,
     OnlineTeacher,
     check_fidelity,
     measure_fidelity,
@@ -29,6 +30,7 @@ def make_teacher(
     device: torch.device,
     *,
     precision: str,
+    renormalise: Affine | None,
     compile_mode: str | None = None,
     batch_size: int | None = None,
 ) -> OnlineTeacher:
@@ -36,7 +38,7 @@ def make_teacher(
 
     Args:
         network: maps images to Features, in fp32; moved and changed in place.
-        precision, compile_mode, batch_size: see OnlineTeacher.
+        precision, renormalise, compile_mode, batch_size: see OnlineTeacher.
     """
     assert config.teacher is not None
     return OnlineTeacher(
@@ -46,6 +48,7 @@ def make_teacher(
         compile_mode=compile_mode,
         channels_last=config.train.channels_last or device.type == "cuda" or not _as_given(config, precision),
         batch_size=batch_size,
+        renormalise=renormalise,
     )
 
 
@@ -55,6 +58,7 @@ def start_teacher(
     loader: Loader,
     processes: Processes,
     *,
+    renormalise: Affine | None,
     precision: str | None = None,
     batch_size: int | None = None,
 ) -> tuple[OnlineTeacher, dict[str, Any]]:
@@ -67,6 +71,7 @@ def start_teacher(
         config: with a teacher.
         network: maps images to Features, in fp32; changed in place.
         loader: of this process's training batches.
+        renormalise: see OnlineTeacher.
         precision: None for that of the configuration.
         batch_size: images of one call of the network; None: that of a micro-batch if it is compiled, any otherwise.
 
@@ -92,6 +97,7 @@ def start_teacher(
         network,
         device,
         precision="auto" if unsettled else precision,
+        renormalise=renormalise,
         compile_mode=section.compile,
         batch_size=batch_size,
     )

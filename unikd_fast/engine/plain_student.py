@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unikd_fast.config import ConfigError
 from unikd_fast.data.roots import expand_weights
-from unikd_fast.models import bare_model
+from unikd_fast.models import Preprocessing, bare_model
 
 _USUAL_CLASSES = 1000
 
@@ -22,12 +22,14 @@ class PlainStudent:
         num_classes: K.
         network: with its weights; the checkpoint's tensors, bit for bit.
         fresh: builds it once more, with random ones.
+        preprocessing: of its images, where that is known.
     """
 
     name: str
     num_classes: int
     network: nn.Module
     fresh: Callable[[], nn.Module]
+    preprocessing: Preprocessing | None = None
 
 
 def load_student(

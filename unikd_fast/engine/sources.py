@@ -7,9 +7,10 @@ from dataclasses import replace
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.schema import AugmentationConfig
 from unikd_fast.data.augmentation import Augmentation, Crop
-from unikd_fast.data.datasets import DataSplits, open_data
+from unikd_fast.data.datasets import DataSplits, TensorImages, open_data
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.mixing import MixedLoader, Mixing
+from unikd_fast.engine.inputs import follow, followed_preprocessing
 from unikd_fast.engine.processes import Processes
 from unikd_fast.errors import RunError
 
@@ -36,10 +37,10 @@ def refusing_misfits() -> Iterator[None]:
         raise error if isinstance(error, RunError) else ConfigError(str(error)) from error
 
 
-def build_data(config: Config) -> DataSplits:
-    """Opens the data set."""
+def build_data(config: Config, processes: Processes) -> DataSplits:
+    """Opens the data set; images of files are made as the networks' weights ask for. All processes must call it."""
     data = config.data
-    return open_data(
+    splits = open_data(
         data.name,
         root=data.root,
         image_size=data.image_size,
@@ -49,6 +50,10 @@ def build_data(config: Config) -> DataSplits:
         synthetic_samples=data.synthetic_samples,
         seed=data.seed,
     )
+    if isinstance(splits.train, TensorImages):
+        return splits
+    # Of the first process: where outputs are cached, others may not have the teacher's file.
+    return follow(splits, processes.from_first(lambda: followed_preprocessing(config)))
 
 
 def augmentation_of(config: Config, section: AugmentationConfig | None = None) -> Augmentation:

@@ -7,14 +7,16 @@ from typing import Any
 from unikd_fast.config import Config
 from unikd_fast.config.load import cache_dir
 from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import DataSplits
+from unikd_fast.data.splits import DataSplits, TensorImages
+from unikd_fast.data.view_windows import Windows
 from unikd_fast.engine.evaluate import evaluate
+from unikd_fast.engine.inputs import teacher_affine
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher
 from unikd_fast.engine.outputs import Outputs, write_outputs
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.run_folder import read_result, write_result
-from unikd_fast.engine.sources import build_data, build_data_loader, refusing_misfits
+from unikd_fast.engine.sources import augmentation_of, build_data, build_data_loader, refusing_misfits
 from unikd_fast.errors import FileError
 from unikd_fast.io import make_folder, read_json, write_json
 from unikd_fast.methods import Needs
@@ -33,10 +35,10 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         return known
     assert config.teacher is not None
     with refusing_misfits():
-        splits = build_data(config)
+        splits = build_data(config, processes)
         # Only figures that are kept need it, and it wants every file, also those that were skipped.
         kept = _beside_the_cache(config) is not None
-        test_split = processes.from_first(lambda: hash_split(splits.test)) if kept else ""
+        test_split = processes.from_first(lambda: _test_images(config, splits)) if kept else ""
         found = processes.from_first(lambda: _read_figures(config, test_split))
         if found is None:
             outputs: list[Outputs] | None = [] if config.run.test_logits else None
@@ -71,8 +73,20 @@ def _evaluate(config: Config, splits: DataSplits, processes: Processes, keep: li
     loader = build_data_loader(config, splits, processes)
     # With "auto" in fp32, which needs no check of its range. Not compiled: it runs once over the split.
     precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
-    teacher = make_teacher(config, network, processes.device, precision=precision)
+    teacher = make_teacher(
+        config, network, processes.device, precision=precision, renormalise=teacher_affine(config, splits)
+    )
     return evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes, keep=keep)
+
+
+def _test_images(config: Config, splits: DataSplits) -> str:
+    """What the figures are of: the samples, and how they are brought to size, which a cache of training views leaves
+    open."""
+    samples = hash_split(splits.test)
+    if isinstance(splits.test, TensorImages):
+        return samples
+    windows = Windows.of(splits, augmentation_of(config))
+    return f"{samples}, {'both sides' if windows.squash else 'short side'} {windows.short_side}"
 
 
 def _beside_the_cache(config: Config) -> Path | None:

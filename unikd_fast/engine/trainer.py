@@ -11,6 +11,7 @@ from unikd_fast.engine.bad_samples import bad_sample_record
 from unikd_fast.engine.batch_norm import average_buffers
 from unikd_fast.engine.evaluate import evaluate, head_indicators
 from unikd_fast.engine.export import BEST, STUDENT, export_student, import_student
+from unikd_fast.engine.inputs import preprocessing_of
 from unikd_fast.engine.metrics import MetricsWriter, memory_gib, read_metrics
 from unikd_fast.engine.outputs import Outputs, Probe, write_outputs
 from unikd_fast.engine.pace import Pace, loader_rate
@@ -223,7 +224,7 @@ class Trainer:
 
         def keep_best() -> None:
             if best_evaluation([*self.evaluations, record]) is record:
-                export_student(self.evaluated.plain, self.folder / BEST)
+                self._export(BEST)
 
         self.processes.from_first(keep_best)
         self._record("evaluation", values)
@@ -233,10 +234,14 @@ class Trainer:
         batches, dtype = self.experiment.loader.evaluate(split), autocast_dtype(self.config.train.precision)
         return evaluate(self.evaluated, batches, self.processes, autocast=dtype, keep=keep)
 
+    def _export(self, name: Path) -> None:
+        preprocessing = preprocessing_of(self.experiment.splits, self.experiment.loader.schedule.augmentation)
+        export_student(self.evaluated.plain, self.folder / name, preprocessing)
+
     def _finish(self) -> dict[str, Any]:
         """Exports the student and evaluates its last and best weights on the test split, once."""
         self.processes.from_first(self.checkpoints.finish)
-        self.processes.from_first(lambda: export_student(self.evaluated.plain, self.folder / STUDENT))
+        self.processes.from_first(lambda: self._export(STUDENT))
         last = self.evaluations[-1]
         best = best_evaluation(self.evaluations)
         outputs: list[Outputs] | None = [] if self.config.run.test_logits else None

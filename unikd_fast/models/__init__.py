@@ -6,12 +6,19 @@ from unikd_fast.models.extract import FeatureExtractor, extract_features
 from unikd_fast.models.load import load_weights
 from unikd_fast.models.logits_only import LogitsOnly
 from unikd_fast.models.options import options_in_words
+from unikd_fast.models.preprocessing import (
+    Preprocessing,
+    preprocessing_in_words,
+    published_preprocessing,
+    stored_preprocessing,
+)
 from unikd_fast.models.zoo import CIFAR_MODELS
 
 __all__ = [
     "CIFAR_MODELS",
     "FeatureExtractor",
     "LogitsOnly",
+    "Preprocessing",
     "bare_model",
     "build_model",
     "checkpoint_blocks",
@@ -19,4 +26,7 @@ __all__ = [
     "load_weights",
     "options_in_words",
     "parameter_count",
+    "preprocessing_in_words",
+    "published_preprocessing",
+    "stored_preprocessing",
 ]

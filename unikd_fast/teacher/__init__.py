@@ -2,10 +2,11 @@
 
 from unikd_fast.teacher.fidelity import Fidelity, check_fidelity, measure_fidelity, pool_fidelity
 from unikd_fast.teacher.fold import fold_batch_norm
-from unikd_fast.teacher.online import OnlineTeacher
+from unikd_fast.teacher.online import Affine, OnlineTeacher
 from unikd_fast.teacher.precision import resolve_precision
 
 __all__ = [
+    "Affine",
     "Fidelity",
     "OnlineTeacher",
     "check_fidelity",

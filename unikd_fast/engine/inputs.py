@@ -1,0 +1,132 @@
+"""Which mean, deviation, interpolation and crop the images of a run get, where its networks were published with some.
+
+Loader and evaluation are shared by teacher and student. They follow the student where its weights say how images are
+made for it, else the teacher, else the data set: so a student from scratch sees what its teacher sees. A teacher that
+wants another mean and deviation gets its images renormalised on the device; in another interpolation, crop or
+resolution nobody can give it the same images, and the log says so. Data sets in memory keep their own constants.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from unikd_fast.config import Config
+from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.roots import expand_weights
+from unikd_fast.data.splits import DataSplits, TensorImages
+from unikd_fast.data.view_windows import Windows
+from unikd_fast.models import Preprocessing, published_preprocessing, stored_preprocessing
+from unikd_fast.teacher import Affine
+from unikd_fast.values import Channels
+
+_logger = logging.getLogger("unikd_fast")
+
+
+def followed_preprocessing(config: Config) -> Preprocessing | None:
+    """Return what the images of a run follow; None where no weights say anything.
+
+    Raises:
+        ValueError: an environment variable is not set; what a file of weights says is damaged.
+    """
+    return next((wanted for _, _, wanted in _published(config)), None)
+
+
+def follow(splits: DataSplits, wanted: Preprocessing | None) -> DataSplits:
+    """Return a data set whose images are made like this; one in memory is left as it is."""
+    if wanted is None or isinstance(splits.train, TensorImages):
+        return splits
+    return replace(
+        splits,
+        mean=wanted.mean,
+        std=wanted.std,
+        interpolation=wanted.interpolation,
+        eval_resize=wanted.short_side(splits.image_size),
+        squash=wanted.squash,
+    )
+
+
+def preprocessing_of(splits: DataSplits, augmentation: Augmentation) -> Preprocessing:
+    """Return how the images of a run are made, for those who use its student."""
+    size, windows = splits.image_size, None
+    if not isinstance(splits.train, TensorImages):
+        windows = Windows.of(splits, augmentation)
+    crop_pct = 1.0 if windows is None else size / windows.short_side
+    squash = windows is not None and windows.squash
+    return Preprocessing(splits.mean, splits.std, splits.interpolation, crop_pct, squash, size)
+
+
+def teacher_constants(config: Config, splits: DataSplits) -> tuple[Channels, Channels]:
+    """Return the mean and deviation that the teacher's images have, once they are renormalised for it."""
+    wanted = None if isinstance(splits.train, TensorImages) else _preprocessing(config, "teacher")
+    return (splits.mean, splits.std) if wanted is None else (wanted.mean, wanted.std)
+
+
+def teacher_affine(config: Config, splits: DataSplits) -> Affine | None:
+    """Return what turns the loader's images into the teacher's; None where they are the same."""
+    mean, std = teacher_constants(config, splits)
+    if (mean, std) == (splits.mean, splits.std):
+        return None
+    red, green, blue = (
+        (own_std / to_std, (own_mean - to_mean) / to_std)
+        for own_mean, own_std, to_mean, to_std in zip(splits.mean, splits.std, mean, std, strict=True)
+    )
+    return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
+
+
+def say_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -> None:
+    """Log in one line how the images are made, after which network, and where a network was trained on others."""
+    found = list(_published(config))
+    if not found or isinstance(splits.train, TensorImages):
+        return
+    windows = Windows.of(splits, augmentation)
+    shown = _resize(splits.interpolation, windows.short_side, squash=windows.squash)
+    parts = [f"mean {_short(splits.mean)}, std {_short(splits.std)}, {shown}, as of {found[0][1]}"]
+    if teacher_affine(config, splits) is not None:
+        mean, std = teacher_constants(config, splits)
+        parts.append(f"renormalised for the teacher to mean {_short(mean)}, std {_short(std)}")
+    for _, name, wanted in found:
+        own = _resize(wanted.interpolation, wanted.short_side(splits.image_size), squash=wanted.squash)
+        size = "" if wanted.image_size == splits.image_size else f"{wanted.image_size} px, not {splits.image_size}"
+        differs = ", ".join(filter(None, ["" if own == shown else own, size]))
+        if differs:
+            parts.append(f"{name} was trained with {differs}")
+    _say_once(f"images: {'; '.join(parts)}")
+
+
+def _published(config: Config) -> Iterator[tuple[str, str, Preprocessing]]:
+    """Role, name and preprocessing of the networks whose weights say how images are made, the student first."""
+    for role in ("student", "teacher"):
+        wanted = _preprocessing(config, role)
+        section = config.student if role == "student" else config.teacher
+        if wanted is not None and section is not None:
+            path = Path(expand_weights(role, section.weights or ""))
+            guessed = ", by its name" if path.is_file() and stored_preprocessing(path) is None else ""
+            yield role, f"{role}.model = {section.model}{guessed}", wanted
+
+
+def _preprocessing(config: Config, role: str) -> Preprocessing | None:
+    section = config.student if role == "student" else config.teacher
+    if section is None or section.weights is None:
+        return None
+    try:
+        weights = expand_weights(role, section.weights)
+    except ValueError:
+        if role == "teacher" and config.distill.method == "none":
+            return None  # such a run does without its teacher's file
+        raise
+    return published_preprocessing(section.model, weights, image_size=config.data.image_size)
+
+
+def _resize(interpolation: str, short_side: int, *, squash: bool) -> str:
+    return f"{interpolation}, {'both sides' if squash else 'short side'} {short_side} before the central crop"
+
+
+def _short(values: Channels) -> str:
+    return "/".join(f"{value:.3g}" for value in values)
+
+
+@cache
+def _say_once(message: str) -> None:
+    _logger.info(message)

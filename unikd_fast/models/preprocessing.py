@@ -1,0 +1,167 @@
+"""How images are made for a network: by the configuration its weights were published with, or that their file holds."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import timm
+import torchvision
+from safetensors import SafetensorError, safe_open
+from timm.models import get_pretrained_cfg
+from torchvision.transforms import InterpolationMode
+
+from unikd_fast.values import Channels, Interpolation
+
+METADATA_KEY = "preprocessing"
+"""Under which a safetensors file that we write holds a `Preprocessing` as JSON."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes what a network was trained on.
+
+    Args:
+        mean, std: per channel, of images in [0, 1].
+        interpolation: of every resize.
+        crop_pct: share of the resized short side that the central crop keeps; timm's word.
+        squash: whether both sides are resized to that length, whatever the image's aspect ratio.
+        image_size: height and width in pixels of the images that the weights were trained on.
+
+    Raises:
+        ValueError: a field is outside its range.
+
+    Example:
+        >>> published_preprocessing("torchvision/resnet50", "IMAGENET1K_V2").short_side(224)
+        232
+    """
+
+    mean: Channels
+    std: Channels
+    interpolation: Interpolation
+    crop_pct: float
+    squash: bool
+    image_size: int
+
+    def __post_init__(self) -> None:
+        for name, values, low in (("mean", self.mean, -math.inf), ("std", self.std, 0.0)):
+            numbers = [value for value in values if isinstance(value, int | float)]
+            if len(values) != 3 or len(numbers) != 3 or not all(low < value < math.inf for value in numbers):
+                raise ValueError(f"Preprocessing: {name} must be three finite numbers above {low}, got {values}")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(
+                f"Preprocessing: interpolation must be one of {get_args(Interpolation)}, got {self.interpolation!r}"
+            )
+        if not isinstance(self.crop_pct, int | float) or not 0.01 <= self.crop_pct <= 100:
+            raise ValueError(f"Preprocessing: crop_pct must be a number in [0.01, 100], got {self.crop_pct!r}")
+        if type(self.squash) is not bool or type(self.image_size) is not int or self.image_size < 1:
+            raise ValueError(
+                "Preprocessing: squash must be a bool and image_size an int of at least 1, got "
+                f"{self.squash!r} and {self.image_size!r}"
+            )
+
+    def short_side(self, image_size: int) -> int:
+        """Return the length in pixels that the short side is resized to before `image_size` is cut out.
+
+        It is timm's. Three of its weights have crop_pct 1.15, more than there is; nothing is cut off for them.
+        """
+        return max(image_size, math.floor(round(image_size / self.crop_pct, 6)))
+
+
+def published_preprocessing(name: str, weights: str | None, *, image_size: int | None = None) -> Preprocessing | None:
+    """Return how images are made for a network with these weights; None where nobody says so.
+
+    A .safetensors file may hold it (`METADATA_KEY`; students that we write do). Any other file counts as the default
+    weights of the network's name, as it does for timm: for "timm/vit_base_patch16_224.augreg_in21k" those of the tag.
+    Nothing is downloaded, and what does not exist is left to `build_model` to complain about.
+
+    Args:
+        name, weights: as for `build_model`.
+        image_size: height and width of the images; where timm states a crop for tests at this size, it is taken.
+
+    Raises:
+        ValueError: see `stored_preprocessing`.
+
+    Example:
+        >>> published_preprocessing("timm/vit_base_patch16_224", "augreg_in21k_ft_in1k").mean
+        (0.5, 0.5, 0.5)
+    """
+    if weights is None or weights == "random":
+        return None
+    if (stored := stored_preprocessing(Path(weights))) is not None:
+        return stored
+    source, _, model = name.partition("/")
+    if source == "torchvision":
+        return _of_torchvision(model, weights)
+    return _of_timm(model, weights, image_size) if source == "timm" else None
+
+
+def preprocessing_in_words(preprocessing: Preprocessing | None) -> dict[str, str]:
+    """Return what the metadata of a file of weights is to say, for `stored_preprocessing` to read."""
+    return {} if preprocessing is None else {METADATA_KEY: json.dumps(asdict(preprocessing))}
+
+
+def stored_preprocessing(path: Path) -> Preprocessing | None:
+    """Return what a .safetensors file holds under `METADATA_KEY`; None for any other, and where there is nothing.
+
+    Raises:
+        ValueError: it is damaged.
+
+    Example:
+        >>> stored_preprocessing(Path("runs/digits/student.safetensors")).image_size
+        32
+    """
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get(METADATA_KEY)
+    except (OSError, SafetensorError):
+        return None  # loading the weights says what is wrong with it
+    if stored is None:
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(stored)
+        return Preprocessing(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"stored_preprocessing: the metadata {METADATA_KEY!r} of {path} cannot be used ({error}); export the "
+            "file anew, or save its tensors without metadata"
+        ) from error
+
+
+def _of_torchvision(model: str, weights: str) -> Preprocessing | None:
+    if model not in torchvision.models.list_models(module=torchvision.models):
+        return None
+    members = torchvision.models.get_model_weights(model)
+    chosen = members.__members__.get(weights) or members.__members__.get("DEFAULT")
+    if chosen is None:
+        return None
+    transform = chosen.transforms()
+    (crop,), (resize,) = transform.crop_size, transform.resize_size
+    interpolation: Interpolation = "bicubic" if transform.interpolation is InterpolationMode.BICUBIC else "bilinear"
+    return Preprocessing(tuple(transform.mean), tuple(transform.std), interpolation, crop / resize, False, crop)
+
+
+def _of_timm(model: str, weights: str, image_size: int | None) -> Preprocessing | None:
+    arch, *_ = model.partition(".")
+    if not timm.is_model(arch):
+        return None
+    found = next((cfg for cfg in map(_timm_cfg, (f"{arch}.{weights}", model, arch)) if cfg is not None), None)
+    if found is None:
+        return None
+    size, crop_pct = found.input_size[-1], found.crop_pct
+    if image_size not in (None, size) and found.test_input_size and found.test_input_size[-1] == image_size:
+        size, crop_pct = image_size, found.test_crop_pct or crop_pct
+    interpolation = cast(Interpolation, found.interpolation)
+    return Preprocessing(
+        tuple(found.mean), tuple(found.std), interpolation, crop_pct, found.crop_mode == "squash", size
+    )
+
+
+def _timm_cfg(name: str) -> Any:
+    try:
+        return get_pretrained_cfg(name)
+    except RuntimeError:  # the network has no weights of this tag
+        return None
