@@ -33,24 +33,38 @@ def by_hand(x: Tensor, state: dict[str, Tensor], floor: float) -> tuple[Tensor, 
     if "norm.weight" in state:
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         x = x * state["norm.weight"] + state["norm.bias"]
-    h = x @ state["projection.weight"].T + state["projection.bias"]
+    h = x
+    if "projection.weight" in state:
+        h = x @ state["projection.weight"].T + state["projection.bias"]
     raw = h @ state["variance.weight"].T + state["variance.bias"]
     return h @ state["mean.weight"].T + state["mean.bias"], ((1 + raw.exp()).log() + floor).log()
 
 
+@pytest.mark.parametrize("form", ["projected", "direct"])
 @pytest.mark.parametrize("norm", ["layer", "none"])
 @pytest.mark.parametrize("floor", [0.1, 1e-5])
-def test_equals_the_formula(norm: str, floor: float) -> None:
-    fdp, x = module(norm=norm, variance_floor=floor).double(), pooled().double()
+def test_equals_the_formula(norm: str, floor: float, form: str) -> None:
+    fdp, x = module(norm=norm, variance_floor=floor, form=form).double(), pooled().double()
     gaussian = fdp(x)
     assert isinstance(gaussian, Gaussian)
     # float64, the same few operations in another order
     torch.testing.assert_close(tuple(gaussian), by_hand(x, fdp.state_dict(), floor), rtol=1e-12, atol=1e-12)
 
 
+def test_the_direct_form_grows_with_the_number_of_classes_alone() -> None:
+    def parameters(form: str, classes: int) -> int:
+        with torch.device("meta"):
+            fdp = FeatureDistributionPrediction(256, classes, form=form)
+        return sum(parameter.numel() for parameter in fdp.parameters())
+
+    assert parameters("projected", 21_841) == 2 * 256 + 257 * 21_841 + 2 * 21_842 * 21_841
+    assert parameters("direct", 21_841) == 2 * 256 + 2 * 257 * 21_841
+
+
+@pytest.mark.parametrize("form", ["projected", "direct"])
 @pytest.mark.parametrize("norm", ["layer", "none"])
-def test_gradients(norm: str) -> None:
-    fdp = module(norm=norm).double()
+def test_gradients(norm: str, form: str) -> None:
+    fdp = module(norm=norm, form=form).double()
     names, values = zip(*fdp.named_parameters(), strict=True)
 
     def predict(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -138,6 +152,7 @@ def test_compiles_into_one_graph() -> None:
     [
         ({"width": 0}, "width and num_classes must be at least 1, got 0 and 5"),
         ({"num_classes": 0}, "width and num_classes must be at least 1, got 12 and 0"),
+        ({"form": "auto"}, "form must be 'projected' or 'direct', got 'auto'"),
         ({"norm": "batch"}, "norm must be 'layer' or 'none', got 'batch'"),
         ({"variance_floor": 0.0}, "variance_floor must be finite and above 0, got 0.0"),
         ({"variance_floor": float("nan")}, "variance_floor must be finite and above 0, got nan"),

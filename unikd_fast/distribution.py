@@ -14,17 +14,21 @@ class FeatureDistributionPrediction(nn.Module):
         h = W_p norm(x) + b_p                              projection to the K classes
         m = W_m h + b_m,    v = softplus(W_v h + b_v) + floor
 
+    That is ``form="projected"``, the paper's, with 2 K² weights in m and v. For many classes ``form="direct"`` leaves
+    the projection out: m and v are two layers D -> K on norm(x).
+
     Shared by teacher and student. The norm and the floor are not in the paper: without them training diverges at the
     learning rates of its recipes, because a small v_t multiplies the error of the mean in Eq. 6 without limit.
 
     Args:
         width: D, of the pooled feature.
         num_classes: K.
+        form: "projected" or "direct".
         norm: "layer" for layer normalisation of the pooled feature, or "none".
         variance_floor: > 0, the least variance.
 
     Raises:
-        ValueError: a size below 1, an unknown norm, a floor that is not above 0.
+        ValueError: a size below 1, an unknown form or norm, a floor that is not above 0.
 
     Example:
         >>> mean, log_var = FeatureDistributionPrediction(32, 10)(torch.randn(4, 32))
@@ -32,13 +36,23 @@ class FeatureDistributionPrediction(nn.Module):
         (torch.Size([4, 10]), True)
     """
 
-    def __init__(self, width: int, num_classes: int, *, norm: str = "layer", variance_floor: float = 0.1) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        form: str = "projected",
+        norm: str = "layer",
+        variance_floor: float = 0.1,
+    ) -> None:
         super().__init__()
         if min(width, num_classes) < 1:
             raise ValueError(
                 f"FeatureDistributionPrediction: width and num_classes must be at least 1, got {width} and "
                 f"{num_classes}"
             )
+        if form not in ("projected", "direct"):
+            raise ValueError(f"FeatureDistributionPrediction: form must be 'projected' or 'direct', got {form!r}")
         if norm not in ("layer", "none"):
             raise ValueError(f"FeatureDistributionPrediction: norm must be 'layer' or 'none', got {norm!r}")
         if not 0 < variance_floor < float("inf"):
@@ -48,9 +62,13 @@ class FeatureDistributionPrediction(nn.Module):
             )
         self.width, self.num_classes, self.variance_floor = width, num_classes, variance_floor
         self.norm = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
-        self.projection = nn.Linear(width, num_classes)
-        self.mean = nn.Linear(num_classes, num_classes)
-        self.variance = nn.Linear(num_classes, num_classes)
+        if form == "projected":
+            self.projection: nn.Linear | None = nn.Linear(width, num_classes)
+        else:
+            self.projection = None
+        inside = width if self.projection is None else num_classes
+        self.mean = nn.Linear(inside, num_classes)
+        self.variance = nn.Linear(inside, num_classes)
 
     def forward(self, pooled: Tensor) -> Gaussian:
         """Give (mean, log_var), each (N, K) and fp32 (fp64 for fp64 inputs), under autocast and with half weights too.
@@ -71,7 +89,8 @@ class FeatureDistributionPrediction(nn.Module):
             if isinstance(self.norm, nn.LayerNorm):
                 weight, bias = self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype)
                 x = F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
-            x = _linear(self.projection, x)
+            if self.projection is not None:
+                x = _linear(self.projection, x)
             mean, raw = _linear(self.mean, x), _linear(self.variance, x)
             return Gaussian(mean, torch.log(F.softplus(raw) + self.variance_floor))
 

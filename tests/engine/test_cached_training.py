@@ -32,6 +32,7 @@ HALF_UNIT = {"fp16": 2.0**-11, "uint8": 2.0**-9}
     [
         pytest.param(KD, "fp16", 0.002, id="kd-fp16"),
         pytest.param({"method": "unikd"}, "fp16", 0.0005, id="unikd-fp16"),
+        pytest.param({"method": "unikd", "fdp": "direct"}, "fp16", 0.0005, id="unikd-direct"),
         pytest.param(KD, "uint8", 0.002, id="kd-uint8"),
     ],
 )

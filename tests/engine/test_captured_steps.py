@@ -111,6 +111,7 @@ def test_an_eager_run_goes_on_captured_and_back(tmp_path: Path, weights: Path) -
 # All of them claim it; unikd with a head that is trained along does not, see the obstacles.
 CAPTURABLE: list[Any] = [pytest.param(name, {}, id=name) for name in METHODS] + [
     pytest.param("unikd", {"distill": {**CHANGING["distill"], "teacher_head": "literal"}}, id="literal"),
+    pytest.param("unikd", {"distill": {**CHANGING["distill"], "fdp": "direct"}}, id="direct"),
     pytest.param("unikd", {"train": {**CHANGING["train"], "precision": "bf16", "optimizer": "adamw"}}, id="bf16"),
     pytest.param(["kd", "dkd"], {"distill": {"dkd": {"ramp_epochs": 2.0}}}, id="hybrid"),
     pytest.param("kd", {"train": {**CHANGING["train"], "accumulation_steps": 2}}, id="accumulation"),

@@ -129,6 +129,33 @@ def test_sharded_parameters_are_whole_where_the_method_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("teacher_head", ["prefit", "anchored"])
+def test_the_direct_form_of_fdp_at_stage_3(tmp_path: Path, teachers: dict[str, Path], teacher_head: str) -> None:
+    distill = {"method": "unikd", "fdp": "direct", "teacher_head": teacher_head}
+    runs = [
+        config_of(
+            tmp_path,
+            teachers,
+            f"stage{stage}",
+            distill=distill,
+            train={**TRAIN, "max_steps": 4},
+            deepspeed={"zero_optimization": {"stage": stage}},
+        )
+        for stage in (0, 3)
+    ]
+    replicated, sharded = (values_of("feature_kl", run) for run in runs)
+    assert sharded == pytest.approx(replicated, rel=1e-3)
+
+
+def test_the_literal_head_is_refused_at_stage_3(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    sections: dict[str, Any] = {"distill": {"method": "unikd", "teacher_head": "literal"}}
+    stage = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    method_of(config_of(tmp_path, teachers, "whole", **sections))
+    with pytest.raises(ConfigError, match=r"distill\.teacher_head = 'literal' with deepspeed.*; set the stage to 2"):
+        method_of(config_of(tmp_path, teachers, "sharded", **sections, **stage))
+
+
+@pytest.mark.slow
 def test_a_resumed_sum_is_the_whole_run(tmp_path: Path, teachers: dict[str, Path]) -> None:
     settings: dict[str, Any] = {
         "distill": {"method": ["kd", *TERMS]},

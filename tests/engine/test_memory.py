@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unikd_fast.engine.dry_run import describe
 from unikd_fast.engine.memory import estimate_memory, kept_of, kept_of_a_batch
 from unikd_fast.engine.student import StudentSide
-from unikd_fast.methods import CRD, KD, Blockwise, Hybrid
+from unikd_fast.methods import CRD, FLG, KD, Blockwise, Hybrid
 from unikd_fast.values import Features
 
 CPU = torch.device("cpu")
@@ -35,6 +35,34 @@ def test_the_banks_and_the_draws_of_crd() -> None:
     assert published.device_bytes(64) == 51_200_000 + 64 * (16 * 50_000 + 96 * 16384)
     assert Hybrid({"kd": KD(), "crd": crd()}).device_bytes(3) == crd().device_bytes(3)
     assert KD().device_bytes(64) == 0
+
+
+def test_a_copy_of_the_classifier_counts() -> None:
+    assert FLG(3, 8, torch.zeros(CLASSES, 8)).device_bytes(64) == CLASSES * 8 * 4
+
+
+HEADS = {"image_size": 16, "num_classes": 200}
+
+
+@pytest.mark.parametrize(
+    ("teacher_head", "fdp"), [("prefit", "projected"), ("anchored", "direct"), ("literal", "auto")]
+)
+def test_the_teachers_head_and_its_optimiser_count(tmp_path: Path, teacher_head: str, fdp: str) -> None:
+    distill = {"teacher_head": teacher_head, "fdp": fdp, "fusion": "last", "norm": None, "width": 24}
+    path = write_config(tmp_path, data=HEADS, student={"model": "cifar/resnet8"}, distill=distill)
+    experiment = opened(path)
+    expander = 24 * (64 + 1)  # a level of 64 channels
+    layers = 2 * 200 * 25 if fdp == "direct" else 200 * 25 + 2 * 200 * 201
+    head, student = expander + 2 * 24 + layers, sum(p.numel() for p in experiment.student.parameters())
+    parts = estimate_memory(experiment, 8, ALONE)
+    own = head + expander  # the student's adapter, too
+    if teacher_head == "literal":  # by the student's optimiser
+        assert "the teacher's head and its optimiser" not in parts
+        assert parts["parameters and gradients"] == 2 * 4 * (student + own)
+    else:
+        assert parts["the teacher's head and its optimiser"] == (1 + 1 + 2) * 4 * head
+        assert parts["parameters and gradients"] == 2 * 4 * (student + expander)
+    assert f"unikd: {own:,} parameters beside the student's" in describe(experiment.config, ALONE)
 
 
 class Student(nn.Module):

@@ -56,6 +56,7 @@ OF_A_HEAD = [
     ({"distill.upsample": "bilinear"}, 'head.upsample: "nearest" in the cache, "bilinear" now'),
     ({"distill.norm": "batch"}, 'head.norm: "input" in the cache, "batch" now'),
     ({"distill.fdp_norm": "none"}, 'head.fdp_norm: "layer" in the cache, "none" now'),
+    ({"distill.fdp": "direct"}, 'head.fdp: absent in the cache, "direct" now'),
     ({"distill.width": 32}, "head.initial_weights: "),
     ({"distill.max_levels": 2}, 'head.levels: ["layer1","layer2","layer3"] in the cache, ["layer2","layer3"] now'),
     ({"train.global_batch_size": 8}, "head.batch_size: 8 in the cache, 4 now"),

@@ -1,5 +1,6 @@
 """The head that a method fits to the teacher before training is one head, however many processes fit it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ from free_ports import free_port
 
 from unikd_fast.engine.prepare_method import prepare_method
 from unikd_fast.engine.processes import Processes
-from unikd_fast.methods import UniKD
+from unikd_fast.errors import OutOfMemory
+from unikd_fast.methods import Method, UniKD
 from unikd_fast.values import Features
 
 NORMS = ["input", "batch"]
@@ -49,6 +51,25 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fitted")
     mp.spawn(_fits, args=(free_port(), str(folder)), nprocs=2)
     return folder
+
+
+class Greedy(Method):
+    """Needs more than there is, once the teacher has been asked."""
+
+    def prepare(self, batches: Iterable[Features]) -> None:
+        next(iter(batches))
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_a_lack_of_memory_names_the_head_or_the_teacher() -> None:
+    own: Any = Processes(0, 1, 0, torch.device("cpu")), SimpleNamespace(agreed=lambda: 0), "run"
+    loader: Any = Images(0)
+    of_method = r"^out of memory in the method's part: .*; lower distill\.width, set distill\.fdp = direct"
+    with pytest.raises(OutOfMemory, match=of_method) as caught:
+        prepare_method(Greedy(), loader, teacher, *own)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 7
+    with pytest.raises(OutOfMemory, match=r"^out of memory in the teacher's part"):
+        prepare_method(Greedy(), loader, lambda images: images.new_empty(2**60), *own)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("norm", NORMS)

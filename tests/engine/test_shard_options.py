@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import merged, process_group, run, train_here, write_config
+from real_runs import merged, opened, process_group, run, train_here, write_config
 
 from unikd_fast.config import load_config
 from unikd_fast.engine.out_of_memory import naming_part
-from unikd_fast.errors import OutOfMemory
+from unikd_fast.errors import LoaderError, OutOfMemory
 
 SMALL: dict[str, Any] = {
     "run": {"checkpoint_every_steps": None, "evaluate_every_epochs": 9},
@@ -135,6 +135,17 @@ def test_a_lack_of_memory_names_the_part_and_the_remedy(error: Exception, said: 
 def test_a_real_lack_of_memory_is_recognised() -> None:
     with pytest.raises(OutOfMemory, match="out of memory in the teacher's part"), naming_part("teacher"):
         torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_a_method_that_is_too_large_is_named(tmp_path: Path) -> None:
+    config = write_config(tmp_path, student={"model": "cifar/resnet8"}, distill={"width": 2**44})
+    with pytest.raises(OutOfMemory, match=r"^out of memory in the method's part: .*; lower distill\.width"):
+        opened(config)
+
+
+def test_what_says_already_what_to_do_passes() -> None:
+    with pytest.raises(LoaderError, match="workers"), naming_part("run"):
+        raise LoaderError("worker 0: Cannot allocate memory; lower data.workers")
 
 
 def test_other_errors_pass() -> None:

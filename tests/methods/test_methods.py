@@ -69,8 +69,29 @@ def test_kd_is_the_weighted_sum_of_the_literature() -> None:
     assert tuple(loss.terms) == method.term_names
 
 
-def test_prefit_fits_the_head_then_freezes_it() -> None:
-    method = build(teacher_head="prefit", head_steps=500, head_learning_rate=1e-2)
+@pytest.mark.parametrize(
+    ("classes", "asked", "form"),
+    [
+        (2048, "auto", "projected"),
+        (2049, "auto", "direct"),
+        (2049, "projected", "projected"),
+        (7, "direct", "direct"),
+    ],
+)
+def test_many_classes_take_the_direct_form_and_say_so(
+    caplog: pytest.LogCaptureFixture, classes: int, asked: str, form: str
+) -> None:
+    caplog.set_level("INFO", "unikd_fast")
+    method = UniKD(STUDENT, TEACHER, classes, width=16, fdp=asked)
+    assert (method.head.distribution.projection is not None) == (form == "projected")
+    assert method.head_settings.get("fdp", "projected") == form
+    chosen = "distill.fdp = auto: the direct form, two layers 16 -> 2,049, for more than 2,048 classes"
+    assert (chosen in caplog.text) == (asked == "auto" and form == "direct")
+
+
+@pytest.mark.parametrize("fdp", ["projected", "direct"])
+def test_prefit_fits_the_head_then_freezes_it(fdp: str) -> None:
+    method = build(fdp=fdp, teacher_head="prefit", head_steps=500, head_learning_rate=1e-2)
     teacher, labels = features(TEACHER, 200, seed=0)
     before = method.indicators(teacher, labels)
     method.prepare(stream())
@@ -91,9 +112,10 @@ def test_prepare_takes_exactly_its_batches() -> None:
     assert torch.equal(next(batches).logits, features(TEACHER, 24, seed=4)[0].logits)
 
 
+@pytest.mark.parametrize("fdp", ["projected", "direct"])
 @pytest.mark.parametrize("teacher_head", ["prefit", "anchored"])
-def test_the_students_loss_trains_the_student_and_not_the_head(teacher_head: str) -> None:
-    method = build(teacher_head=teacher_head)
+def test_the_students_loss_trains_the_student_and_not_the_head(teacher_head: str, fdp: str) -> None:
+    method = build(fdp=fdp, teacher_head=teacher_head)
     output, batch = student_output(method)
     loss = method.loss(output, method.target(features(TEACHER, seed=5)[0]), batch)
     loss.total.backward()
@@ -102,8 +124,9 @@ def test_the_students_loss_trains_the_student_and_not_the_head(teacher_head: str
     assert method.companion is None
 
 
-def test_the_literal_head_is_trained_by_the_total_loss() -> None:
-    method = build(teacher_head="literal")
+@pytest.mark.parametrize("fdp", ["projected", "direct"])
+def test_the_literal_head_is_trained_by_the_total_loss(fdp: str) -> None:
+    method = build(fdp=fdp, teacher_head="literal")
     output, batch = student_output(method)
     loss = method.loss(output, method.target(features(TEACHER, seed=5)[0]), batch)
     loss.total.backward()
@@ -189,7 +212,12 @@ def test_state_comes_back_and_a_prefit_head_stays_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "text"), [({"teacher_head": "fixed"}, "got 'fixed'"), ({"fusion": "first"}, "got 'first'")]
+    ("options", "text"),
+    [
+        ({"teacher_head": "fixed"}, "got 'fixed'"),
+        ({"fusion": "first"}, "got 'first'"),
+        ({"fdp": "small"}, "fdp must be one of auto, projected, direct, got 'small'"),
+    ],
 )
 def test_unknown_options_are_named(options: dict[str, str], text: str) -> None:
     with pytest.raises(ValueError, match=text):

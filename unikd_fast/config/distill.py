@@ -67,6 +67,9 @@ class DistillConfig(Section):
     """Upsampling of the coarser level."""
     norm: Literal["input", "batch"] | None = "input"
     """Batch normalisation at the 1x1 expanders of AFF: input, before them; batch, after them; null: none."""
+    fdp: Literal["auto", "projected", "direct"] = "auto"
+    """Form of FDP. projected: the paper's, a layer D -> K and two K -> K; direct: two layers D -> K, for many classes;
+    auto: direct above 2,048 classes."""
     fdp_norm: Literal["layer", "none"] = "layer"
     """Normalisation of the pooled vector before FDP."""
     variance_floor: Positive = 0.1

@@ -17,6 +17,7 @@ from unikd_fast.engine.launched import require_agreement
 from unikd_fast.engine.methods import build_method, check_needs, needs_of
 from unikd_fast.engine.networks import build_network, build_teacher_network
 from unikd_fast.engine.online_teacher import start_teacher
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.output_cache import OutputCache, open_output_cache
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import local_batch_size
@@ -67,8 +68,9 @@ def build_experiment(config: Config, processes: Processes) -> Experiment:
     Raises:
         ConfigError: whatever does not exist or does not fit together, before training starts; a teacher that is not
             the network it was made of.
+        OutOfMemory: it does not fit into memory.
     """
-    with refusing_misfits():
+    with naming_part("run"), refusing_misfits():
         return _build(config, processes)
 
 
@@ -110,7 +112,8 @@ def _build(config: Config, processes: Processes) -> Experiment:
         label_smoothing=config.loss.label_smoothing,
         impl=config.loss.impl,
     )
-    method = build_method(config.distill, around)
+    with naming_part("method"):
+        method = build_method(config.distill, around)
     autocast = torch.float16 if config.train.precision == "fp16" else None
     side = StudentSide(student, method.adapter, method.companion, autocast=autocast).to(processes.device)
     teacher, record, cache = None, None, None

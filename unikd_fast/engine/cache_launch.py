@@ -9,6 +9,7 @@ from unikd_fast.config.load import cache_dir, override
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache_plan import CachePlan, cache_sizes, plan_cache
 from unikd_fast.engine.fill_cache import fill_cache
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.output_cache import codec_of, refuse_uncacheable
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sources import refusing_misfits
@@ -17,6 +18,7 @@ from unikd_fast.engine.units import duration, size
 from unikd_fast.errors import Interrupted
 
 
+@naming_part("run")
 def build_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> None:
     """Builds what the caches of these runs lack, on all processes, and prints a line for each cache.
 

@@ -6,7 +6,7 @@ from unikd_fast.config import Config
 from unikd_fast.config.load import cache_dir
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache_launch import plan_experiment, without_cache
-from unikd_fast.engine.memory import estimate_memory
+from unikd_fast.engine.memory import count_parameters, estimate_memory, head_parameters
 from unikd_fast.engine.online_teacher import describe_teacher
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import deepspeed_config, local_batch_size, zero_stage
@@ -28,17 +28,17 @@ def describe(config: Config, processes: Processes) -> str:
     lines = [
         f"data      {config.data.name}: {len(experiment.splits.train)} training samples, "
         f"{experiment.splits.num_classes} classes, {config.data.image_size} x {config.data.image_size}",
-        f"student   {config.student.model}: {_count(experiment.student):,} parameters",
+        f"student   {config.student.model}: {count_parameters(experiment.student):,} parameters",
         *_levels(experiment.student),
     ]
     if experiment.teacher is not None and experiment.teacher_record is not None and teacher is not None:
         lines += [
-            f"teacher   {teacher.model}: {_count(experiment.teacher):,} parameters, "
+            f"teacher   {teacher.model}: {count_parameters(experiment.teacher):,} parameters, "
             f"weights {teacher.weights or 'trained first'}",
             *_levels(experiment.teacher.network),
             *describe_teacher(experiment.teacher_record),
         ]
-    own = _count(experiment.side) - _count(experiment.student)
+    own = count_parameters(experiment.side) - count_parameters(experiment.student) + head_parameters(experiment)
     lines += [
         f"method    {config.distill.label}: {own:,} parameters beside the student's",
         f"batch     {config.train.global_batch_size} = {processes.world_size} processes x {batch} x "
@@ -54,10 +54,6 @@ def describe(config: Config, processes: Processes) -> str:
         runs = len(config.compare.seeds) * len(config.compare.runs)
         lines.append(f"compare   {runs} runs: {', '.join(config.compare.runs)}; seeds {list(config.compare.seeds)}")
     return "\n".join([*lines, f"run.dir   {config.run.dir}"])
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _levels(network: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.inputs import teacher_affine
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher, start_teacher
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.output_cache import OutputCache
 from unikd_fast.engine.prepare_method import prepare_method
 from unikd_fast.engine.sources import refusing_misfits
@@ -83,6 +84,7 @@ def _ready(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, epo
     return record
 
 
+@naming_part("teacher")
 def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher:
     """Builds what is missing, on all processes of this run and beside any other run that does the same.
 

@@ -14,6 +14,7 @@ from unikd_fast.config.effect import without_effect
 from unikd_fast.config.load import override, run_path, teacher_config
 from unikd_fast.engine.dry_run import describe
 from unikd_fast.engine.launched import describe_launch, program_facts, require_agreement
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.processes import Processes, start_processes
 from unikd_fast.engine.run_folder import REPORT, open_run_folder, read_result, require_same_config
 from unikd_fast.engine.sharding import deepspeed_config
@@ -31,6 +32,7 @@ Results = list[dict[str, Any]]
 _LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
+@naming_part("run")
 def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Path | None:
     """Runs the experiment of ``config`` on all processes and returns its folder.
 
@@ -39,6 +41,7 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
     Raises:
         ConfigError: the configuration does not fit the data, the models, the processes or the folder.
         NonFiniteLoss, Interrupted: see Trainer.run.
+        OutOfMemory: it does not fit into memory; names the part and the remedies.
     """
     processes = start_processes(config.run.timeout_minutes)
     _show_log(processes)

@@ -28,7 +28,7 @@ def estimate_memory(experiment: Experiment, batch: int, processes: Processes) ->
     """
     config, method = experiment.config, experiment.method
     shards = processes.world_size if zero_stage(config) else 1
-    parameters = 4 * _count(experiment.side)
+    parameters = 4 * count_parameters(experiment.side)
     student, inside = kept_of_a_batch(experiment, batch, processes.device)
     parts = {
         "parameters and gradients": 2 * parameters,
@@ -37,11 +37,14 @@ def estimate_memory(experiment: Experiment, batch: int, processes: Processes) ->
     }
     if inside:
         parts["activations inside the method"] = inside
+    if heads := head_parameters(experiment):
+        # Their gradients, and the two states of AdamW.
+        parts["the teacher's head and its optimiser"] = (2 + OPTIMIZER_STATES["adamw"]) * 4 * heads
     if own := method.device_bytes(batch):
         parts["the method's own"] = own
     if experiment.teacher is not None:
         size = torch.finfo(experiment.teacher.dtype).bits // 8
-        parts["teacher"] = size * _count(experiment.teacher)
+        parts["teacher"] = size * count_parameters(experiment.teacher)
         shapes = getattr(experiment.teacher.network, "level_shapes", ())
         times = 1 + method.needs.before_activation_of("teacher")
         parts["teacher's features"] = times * size * batch * sum(c * h * w for c, h, w in shapes)
@@ -88,5 +91,13 @@ def kept_of(experiment: Experiment, images: int, device: torch.device) -> Kept:
     return kept
 
 
-def _count(module: nn.Module) -> int:
+def head_parameters(experiment: Experiment) -> int:
+    """Return the number of parameters that the method trains by an optimiser of its own, beside the student's side."""
+    known = {id(parameter) for parameter in experiment.side.parameters()}
+    of_heads = (parameter for head in experiment.method.heads for parameter in head.parameters())
+    return sum(parameter.numel() for parameter in of_heads if id(parameter) not in known)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

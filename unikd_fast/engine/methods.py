@@ -12,6 +12,7 @@ from unikd_fast.config import Config, ConfigError
 from unikd_fast.config import methods as sections
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.data.mixing import Mixing
+from unikd_fast.engine.sharding import zero_stage
 from unikd_fast.engine.surroundings import Surroundings
 from unikd_fast.methods import (
     AT,
@@ -49,6 +50,12 @@ def check_needs(config: Config, needs: Needs) -> None:
         raise ConfigError(
             f"data.mixing.mixup_alpha = {mixing.mixup_alpha} and cutmix_alpha = {mixing.cutmix_alpha} with "
             f"distill.method = {config.distill.label!r}, which needs one class a sample; set both alphas to 0"
+        )
+    literal = "unikd" in config.distill.methods and config.distill.teacher_head == "literal"
+    if literal and zero_stage(config) == 3:
+        raise ConfigError(
+            "distill.teacher_head = 'literal' with deepspeed.zero_optimization.stage = 3, which shards the head's "
+            "weights where the loss needs them whole; set the stage to 2 or less"
         )
 
 
@@ -148,6 +155,7 @@ def _unikd(distill: DistillConfig, around: Surroundings) -> Method:
         gate=distill.gate,
         upsample=distill.upsample,
         norm=distill.norm,
+        fdp=distill.fdp,
         fdp_norm=distill.fdp_norm,
         variance_floor=distill.variance_floor,
         teacher_head=distill.teacher_head,

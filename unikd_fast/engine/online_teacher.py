@@ -10,6 +10,7 @@ from torch import nn
 
 from unikd_fast.config import Config
 from unikd_fast.data.loader import Loader
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.sharding import local_batch_size
 from unikd_fast.teacher import (
@@ -52,6 +53,7 @@ def make_teacher(
     )
 
 
+@naming_part("teacher")
 def start_teacher(
     config: Config,
     network: nn.Module,

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from unikd_fast.errors import OutOfMemory
+from unikd_fast.errors import OutOfMemory, RunError
 
-Part = Literal["teacher", "student", "optimiser", "networks"]
+Part = Literal["teacher", "student", "optimiser", "method", "run"]
 
 _REMEDIES: dict[Part, str] = {
     "teacher": "raise train.accumulation_steps, set teacher.precision = auto, or train from a cache of its outputs "
@@ -16,8 +16,10 @@ _REMEDIES: dict[Part, str] = {
     "student": "raise train.accumulation_steps, or set train.precision = bf16 or train.activation_checkpointing = true",
     "optimiser": "shard it over more processes (deepspeed.zero_optimization.stage = 1 to 3), or keep it on the CPU "
     "(deepspeed.zero_optimization.offload_optimizer, train.optimizer = cpu_adamw)",
-    "networks": "shard the student (deepspeed.zero_optimization.stage = 3), set teacher.precision = auto, or take "
-    "smaller ones",
+    "method": "lower distill.width, set distill.fdp = direct for unikd with many classes, or take another method "
+    "(distill.method)",
+    "run": "raise train.accumulation_steps, shard the student (deepspeed.zero_optimization.stage = 3), set "
+    "teacher.precision = auto, or take smaller networks",
 }
 # torch's allocator for the CPU, and the system's, say it in words.
 _WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
@@ -25,6 +27,8 @@ _WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 
 def lacks_memory(error: Exception) -> bool:
     """Return whether this says that the memory of the device or of the host was not enough."""
+    if isinstance(error, RunError):  # says already what to do
+        return False
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS))
 

@@ -20,6 +20,7 @@ from unikd_fast.engine.local_engine import LocalEngine
 from unikd_fast.engine.loss_scale import LossScale
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.optimizer_state import restore_optimizer_state
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.prepare_method import prepare_method
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.run_folder import write_teacher
@@ -42,6 +43,7 @@ class Prepared(NamedTuple):
     copy: FeatureExtractor | LogitsOnly | None
 
 
+@naming_part("run")
 def prepare(
     config: Config, folder: Path, processes: Processes, stop: StopSignal, *, name: str, resume: bool
 ) -> Prepared:
@@ -50,6 +52,9 @@ def prepare(
     Args:
         name: of the run in what is said meanwhile.
         resume: take up the folder's newest checkpoint if there is one.
+
+    Raises:
+        OutOfMemory: it does not fit into memory; names the part.
     """
     experiment = build_experiment(config, processes)
     method, side = experiment.method, experiment.side
@@ -72,7 +77,8 @@ def prepare(
     # would differ between runs.
     deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     torch.backends.cudnn.benchmark = not deterministic
-    engine = LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
+    with naming_part("optimiser"):
+        engine = LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
     processes.from_first(lambda: _begin(folder, teacher_record))
     scale = LossScale() if config.train.precision == "fp16" else None
     if newest is None or saved is None:

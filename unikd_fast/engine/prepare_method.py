@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from unikd_fast.data.loader import Loader
 from unikd_fast.engine.batch_norm import average_buffers
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.errors import Interrupted
@@ -14,6 +15,7 @@ from unikd_fast.values import Features
 _STREAM = 1  # of augmentation views; training uses stream 0
 
 
+@naming_part("method")
 def prepare_method(
     method: Method, loader: Loader, teacher: OnlineTeacher, processes: Processes, stop: StopSignal, name: str
 ) -> None:
@@ -27,6 +29,7 @@ def prepare_method(
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C.
+        OutOfMemory: the head and its optimiser do not fit into memory.
     """
     method.prepare(_features_without_end(loader, teacher, stop, name))
     if method.fitted_head is not None:
@@ -39,5 +42,7 @@ def _features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSign
         for batch in loader.train(epoch, stream=_STREAM):
             if number := stop.agreed():
                 raise Interrupted(number, f"[{name}] stopped while the teacher's head was fitted; nothing to save")
-            yield teacher(batch.images)
+            with naming_part("teacher"):
+                features = teacher(batch.images)
+            yield features
         epoch += 1

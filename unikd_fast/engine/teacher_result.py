@@ -13,6 +13,7 @@ from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.inputs import teacher_affine
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.online_teacher import make_teacher
+from unikd_fast.engine.out_of_memory import naming_part
 from unikd_fast.engine.outputs import Outputs, write_outputs
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.run_folder import read_result, write_result
@@ -25,6 +26,7 @@ from unikd_fast.teacher.cache.disk import folder_lock
 BESIDE_THE_CACHE = "teacher_result.json"
 
 
+@naming_part("teacher")
 def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, label: str) -> dict[str, Any]:
     """Accuracy of the given teacher on the test split, in the form of a run's result; kept in ``folder``.
 

@@ -79,6 +79,10 @@ class FLG(Method):
         terms = {"ce": found.ce, "logit_kl": found.logit_kl, "embedding_gap": gap.detach()}
         return Loss(found.total + self.gamma * gap, terms)
 
+    def device_bytes(self, batch: int) -> int:
+        """W."""
+        return self.classifier_weight.nbytes
+
     def _gap(self, delta: Tensor, teacher_logits: Tensor) -> Tensor:
         """1/2 Var_p(W Δh), batch mean, for Δh (N, D_t)."""
         p = (at_least_fp32(teacher_logits) / self.temperature).softmax(dim=-1)

@@ -1,5 +1,6 @@
 """UniKD: feature and logit knowledge under one KL paradigm (Eq. 4-7 of the paper)."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,12 @@ from unikd_fast.methods.ramp import Ramp
 from unikd_fast.methods.teacher_head import HeadTrainer, PooledFusion, TeacherHead
 from unikd_fast.values import Batch, Features, Gaussian, Loss, StudentOutput, Target
 
+_logger = logging.getLogger("unikd_fast")
+
 TEACHER_HEADS = ("prefit", "anchored", "literal")
+FDP_FORMS = ("auto", "projected", "direct")
+MAX_PROJECTED_CLASSES = 2048
+"""Up to so many classes FDP has the paper's two layers K -> K unless asked otherwise: 8.4 million weights."""
 
 
 class UniKD(Method):
@@ -33,13 +39,14 @@ class UniKD(Method):
         width: D, the fused width of both sides; None: min(256, the teacher's coarsest width).
         fusion: "aff", or "last" for the coarsest level alone (the paper's "FDP only" row).
         fusion_path, fusion_impl, gate, upsample, norm: see AdaptiveFeatureFusion.
+        fdp: form of FDP, see FeatureDistributionPrediction; "auto": "direct" above 2,048 classes.
         fdp_norm, variance_floor: see FeatureDistributionPrediction.
         teacher_head, head_steps, head_learning_rate: see above; head_steps batches are used by "prefit".
         alpha, beta, temperature, scale_by_t2, feature_reduction, label_smoothing, impl: see unikd_loss.
         alpha_ramp_epochs: epochs over which alpha rises linearly from 0.
 
     Raises:
-        ValueError: unknown teacher_head or fusion.
+        ValueError: unknown teacher_head, fusion or fdp.
     """
 
     needs = Needs(levels=True)
@@ -57,6 +64,7 @@ class UniKD(Method):
         gate: str = "spatial",
         upsample: str = "nearest",
         norm: str | None = "input",
+        fdp: str = "auto",
         fdp_norm: str = "layer",
         variance_floor: float = 0.1,
         teacher_head: str = "prefit",
@@ -76,8 +84,19 @@ class UniKD(Method):
             raise ValueError(f"UniKD: teacher_head must be one of {', '.join(TEACHER_HEADS)}, got {teacher_head!r}")
         if fusion not in ("aff", "last"):
             raise ValueError(f"UniKD: fusion must be aff or last, got {fusion!r}")
+        if fdp not in FDP_FORMS:
+            raise ValueError(f"UniKD: fdp must be one of {', '.join(FDP_FORMS)}, got {fdp!r}")
         first = 0 if fusion == "aff" else -1
         width = width or min(256, teacher_channels[-1])
+        if fdp == "auto":
+            fdp = "projected" if num_classes <= MAX_PROJECTED_CLASSES else "direct"
+            if fdp == "direct":
+                _logger.info(
+                    "distill.fdp = auto: the direct form, two layers %d -> %s, for more than %s classes",
+                    width,
+                    f"{num_classes:,}",
+                    f"{MAX_PROJECTED_CLASSES:,}",
+                )
         fused = partial(
             AdaptiveFeatureFusion,
             width=width,
@@ -90,7 +109,7 @@ class UniKD(Method):
         # The head first: its random weights, and so the Gaussians it is fitted to, are the same for every student.
         self.head = TeacherHead(
             PooledFusion(fused(teacher_channels[first:])),
-            FeatureDistributionPrediction(width, num_classes, norm=fdp_norm, variance_floor=variance_floor),
+            FeatureDistributionPrediction(width, num_classes, form=fdp, norm=fdp_norm, variance_floor=variance_floor),
         ).to(device)
         self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(device)
         self.teacher_head, self.head_steps = teacher_head, head_steps
@@ -103,6 +122,8 @@ class UniKD(Method):
             "norm": norm,
             "fdp_norm": fdp_norm,
             "variance_floor": variance_floor,
+            # Not the form that all caches had which were made before there were two.
+            **({"fdp": fdp} if fdp != "projected" else {}),
         }
         self.trainer = HeadTrainer(self.head, learning_rate=head_learning_rate)
         if teacher_head == "literal":
