@@ -63,11 +63,14 @@ def test_a_comparison_is_its_single_runs_per_seed() -> None:
 
 
 def test_the_teacher_is_trained_like_a_student_alone() -> None:
-    config = load_config(DIGITS, ["teacher.training.total_epochs=5", "train.total_epochs=9"])
+    short = ["teacher.training.total_epochs=5", "train.total_epochs=9", "train.max_steps=3"]
+    config = load_config(DIGITS, [*short, "student.weights=a.pth", "student.weights_key=model"])
     kd = next(run for *_, run in run_configs(config) if run.distill.ce_weight is not None)
     teacher = teacher_config(kd)
     assert teacher.student.model == config.teacher.model
     assert (teacher.distill.method, teacher.teacher, teacher.train.total_epochs) == ("none", None, 5)
+    assert (teacher.student.weights, teacher.student.weights_key) == (None, None)
+    assert (config.train.max_steps, teacher.train.max_steps) == (3, None)  # which would leave it knowing nothing
     assert teacher.data.train_samples is None
     assert teacher.train.learning_rate == config.train.learning_rate
 
@@ -315,6 +318,7 @@ def test_the_hash_of_a_run_knows_that_it_is_cached_and_not_where() -> None:
     assert name() == name("teacher.cache.dir=/elsewhere")
     cached = "teacher.cache.mode=read_write"
     assert name(cached) == name(cached, "teacher.cache.dir=/elsewhere")
+    assert name() == name("teacher.min_accuracy=0.5")
     of_file = ["student.weights=a.pth", "student.weights_key=null"]
     assert name(*of_file[:1]) == name(*of_file) != name(of_file[0], "student.weights_key=model")
     others = [name(), name(cached), name(cached, "teacher.cache.views=2"), name(cached, "teacher.cache.logits=uint8")]

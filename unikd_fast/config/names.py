@@ -25,7 +25,7 @@ _MAY_CHANGE: Any = {
         "probe",
     },
     "data": {"root", "workers", "dali_threads", "dali_prefetch"},
-    "teacher": {"cache": {"dir"}},
+    "teacher": {"cache": {"dir"}, "min_accuracy": True},
     "train": {"accumulation_steps"},
     "deepspeed": True,
 }

@@ -84,6 +84,10 @@ class TeacherConfig(Section):
     blockwise it compiles the teacher's own pass; the blocks inside the student's stones run eagerly."""
     fidelity: TeacherFidelity = TeacherFidelity()
     """Comparison of the teacher with itself in fp32, before training."""
+    min_accuracy: Fraction | None = None
+    """Smallest share of the validation images whose class the teacher must name, or the run is refused. null: twice the
+    odds of chance, 2 / (K + 1) for K classes, with an allowance for few images; 0: whatever it knows. A teacher of
+    weights = random is not asked."""
     cache: TeacherCache = TeacherCache()
     """The teacher's outputs, stored on disk."""
     feature_nodes: tuple[Text, ...] | None = None

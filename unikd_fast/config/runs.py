@@ -36,6 +36,7 @@ def teacher_config(config: Config) -> Config:
         "student.weights": None,
         "student.weights_key": None,
         "data.train_samples": training.train_samples,
+        "train.max_steps": None,
     }
     for key in ("total_epochs", "learning_rate", "global_batch_size"):
         if getattr(training, key) is not None:

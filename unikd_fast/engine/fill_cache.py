@@ -19,6 +19,7 @@ from unikd_fast.engine.output_cache import OutputCache
 from unikd_fast.engine.prepare_method import prepare_method
 from unikd_fast.engine.sources import refusing_misfits
 from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.teacher_accuracy import VALIDATION, judge_teacher, measure_teacher
 from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher
@@ -96,7 +97,7 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
 
     Raises:
         CacheError: the disk is full, or an output cannot be stored.
-        ValueError: the teacher is not the network it was made of; see `start_teacher`.
+        ValueError: the teacher is not the network it was made of, see `start_teacher`, or knows too little.
         Interrupted: SIGTERM or Ctrl-C; what is written stays.
     """
     processes, batch_size = cache.processes, cache.settings.batch_size
@@ -112,6 +113,11 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
         precision=precision,
         batch_size=batch_size,
     )
+    if known is None:
+        record[VALIDATION] = measure_teacher(cache.config, teacher, cache.loader, processes)
+    asked = record if known is None else known.record
+    if asked.get(VALIDATION) is not None:  # before a long pass over all views
+        judge_teacher(cache.config, asked[VALIDATION], cache.splits.num_classes, processes, name)
     if known is None:
         prepare_method(cache.method, cache.loader, teacher, processes, stop, name)
         head = cache.method.fitted_head

@@ -32,11 +32,18 @@ class Probe:
     Args:
         teacher: maps images to Features.
         batches: this process's share of the split, anew at every call.
+        known: the teacher's logits (K,) for these batches by sample id, where it has seen them already.
     """
 
-    def __init__(self, teacher: nn.Module, batches: Callable[[], Iterable[Batch]], processes: Processes) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        batches: Callable[[], Iterable[Batch]],
+        processes: Processes,
+        known: dict[int, Tensor] | None = None,
+    ) -> None:
         self._teacher, self._batches, self._processes = teacher, batches, processes
-        self._known: dict[int, Tensor] | None = None  # logits (K,) by sample id
+        self._known: dict[int, Tensor] | None = known  # logits (K,) by sample id
 
     @torch.no_grad()
     def measure(self, student: Sequence[Outputs]) -> float:

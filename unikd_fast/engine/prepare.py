@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unikd_fast.config import Config
 from unikd_fast.engine import checkpoint as ckpt
@@ -28,6 +28,7 @@ from unikd_fast.engine.sharding import start_engine, zero_stage
 from unikd_fast.engine.step_time import StepClock
 from unikd_fast.engine.steps import EagerSteps, Parts, Steps
 from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.teacher_accuracy import check_teacher
 from unikd_fast.io import make_folder, remove_leftovers
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 
@@ -35,12 +36,14 @@ _REMOVE = "remove that folder and continue with --resume auto"
 
 
 class Prepared(NamedTuple):
-    """A run's parts, how many steps it has done, and a copy of the student to evaluate, where one is needed."""
+    """A run's parts, how many steps it has done, and where they are needed and known a copy of the student to evaluate,
+    and the teacher's logits for this process's validation batches."""
 
     parts: Parts
     steps: Steps
     step: int
     copy: FeatureExtractor | LogitsOnly | None
+    teacher_logits: dict[int, Tensor] | None
 
 
 @naming_part("run")
@@ -65,6 +68,9 @@ def prepare(
         teacher_record = ready_cache(experiment.cache, side, stop, name, epochs=experiment.epochs)
         if saved is not None:
             ckpt.require_same_head(saved, method)
+    logits = None
+    if teacher_record is not None:
+        logits = check_teacher(experiment, teacher_record, folder, processes, name, resume=resume)
     if newest is not None and saved is not None:
         with ckpt.restoring(newest, advice=_REMOVE):
             ckpt.restore_weights(saved, side, method, processes)
@@ -101,7 +107,7 @@ def prepare(
     parts = Parts(experiment, engine, watch, meter, average, clock)
     required = config.train.cuda_graph == "on"
     steps: Steps = CapturedSteps(parts, required=required) if captured else EagerSteps(parts)
-    return Prepared(parts, steps, 0 if saved is None else int(saved["run"]["step"]), whole)
+    return Prepared(parts, steps, 0 if saved is None else int(saved["run"]["step"]), whole, logits)
 
 
 def _newest_checkpoint(folder: Path, side: nn.Module, processes: Processes) -> Path | None:

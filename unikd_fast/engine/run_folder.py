@@ -218,6 +218,12 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_json(folder / RESULT, result)
 
 
+def read_teacher(folder: Path) -> dict[str, Any] | None:
+    """What :func:`write_teacher` wrote, or None."""
+    path = folder / TEACHER
+    return read_json(path) if path.exists() else None
+
+
 def write_teacher(folder: Path, record: dict[str, Any]) -> None:
     """How the teacher of the run in ``folder`` was run, and how faithful it was to itself in fp32."""
     write_json(folder / TEACHER, record)

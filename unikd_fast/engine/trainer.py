@@ -5,6 +5,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
+from torch import Tensor
+
 from unikd_fast.config import Config
 from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.bad_samples import bad_sample_record
@@ -43,7 +45,7 @@ class Trainer:
     ) -> None:
         self.config, self.folder, self.processes, self.stop = config, folder, processes, stop
         self.label, self.name = label, f"{label}, seed {config.run.seed}"
-        parts, self.steps, self.step, self.copy = prepare(
+        parts, self.steps, self.step, self.copy, teacher_logits = prepare(
             config, folder, processes, stop, name=self.name, resume=resume
         )
         self.experiment, self.engine, self.watch, self.meter, self.average, self.clock = parts
@@ -60,7 +62,7 @@ class Trainer:
             start_step=self.step,
             tensorboard=config.run.tensorboard,
         )
-        self.probe = self._start_probe()
+        self.probe = self._start_probe(teacher_logits)
         self.evaluations = processes.from_first(
             lambda: [record for record in read_metrics(folder) if record["kind"] == "evaluation"]
         )
@@ -99,11 +101,11 @@ class Trainer:
             self.checkpoints.close()
             self.engine.destroy()
 
-    def _start_probe(self) -> Probe | None:
+    def _start_probe(self, known: dict[int, Tensor] | None) -> Probe | None:
         teacher, loader = self.experiment.teacher, self.experiment.loader
         if teacher is None or not self.config.run.probe:
             return None
-        return Probe(teacher, lambda: loader.evaluate("val"), self.processes)
+        return Probe(teacher, lambda: loader.evaluate("val"), self.processes, known)
 
     def _start_pace(self) -> Pace:
         """A run of some length first measures its loader, so that it can say whether that holds it up."""
