@@ -55,19 +55,28 @@ def row_sum(x):
 
 
 @triton.jit
-def mean_std(ptrs, live, scale, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
-    """Mean (before the scale) and unbiased standard deviation (after it) of each row."""
+def mean_std(
+    ptrs, live, scale, COUNT: tl.constexpr, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Mean (before the scale) and standard deviation (after it) of each row; its squares are divided by COUNT."""
+    mean = tl.zeros([ROWS, 1], tl.float32)
+    largest = tl.zeros([ROWS, 1], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        x = tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K), 0.0)
+        mean += row_sum(x * (1.0 / K))
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1)[:, None])
+    # In units of the power of two below the largest, which rounds nothing, no square leaves the range.
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     total = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        total += row_sum(tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K), 0.0))
-    mean = total / K
-    total = tl.zeros([ROWS, 1], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        x = tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K) - mean, 0.0)
-        total += row_sum(x * x)
-    return mean, scale * tl.sqrt(total / (K - 1))
+        x = load_logits(ptrs, cols, live, COL, K) * inverse - mean * inverse
+        total += row_sum(tl.where((cols < K)[None, :], x * x, 0.0))
+    return mean, scale * unit * tl.sqrt(total / COUNT)
 
 
 @triton.jit
@@ -131,10 +140,18 @@ def log_sum(count, rest):
 
 
 @triton.jit
+def log_ratio_of(n_s, rest_s, n_t, rest_t):
+    """ln(n_s + rest_s) - ln(n_t + rest_t), from what the sums differ by: of each logarithm only ε ln K is known."""
+    difference = (n_s - n_t) + (rest_s - rest_t)
+    distance = log1p(tl.abs(difference) / tl.minimum(n_s + rest_s, n_t + rest_t))
+    return tl.where(difference < 0, -distance, distance)
+
+
+@triton.jit
 def probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio):
     """q, p and u = ln q - ln p of a tile of student and teacher logits.
 
-    max and sum are those of `online_max_sum`, f its factors; log_ratio is the difference of the two `log_sum`.
+    max and sum are those of `online_max_sum`, f its factors; log_ratio is that of the two sums.
     """
     d_s = (s - max_s) * f_s
     d_t = (t - max_t) * f_t
@@ -179,26 +196,48 @@ def divergence_terms(u, p, q, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def student_gradient(u, p, q, d1, d2, beta, KIND: tl.constexpr):
-    """Derivative of the divergence by the student's scaled logits; d1, d2 are the row sums of the terms."""
+def student_slope(u, q, beta, KIND: tl.constexpr):
+    """What the student's gradient is q times, less its own mean under q; 0 where there is no such form."""
     if KIND == FORWARD:
-        return difference(p, q, u)
+        return 0.0 * q
     elif KIND == REVERSE:
-        return q * (tl.where(q > 0, u, 0.0) - d1)
+        return tl.where(q > 0, u, 0.0)
     else:
         _, to_q = mixture_log_ratios(u, beta)
-        return (1 - beta) * q * (-tl.where(q > 0, to_q, 0.0) - d2)
+        return -(1 - beta) * tl.where(q > 0, to_q, 0.0)
 
 
 @triton.jit
-def teacher_gradient(u, p, q, d1, d2, beta, KIND: tl.constexpr):
+def teacher_slope(u, p, beta, KIND: tl.constexpr):
+    """The same of the teacher, under p."""
     if KIND == FORWARD:
-        return p * (-tl.where(p > 0, u, 0.0) - d1)
+        return -tl.where(p > 0, u, 0.0)
     elif KIND == REVERSE:
-        return -difference(p, q, u)
+        return 0.0 * p
     else:
         to_p, _ = mixture_log_ratios(u, beta)
-        return beta * p * (-tl.where(p > 0, to_p, 0.0) - d1)
+        return -beta * tl.where(p > 0, to_p, 0.0)
+
+
+@triton.jit
+def student_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
+    """Derivative of the divergence by the student's scaled logits; centre is Σ q `student_slope`.
+
+    That is the divergence itself, but summed like this it takes along what u is off by in all of a row, and the
+    difference does not see it: where the temperature is high that is all there is.
+    """
+    if KIND == FORWARD:
+        return difference(p, q, u)
+    else:
+        return q * (student_slope(u, q, beta, KIND) - centre)
+
+
+@triton.jit
+def teacher_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
+    if KIND == REVERSE:
+        return -difference(p, q, u)
+    else:
+        return p * (teacher_slope(u, p, beta, KIND) - centre)
 
 
 @triton.jit

@@ -9,7 +9,9 @@ from unikd_fast.kernels._device import (
     kl_terms,
     last_to_arrive,
     load_logits,
+    log_ratio_of,
     log_sum,
+    mean_std,
     online_max_sum,
     probabilities,
     row_pointers,
@@ -59,18 +61,8 @@ def _anchor_rows(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
     teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
-    total = tl.zeros([ROWS, 1], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        x = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-        total += row_sum(tl.where((cols < K)[None, :], x, 0.0))
-    centre = total / K
-    total = tl.zeros([ROWS, 1], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        x = load_logits(teacher_rows, cols, live, TEACHER_COL, K) - centre
-        total += row_sum(tl.where((cols < K)[None, :], x * x, 0.0))
-    factor = scale / tl.sqrt(scale * scale * total / K + 1e-5)
+    centre, std = mean_std(teacher_rows, live, scale, K, TEACHER_COL, K, BLOCK_K, ROWS)
+    factor = scale / tl.where(std < 1e10, tl.sqrt(std * std + 1e-5), std)  # whose square would leave the range
     total = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
@@ -236,7 +228,7 @@ def unikd_kernel(
             sum_s = n_s + rest_s
             sum_t = n_t + rest_t
             log_sum_1 = log_sum(n_s, rest_1)
-            log_ratio = log_sum(n_s, rest_s) - log_sum(n_t, rest_t)
+            log_ratio = log_ratio_of(n_s, rest_s, n_t, rest_t)
             nan = tl.where(wrong[:, None], float("nan"), 1.0)
             ce_scale = tl.where(labelled[:, None], nan * (up * ce_weight / ce_norm), 0.0)
             kl_scale = f_s * (up * b * t2 / rows_norm)

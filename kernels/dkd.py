@@ -20,6 +20,7 @@ from unikd_fast.kernels._device import (
     kl_terms,
     load_logits,
     log1p,
+    log_ratio_of,
     log_sum,
     mean_std,
     online_max_sum,
@@ -123,8 +124,8 @@ def _dkd_kernel(
         if scale_ptr is not None:
             a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
         if STANDARDIZED:
-            mean_s, std_s = mean_std(student_rows, live, a_s, STUDENT_COL, K, BLOCK_K, ROWS)
-            _, std_t = mean_std(teacher_rows, live, a_t, TEACHER_COL, K, BLOCK_K, ROWS)
+            mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
+            _, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
             a_s = 1.0 / (std_s + 1e-7)
             a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature
@@ -135,7 +136,7 @@ def _dkd_kernel(
         z_t = tl.load(teacher_rows + target * TEACHER_COL, mask=live[:, None], other=0).to(tl.float32)
         sum_s = n_s + rest_s
         sum_t = n_t + rest_t
-        log_ratio = log_sum(n_s, rest_s) - log_sum(n_t, rest_t)
+        log_ratio = log_ratio_of(n_s, rest_s, n_t, rest_t)
         top_s = (z_s - max_s) * f_s
         top_t = (z_t - max_t) * f_t
         odds_s = top_s - log_sum(n_s, rest_s)

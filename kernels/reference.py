@@ -11,8 +11,9 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from unikd_fast.kernels.reference_divergences import divergence_rows, standardize
+from unikd_fast.kernels.reference_divergences import divergence_rows, standardize, unit_of
 
 
 def softmax_kl(
@@ -77,6 +78,8 @@ def _textbook_kl(log_p: Tensor, log_q: Tensor, *, per_row: bool) -> Tensor | Non
     It is known to about ε, so it will do unless it is small; and it is a third of the work.
     """
     if log_p.device.type != "cpu" or torch.compiler.is_compiling() or log_p.numel() == 0:
+        return None
+    if transform_of(log_p, log_q) is not None:
         return None
     loss = F.kl_div(log_q, log_p, log_target=True, reduction="none" if per_row else "sum")
     if per_row:
@@ -187,7 +190,10 @@ def gaussian_anchor(
         tensor(0.5000)
     """
     logits, mean, log_var = at_least_fp32(teacher_logits), at_least_fp32(mean), at_least_fp32(log_var)
-    target = F.layer_norm(logits, logits.shape[-1:], eps=1e-5)
+    unit = unit_of(logits)
+    rows = logits / unit
+    centred = rows - rows.mean(dim=-1, keepdim=True)
+    target = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-5 / unit / unit)
     terms = 0.5 * ((target - mean).square() * torch.exp(-log_var) + log_var)
     return reduce_rows(terms.mean(dim=-1), "batchmean", classes=1, normalizer=normalizer)
 
@@ -214,6 +220,22 @@ def reduce_rows(
     else:
         kept = max(rows.numel(), 1) if ignore_mask is None else (~ignore_mask).sum().clamp(min=1)
     return total / (kept * classes if reduction == "mean" else kept)
+
+
+def transform_of(*tensors: object) -> str | None:
+    """Name what one of the tensors is under beside autograd, None for nothing: then its values can be looked at.
+
+    A compiled graph answers None: there nothing is looked at anyway.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    stacked, dual = torch._C._functorch.peek_interpreter_stack() is not None, forward_ad._current_level >= 0
+    for x in tensors if stacked or dual else ():
+        if isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return "torch.vmap or another transform of torch.func"
+        if dual and isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            return "forward-mode differentiation"
+    return None
 
 
 def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:

@@ -57,5 +57,12 @@ def standardize(logits: Tensor) -> Tensor:
 
     A row of equal logits becomes 0, and its gradient that of the mean alone.
     """
-    centred = logits - logits.mean(dim=-1, keepdim=True)
-    return centred / (logits.std(dim=-1, keepdim=True) + 1e-7)
+    unit = unit_of(logits)
+    rows = logits / unit
+    centred = rows - rows.mean(dim=-1, keepdim=True)
+    return centred / (rows.std(dim=-1, keepdim=True) + 1e-7 / unit)
+
+
+def unit_of(logits: Tensor) -> Tensor:
+    """Give the power of two (..., 1) below each row's largest logit, 1 at least; in such units no square overflows."""
+    return torch.exp2(torch.log2(logits.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1)).floor())

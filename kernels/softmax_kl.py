@@ -18,7 +18,7 @@ from unikd_fast.kernels._device import (
     difference,
     divergence_terms,
     load_logits,
-    log_sum,
+    log_ratio_of,
     mean_std,
     online_max_sum,
     probabilities,
@@ -29,7 +29,9 @@ from unikd_fast.kernels._device import (
     store_tile,
     store_total,
     student_gradient,
+    student_slope,
     teacher_gradient,
+    teacher_slope,
     times_upstream,
 )
 from unikd_fast.kernels._launch import (
@@ -96,8 +98,8 @@ def _softmax_kl_kernel(
         if scale_ptr is not None:
             a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
         if STANDARDIZED:
-            mean_s, std_s = mean_std(student_rows, live, a_s, STUDENT_COL, K, BLOCK_K, ROWS)
-            mean_t, std_t = mean_std(teacher_rows, live, a_t, TEACHER_COL, K, BLOCK_K, ROWS)
+            mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
+            mean_t, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
             a_s = 1.0 / (std_s + 1e-7)
             a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature  # (ROWS, 1): softmax of f z
@@ -128,11 +130,13 @@ def _softmax_kl_kernel(
                 max_t, n_t, rest_t = online_max_sum(max_t, n_t, rest_t, t, f_t)
         sum_s = n_s + rest_s
         sum_t = n_t + rest_t
-        log_ratio = log_sum(n_s, rest_s) - log_sum(n_t, rest_t)
+        log_ratio = log_ratio_of(n_s, rest_s, n_t, rest_t)
 
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
         d1 = tl.zeros([ROWS, 1], tl.float32)
         d2 = tl.zeros([ROWS, 1], tl.float32)
+        centre_s = tl.zeros([ROWS, 1], tl.float32)
+        centre_t = tl.zeros([ROWS, 1], tl.float32)
         for i in range(BLOCKS):
             cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
             if SINGLE:
@@ -145,6 +149,10 @@ def _softmax_kl_kernel(
             terms1, terms2 = divergence_terms(u, p, q, beta, KIND)
             d1 += row_sum(terms1)
             d2 += row_sum(terms2)
+            if student_grad_ptr is not None and KIND != 0:
+                centre_s += row_sum(q * student_slope(u, q, beta, KIND))
+            if teacher_grad_ptr is not None and KIND != 1:
+                centre_t += row_sum(p * teacher_slope(u, p, beta, KIND))
             if FUSED_PASS and WANT_GRAD:
                 g = difference(p, q, u) * (row_weight * f_s)
                 store_tile(row_pointers(student_grad_ptr, rows, K), cols, inside, tl.where(live[:, None], g, 0.0), K)
@@ -159,10 +167,10 @@ def _softmax_kl_kernel(
                     t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
                     q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
                     if student_grad_ptr is not None:
-                        g = student_gradient(u, p, q, d1, d2, beta, KIND)
+                        g = student_gradient(u, p, q, centre_s, beta, KIND)
                         dot_s += row_sum(tl.where((cols < K)[None, :], g * ((s - mean_s) * a_s), 0.0))
                     if teacher_grad_ptr is not None:
-                        g = teacher_gradient(u, p, q, d1, d2, beta, KIND)
+                        g = teacher_gradient(u, p, q, centre_t, beta, KIND)
                         dot_t += row_sum(tl.where((cols < K)[None, :], g * ((t - mean_t) * a_t), 0.0))
             for i in range(BLOCKS):
                 cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -170,13 +178,13 @@ def _softmax_kl_kernel(
                 t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
                 q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
                 if student_grad_ptr is not None:
-                    g = student_gradient(u, p, q, d1, d2, beta, KIND) * f_s
+                    g = student_gradient(u, p, q, centre_s, beta, KIND) * f_s
                     if STANDARDIZED:
                         g -= standardization_share(dot_s * inverse_temperature, std_s, K) * ((s - mean_s) * a_s)
                     g = tl.where(live[:, None], g * row_weight, 0.0)
                     store_tile(row_pointers(student_grad_ptr, rows, K), cols, inside, g, K)
                 if teacher_grad_ptr is not None:
-                    g = teacher_gradient(u, p, q, d1, d2, beta, KIND) * f_t
+                    g = teacher_gradient(u, p, q, centre_t, beta, KIND) * f_t
                     if STANDARDIZED:
                         g -= standardization_share(dot_t * inverse_temperature, std_t, K) * ((t - mean_t) * a_t)
                     g = tl.where(live[:, None], g * row_weight, 0.0)

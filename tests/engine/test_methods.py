@@ -240,6 +240,25 @@ def test_one_class_a_sample_excludes_mixing(tmp_path: Path, weights: Path, monke
         built(config)
 
 
+@pytest.mark.parametrize(
+    "distill",
+    [
+        {"method": "dkd"},
+        {"method": "nkd"},
+        {"method": ["kd", "dkd"]},
+        {"method": "kd", "kd": {"standardized": True}},
+        {"method": "mlkd", "mlkd": {"standardized": True}},
+    ],
+    ids=lambda distill: str(distill["method"]),
+)
+def test_one_class_is_refused_before_anything_is_built(tmp_path: Path, distill: dict[str, Any]) -> None:
+    """By the methods whose losses refuse it; the others train."""
+    config = load_config(write_config(tmp_path, data={"num_classes": 1}, distill=distill))
+    message = r"method = .*(kd|dkd)' weighs classes against each other .* at least 2, got 1 in data\.name = 'synthetic'"
+    with pytest.raises(ConfigError, match=message):
+        build_experiment(config, ALONE)
+
+
 def test_each_name_is_its_method_and_a_list_their_sum(tmp_path: Path, weights: Path) -> None:
     assert set(methods.METHODS) == set(DistillConfig.model_json_schema()["properties"]["method"]["oneOf"][0]["enum"])
     assert needs_of(DistillConfig(method="none")) == Needs(teacher=False)

@@ -41,6 +41,14 @@ def test_temperature(temperature: float, standardized: bool) -> None:
             compare(dkd_loss, inputs, temperature=temperature, standardized=standardized)
 
 
+@pytest.mark.parametrize("size", [1e19, 1e30])
+def test_standardized_rows_of_any_size(size: float) -> None:
+    """Their squares leave the range of fp32."""
+    for classes in (10, 4097):
+        inputs = [randn(3, classes, seed=seed, scale=size, grad=seed == 1) for seed in (1, 2)]
+        compare(dkd_loss, [*inputs, labels_for(3, classes)], standardized=True)
+
+
 @pytest.mark.parametrize("ignored", [(), (0, 3, 66)])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_reductions(reduction: str, ignored: tuple[int, ...]) -> None:

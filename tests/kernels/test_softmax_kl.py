@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import DEVICE, DTYPES, close_logits, compare, quantized_kl, quiet, randn
+from kernel_inputs import BACKEND, DEVICE, DTYPES, close_logits, compare, quantized_kl, quiet, randn
 from numerics import relative_error
 from torch import Tensor
 
@@ -93,6 +93,40 @@ def test_temperature(temperature: float, scale_by_t2: bool, divergence: str) -> 
         compare(softmax_kl, inputs, temperature=temperature, scale_by_t2=scale_by_t2, divergence=divergence)
 
 
+@pytest.mark.parametrize("standardized", [False, True])
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+@pytest.mark.parametrize("classes", [10, 1000, LARGEST_SINGLE_BLOCK // 4 + 1])
+def test_a_very_high_temperature(classes: int, divergence: str, standardized: bool) -> None:
+    """ln q - ln p, 1e-6 at most, is off by 1e-7 in all of a row; that must cancel in the gradient."""
+    for seed in (1, 3, 5):
+        inputs = [randn(3, classes, seed=seed, grad=True), randn(3, classes, seed=seed + 1)]
+        compare(softmax_kl, inputs, temperature=1e6, divergence=divergence, standardized=standardized, beta=0.3)
+        gradients = []
+        for impl, dtype in (("fused", torch.float32), ("reference", torch.float64)):
+            x, y = (z.detach().to(dtype).requires_grad_() for z in inputs)
+            loss = softmax_kl(x, y, temperature=1e6, divergence=divergence, standardized=standardized, impl=impl)
+            gradients.append(torch.autograd.grad(loss, x)[0])
+        assert relative_error(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("classes", [10, LARGEST_SINGLE_BLOCK // 4 + 1])
+@pytest.mark.parametrize("size", [1e19, 1e30])
+def test_standardized_rows_of_any_size(size: float, classes: int, divergence: str) -> None:
+    """Their squares leave the range of fp32; and the gradient is that of rows of size 1, divided by it."""
+    inputs = [randn(3, classes, seed=1, scale=size, grad=True), randn(3, classes, seed=2, scale=size, grad=True)]
+    chosen: dict[str, Any] = {"standardized": True, "divergence": divergence, "temperature": 2.0}
+    compare(softmax_kl, inputs, **chosen)
+    compare(softmax_kl, [inputs[0], randn(3, classes, seed=2)], **chosen)
+    gradients = []
+    for scale in (1.0, size):
+        x = randn(3, classes, seed=1, scale=scale, grad=True)
+        softmax_kl(x, randn(3, classes, seed=2, scale=scale), impl="fused", **chosen).backward()
+        assert x.grad is not None
+        gradients.append(x.grad.double() * scale)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_reductions(reduction: str, masked: bool) -> None:
@@ -124,14 +158,16 @@ def test_an_infinite_upstream_gradient_of_an_ignored_row() -> None:
     """The mean over kept rows as 1 / count gives one: the plain loss answers 0 there."""
     mask = torch.tensor([True, False, True], device=DEVICE)
     weights = torch.tensor([INF, 0.5, math.nan], device=DEVICE)
+    compiled = torch.compile(softmax_kl, fullgraph=True, backend=BACKEND)
     for dtype in DTYPES:
         gradients = []
-        for impl in ("fused", "reference"):
+        for function, impl in ((softmax_kl, "fused"), (compiled, "fused"), (softmax_kl, "reference")):
             student = randn(3, 7, seed=1, dtype=dtype, grad=True)
-            loss = softmax_kl(student, randn(3, 7, seed=2, dtype=dtype), reduction="none", ignore_mask=mask, impl=impl)
+            loss = function(student, randn(3, 7, seed=2, dtype=dtype), reduction="none", ignore_mask=mask, impl=impl)
             loss.backward(weights)
             gradients.append(student.grad)
-        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(gradients[0], gradients[2])
+        torch.testing.assert_close(gradients[1], gradients[2])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])

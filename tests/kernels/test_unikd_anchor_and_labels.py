@@ -133,6 +133,22 @@ def test_anchor(classes: int) -> None:
         compare(with_anchor, [*objective_inputs(3, classes, dtype), *pair], normalizer=13.0)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e19, 1e30, 1e37])
+def test_anchor_at_logits_of_any_size(size: float) -> None:
+    """Their squares leave the range of fp32; standardised they are those of size 1."""
+    pair = [randn(3, 10, seed=30 + i, scale=0.5, grad=True) for i in range(2)]
+    inputs = objective_inputs(3, 10)
+    inputs[1] = randn(3, 10, seed=2, scale=size)
+    compare(with_anchor, [*inputs, *pair], beta=0)
+    if size > 1:
+        terms = [
+            unikd_loss(inputs[0], randn(3, 10, seed=2, scale=s), inputs[2], anchor=(*pair,), impl=impl).anchor
+            for s, impl in ((1e6, "reference"), (size, "fused"), (size, "reference"))
+        ]
+        assert terms[1].item() == pytest.approx(terms[0].item(), rel=1e-5)
+        assert terms[2].item() == pytest.approx(terms[0].item(), rel=1e-5)
+
+
 def test_the_anchor_alone_has_a_gradient() -> None:
     inputs = objective_inputs(3, 7)
     pair = [randn(3, 7, seed=30 + i, scale=0.5, grad=True) for i in range(2)]

@@ -14,7 +14,7 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.engine.first_forward import check_forward
 from unikd_fast.engine.inputs import say_inputs, teacher_affine
 from unikd_fast.engine.launched import require_agreement
-from unikd_fast.engine.methods import build_method, check_needs, needs_of
+from unikd_fast.engine.methods import build_method, check_classes, check_needs, needs_of
 from unikd_fast.engine.networks import build_network, build_teacher_network
 from unikd_fast.engine.online_teacher import start_teacher
 from unikd_fast.engine.out_of_memory import naming_part
@@ -79,6 +79,7 @@ def _build(config: Config, processes: Processes) -> Experiment:
     needs = needs_of(config.distill)
     check_needs(config, needs)
     splits = build_data(config, processes)
+    check_classes(config, needs, splits.num_classes)
     if processes.is_first:
         say_inputs(config, splits, augmentation_of(config))
     loader = build_data_loader(config, splits, processes, second_view=needs.second_view)

@@ -59,6 +59,19 @@ def check_needs(config: Config, needs: Needs) -> None:
         )
 
 
+def check_classes(config: Config, needs: Needs, classes: int) -> None:
+    """Refuse data of too few classes for the method of a run.
+
+    Raises:
+        ConfigError: one class, for a method that weighs classes against each other.
+    """
+    if needs.two_classes and classes < 2:
+        raise ConfigError(
+            f"distill.method = {config.distill.label!r} weighs classes against each other and needs at least 2, got "
+            f"{classes} in data.name = {config.data.name!r}; train on more classes or use another method"
+        )
+
+
 def build_method(distill: DistillConfig, around: Surroundings) -> Method:
     """The method of ``distill``, or the sum of several."""
     parts: dict[str, Method] = {name: METHODS[name].build(distill, around) for name in distill.methods}
@@ -258,6 +271,14 @@ def _blockwise(distill: DistillConfig, around: Surroundings) -> Method:
     )
 
 
+def _needs_of_kd(distill: DistillConfig) -> Needs:
+    return KD.needs_with(standardized=distill.kd is not None and distill.kd.standardized)
+
+
+def _needs_of_mlkd(distill: DistillConfig) -> Needs:
+    return MLKD.needs_with(standardized=distill.mlkd is not None and distill.mlkd.standardized)
+
+
 def _needs_of_reviewkd(distill: DistillConfig) -> Needs:
     settings = distill.reviewkd or sections.ReviewKD()
     return ReviewKD.needs_with(student_before_activation=settings.student_before_activation)
@@ -277,10 +298,10 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "none": Entry(StudentAlone, _student_alone),
-    "kd": Entry(KD, _kd),
+    "kd": Entry(KD, _kd, needs=_needs_of_kd),
     "dkd": Entry(DKD, _dkd),
     "nkd": Entry(NKD, _nkd),
-    "mlkd": Entry(MLKD, _mlkd),
+    "mlkd": Entry(MLKD, _mlkd, needs=_needs_of_mlkd),
     "flg": Entry(FLG, _flg),
     "unikd": Entry(UniKD, _unikd),
     "fitnet": Entry(FitNet, _fitnet),

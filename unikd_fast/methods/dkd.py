@@ -30,7 +30,7 @@ class DKD(Method):
         device: of the ramp.
     """
 
-    needs = Needs(hard_labels=True)
+    needs = Needs(hard_labels=True, two_classes=True)
 
     def __init__(
         self,

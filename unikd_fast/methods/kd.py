@@ -2,7 +2,7 @@
 
 from unikd_fast.kernels import reference
 from unikd_fast.losses import softmax_kl, unikd_loss
-from unikd_fast.methods.method import Method
+from unikd_fast.methods.method import Method, Needs
 from unikd_fast.values import Batch, Loss, StudentOutput, Target
 
 
@@ -37,6 +37,12 @@ class KD(Method):
         self.ce_weight, self.beta = ce_weight, beta
         self.temperature, self.scale_by_t2 = temperature, scale_by_t2
         self.standardized, self.label_smoothing, self.impl = standardized, label_smoothing, impl
+        self.needs = self.needs_with(standardized=standardized)
+
+    @classmethod
+    def needs_with(cls, *, standardized: bool) -> Needs:
+        """What it needs: a row of one class has no standard deviation."""
+        return cls.needs._replace(two_classes=standardized)
 
     @property
     def term_names(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ class Needs(NamedTuple):
     second_view: bool = False  # Batch.second, and the logits of both networks for it
     teacher_network: bool = False  # the teacher's own blocks, as functions that a gradient can pass through
     hard_labels: bool = False  # one class a sample, so no mixup or CutMix
+    two_classes: bool = False  # at least two classes in the data
 
     def union(self, other: "Needs") -> "Needs":
         """What two methods need together."""

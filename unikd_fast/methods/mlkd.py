@@ -74,6 +74,12 @@ class MLKD(Method):
         self.temperatures, self.first_view_temperatures = tuple(temperatures), tuple(first_view_temperatures)
         self.masks, self.standardized = masks, standardized
         self.label_smoothing, self.impl = label_smoothing, impl
+        self.needs = self.needs_with(standardized=standardized)
+
+    @classmethod
+    def needs_with(cls, *, standardized: bool) -> Needs:
+        """What it needs: a row of one class has no standard deviation."""
+        return cls.needs._replace(two_classes=standardized)
 
     @property
     def term_names(self) -> tuple[str, ...]:

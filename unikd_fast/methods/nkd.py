@@ -7,7 +7,7 @@ from unikd_fast.kernels import reference
 from unikd_fast.kernels.reference import at_least_fp32
 from unikd_fast.losses import dkd_loss
 from unikd_fast.losses.logits import dense_logits
-from unikd_fast.methods.method import Method
+from unikd_fast.methods.method import Method, Needs
 from unikd_fast.values import Batch, Loss, StudentOutput, Target, TopKLogits
 
 
@@ -26,6 +26,8 @@ class NKD(Method):
         label_smoothing: of the cross-entropy.
         impl: implementation of the losses, see `dkd_loss`.
     """
+
+    needs = Needs(two_classes=True)
 
     def __init__(
         self,
