@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from unikd_fast.kernels._launch import flat, on_device
-from unikd_fast.kernels._multiply import multiply_in_place
-from unikd_fast.kernels._once import once
+from unikd_fast.kernels._multiply import multiplied, multiply_in_place
+from unikd_fast.kernels._once import once, refuse_transforms
 
 Tensors = Sequence[Tensor | None]
 
@@ -53,7 +53,7 @@ class FusedLoss:
         launch: Callable[..., None],
         differentiable: int = 1,
     ) -> None:
-        self.inputs, self.gradient_of, self.settings = tuple(inputs), tuple(gradient_of), settings
+        self.name, self.inputs, self.gradient_of, self.settings = name, tuple(inputs), tuple(gradient_of), settings
         self.outputs, self.differentiable, self.launch = outputs, differentiable, launch
         arguments = [f"Tensor{'' if i == 0 else '?'} {x}" for i, x in enumerate(inputs)]
         arguments += ["bool[] wanted", *(f"Tensor? upstream{i}" for i in range(differentiable))]
@@ -67,7 +67,12 @@ class FusedLoss:
         self.operator = getattr(torch.ops.unikd_fast, name)
 
     def __call__(self, tensors: Tensors, **settings: Any) -> tuple[Tensor, ...]:
-        """Give the outputs, differentiable by the inputs that require a gradient."""
+        """Give the outputs, differentiable by the inputs that require a gradient.
+
+        Raises:
+            RuntimeError: tensors under a transform that autograd would not see, see `refuse_transforms`.
+        """
+        refuse_transforms(self.name, tensors)
         wanted = [
             torch.is_grad_enabled() and output >= 0 and x is not None and x.requires_grad
             for x, output in zip(tensors, self.gradient_of, strict=True)
@@ -138,6 +143,7 @@ class FusedLoss:
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         tensors, ctx.computed, _, ctx.settings = self._split(inputs)
         ctx.save_for_backward(*tensors, *output[self.outputs :])
+        ctx.set_materialize_grads(False)  # an output that nobody used has no gradient, not one of 0 times what it is
 
     def _operator_backward(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         n = len(self.inputs)
@@ -150,7 +156,7 @@ class FusedLoss:
             if factor is None:
                 continue
             if ctx.computed[i]:
-                result[i] = (gradients[i] * (factor[..., None] if factor.ndim else factor)).to(gradients[i].dtype)
+                result[i] = multiplied(gradients[i], factor)
             else:
                 missing[i] = True
         if any(missing):

@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from unikd_fast.kernels.reference import transform_of
 from unikd_fast.kernels.reference_divergences import DIVERGENCES
 from unikd_fast.values import QuantizedLogits, TopKLogits
 
@@ -24,9 +25,11 @@ def choose_impl(function: str, impl: str, *tensors: Tensor) -> str:
     check_impl(function, impl)
     if impl == "reference":
         return impl
-    device = tensors[0].device
+    device, transform = tensors[0].device, transform_of(*tensors)
     reason = ""
-    if device.type not in ("cuda", "cpu"):
+    if transform is not None:
+        reason = f"is differentiated by autograd in reverse mode alone, got tensors under {transform}; use impl='auto'"
+    elif device.type not in ("cuda", "cpu"):
         reason = f"needs a GPU, got tensors on {device}; move them to one or use impl='auto'"
     elif any(x.dtype == torch.float64 for x in tensors):
         reason = "computes in fp32, got torch.float64; use impl='auto', or pass .float()"
@@ -219,7 +222,7 @@ def check_labels(function: str, labels: Tensor, logits: Tensor, ignore_index: in
             f"indices as int64{also}"
         )
     _check_rows(function, "labels", labels, logits)
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or transform_of(labels) is not None:
         return
     classes, values = logits.shape[-1], labels.long()  # small integers would be compared in their own type, wrapped
     wrong = values[(values != ignore_index) & ((values < 0) | (values >= classes))]
@@ -263,6 +266,8 @@ def _check_topk(function: str, student: Tensor, teacher: TopKLogits) -> None:
             f"logits {tuple(student.shape)}, got {tuple(values.shape)} and {tuple(indices.shape)}"
         )
     if indices.device.type != "cpu" or torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    if transform_of(*teacher) is not None:
         return
     low, high = indices.min().item(), indices.max().item()
     if low < 0 or high >= classes:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unikd_fast.kernels._once import once
+from unikd_fast.kernels._once import once, refuse_transforms
 
 Tensors = Sequence[Tensor]
 Allocate = Callable[..., tuple[Tensor, list[Tensor]]]
@@ -38,7 +38,7 @@ class FusedFunction:
         forward: Callable[..., None],
         backward: Callable[..., None],
     ) -> None:
-        self.settings, self.allocate = tuple(settings), allocate
+        self.name, self.settings, self.allocate = name, tuple(settings), allocate
         self._launch_forward, self._launch_backward = forward, backward
         extra = "".join(f", {kind} {x}" for x, kind in settings.items())
         self.operator = torch.library.custom_op(
@@ -58,6 +58,7 @@ class FusedFunction:
         self.backward_operator.register_fake(self._backward_fake)
 
     def __call__(self, tensors: Tensors, **settings: Any) -> Tensor:
+        refuse_transforms(self.name, tensors)
         ordered = [settings[name] for name in self.settings]
         if torch.compiler.is_compiling():
             output: Tensor = self.operator(list(tensors), *ordered)[0]

@@ -1,9 +1,25 @@
-"""Second derivatives of what the kernels compute are refused, not silently 0."""
+"""Derivatives that the kernels do not have are refused, not silently 0: second ones, and those of forward mode."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from unikd_fast.kernels.reference import transform_of
+
+
+def refuse_transforms(function: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError for a tensor under forward-mode differentiation, `torch.vmap` or `torch.func`.
+
+    A launch sees the numbers alone: a tangent would be lost, and a batched tensor has no numbers to see.
+    """
+    transform = transform_of(*tensors)
+    if transform is not None:
+        raise RuntimeError(
+            f"{function}: the kernel can be differentiated in reverse mode by autograd, got a tensor under "
+            f"{transform}; use impl='reference'"
+        )
 
 
 def once(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:

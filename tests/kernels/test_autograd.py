@@ -11,10 +11,11 @@ import torch.distributed as dist
 from kernel_inputs import DEVICE, DTYPES, LOSSES, compare, leaves_of, quiet, randn
 from numerics import relative_error
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from unikd_fast import SoftmaxKL, softmax_kl
+from unikd_fast import SoftmaxKL, dkd_loss, softmax_kl
 from unikd_fast.kernels import _autograd
-from unikd_fast.kernels._multiply import MOST_BUFFERS, multiply_in_place
+from unikd_fast.kernels._multiply import MOST_BUFFERS, multiplied, multiply_in_place
 
 pytestmark = quiet
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -92,6 +93,68 @@ def test_second_derivatives_are_refused(name: str, factor: float) -> None:
     with pytest.raises(RuntimeError, match=r"twice|second derivative|double backward"):
         (gradient, *_) = torch.autograd.grad(loss, leaves_of(inputs), create_graph=True)
         (loss + gradient.square().sum()).backward()
+
+
+def tangent_of(f: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor | None:
+    """Differentiate in forward mode."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, direction))).tangent
+
+
+@every_loss
+class TestTransforms:
+    """Forward mode and torch.func: an error from a kernel, and the right numbers from the plain loss and "auto"."""
+
+    def loss_of(self, name: str, impl: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        first, *rest = (x.detach() for x in LOSSES[name].make(5, 11, torch.float32))
+        return lambda x: LOSSES[name].compute(x, *rest, impl=impl), first
+
+    @pytest.mark.parametrize("wanted", [False, True])
+    def test_forward_mode_over_a_kernel_is_refused(self, name: str, wanted: bool) -> None:
+        """With and without requires_grad, where the tangent was lost without a word."""
+        f, x = self.loss_of(name, "fused")
+        with pytest.raises(RuntimeError, match=r"got tensors under forward-mode differentiation; use impl='auto'"):
+            tangent_of(f, x.requires_grad_(wanted), torch.ones_like(x))
+
+    def test_functional_transforms_over_a_kernel_are_refused(self, name: str) -> None:
+        f, x = self.loss_of(name, "fused")
+        transforms = torch.func.grad(f), torch.func.jacfwd(f), torch.func.hessian(f), lambda x: torch.vmap(f)(x[None])
+        for transform in transforms:
+            with pytest.raises(RuntimeError, match=r"got tensors under torch\.vmap or another .*; use impl='auto'"):
+                transform(x)
+
+    @pytest.mark.parametrize("impl", ["auto", "reference"])
+    def test_over_the_plain_loss_they_work(self, name: str, impl: str) -> None:
+        f, x = self.loss_of(name, impl)
+        gradient = torch.autograd.grad(f(x.requires_grad_()), x)[0]
+        x, direction = x.detach(), randn(5, 11, seed=9)
+        expected = (gradient * direction).sum()
+        tangent = tangent_of(f, x, direction)
+        assert tangent is not None
+        torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-6)
+        tangent = torch.func.jvp(f, (x,), (direction,))[1].float()  # a number times a 0-d tensor is fp64 there
+        torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.func.grad(f)(x), gradient, rtol=1e-4, atol=1e-6)
+        several = torch.stack([x, 2 * x])
+        torch.testing.assert_close(torch.vmap(f)(several), torch.stack([f(x), f(2 * x)]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.vmap(torch.func.grad(f))(several)[0], gradient, rtol=1e-4, atol=1e-6)
+
+    def test_every_input_can_be_batched(self, name: str) -> None:
+        """Labels and stored rows too, whose values are then not looked at."""
+        inputs = [x.detach() for x in LOSSES[name].make(5, 11, torch.float32)]
+
+        def compute(*x: Tensor) -> Tensor:
+            return LOSSES[name].compute(*x, impl="reference")
+
+        batched = torch.vmap(compute)(*(torch.stack([x, x.flip(0)]) for x in inputs))
+        torch.testing.assert_close(batched, compute(*inputs).expand(2), rtol=1e-4, atol=1e-6)
+
+
+def test_a_batched_weight_of_a_kernel_is_refused() -> None:
+    """By the operator itself: it is not among the tensors that choose the implementation."""
+    student, teacher, labels = LOSSES["dkd_loss"].make(5, 11, torch.float32)
+    with pytest.raises(RuntimeError, match=r"dkd: the kernel can .* got a tensor under torch\.vmap .*impl='reference'"):
+        torch.vmap(lambda a: dkd_loss(student, teacher, labels, alpha=a, impl="fused"))(torch.ones(2, device=DEVICE))
 
 
 @every_loss
@@ -263,8 +326,27 @@ class TestMultiplyInPlace:
                     factor = factor.to(factor_dtype)
                     x = randn(rows, classes, seed=1, dtype=dtype)
                     expected = x.double() * (factor[:, None] if factor.ndim else factor).double()
+                    outside = multiplied(x, factor)
                     multiply_in_place([(x, factor)])
                     assert relative_error(x, expected) <= torch.finfo(dtype).eps
+                    assert torch.equal(outside, expected.float().to(dtype))
+
+    @every_dtype
+    def test_a_factor_is_not_rounded_to_the_gradients_dtype(self, dtype: torch.dtype) -> None:
+        x, factor = torch.ones(2, 3, dtype=dtype, device=DEVICE), torch.tensor(1 + 2**-9 + 2**-12, device=DEVICE)
+        x[1] = 1.5
+        assert torch.equal(multiplied(x, factor), (x.double() * factor.double()).to(dtype))
+
+    @every_dtype
+    def test_zero_times_infinity_is_zero(self, dtype: torch.dtype) -> None:
+        """A row that was left out stays left out."""
+        x = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=dtype, device=DEVICE)
+        for factor in (torch.tensor(float("inf")), torch.tensor([float("nan"), float("inf")])):
+            factor = factor.to(DEVICE)
+            outside, inside = multiplied(x, factor), x.clone()
+            multiply_in_place([(inside, factor)])
+            assert torch.equal(outside, inside)
+            assert torch.equal(outside, torch.tensor([[0.0, 0.0], [float("inf"), 0.0]], device=DEVICE).to(dtype))
 
     def test_an_expanded_factor(self) -> None:
         x, factor = randn(6, 11, seed=1), torch.tensor(3.0, device=DEVICE).expand(2, 3)

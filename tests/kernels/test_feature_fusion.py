@@ -8,6 +8,7 @@ import pytest
 import torch
 from numerics import assert_no_worse_than_eager
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from unikd_fast.kernels.feature_fusion import fused_blend
 from unikd_fast.kernels.reference_fusion import blend
@@ -160,6 +161,16 @@ def test_same_bits_twice_and_a_second_backward_pass(gate: str) -> None:
         for a, b in zip(first, second, strict=True):
             assert torch.equal(2 * a, b)  # a power of two changes no rounding
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_forward_mode_and_functional_transforms_are_refused() -> None:
+    x = [t.detach() for t in inputs()]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"blend: .* under forward-mode diff.*'reference'"):
+        fused_blend(forward_ad.make_dual(x[0], x[0]), *x[1:])
+    with pytest.raises(
+        RuntimeError, match=r"blend: the kernel .* under torch\.vmap or another transform of torch\.func"
+    ):
+        torch.func.grad(lambda fine: fused_blend(fine, *x[1:]).sum())(x[0])
 
 
 def test_second_derivatives_are_refused() -> None:
