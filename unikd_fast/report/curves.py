@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unikd_fast.report.records import is_number
+
 Floats = NDArray[np.float64]
 Records = Sequence[dict[str, Any]]
 
@@ -37,7 +39,7 @@ def course(records: Records, kind: str, key: str) -> dict[float, float]:
     return {
         float(record["epoch"]): float(record[key])
         for record in records
-        if record.get("kind") == kind and "epoch" in record and _is_number(record.get(key))
+        if record.get("kind") == kind and "epoch" in record and is_number(record.get(key))
     }
 
 
@@ -64,7 +66,7 @@ def loss_terms(records: Records) -> list[str]:
         for key, value in record.items():
             if key == _AFTER_TERMS:
                 break
-            if key not in _NOT_TERMS and _is_number(value):
+            if key not in _NOT_TERMS and is_number(value):
                 terms[key] = terms.get(key, False) or value != 0
     return [key for key, used in terms.items() if used]
 
@@ -74,9 +76,5 @@ def keys_with(records: Records, kind: str, wanted: Callable[[str], bool]) -> lis
     found: dict[str, None] = {}
     for record in records:
         if record.get("kind") == kind:
-            found |= {key: None for key, value in record.items() if wanted(key) and _is_number(value)}
+            found |= {key: None for key, value in record.items() if wanted(key) and is_number(value)}
     return list(found)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,6 +1,7 @@
 """JSON in run folders: single objects, and the records of metrics.jsonl."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,17 @@ from unikd_fast import io
 from unikd_fast.errors import FileError, RunError
 
 METRICS = "metrics.jsonl"
+_NUMBERS = {"step", "epoch", "images_per_s", "data_wait_share", "memory_gib"}
+_SETTINGS: dict[str, type] = {
+    "data.name": str,
+    "data.num_classes": int,
+    "data.train_samples": int,
+    "student.model": str,
+    "teacher.model": str,
+    "train.max_steps": int,
+    "train.total_epochs": int,
+}
+_FIGURES = ("accuracy", "top5", "ce")
 
 
 class RunFileError(RunError, ValueError):
@@ -20,9 +32,15 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, none if there is no such file; a last line that a kill cut off is left out.
 
     Raises:
-        RunFileError: a line before the last is no record.
+        RunFileError: a line before the last is not a record, or has something else where a number belongs.
     """
-    return read_lines(folder / METRICS)
+    path = folder / METRICS
+    records = read_lines(path)
+    for number, record in enumerate(records, 1):
+        for key in _NUMBERS & record.keys():
+            if not is_number(record[key]):
+                raise RunFileError(f"{path}: line {number}: {key} must be a number, got {record[key]!r}")
+    return records
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -58,3 +76,69 @@ def read_json(path: Path) -> dict[str, Any]:
             "remove it and continue the run with --resume auto" if made_again else "restore it, or leave the run out"
         )
         raise RunFileError(f"{error}; {remedy}") from error
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises:
+        RunFileError: it cannot be read, or does not hold what a run writes.
+        FileNotFoundError: it is missing.
+    """
+    result = read_json(path)
+    kinds = {"label": str, "seed": int, "method": object, "model": str, "test_is_val": bool, "best": dict, "last": dict}
+    if missing := [key for key in kinds if key not in result]:
+        raise RunFileError(f"{path} lacks {', '.join(missing)}; is it of this version of unikd_fast?")
+    for key, kind in kinds.items():
+        _require(path, key, result[key], kind)
+    for which in ("best", "last"):
+        _require(path, f"{which}.test", result[which].get("test"), dict)
+        for split, figure in ((split, figure) for split in ("val", "test") for figure in _FIGURES):
+            figures = result[which].get(split, {})
+            _require(path, f"{which}.{split}", figures, dict)
+            value = figures.get(figure)
+            if not (is_number(value) and math.isfinite(value)) and (split == "test" or figure in figures):
+                raise RunFileError(f"{path}: {which}.{split}.{figure} must be a finite number, got {value!r}")
+    return result
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run, of which a report reads some sections.
+
+    Raises:
+        RunFileError: it cannot be read, or a section is something else than an object.
+        FileNotFoundError: it is missing.
+    """
+    config = read_json(path)
+    _require(path, "student", config.get("student"), dict)
+    for section in ("data", "teacher", "distill", "train", "compare"):
+        _require(path, section, config.get(section) or {}, dict)
+    for name, kind in _SETTINGS.items():
+        section, key = name.split(".")
+        value = (config.get(section) or {}).get(key)
+        if value is not None or (kind is str and (section == "student" or config.get(section))):
+            _require(path, name, value, kind)
+    compare = config.get("compare") or {}
+    _require(path, "compare.runs", compare.get("runs", {}), dict)
+    _require(path, "compare.seeds", compare.get("seeds", []), list)
+    for label, settings in compare.get("runs", {}).items():
+        _require(path, f"compare.runs.{label}", settings, dict)
+    for seed in compare.get("seeds", []):
+        _require(path, "compare.seeds", seed, int)
+    return config
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number; true and false are not.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number("1")
+        (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require(path: Path, key: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {str: "a text", int: "a whole number", bool: "true or false", dict: "an object", list: "a list"}
+        raise RunFileError(f"{path}: {key} must be {names[kind]}, got {value!r}")

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unikd_fast.report.records import RunFileError, read_json
+from unikd_fast.report.records import RunFileError, read_config, read_result
 from unikd_fast.report.table import TEACHER
 
 _CONFIG, _RESULT = "config.json", "result.json"
-_RESULT_KEYS = ("label", "seed", "method", "model", "test_is_val", "best", "last")
 
 
 class Run(NamedTuple):
@@ -115,7 +114,7 @@ def _find(folder: Path) -> Found:
         for parent in (folder.parent, folder.parent.parent):
             if (parent / _CONFIG).exists():
                 parts = [folder, folder.parent / TEACHER] if folder.name != TEACHER else [folder]
-                return Found(_read_parts(parent, parts, read_json(parent / _CONFIG)), ())
+                return Found(_read_parts(parent, parts, read_config(parent / _CONFIG)), ())
     for parent in folder.resolve().parents[:2]:
         if (parent / _CONFIG).exists():
             raise RunFileError(f"{folder} is a part of the run folder {parent} and holds no result.json; give {parent}")
@@ -123,7 +122,7 @@ def _find(folder: Path) -> Found:
 
 
 def _find_whole(source: Path) -> Found:
-    config = read_json(source / _CONFIG)
+    config = read_config(source / _CONFIG)
     seeds = sorted(source.glob("seed-*/"), key=lambda path: (len(path.name), path.name))
     parts = [source / TEACHER, source, *(part for seed in seeds for part in sorted(seed.glob("*/")))]
     runs = _read_parts(source, parts, config)
@@ -153,9 +152,7 @@ def _read_parts(source: Path, parts: Iterable[Path], config: dict[str, Any]) -> 
         path = part / _RESULT
         if not path.exists():
             continue
-        result = read_json(path)
-        if missing := [key for key in _RESULT_KEYS if key not in result]:
-            raise RunFileError(f"{path} lacks {', '.join(missing)}; is it of this version of unikd_fast?")
+        result = read_result(path)
         settings = compare.get("runs", {}).get(result["label"], {})
         places = [part, source] if part == source else [part.parent, source]
         teachers = (place / TEACHER for place in places if part.name != TEACHER)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unikd_fast.recipes import Pair
 from unikd_fast.report.accuracy import Spread, spread
 from unikd_fast.report.printed import MEAN, Metric, Printed, printed, printed_anywhere, rows
-from unikd_fast.report.records import read_json
+from unikd_fast.report.records import read_json, read_result
 from unikd_fast.reproduce.attempts import wall_s
 from unikd_fast.reproduce.cells import TEACHER, Cell, Table, printed_row, setting, teacher_cells, title
 from unikd_fast.reproduce.plan import Teachers
@@ -115,7 +115,7 @@ def read_finished(cell: Cell, out: Path) -> Finished | None:
     gpus = list(dict.fromkeys(made.get("gpus") or []))
     hardware = ", ".join(gpus) or str(made.get("cpu", "unknown"))
     return Finished(
-        folder, read_json(folder / "result.json"), wall_s(folder), hardware, str(made.get("commit", "unknown"))
+        folder, read_result(folder / "result.json"), wall_s(folder), hardware, str(made.get("commit", "unknown"))
     )
 
 
@@ -206,7 +206,7 @@ def _given_teacher(table: Table, pair: Pair, seeds: Sequence[int], found: Mappin
     for cell in (Cell(method, pair, seed) for method in table.methods for seed in seeds if method != "none"):
         run = found.get(cell.name)
         if run is not None and (run.folder / TEACHER / "result.json").exists():
-            return run._replace(result=read_json(run.folder / TEACHER / "result.json"), wall_s=None)
+            return run._replace(result=read_result(run.folder / TEACHER / "result.json"), wall_s=None)
     return None
 
 
