@@ -1,7 +1,9 @@
 """CIFAR-100 as it is published, and files that only pretend to be it."""
 
 import io
+import os
 import pickle
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import finished, peak_of_memory
 
 from unikd_fast.data.cifar100 import load_cifar100
 from unikd_fast.data.splits import TensorImages
@@ -150,7 +153,85 @@ def test_codecs_other_than_latin1_are_refused(tmp_path: Path) -> None:
     import codecs
 
     train = pickle.dumps({b"data": Malicious(codecs.encode, "x", "rot13")}, protocol=2)
-    with pytest.raises(ValueError, match="refused to encode as"):
+    with pytest.raises(ValueError, match=r"refused to call _codecs\.encode with other arguments"):
+        load_cifar100(write(tmp_path, train=train))
+
+
+def text(value: str) -> bytes:
+    return b"U" + bytes([len(value)]) + value.encode()
+
+
+def pickled_array(kind: str, flags: int, content: bytes, *, shape: bytes = b"K\x01\x85") -> bytes:
+    """Pickle {"data": array} as Python 2 does, with a state of the dtype that numpy would not write."""
+    dtype = b"cnumpy\ndtype\n(" + text(kind) + b"K\0K\1tR(K\3" + text("|") + b"NNNJ\xff\xff\xff\xff"
+    dtype += b"J\xff\xff\xff\xffK" + bytes([flags]) + b"tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85" + text("b") + b"tR"
+    state = b"(K\1" + shape + dtype + b"K\0T" + struct.pack("<i", len(content)) + content + b"tb"
+    return b"\x80\2}(" + text("data") + array + state + b"u."
+
+
+# numpy takes these bytes for the address of an object, which it lets go of with the array.
+ADDRESS = pickled_array("O8", 1, b"A" * 8)
+
+
+def test_bytes_do_not_become_addresses(tmp_path: Path) -> None:
+    """In a process of its own, which a failure ends."""
+    folder = write(tmp_path, train=ADDRESS)
+    process = os.fork()
+    if not process:
+        try:
+            load_cifar100(folder)
+        except ValueError as error:
+            os._exit(0 if "refused an array of O8, CIFAR-100 holds u1" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+def test_the_address_would_have_been_used() -> None:
+    code, *_ = finished("import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1]), encoding='bytes')", ADDRESS.hex())
+    assert code == -signal.SIGSEGV
+
+
+ANNOUNCED = {
+    "memo": b"]r\xff\xff\xff\x7f.",
+    "text": b"T\xff\xff\xff\x7f.",
+    "bytes": b"\x80\3B\xff\xff\xff\xff.",
+    "frame": b"\x80\4\x95\xff\xff\xff\xff\xff\0\0\0].",
+    "number": b"\x80\2\x8b\xff\xff\xff\x7f.",
+    "array": pickled_array("u1", 0, b"", shape=b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86"),
+    "negative array": pickled_array("u1", 0, b"x", shape=b"J\xff\xff\xff\xffJ\xff\xff\xff\xff\x86"),
+}
+
+
+@pytest.mark.parametrize("train", ANNOUNCED.values(), ids=ANNOUNCED)
+def test_what_is_announced_takes_no_memory(tmp_path: Path, train: bytes) -> None:
+    """Gigabytes, by a few bytes that are not followed by more."""
+    folder = write(tmp_path, train=train)
+    with peak_of_memory() as peak, pytest.raises(ValueError, match=f"{tmp_path / 'train'}"):
+        load_cifar100(folder)
+    assert peak.bytes < 2**25
+
+
+NESTED = b"))\x86" + b"q\0h\0\x86" * 60  # a pair of pairs of pairs, which is small but for who spells it out
+REFUSED = {
+    "other names": (b"\x80\2}(" + text("data") + b"cnumpy\nload\nu.", "the global numpy.load, which CIFAR-100"),
+    "a key that is nested": (b"\x80\2}" + NESTED + b"K\0s.", "a key that is a tuple"),
+    "a shape that is nested": (pickled_array("u1", 0, b"x", shape=b"K\1" + NESTED + b"\x86"), "without a usual shape"),
+    "a structure": (
+        pickled_array("u1", 0, b"x").replace(b"NNN", b"N" + text("f") + b"\x85}" + text("f") + b"K\0K\0\x86s"),
+        "of other elements than single bytes",
+    ),
+    "an attribute": (b"\x80\2cnumpy\nndarray\n}" + text("a") + b"K\0sb.", "set_state"),
+    "a new object": (b"\x80\2cnumpy\nndarray\n)\x81.", "the operation NEWOBJ, which CIFAR-100 does not use"),
+    "an instance": (b"(inumpy\nndarray\n.", "the operation INST"),
+    "an extension": (b"\x80\2\x82\1.", "the operation EXT1"),
+    "an object kept elsewhere": (b"P7\n.", "the operation PERSID"),
+}
+
+
+@pytest.mark.parametrize(("train", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_the_published_files_do_not_is_refused(tmp_path: Path, train: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot read {tmp_path / 'train'}: .*{message}"):
         load_cifar100(write(tmp_path, train=train))
 
 
@@ -161,7 +242,10 @@ BROKEN: dict[str, tuple[dict[bytes, Any] | bytes, str]] = {
     "no dictionary": (python2([1, 2]), "must hold a dictionary, got list"),
     "no data": ({b"fine_labels": [0]}, r"`data` .* got NoneType"),
     "CIFAR-10 shape": ({b"data": np.zeros((2, 100), np.uint8), b"fine_labels": [0, 0]}, r"got \(2, 100\) uint8"),
-    "floats": ({b"data": np.zeros((2, 3072), np.float32), b"fine_labels": [0, 0]}, r"got \(2, 3072\) float32"),
+    "floats": (
+        {b"data": np.zeros((2, 3072), np.float32), b"fine_labels": [0, 0]},
+        "refused an array of f4, CIFAR-100 holds u1",
+    ),
     "labels of CIFAR-10": ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 0]}, "`fine_labels`"),
     "too few labels": ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0]}, "per image, 2 in all"),
     "class 100": ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 100]}, "one class in"),

@@ -1,8 +1,6 @@
 """What a header tells, and that files which are not all there are found: no more and no fewer."""
 
 import ast
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from odd_images import HEIGHT, WIDTH, bomb, bombs, broken, encoded, odd, png, tiff_of_a_large_tile, undecodable_png
+from processes import peak_of_memory
 
 import unikd_fast
 from unikd_fast.data.decode import read_rgb
@@ -54,24 +53,6 @@ EXPECTED = {
     "tiff grey 16": ("TIFF", "I;16", WIDTH, HEIGHT, False),
     "pgm grey 16": ("PPM", "I", WIDTH, HEIGHT, False),
 }
-
-
-class Peak:
-    """Memory taken within a block."""
-
-    bytes = 0
-
-
-@contextmanager
-def peak_of_memory() -> Iterator[Peak]:
-    def high_water_mark() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before, peak = high_water_mark(), Peak()
-    yield peak
-    peak.bytes = high_water_mark() - before
 
 
 @pytest.mark.parametrize("kind", ODD)

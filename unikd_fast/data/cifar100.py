@@ -1,11 +1,14 @@
-"""CIFAR-100 in its published python layout, read by an unpickler that can build arrays and lists and nothing else."""
+"""CIFAR-100 in its published python layout: pickles, read by a machine of our own that calls nothing they name."""
 
-import pickle
+import math
+import pickletools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.data.subsets import stratified_split
@@ -16,6 +19,7 @@ NUM_CLASSES = 100
 IMAGE_SIZE = 32
 
 _HOLD_OUT_SEED = 0
+_MAX_AXES = 4
 
 
 def load_cifar100(folder: Path, *, val_samples: int = 0) -> DataSplits:
@@ -45,7 +49,7 @@ def load_cifar100(folder: Path, *, val_samples: int = 0) -> DataSplits:
         kept, held_out = stratified_split(train.labels, (len(train) - val_samples, val_samples), seed=_HOLD_OUT_SEED)
         train, val = train.select(kept), train.select(held_out)
     names = _read_pickle(folder / "meta").get("fine_label_names")
-    if not isinstance(names, list) or len(names) != NUM_CLASSES:
+    if not isinstance(names, list) or len(names) != NUM_CLASSES or not all(map(_is_text, names)):
         raise ValueError(f"load_cifar100: {folder / 'meta'} must hold a list of 100 fine_label_names")
     return DataSplits(
         train=train,
@@ -76,67 +80,186 @@ def _read_images(path: Path) -> TensorImages:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Return the dictionary in a file, its keys as text whatever Python wrote it."""
-    with path.open("rb") as file:
-        try:
-            content = _ArrayUnpickler(file, encoding="bytes").load()
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            raise ValueError(
-                f"load_cifar100: cannot read {path}: {error}; unpack the published cifar-100-python.tar.gz anew"
-            ) from error
+    try:
+        content = _values(path.read_bytes())
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"load_cifar100: cannot read {path}: {error}; unpack the published cifar-100-python.tar.gz anew"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"load_cifar100: {path} must hold a dictionary, got {type(content).__name__}")
-    return {_text(key): value for key, value in content.items()}
+    return {_text(key): value.pixels if isinstance(value, _Array) else value for key, value in content.items()}
 
 
 def _is_class(label: object) -> bool:
     return isinstance(label, int) and 0 <= label < NUM_CLASSES
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, bytes | str)
+
+
 def _text(value: bytes | str) -> str:
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+    return value.decode("latin1") if isinstance(value, bytes) else value
 
 
-# Stand-ins for the callables in files written by Python 2 (the published ones) and by Python 3, each able to do no more
-# than these files ask of it. The content of an array arrives in its state, after the call.
+# A pickle is a program. Python's own machine for it calls what the program names and takes the memory it asks for. This
+# one knows the few operations that the published files and newer copies of them are made of. It takes memory for what a
+# file holds and not for what it announces, and knows of the names what they stand for.
 
 
-class _ArrayType:
-    """Stand in for `numpy.ndarray`, of which the files only hold the name."""
+class _Name(NamedTuple):
+    """A global of Python; nothing is imported."""
+
+    module: str
+    name: str
 
 
-def _empty_array(subtype: type, shape: tuple[int, ...], type_code: bytes | str) -> np.ndarray:
-    if subtype is not _ArrayType:
-        raise pickle.UnpicklingError(f"refused to rebuild an array as {subtype!r}")
-    return np.empty(0, np.uint8)
+_NAMES = frozenset(
+    (
+        _Name("numpy.core.multiarray", "_reconstruct"),
+        _Name("numpy._core.multiarray", "_reconstruct"),
+        _Name("numpy", "ndarray"),
+        _Name("numpy", "dtype"),
+        _Name("__builtin__", "bytes"),
+        _Name("builtins", "bytes"),
+        _Name("_codecs", "encode"),
+    )
+)
 
 
-def _empty_bytes() -> bytes:
-    return b""
+class _Bytes:
+    """Stand in for `numpy.dtype`, of uint8."""
+
+    def set_state(self, state: tuple[Any, ...]) -> None:
+        """Take version, byte order, subtype, names, fields, size, alignment and flags."""
+        _, order, *structure = state
+        if order not in (b"|", "|") or structure[:3] != [None, None, None]:
+            raise ValueError("refused an array of other elements than single bytes")
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    # By this Python 3 writes bytes in protocol 2; other codecs may do anything.
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"refused to encode as {encoding!r}")
-    return text.encode("latin1")
+class _Array:
+    """Stand in for `numpy.ndarray`, whose content comes as its state."""
+
+    def __init__(self) -> None:
+        self.pixels: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def set_state(self, state: tuple[Any, ...]) -> None:
+        """Take version, shape, type, whether columns come first, and the content."""
+        _, shape, kind, by_columns, content = state
+        if not isinstance(kind, _Bytes) or not isinstance(content, bytes) or by_columns:
+            raise ValueError("refused an array of other content than single bytes, row by row")
+        if not isinstance(shape, tuple) or len(shape) > _MAX_AXES or not all(isinstance(side, int) for side in shape):
+            raise ValueError("refused an array without a usual shape")
+        if min(shape, default=0) < 0 or math.prod(shape) != len(content):
+            raise ValueError(f"an array of shape {shape} holds {len(content)} bytes")
+        self.pixels = np.frombuffer(content, np.uint8).reshape(shape)
 
 
-_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy", "ndarray"): _ArrayType,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode_latin1,
-    ("__builtin__", "bytes"): _empty_bytes,
-    ("builtins", "bytes"): _empty_bytes,
-}
+def _named(module: object, name: object) -> _Name:
+    if (module, name) not in _NAMES:
+        shown = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "without a name"
+        raise ValueError(f"refused the global {shown}, which CIFAR-100 does not use")
+    return _Name(str(module), str(name))
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickle plain containers and numpy arrays. A pickle is a program: every other global is refused by name."""
+def _called(function: object, arguments: object) -> object:
+    """Return what a global of the published files makes of these arguments."""
+    match function, arguments:
+        case _Name(_, "_reconstruct"), (_Name("numpy", "ndarray"), *_):
+            return _Array()
+        case _Name("numpy", "dtype"), (b"u1" | "u1", *_):
+            return _Bytes()
+        case _Name("numpy", "dtype"), (bytes() | str() as code, *_):
+            raise ValueError(f"refused an array of {_text(code)[:9]}, CIFAR-100 holds u1")
+        case _Name(_, "bytes"), ():
+            return b""
+        case _Name("_codecs", "encode"), (str() as text, "latin1"):  # how Python 3 writes bytes in protocol 2
+            return text.encode("latin1")
+    shown = ".".join(function) if isinstance(function, _Name) else f"a {type(function).__name__}"
+    raise ValueError(f"refused to call {shown} with other arguments than those of CIFAR-100")
 
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"refused the global {module}.{name}, which CIFAR-100 does not use") from None
+
+def _pairs(values: list[Any]) -> Iterator[tuple[bytes | str, Any]]:
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        if not _is_text(key):
+            raise ValueError(f"refused a key that is a {type(key).__name__}")
+        yield key, value
+
+
+def _values(content: bytes) -> object:
+    """Return what a pickle holds.
+
+    Raises:
+        ValueError: it is damaged, or does what the published files do not.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    argument: Any
+    for operation, argument, _ in pickletools.genops(content):
+        match operation.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "BININT" | "BININT1" | "BININT2" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
+                stack.append(argument)
+            case "BINSTRING" | "SHORT_BINSTRING":  # the bytes of Python 2
+                stack.append(argument.encode("latin1"))
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(operation.name == "NEWTRUE")
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                length = int(operation.name[-1])
+                stack[-length:] = [tuple(stack[-length:])]
+            case "APPEND":
+                value = stack.pop()
+                stack[-1].append(value)
+            case "APPENDS":
+                values = since_mark()
+                stack[-1].extend(values)
+            case "SETITEM":
+                pair = stack[-2:]
+                del stack[-2:]
+                stack[-1].update(_pairs(pair))
+            case "SETITEMS":
+                values = since_mark()
+                stack[-1].update(_pairs(values))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_named(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack[-2:] = [_named(*stack[-2:])]
+            case "REDUCE":
+                function, arguments = stack[-2:]
+                stack[-2:] = [_called(function, arguments)]
+            case "BUILD":
+                state = stack.pop()
+                stack[-1].set_state(state)
+            case name:
+                raise ValueError(f"refused the operation {name}, which CIFAR-100 does not use")
+    raise ValueError("it has no end")
