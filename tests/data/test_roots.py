@@ -68,7 +68,7 @@ def test_a_missing_folder_comes_with_layout_and_remedy(tmp_path: Path) -> None:
 
 def test_a_file_is_no_root(tmp_path: Path) -> None:
     (tmp_path / "archive.tar").touch()
-    with pytest.raises(FileNotFoundError, match=r"archive\.tar, is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"archive\.tar, is not a folder"):
         check_root("imagenet", str(tmp_path / "archive.tar"))
 
 

@@ -53,6 +53,31 @@ def test_empty_weights_end_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     assert "teacher.weights = '' is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["cifar/resnet8", "torchvision/resnet18", "timm/resnet18"])
+@pytest.mark.parametrize("value", ["hunter2", "/hunter2/teacher.pth"], ids=["a word", "a path"])
+def test_the_value_of_a_variable_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, value: str
+) -> None:
+    """It may be a secret, whose name was mistyped for another's."""
+    monkeypatch.setenv("UNIKD_TEST_SECRET", value)
+    config = write_config(tmp_path, **{**CACHED, "teacher": {"weights": "${UNIKD_TEST_SECRET}", "model": model}})
+    with pytest.raises((ValueError, FileNotFoundError), match=r"\$\{UNIKD_TEST_SECRET\}") as refused:
+        opened(config)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_value_of_a_root_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hunter2" / "train").mkdir(parents=True)
+    config = write_config(tmp_path, data={"name": "image_folder", "root": "${UNIKD_TEST_SECRET}"})
+    for value in ("hunter3", str(tmp_path / "hunter2")):
+        monkeypatch.setenv("UNIKD_TEST_SECRET", value)
+        assert main(["--config", str(config)], program=["launch_distill.py"]) == 2
+        said = capsys.readouterr().err
+        assert "${UNIKD_TEST_SECRET}" in said and "is missing" in said and value not in said
+
+
 @pytest.mark.slow
 def test_it_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNIKD_TEST_TEACHERS", raising=False)

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CIFAR_FOLDER = "cifar-100-python"
@@ -55,16 +56,18 @@ def check_root(name: str, root: str | None) -> Path | None:
     expanded = _expand(root, f"check_root: the root of data set {name}", lambda unset: _remedy(name, unset))
     folder = Path(expanded).expanduser()
     if not folder.is_dir():
+        state = "is not a folder" if folder.exists() else "is missing"
         raise FileNotFoundError(
-            f"check_root: the root of data set {name}, {folder}, is {'no folder' if folder.exists() else 'missing'}; "
-            f"it must hold {layout}; {_remedy(name, variable)}"
+            f"check_root: the root of data set {name}, {root}, {state}; it must hold {layout}; "
+            f"{_remedy(name, variable)}"
         )
     if name == "cifar100" and (folder / _CIFAR_FOLDER).is_dir():
         folder = folder / _CIFAR_FOLDER
     for part in _LAYOUTS[name]:
         if not (folder / part).exists():
+            shown = Path(root, *folder.parts[len(Path(expanded).expanduser().parts) :], part)
             raise FileNotFoundError(
-                f"check_root: {folder / part} is missing; the root of data set {name} must hold {layout}; "
+                f"check_root: {shown} is missing; the root of data set {name} must hold {layout}; "
                 f"{_remedy(name, variable)}"
             )
     return folder
@@ -91,6 +94,24 @@ def expand_weights(role: str, weights: str) -> str:
 
     expanded = _expand(weights, key, remedy)
     return str(Path(expanded).expanduser()) if expanded.startswith("~") else expanded
+
+
+@contextmanager
+def named_as_configured(role: str, weights: str) -> Iterator[str]:
+    """Yield the weights of a network as `expand_weights` returns them, and name them in errors as they are configured.
+
+    The value of an environment variable may be a secret that was meant for something else.
+
+    Raises:
+        ValueError: an environment variable is not set.
+    """
+    expanded = expand_weights(role, weights)
+    try:
+        yield expanded
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        if expanded == weights or expanded not in str(error):
+            raise
+        raise type(error)(str(error).replace(expanded, weights)) from error
 
 
 def _expand(text: str, what: str, remedy: Callable[[str], str]) -> str:

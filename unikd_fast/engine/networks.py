@@ -1,12 +1,13 @@
 """Teacher and student as the configuration describes them."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unikd_fast.config import Config, ConfigError
-from unikd_fast.data.roots import expand_weights
+from unikd_fast.data.roots import named_as_configured
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.first_forward import check_forward
 from unikd_fast.methods import Needs
@@ -28,13 +29,13 @@ def build_network(
     """
     section = config.student if role == "student" else config.teacher
     assert section is not None
-    weights = None if section.weights is None else expand_weights(role, section.weights)
-    classes = splits.num_classes
-    if with_weights:
-        key = section.weights_key
-        model = build_model(section.model, num_classes=classes, weights=weights, weights_key=key, role=role)
-    else:
-        model = bare_model(section.model, num_classes=classes, weights=weights, role=role)
+    key, classes = section.weights_key, splits.num_classes
+    naming = nullcontext() if section.weights is None else named_as_configured(role, section.weights)
+    with naming as weights:
+        if with_weights:
+            model = build_model(section.model, num_classes=classes, weights=weights, weights_key=key, role=role)
+        else:
+            model = bare_model(section.model, num_classes=classes, weights=weights, role=role)
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
     plain = LogitsOnly(model)
