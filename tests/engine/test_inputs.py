@@ -22,7 +22,7 @@ from unikd_fast.engine.export import export_student
 from unikd_fast.engine.fill_cache import ready_cache
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.teacher_result import evaluate_teacher
-from unikd_fast.models import Preprocessing, build_model
+from unikd_fast.models import LogitsOnly, Preprocessing, build_model
 
 SIZE, SAMPLES = 32, {"train": 16, "val": 6}
 TEACHER = "timm/test_convnext"  # of 0.5 and bicubic
@@ -192,26 +192,24 @@ def said(caplog: pytest.LogCaptureFixture, build: Any) -> list[str]:
 
 
 def test_one_line_says_what_differs(files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    guessed = " (its weights are a file: the default of its name)"
     assert said(caplog, lambda: experiment(files, tmp_path, with_student(files))) == [
-        "images: mean 0.485/0.456/0.406, std 0.229/0.224/0.225, bilinear, short side 36 before the central crop, as of "
-        f"student.model = {STUDENT}, by its name; renormalised for the teacher to mean 0.5/0.5/0.5, std 0.5/0.5/0.5; "
-        f"student.model = {STUDENT}, by its name was trained with 224 px, not 32; "
-        f"teacher.model = {TEACHER}, by its name was trained with bicubic, short side 33 before the central crop, "
-        "160 px, not 32"
+        "images: mean 0.485/0.456/0.406, std 0.229/0.224/0.225, bilinear, short side 36 before the central crop: those "
+        f"of student.model = {STUDENT}{guessed}; renormalised for the teacher to mean 0.5/0.5/0.5, std 0.5/0.5/0.5; "
+        f"student.model = {STUDENT} was trained with 224 px instead of 32; teacher.model = {TEACHER} was trained with "
+        "bicubic, short side 33 before the central crop, 160 px instead of 32"
     ]
     assert said(caplog, lambda: experiment(files, tmp_path, {"data.image_size": 160})) == [
-        "images: mean 0.5/0.5/0.5, std 0.5/0.5/0.5, bicubic, short side 168 before the central crop, as of "
-        f"teacher.model = {TEACHER}, by its name"
+        "images: mean 0.5/0.5/0.5, std 0.5/0.5/0.5, bicubic, short side 168 before the central crop: those of "
+        f"teacher.model = {TEACHER}{guessed}"
     ]
     assert said(caplog, lambda: experiment(files, tmp_path, {"teacher.weights": "random"})) == []
 
 
 def key_of(files: Path, tmp_path: Path, changes: dict[str, Any]) -> dict[str, Any]:
     built = experiment(files, tmp_path, changes)
-    network = plain(files, "teacher", TEACHER)
-    from unikd_fast.models import LogitsOnly
-
-    key = outputs_key(built.config, built.splits, built.loader, LogitsOnly(network), built.method, ALONE.device)
+    network = LogitsOnly(plain(files, "teacher", TEACHER))
+    key = outputs_key(built.config, built.splits, built.loader, network, built.method, ALONE.device)
     found: dict[str, Any] = key["data"]
     return found
 

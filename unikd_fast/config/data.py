@@ -21,7 +21,8 @@ class AugmentationConfig(Section):
     flip_probability: Fraction | None = None
     """Probability of a horizontal flip."""
     eval_resize: PositiveInt | None = None
-    """Short side in pixels before the centre crop of an evaluation image; null: image_size * 8 / 7."""
+    """Short side in pixels before the centre crop of an evaluation image; null: as the networks' published weights ask
+    for, see docs/data.md, else image_size * 8 / 7."""
     jitter: tuple[NonNegative, NonNegative, NonNegative, HueShift] = (0.0, 0.0, 0.0, 0.0)
     """Strengths of random brightness, contrast, saturation and hue, as torchvision's ColorJitter has them; 0: off."""
     policy: Literal["none", "trivial", "rand"] = "none"

@@ -52,7 +52,8 @@ class Augmentation:
         ratio: range of its width over its height.
         flip_probability: of a horizontal flip.
         eval_resize: length in pixels the short side of an image file is brought to before its centre is cut out;
-            None is 8/7 of the image size, 256 for 224. Data sets in memory already have their size.
+            None is that of the data set (`DataSplits.eval_resize`), else 8/7 of the image size, 256 for 224. Data sets
+            in memory already have their size.
         jitter: strengths of torchvision's ColorJitter: brightness, contrast, saturation, hue. The factor of the first
             three is within 1 ± strength and not below 0, the shift of hue within ± strength of the colour circle.
         policy: "trivial" is one operation of torchvision's TrivialAugmentWide with any magnitude; "rand" are `rand_ops`

@@ -82,16 +82,18 @@ def say_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -
         return
     windows = Windows.of(splits, augmentation)
     shown = _resize(splits.interpolation, windows.short_side, squash=windows.squash)
-    parts = [f"mean {_short(splits.mean)}, std {_short(splits.std)}, {shown}, as of {found[0][1]}"]
+    role, name, _ = found[0]
+    parts = [f"mean {_short(splits.mean)}, std {_short(splits.std)}, {shown}: those of {name}{_guessed(config, role)}"]
     if teacher_affine(config, splits) is not None:
         mean, std = teacher_constants(config, splits)
         parts.append(f"renormalised for the teacher to mean {_short(mean)}, std {_short(std)}")
     for _, name, wanted in found:
         own = _resize(wanted.interpolation, wanted.short_side(splits.image_size), squash=wanted.squash)
-        size = "" if wanted.image_size == splits.image_size else f"{wanted.image_size} px, not {splits.image_size}"
-        differs = ", ".join(filter(None, ["" if own == shown else own, size]))
+        differs = [] if own == shown else [own]
+        if wanted.image_size != splits.image_size:
+            differs.append(f"{wanted.image_size} px instead of {splits.image_size}")
         if differs:
-            parts.append(f"{name} was trained with {differs}")
+            parts.append(f"{name} was trained with {', '.join(differs)}")
     _say_once(f"images: {'; '.join(parts)}")
 
 
@@ -101,9 +103,15 @@ def _published(config: Config) -> Iterator[tuple[str, str, Preprocessing]]:
         wanted = _preprocessing(config, role)
         section = config.student if role == "student" else config.teacher
         if wanted is not None and section is not None:
-            path = Path(expand_weights(role, section.weights or ""))
-            guessed = ", by its name" if path.is_file() and stored_preprocessing(path) is None else ""
-            yield role, f"{role}.model = {section.model}{guessed}", wanted
+            yield role, f"{role}.model = {section.model}", wanted
+
+
+def _guessed(config: Config, role: str) -> str:
+    section = config.student if role == "student" else config.teacher
+    assert section is not None and section.weights is not None
+    path = Path(expand_weights(role, section.weights))
+    is_silent = path.is_file() and stored_preprocessing(path) is None
+    return " (its weights are a file: the default of its name)" if is_silent else ""
 
 
 def _preprocessing(config: Config, role: str) -> Preprocessing | None:
