@@ -1,4 +1,4 @@
-"""No step makes the host wait for the device: counted on a device that is none, with all that a step may do."""
+"""No step makes the host wait for the device, and evaluation does once: counted on a device that is none."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +14,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unikd_fast.engine.average import StudentAverage
+from unikd_fast.engine.evaluate import evaluate
+from unikd_fast.engine.outputs import Outputs, Probe
 from unikd_fast.engine.pace import Pace
 from unikd_fast.models import build_model
+from unikd_fast.values import Batch, Features
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -62,6 +65,65 @@ def test_deepspeed_times_itself_only_if_asked(tmp_path: Path, weights: Path) -> 
             with device.watch():
                 ready.steps.take(data, pace, step, learning_rate=0.01)
         assert [wait.partition(" ")[0] for wait in device.waits] == ["synchronize"] * 4, "two in each micro-batch"
+
+
+class Noting(nn.Module):
+    """A network that notes how many images it was given at a time.
+
+    Args:
+        room: images that the memory is enough for.
+    """
+
+    def __init__(self, *, room: int = 99) -> None:
+        super().__init__()
+        self.room, self.sizes = room, list[int]()
+        self.layer = nn.Linear(8, 7)
+
+    def forward(self, images: torch.Tensor) -> Features:
+        self.sizes.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Features((), self.layer(images[:, 0, 0]))
+
+
+def held_out() -> list[Batch]:
+    images, labels, ids = torch.randn(23, 1, 1, 8), torch.arange(23) % 7, torch.arange(100, 123)
+    return [Batch(images[i : i + 4], labels[i : i + 4], ids[i : i + 4]) for i in range(0, 23, 4)]
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(99, [16, 7]), (8, [16, 8, 8, 7]), (3, [16, 8, 4, *[2] * 11, 1])])
+def test_an_evaluation_reads_once_in_batches_of_its_own(room: int, sizes: list[int]) -> None:
+    network, batches = Noting(room=room), held_out()
+    kept: list[Outputs] = []
+    wanted = evaluate(network, batches, ALONE, keep=kept)
+    assert network.sizes == [4, 4, 4, 4, 4, 3] or room < 4, "on a CPU the batches stay what they are"
+    network.sizes.clear()
+    with fake_device() as device:
+        network.to(DEVICE)
+        on_device = [Batch(*(part.to(DEVICE) for part in batch[:3])) for batch in batches]
+        outputs: list[Outputs] = []
+        with device.watch():
+            found = evaluate(network, on_device, ON_DEVICE, keep=outputs)
+        assert len(device.waits) == 1
+    assert network.sizes == sizes
+    assert found.pop("ce") == pytest.approx(wanted.pop("ce"), rel=1e-6)
+    assert found == wanted and found["samples"] == 23
+    for own, other in zip(zip(*outputs, strict=True), zip(*kept, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(own), torch.cat(other))
+
+
+def test_the_probe_reads_once_for_each_network() -> None:
+    teacher, student, batches = Noting(), Noting(), held_out()
+    kept: list[Outputs] = []
+    evaluate(student, batches, ALONE, keep=kept)
+    wanted = Probe(teacher, lambda: batches, ALONE).measure(kept)
+    with fake_device() as device:
+        on_device = [Batch(*(part.to(DEVICE) for part in batch[:3])) for batch in batches]
+        probe = Probe(teacher.to(DEVICE), lambda: on_device, ON_DEVICE)
+        for waits in (2, 1):  # the teacher's logits are kept
+            with device.watch():
+                assert probe.measure(kept) == pytest.approx(wanted, rel=1e-6)
+            assert len(device.waits) == waits
 
 
 WAITS: list[Any] = [

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unikd_fast.data.pixels import to_device
 from unikd_fast.engine.processes import Processes
 from unikd_fast.io import make_folder
 from unikd_fast.losses import softmax_kl
@@ -53,10 +54,12 @@ class Probe:
             student: its outputs for the batches. Either network may lack samples, whose images were skipped.
         """
         if self._known is None:
-            self._known = {}
+            ids, logits = [], []
             for batch in self._batches():
-                logits = self._teacher(batch.images).logits.float().cpu()
-                self._known |= zip(batch.sample_ids.tolist(), logits, strict=True)
+                ids.append(batch.sample_ids)
+                logits.append(self._teacher(batch.images).logits.float().to("cpu", non_blocking=True))
+            # Reading the ids waits for the logits as well, which were copied before.
+            self._known = dict(zip(torch.cat(ids).tolist(), torch.cat(logits), strict=True)) if ids else {}
         device = self._processes.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for own in student:
@@ -64,9 +67,9 @@ class Probe:
             if not rows:
                 continue
             theirs = torch.stack([self._known[sample_id] for sample_id in own.sample_ids[rows].tolist()])
-            both = (own.logits[rows].to(device), theirs.to(device))
+            both = (to_device(own.logits[rows], device), to_device(theirs, device))
             kl = softmax_kl(*both, temperature=PROBE_TEMPERATURE, reduction="sum", impl="reference")
-            sums += torch.stack([kl.double(), kl.new_tensor(len(rows), dtype=torch.float64)])
+            sums += torch.stack([kl.double(), torch.full_like(kl, len(rows), dtype=torch.float64)])
         total, count = self._processes.sum_(sums).tolist()
         return total / max(count, 1.0)
 
