@@ -9,11 +9,12 @@ import pytest
 import torch
 from captured_runs import CHANGING, breaking_at, config_of, curve, inputs, prepared, state
 
-from unikd_fast.engine.captured_steps import WARM_UP, CapturedSteps
+from unikd_fast.engine.captured_steps import WARM_UP, CapturedSteps, chain_of, record, require_no_capture
 from unikd_fast.engine.pace import Pace
 from unikd_fast.engine.processes import Processes
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.trainer import Trainer
+from unikd_fast.errors import RunError
 from unikd_fast.report.run_files import STEP_TIME
 
 pytestmark = [
@@ -83,6 +84,43 @@ def test_it_goes_on_after_a_checkpoint(
     for key, tensor in theirs.items():
         if "student" in key and tensor.is_floating_point():
             torch.testing.assert_close(ours[key], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["kd", "unikd", "mlkd", "reviewkd"])
+def test_eager_steps_wait_for_nothing(tmp_path: Path, weights: Path, method: str, processes: Processes) -> None:
+    settings = sections("off", accumulation_steps=2)
+    ready = prepared(config_of(tmp_path, weights, "run", method, **settings), processes)
+    data, pace = inputs(ready), Pace(processes, global_batch_size=16, loader_rate=None)
+    pace.begin(0)
+    for step in range(3):
+        ready.steps.take(data, pace, step, learning_rate=0.01)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 8):
+            ready.steps.take(data, pace, step, learning_rate=0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(ready.parts.meter.read()) > 1
+
+
+def test_a_read_in_a_capture_is_what_is_said(processes: Processes) -> None:
+    """And the device is out of the capture again, or the run is told to start anew."""
+    x = torch.ones(3, device="cuda")
+
+    def reads() -> None:
+        torch.rand(3, device="cuda").mul_(x.sum().item())
+
+    with pytest.raises(RuntimeError) as caught:
+        record(reads)
+    first = list(chain_of(caught.value))[-1]
+    assert "capturing" in str(first) and "previous error" not in str(first)
+    try:
+        require_no_capture(processes.device, str(first))
+    except RunError as error:
+        assert "start again" in str(error)
+    else:
+        assert torch.rand(3, device="cuda").max() < 1
 
 
 def test_replays_wait_for_nothing(tmp_path: Path, weights: Path, processes: Processes) -> None:

@@ -61,7 +61,8 @@ class TrainConfig(Section):
     """Keep of each of the student's blocks only what goes in, and compute the rest again in the backward pass: less
     memory, a third more work."""
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
-    """torch.compile mode of the student; null: eager."""
+    """torch.compile mode of the student; null: eager. reduce-overhead and max-autotune replay CUDA graphs, which do not
+    go with accumulation_steps above 1."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Evaluate and export an exponential moving average of the student; null: off."""
     channels_last: bool = False

@@ -135,7 +135,7 @@ class DaliLoader:
         taken, places = views.batch.taken()
         if not len(taken):
             return None
-        on_device = (view if view.device == self._device else to_device(view, self._device) for view in views.views)
+        on_device = (to_device(view, self._device) if view.device.type == "cpu" else view for view in views.views)
         chosen = to_device(torch.from_numpy(taken), self._device)
         images, *second = (self._normalise(view if len(taken) == len(view) else view[chosen]) for view in on_device)
         labels, sample_ids = (

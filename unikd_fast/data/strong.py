@@ -1,7 +1,7 @@
 """Strong augmentation of a view after crop, resize and flip: torchvision's operations, and no random number of its own.
 
-Every loader applies this one function to its uint8 views. On a CPU the result depends on nothing but the view's pixels
-and numbers; a GPU may round a pixel of an operation differently.
+Every loader applies this one function to its uint8 views, on the CPU and ahead of the step that takes them: the result
+depends on nothing but the view's pixels and numbers, and no operation makes the host wait for a device.
 """
 
 import math

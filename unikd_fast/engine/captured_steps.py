@@ -103,7 +103,7 @@ class CapturedSteps:
         try:
             return record(self.program)
         except (RuntimeError, OutOfMemory) as error:
-            chain = list(_chain(error))
+            chain = list(chain_of(error))
         # torch then says "operation failed due to a previous error", and what went wrong first is in the chain.
         said = str(chain[-1]).strip().partition("\n")[0]
         memory = any(isinstance(error, OutOfMemory | torch.OutOfMemoryError) for error in chain)
@@ -122,7 +122,7 @@ class CapturedSteps:
         return self.program
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
     """Yield what was raised on the way to an error, the first last, without lookups that failed and were provided for.
 
     Those are no RuntimeErrors.
