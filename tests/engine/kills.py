@@ -10,14 +10,20 @@ from typing import Any
 _OPERATIONS = {"open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
 
 
-def killed_at_each_operation(action: Callable[[], object], folder: Path) -> Iterator[int]:
+def killed_at_each_operation(
+    action: Callable[[], object], folder: Path, before: Callable[[], object] = lambda: None
+) -> Iterator[int]:
     """Run `action` in a forked process that is killed before its first file operation in `folder`, then its second, ...
 
     Yield the number of each operation after its kill, until a process comes to its end.
+
+    Args:
+        before: makes the folder as each process finds it; otherwise a process finds what the one before has left.
     """
     number = 0
     while True:
         number += 1
+        before()
         child = os.fork()
         if child == 0:
             _die_at(number, str(folder))

@@ -7,19 +7,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import onnx
 import onnxruntime
 import pytest
 import torch
 from exported_runs import STEPS, Runs, export, left_behind, resnet8, stripped
+from kills import killed_at_each_operation
 from real_runs import ROOT
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unikd_fast.data.datasets import open_data
 from unikd_fast.engine import export_formats
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.engine.export_check import relative_difference
+from unikd_fast.io import is_leftover
 from unikd_fast.models import CIFAR_MODELS, Preprocessing, preprocessing_in_words, stored_preprocessing
 
 # Eight times what fp32 costs such a network, see export_check.py; measured 0 for TorchScript and 9e-7 for ONNX.
@@ -190,3 +194,27 @@ def test_missing_packages_are_named(
     assert "needs onnxruntime, not installed: pip install 'unikd-fast[export]'" in capsys.readouterr().err
     assert left_behind(tmp_path) == []
     assert export(runs.alone, tmp_path / "student.safetensors") == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_an_export_killed_at_any_operation(runs: Runs, tmp_path: Path, suffix: str) -> None:
+    """The file is the old one or the new one, and the next export is not held up by what was left."""
+    target = tmp_path / f"student{suffix}"
+    assert export(runs.alone, target) == 0
+    size = target.stat().st_size
+    target.write_bytes(b"old")
+
+    def export_again() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads are not there in a forked process
+        assert export(runs.alone, target, "--force") == 0
+
+    def whole() -> bool:
+        if suffix == ".pt":
+            return ZipFile(target).testzip() is None
+        return load_file(target).keys() == resnet8(target).state_dict().keys()
+
+    kills = [target.read_bytes() == b"old" or whole() for _ in killed_at_each_operation(export_again, tmp_path)]
+    assert len(kills) > 5 and all(kills)
+    assert whole() and target.stat().st_size == size
+    assert all(name == target.name or is_leftover(name) for name in left_behind(tmp_path))

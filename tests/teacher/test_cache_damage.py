@@ -12,9 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, VIEWS, build_all, build_shard, decoded, logits, make
+from cache_inputs import (
+    CODEC,
+    IDS,
+    KEY,
+    RECORDS,
+    SHARDS,
+    VIEWS,
+    build_all,
+    build_shard,
+    decoded,
+    logits,
+    make,
+    payloads,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kills import killed_at_each_operation
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
@@ -201,3 +215,34 @@ def test_forged_manifests_are_named_errors(tmp_path: Path) -> None:
             assert str(tmp_path) in str(error)
             refused += 1
     assert tried > 100 and refused > 0.9 * tried
+
+
+@pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.long)], ids=["anew", "over a begun one"])
+def test_a_build_killed_at_any_operation_goes_on(tmp_path: Path, begun: bool) -> None:
+    """What is there never shows a wrong value, and the same build again completes it and leaves nothing beside."""
+    path, kills = tmp_path / "cache", 0
+
+    def before() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        if begun:
+            with make(path).claim(1) as writer:  # type: ignore[union-attr]
+                writer.write([6, 8], payloads([6, 8]))
+
+    for number in killed_at_each_operation(lambda: build_all(path), path, before):
+        copy = tmp_path / f"copy-{number}"
+        if path.exists():
+            shutil.copytree(path, copy)
+            if (path / MANIFEST).exists():
+                folder = CacheFolder.open(path)
+                whole = [record for record in range(RECORDS) if folder.covers([record])]
+                assert torch.equal(decoded(folder, whole), logits(whole))
+        folder = build_all(copy)
+        assert folder.verify().ok
+        assert torch.equal(decoded(folder, range(RECORDS)), logits(range(RECORDS)))
+        assert {entry.name for entry in copy.iterdir()} == {
+            *(MANIFEST, "sample_ids.npy", "create.lock"),
+            *(f"shard-{shard:05}.bin" for shard in range(SHARDS)),
+        }
+        shutil.rmtree(copy)
+        kills = number
+    assert kills > 10
