@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from real_runs import ALONE, cached_config, newest_checkpoint, process_group, save_teacher, train_here, train_records
 
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.checkpoint import FOLDER
 from unikd_fast.methods import AT, OFD, FitNet, Method, ReviewKD
+from unikd_fast.models import build_model, extract_features
 
 TERMS = {"fitnet": "hint", "at": "attention", "ofd": "partial_l2", "reviewkd": "hcl"}
 
@@ -76,6 +78,39 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, teachers: dict[str
     level = config_of(tmp_path, teachers, "level", distill={"method": "fitnet", "fitnet": {"level": 3}})
     with pytest.raises(ConfigError, match="level must be from 0 to 2, got 3: the student has 3 levels"):
         method_of(level)
+
+
+def test_ofds_teacher_can_be_as_in_training(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    """As the authors', which is in training mode; and nothing of it changes from batch to batch."""
+    authors = {"distill": {"method": "ofd", "ofd": {"teacher_batch_statistics": True}}}
+    unfolded: dict[str, Any] = {"teacher": {"fold_batch_norm": False}}
+    folded = config_of(tmp_path, teachers, "folded", **authors)
+    with pytest.raises(ConfigError, match=r"teacher_batch_statistics = true .*; set teacher\.fold_batch_norm = false"):
+        method_of(folded)
+    found = build_experiment(load_config(config_of(tmp_path, teachers, "authors", **authors, **unfolded)), ALONE)
+    usual = build_experiment(load_config(config_of(tmp_path, teachers, "usual", distill={"method": "ofd"})), ALONE)
+    images = next(iter(found.loader.train(0))).images
+    model = build_model("cifar/vgg8", num_classes=10, weights=str(teachers["cifar/vgg8"]))
+    network = extract_features(model, image_size=16, before_activation=True).train()
+    with torch.no_grad():
+        expected = network(images).before_activation
+    for batch in (images[4:], images):
+        levels = found.teacher(batch).before_activation  # type: ignore[misc]
+    of_eval = usual.teacher(images).before_activation  # type: ignore[misc]
+    for level, theirs, ours in zip(levels, expected, of_eval, strict=True):
+        torch.testing.assert_close(level, theirs, rtol=1e-4, atol=1e-5)  # fp32, channels_last
+        assert (level - ours).norm() > 0.02 * ours.norm()
+    assert all(torch.equal(*pair) for pair in zip(found.method.margins, usual.method.margins, strict=True))  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_ofd_trains_with_the_authors_teacher(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    distill = {"method": "ofd", "ofd": {"teacher_batch_statistics": True}}
+    for precision in ("fp32", "bf16"):
+        teacher = {"fold_batch_norm": False, "precision": precision}
+        path = config_of(tmp_path, teachers, precision, distill=distill, teacher=teacher, train=TRAIN)
+        values = values_of("partial_l2", path)
+        assert sum(values[-3:]) < 0.9 * sum(values[:3])
 
 
 # ReviewKD with the literature's weight for both of these teachers.

@@ -42,6 +42,14 @@ def test_a_size_that_does_not_fit(tmp_path: Path, case: str) -> None:
 UNIKD = {"method": "unikd", "teacher_head": "prefit", "norm": "input"}
 SAMPLES: dict[str, tuple[dict[str, Any], str]] = {
     "student": ({"distill": KD}, r"student\.model = torchvision/mobilenet_v3_small"),
+    "statistics": (
+        {
+            "student": SMALL,
+            "teacher": {**DEEP, "fold_batch_norm": False},
+            "distill": {**KD, "method": ["kd", "ofd"], "ofd": {"teacher_batch_statistics": True}},
+        },
+        r"teacher\.model = torchvision/mobilenet_v3_small",
+    ),
     "adapter": ({"student": SMALL, "distill": {**KD, "method": "reviewkd"}}, "distill.method = reviewkd"),
     "hybrid": (
         {"student": SMALL, "teacher": DEEP, "distill": {**UNIKD, "method": ["kd", "unikd"]}},

@@ -140,7 +140,10 @@ def test_needs_and_reasons_are_united() -> None:
     assert Hybrid({"kd": KD(), "two": KD()}).adapter is None
 
 
-@pytest.mark.parametrize("field", [field for field in Needs._fields if field not in ("teacher", "hard_labels")])
+OF_DATA = ("teacher", "hard_labels", "two_classes")
+
+
+@pytest.mark.parametrize("field", [field for field in Needs._fields if field not in OF_DATA])
 def test_whatever_is_no_output_makes_a_method_uncacheable(field: str) -> None:
     class Needing(Method):
         needs = Needs(**{field: True})

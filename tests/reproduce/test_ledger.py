@@ -169,6 +169,20 @@ def test_a_trained_teacher_has_a_run_of_its_own(tmp_path: Path) -> None:
     assert "trained here" in found.remark
 
 
+def test_batch_and_rate_that_differ_on_imagenet_are_said(tmp_path: Path) -> None:
+    """Of the published configurations, retyped."""
+    published = {"crd": "256 and a learning rate of 0.1;", "reviewkd": "256 and a learning rate of 0.1;"}
+    published["ofd"] = "128 and a learning rate of 0.05, and its authors with 256 and 0.1;"
+    notes = ledger_markdown(made("table3", tmp_path)).partition("## Notes")[2].partition("##")[0]
+    for method, said in published.items():
+        pair = TABLES["table3"].pairs[0]
+        remark = entry(made("table3", tmp_path), method, pair).remark
+        assert remark == f"on ImageNet mdistiller trains it with a batch of {said} here all methods have 512 and 0.2"
+        assert f": {remark}." in notes
+        assert entry(made("table3", tmp_path), "at", pair).remark == ""
+        assert entry(made("methods", tmp_path), method, TABLES["methods"].pairs[0]).remark == ""
+
+
 def test_the_stand_in_is_compared_with_nothing(tmp_path: Path) -> None:
     table = stand_in(TABLES["table6"])
     finish(tmp_path, "unikd", table.pairs[0], 0, 97.0, 96.0)

@@ -132,6 +132,9 @@ class OFD(MethodSection):
 
     weight: NonNegative = 1e-3
     """Weight of the partial squared differences, summed over channels and pixels; 1e-4 on ImageNet."""
+    teacher_batch_statistics: bool = False
+    """Let the teacher's BatchNorms normalise by each batch, as the authors' code, which keeps the teacher in training
+    mode; needs teacher.fold_batch_norm = false."""
 
 
 class ReviewKD(MethodSection):

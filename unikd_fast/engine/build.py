@@ -99,7 +99,9 @@ def _build(config: Config, processes: Processes) -> Experiment:
         cached = config.teacher.cache.mode != "off"
         with_weights = not cached or processes.is_first
         # A dry run sees the teacher before it is trained.
-        trained = None if config.teacher.training is None else local_batch_size(teacher_config(config), processes)
+        trained = batch if needs.teacher_batch_statistics else None
+        if config.teacher.training is not None:
+            trained = local_batch_size(teacher_config(config), processes)
         teacher_network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights, batch=trained)
     # The method's own weights come last, so that all methods of a comparison start from the same student.
     torch.manual_seed(config.run.seed + 2)

@@ -51,6 +51,11 @@ def check_needs(config: Config, needs: Needs) -> None:
             f"data.mixing.mixup_alpha = {mixing.mixup_alpha} and cutmix_alpha = {mixing.cutmix_alpha} with "
             f"distill.method = {config.distill.label!r}, which needs one class a sample; set both alphas to 0"
         )
+    if needs.teacher_batch_statistics and config.teacher is not None and config.teacher.fold_batch_norm:
+        raise ConfigError(
+            "distill.ofd.teacher_batch_statistics = true with teacher.fold_batch_norm = true: a BatchNorm that is "
+            "folded has no statistics of a batch; set teacher.fold_batch_norm = false"
+        )
     literal = "unikd" in config.distill.methods and config.distill.teacher_head == "literal"
     if literal and zero_stage(config) == 3:
         raise ConfigError(
@@ -214,6 +219,7 @@ def _ofd(distill: DistillConfig, around: Surroundings) -> Method:
         around.teacher_shapes,
         around.teacher_norms,
         weight=settings.weight,
+        teacher_batch_statistics=settings.teacher_batch_statistics,
         label_smoothing=around.label_smoothing,
         device=around.device,
     )
@@ -279,6 +285,11 @@ def _needs_of_mlkd(distill: DistillConfig) -> Needs:
     return MLKD.needs_with(standardized=distill.mlkd is not None and distill.mlkd.standardized)
 
 
+def _needs_of_ofd(distill: DistillConfig) -> Needs:
+    settings = distill.ofd or sections.OFD()
+    return OFD.needs_with(teacher_batch_statistics=settings.teacher_batch_statistics)
+
+
 def _needs_of_reviewkd(distill: DistillConfig) -> Needs:
     settings = distill.reviewkd or sections.ReviewKD()
     return ReviewKD.needs_with(student_before_activation=settings.student_before_activation)
@@ -306,7 +317,7 @@ METHODS: dict[str, Entry] = {
     "unikd": Entry(UniKD, _unikd),
     "fitnet": Entry(FitNet, _fitnet),
     "at": Entry(AT, _at),
-    "ofd": Entry(OFD, _ofd),
+    "ofd": Entry(OFD, _ofd, needs=_needs_of_ofd),
     "reviewkd": Entry(ReviewKD, _reviewkd, needs=_needs_of_reviewkd),
     "crd": Entry(CRD, _crd),
     "blockwise": Entry(Blockwise, _blockwise),

@@ -4,7 +4,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.roots import named_as_configured
@@ -36,6 +37,8 @@ def build_network(
             model = build_model(section.model, num_classes=classes, weights=weights, weights_key=key, role=role)
         else:
             model = bare_model(section.model, num_classes=classes, weights=weights, role=role)
+    if role == "teacher" and needs.teacher_batch_statistics:
+        _drop_running_statistics(model)
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
     plain = LogitsOnly(model)
@@ -53,6 +56,13 @@ def build_network(
         before_activation=before_activation,
         embedding=needs.embedding,
     )
+
+
+def _drop_running_statistics(model: nn.Module) -> None:
+    """Without any a BatchNorm normalises by the batch in eval mode too, and has nothing that a batch could change."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
 def _check_logits(network: LogitsOnly, what: str, splits: DataSplits, batch: int | None) -> None:

@@ -20,6 +20,7 @@ class Needs(NamedTuple):
     teacher_before_activation: bool = False  # the same, of the teacher alone
     embedding: bool = False  # Features.embedding
     second_view: bool = False  # Batch.second, and the logits of both networks for it
+    teacher_batch_statistics: bool = False  # the teacher's BatchNorms normalise by each batch, as in training
     teacher_network: bool = False  # the teacher's own blocks, as functions that a gradient can pass through
     hard_labels: bool = False  # one class a sample, so no mixup or CutMix
     two_classes: bool = False  # at least two classes in the data
@@ -40,6 +41,7 @@ class Needs(NamedTuple):
             "its features before activation": self.before_activation_of("teacher"),
             "its embeddings": self.embedding,
             "its logits for a second view": self.second_view,
+            "a teacher that normalises by each batch": self.teacher_batch_statistics,
             "the teacher's own blocks": self.teacher_network,
         }
         return " and ".join(name for name, needed in named.items() if needed) or None

@@ -26,10 +26,16 @@ class OFD(Method):
     and number of levels: the teacher's level is averaged to the student's size (repeated, where that is the larger),
     and the last min(L_s, L_t) levels are compared.
 
+    The authors' code keeps the teacher in training mode, so that F_t is normalised by the statistics of each batch, and
+    a sample's features depend on the others of it: the distillation term differs by 5 % and its gradient by 6 %. Ours,
+    as mdistiller's, is in eval mode unless ``teacher_batch_statistics`` asks for theirs, which a teacher with folded
+    BatchNorms cannot have. The margins m are the same in both.
+
     Args:
         student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
         teacher_norms: the BatchNorm that gives each level of the teacher before its activation, not folded.
-        weight: w; 1e-3 on CIFAR, 1e-4 in mdistiller on ImageNet.
+        weight: w; 1e-3 on CIFAR, 1e-4 on ImageNet, for the authors and in mdistiller.
+        teacher_batch_statistics: stated in ``needs``; whoever runs the teacher sees to it.
         label_smoothing: of the cross-entropy.
         device: of the margins m.
 
@@ -51,6 +57,7 @@ class OFD(Method):
         teacher_norms: Sequence[nn.BatchNorm2d],
         *,
         weight: float = 1e-3,
+        teacher_batch_statistics: bool = False,
         label_smoothing: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -60,11 +67,17 @@ class OFD(Method):
                 f"OFD: there must be a BatchNorm for each level of the teacher, got widths {widths} for levels of "
                 f"{channels} channels; pass those that give the levels before their activation"
             )
+        self.needs = self.needs_with(teacher_batch_statistics=teacher_batch_statistics)
         count = min(len(student_shapes), len(teacher_shapes))
         self.weight, self.label_smoothing = weight, label_smoothing
         self.sizes = [size for _, size, _ in student_shapes[-count:]]
         self.margins = [negative_mean(norm).to(device)[:, None, None] for norm in teacher_norms[-count:]]
         self.adapter: Connectors = Connectors([shape[0] for shape in student_shapes[-count:]], channels[-count:])
+
+    @classmethod
+    def needs_with(cls, *, teacher_batch_statistics: bool) -> Needs:
+        """Return what it needs, which is more where the teacher is to be as in training."""
+        return cls.needs._replace(teacher_batch_statistics=teacher_batch_statistics)
 
     @property
     def term_names(self) -> tuple[str, ...]:

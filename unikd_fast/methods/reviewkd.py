@@ -25,6 +25,9 @@ class ReviewKD(Method):
     for 4, 2, 1 on levels above 4 x 4, and 1/2, 1/4 for 2, 1 on a level of 4 x 4. There t counts whole epochs; ours has
     fractions.
 
+    The authors' code never calls ``teacher.eval()``, so its teacher normalises by the statistics of each batch; ours is
+    in eval mode, as mdistiller's.
+
     Args:
         student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
         student_width, teacher_width: D of the embeddings.

@@ -166,10 +166,8 @@ def _student(
     best, last = (_spread([run.result[which]["test"][_KEYS[metric]] for run in done.values()]) for which in _EPOCHS)
     epochs = tuple(int(run.result["best"]["epoch"]) for run in done.values())
     missing = tuple(seed for seed in seeds if seed not in done)
-    origin = _origin(list(done.values()))
-    return Entry(
-        method, pair.name, metric, best, last, epochs, own, elsewhere, tuple(done), missing, *origin, _remark(method)
-    )
+    origin, remark = _origin(list(done.values())), setting(method).remark_for(pair.data)
+    return Entry(method, pair.name, metric, best, last, epochs, own, elsewhere, tuple(done), missing, *origin, remark)
 
 
 def _teacher(
@@ -221,10 +219,8 @@ def _mean(table: Table, method: str, metric: Metric, seeds: Sequence[int], found
     )
     missing = tuple(seed for seed in seeds if seed not in complete)
     origin = _origin([run for of in complete.values() for run in of])
-    column = f"mean of {len(table.pairs)} pairs"
-    return Entry(
-        method, column, metric, best, last, (), own, elsewhere, tuple(complete), missing, *origin, _remark(method)
-    )
+    column, remark = f"mean of {len(table.pairs)} pairs", setting(method).remark_for(table.data)
+    return Entry(method, column, metric, best, last, (), own, elsewhere, tuple(complete), missing, *origin, remark)
 
 
 _EPOCHS = ("best", "last")
@@ -253,10 +249,6 @@ def _origin(runs: Sequence[Finished]) -> tuple[float | None, tuple[str, ...], tu
         tuple(dict.fromkeys(run.commit for run in runs)),
         tuple(str(run.folder) for run in runs),
     )
-
-
-def _remark(method: str) -> str:
-    return setting(method).remark
 
 
 def ledger_json(ledger: Ledger) -> dict[str, Any]:
