@@ -4,14 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
 from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.manifest import hash_split
 from unikd_fast.data.splits import ImageFiles
 
 
 def populate(root: Path, files: dict[str, list[str]]) -> Path:
     for folder, names in files.items():
-        (root / folder).mkdir(parents=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
         for name in names:
             (root / folder / name).touch()
     return root
@@ -62,6 +64,77 @@ def test_follows_links_to_folders_and_files(tmp_path: Path) -> None:
         "train/fox/e.jpg",
         "train/wolf/a.jpg",
     ]
+
+
+def test_sub_folders_are_read_as_torchvision_does(tmp_path: Path) -> None:
+    """Sorted by folder, then by name, where a space comes before what separates folders."""
+    deep = {
+        "wolf": ["b.jpg", "a.png"],
+        "wolf/den": ["a.jpg"],
+        "wolf/den/inner/most": ["0.JPG"],
+        "wolf/den a": ["c.tif"],
+        "wolf/x.jpg": ["in it.bmp"],
+        "fox/2024": ["z.webp", "y.pgm"],
+    }
+    populate(tmp_path, {f"{part}/{folder}": names for part in ("train", "val") for folder, names in deep.items()})
+    splits = load_image_folder(tmp_path, 32)
+    expected = datasets.ImageFolder(tmp_path / "train")
+    assert isinstance(splits.train, ImageFiles)
+    assert list(zip(splits.train.paths, splits.train.labels, strict=True)) == expected.samples
+    assert listed(splits.train, tmp_path / "train") == [
+        "fox/2024/y.pgm",
+        "fox/2024/z.webp",
+        "wolf/a.png",
+        "wolf/b.jpg",
+        "wolf/den/a.jpg",
+        "wolf/den a/c.tif",
+        "wolf/den/inner/most/0.JPG",
+        "wolf/x.jpg/in it.bmp",
+    ]
+    assert splits.class_names == tuple(expected.classes)
+
+
+def test_what_is_left_out_is_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    others = ["a.jfif", "b.gif", "noextension", "._c.jpg", ".DS_Store"]
+    populate(tmp_path, {"train/a": ["1.jpg", *others[:3]], "train/a/b": ["2.jpg", *others[3:]], "val/a": ["1.jpg"]})
+    (tmp_path / "train" / "beside.png").touch()
+    (tmp_path / "train" / "readme.txt").touch()
+    populate(tmp_path, {"train/.cache": ["x.jpg"]})
+    for _ in range(2):
+        assert len(load_image_folder(tmp_path, 32).train) == 2
+    (record,) = caplog.records
+    start, _, rest = record.getMessage().partition(" are left out: ")
+    assert start == f"load_image_folder: 6 files and folders in {tmp_path / 'train'}"
+    names, _, remedy = rest.partition("; ")
+    assert {*names.split(", ")} < {"a/a.jfif", "a/b.gif", "a/noextension", "a/b/._c.jpg", "beside.png", ".cache", "..."}
+    assert names.count(", ") == 5
+    assert remedy == "names of images end in .jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp"
+
+
+def test_nothing_is_said_of_a_folder_that_is_read_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    populate(tmp_path, {"train/a/b": ["1.jpg"], "train/a": [".DS_Store"], "val/a": ["1.jpg"]})
+    load_image_folder(tmp_path, 32)
+    assert not caplog.records
+
+
+def test_a_link_to_a_folder_around_it_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """torchvision would go round until the path is too long."""
+    populate(tmp_path, {"train/a/b": ["1.jpg"], "val/a": ["1.jpg"], "elsewhere": ["2.jpg"]})
+    (tmp_path / "train" / "a" / "b" / "up").symlink_to("..")
+    (tmp_path / "train" / "a" / "aside").symlink_to(tmp_path / "elsewhere")
+    splits = load_image_folder(tmp_path, 32)
+    assert listed(splits.train, tmp_path / "train") == ["a/aside/2.jpg", "a/b/1.jpg"]
+    assert "1 files and folders" in caplog.text
+    assert "a/b/up" in caplog.text
+
+
+def test_a_folder_without_sub_folders_keeps_its_hash(tmp_path: Path) -> None:
+    """From the version that did not look into them, so that caches stay valid."""
+    populate(tmp_path, {f"{part}/{name}": ["b.jpg", "a.png", "._c.jpg"] for part in ("train", "val") for name in "xy"})
+    expected = ImageFiles(
+        [str(tmp_path / "train" / name) for name in ("x/a.png", "x/b.jpg", "y/a.png", "y/b.jpg")], np.arange(4)
+    )
+    assert hash_split(load_image_folder(tmp_path, 32).train) == hash_split(expected)
 
 
 def test_a_folder_named_like_an_image_is_no_image(tmp_path: Path) -> None:

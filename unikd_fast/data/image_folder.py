@@ -1,6 +1,9 @@
 """Folders of images in the layout of ImageNet: root/train/<class>/<image> and root/val/<class>/<image>."""
 
+import logging
 import os
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +11,22 @@ import numpy as np
 from unikd_fast.data.splits import IMAGENET_MEAN, IMAGENET_STD, DataSplits, ImageFiles
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Those of torchvision's ImageFolder, in capitals or not."""
+
+_NAMED = 5
+
+_logger = logging.getLogger("unikd_fast")
 
 
 def load_image_folder(root: Path, image_size: int) -> DataSplits:
     """List the images of a folder; nothing is decoded yet.
 
-    Classes are the folders below train and val, sorted by name; the samples of a split are sorted by class, then by
-    file name, and their place in that list is their id. Links are followed; one that leads nowhere is listed as well,
-    for the loader to find, since ids would change if it were not. Names that begin with a dot are passed over. Mean and
-    deviation are those of ImageNet; `test` is `val`.
+    Classes are the folders below train and val, sorted by name; images are the files in them and in their sub-folders,
+    however deep, whose names end in one of `EXTENSIONS`. The samples of a split are sorted by class, then by folder and
+    file name, as torchvision's ImageFolder does, and their place in that list is their id. Links are followed; one that
+    leads nowhere is listed as well, for the loader to find, since ids would change if it were not. Everything else is
+    left out, counted and named in the log: other endings, names that begin with a dot, links to a folder around them,
+    images beside the class folders. Mean and deviation are those of ImageNet; `test` is `val`.
 
     Raises:
         FileNotFoundError: the root, train or val is missing.
@@ -83,21 +93,57 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 def _list_images(folder: Path, class_names: list[str]) -> ImageFiles:
     paths: list[str] = []
     counts: list[int] = []
+    left_out = _beside_classes(folder)
     for name in class_names:
-        # A million files: entries of a directory know whether they are files without a further system call.
-        with os.scandir(folder / name) as entries:
-            images = sorted(
-                entry.path
-                for entry in entries
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and _is_file(entry)
-            )
+        images = [path for _, found in sorted(_walk(str(folder / name), left_out)) for path in found]
         paths += images
         counts.append(len(images))
+    if left_out:
+        names = ", ".join(os.path.relpath(path, folder) for path in left_out[:_NAMED])
+        _say_once(
+            f"load_image_folder: {len(left_out)} files and folders in {folder} are left out: {names}"
+            f"{', ...' if len(left_out) > _NAMED else ''}; names of images end in {' '.join(EXTENSIONS)}"
+        )
     empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if empty:
         raise ValueError(
             f"load_image_folder: {len(empty)} of {len(class_names)} class folders in {folder} hold no images: "
-            f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; put images ({' '.join(EXTENSIONS)}) directly "
-            "into them or remove them from train and val"
+            f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; put images ({' '.join(EXTENSIONS)}) into them "
+            "or remove them from train and val"
         )
     return ImageFiles(paths, np.repeat(np.arange(len(class_names)), counts))
+
+
+def _walk(top: str, left_out: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder from a class downwards with the paths of its images, sorted; add what is left out."""
+    # Folders to come, each with the real paths of itself and those around it, to which a link may lead back.
+    pending: list[tuple[str, tuple[str, ...]]] = [(top, (os.path.realpath(top),))]
+    while pending:
+        folder, around = pending.pop()
+        images = []
+        # A million files: entries of a folder know whether they are files without a further system call.
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                hidden, named = entry.name.startswith("."), entry.name.lower().endswith(EXTENSIONS)
+                if named and not hidden and _is_file(entry):
+                    images.append(entry.path)
+                elif not hidden and entry.is_dir() and (real := os.path.realpath(entry.path)) not in around:
+                    pending.append((entry.path, (*around, real)))
+                elif named or not hidden or entry.is_dir():  # what is hidden and not an image is the system's
+                    left_out.append(entry.path)
+        yield folder, sorted(images)
+
+
+def _beside_classes(folder: Path) -> list[str]:
+    """Return the images and hidden folders that lie beside the class folders."""
+    with os.scandir(folder) as entries:
+        return [
+            entry.path
+            for entry in entries
+            if (entry.name.startswith(".") if entry.is_dir() else entry.name.lower().endswith(EXTENSIONS))
+        ]
+
+
+@cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
