@@ -31,7 +31,7 @@ class TensorImages:
             caches are keyed on these, so they stay valid when a run takes part of a data set.
 
     Raises:
-        ValueError: the images are no uint8 RGB batch, or the labels are not one per image.
+        ValueError: the images are not a uint8 RGB batch, the labels are not one per image, or a number is negative.
 
     Example:
         >>> split = TensorImages(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), np.arange(10))
@@ -48,7 +48,7 @@ class TensorImages:
             raise ValueError(
                 f"TensorImages: images must be (N, 3, H, W) uint8, got {tuple(self.images.shape)} {self.images.dtype}"
             )
-        _check_lengths("TensorImages", len(self.images), self.labels, self.ids)
+        _check_numbers("TensorImages", len(self.images), self.labels, self.ids)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,7 +68,7 @@ class ImageFiles:
     """A split of image files; paths (N,), labels and ids as for `TensorImages`.
 
     Raises:
-        ValueError: the labels are not one per path.
+        ValueError: the labels are not one per path, or a number is negative.
 
     Example:
         >>> len(ImageFiles(["a.jpeg", "b.jpeg"], np.array([0, 1])))
@@ -80,7 +80,7 @@ class ImageFiles:
     ids: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        _check_lengths("ImageFiles", len(self.paths), self.labels, self.ids)
+        _check_numbers("ImageFiles", len(self.paths), self.labels, self.ids)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -109,7 +109,7 @@ class PackedImages:
         checked: whether the index has the CRC-32 of each image's bytes, against which they are held when read.
 
     Raises:
-        ValueError: the labels are not one per image, or the index has another dtype.
+        ValueError: the labels are not one per image, the index has another dtype, or a number is negative.
 
     Example:
         >>> index = np.array([(0, 512, 0, 0, 0, 0)], INDEX_DTYPE)
@@ -126,7 +126,7 @@ class PackedImages:
     def __post_init__(self) -> None:
         if self.index.dtype != INDEX_DTYPE:
             raise ValueError(f"PackedImages: the index must be of {INDEX_DTYPE}, got {self.index.dtype}")
-        _check_lengths("PackedImages", len(self.index), self.labels, self.ids)
+        _check_numbers("PackedImages", len(self.index), self.labels, self.ids)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -193,14 +193,30 @@ class DataSplits:
     eval_resize: int | None = None
     squash: bool = False
 
+    def __post_init__(self) -> None:
+        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            largest = int(split.labels.max(initial=0))
+            if largest >= self.num_classes:
+                raise ValueError(
+                    f"DataSplits: labels of {name} must be below the number of classes, {self.num_classes}, got "
+                    f"{largest} at position {int(split.labels.argmax())}; correct the label or the number of classes"
+                )
+
     @property
     def test_is_val(self) -> bool:
         """Whether `test` is but another name of `val`, so that its accuracy is one of a split used for selection."""
         return self.test is self.val
 
 
-def _check_lengths(kind: str, count: int, labels: NDArray, ids: NDArray | None) -> None:
-    if labels.shape != (count,):
-        raise ValueError(f"{kind}: {count} images need {count} labels, got an array of shape {labels.shape}")
-    if ids is not None and ids.shape != (count,):
-        raise ValueError(f"{kind}: {count} images need {count} ids, got an array of shape {ids.shape}")
+def _check_numbers(kind: str, count: int, labels: NDArray, ids: NDArray | None) -> None:
+    for name, numbers in (("labels", labels), ("ids", ids)):
+        if numbers is None:
+            continue
+        if numbers.shape != (count,):
+            raise ValueError(f"{kind}: {count} images need {count} {name}, got an array of shape {numbers.shape}")
+        if numbers.dtype.kind not in "iu":
+            raise ValueError(f"{kind}: {name} must be whole numbers, got {numbers.dtype}")
+        if count and numbers.min() < 0:
+            place = int(numbers.argmin())
+            # Of labels, losses leave out the negative ones without a word.
+            raise ValueError(f"{kind}: {name} must be at least 0, got {numbers[place]} at position {place}; correct it")
