@@ -65,12 +65,7 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         open_run_folder(config, processes, resume=resume) as folder,
         StopSignal(processes) as stop,
     ):
-        results = _run_all(
-            config,
-            folder,
-            lambda single, own, label: _run(single, own, processes, stop, label=label, resume=resume),
-            lambda single, own: evaluate_teacher(single, own, processes, label=TEACHER),
-        )
+        results = _run_all(config, folder, processes, stop, resume=resume)
         report = markdown_report(config.model_dump(mode="json"), results)
         processes.from_first(lambda: write_file(folder / REPORT, report))
         _show(config, results, processes)
@@ -134,18 +129,28 @@ def _finished(config: Config) -> Results | None:
         return None  # whoever opens the folder says what is wrong with it
     require_same_config(folder, config)
     try:
-        return _run_all(config, folder, lambda _, own, label: kept(own), lambda _, own: kept(own))
+        return _results(config, folder, lambda _, own, label: kept(own), lambda _, own: kept(own))
     except _Unfinished:
         return None
 
 
-def _run_all(
+def _run_all(config: Config, folder: Path, processes: Processes, stop: StopSignal, *, resume: bool) -> Results:
+    """Every run of the experiment, the teachers' included; with ``resume`` finished runs are read back."""
+    return _results(
+        config,
+        folder,
+        lambda single, own, label: _run(single, own, processes, stop, label=label, resume=resume),
+        lambda single, own: evaluate_teacher(single, own, processes, label=TEACHER),
+    )
+
+
+def _results(
     config: Config,
     folder: Path,
     run: Callable[[Config, Path, str], dict[str, Any]],
     evaluate: Callable[[Config, Path], dict[str, Any]],
 ) -> Results:
-    """Every run of the experiment, the teachers' included.
+    """The results of every run of the experiment, in the order of its table.
 
     Args:
         run: gives the result of a single run, by its configuration, folder and label.
