@@ -18,7 +18,7 @@ from unikd_fast.config import load_config
 from unikd_fast.engine.launch_command import main
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import open_run_folder
+from unikd_fast.engine.run_folder import open_run_folder, read_teacher
 from unikd_fast.errors import ConfigError, FileError
 
 Train = Callable[..., Said]
@@ -191,6 +191,15 @@ def test_a_damaged_result_is_named(tmp_path: Path, train: Train, content: bytes)
     path.unlink()
     assert train("--resume", "auto").code == 0
     assert path.read_bytes() == result and (tmp_path / "run" / "metrics.jsonl").read_bytes() == trained
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_record_of_the_teacher_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "teacher.json"
+    assert read_teacher(tmp_path) is None
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=rf"{path} is .*; remove it and continue with --resume auto, which writes it"):
+        read_teacher(tmp_path)
 
 
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:

@@ -204,14 +204,16 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises:
         FileError: it is damaged; names it.
     """
+    return _read_made(folder / RESULT, "which makes it again from the last checkpoint")
+
+
+def _read_made(path: Path, how: str) -> dict[str, Any] | None:
     try:
-        return read_json(folder / RESULT)
+        return read_json(path)
     except FileNotFoundError:
         return None
     except FileError as error:
-        raise FileError(
-            f"{error}; remove it and continue with --resume auto, which makes it again from the last checkpoint"
-        ) from error
+        raise FileError(f"{error}; remove it and continue with --resume auto, {how}") from error
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -219,9 +221,12 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def read_teacher(folder: Path) -> dict[str, Any] | None:
-    """What :func:`write_teacher` wrote, or None."""
-    path = folder / TEACHER
-    return read_json(path) if path.exists() else None
+    """What :func:`write_teacher` wrote, or None.
+
+    Raises:
+        FileError: it is damaged; names it.
+    """
+    return _read_made(folder / TEACHER, "which writes it again")
 
 
 def write_teacher(folder: Path, record: dict[str, Any]) -> None:
