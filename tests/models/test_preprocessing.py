@@ -42,7 +42,7 @@ def test_all_weights_of_timm_are_given_what_timm_gives_them() -> None:
         assert found == {"other mean or std": 683, "0.5": 430, "bicubic": 1659, "other crop": 1398, "squash": 131}
 
 
-def test_all_weights_of_torchvision_are_given_their_transforms() -> None:
+def test_all_of_torchvisions_are_given_their_transforms() -> None:
     for name in torchvision.models.list_models(module=torchvision.models):
         for tag, entry in torchvision.models.get_model_weights(name).__members__.items():
             transform, found = entry.transforms(), published_preprocessing(f"torchvision/{name}", tag)
