@@ -33,11 +33,10 @@ from unikd_fast.engine import export_weights
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.engine.checkpoint.files import write_folder
 from unikd_fast.engine.checkpoint.tree import on_cpu
-from unikd_fast.engine.launch import _run, _run_all
+from unikd_fast.engine.launch import _run_all
 from unikd_fast.engine.plain_student import load_student
 from unikd_fast.engine.run_folder import open_run_folder
 from unikd_fast.engine.stop import StopSignal
-from unikd_fast.engine.teacher_result import evaluate_teacher
 from unikd_fast.engine.train_step import train_step
 from unikd_fast.models import build_model
 
@@ -197,12 +196,7 @@ def test_one_run_of_a_comparison_is_exported(tmp_path: Path, group: None, capsys
     teacher = {"weights": None, "training": {"total_epochs": 1}}
     config = short(tmp_path, "several", compare=compare, train=train, teacher={**SHORT["teacher"], **teacher})
     with open_run_folder(config, ALONE, resume=False) as folder, StopSignal(ALONE) as stop:
-        _run_all(
-            config,
-            folder,
-            lambda single, own, label: _run(single, own, ALONE, stop, label=label, resume=False),
-            lambda single, own: evaluate_teacher(single, own, ALONE, label="teacher"),
-        )
+        _run_all(config, folder, ALONE, stop, resume=False)
     file = tmp_path / "student.safetensors"
     assert export(folder, file) == 2
     names = [f"seed-3/{name}" for name in ("teacher", "a-kd-4", "alone")]
