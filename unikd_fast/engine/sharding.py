@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
@@ -104,6 +102,8 @@ class _Watched(dict[str, Any]):
 
 def _require_understood(whole: dict[str, Any], given: dict[str, Any]) -> None:
     """DeepSpeed passes over a key that it does not know, and ends by a traceback where a section has one."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
     watched = _Watched(copy.deepcopy(whole))
     del watched["train_batch_size"]  # it follows from the others, over processes that need not have met yet
     inner = {name: _Watched(section) for name, section in watched.items() if name in _READ_BY_LOOKUP}
@@ -130,6 +130,8 @@ def _explain(error: Any, given: dict[str, Any]) -> str:
     path = ".".join(["deepspeed", *filter(None, [section]), *place])
     said = error["msg"].partition("\n")[0].replace("Input should be", "allowed:")
     if error["type"] == "extra_forbidden":
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
         fields = DeepSpeedZeroConfig.model_fields if section == "zero_optimization" and len(place) == 1 else {}
         said = f"unknown key; {_nearest(place[-1], fields)}"
     return f"{path} = {error['input']!r} is not valid: {said}"
