@@ -12,17 +12,17 @@ from unikd_fast.kernels._resize_device import corners, first_reached, nearest_at
 
 @triton.jit
 def sources(
-    it, ft, y, x, mask,
-    H: tl.constexpr, W: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
+    y, x, mask,
+    H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     NEAREST: tl.constexpr,
 ):  # fmt: skip
     """The coarse pixels that Up at (y, x) is made of, and their weights; nearest has the first alone."""
     if NEAREST:
-        q = nearest_at(it, y, x, mask, H, W, SMALL_W, RY, RX)
+        q = nearest_at(y, x, H, W, SMALL_H, SMALL_W, RY, RX)
         one = tl.where(mask, 1.0, 0.0)
         return q, q, q, q, one, one, one, one
     else:
-        return corners(it, ft, y, x, mask, H, W, SMALL_W)
+        return corners(y, x, H, W, SMALL_H, SMALL_W)
 
 
 @triton.jit
@@ -47,8 +47,6 @@ def blend_kernel(
     fine_ptr,  # (N, C, H W)
     coarse_ptr,  # (N, C, SMALL_H SMALL_W)
     gate_ptr,  # (N, GATE_N)
-    integers_ptr,
-    floats_ptr,
     out_ptr,  # as fine
     C: tl.constexpr,
     H: tl.constexpr,
@@ -71,9 +69,7 @@ def blend_kernel(
     image = (tl.program_id(0) // BLOCKS).to(tl.int64)
     p = tl.program_id(0) % BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
     gate = tl.load(gate_ptr + image * GATE_N + p, mask=p < P, other=0.0)[None, :]
-    q00, q01, q10, q11, w00, w01, w10, w11 = sources(
-        integers_ptr, floats_ptr, p // W, p % W, p < P, H, W, SMALL_W, RY, RX, NEAREST
-    )
+    q00, q01, q10, q11, w00, w01, w10, w11 = sources(p // W, p % W, p < P, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c < C)[:, None] & (p < P)[None, :]
@@ -92,8 +88,6 @@ def gate_gradient_kernel(
     fine_ptr,
     coarse_ptr,
     grad_ptr,  # (N, C, H W), as fine
-    integers_ptr,
-    floats_ptr,
     grad_gate_ptr,  # (N, GATE_N)
     C: tl.constexpr,
     H: tl.constexpr,
@@ -116,9 +110,7 @@ def gate_gradient_kernel(
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     image = (tl.program_id(0) // BLOCKS).to(tl.int64)
     p = tl.program_id(0) % BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
-    q00, q01, q10, q11, w00, w01, w10, w11 = sources(
-        integers_ptr, floats_ptr, p // W, p % W, p < P, H, W, SMALL_W, RY, RX, NEAREST
-    )
+    q00, q01, q10, q11, w00, w01, w10, w11 = sources(p // W, p % W, p < P, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -135,10 +127,10 @@ def gate_gradient_kernel(
 
 @triton.jit
 def through_the_blend(
-    grad, gates, it, ft, c, p,
+    grad, gates, c, p,
     LEVEL: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr,
     SMALL_W: tl.constexpr, SC: tl.constexpr, SP: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-    REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
+    REACH_Y: tl.constexpr, REACH_X: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     """g ∂R at the fine pixels p, or Upᵀ( (1 - g) ∂R ) at the coarse ones; `grad` and `gates` of one image."""
     total = tl.zeros([c.shape[0], p.shape[0]], tl.float32)
@@ -149,14 +141,14 @@ def through_the_blend(
         there = p < SMALL_H * SMALL_W
         y = p // SMALL_W
         x = p % SMALL_W
-        first_y, first_x = first_reached(it, y, x, there, H, W, SMALL_H, RY, RX)
+        first_y, first_x = first_reached(y, x, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
         for dy in range(REACH_Y):
             for dx in range(REACH_X):
                 fy = first_y + dy
                 fx = first_x + dx
                 inside = there & (fy < H) & (fx < W)
                 at = tl.where(inside, fy * W + fx, 0)
-                weight = reach_weight(it, ft, y, x, fy, fx, inside, H, W, RY, RX)
+                weight = reach_weight(y, x, fy, fx, inside, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
                 share = weight * (1.0 - tl.load(gates + at, mask=inside, other=0.0))
                 looked_at = (c < C)[:, None] & (weight != 0.0)[None, :]
                 offsets = c[:, None].to(tl.int64) * SC + at[None, :].to(tl.int64) * SP

@@ -9,16 +9,14 @@ import triton
 from torch import Tensor
 
 from unikd_fast.kernels._launch import MAX_PROGRAMS, Launch, describe
-from unikd_fast.kernels.pixel_weights import tables
+from unikd_fast.kernels.pixel_weights import axis_of
 
 Level = tuple[int, int, int, bool]  # (C, H, W, channels_last)
 
 
 class BlendPlan(NamedTuple):
-    """Tables and constants; nothing of it depends on the number of images."""
+    """Sizes and constants, nothing on a device; nothing of it depends on the number of images."""
 
-    integers: Tensor
-    floats: Tensor
     blocks: int  # of fine pixels
     coarse_blocks: int  # of coarse pixels, times those of channels
     constants: dict[str, Any]  # of all kernels
@@ -39,14 +37,12 @@ def blend_plan(fine: Tensor, coarse: Tensor, upsample: str) -> BlendPlan:
 def plan_of(fine: Level, coarse: Level, upsample: str, device: torch.device) -> BlendPlan:
     channels, h, w, _ = fine
     _, small_h, small_w, _ = coarse
-    integers, floats, ratio, reach = tables((h, w), (small_h, small_w), upsample, device)
+    y, x = axis_of(small_h, h, upsample), axis_of(small_w, w, upsample)
     description = describe(device)
     launch = Launch(1, 64, True, 128 // description.warp_size, MAX_PROGRAMS, description.amd)
     block_p, block_c = (min(size, max(16, triton.next_power_of_2(x))) for size, x in ((32, h * w), (64, channels)))
     (sc, sp), (small_sc, small_sp) = strides(fine), strides(coarse)
     return BlendPlan(
-        integers,
-        floats,
         math.ceil(h * w / block_p),
         math.ceil(small_h * small_w / block_p) * math.ceil(channels / block_c),
         {
@@ -59,13 +55,14 @@ def plan_of(fine: Level, coarse: Level, upsample: str, device: torch.device) -> 
             "SP": sp,
             "SMALL_SC": small_sc,
             "SMALL_SP": small_sp,
-            "RY": ratio[0],
-            "RX": ratio[1],
+            "RY": y.ratio,
+            "RX": x.ratio,
+            "NEAREST": upsample == "nearest",
             "BLOCK_P": block_p,
             "BLOCK_C": block_c,
             **launch.options,
         },
-        {"REACH_Y": reach[0], "REACH_X": reach[1]},
+        {"REACH_Y": y.reach, "REACH_X": x.reach},
         h * w,
     )
 

@@ -54,9 +54,8 @@ def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor],
     parts = output.new_empty(images, plan.blocks, fine.shape[1]) if pool else None
     with on_device(fine):
         channel_blend_kernel[(images * plan.blocks,)](
-            own, taps[0] if taps else None, fine, coarse, plan.integers, plan.floats, saved[0],
-            None if pool else output, parts, NEAREST=upsample == "nearest", **_of_taps(taps[0] if taps else coarse),
-            **plan.constants,
+            own, taps[0] if taps else None, fine, coarse, saved[0], None if pool else output, parts,
+            **_of_taps(taps[0] if taps else coarse), **plan.constants,
         )  # fmt: skip
         if parts is not None:
             torch.sum(parts, 1, out=output).div_(plan.pixels)
@@ -81,11 +80,10 @@ def _backward(
     grad_a = torch.empty_like(a) if grad_a is None else grad_a
     with on_device(fine):
         channel_fine_gradient_kernel[(images * plan.blocks,)](
-            a, fine, coarse, grad, grad_mean, plan.integers, plan.floats, grad_a, grad_fine,
-            NEAREST=upsample == "nearest", **plan.constants,
+            a, fine, coarse, grad, grad_mean, grad_a, grad_fine, **plan.constants,
         )  # fmt: skip
         channel_coarse_gradient_kernel[(images * plan.coarse_blocks, 1 + TAPS * len(taps))](
-            a, grad_a, grad, grad_mean, plan.integers, plan.floats, grad_coarse, grad_taps[0] if taps else None,
+            a, grad_a, grad, grad_mean, grad_coarse, grad_taps[0] if taps else None,
             **_of_taps(taps[0] if taps else coarse), **plan.constants, **plan.reach,
         )  # fmt: skip
 

@@ -30,8 +30,6 @@ def channel_blend_kernel(
     taps_ptr,  # (N, 9 C, SMALL_P), or None
     fine_ptr,
     coarse_ptr,
-    integers_ptr,
-    floats_ptr,
     a_ptr,  # as fine
     out_ptr,  # as fine, or None
     part_ptr,  # (N, blocks, C) sums over the pixels of a block, or None
@@ -60,9 +58,7 @@ def channel_blend_kernel(
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     y = p // W
     x = p % W
-    q00, q01, q10, q11, w00, w01, w10, w11 = sources(
-        integers_ptr, floats_ptr, y, x, p < P, H, W, SMALL_W, RY, RX, NEAREST
-    )
+    q00, q01, q10, q11, w00, w01, w10, w11 = sources(y, x, p < P, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c < C)[:, None] & (p < P)[None, :]
@@ -73,8 +69,7 @@ def channel_blend_kernel(
                 tx = x + (tap % 3 - 1)
                 there = (p < P) & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
                 t00, t01, t10, t11, v00, v01, v10, v11 = sources(
-                    integers_ptr, floats_ptr, tl.where(there, ty, 0), tl.where(there, tx, 0), there, H, W, SMALL_W,
-                    RY, RX, NEAREST,
+                    tl.where(there, ty, 0), tl.where(there, tx, 0), there, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST,
                 )  # fmt: skip
                 a += resample(
                     taps_ptr + image * (9 * C * SMALL_P), tap * C + c, t00, t01, t10, t11, v00, v01, v10, v11,
@@ -103,8 +98,6 @@ def channel_fine_gradient_kernel(
     coarse_ptr,
     grad_ptr,  # as fine, or None
     grad_mean_ptr,  # (N, C), or None
-    integers_ptr,
-    floats_ptr,
     grad_a_ptr,  # as fine
     grad_fine_ptr,  # as fine, or None
     C: tl.constexpr,
@@ -127,9 +120,7 @@ def channel_fine_gradient_kernel(
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     image = (tl.program_id(0) // BLOCKS).to(tl.int64)
     p = tl.program_id(0) % BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
-    q00, q01, q10, q11, w00, w01, w10, w11 = sources(
-        integers_ptr, floats_ptr, p // W, p % W, p < P, H, W, SMALL_W, RY, RX, NEAREST
-    )
+    q00, q01, q10, q11, w00, w01, w10, w11 = sources(p // W, p % W, p < P, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c < C)[:, None] & (p < P)[None, :]
@@ -160,8 +151,6 @@ def channel_coarse_gradient_kernel(
     grad_a_ptr,
     grad_ptr,  # as fine, or None
     grad_mean_ptr,  # (N, C), or None
-    integers_ptr,
-    floats_ptr,
     grad_coarse_ptr,  # as coarse, or None
     grad_taps_ptr,  # as the taps, or None
     C: tl.constexpr,
@@ -177,6 +166,7 @@ def channel_coarse_gradient_kernel(
     TAPS_SP: tl.constexpr,
     RY: tl.constexpr,
     RX: tl.constexpr,
+    NEAREST: tl.constexpr,
     REACH_Y: tl.constexpr,
     REACH_X: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -195,14 +185,14 @@ def channel_coarse_gradient_kernel(
     at = image * (C * P)
     y = p // SMALL_W
     x = p % SMALL_W
-    first_y, first_x = first_reached(integers_ptr, y, x, p < SMALL_P, H, W, SMALL_H, RY, RX)
+    first_y, first_x = first_reached(y, x, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for dy in range(REACH_Y):
         for dx in range(REACH_X):
             fy = first_y + dy
             fx = first_x + dx
             inside = (p < SMALL_P) & (fy < H) & (fx < W)
-            weight = reach_weight(integers_ptr, floats_ptr, y, x, fy, fx, inside, H, W, RY, RX)
+            weight = reach_weight(y, x, fy, fx, inside, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
             if tap < 0:
                 q = tl.where(weight != 0.0, fy * W + fx, P)  # P is masked
                 upstream = grad_ptr

@@ -247,16 +247,14 @@ def block_sum(x):
 
 
 @triton.jit
-def last_to_arrive(ticket_ptr):
+def last_to_arrive(partial_ptr, SUMS: tl.constexpr):
     """Whether this program is the last one of the launch; then it sees what all the others stored before.
 
-    An integer ticket, not a lock: nobody waits. The last one resets it for the next launch on this stream.
+    An integer ticket behind the partial sums, 0 at the start, and not a lock: nobody waits.
     """
     tl.debug_barrier()
-    last = tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1
-    if last:
-        tl.store(ticket_ptr, 0)
-    return last
+    ticket_ptr = (partial_ptr + SUMS).to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1
 
 
 @triton.jit
@@ -268,10 +266,10 @@ def sum_of_partials(partial_ptr, MAX_PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, MAX_PROGRAMS: tl.constexpr):
+def store_total(loss_ptr, partial_ptr, accumulated, MAX_PROGRAMS: tl.constexpr):
     """Store the sum over programs of what each has accumulated; the last program does."""
     tl.store(partial_ptr + tl.program_id(0), accumulated)
-    if last_to_arrive(ticket_ptr):
+    if last_to_arrive(partial_ptr, MAX_PROGRAMS):
         tl.store(loss_ptr, sum_of_partials(partial_ptr, MAX_PROGRAMS))
 
 

@@ -1,4 +1,4 @@
-"""Launch sizes, and what a launch needs besides its tensors: the device, the ticket, strides.
+"""Launch sizes, and what a launch needs besides its tensors: the device, the partial sums, strides.
 
 The sizes are fixed rules, one per bucket of K, so that the same input gives the same bits; no autotuning. They were
 chosen from the registers that compilation reports and from bytes in flight; no GPU has confirmed them yet.
@@ -109,24 +109,6 @@ def describe(device: torch.device) -> Device:
     return Device(p.multi_processor_count, getattr(p, "warp_size", 32), getattr(p, "L2_cache_size", 2**22), amd)
 
 
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def ticket(device: torch.device) -> Tensor:
-    """Give the counter by which the last program of a launch knows itself: 0 before and after each launch.
-
-    One per stream, because launches on two streams overlap. A captured graph gets its own, zeroed in the graph.
-    """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
-
-
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the tensor's device, which need not be the current one."""
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
@@ -150,11 +132,16 @@ def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
-def partial_sums(loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Give what programs need to form one number together: a sum for each, and the ticket."""
+def partial_sums(loss: Tensor | None, sums: int = MAX_PROGRAMS) -> Tensor | None:
+    """Give what programs need to form one number together: a sum for each, and the ticket, 0, behind them.
+
+    They live as long as the call. A ticket that is kept, 0 before and after each launch, would spare the filling, one
+    short launch; but it lies in whatever memory pool was current when it was made, and where that is a CUDA graph's,
+    the graph is refused or left with memory that belongs to somebody else.
+    """
     if loss is None or loss.ndim > 0:
-        return None, None
-    return torch.empty(MAX_PROGRAMS, dtype=torch.float32, device=loss.device), ticket(loss.device)
+        return None
+    return torch.zeros(sums + 1, dtype=torch.float32, device=loss.device)
 
 
 def normalizer_of(

@@ -11,20 +11,21 @@ from unikd_fast.kernels._resize_device import first_reached, reach_weight, up
 
 @triton.jit
 def _tap(
-    own, above, it, ft, y, x, mask, tap, FINER: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    SMALL_P: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, NEAREST: tl.constexpr,
+    own, above, y, x, mask, tap, FINER: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     """What one tap of the 3x3 gates at (y, x) sees of its own level and of the upsampled one."""
     ty = y + (tap // 3 - 1)
     tx = x + (tap % 3 - 1)
     inside = mask & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
     a = tl.load(own + tap * (H * W) + ty * W + tx, mask=inside, other=0.0)
-    return a + up(above + (FINER + tap) * SMALL_P, it, ft, ty, tx, inside, H, W, SMALL_W, RY, RX, NEAREST)
+    map_ptr = above + (FINER + tap) * (SMALL_H * SMALL_W)
+    return a + up(map_ptr, ty, tx, inside, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
 
 
 @triton.jit
 def _gate(
-    seen, own, above, state, gates, bias, it, ft,
+    seen, own, above, state, gates, bias,
     LEVEL: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
     RY: tl.constexpr, RX: tl.constexpr, NEAREST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -40,35 +41,35 @@ def _gate(
         # All taps' loads at once hide their latency, if there are registers for them: bilinear has four for each tap.
         if NEAREST:
             for tap in tl.static_range(9):
-                a += _tap(own, above, it, ft, y, x, p < P, tap, FINER, H, W, SMALL_P, SMALL_W, RY, RX, NEAREST)
+                a += _tap(own, above, y, x, p < P, tap, FINER, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
         else:
             for tap in range(9):
-                a += _tap(own, above, it, ft, y, x, p < P, tap, FINER, H, W, SMALL_P, SMALL_W, RY, RX, NEAREST)
+                a += _tap(own, above, y, x, p < P, tap, FINER, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
         gate = 1.0 / (1.0 + tl.exp(-a))
         tl.store(gates + p, gate, mask=p < P)
         for tap in range(FINER):
-            coarse = up(above + tap * SMALL_P, it, ft, y, x, p < P, H, W, SMALL_W, RY, RX, NEAREST)
+            coarse = up(above + tap * SMALL_P, y, x, p < P, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
             fine = tl.load(seen + tap * P + p, mask=p < P, other=0.0)
             tl.store(state + tap * P + p, coarse + gate * (fine - coarse), mask=p < P)
 
 
 @triton.jit
 def _what_remains(
-    gates, remaining, it, ft, p,
-    H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
-    RY: tl.constexpr, RX: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr, BLOCK: tl.constexpr,
+    gates, remaining, p,
+    H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
+    REACH_Y: tl.constexpr, REACH_X: tl.constexpr, NEAREST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Upᵀ of what the finer level's gates left over, at the coarse pixels p."""
     left = tl.zeros([BLOCK], tl.float32)
     y = p // SMALL_W
     x = p % SMALL_W
-    first_y, first_x = first_reached(it, y, x, p < SMALL_H * SMALL_W, H, W, SMALL_H, RY, RX)
+    first_y, first_x = first_reached(y, x, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
     for dy in range(REACH_Y):
         for dx in range(REACH_X):
             fy = first_y + dy
             fx = first_x + dx
             inside = (p < SMALL_H * SMALL_W) & (fy < H) & (fx < W)
-            weight = reach_weight(it, ft, y, x, fy, fx, inside, H, W, RY, RX)
+            weight = reach_weight(y, x, fy, fx, inside, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
             gate = tl.load(gates + fy * W + fx, mask=inside, other=1.0)
             above = tl.load(remaining + fy * W + fx, mask=inside, other=0.0)
             # Where this pixel is not looked at, what is there must not reach it: 0 · inf.
@@ -81,8 +82,6 @@ def pixel_weights_kernel(
     seen_ptr,  # (N, SEEN_SIZE)
     own_ptr,  # (N, OWN_SIZE)
     bias_ptr,  # (L - 1,)
-    integers_ptr,
-    floats_ptr,
     gate_ptr,  # (N, PIXEL_SIZE), 1 at the coarsest level
     state_ptr,  # (N, STATE_SIZE)
     remaining_ptr,  # (N, PIXEL_SIZE)
@@ -97,8 +96,6 @@ def pixel_weights_kernel(
     SEEN_SIZE: tl.constexpr,
     OWN_SIZE: tl.constexpr,
     STATE_SIZE: tl.constexpr,
-    INTEGERS: tl.constexpr,
-    FLOATS: tl.constexpr,
     RYS: tl.constexpr,
     RXS: tl.constexpr,
     REACH_Y: tl.constexpr,
@@ -119,7 +116,6 @@ def pixel_weights_kernel(
         _gate(
             seen + SEEN[L - 2 - back], own + OWN[L - 2 - back], above, states + STATE[L - 2 - back],
             gates + PIXELS[L - 2 - back], tl.load(bias_ptr + L - 2 - back),
-            integers_ptr + INTEGERS[L - 2 - back], floats_ptr + FLOATS[L - 2 - back],
             L - 2 - back, HS[L - 2 - back], WS[L - 2 - back], HS[L - 1 - back], WS[L - 1 - back],
             RYS[L - 2 - back], RXS[L - 2 - back], NEAREST, BLOCK,
         )  # fmt: skip
@@ -131,10 +127,9 @@ def pixel_weights_kernel(
             left = tl.full([BLOCK], 1.0, tl.float32) / (HS[0] * WS[0])
             if level > 0:
                 left = _what_remains(
-                    gates + PIXELS[level - 1], remaining + PIXELS[level - 1],
-                    integers_ptr + INTEGERS[level - 1], floats_ptr + FLOATS[level - 1], p,
+                    gates + PIXELS[level - 1], remaining + PIXELS[level - 1], p,
                     HS[level - 1], WS[level - 1], HS[level], WS[level], RYS[level - 1], RXS[level - 1],
-                    REACH_Y[level - 1], REACH_X[level - 1], BLOCK,
+                    REACH_Y[level - 1], REACH_X[level - 1], NEAREST, BLOCK,
                 )  # fmt: skip
             tl.store(remaining + PIXELS[level] + p, left, mask=inside)
             if level == L - 1:
@@ -144,7 +139,7 @@ def pixel_weights_kernel(
 
 @triton.jit
 def _gate_gradient(
-    seen, above, grad_seen, grad_state, grad_gates, gates, it, ft,
+    seen, above, grad_seen, grad_state, grad_gates, gates,
     LEVEL: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
     RY: tl.constexpr, RX: tl.constexpr, NEAREST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +152,7 @@ def _gate_gradient(
         gate = tl.load(gates + p, mask=p < P, other=0.0)
         grad = tl.load(grad_gates + p, mask=p < P, other=0.0)
         for tap in range(9 * LEVEL):
-            coarse = up(above + tap * SMALL_P, it, ft, p // W, p % W, p < P, H, W, SMALL_W, RY, RX, NEAREST)
+            coarse = up(above + tap * SMALL_P, p // W, p % W, p < P, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
             fine = tl.load(seen + tap * P + p, mask=p < P, other=0.0)
             blended = tl.load(grad_state + tap * P + p, mask=p < P, other=0.0)
             grad += blended * (fine - coarse)
@@ -170,9 +165,10 @@ def _gate_gradient(
 
 @triton.jit
 def _gradient_above(
-    grad_above, grad_state, grad_gates, gates, it, ft,
+    grad_above, grad_state, grad_gates, gates,
     LEVEL: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
-    RY: tl.constexpr, RX: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr, BLOCK: tl.constexpr,
+    RY: tl.constexpr, RX: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr, NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Upᵀ of what Up(Z) got: of the blended maps what the gate left over, of the gate's own taps all of a, shifted."""
     SMALL_P: tl.constexpr = SMALL_H * SMALL_W
@@ -181,7 +177,7 @@ def _gradient_above(
         p = start + tl.arange(0, BLOCK)
         y = p // SMALL_W
         x = p % SMALL_W
-        first_y, first_x = first_reached(it, y, x, p < SMALL_P, H, W, SMALL_H, RY, RX)
+        first_y, first_x = first_reached(y, x, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
         for tap in range(FINER + 9):
             total = tl.zeros([BLOCK], tl.float32)
             shift_y = (tap - FINER) // 3 - 1
@@ -191,7 +187,7 @@ def _gradient_above(
                     fy = first_y + dy
                     fx = first_x + dx
                     inside = (p < SMALL_P) & (fy < H) & (fx < W)
-                    weight = reach_weight(it, ft, y, x, fy, fx, inside, H, W, RY, RX)
+                    weight = reach_weight(y, x, fy, fx, inside, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
                     if tap < FINER:
                         grad = tl.load(grad_state + tap * (H * W) + fy * W + fx, mask=inside, other=0.0)
                         grad *= 1.0 - tl.load(gates + fy * W + fx, mask=inside, other=0.0)
@@ -207,8 +203,6 @@ def _gradient_above(
 @triton.jit
 def pixel_weights_backward_kernel(
     seen_ptr,  # as forward had and left them
-    integers_ptr,
-    floats_ptr,
     gate_ptr,
     state_ptr,
     remaining_ptr,
@@ -228,8 +222,6 @@ def pixel_weights_backward_kernel(
     SEEN_SIZE: tl.constexpr,
     OWN_SIZE: tl.constexpr,
     STATE_SIZE: tl.constexpr,
-    INTEGERS: tl.constexpr,
-    FLOATS: tl.constexpr,
     RYS: tl.constexpr,
     RXS: tl.constexpr,
     REACH_Y: tl.constexpr,
@@ -255,9 +247,9 @@ def pixel_weights_backward_kernel(
                 grad = tl.load(grad_weights + at, mask=inside, other=0.0)
                 passed = up(
                     grad_weights + PIXELS[L - back],
-                    integers_ptr + INTEGERS[L - 1 - back], floats_ptr + FLOATS[L - 1 - back],
                     p // WS[L - 1 - back], p % WS[L - 1 - back], inside,
-                    HS[L - 1 - back], WS[L - 1 - back], WS[L - back], RYS[L - 1 - back], RXS[L - 1 - back], NEAREST,
+                    HS[L - 1 - back], WS[L - 1 - back], HS[L - back], WS[L - back],
+                    RYS[L - 1 - back], RXS[L - 1 - back], NEAREST,
                 )  # fmt: skip
                 gate = tl.load(gates + at, mask=inside, other=0.0)
                 left = tl.load(remaining + at, mask=inside, other=0.0)
@@ -270,18 +262,16 @@ def pixel_weights_backward_kernel(
         if level == L - 2:
             above = seen + SEEN[level + 1]
             grad_above = grad_seen + SEEN[level + 1]
-        it = integers_ptr + INTEGERS[level]
-        ft = floats_ptr + FLOATS[level]
         bias_sum = _gate_gradient(
             seen + SEEN[level], above, grad_seen + SEEN[level], grad_states + STATE[level],
-            grad_gates + PIXELS[level], gates + PIXELS[level], it, ft,
+            grad_gates + PIXELS[level], gates + PIXELS[level],
             level, HS[level], WS[level], HS[level + 1], WS[level + 1], RYS[level], RXS[level], NEAREST, BLOCK,
         )  # fmt: skip
         tl.store(grad_bias_ptr + image * (L - 1) + level, bias_sum)
         tl.debug_barrier()
         _gradient_above(
-            grad_above, grad_states + STATE[level], grad_gates + PIXELS[level], gates + PIXELS[level], it, ft,
+            grad_above, grad_states + STATE[level], grad_gates + PIXELS[level], gates + PIXELS[level],
             level, HS[level], WS[level], HS[level + 1], WS[level + 1], RYS[level], RXS[level],
-            REACH_Y[level], REACH_X[level], BLOCK,
+            REACH_Y[level], REACH_X[level], NEAREST, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()

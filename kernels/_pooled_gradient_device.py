@@ -45,13 +45,14 @@ def _seen_gradient(grad_seen, grad_a, r, p, LEVEL: tl.constexpr, GATES: tl.const
 @triton.jit
 def _feature_gradient(
     feature, mean, slope, offset, matrix, gates, remaining, grad_average, grad_blend, grad_seen, grad_a, grad_feature,
-    parts, it, ft, N, program, groups,
+    parts, N, program, groups,
     LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_SIZE: tl.constexpr,
     SEEN_SIZE: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, EXACT: tl.constexpr,
     FINE_H: tl.constexpr, FINE_W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
     FINE_SC: tl.constexpr, FINE_SP: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-    REACH_Y: tl.constexpr, REACH_X: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    REACH_Y: tl.constexpr, REACH_X: tl.constexpr, NEAREST: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = H * W
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -84,8 +85,9 @@ def _feature_gradient(
         if grad_feature is not None:
             if grad_blend is not None:
                 grad = through_the_blend(
-                    grad_blend + image * (C * FINE_H * FINE_W), gates + image * PIXEL_SIZE, it, ft, c, p, LEVEL, C,
+                    grad_blend + image * (C * FINE_H * FINE_W), gates + image * PIXEL_SIZE, c, p, LEVEL, C,
                     FINE_H, FINE_W, SMALL_H, SMALL_W, FINE_SC, FINE_SP, RY, RX, REACH_Y, REACH_X,
+                    NEAREST,
                 )  # fmt: skip
             else:
                 w = tl.load(gates + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
@@ -122,8 +124,6 @@ def feature_gradient_kernel(
     grad_a_ptr,  # (N, PIXEL_SIZE), or None without gates
     grad_features,  # as the features, or None
     parts_ptr,  # (groups, rows, C + 1) of each level, or None
-    integers_ptr,
-    floats_ptr,
     N,
     L: tl.constexpr,
     HS: tl.constexpr,
@@ -145,6 +145,7 @@ def feature_gradient_kernel(
     RXS: tl.constexpr,
     REACH_Y: tl.constexpr,
     REACH_X: tl.constexpr,
+    NEAREST: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -171,11 +172,11 @@ def feature_gradient_kernel(
                 grad_average = grad_average_ptr + COLUMN[i]
             _feature_gradient(
                 features[i], mean_ptr, slope_ptr, offset_ptr, matrix_ptr, gates, remaining, grad_average,
-                grad_blend_ptr, grad_seen, grad_a, grad_features[i], parts, integers_ptr, floats_ptr, N,
+                grad_blend_ptr, grad_seen, grad_a, grad_features[i], parts, N,
                 tl.program_id(0) - first, groups,
                 i, L - 1, HS[i], WS[i], CS[i], SCS[i], SPS[i], COLUMN[i], COLUMNS, PIXEL_SIZE, SEEN_SIZE,
                 ROWS[i], ROWS_PADDED[i], EXACT, HS[0], WS[0], HS[1 % L], WS[1 % L], SCS[0], SPS[0],
-                RYS[0], RXS[0], REACH_Y[0], REACH_X[0], BLOCK_P, BLOCK_C,
+                RYS[0], RXS[0], REACH_Y[0], REACH_X[0], NEAREST, BLOCK_P, BLOCK_C,
             )  # fmt: skip
         first = end
 

@@ -55,7 +55,7 @@ def plan_of(
 ) -> Plan:
     """Plan for levels (C, H, W, channels_last)."""
     gates = len(levels) - 1
-    layout = geometry(tuple((h, w) for _, h, w, _ in levels), upsample, device)
+    layout = geometry(tuple((h, w) for _, h, w, _ in levels), upsample)
     channels = [c for c, *_ in levels]
     pixels = [h * w for _, h, w, _ in levels]
     column, width = offsets(channels)
@@ -133,6 +133,7 @@ def plan_of(
             "RXS": (*layout.ratio_x, 0),
             "REACH_Y": (*layout.reach_y, 0),
             "REACH_X": (*layout.reach_x, 0),
+            "NEAREST": upsample == "nearest",
             "EXACT": exact,
             "BLOCK_C": block_c,
         }

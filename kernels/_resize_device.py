@@ -1,10 +1,8 @@
-"""Device code of resizing: Up at fine pixels, and whom Upᵀ reaches from coarse ones (`_resize_tables`).
+"""Device code of resizing: Up at fine pixels, and whom Upᵀ reaches from coarse ones.
 
-A transition is one step from a coarse level to a finer one: `it` and `ft` point to its tables,
-
-    it = [y.i0 (H), y.i1 (H), x.i0 (W), x.i1 (W), y.start (h), x.start (w)],    ft = [y.w0, y.w1, x.w0, x.w1]
-
-and RY, RX are its ratios. Where a ratio is not 0, nothing is looked up.
+Sources and weights are computed as PyTorch's interpolation does, of H x W from SMALL_H x SMALL_W. No tables: a captured
+graph would read them long after the call that made them. RY and RX are r where the fine position i is a copy of the
+coarse i // r, else 0 (`pixel_weights.axis_of`).
 """
 
 import triton
@@ -12,46 +10,55 @@ import triton.language as tl
 
 
 @triton.jit
-def nearest_at(
-    it, y, x, mask, H: tl.constexpr, W: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr
-):
-    """The coarse pixel that the fine pixels (y, x) copy."""
-    if RY > 0:
-        y0 = y // RY
+def _nearest(fine, SIZE: tl.constexpr, SMALL: tl.constexpr, RATIO: tl.constexpr):
+    """The coarse position that a fine one copies, along one axis."""
+    if RATIO > 0:
+        return fine // RATIO
     else:
-        y0 = tl.load(it + y, mask=mask, other=0)
-    if RX > 0:
-        x0 = x // RX
-    else:
-        x0 = tl.load(it + 2 * H + x, mask=mask, other=0)
-    return y0 * SMALL_W + x0
+        return tl.minimum((fine.to(tl.float32) * (SMALL / SIZE)).to(tl.int32), SMALL - 1)
 
 
 @triton.jit
-def corners(it, ft, y, x, mask, H: tl.constexpr, W: tl.constexpr, SMALL_W: tl.constexpr):
+def _between(fine, SIZE: tl.constexpr, SMALL: tl.constexpr):
+    """The two coarse positions around a fine one along one axis, and the weight of the second; one where that is 0."""
+    at = tl.maximum((fine.to(tl.float32) + 0.5) * (SMALL / SIZE) - 0.5, 0.0)
+    first = tl.minimum(at.to(tl.int32), SMALL - 1)
+    weight = tl.where(first == SMALL - 1, 0.0, at - first.to(tl.float32))
+    return first, first + (weight > 0.0).to(tl.int32), weight
+
+
+@triton.jit
+def nearest_at(
+    y, x, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
+    RY: tl.constexpr, RX: tl.constexpr,
+):  # fmt: skip
+    """The coarse pixel that the fine pixels (y, x) copy."""
+    return _nearest(y, H, SMALL_H, RY) * SMALL_W + _nearest(x, W, SMALL_W, RX)
+
+
+@triton.jit
+def corners(y, x, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr):
     """The four coarse pixels around the fine pixels (y, x), and their weights."""
-    y0 = tl.load(it + y, mask=mask, other=0) * SMALL_W
-    y1 = tl.load(it + H + y, mask=mask, other=0) * SMALL_W
-    x0 = tl.load(it + 2 * H + x, mask=mask, other=0)
-    x1 = tl.load(it + 2 * H + W + x, mask=mask, other=0)
-    wy0 = tl.load(ft + y, mask=mask, other=0.0)
-    wy1 = tl.load(ft + H + y, mask=mask, other=0.0)
-    wx0 = tl.load(ft + 2 * H + x, mask=mask, other=0.0)
-    wx1 = tl.load(ft + 2 * H + W + x, mask=mask, other=0.0)
+    y0, y1, wy1 = _between(y, H, SMALL_H)
+    x0, x1, wx1 = _between(x, W, SMALL_W)
+    wy0 = 1.0 - wy1
+    wx0 = 1.0 - wx1
+    y0 *= SMALL_W
+    y1 *= SMALL_W
     return y0 + x0, y0 + x1, y1 + x0, y1 + x1, wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
 
 
 @triton.jit
 def up(
-    map_ptr, it, ft, y, x, mask,
-    H: tl.constexpr, W: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
+    map_ptr, y, x, mask,
+    H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     NEAREST: tl.constexpr,
 ):  # fmt: skip
     """Up(map) at the fine pixels (y, x), 0 where masked."""
     if NEAREST:
-        return tl.load(map_ptr + nearest_at(it, y, x, mask, H, W, SMALL_W, RY, RX), mask=mask, other=0.0)
+        return tl.load(map_ptr + nearest_at(y, x, H, W, SMALL_H, SMALL_W, RY, RX), mask=mask, other=0.0)
     else:
-        p00, p01, p10, p11, w00, w01, w10, w11 = corners(it, ft, y, x, mask, H, W, SMALL_W)
+        p00, p01, p10, p11, w00, w01, w10, w11 = corners(y, x, H, W, SMALL_H, SMALL_W)
         total = w00 * tl.load(map_ptr + p00, mask=mask, other=0.0)
         total += w01 * tl.load(map_ptr + p01, mask=mask, other=0.0)
         total += w10 * tl.load(map_ptr + p10, mask=mask, other=0.0)
@@ -59,37 +66,45 @@ def up(
 
 
 @triton.jit
-def first_reached(
-    it, y, x, mask,
-    H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-):  # fmt: skip
-    """The first fine row and column that look at the coarse pixels (y, x)."""
-    if RY > 0:
-        fy = y * RY
+def _first(small, SIZE: tl.constexpr, SMALL: tl.constexpr, RATIO: tl.constexpr, NEAREST: tl.constexpr):
+    """The first fine position that looks at a coarse one along one axis, as `pixel_weights.axis_of` has it."""
+    if RATIO > 0:
+        return small * RATIO
+    elif NEAREST:
+        return (small * SIZE + (SMALL - 1)) // SMALL
     else:
-        fy = tl.load(it + 2 * H + 2 * W + y, mask=mask, other=0)
-    if RX > 0:
-        fx = x * RX
-    else:
-        fx = tl.load(it + 2 * H + 2 * W + SMALL_H + x, mask=mask, other=0)
-    return fy, fx
+        return tl.maximum((2 * small - 1) * SIZE + SMALL, 0) // (2 * SMALL)
 
 
 @triton.jit
-def reach_weight(it, ft, y, x, fy, fx, inside, H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr):
+def first_reached(
+    y, x, H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
+    RY: tl.constexpr, RX: tl.constexpr, NEAREST: tl.constexpr,
+):  # fmt: skip
+    """The first fine row and column that look at the coarse pixels (y, x)."""
+    return _first(y, H, SMALL_H, RY, NEAREST), _first(x, W, SMALL_W, RX, NEAREST)
+
+
+@triton.jit
+def _along(small, fine, SIZE: tl.constexpr, SMALL: tl.constexpr, NEAREST: tl.constexpr):
+    """With what weight the fine positions look at the coarse ones along one axis."""
+    if NEAREST:
+        return tl.where(_nearest(fine, SIZE, SMALL, 0) == small, 1.0, 0.0)
+    else:
+        first, second, weight = _between(fine, SIZE, SMALL)
+        return tl.where(first == small, 1.0 - weight, tl.where(second == small, weight, 0.0))
+
+
+@triton.jit
+def reach_weight(
+    y, x, fy, fx, inside,
+    H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
+    NEAREST: tl.constexpr,
+):  # fmt: skip
     """With what weight the fine pixels (fy, fx) look at the coarse ones (y, x), 0 outside."""
     weight = tl.where(inside, 1.0, 0.0)
     if RY == 0:
-        weight *= _along(it, ft, y, fy, inside, H)
+        weight *= _along(y, fy, H, SMALL_H, NEAREST)
     if RX == 0:
-        weight *= _along(it + 2 * H, ft + 2 * H, x, fx, inside, W)
+        weight *= _along(x, fx, W, SMALL_W, NEAREST)
     return weight
-
-
-@triton.jit
-def _along(it, ft, at, fine, inside, SIZE: tl.constexpr):
-    """The same along one axis."""
-    first = tl.load(it + fine, mask=inside, other=-1) == at
-    second = tl.load(it + SIZE + fine, mask=inside, other=-1) == at
-    w = tl.where(first, tl.load(ft + fine, mask=inside, other=0.0), 0.0)
-    return w + tl.where(second, tl.load(ft + SIZE + fine, mask=inside, other=0.0), 0.0)

@@ -104,8 +104,7 @@ def unikd_kernel(
     ce_ptr,
     feature_kl_ptr,
     logit_kl_ptr,
-    partial_ptr,  # (4, PROGRAMS)
-    ticket_ptr,
+    partial_ptr,  # (4 PROGRAMS + 1,)
     student_grad_ptr,  # dense gradients, or None
     student_mean_grad_ptr,
     student_log_var_grad_ptr,
@@ -289,7 +288,7 @@ def unikd_kernel(
         tl.store(partial_ptr + PROGRAMS + pid, kl_sum)
         tl.store(partial_ptr + 2 * PROGRAMS + pid, feature_sum)
         tl.store(partial_ptr + 3 * PROGRAMS + pid, anchor_sum)
-        if last_to_arrive(ticket_ptr):
+        if last_to_arrive(partial_ptr, 4 * PROGRAMS):
             ce = sum_of_partials(partial_ptr, PROGRAMS) / ce_norm
             logit_kl = sum_of_partials(partial_ptr + PROGRAMS, PROGRAMS) * (t2 / rows_norm)
             feature_kl = sum_of_partials(partial_ptr + 2 * PROGRAMS, PROGRAMS) / gaussian_norm

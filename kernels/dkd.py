@@ -86,7 +86,6 @@ def _dkd_kernel(
     upstream_ptr,
     loss_ptr,
     partial_ptr,
-    ticket_ptr,
     grad_ptr,  # (N, K) dense, or None
     N,
     ignore_index,
@@ -187,7 +186,7 @@ def _dkd_kernel(
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
-        store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, PROGRAMS)
+        store_total(loss_ptr, partial_ptr, accumulated, PROGRAMS)
 
 
 def _launch(
@@ -221,7 +220,7 @@ def _launch(
         beta_value if beta is None else beta,
         upstream[0],
         outputs[0],
-        *partial_sums(outputs[0]),
+        partial_sums(outputs[0]),
         gradients[0],
         rows,
         ignore_index,

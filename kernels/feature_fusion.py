@@ -71,8 +71,7 @@ def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor],
         pixel_weights_forward(maps, own, bias, plan.layout, upsample)
         blend = blend_plan(levels[0], levels[1], upsample)
         blend_kernel[(len(output) * blend.blocks,)](
-            *levels, maps.gates, blend.integers, blend.floats, output, GATE_N=plan.layout.pixel_size,
-            NEAREST=upsample == "nearest", **blend.constants,
+            *levels, maps.gates, output, GATE_N=plan.layout.pixel_size, **blend.constants,
         )  # fmt: skip
 
 
@@ -94,8 +93,7 @@ def _backward(
             grad_gates = torch.zeros_like(gates)
             blend = blend_plan(levels[0], levels[1], upsample)
             gate_gradient_kernel[(len(gates) * blend.blocks,)](
-                *levels, upstream, blend.integers, blend.floats, grad_gates, GATE_N=plan.layout.pixel_size,
-                NEAREST=upsample == "nearest", **blend.constants,
+                *levels, upstream, grad_gates, GATE_N=plan.layout.pixel_size, **blend.constants,
             )  # fmt: skip
             # Between two levels nothing is blended that a finer gate would look at.
             maps = ScalarMaps(gates, gates, gates, torch.ones_like(gates))

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from unikd_fast.kernels._launch import MAX_PROGRAMS, Launch, describe, on_device
 from unikd_fast.kernels._pixel_weights_device import pixel_weights_backward_kernel, pixel_weights_kernel
-from unikd_fast.kernels._resize_tables import axis_table
+from unikd_fast.kernels.reference_fusion import resize
 from unikd_fast.kernels.reference_pooled import TAPS
 
 Sizes = tuple[tuple[int, int], ...]
 
 
 class Geometry(NamedTuple):
-    """Where each level lies in the buffers of one image; everything but the tables is a constant of the kernel."""
+    """Where each level lies in the buffers of one image: constants of the kernel, nothing on a device."""
 
     heights: tuple[int, ...]
     widths: tuple[int, ...]
@@ -39,30 +39,46 @@ class Geometry(NamedTuple):
     seen_size: int
     own_size: int
     state_size: int
-    integers: tuple[int, ...]  # offset of each transition in the tables
-    floats: tuple[int, ...]
     ratio_y: tuple[int, ...]
     ratio_x: tuple[int, ...]
     reach_y: tuple[int, ...]
     reach_x: tuple[int, ...]
-    integer_table: Tensor
-    float_table: Tensor
 
 
-def tables(fine: tuple[int, int], coarse: tuple[int, int], upsample: str, device: torch.device) -> tuple[Any, ...]:
-    """Give the tables of one transition, as `_resize_device` reads them, its ratios and its reach, y before x."""
-    y, x = (axis_table(small, large, upsample, device) for small, large in zip(coarse, fine, strict=True))
-    integers = torch.cat([y.i0, y.i1, x.i0, x.i1, y.start, x.start])
-    return integers, torch.cat([y.w0, y.w1, x.w0, x.w1]), (y.ratio, x.ratio), (y.reach, x.reach)
+class Axis(NamedTuple):
+    """Up along one axis."""
+
+    ratio: int  # r where the fine position i is a copy of the coarse i // r, else 0
+    reach: int  # how many fine positions from the first on a coarse one reaches at most
+
+
+@functools.lru_cache(maxsize=256)
+def axis_of(coarse: int, fine: int, upsample: str) -> Axis:
+    """Give what `_resize_device` needs to know of an axis, from what PyTorch makes of the unit vectors.
+
+    A first position may be one too early, where the two differ by a rounding: its weight is 0.
+    """
+    unit_vectors = torch.eye(coarse, dtype=torch.float32, device="cpu")[None, None]
+    used = resize(unit_vectors, (fine, coarse), upsample)[0, 0] != 0  # (fine, coarse); columns stay as they are
+    rows, columns = torch.arange(fine, device="cpu"), torch.arange(coarse, device="cpu")
+    ratio = -(-fine // coarse)
+    if torch.equal(used, columns == rows[:, None] // ratio):
+        return Axis(ratio, ratio)
+    first = (columns * fine + coarse - 1) // coarse
+    if upsample == "bilinear":
+        first = ((2 * columns - 1) * fine + coarse).clamp(min=0) // (2 * coarse)
+    last = torch.where(used, rows[:, None], -1).amax(0)
+    return Axis(0, max(int((last - first).max()) + 1, 1))
 
 
 @functools.lru_cache(maxsize=64)
-def geometry(sizes: Sizes, upsample: str, device: torch.device) -> Geometry:
+def geometry(sizes: Sizes, upsample: str) -> Geometry:
     """Give the layout for levels of (H_l, W_l), fine to coarse."""
     pixels, seen, own, state = map_sizes([h * w for h, w in sizes])
-    steps = [tables(fine, coarse, upsample, device) for fine, coarse in itertools.pairwise(sizes)]
-    integers, _ = offsets([step[0].numel() for step in steps])
-    floats, _ = offsets([step[1].numel() for step in steps])
+    y, x = (
+        [axis_of(coarse[i], fine[i], upsample) for fine, coarse in itertools.pairwise(sizes)]  # fine to coarse
+        for i in range(2)
+    )
     return Geometry(
         tuple(h for h, _ in sizes),
         tuple(w for _, w in sizes),
@@ -74,14 +90,10 @@ def geometry(sizes: Sizes, upsample: str, device: torch.device) -> Geometry:
         sum(seen),
         sum(own),
         sum(state),
-        integers,
-        floats,
-        tuple(step[2][0] for step in steps),
-        tuple(step[2][1] for step in steps),
-        tuple(step[3][0] for step in steps),
-        tuple(step[3][1] for step in steps),
-        torch.cat([step[0] for step in steps]) if steps else torch.empty(0, dtype=torch.int32, device=device),
-        torch.cat([step[1] for step in steps]) if steps else torch.empty(0, device=device),
+        tuple(axis.ratio for axis in y),
+        tuple(axis.ratio for axis in x),
+        tuple(axis.reach for axis in y),
+        tuple(axis.reach for axis in x),
     )
 
 
@@ -101,8 +113,8 @@ def offsets(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
     return tuple(ends[:-1]), ends[-1]
 
 
-def _constants(layout: Geometry, upsample: str) -> dict[str, Any]:
-    device = describe(layout.integer_table.device)
+def _constants(layout: Geometry, upsample: str, where: torch.device) -> dict[str, Any]:
+    device = describe(where)
     block = 512 if device.amd else 1024  # one pixel a thread, or two
     return {
         "L": len(layout.heights),
@@ -116,8 +128,6 @@ def _constants(layout: Geometry, upsample: str) -> dict[str, Any]:
         "SEEN_SIZE": layout.seen_size,
         "OWN_SIZE": layout.own_size,
         "STATE_SIZE": layout.state_size,
-        "INTEGERS": layout.integers,
-        "FLOATS": layout.floats,
         "RYS": layout.ratio_y,
         "RXS": layout.ratio_x,
         "REACH_Y": layout.reach_y,
@@ -155,8 +165,8 @@ def pixel_weights_forward(maps: ScalarMaps, own: Tensor, biases: Tensor, layout:
     """Launch: from S in `maps.seen` and `own` (N, own_size) and the gates' biases (L - 1,) to the rest of the maps."""
     with on_device(own):
         pixel_weights_kernel[(len(own),)](
-            maps.seen, own, biases, layout.integer_table, layout.float_table, maps.gates, maps.states, maps.remaining,
-            **_constants(layout, upsample),
+            maps.seen, own, biases, maps.gates, maps.states, maps.remaining,
+            **_constants(layout, upsample, own.device),
         )  # fmt: skip
 
 
@@ -169,7 +179,7 @@ def pixel_weights_backward(maps: ScalarMaps, grad_weights: Tensor, layout: Geome
     grads = GradMaps(*(gates.new_empty(images, size) for size in sizes))
     with on_device(gates):
         pixel_weights_backward_kernel[(images,)](
-            seen, layout.integer_table, layout.float_table, gates, states, remaining, grad_weights, grads.a,
-            grad_states, grads.seen, grads.biases, **_constants(layout, upsample),
+            seen, gates, states, remaining, grad_weights, grads.a, grad_states, grads.seen, grads.biases,
+            **_constants(layout, upsample, gates.device),
         )  # fmt: skip
     return grads

@@ -57,8 +57,7 @@ def _softmax_kl_kernel(
     normalizer,  # number, or 0-d
     upstream_ptr,  # 0-d, (N,), or None
     loss_ptr,  # (N,) if PER_ROW, else 0-d; None to leave it out
-    partial_ptr,  # (MAX_PROGRAMS,)
-    ticket_ptr,
+    partial_ptr,  # (PROGRAMS + 1,)
     student_grad_ptr,  # (N, K) contiguous, or None
     teacher_grad_ptr,
     N,
@@ -200,7 +199,7 @@ def _softmax_kl_kernel(
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
-        store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, PROGRAMS)
+        store_total(loss_ptr, partial_ptr, accumulated, PROGRAMS)
 
 
 def _launch(
@@ -231,7 +230,7 @@ def _launch(
         normalizer_or_rows(normalizer_value, normalizer, rows),
         upstream[0],
         outputs[0],
-        *partial_sums(outputs[0]),
+        partial_sums(outputs[0]),
         *gradients[:2],
         rows,
         1.0 / temperature,

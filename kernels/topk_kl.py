@@ -55,7 +55,6 @@ def _topk_kl_kernel(
     upstream_ptr,
     loss_ptr,
     partial_ptr,
-    ticket_ptr,
     grad_ptr,  # (N, K) dense, or None
     N,
     weight,
@@ -142,7 +141,7 @@ def _topk_kl_kernel(
             else:
                 accumulated += block_sum(losses)
     if loss_ptr is not None and not PER_ROW:
-        store_total(loss_ptr, partial_ptr, ticket_ptr, accumulated, PROGRAMS)
+        store_total(loss_ptr, partial_ptr, accumulated, PROGRAMS)
 
 
 def _launch(
@@ -174,7 +173,7 @@ def _launch(
         normalizer_or_rows(normalizer_value, normalizer, rows),
         upstream[0],
         outputs[0],
-        *partial_sums(outputs[0]),
+        partial_sums(outputs[0]),
         gradients[0],
         rows,
         weight,

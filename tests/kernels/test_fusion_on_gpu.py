@@ -9,6 +9,8 @@ from kernel_inputs import capture
 from torch import Tensor
 
 from unikd_fast import AdaptiveFeatureFusion
+from unikd_fast.kernels._blend_plan import blend_plan
+from unikd_fast.kernels._pooled_plan import plan_for
 from unikd_fast.kernels.pixel_weights import map_sizes
 
 pytestmark = [
@@ -47,7 +49,7 @@ def step(name: str, fusion: AdaptiveFeatureFusion, features: list[Tensor]) -> li
 @pytest.mark.parametrize("name", OURS_ALONE)
 def test_no_synchronisation(name: str) -> None:
     fusion, features = make(name, 4)
-    step(name, fusion, features)  # compiled, and the tables made, before
+    step(name, fusion, features)  # compiled before
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -66,6 +68,50 @@ def test_cuda_graph(name: str) -> None:
             features[0].copy_(torch.roll(features[0], 1, 0))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, step(name, fusion, features), strict=True))
+
+
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+@pytest.mark.parametrize("name", OURS_ALONE)
+def test_a_graph_replayed_after_many_other_sizes(name: str, upsample: str) -> None:
+    """More than any cache of plans holds: what the graph reads is its own, and is not freed with them."""
+    fusion, features = make(name, 4)
+    fusion.upsample = upsample
+    graph, captured = capture(partial(step, name, fusion, features))
+    graph.replay()
+    expected = [x.clone() for x in captured]
+    for height in range(8, 308):
+        levels = [torch.empty(1, 16, height // divisor, 8, device="cuda") for divisor in (1, 2)]
+        plan_for(levels, upsample)
+        blend_plan(*levels, upsample)
+    gc.collect()
+    torch.cuda.empty_cache()
+    filled = [torch.full((size,), float("nan"), device="cuda") for size in 1000 * [128] + 100 * [2**18]]
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    del filled
+
+
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+@pytest.mark.parametrize("name", OURS_ALONE)
+def test_reduce_overhead(name: str, upsample: str) -> None:
+    """CUDA graph trees refuse what survives a call in their pool."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fusion, features = make(name, 4)
+    fusion.upsample = upsample
+    fuse = getattr(fusion, FORMS[name][1])
+    compiled = torch.compile(lambda *x: fuse(x), mode="reduce-overhead")
+    wanted = [*features, *fusion.parameters()]
+    for _ in range(5):  # warmed up, recorded and replayed
+        with torch.no_grad():
+            features[0].copy_(torch.roll(features[0], 1, 0))
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(*features)
+        results = [x.detach().clone() for x in (y, *torch.autograd.grad(y, wanted, torch.ones_like(y)))]
+        expected = step(name, fusion, features)
+        torch.testing.assert_close(results, expected, rtol=2e-2, atol=2e-2)  # products that inductor may fuse
+    if name != "normalised":  # whose running statistics are changed in place
+        assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 @every_form

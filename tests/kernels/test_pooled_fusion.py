@@ -88,7 +88,7 @@ def plain_normalised(*x: Tensor, upsample: str = "nearest") -> Tensor:
 
 
 def fused_pixel_weights(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
-    layout = geometry(tuple((x.shape[2], x.shape[3]) for x in projections), upsample, projections[0].device)
+    layout = geometry(tuple((x.shape[2], x.shape[3]) for x in projections), upsample)
     seen = torch.cat([x[:, : TAPS * level].flatten(1) for level, x in enumerate(projections)], dim=1)
     own = torch.cat([x[:, TAPS * level :].flatten(1) for level, x in enumerate(projections)], dim=1)
     maps = empty_maps(seen, projections)._replace(seen=seen)
