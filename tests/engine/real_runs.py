@@ -19,7 +19,7 @@ from unikd_fast.config import Config, load_config
 from unikd_fast.data.datasets import open_data
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.checkpoint import find_newest, read_folder
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.processes import Processes, join_alone
 from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.models import build_model
@@ -214,9 +214,8 @@ def process_group(folder: Path) -> Iterator[None]:
     import deepspeed.comm
 
     environment = dict(os.environ)
-    os.environ["LOCAL_RANK"] = "0"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", False, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    join_alone()
     try:
         yield
     finally:

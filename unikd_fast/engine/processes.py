@@ -85,7 +85,10 @@ class Processes:
 
 
 def start_processes(timeout_minutes: float = 10.0) -> Processes:
-    """Joins the process group that deepspeed, torchrun or plain python started (the last: a group of one).
+    """Join the process group that deepspeed, torchrun or plain python started (the last: a group of one).
+
+    One process listens on no port. Processes of one node listen on the loopback interface, except that torchrun's own
+    store is torchrun's. Those of several nodes listen on the network, where whoever reaches a port can join.
 
     Args:
         timeout_minutes: how long the processes wait for each other, at the start and in every exchange.
@@ -94,8 +97,6 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
         ConfigError: the others did not come.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -104,24 +105,78 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
         device = torch.device("cpu")
         reuse_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // (_processes_here() or 1)))
     import deepspeed
 
     # DeepSpeed would compile a shared-memory all-reduce that only its inference uses: half a minute on first use, a
     # lock that a killed process leaves behind, and an exception without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patience = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        waiting = timedelta(minutes=timeout_minutes)
-        try:
-            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=waiting)
-        except (dist.DistError, RuntimeError) as error:
-            raise ConfigError(
-                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_minutes:g} minutes "
-                f"(run.timeout_minutes): {error}; see whether all nodes started, and reach this address and port"
-            ) from error
-    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, timedelta(minutes=timeout_minutes))
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            join_alone()
+        else:
+            try:
+                _join_others("nccl" if device.type == "cuda" else "gloo", patience)
+            except (dist.DistError, RuntimeError, OSError) as error:
+                raise ConfigError(
+                    f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
+                    f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_minutes:g} "
+                    f"minutes (run.timeout_minutes): {error}; see whether all nodes started, and reach this address "
+                    "and port"
+                ) from error
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, patience)
+
+
+def join_alone() -> None:
+    """Make the process group of a single process, which DeepSpeed's engine needs, without a socket.
+
+    gloo and NCCL listen also where there is nobody to talk to. torch's group for tests does not: what it sends
+    comes back, which is all that a group of one does.
+    """
+    import deepspeed
+    import torch.testing._internal.distributed.fake_pg  # registers it
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    sent, received = torch.ones(1), torch.zeros(1)
+    dist.reduce_scatter_tensor(received, sent)
+    assert torch.equal(sent, received), "torch's group of one must return what it is given; see reduce_scatter_tensor"
+    deepspeed.init_distributed(verbose=False)
+
+
+def _join_others(backend: str, patience: timedelta) -> None:
+    """Join by the address that the launcher gave, on one node by its loopback interface."""
+    import deepspeed
+
+    if _processes_here() == int(os.environ["WORLD_SIZE"]):
+        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+        if loopback is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            store = _loopback_store(patience)
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    deepspeed.init_distributed(backend, verbose=False, timeout=patience)
+
+
+def _loopback_store(patience: timedelta) -> dist.TCPStore:
+    """The store that the processes meet in: torch's own choice is to listen on all interfaces."""
+    host, port, first = "127.0.0.1", int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    listener = None
+    if first:
+        with socket.socket() as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.listen()
+            listener = listening.detach()
+    return dist.TCPStore(host, port, int(os.environ["WORLD_SIZE"]), first, timeout=patience, master_listen_fd=listener)
+
+
+def _processes_here() -> int | None:
+    """How many processes the launcher started on this node, if it says so: torchrun's variable, and DeepSpeed's."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0) or None
 
 
 def reuse_freed_memory() -> None:
@@ -133,9 +188,3 @@ def reuse_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger blocks are mapped one by one
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap is kept up to this
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
