@@ -211,7 +211,7 @@ class TestModule:
             torch.testing.assert_close(compiled(features), fusion.pooled(features), rtol=1e-5, atol=1e-6)  # fp32
 
     def test_says_once_which_path_runs_and_why(self, caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.INFO, logger="unikd_fast"):
+        with caplog.at_level(logging.DEBUG, logger="unikd_fast"):
             for options in ({}, {"gate": "channel"}, {"norm": "batch"}, {"path": "stagewise"}):
                 fusion = module(**options)
                 for _ in range(2):

@@ -89,7 +89,7 @@ class AdaptiveFeatureFusion(nn.Module):
                 "cannot be pulled out of the projections; use path='auto'"
             )
         # Said here and not at the first call, which may be inside of a compiled graph.
-        _logger.info("AdaptiveFeatureFusion of %s to %d: %s", self.in_channels, width, self._path_and_reason())
+        _logger.debug("AdaptiveFeatureFusion of %s to %d: %s", self.in_channels, width, self._path_and_reason())
 
     def reset_parameters(self) -> None:
         """Draw new parameters: expanders that keep the size of the features, gates near 1/2 whatever D."""

@@ -112,6 +112,9 @@ def test_the_run_says_which_and_why_once(
     caplog.set_level(logging.INFO, logger="unikd_fast")
     config, experiment = capturable
     assert not captures(config, experiment, ALONE)
+    assert not caplog.records  # a run on a CPU
+    caplog.set_level(logging.DEBUG, logger="unikd_fast")
+    assert not captures(config, experiment, ALONE)
     assert [record.message for record in caplog.records] == [
         "train.cuda_graph: steps are launched operation by operation, because the device is cpu, no CUDA device "
         "(run on a GPU)"

@@ -110,7 +110,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
         "96 training samples",
         "6 per epoch, 18 in all",
         "MiB per process",
-        "16 = 1 processes x 8 x 2",
+        "16 = 1 process x 8 x 2",
     ):
         assert part in done.stdout, done.stdout
     assert not (tmp_path / "plan").exists()

@@ -48,7 +48,7 @@ def test_nodes_processes_and_devices_are_said(config: Config, monkeypatch: pytes
     monkeypatch.setattr(launched.dist, "is_initialized", lambda: False)  # other tests make a group of this process
     others = [(("0", "red"), "CPU", None), (("1", "blue"), "CPU", None), (("1", "blue"), "CPU", None)]
     said = describe_launch(config, several(*others))
-    assert said == "launched 4 processes on 2 nodes: red (processes 0-1), blue (processes 2-3); CPU; none"
+    assert said == "launched 4 processes on 2 nodes: red (processes 0-1), blue (processes 2-3); CPU"
 
 
 def test_two_nodes_of_one_name_are_two(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ _MAY_CHANGE: Any = {
         "deepspeed_checkpoints",
         "test_logits",
         "probe",
+        "show_head",
     },
     "data": {"root", "workers", "dali_threads", "dali_prefetch"},
     "teacher": {"cache": {"dir"}, "min_accuracy": True},

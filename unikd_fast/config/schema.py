@@ -65,6 +65,9 @@ class RunConfig(Section):
     """At every evaluation, τ² KL from the teacher to the student at τ = 4 on the validation split (probe_kl), which
     compares methods whose own losses do not. The teacher sees the split once; where its outputs are cached, there is no
     teacher to ask, and no probe."""
+    show_head: bool = False
+    """Print the figures of the method's head (head_accuracy, head_mean_std, head_variance) at every evaluation as well;
+    they are in metrics.jsonl in any case."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
 

@@ -69,8 +69,8 @@ class TrainConfig(Section):
     """NHWC memory format, where it is safe (DeepSpeed ZeRO stage 0)."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Capture the whole step in a CUDA graph and replay it; launching its kernels one by one is what bounds small
-    networks. auto: where that is possible (one GPU, data in its memory, no ZeRO), and the log says whether and why; on:
-    an error where it is not."""
+    networks. auto: where that is possible (one GPU, data in its memory, no ZeRO), and on a GPU the log says whether and
+    why; on: an error where it is not."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":

@@ -30,7 +30,9 @@ def captures(config: Config, experiment: Experiment, processes: Processes) -> bo
         )
     if processes.is_first:
         if found:
-            _logger.info("train.cuda_graph: steps are launched operation by operation, because %s", found[0])
+            # Without a GPU nobody expects otherwise.
+            level = logging.INFO if processes.device.type == "cuda" else logging.DEBUG
+            _logger.log(level, "train.cuda_graph: steps are launched operation by operation, because %s", found[0])
         else:
             _logger.info("train.cuda_graph: steps are captured in a CUDA graph and replayed")
     return not found

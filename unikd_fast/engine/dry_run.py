@@ -6,10 +6,11 @@ from unikd_fast.config import Config
 from unikd_fast.config.load import cache_dir
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache_launch import plan_experiment, without_cache
-from unikd_fast.engine.memory import count_parameters, estimate_memory, head_parameters
+from unikd_fast.engine.header import data_line, method_lines, student_line, teacher_line
+from unikd_fast.engine.memory import estimate_memory
 from unikd_fast.engine.online_teacher import describe_teacher
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.sharding import deepspeed_config, local_batch_size, zero_stage
+from unikd_fast.engine.sharding import deepspeed_config, local_batch_size
 
 MIB = 2**20
 
@@ -19,34 +20,21 @@ def describe(config: Config, processes: Processes) -> str:
 
     A teacher that the run would train first is described with random weights.
     """
-    teacher = config.teacher
-    if teacher is not None and teacher.weights is None and teacher.training is not None:
+    given, teacher = config, config.teacher
+    trained_first = teacher is not None and teacher.weights is None and teacher.training is not None
+    if teacher is not None and trained_first:
         config = config.model_copy(update={"teacher": teacher.model_copy(update={"weights": "random"})})
     deepspeed_config(config, processes)  # an unsupported setting must not wait for the real run
     experiment = build_experiment(without_cache(config), processes)
-    batch = local_batch_size(config, processes)
-    lines = [
-        f"data      {config.data.name}: {len(experiment.splits.train)} training samples, "
-        f"{experiment.splits.num_classes} classes, {config.data.image_size} x {config.data.image_size}",
-        f"student   {config.student.model}: {count_parameters(experiment.student):,} parameters",
-        *_levels(experiment.student),
-    ]
-    if experiment.teacher is not None and experiment.teacher_record is not None and teacher is not None:
-        lines += [
-            f"teacher   {teacher.model}: {count_parameters(experiment.teacher):,} parameters, "
-            f"weights {teacher.weights or 'trained first'}",
-            *_levels(experiment.teacher.network),
-            *describe_teacher(experiment.teacher_record),
-        ]
-    own = count_parameters(experiment.side) - count_parameters(experiment.student) + head_parameters(experiment)
-    lines += [
-        f"method    {config.distill.label}: {own:,} parameters beside the student's",
-        f"batch     {config.train.global_batch_size} = {processes.world_size} processes x {batch} x "
-        f"{config.train.accumulation_steps} accumulation steps, ZeRO stage {zero_stage(config)}, "
-        f"{config.train.precision}",
-        f"steps     {experiment.steps_per_epoch} per epoch, {experiment.total_steps} in all",
-        _memory(experiment, batch, processes),
-    ]
+    lines = [data_line(given, experiment), student_line(given, experiment), *_levels(experiment.student)]
+    of_teacher = teacher_line(given, experiment)
+    if experiment.teacher is not None and experiment.teacher_record is not None and of_teacher is not None:
+        record = experiment.teacher_record
+        if trained_first:
+            record = {**record, "fidelity_skipped": "the run trains the teacher first"}
+        lines += [of_teacher, *_levels(experiment.teacher.network), *describe_teacher(record)]
+    lines += method_lines(given, experiment, processes)
+    lines.append(_memory(experiment, local_batch_size(config, processes), processes))
     if experiment.teacher is not None and teacher is not None and teacher.cache.mode != "off":
         plan = plan_experiment(config, experiment, processes)
         lines.append(f"cache     {teacher.cache.mode} {cache_dir(config)}: {plan.line()}")

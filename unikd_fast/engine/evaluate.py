@@ -1,6 +1,7 @@
 """Accuracy and cross-entropy of a network on a split, exact over any number of processes."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -28,7 +29,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     keep: list[Outputs] | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, mean cross-entropy and the number of samples.
+    """Top-1 accuracy in percent, top-5 of more than five classes, mean cross-entropy and the number of samples.
 
     The host reads the device once, at the end. On a device several batches are one to the network, which without
     gradients keeps little of them; where the memory is not enough for that, it gets fewer images at a time.
@@ -54,13 +55,15 @@ def evaluate(
             keep.append(Outputs(*(part.to("cpu", non_blocking=True) for part in parts)))
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         ce = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-        sums += torch.stack([top[:, 0].sum(), top.sum(), ce]).double()
+        top5 = top.sum() if logits.shape[1] > 5 else torch.full_like(ce, math.nan)
+        sums += torch.stack([top[:, 0].sum(), top5, ce]).double()
         samples += len(logits)
     network.train(training)
     counted = torch.full((1,), samples, dtype=torch.float64, device=device)
-    top1, top5, ce_sum, count = processes.sum_(torch.cat([sums, counted])).tolist()
+    top1, of_five, ce_sum, count = processes.sum_(torch.cat([sums, counted])).tolist()
     count = max(count, 1.0)
-    return {"accuracy": 100 * top1 / count, "top5": 100 * top5 / count, "ce": ce_sum / count, "samples": int(count)}
+    five = {} if math.isnan(of_five) else {"top5": 100 * of_five / count}
+    return {"accuracy": 100 * top1 / count, **five, "ce": ce_sum / count, "samples": int(count)}
 
 
 def joined(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

@@ -97,11 +97,27 @@ def _noticing_lost_processes(config: Config) -> Iterator[None]:
 
 
 def _show_log(processes: Processes) -> None:
-    """What the package has to say goes to the terminal, from all processes only what is a warning."""
+    """What the package has to say goes to the terminal, each message once; from all processes only warnings."""
     logger = logging.getLogger("unikd_fast")
     logger.setLevel(logging.INFO if processes.is_first else logging.WARNING)
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.addFilter(_Once())
+        logger.addHandler(handler)
+
+
+class _Once(logging.Filter):
+    """Lets a message through the first time: the runs of a comparison have much in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self._said
+        self._said.add(message)
+        return new
 
 
 class _Unfinished(Exception):

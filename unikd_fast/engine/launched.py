@@ -40,14 +40,14 @@ def describe_launch(config: Config, processes: Processes) -> str:
             f"{', '.join(host for _, host in nodes)}; check the hostfile or --nnodes, or set run.nodes"
         )
     devices = sorted({device for _, device, _ in found})
-    backend = dist.get_backend() if dist.is_initialized() else "none"
+    backend = [dist.get_backend()] if len(found) > 1 and dist.is_initialized() else []
     where = ", ".join(
         f"{host} (processes {_ranges([rank for rank, (at, _, _) in enumerate(found) if at == (number, host)])})"
         for number, host in nodes
     )
     return (
         f"launched {processes.world_size} process{'es' if processes.world_size > 1 else ''} on {len(nodes)} "
-        f"node{'s' if len(nodes) > 1 else ''}: {where}; {', '.join(devices)}; {backend}"
+        f"node{'s' if len(nodes) > 1 else ''}: {where}; {'; '.join([', '.join(devices), *backend])}"
     )
 
 

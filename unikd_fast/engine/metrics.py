@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
@@ -108,13 +109,22 @@ class MetricsWriter:
         label: name of the run, before its lines.
         total_steps: for the progress bar and the ETA.
         start_step: where this process starts; records of later steps, left by an interrupted run, are removed.
+        hidden: figures whose names begin so are recorded and not printed.
     """
 
     def __init__(
-        self, folder: Path, processes: Processes, *, label: str, total_steps: int, start_step: int, tensorboard: bool
+        self,
+        folder: Path,
+        processes: Processes,
+        *,
+        label: str,
+        total_steps: int,
+        start_step: int,
+        tensorboard: bool,
+        hidden: str | None = None,
     ) -> None:
         self._path = folder / "metrics.jsonl"
-        self._label, self._total, self._start = label, total_steps, start_step
+        self._label, self._total, self._start, self._hidden = label, total_steps, start_step, hidden
         self._active = processes.is_first
         self._began = time.perf_counter()
         self._bar: Any = None
@@ -132,7 +142,15 @@ class MetricsWriter:
             with naming(self._events_folder):
                 self._events = SummaryWriter(self._events_folder, purge_step=self._start + 1)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, initial=self._start, desc=self._label, unit="step", leave=False)
+            # What it says fits into 80 columns; the rest is in metrics.jsonl.
+            self._bar = tqdm(
+                total=self._total,
+                initial=self._start,
+                desc=textwrap.shorten(self._label, 24, placeholder="..."),
+                leave=False,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}",
+            )
 
     def advance(self, step: int) -> None:
         if self._bar is not None:
@@ -152,13 +170,19 @@ class MetricsWriter:
                 for name, value in values.items():
                     if isinstance(value, int | float):
                         self._events.add_scalar(f"{kind}/{name}", value, step)
-        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        shown = {name: value for name, value in values.items() if not self._hidden or not name.startswith(self._hidden)}
+        text = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
         if kind == "train":
             text += f"  eta {self._eta(step)}"
         if self._bar is not None and kind == "train":
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(f"loss {values['total']:.3g}, {self._eta(step)} left")
         else:
             tqdm.write(f"[{self._label}] step {step}/{self._total}  {text}", file=sys.stderr)
+
+    def explain(self, text: str) -> None:
+        """A line on the terminal, below the figures that it is about."""
+        if self._active:
+            tqdm.write(f"[{self._label}] {text}", file=sys.stderr)
 
     def _eta(self, step: int) -> str:
         seconds = (time.perf_counter() - self._began) / max(1, step - self._start) * (self._total - step)

@@ -1,7 +1,6 @@
 """The teacher of a run: in its precision, compiled, and compared with itself in fp32 before it teaches."""
 
 import copy
-import logging
 from itertools import islice
 from typing import Any
 
@@ -21,8 +20,6 @@ from unikd_fast.teacher import (
     pool_fidelity,
     resolve_precision,
 )
-
-_logger = logging.getLogger("unikd_fast")
 
 
 def make_teacher(
@@ -118,8 +115,6 @@ def start_teacher(
         "fidelity_skipped": unchecked,
     }
     if reference is None:
-        if processes.is_first and (section.weights == "random" or section.fidelity.batches == 0):
-            _logger.warning("the teacher's fidelity is not checked: %s", unchecked)
         return teacher, record
     found = pool_fidelity(processes.gather(measure_fidelity(teacher, reference, batches)))
     check_fidelity(found, teacher, min_agreement=section.fidelity.min_agreement)

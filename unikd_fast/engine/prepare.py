@@ -1,6 +1,7 @@
 """A run before its next step: everything built, and restored where it goes on from a checkpoint."""
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from unikd_fast.engine.captured_steps import CapturedSteps
 from unikd_fast.engine.export import BEST
 from unikd_fast.engine.fill_cache import ready_cache
 from unikd_fast.engine.gradient_watch import GradientWatch
+from unikd_fast.engine.header import header
 from unikd_fast.engine.local_engine import LocalEngine
 from unikd_fast.engine.loss_scale import LossScale
 from unikd_fast.engine.metrics import LossMeter
@@ -31,6 +33,8 @@ from unikd_fast.engine.stop import StopSignal
 from unikd_fast.engine.teacher_accuracy import check_teacher
 from unikd_fast.io import make_folder, remove_leftovers
 from unikd_fast.models import FeatureExtractor, LogitsOnly
+
+_logger = logging.getLogger("unikd_fast")
 
 _REMOVE = "remove that folder and continue with --resume auto"
 
@@ -74,6 +78,8 @@ def prepare(
     if newest is not None and saved is not None:
         with ckpt.restoring(newest, advice=_REMOVE):
             ckpt.restore_weights(saved, side, method, processes)
+    if processes.is_first:
+        _say_what_runs(config, experiment, teacher_record, name, processes)
     average = _start_average(experiment)
     # At ZeRO stage 3 nobody has whole weights to evaluate, and processes do not evaluate in step.
     needs_copy = zero_stage(config) == 3 and average is None
@@ -108,6 +114,19 @@ def prepare(
     required = config.train.cuda_graph == "on"
     steps: Steps = CapturedSteps(parts, required=required) if captured else EagerSteps(parts)
     return Prepared(parts, steps, 0 if saved is None else int(saved["run"]["step"]), whole, logits)
+
+
+def _say_what_runs(
+    config: Config, experiment: Experiment, teacher_record: dict[str, Any] | None, name: str, processes: Processes
+) -> None:
+    _logger.info("[%s] trains %s", name, config.student.model)
+    for line in header(config, experiment, processes):
+        _logger.info("  %s", line)
+    teacher = config.teacher
+    if teacher_record is None or teacher is None or teacher_record.get("fidelity") is not None:
+        return
+    if teacher.weights == "random" or teacher.fidelity.batches == 0:
+        _logger.warning("the teacher's fidelity is not checked: %s", teacher_record["fidelity_skipped"])
 
 
 def _newest_checkpoint(folder: Path, side: nn.Module, processes: Processes) -> Path | None:

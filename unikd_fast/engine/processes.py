@@ -106,6 +106,8 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
         reuse_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // (_processes_here() or 1)))
+        # DeepSpeed would find out, and warn that it found no other.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     # DeepSpeed would compile a shared-memory all-reduce that only its inference uses: half a minute on first use, a

@@ -5,7 +5,7 @@ from typing import Any
 
 from unikd_fast.config import Config
 
-_FIGURES = ("accuracy", "top5", "ce")
+_FIGURES = ("accuracy", "top5", "ce")  # top5 of more than five classes
 
 
 def best_evaluation(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def student_result(
         val, test = of
         return {
             "epoch": val["epoch"],
-            "val": {name: val[name] for name in _FIGURES},
-            "test": {name: test[name] for name in _FIGURES},
+            "val": {name: val[name] for name in _FIGURES if name in val},
+            "test": {name: test[name] for name in _FIGURES if name in test},
         }
 
     return {

@@ -10,7 +10,7 @@ from torch import Tensor
 from unikd_fast.config import Config
 from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.bad_samples import bad_sample_record
-from unikd_fast.engine.batch_norm import average_buffers
+from unikd_fast.engine.batch_norm import average_buffers, doubt_about
 from unikd_fast.engine.evaluate import evaluate, head_indicators
 from unikd_fast.engine.export import BEST, STUDENT, export_student, import_student
 from unikd_fast.engine.inputs import preprocessing_of
@@ -61,6 +61,7 @@ class Trainer:
             total_steps=self.experiment.total_steps,
             start_step=self.step,
             tensorboard=config.run.tensorboard,
+            hidden=None if config.run.show_head else "head_",
         )
         self.probe = self._start_probe(teacher_logits)
         self.evaluations = processes.from_first(
@@ -230,6 +231,10 @@ class Trainer:
 
         self.processes.from_first(keep_best)
         self._record("evaluation", values)
+        if self.processes.is_first:
+            doubt = doubt_about(values["ce"], self.evaluated, self.experiment.splits.num_classes)
+            if doubt is not None:
+                self.writer.explain(doubt)
         self.evaluations.append(record)
 
     def _evaluate(self, split: Literal["val", "test"], keep: list[Outputs] | None = None) -> dict[str, float]:

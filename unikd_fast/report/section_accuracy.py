@@ -119,6 +119,6 @@ def _single(name: str, run: Run) -> tuple[str, ...]:
         f"{best['test']['accuracy']:.2f}",
         epochs[1],
         f"{last['test']['accuracy']:.2f}",
-        f"{last['test']['top5']:.2f}",
+        f"{last['test']['top5']:.2f}" if "top5" in last["test"] else _NONE,
         f"{last['test']['ce']:.4f}",
     )
