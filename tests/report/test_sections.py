@@ -14,6 +14,7 @@ from unikd_fast.report.figure_style import LIGHT
 from unikd_fast.report.logits import compare_logits
 from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits
 from unikd_fast.report.runs import find_runs, group_runs
+from unikd_fast.report.section_accuracy import single_runs_section
 from unikd_fast.report.section_curves import collapse_section, convergence_section
 from unikd_fast.report.section_logits import logit_sections
 from unikd_fast.report.section_making import making_section, step_time_section
@@ -229,3 +230,15 @@ def test_the_environment_of_each_folder(root: Path, tmp_path: Path) -> None:
     assert ("gpus", "none") in table.rows
     assert isinstance(missing, Missing)
     assert "no environment.json" in missing.text
+
+
+def test_a_run_of_five_classes_has_no_top_5(tmp_path: Path) -> None:
+    folder = write_result(write_run_folder(tmp_path / "few", config()), "student")
+    result = json.loads((folder / "result.json").read_text())
+    for which in ("best", "last"):
+        for split in ("val", "test"):
+            result[which][split] = {"accuracy": 60.0, "ce": 1.0}
+    (folder / "result.json").write_text(json.dumps(result))
+    section = single_runs_section(group_runs(find_runs([folder]).runs))
+    (table,) = (part for part in section.parts if isinstance(part, Table))
+    assert table.rows[0][-3:] == ("60.00", "\u2013", "1.0000")
