@@ -123,7 +123,10 @@ def _say_what_runs(
     for line in header(config, experiment, processes):
         _logger.info("  %s", line)
     teacher = config.teacher
-    if teacher_record is None or teacher is None or teacher_record.get("fidelity") is not None:
+    if teacher_record is None or teacher is None:
+        return
+    teacher_record = teacher_record.get("teacher", teacher_record)  # of one whose outputs are cached
+    if teacher_record.get("fidelity") is not None:
         return
     if teacher.weights == "random" or teacher.fidelity.batches == 0:
         _logger.warning("the teacher's fidelity is not checked: %s", teacher_record["fidelity_skipped"])
