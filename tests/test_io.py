@@ -3,7 +3,8 @@
 import os
 import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_a_link_is_replaced_and_never_followed(tmp_path: Path) -> None:
     assert precious.read_text() == "kept"
     assert [(folder / name).read_text() for name in ("symbolic", "hard", "path")] == ["new"] * 3
     assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("writer", [new_file, new_path])
+def test_a_pipe_is_not_replaced(tmp_path: Path, writer: Callable[[Path], AbstractContextManager[object]]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match="pipe is not a regular file, and would be replaced; choose another"):
+        writer(tmp_path / "pipe").__enter__()
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == {"pipe"}
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard", "pipe"])

@@ -64,6 +64,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = _temporary(path)
     with naming(path):
+        _refuse_device(path)
         try:
             with _created(temporary) as file:
                 yield file
@@ -84,6 +85,7 @@ def new_path(path: Path) -> Iterator[Path]:
     """
     folder = _temporary(path)
     with naming(path):
+        _refuse_device(path)
         try:
             folder.mkdir(mode=0o700)
             unfinished = folder / path.name
@@ -287,6 +289,12 @@ def _created(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def _refuse_device(path: Path) -> None:
+    """Leave a device or a pipe where it is: root could replace /dev/null."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileError(f"{path} is not a regular file, and would be replaced; choose another name")
 
 
 def _temporary(path: Path) -> Path:
