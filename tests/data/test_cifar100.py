@@ -88,6 +88,14 @@ def test_reads_the_published_layout(tmp_path: Path, writer: Writer) -> None:
     assert splits.test_is_val
 
 
+def test_an_array_by_columns_is_read(tmp_path: Path) -> None:
+    expected = images(400, 0)
+    by_columns = {**expected, b"data": np.asfortranarray(expected[b"data"])}
+    splits = load_cifar100(write(tmp_path, train=python2(by_columns)))
+    assert isinstance(splits.train, TensorImages)
+    assert np.array_equal(splits.train.images.numpy().reshape(400, 3072), expected[b"data"])
+
+
 def test_python2_writer_resembles_the_published_files() -> None:
     written = python2(images(1, 0))
     assert written.startswith(b"\x80\x02}")
@@ -190,6 +198,24 @@ def test_bytes_do_not_become_addresses(tmp_path: Path) -> None:
 def test_the_address_would_have_been_used() -> None:
     code, *_ = finished("import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1]), encoding='bytes')", ADDRESS.hex())
     assert code == -signal.SIGSEGV
+
+
+READ = """
+import sys
+from pathlib import Path
+from unikd_fast.data.cifar100 import load_cifar100
+try:
+    load_cifar100(Path(sys.argv[1]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_tuples_in_tuples_as_a_name_do_not_kill(tmp_path: Path) -> None:
+    write(tmp_path, train=b"\x80\x04)" + 10**6 * b"\x85" + b"\x8c\x01a\x93.")
+    code, said, _ = finished(READ, tmp_path)
+    assert code == 0
+    assert "refused a global without a name" in said
 
 
 ANNOUNCED = {

@@ -147,20 +147,22 @@ class _Array:
     def set_state(self, state: tuple[Any, ...]) -> None:
         """Take version, shape, type, whether columns come first, and the content."""
         _, shape, kind, by_columns, content = state
-        if not isinstance(kind, _Bytes) or not isinstance(content, bytes) or by_columns:
-            raise ValueError("refused an array of other content than single bytes, row by row")
+        if not isinstance(kind, _Bytes) or not isinstance(content, bytes) or not isinstance(by_columns, bool | int):
+            raise ValueError("refused an array of other content than single bytes, by rows or by columns")
         if not isinstance(shape, tuple) or len(shape) > _MAX_AXES or not all(isinstance(side, int) for side in shape):
             raise ValueError("refused an array without a usual shape")
         if min(shape, default=0) < 0 or math.prod(shape) != len(content):
             raise ValueError(f"an array of shape {shape} holds {len(content)} bytes")
-        self.pixels = np.frombuffer(content, np.uint8).reshape(shape)
+        self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
 
 
 def _named(module: object, name: object) -> _Name:
+    # Looked up as text alone: the hash of tuples within tuples, as deep as a file likes, overruns the stack.
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError("refused a global without a name")
     if (module, name) not in _NAMES:
-        shown = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "without a name"
-        raise ValueError(f"refused the global {shown}, which CIFAR-100 does not use")
-    return _Name(str(module), str(name))
+        raise ValueError(f"refused the global {module}.{name}, which CIFAR-100 does not use")
+    return _Name(module, name)
 
 
 def _called(function: object, arguments: object) -> object:
