@@ -32,6 +32,11 @@ from unikd_fast.engine.sharding import deepspeed_config
         ),
         ({"zero_optimization": {"stage": "two"}}, "deepspeed.zero_optimization.stage = 'two' is not supported; use"),
         ({"zero_optimization": {"stage": 4}}, "deepspeed.zero_optimization.stage = 4 is not supported; use one of"),
+        (
+            {"activation_checkpointing": None},
+            "deepspeed.activation_checkpointing = None is not a section; set its keys",
+        ),
+        ({"timers": 5}, "deepspeed.timers = 5 is not a section; set"),
         ({"zero_optimization": 2}, "deepspeed.zero_optimization = 2 is not a section; set"),
         (
             {"flops_profiler": {"enable": True}},

@@ -105,6 +105,9 @@ def _require_understood(whole: dict[str, Any], given: dict[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     watched = _Watched(copy.deepcopy(whole))
+    for name in _READ_BY_LOOKUP:
+        if name in given and not isinstance(given[name], dict):
+            raise ConfigError(f"deepspeed.{name} = {given[name]!r} is not a section; set its keys or leave it out")
     del watched["train_batch_size"]  # it follows from the others, over processes that need not have met yet
     inner = {name: _Watched(section) for name, section in watched.items() if name in _READ_BY_LOOKUP}
     watched.update(inner)
