@@ -190,10 +190,14 @@ def gaussian_anchor(
         tensor(0.5000)
     """
     logits, mean, log_var = at_least_fp32(teacher_logits), at_least_fp32(mean), at_least_fp32(log_var)
+    # Rows whose squares could overflow are taken in a unit of their own, in which eps is nothing.
     unit = unit_of(logits)
-    rows = logits / unit
+    is_large = unit > 2.0**40
+    rows = torch.where(is_large, logits / unit, 0)
     centred = rows - rows.mean(dim=-1, keepdim=True)
-    target = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-5 / unit / unit)
+    large = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-5 / unit / unit)
+    usual = F.layer_norm(torch.where(is_large, 0, logits), logits.shape[-1:], eps=1e-5)
+    target = torch.where(is_large, large, usual)
     terms = 0.5 * ((target - mean).square() * torch.exp(-log_var) + log_var)
     return reduce_rows(terms.mean(dim=-1), "batchmean", classes=1, normalizer=normalizer)
 
