@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from cache_commands import Said
 from real_runs import ALONE, merged, write_config
+from torch import nn
 
 from unikd_fast.config import load_config
+from unikd_fast.engine.export import import_student
 from unikd_fast.engine.launch_command import main
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import open_run_folder, read_teacher
+from unikd_fast.engine.run_folder import open_run_folder, read_result, read_teacher
 from unikd_fast.errors import ConfigError, FileError
 
 Train = Callable[..., Said]
@@ -200,6 +202,56 @@ def test_a_damaged_record_of_the_teacher_is_named(tmp_path: Path, content: bytes
     path.write_bytes(content)
     with pytest.raises(FileError, match=rf"{path} is .*; remove it and continue with --resume auto, which writes it"):
         read_teacher(tmp_path)
+
+
+FIGURES: dict[str, Any] = {"epoch": 1, "test": {"accuracy": 50.0, "ce": 1.0}}
+WRITTEN: dict[str, Any] = {"label": "student", "seed": 0, "model": "m", "test_is_val": True, "last": FIGURES}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        WRITTEN,
+        {**WRITTEN, "best": 3},
+        {**WRITTEN, "best": {"test": {"accuracy": 1.0, "ce": 1.0}}},
+        {**WRITTEN, "best": FIGURES, "label": []},
+        {**WRITTEN, "best": {"epoch": 1, "test": {"accuracy": "x"}}},
+    ],
+    ids=["empty", "no best", "a number", "no epoch", "a list as label", "a text as accuracy"],
+)
+def test_a_result_that_no_run_writes_is_named(tmp_path: Path, content: dict[str, Any]) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    with pytest.raises(FileError, match=r"result.json is damaged: it does not hold .*; remove it and continue"):
+        read_result(tmp_path)
+    whole = {**WRITTEN, "best": {**FIGURES, "epoch": None}}
+    (tmp_path / "result.json").write_text(json.dumps(whole))
+    assert read_result(tmp_path) == whole
+
+
+@pytest.mark.parametrize("figures", [5, {}, {"accuracy": 50.0, "samples": 0}, {"accuracy": "x", "samples": 4}])
+def test_figures_that_no_teacher_has_are_named(tmp_path: Path, figures: object) -> None:
+    (tmp_path / "teacher.json").write_text(json.dumps({"validation": figures}))
+    with pytest.raises(FileError, match=r"teacher.json is damaged: it does not hold .*; remove it and continue"):
+        read_teacher(tmp_path)
+    for known in (None, {"accuracy": 50.0, "samples": 4}):
+        (tmp_path / "teacher.json").write_text(json.dumps({"validation": known}))
+        assert read_teacher(tmp_path) == {"validation": known}
+
+
+@pytest.mark.parametrize("content", [None, b"x" * 20], ids=["missing", "damaged"])
+def test_best_weights_that_are_lost_are_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "best.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FileError, match=rf"{path} cannot be read: .*; restore it, or start a new run folder"):
+        import_student(nn.Linear(2, 2), path)
+
+
+def test_an_evaluation_without_figures_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 1, "accuracy": 50.0}\n')
+    with pytest.raises(FileError, match=r"metrics\.jsonl: line 1 is damaged \('ce'\); remove it"):
+        read_metrics(tmp_path)
 
 
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:

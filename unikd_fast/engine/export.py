@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from unikd_fast.errors import FileError
 from unikd_fast.io import make_folder, write_file
 from unikd_fast.models import Preprocessing, options_in_words, preprocessing_in_words
 
@@ -31,5 +33,13 @@ def export_student(plain: nn.Module, path: Path, preprocessing: Preprocessing | 
 
 
 def import_student(plain: nn.Module, path: Path) -> None:
-    """Reads what :func:`export_student` wrote."""
-    plain.load_state_dict(load_file(path), strict=True)
+    """Reads what :func:`export_student` wrote.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    try:
+        plain.load_state_dict(load_file(path), strict=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        said = str(error).partition("\n")[0]
+        raise FileError(f"{path} cannot be read: {said}; restore it, or start a new run folder") from error

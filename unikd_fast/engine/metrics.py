@@ -225,6 +225,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(line)
+        if record["kind"] == "evaluation":  # a run that goes on chooses the best among them
+            record |= {key: float(record[key]) for key in ("accuracy", "ce")}
         return {**record, "step": int(record["step"]), "kind": str(record["kind"])}
     except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{place} is damaged ({error}); remove it") from error

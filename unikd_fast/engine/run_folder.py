@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +43,7 @@ STARTS = "starts.jsonl"
 RESULT = "result.json"
 TEACHER = "teacher.json"
 REPORT = "report.md"
+VALIDATION = "validation"  # in the teacher's record: its figures on that split
 _LOCK = ".lock"
 _BEFORE_THE_CONFIG = {_LOCK, ENVIRONMENT}
 _OF_A_START = ("time", "command", "commit", "versions", "world_size")
@@ -204,16 +205,41 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises:
         FileError: it is damaged; names it.
     """
-    return _read_made(folder / RESULT, "which makes it again from the last checkpoint")
+    return _read_made(folder / RESULT, "which makes it again from the last checkpoint", _is_result)
 
 
-def _read_made(path: Path, how: str) -> dict[str, Any] | None:
+def _read_made(path: Path, how: str, is_made: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     try:
-        return read_json(path)
+        found = read_json(path)
+        if not is_made(found):
+            raise FileError(f"{path} is damaged: it does not hold what a run writes")
     except FileNotFoundError:
         return None
     except FileError as error:
         raise FileError(f"{error}; remove it and continue with --resume auto, {how}") from error
+    return found
+
+
+def _is_result(found: dict[str, Any]) -> bool:
+    parts = [found.get("best"), found.get("last")]
+    names = [found.get("label"), found.get("model")]
+    return (
+        {"seed", "test_is_val"} <= found.keys()
+        and all(isinstance(name, str) for name in names)
+        and all(
+            isinstance(part, dict) and "epoch" in part and _has_numbers(part.get("test"), "accuracy", "ce")
+            for part in parts
+        )
+    )
+
+
+def _is_teacher(found: dict[str, Any]) -> bool:
+    figures = found.get(VALIDATION)
+    return figures is None or (_has_numbers(figures, "accuracy", "samples") and figures["samples"] > 0)
+
+
+def _has_numbers(found: Any, *keys: str) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), int | float) for key in keys)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -226,7 +252,7 @@ def read_teacher(folder: Path) -> dict[str, Any] | None:
     Raises:
         FileError: it is damaged; names it.
     """
-    return _read_made(folder / TEACHER, "which writes it again")
+    return _read_made(folder / TEACHER, "which writes it again", _is_teacher)
 
 
 def write_teacher(folder: Path, record: dict[str, Any]) -> None:

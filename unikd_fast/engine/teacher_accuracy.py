@@ -14,13 +14,12 @@ from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.outputs import Outputs
 from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import read_teacher
+from unikd_fast.engine.run_folder import VALIDATION, read_teacher
 from unikd_fast.engine.sharding import autocast_dtype
 from unikd_fast.teacher import OnlineTeacher
 
 _logger = logging.getLogger("unikd_fast")
 
-VALIDATION = "validation"  # in the teacher's record
 _DEVIATIONS = 2.33  # of a normal distribution: one time in a hundred
 _RANDOM = (None, "random")
 
