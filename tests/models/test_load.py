@@ -301,6 +301,25 @@ def test_tensors_that_are_not_weights_are_refused(tmp_path: Path, trained: nn.Mo
         build_model("cifar/resnet8", num_classes=10, weights=str(path), role="teacher")
 
 
+def test_counters_that_were_averaged_load(tmp_path: Path, trained: nn.Module) -> None:
+    path = tmp_path / "ema.pt"
+    state = {name: tensor.float() for name, tensor in trained.state_dict().items()}
+    assert any(not tensor.is_floating_point() for tensor in trained.state_dict().values())
+    torch.save(state, path)
+    loaded = build_model("cifar/resnet8", num_classes=10, weights=str(path)).state_dict()
+    assert all(torch.equal(loaded[name], tensor.to(loaded[name].dtype)) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_buffers_of_the_networks_own_kind_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    networks = [nn.Linear(2, 2) for _ in range(2)]
+    for network, values in zip(networks, (torch.eye(2), torch.ones(2, 2)), strict=True):
+        network.register_buffer("mask", values.to(dtype))
+    torch.save(networks[0].state_dict(), tmp_path / "masked.pt")
+    load_weights(networks[1], tmp_path / "masked.pt")
+    assert torch.equal(networks[1].get_buffer("mask"), torch.eye(2).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_weights_of_another_precision_load(tmp_path: Path, trained: nn.Module, dtype: torch.dtype) -> None:
     path = tmp_path / "weights.pt"
