@@ -76,7 +76,8 @@ def mean_std(
         cols = start + tl.arange(0, BLOCK_K)
         x = load_logits(ptrs, cols, live, COL, K) * inverse - mean * inverse
         total += row_sum(tl.where((cols < K)[None, :], x * x, 0.0))
-    return mean, scale * unit * tl.sqrt(total / COUNT)
+    # Once a row, and squares and differences of what is divided by it follow: rounded, not approximate.
+    return mean, scale * unit * tl.sqrt_rn(tl.div_rn(total, tl.full([ROWS, 1], COUNT, tl.float32)))
 
 
 @triton.jit
@@ -86,6 +87,17 @@ def standardization_share(dot, std, K: tl.constexpr):
     The mean takes nothing from a gradient that sums to 0, the deviation its share; a constant row has none.
     """
     return tl.where(std == 0, 0.0, dot / ((K - 1) * tl.where(std == 0, 1.0, std)))
+
+
+@triton.jit
+def exp(x):
+    """eˣ to 3 ulp, wherever x is: `tl.exp` on a GPU is 2^(x log2 e) of the rounded product, and off by |x| / 3 ulp.
+
+    What the product and log2 e lose in rounding is a factor of the result; past 2^±150 that is 0 or inf by itself.
+    """
+    high = x * 1.4426950216293335  # log2 e in fp32, and what it lacks
+    low = tl.fma(x, 1.925963033500e-08, tl.fma(x, 1.4426950216293335, -high))
+    return tl.exp2(high) * (1.0 + tl.where(tl.abs(high) < 150, low, 0.0) * 0.6931471805599453)
 
 
 @triton.jit
@@ -102,7 +114,7 @@ def phi_near(u):
 
 @triton.jit
 def expm1(u):
-    return tl.where(tl.abs(u) < 0.5, u + phi_near(u), tl.exp(u) - 1.0)
+    return tl.where(tl.abs(u) < 0.5, u + phi_near(u), exp(u) - 1.0)
 
 
 @triton.jit
@@ -114,7 +126,7 @@ def log1p(w):
 
 @triton.jit
 def phi(u):
-    return tl.where(tl.abs(u) < 0.5, phi_near(u), tl.exp(u) - 1.0 - u)
+    return tl.where(tl.abs(u) < 0.5, phi_near(u), exp(u) - 1.0 - u)
 
 
 @triton.jit
@@ -169,6 +181,25 @@ def kl_terms(p, q, u):
     """p φ(u), u = ln q - ln p: terms that sum to KL(p || q) over all classes."""
     u = tl.where(p > 0, u, 1.0)  # where p is 0 the second form gives q, whatever u is
     return tl.where(tl.abs(u) < 0.5, p * phi_near(u), (q - p) - p * u)
+
+
+@triton.jit
+def shift_terms(p, q, u):
+    """Terms that sum to e^δ - 1 over all classes, δ what u = ln q - ln p is off by in all of a row.
+
+    That much of the logarithm of the sums is lost where both sides are nearly uniform: there it exceeds u.
+    """
+    return tl.where((p > 0) & (tl.abs(u) < 0.5), p * (u + phi_near(u)), q - p)
+
+
+@triton.jit
+def without_shift(divergence, shift, beta, KIND: tl.constexpr):
+    """The divergence of a row less what δ has added to it, δ²/2 in each KL: Σ p φ(u + δ) = Σ p φ(u) + φ(δ)."""
+    added = 0.5 * shift * shift
+    if KIND == JSD:
+        added *= beta * (1 - beta)
+    left = divergence - added
+    return tl.where(left < 0, 0.0, left)
 
 
 @triton.jit

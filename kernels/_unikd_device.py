@@ -6,6 +6,7 @@ import triton.language as tl
 from unikd_fast.kernels._device import (
     block_sum,
     difference,
+    exp,
     kl_terms,
     last_to_arrive,
     load_logits,
@@ -62,7 +63,8 @@ def _anchor_rows(
         scale = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
     teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
     centre, std = mean_std(teacher_rows, live, scale, K, TEACHER_COL, K, BLOCK_K, ROWS)
-    factor = scale / tl.where(std < 1e10, tl.sqrt(std * std + 1e-5), std)  # whose square would leave the range
+    # From 1e10 on the square would leave the range.
+    factor = tl.div_rn(scale, tl.where(std < 1e10, tl.sqrt_rn(std * std + 1e-5), std))
     total = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
@@ -70,7 +72,7 @@ def _anchor_rows(
         x = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
         log_var = load_dense(log_var_ptr, rows, cols, inside, K)
         distance = (x - centre) * factor - load_dense(mean_ptr, rows, cols, inside, K)
-        scaled = distance * tl.exp(-log_var)
+        scaled = distance * exp(-log_var)
         total += row_sum(tl.where(inside, 0.5 * (distance * scaled + log_var), 0.0))
         if mean_grad_ptr is not None:
             store_tile(row_pointers(mean_grad_ptr, rows, K), cols, live, -scaled * (weight / K), K)

@@ -13,6 +13,7 @@ from torch import Tensor
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
     block_sum,
+    exp,
     expm1,
     phi,
     row_pointers,
@@ -67,7 +68,7 @@ def gaussian_rows(
         m_t = load_dense(teacher_mean_ptr, rows, cols, inside, K)
         l_t = load_dense(teacher_log_var_ptr, rows, cols, inside, K)
         d = l_s - l_t
-        precision = tl.exp(-l_t)
+        precision = exp(-l_t)
         distance = m_t - m_s
         total += row_sum(tl.where(inside, 0.5 * (phi(d) + distance * distance * precision), 0.0))
         pull = distance * precision * weight

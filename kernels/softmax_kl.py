@@ -25,6 +25,7 @@ from unikd_fast.kernels._device import (
     row_pointers,
     row_sum,
     scalar,
+    shift_terms,
     standardization_share,
     store_tile,
     store_total,
@@ -33,6 +34,7 @@ from unikd_fast.kernels._device import (
     teacher_gradient,
     teacher_slope,
     times_upstream,
+    without_shift,
 )
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
@@ -134,6 +136,7 @@ def _softmax_kl_kernel(
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
         d1 = tl.zeros([ROWS, 1], tl.float32)
         d2 = tl.zeros([ROWS, 1], tl.float32)
+        shift = tl.zeros([ROWS, 1], tl.float32)
         centre_s = tl.zeros([ROWS, 1], tl.float32)
         centre_t = tl.zeros([ROWS, 1], tl.float32)
         for i in range(BLOCKS):
@@ -148,6 +151,7 @@ def _softmax_kl_kernel(
             terms1, terms2 = divergence_terms(u, p, q, beta, KIND)
             d1 += row_sum(terms1)
             d2 += row_sum(terms2)
+            shift += row_sum(shift_terms(p, q, u))
             if student_grad_ptr is not None and KIND != 0:
                 centre_s += row_sum(q * student_slope(u, q, beta, KIND))
             if teacher_grad_ptr is not None and KIND != 1:
@@ -193,6 +197,7 @@ def _softmax_kl_kernel(
             divergence = d1
             if KIND == 2:
                 divergence = beta * d1 + (1 - beta) * d2
+            divergence = without_shift(divergence, shift, beta, KIND)
             losses = tl.where(live[:, None], divergence * per_row_weight, 0.0)
             if PER_ROW:
                 tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
