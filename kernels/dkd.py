@@ -16,6 +16,7 @@ from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
     block_sum,
     difference,
+    exp,
     expm1,
     kl_terms,
     load_logits,
@@ -24,6 +25,7 @@ from unikd_fast.kernels._device import (
     log_sum,
     mean_std,
     online_max_sum,
+    phi_near,
     probabilities,
     row_pointers,
     row_sum,
@@ -62,9 +64,21 @@ def _others(ptrs, target, live, factor, COL: tl.constexpr, K: tl.constexpr, BLOC
 
 
 @triton.jit
-def _log_sigmoid(x):
-    """ln 1/(1 + e^-x)."""
-    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+def _sigmoids(top, total, odds):
+    """σ(odds), σ(-odds) and ln(1 + e^-|odds|) of odds = top - ln total, without the rounding of that logarithm."""
+    negative = odds < 0
+    e = exp(tl.where(negative, top, -top))
+    e = tl.where(negative, e / total, e * total)
+    small = e / (1.0 + e)
+    large = 1.0 / (1.0 + e)
+    return tl.where(negative, small, large), tl.where(negative, large, small), log1p(e)
+
+
+@triton.jit
+def _far_log_ratio(odds_s, odds_t, delta, tail):
+    """ln σ(odds_s) - ln σ(odds_t); tail is what ln(1 + e^-|odds|) differ by, delta what the odds do, better known."""
+    both = (odds_s < 0) & (odds_t < 0)
+    return tl.where(both, delta, tl.minimum(odds_s, 0.0) - tl.minimum(odds_t, 0.0)) - tail
 
 
 @triton.jit
@@ -72,6 +86,13 @@ def _log_ratio(p, moved, far):
     """ln((p + moved) / p), from what moved where that is little."""
     near = (p > 0) & (tl.abs(moved) < 0.5 * p)
     return tl.where(near, log1p(moved / tl.where(near, p, 1.0)), far)
+
+
+@triton.jit
+def _kl_term(p, moved, u):
+    """`kl_terms` of two classes: what the one gains is what the other loses, and in their sum it is nothing."""
+    u = tl.where(p > 0, u, 1.0)
+    return tl.where(tl.abs(u) < 0.5, p * phi_near(u), moved - p * u)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -140,15 +161,15 @@ def _dkd_kernel(
         top_t = (z_t - max_t) * f_t
         odds_s = top_s - log_sum(n_s, rest_s)
         odds_t = top_t - log_sum(n_t, rest_t)
-        in_s = tl.exp(_log_sigmoid(odds_s))
-        in_t = tl.exp(_log_sigmoid(odds_t))
-        out_s = tl.exp(_log_sigmoid(-odds_s))
-        out_t = tl.exp(_log_sigmoid(-odds_t))
+        in_s, out_s, tail_s = _sigmoids(top_s, sum_s, odds_s)
+        in_t, out_t, tail_t = _sigmoids(top_t, sum_t, odds_t)
+        tail = tail_s - tail_t
         # σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b - a)), from the difference of the odds, which is known better than either.
         delta = (top_s - top_t) - log_ratio
         moved = tl.where(delta >= 0, -in_s * out_t * expm1(-delta), in_t * out_s * expm1(delta))
-        tckd = kl_terms(in_t, in_s, _log_ratio(in_t, moved, _log_sigmoid(odds_s) - _log_sigmoid(odds_t)))
-        tckd += kl_terms(out_t, out_s, _log_ratio(out_t, -moved, _log_sigmoid(-odds_s) - _log_sigmoid(-odds_t)))
+        moved = tl.where(((in_s == 0) & (in_t == 0)) | ((out_s == 0) & (out_t == 0)), 0.0, moved)  # delta may be NaN
+        tckd = _kl_term(in_t, moved, _log_ratio(in_t, moved, _far_log_ratio(odds_s, odds_t, delta, tail)))
+        tckd += _kl_term(out_t, -moved, _log_ratio(out_t, -moved, _far_log_ratio(-odds_s, -odds_t, -delta, tail)))
         pull = w_target * moved  # α (q_y - p_y)
 
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
