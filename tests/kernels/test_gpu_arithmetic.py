@@ -80,7 +80,6 @@ def test_the_interpreter_is_as_before_afterwards() -> None:
         {"divergence": "reverse"},
         {"divergence": "jsd", "beta": 0.3},
         {"standardized": True, "temperature": 2.0},
-        {"temperature": 1e6},
         {"divergence": "reverse", "temperature": 1e6},
         {"divergence": "jsd", "beta": 0.3, "temperature": 1e6, "standardized": True},
     ],
