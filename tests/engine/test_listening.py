@@ -30,13 +30,26 @@ processes.leave()
 """
 
 
-def of_program(world_size: int) -> list[list[str]]:
+# The group for tests as it is in torch 2.11: a reduce-scatter leaves what it is to write as it was.
+OLD_TORCH = """
+import torch.distributed as dist
+from torch.distributed import reduce_scatter_tensor
+
+def returns_nothing(output, *arguments, **options):
+    if dist.get_backend() != "fake":
+        return reduce_scatter_tensor(output, *arguments, **options)
+
+dist.reduce_scatter_tensor = returns_nothing
+"""
+
+
+def of_program(world_size: int, before: str = "") -> list[list[str]]:
     """The addresses that each of so many processes listens on, started as DeepSpeed's launcher does."""
     shared = {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", before + PROGRAM],
             cwd=ROOT,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -72,3 +85,8 @@ def test_processes_of_one_node_listen_on_the_loopback() -> None:
     for own in addresses:
         assert own
         assert all(ip_address(address).is_loopback for address in own)
+
+
+def test_an_older_torch_listens_on_the_loopback() -> None:
+    [addresses] = of_program(1, OLD_TORCH)
+    assert addresses and all(ip_address(address).is_loopback for address in addresses)

@@ -87,8 +87,9 @@ class Processes:
 def start_processes(timeout_minutes: float = 10.0) -> Processes:
     """Join the process group that deepspeed, torchrun or plain python started (the last: a group of one).
 
-    One process listens on no port. Processes of one node listen on the loopback interface, except that torchrun's own
-    store is torchrun's. Those of several nodes listen on the network, where whoever reaches a port can join.
+    One process listens on no port, or with torch before 2.15 perhaps on the loopback interface, as the processes of one
+    node do (torchrun's own store is torchrun's). Those of several nodes listen on the network, where whoever reaches a
+    port can join.
 
     Args:
         timeout_minutes: how long the processes wait for each other, at the start and in every exchange.
@@ -116,7 +117,7 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
     patience = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            join_alone()
+            join_alone("nccl" if device.type == "cuda" else "gloo")
         else:
             try:
                 _join_others("nccl" if device.type == "cuda" else "gloo", patience)
@@ -130,11 +131,15 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, patience)
 
 
-def join_alone() -> None:
+def join_alone(backend: str) -> None:
     """Make the process group of a single process, which DeepSpeed's engine needs, without a socket.
 
     gloo and NCCL listen also where there is nobody to talk to. torch's group for tests does not: what it sends
-    comes back, which is all that a group of one does.
+    comes back, which is all that a group of one does. In older versions of torch (2.11) a reduce-scatter of that group
+    gives nothing back; there it is the usual group, which listens on the loopback interface alone.
+
+    Args:
+        backend: of the usual group, "gloo" or "nccl".
     """
     import deepspeed
     import torch.testing._internal.distributed.fake_pg  # registers it
@@ -143,7 +148,10 @@ def join_alone() -> None:
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
     sent, received = torch.ones(1), torch.zeros(1)
     dist.reduce_scatter_tensor(received, sent)
-    assert torch.equal(sent, received), "torch's group of one must return what it is given; see reduce_scatter_tensor"
+    if not torch.equal(sent, received):
+        dist.destroy_process_group()
+        _stay_on_loopback()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
 
 
@@ -152,15 +160,20 @@ def _join_others(backend: str, patience: timedelta) -> None:
     import deepspeed
 
     if _processes_here() == int(os.environ["WORLD_SIZE"]):
-        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-        if loopback is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+        _stay_on_loopback()
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             store = _loopback_store(patience)
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     deepspeed.init_distributed(backend, verbose=False, timeout=patience)
+
+
+def _stay_on_loopback() -> None:
+    """Have the backends listen on the loopback interface, unless the user has named another."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
 def _loopback_store(patience: timedelta) -> dist.TCPStore:
