@@ -113,7 +113,7 @@ def test_a_very_high_temperature(classes: int, divergence: str, standardized: bo
 
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_forward_loss_at_a_very_high_temperature(classes: int) -> None:
-    """Not its gradient q - p, which one pass writes before it knows what ln q - ln p is off by; it errs as eager does."""
+    """Its gradient q - p is written before one knows what ln q - ln p is off by, and errs as eager does."""
     for standardized in (False, True):
         x, y = (randn(3, classes, seed=seed) for seed in (1, 2))
         chosen: dict[str, Any] = {"temperature": 1e6, "standardized": standardized}
