@@ -215,6 +215,8 @@ def process_group(folder: Path) -> Iterator[None]:
 
     environment = dict(os.environ)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized():  # by a command that ended with an error in this process
+        deepspeed.comm.destroy_process_group()
     join_alone("gloo")
     try:
         yield
