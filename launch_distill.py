@@ -5,7 +5,13 @@ Started by deepspeed, torchrun or python alone. ``--help`` lists the options.
 
 import sys
 
-from unikd_fast.engine.launch_command import main
+try:
+    from unikd_fast.engine.launch_command import main
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"launch_distill: error: the package {error.name} is not installed for {sys.executable}; activate the "
+        "environment (source .venv/bin/activate, made by `make setup`) or pip install 'unikd-fast[train]'"
+    )
 
 if __name__ == "__main__":
     sys.exit(main(program=[__file__]))

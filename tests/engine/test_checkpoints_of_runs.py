@@ -73,7 +73,10 @@ def test_a_signal_at_a_saved_step_saves_nothing(tmp_path: Path, written: list[in
         def agreed(self) -> int:
             return signal.SIGTERM if trainer.step == step else 0
 
-    with Signalled(ALONE) as stop, pytest.raises(Interrupted, match=rf"stopped at step {step}; saved .*{step}$"):
+    with (
+        Signalled(ALONE) as stop,
+        pytest.raises(Interrupted, match=rf"stopped at step {step}; saved .*{step}; continue"),
+    ):
         trainer = Trainer(config, Path(config.run.dir), ALONE, stop, label="student", resume=False)
         trainer.run()
     assert written == list(range(1, step + 1))

@@ -1,5 +1,6 @@
 """What a method learns of the teacher before the student's training, the same on all processes."""
 
+import logging
 from collections.abc import Iterator
 
 from unikd_fast.data.loader import Loader
@@ -11,6 +12,8 @@ from unikd_fast.errors import Interrupted
 from unikd_fast.methods import Method
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.values import Features
+
+_logger = logging.getLogger("unikd_fast")
 
 _STREAM = 1  # of augmentation views; training uses stream 0
 
@@ -31,6 +34,8 @@ def prepare_method(
         Interrupted: SIGTERM or Ctrl-C.
         OutOfMemory: the head and its optimiser do not fit into memory.
     """
+    if method.fitted_head is not None and processes.is_first:
+        _logger.info("[%s] the teacher's head is fitted first", name)
     method.prepare(_features_without_end(loader, teacher, stop, name))
     if method.fitted_head is not None:
         average_buffers(method.fitted_head, processes)
@@ -41,7 +46,10 @@ def _features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSign
     while True:
         for batch in loader.train(epoch, stream=_STREAM):
             if number := stop.agreed():
-                raise Interrupted(number, f"[{name}] stopped while the teacher's head was fitted; nothing to save")
+                raise Interrupted(
+                    number,
+                    f"[{name}] stopped while the teacher's head was fitted; nothing to save; start again with --resume auto",
+                )
             with naming_part("teacher"):
                 features = teacher(batch.images)
             yield features

@@ -197,7 +197,9 @@ class Trainer:
         self._save()
         self.processes.from_first(self.checkpoints.finish)
         saved = self.folder / ckpt.FOLDER / ckpt.checkpoint_name(self.step)
-        raise Interrupted(number, f"[{self.name}] stopped at step {self.step}; saved {saved}")
+        raise Interrupted(
+            number, f"[{self.name}] stopped at step {self.step}; saved {saved}; continue with --resume auto"
+        )
 
     def _evaluation_due(self) -> bool:
         """Whether this step ends the run, or an epoch that is evaluated, and was not evaluated before a resume."""
