@@ -46,10 +46,8 @@ def _features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSign
     while True:
         for batch in loader.train(epoch, stream=_STREAM):
             if number := stop.agreed():
-                raise Interrupted(
-                    number,
-                    f"[{name}] stopped while the teacher's head was fitted; nothing to save; start again with --resume auto",
-                )
+                said = f"[{name}] stopped while the teacher's head was fitted; nothing to save"
+                raise Interrupted(number, f"{said}; start again with --resume auto")
             with naming_part("teacher"):
                 features = teacher(batch.images)
             yield features
