@@ -55,9 +55,11 @@ def assert_described(path: Path) -> None:
     found = {line.split()[0]: line for line in lines if not line.startswith(" ")}
     samples, size = SAMPLES.get(config.data.name), config.data.image_size
     assert f"{size} x {size}" in found["data"] and (samples is None or f" {samples} training samples" in found["data"])
-    assert config.student.model in found["student"]
-    assert ("teacher" in found) == (config.distill.method != "none")
-    assert f" {config.distill.label}: " in found["method"]
+    alone = config.distill.method == "none"
+    assert config.student.model in found["network" if alone else "student"]
+    assert ("teacher" in found) == (not alone)
+    method = found["method"].removeprefix("method    ").partition(": ")[0]
+    assert method == ("none, cross-entropy alone" if alone else config.distill.label)
     assert f"{config.train.total_epochs * int(found['steps'].split()[1])} in all" in found["steps"]
     assert "MiB per process" in found["memory"]
 
