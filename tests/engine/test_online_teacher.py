@@ -14,6 +14,7 @@ from torch import nn
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine import online_teacher
 from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.prepare import _say_what_runs
 from unikd_fast.engine.processes import Processes
 from unikd_fast.models import build_model
 from unikd_fast.teacher import precision as formats
@@ -97,7 +98,9 @@ def test_why_a_teacher_is_not_checked_is_said(
 ) -> None:
     given = {**teacher, "weights": str(weights.get(teacher["weights"], "random"))}
     with caplog.at_level(logging.WARNING, logger="unikd_fast"):
-        record = experiment(tmp_path, **given).teacher_record
+        built = experiment(tmp_path, **given)
+        record = built.teacher_record
+        _say_what_runs(built.config, built, record, "student", ALONE)
     assert record is not None
     assert record["fidelity"] is None
     assert reason in record["fidelity_skipped"]
