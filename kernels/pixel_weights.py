@@ -113,9 +113,10 @@ def offsets(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
     return tuple(ends[:-1]), ends[-1]
 
 
-def _constants(layout: Geometry, upsample: str, where: torch.device) -> dict[str, Any]:
+def _constants(layout: Geometry, upsample: str, where: torch.device, *, backward: bool = False) -> dict[str, Any]:
     device = describe(where)
-    block = 512 if device.amd else 1024  # one pixel a thread, or two
+    # One pixel a thread, or two; those of backward would not fit into the registers of sm_120.
+    block = 512 if device.amd or backward else 1024
     return {
         "L": len(layout.heights),
         "HS": layout.heights,
@@ -180,6 +181,6 @@ def pixel_weights_backward(maps: ScalarMaps, grad_weights: Tensor, layout: Geome
     with on_device(gates):
         pixel_weights_backward_kernel[(images,)](
             seen, gates, states, remaining, grad_weights, grads.a, grad_states, grads.seen, grads.biases,
-            **_constants(layout, upsample, gates.device),
+            **_constants(layout, upsample, gates.device, backward=True),
         )  # fmt: skip
     return grads
