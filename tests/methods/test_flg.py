@@ -157,7 +157,7 @@ def test_a_classifier_of_another_width_is_refused() -> None:
 def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
     method = flg(gamma=2.0)
     hybrid = Hybrid({"flg": method, "dkd": DKD(alpha=1.0, beta=1.0, ramp_epochs=0.0)})
-    assert hybrid.needs == Needs(embedding=True, hard_labels=True)
+    assert hybrid.needs == Needs(embedding=True, hard_labels=True, two_classes=True)
     assert hybrid.uncacheable == "FLG needs its embeddings, not only its logits"
     assert hybrid.adapter is not None
     h_s, h_t = embeddings()
