@@ -105,8 +105,8 @@ def test_reads_nothing_on_the_host() -> None:
 
 def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
     hybrid = Hybrid({"nkd": NKD(gamma=2.0), "dkd": DKD(alpha=0.0, beta=3.0, temperature=1.0, ramp_epochs=0.0)})
-    assert hybrid.needs == Needs(hard_labels=True)
-    assert NKD().needs == Needs()
+    assert hybrid.needs == Needs(hard_labels=True, two_classes=True)
+    assert NKD().needs == Needs(two_classes=True)
     student, teacher = logits(1), logits(2)
     target, others = parts(student, teacher, 1.0)
     (_, entropy), (_, divergence) = parts(teacher, teacher, 1.0), parts(student, teacher, 1.0)
