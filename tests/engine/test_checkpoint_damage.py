@@ -8,12 +8,13 @@ import pickle
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exported_runs import SHORT, short, trained
+from forged_json import places
 from real_runs import ALONE
 from torch import nn
 from written_checkpoints import PARTS, write_steps
@@ -144,14 +145,6 @@ def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     change(header)
     text = json.dumps(header)
     (path / HEADER).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "header": text}))
-
-
-def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
-    """Return the way to everything in nested JSON."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*before, key)
-        yield from places(inner, *before, key)
 
 
 ODD = (None, -1, 0.5, 2**70, "", "../x", "/etc/passwd", [], {}, [[]], {"$tensor": []}, {"$pairs": 1})

@@ -4,11 +4,11 @@ import copy
 import itertools
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forged_json import places
 from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
 from unikd_fast.report import command
@@ -38,13 +38,6 @@ def sections(folder: Path) -> None:
     found = find_runs([folder])
     command._title(found)
     command._sections(found)
-
-
-def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*before, key)
-        yield from places(inner, *before, key)
 
 
 def changed(content: Any, way: tuple[Any, ...], value: Any) -> Any:

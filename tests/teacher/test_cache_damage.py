@@ -5,9 +5,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +24,7 @@ from cache_inputs import (
     make,
     payloads,
 )
+from forged_json import places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kills import killed_at_each_operation
@@ -182,14 +181,6 @@ def test_verify_says_what_to_do_and_how_far_it_is(tmp_path: Path) -> None:
         folder.discard(shard.shard)
         build_shard(folder, shard.shard)
     assert folder.verify().ok and len(folder.verify().shards) == SHARDS
-
-
-def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
-    """Return the way to everything in nested JSON."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*before, key)
-        yield from places(inner, *before, key)
 
 
 def test_forged_manifests_are_named_errors(tmp_path: Path) -> None:
