@@ -4,10 +4,13 @@ Without a GPU the kernels run interpreted, which Triton decides when a kernel is
 """
 
 import os
+import resource
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -19,3 +22,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process grows beyond a kilobyte, which is what a full disk looks like."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

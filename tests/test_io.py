@@ -1,7 +1,6 @@
 """Files are written whole or not at all, never through a link, and readable as umask says."""
 
 import os
-import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -33,15 +32,6 @@ def umask() -> Iterator[None]:
     before = os.umask(0o027)
     yield
     os.umask(before)
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process grows beyond a kilobyte, which is what a full disk looks like."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.usefixtures("umask")

@@ -152,7 +152,7 @@ def test_a_key_that_another_makes_useless(overrides: list[str], said: str | None
         assert without_effect(again) is None
 
 
-def test_a_setting_that_one_run_of_a_comparison_reads_is_not_reported() -> None:
+def test_a_setting_that_one_run_of_many_reads_has_effect() -> None:
     runs = {"step": {"train.schedule": "step"}, "cosine": {"train.schedule": "cosine"}}
     given = ["train.milestones=[2]", "distill.method=unikd", f"compare.runs={json.dumps(runs)}"]
     assert without_effect(load_config(DIGITS, given)) is None

@@ -4,9 +4,8 @@ import errno
 import json
 import logging
 import os
-import resource
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,6 @@ def train(tmp_path: Path, group: None, capfd: pytest.CaptureFixture[str], monkey
         return Said(code, *capfd.readouterr())
 
     return call
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process grows beyond a kilobyte, which is what a full disk looks like."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def full_at(name: str) -> Callable[[int], None]:

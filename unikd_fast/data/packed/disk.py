@@ -1,6 +1,5 @@
 """Writing a pack so that it survives: whole files or none, a full disk named, one packer at a time."""
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -8,10 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unikd_fast.errors import RunError
-from unikd_fast.io import free_bytes, open_own
-
-# EDQUOT: a user's quota; EFBIG: a file size limit of the process (ulimit -f).
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from unikd_fast.io import NO_ROOM, free_bytes, open_own, sync_folder
 
 
 class PackError(RunError, RuntimeError):
@@ -24,7 +20,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise PackError(
             f"{path} cannot be written ({os.strerror(error.errno)}): {free_bytes(path.parent)} bytes are free on its "
@@ -51,15 +47,6 @@ def complete_or_absent(path: Path, workshop: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
