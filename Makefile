@@ -6,7 +6,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-faults test-compat conformance lint bench gpu-check gpu-wheels schema clean
+.PHONY: help setup distill test test-faults test-compat conformance lint docs bench gpu-check gpu-wheels schema clean
 
 help: ## list the tasks
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "unikd_fast needs Python 3.11 or newer, got $$($(PYTHON) --version); set PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench,docs]'
 	@touch $@
 
 distill: setup ## distil on scikit-learn's digits and print the table (3 to 10 minutes on 2 cores)
@@ -55,6 +55,9 @@ lint: setup ## ruff and mypy
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
+docs: setup ## the site with the API reference, in site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
 bench: setup ## the benchmarks; correctness is asserted before anything is timed
 	$(RUN) pytest benchmarks/ --benchmark-only
 
@@ -73,4 +76,4 @@ schema: setup ## write configs/schema.json and docs/configuration.md from the co
 	$(BIN)/python -m unikd_fast.config reference > docs/configuration.md
 
 clean: ## remove the environment and what tools left behind; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
