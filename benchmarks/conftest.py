@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from unikd_fast.engine.processes import reuse_freed_memory
+from unikd_fast.engine.distributed import reuse_freed_memory
 
 reuse_freed_memory()  # as a run does; here before any benchmark, so that their order does not matter
 

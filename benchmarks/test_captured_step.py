@@ -16,11 +16,10 @@ from timing import interleaved_medians
 
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import build_experiment
-from unikd_fast.engine.captured_steps import WARM_UP
-from unikd_fast.engine.pace import Pace
-from unikd_fast.engine.prepare import Prepared, prepare
-from unikd_fast.engine.processes import Processes, start_processes
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.cuda_graph import WARM_UP
+from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
+from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.trainer import Prepared, prepare
 from unikd_fast.recipes.pairs import CIFAR_PAIRS
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "cifar100" / "unikd"

@@ -39,9 +39,9 @@ from unikd_fast.data.loader import Loader, LoaderKind, build_loader
 from unikd_fast.data.packed import PackSettings, pack_folder
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.processes import start_processes
-from unikd_fast.engine.sharding import start_engine
-from unikd_fast.engine.train_step import train_step
+from unikd_fast.engine.distributed import start_processes
+from unikd_fast.engine.step import train_step
+from unikd_fast.engine.zero import start_engine
 from unikd_fast.values import Batch
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imagenet_r50_mbv1.json"

@@ -22,11 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from unikd_fast.config import load_config
 from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.gradient_watch import GradientWatch
-from unikd_fast.engine.processes import start_processes
-from unikd_fast.engine.schedule import build_optimizer
-from unikd_fast.engine.sharding import start_engine
-from unikd_fast.engine.train_step import train_step
+from unikd_fast.engine.distributed import start_processes
+from unikd_fast.engine.gradients import GradientWatch
+from unikd_fast.engine.optimizer import build_optimizer
+from unikd_fast.engine.step import train_step
+from unikd_fast.engine.zero import start_engine
 from unikd_fast.values import Batch
 
 ROOT = Path(__file__).parents[1]
@@ -129,9 +129,9 @@ import psutil, torch
 import torch.distributed as dist
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import build_experiment
-from unikd_fast.engine.processes import start_processes
-from unikd_fast.engine.sharding import start_engine
-from unikd_fast.engine.train_step import train_step
+from unikd_fast.engine.distributed import start_processes
+from unikd_fast.engine.zero import start_engine
+from unikd_fast.engine.step import train_step
 processes = start_processes()
 of = build_experiment(load_config(sys.argv[1], sys.argv[2:]), processes)
 engine = start_engine(of.config, of.side, processes)

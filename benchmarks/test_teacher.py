@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from unikd_fast.models import build_model, extract_features
 from unikd_fast.teacher import OnlineTeacher, check_fidelity, measure_fidelity
-from unikd_fast.teacher.precision import cpu_has_bf16, unit_rounding
+from unikd_fast.teacher.online import cpu_has_bf16, unit_rounding
 from unikd_fast.values import Features
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

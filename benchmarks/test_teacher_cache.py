@@ -12,13 +12,12 @@ from timing import interleaved_medians
 
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.fill_cache import ready_cache
-from unikd_fast.engine.processes import Processes, start_processes
-from unikd_fast.engine.sharding import start_engine
-from unikd_fast.engine.stop import StopSignal
-from unikd_fast.engine.train_step import train_step
+from unikd_fast.engine.cache import ready_cache
+from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
+from unikd_fast.engine.step import train_step
+from unikd_fast.engine.zero import start_engine
 from unikd_fast.teacher.cache import CacheFolder, build_cache
-from unikd_fast.teacher.cached import read_ahead
+from unikd_fast.teacher.cache.outputs import read_ahead
 from unikd_fast.values import Batch, Target
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imagenet_r50_mbv1.json"

@@ -12,9 +12,9 @@ from timing import interleaved_medians
 
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.processes import start_processes
-from unikd_fast.engine.sharding import start_engine
-from unikd_fast.engine.train_step import train_step
+from unikd_fast.engine.distributed import start_processes
+from unikd_fast.engine.step import train_step
+from unikd_fast.engine.zero import start_engine
 from unikd_fast.values import Batch
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imagenet_r50_mbv1.json"

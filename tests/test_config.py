@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from unikd_fast.config import Config, ConfigError, check, config_hash, load_config, run_configs
+from unikd_fast.config import Config, ConfigError, config_hash, load_config, run_configs
+from unikd_fast.config import load as check
+from unikd_fast.config.explain import reference
 from unikd_fast.config.load import cache_dir, teacher_config
-from unikd_fast.config.methods import MethodSection
-from unikd_fast.config.reference import reference
-from unikd_fast.config.schema import DistillConfig
+from unikd_fast.config.schema import DistillConfig, MethodSection
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs" / "digits.json"

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "unikd_fast"
 ALLOWED: dict[str, set[str]] = {
     "values": set(),
     "errors": set(),
+    "units": set(),
     "command": {"errors"},
     "io": {"errors"},
     "config": {"errors", "io"},
@@ -41,9 +42,11 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "data",
         "teacher",
+        "units",
         "report",
         "values",
     },
+    "export": {"command", "config", "data", "engine", "errors", "io", "models"},
 }
 FIRST_PARTY_ONLY_TORCH = (
     "values",

@@ -12,7 +12,7 @@ from real_runs import LAUNCHERS, ROOT, write_config
 from unikd_fast.config import load_config
 from unikd_fast.config.load import cache_dir
 from unikd_fast.engine.build import build_experiment
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.distributed import Processes
 from unikd_fast.teacher.cache import CacheFolder
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unikd_fast.engine.build import Experiment
-from unikd_fast.engine.fill_cache import ready_cache
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.cache import ready_cache
+from unikd_fast.engine.distributed import Processes, StopSignal
 from unikd_fast.teacher.cache import CacheFolder
 from unikd_fast.values import Batch, Gaussian, Target
 

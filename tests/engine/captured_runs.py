@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unikd_fast.config import Config, load_config
-from unikd_fast.engine.captured_steps import CapturedSteps
-from unikd_fast.engine.pace import Pace
-from unikd_fast.engine.prepare import Prepared, prepare
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.cuda_graph import CapturedSteps
+from unikd_fast.engine.distributed import Processes, StopSignal
+from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.trainer import Prepared, prepare
 
 # All that changes from step to step: views, rate, ramps, an average; and clipping, at about half of the steps.
 CHANGING: dict[str, Any] = {

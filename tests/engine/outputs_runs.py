@@ -9,7 +9,7 @@ from real_runs import ALONE, write_config
 
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.output_cache import OutputCache
+from unikd_fast.engine.cache import OutputCache
 from unikd_fast.models import build_model
 
 SAMPLES = 96

@@ -19,8 +19,7 @@ from unikd_fast.config import Config, load_config
 from unikd_fast.data.datasets import open_data
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.checkpoint import find_newest, read_folder
-from unikd_fast.engine.processes import Processes, join_alone
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.distributed import Processes, StopSignal, join_alone
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.models import build_model
 

@@ -15,9 +15,10 @@ from real_runs import (
 from safetensors.torch import load_file
 
 from unikd_fast.engine.build import Experiment
-from unikd_fast.engine.fill_cache import ready_cache
-from unikd_fast.engine.stop import StopSignal
-from unikd_fast.teacher.cache import CacheFolder, layout
+from unikd_fast.engine.cache import ready_cache
+from unikd_fast.engine.distributed import StopSignal
+from unikd_fast.teacher.cache import CacheFolder
+from unikd_fast.teacher.cache import files as layout
 
 RECORDS = 20  # of a shard
 SHARD_BYTES = RECORDS * 80  # header, logits and Gaussian of ten classes

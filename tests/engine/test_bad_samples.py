@@ -11,12 +11,12 @@ from real_runs import ALONE, run, write_config
 
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.dali_probe import dali_problem
-from unikd_fast.engine.bad_samples import bad_sample_record
+from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.evaluate import evaluate
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import read_result
-from unikd_fast.engine.sources import build_data, build_data_loader
-from unikd_fast.engine.teacher_result import evaluate_teacher
+from unikd_fast.engine.folder import read_result
+from unikd_fast.engine.inputs import build_data, build_data_loader
+from unikd_fast.engine.metrics import bad_sample_record
+from unikd_fast.engine.teacher import evaluate_teacher
 from unikd_fast.values import Features
 
 SAMPLES = {"train": 32, "val": 12}
@@ -128,7 +128,7 @@ def test_a_skipped_file_is_not_asked_for_after_training(how: str, tmp_path: Path
         bad.symlink_to(root / "gone.png")
         splits = build_data(config, ALONE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unikd_fast.engine.teacher_result.build_data", lambda *_: splits)  # listed when it was there
+        patch.setattr("unikd_fast.engine.teacher.build_data", lambda *_: splits)  # listed when it was there
         result = evaluate_teacher(config, tmp_path / "teacher", ALONE, label="teacher")
     assert result["last"]["test"]["samples"] == 10
     assert read_result(tmp_path / "teacher") == result

@@ -30,11 +30,11 @@ from small_shards import (
     same_student,
 )
 
-from unikd_fast.engine.fill_cache import fill_cache
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.cache import fill_cache
+from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.errors import Interrupted
 from unikd_fast.teacher.cache import CacheFolder
-from unikd_fast.teacher.cache.disk import LOCK, folder_lock
+from unikd_fast.teacher.cache.files import LOCK, folder_lock
 
 # Building takes seconds: long enough to be struck in the middle.
 SLOW: dict[str, Any] = {"data": {"train_samples": 200}, "cache": {"batch_size": 1}}

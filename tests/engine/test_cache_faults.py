@@ -35,7 +35,7 @@ from small_shards import (
 )
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.teacher.cache import CacheFolder

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from unikd_fast.config.schema import TrainConfig
 from unikd_fast.engine import cache_plan
 from unikd_fast.engine.cache_plan import CachePlan, CacheSizes, StepTimes, measure_times, plan_cache
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.student import StudentSide
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.networks import StudentSide
 from unikd_fast.methods import KD, Method, UniKD
 from unikd_fast.models import LogitsOnly, build_model, extract_features
 from unikd_fast.teacher import OnlineTeacher

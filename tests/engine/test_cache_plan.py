@@ -8,7 +8,7 @@ import pytest
 from cache_plans import GIB, MIB, SIZES
 
 from unikd_fast.engine.cache_plan import CachePlan, StepTimes
-from unikd_fast.engine.units import duration, size
+from unikd_fast.units import duration, size
 
 PLAN = CachePlan(
     SIZES, StepTimes(teacher=0.3, student=0.1), micro_batch_size=50, micro_batches=10, processes=2, epochs=4

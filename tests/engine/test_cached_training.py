@@ -16,7 +16,7 @@ from real_runs import (
 from torch import Tensor
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.fill_cache import cached_teacher, recheck
+from unikd_fast.engine.cache import cached_teacher, recheck
 from unikd_fast.teacher.cache import CacheFolder
 from unikd_fast.values import TopKLogits
 

@@ -11,9 +11,9 @@ from captured_runs import CHANGING, config_of
 from real_runs import ALONE
 
 from unikd_fast.config import Config, ConfigError
-from unikd_fast.engine import capture
+from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.capture import captures, device_obstacles, obstacles
+from unikd_fast.engine.cuda_graph import captures, device_obstacles, obstacles
 
 pytestmark = pytest.mark.usefixtures("group")
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from captured_runs import CHANGING, breaking_at, config_of, curve, inputs, prepared, state
 
-from unikd_fast.engine.captured_steps import WARM_UP, CapturedSteps, chain_of, record, require_no_capture
-from unikd_fast.engine.pace import Pace
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.cuda_graph import WARM_UP, CapturedSteps, chain_of, record, require_no_capture
+from unikd_fast.engine.distributed import Processes, StopSignal
+from unikd_fast.engine.timing import Pace
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import RunError
 from unikd_fast.report.run_files import STEP_TIME

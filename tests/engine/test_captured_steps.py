@@ -12,15 +12,16 @@ from fake_device import host_reads
 from real_runs import ALONE, train_here, train_records
 from torch import Tensor
 
-from unikd_fast.engine import capture, captured_steps
-from unikd_fast.engine.captured_steps import CapturedSteps
+from unikd_fast.engine import cuda_graph as capture
+from unikd_fast.engine import cuda_graph as captured_steps
+from unikd_fast.engine.cuda_graph import CapturedSteps
+from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.methods import METHODS
-from unikd_fast.engine.optimizer_state import collect_optimizer_state
-from unikd_fast.engine.out_of_memory import naming_part
-from unikd_fast.engine.pace import Pace
-from unikd_fast.engine.prepare import Prepared
-from unikd_fast.engine.schedule import learning_rate
-from unikd_fast.engine.steps import EagerSteps
+from unikd_fast.engine.optimizer import learning_rate
+from unikd_fast.engine.step import EagerSteps
+from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.trainer import Prepared
+from unikd_fast.engine.zero import collect_optimizer_state
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 from unikd_fast.kernels import _checks, reference
 

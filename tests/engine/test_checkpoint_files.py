@@ -17,9 +17,8 @@ from written_checkpoints import PARTS, write_steps
 from unikd_fast.engine.checkpoint import CheckpointWriter, find_newest, read_folder
 from unikd_fast.engine.checkpoint import files as files_module
 from unikd_fast.engine.checkpoint import store as store_module
-from unikd_fast.engine.checkpoint.files import check_folder, write_folder
+from unikd_fast.engine.checkpoint.files import check_folder, flatten, on_cpu, unflatten, write_folder
 from unikd_fast.engine.checkpoint.store import FOLDER, checkpoint_name
-from unikd_fast.engine.checkpoint.tree import flatten, on_cpu, unflatten
 from unikd_fast.errors import CheckpointError
 from unikd_fast.io import replaced
 

@@ -23,7 +23,7 @@ from real_runs import (
 from safetensors.torch import load_file
 
 from unikd_fast.engine.checkpoint import CheckpointWriter, checkpoint_name
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import Interrupted
 

@@ -7,7 +7,7 @@ import pytest
 from real_runs import ALONE, write_config
 
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.engine.sharding import deepspeed_config
+from unikd_fast.engine.zero import deepspeed_config
 
 
 @pytest.mark.parametrize(

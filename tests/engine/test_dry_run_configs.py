@@ -20,7 +20,7 @@ from shipped_configs import (
 )
 
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.engine.dry_run import describe
+from unikd_fast.engine.describe import describe
 from unikd_fast.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, METHODS
 
 FEW = a_few_of_all()

@@ -29,15 +29,14 @@ from real_runs import ALONE, ROOT, kill_group, start, wait_for_step
 from safetensors.torch import load_file
 from torch import nn
 
-from unikd_fast.engine import export_weights
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
-from unikd_fast.engine.checkpoint.files import write_folder
-from unikd_fast.engine.checkpoint.tree import on_cpu
-from unikd_fast.engine.launch import _run_all
-from unikd_fast.engine.plain_student import load_student
-from unikd_fast.engine.run_folder import open_run_folder
-from unikd_fast.engine.stop import StopSignal
-from unikd_fast.engine.train_step import train_step
+from unikd_fast.engine.checkpoint.files import on_cpu, write_folder
+from unikd_fast.engine.distributed import StopSignal
+from unikd_fast.engine.folder import open_run_folder
+from unikd_fast.engine.run import _run_all
+from unikd_fast.engine.step import train_step
+from unikd_fast.export import run as export_weights
+from unikd_fast.export.run import load_student
 from unikd_fast.models import build_model
 
 
@@ -120,7 +119,7 @@ def test_a_run_that_broke_off_is_exported_for_the_package_that_the_network_is_fr
             raise ZeroDivisionError
         return train_step(*arguments, **options)
 
-    monkeypatch.setattr("unikd_fast.engine.steps.train_step", breaks)
+    monkeypatch.setattr("unikd_fast.engine.step.train_step", breaks)
     settings = {**SHORT["train"], "ema_decay": None}
     config = short(tmp_path, "broken", **ALONE_TRAINED, student={"model": model}, train=settings)
     with pytest.raises(ZeroDivisionError):

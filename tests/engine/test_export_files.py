@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unikd_fast.data.datasets import open_data
-from unikd_fast.engine import export_formats
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
-from unikd_fast.engine.export_check import relative_difference
+from unikd_fast.export import formats as export_formats
+from unikd_fast.export.formats import relative_difference
 from unikd_fast.io import is_leftover
 from unikd_fast.models import CIFAR_MODELS, Preprocessing, preprocessing_in_words, stored_preprocessing
 

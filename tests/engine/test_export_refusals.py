@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from unikd_fast.config import ConfigError
 from unikd_fast.engine.checkpoint import checkpoint_name
-from unikd_fast.engine.export_check import plain_logits, random_images
 from unikd_fast.engine.export_command import main
+from unikd_fast.export.formats import plain_logits, random_images
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(

@@ -9,8 +9,8 @@ from real_runs import ALONE, opened, write_config
 from torch import Tensor, nn
 
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.engine.dry_run import describe
-from unikd_fast.engine.first_forward import check_forward
+from unikd_fast.engine.describe import describe
+from unikd_fast.engine.networks import check_forward
 
 VIT = {"model": "timm/vit_tiny_patch16_224", "weights": "random"}  # of 224 pixels
 SMALL = {"model": "cifar/resnet8"}

@@ -16,7 +16,7 @@ import contextlib, io, logging, shutil, subprocess, sys
 from pathlib import Path
 from real_runs import process_group
 from unikd_fast.engine.launch_command import main
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.distributed import Processes
 disk, config = map(Path, sys.argv[1:])
 if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
     print("no mount"); sys.exit()

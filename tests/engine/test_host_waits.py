@@ -13,10 +13,9 @@ from real_runs import ALONE
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from unikd_fast.engine.average import StudentAverage
-from unikd_fast.engine.evaluate import evaluate
-from unikd_fast.engine.outputs import Outputs, Probe
-from unikd_fast.engine.pace import Pace
+from unikd_fast.engine.evaluate import Outputs, Probe, evaluate
+from unikd_fast.engine.optimizer import StudentAverage
+from unikd_fast.engine.timing import Pace
 from unikd_fast.models import build_model
 from unikd_fast.values import Batch, Features
 

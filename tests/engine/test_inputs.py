@@ -17,11 +17,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from unikd_fast.config import load_config
 from unikd_fast.engine import inputs
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.cache_key import outputs_key
-from unikd_fast.engine.export import export_student
-from unikd_fast.engine.fill_cache import ready_cache
-from unikd_fast.engine.stop import StopSignal
-from unikd_fast.engine.teacher_result import evaluate_teacher
+from unikd_fast.engine.cache import outputs_key, ready_cache
+from unikd_fast.engine.distributed import StopSignal
+from unikd_fast.engine.folder import export_student
+from unikd_fast.engine.teacher import evaluate_teacher
 from unikd_fast.models import LogitsOnly, Preprocessing, build_model
 
 SIZE, SAMPLES = 32, {"train": 16, "val": 6}

@@ -9,9 +9,9 @@ from real_runs import ALONE
 
 from unikd_fast.config import Config, parse_config
 from unikd_fast.config.effect import READS
-from unikd_fast.config.methods import section_names
-from unikd_fast.config.schema import DistillConfig
-from unikd_fast.engine import build, launch
+from unikd_fast.config.schema import DistillConfig, section_names
+from unikd_fast.engine import build
+from unikd_fast.engine import run as launch
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.methods import METHODS, build_method, needs_of
 from unikd_fast.engine.surroundings import Surroundings

@@ -10,9 +10,9 @@ import torch
 from real_runs import LAUNCHERS, ROOT, run, write_config
 
 from unikd_fast.config import Config, ConfigError, load_config
-from unikd_fast.engine import launched
-from unikd_fast.engine.launched import _ranges, describe_launch, program_facts, require_agreement
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine import preflight as launched
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.preflight import _ranges, describe_launch, program_facts, require_agreement
 
 
 class Several(Processes):

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import psutil, torch, torch.distributed as dist
-from unikd_fast.engine.processes import start_processes
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.distributed import start_processes
+from unikd_fast.engine.distributed import StopSignal
 
 processes = start_processes(0.5)
 with StopSignal(processes) as stop:

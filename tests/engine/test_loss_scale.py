@@ -13,8 +13,7 @@ from plain_engine import PlainEngine
 from real_runs import LAUNCHERS, ROOT, newest_checkpoint, write_config
 from torch import nn
 
-from unikd_fast.engine.gradient_watch import GradientWatch
-from unikd_fast.engine.loss_scale import LossScale
+from unikd_fast.engine.gradients import GradientWatch, LossScale
 
 
 def test_an_overflow_halves_and_patience_doubles() -> None:
@@ -59,7 +58,7 @@ def test_gradients_are_those_of_the_loss_and_an_overflow_changes_nothing() -> No
 SCRIPT = """
 import sys
 import launch_distill
-from unikd_fast.engine.loss_scale import LossScale
+from unikd_fast.engine.gradients import LossScale
 LossScale.__init__.__defaults__ = (2.0**20, 3)
 sys.exit(launch_distill.main(sys.argv[1:]))
 """

@@ -9,9 +9,9 @@ import torch
 from real_runs import ALONE, opened, write_config
 from torch import Tensor, nn
 
-from unikd_fast.engine.dry_run import describe
+from unikd_fast.engine.describe import describe
 from unikd_fast.engine.memory import estimate_memory, kept_of, kept_of_a_batch
-from unikd_fast.engine.student import StudentSide
+from unikd_fast.engine.networks import StudentSide
 from unikd_fast.methods import CRD, FLG, KD, Blockwise, Hybrid
 from unikd_fast.values import Features
 

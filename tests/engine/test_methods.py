@@ -14,12 +14,12 @@ from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.engine import methods
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.dry_run import describe
+from unikd_fast.engine.describe import describe
+from unikd_fast.engine.inputs import augmentation_of, second_augmentation_of
 from unikd_fast.engine.methods import Entry, build_method, needs_of
-from unikd_fast.engine.sources import augmentation_of, second_augmentation_of
-from unikd_fast.engine.student import StudentSide
+from unikd_fast.engine.networks import StudentSide
+from unikd_fast.engine.step import train_step
 from unikd_fast.engine.surroundings import Surroundings
-from unikd_fast.engine.train_step import train_step
 from unikd_fast.methods import KD, Hybrid, Method, Needs, StudentAlone, UniKD
 from unikd_fast.models import LogitsOnly, build_model
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target

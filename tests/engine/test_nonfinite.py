@@ -13,7 +13,7 @@ from plain_engine import PlainEngine
 from real_runs import ALONE, LAUNCHERS, ROOT, write_config
 from torch import nn
 
-from unikd_fast.engine.gradient_watch import GradientWatch
+from unikd_fast.engine.gradients import GradientWatch
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.errors import NonFiniteLoss
 from unikd_fast.values import Loss

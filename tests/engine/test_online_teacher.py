@@ -12,12 +12,12 @@ from real_runs import run, write_config
 from torch import nn
 
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.engine import online_teacher
+from unikd_fast.engine import teacher as online_teacher
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.prepare import _say_what_runs
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.trainer import _say_what_runs
 from unikd_fast.models import build_model
-from unikd_fast.teacher import precision as formats
+from unikd_fast.teacher import online as formats
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 TEACHER = {"model": "cifar/resnet8"}

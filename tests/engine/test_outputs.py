@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.outputs import Outputs, Probe, write_outputs
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.evaluate import Outputs, Probe, write_outputs
 from unikd_fast.models import build_model
 from unikd_fast.report.run_files import read_test_logits
 from unikd_fast.values import Batch, Features

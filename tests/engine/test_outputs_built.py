@@ -8,12 +8,13 @@ from outputs_runs import SAMPLES, Settings, experiment, of, save_random_teacher
 from real_runs import ALONE
 
 from unikd_fast.config import ConfigError
-from unikd_fast.engine import fill_cache, output_cache
+from unikd_fast.engine import cache as fill_cache
+from unikd_fast.engine import cache as output_cache
 from unikd_fast.engine.build import Experiment
-from unikd_fast.engine.output_cache import OutputCache
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.cache import OutputCache
+from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cache import info
+from unikd_fast.teacher.cache import folder as info
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from outputs_runs import Settings, experiment, of, save_random_teacher
 from PIL import Image
 
-from unikd_fast.engine import cache_key
+from unikd_fast.engine import cache as cache_key
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher import resolve_precision
 from unikd_fast.teacher.cache import CacheFolder

@@ -12,8 +12,8 @@ from odd_images import encoded, picture
 from real_runs import ALONE, process_group, train_here, write_config
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.pace import Pace, loader_rate
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.timing import Pace, loader_rate
 
 ON_GPU = Processes(0, 1, 0, torch.device("meta"))  # anything but a CPU; nothing is computed on it
 SECOND = Processes(1, 2, 1, torch.device("cpu"))

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.schema import TrainConfig
-from unikd_fast.engine.batch_norm import average_buffers
+from unikd_fast.engine.distributed import Processes, average_buffers
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.metrics import LossMeter
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.schedule import build_optimizer, clip_before_update, learning_rate
-from unikd_fast.engine.sharding import deepspeed_config
+from unikd_fast.engine.optimizer import build_optimizer, clip_before_update, learning_rate
+from unikd_fast.engine.zero import deepspeed_config
 from unikd_fast.errors import NonFiniteLoss
 from unikd_fast.models import build_model
 from unikd_fast.teacher import OnlineTeacher

@@ -10,8 +10,8 @@ import torch
 import torch.multiprocessing as mp
 from free_ports import free_port
 
-from unikd_fast.engine.prepare_method import prepare_method
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.teacher import prepare_method
 from unikd_fast.errors import OutOfMemory
 from unikd_fast.methods import Method, UniKD
 from unikd_fast.values import Features

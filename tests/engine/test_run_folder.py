@@ -15,11 +15,10 @@ from real_runs import ALONE, merged, write_config
 from torch import nn
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.export import import_student
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.folder import import_student, open_run_folder, read_result, read_teacher
 from unikd_fast.engine.launch_command import main
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.run_folder import open_run_folder, read_result, read_teacher
 from unikd_fast.errors import ConfigError, FileError
 
 Train = Callable[..., Said]

@@ -12,7 +12,7 @@ import torch
 from real_runs import merged, opened, process_group, run, train_here, write_config
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.out_of_memory import naming_part
+from unikd_fast.engine.memory import naming_part
 from unikd_fast.errors import LoaderError, OutOfMemory
 
 SMALL: dict[str, Any] = {

@@ -10,8 +10,9 @@ import torch
 from captured_runs import CHANGING, config_of, curve
 from real_runs import train_here
 
-from unikd_fast.engine import capture, steps
-from unikd_fast.engine.step_time import COUNT, FIRST, StepClock
+from unikd_fast.engine import cuda_graph as capture
+from unikd_fast.engine import step as steps
+from unikd_fast.engine.timing import COUNT, FIRST, StepClock
 from unikd_fast.report.run_files import STEP_TIME, read_step_time
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -76,7 +77,7 @@ def test_a_run_writes_it_and_is_the_same_run(tmp_path: Path, weights: Path, monk
         def start(self) -> None:
             pass
 
-    monkeypatch.setattr("unikd_fast.engine.prepare.StepClock", Silent)
+    monkeypatch.setattr("unikd_fast.engine.trainer.StepClock", Silent)
     silent = train_here(config_of(tmp_path, weights, "silent", "kd"))
     assert not (silent / STEP_TIME).exists()
     assert curve(silent) == curve(timed)

@@ -11,7 +11,7 @@ from PIL import Image
 from real_runs import ALONE, kill_group, newest_checkpoint, run, start, wait_for_step, write_config
 
 from unikd_fast.command import run_command
-from unikd_fast.engine.stop import StopSignal
+from unikd_fast.engine.distributed import StopSignal
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ from real_runs import ALONE, CACHED, cached_config, opened, process_group, save_
 
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.datasets import open_data
-from unikd_fast.engine import teacher_accuracy
+from unikd_fast.engine import teacher as teacher_accuracy
 from unikd_fast.engine.build import Experiment
-from unikd_fast.engine.teacher_accuracy import check_teacher, judge_teacher
+from unikd_fast.engine.teacher import check_teacher, judge_teacher
 from unikd_fast.models import build_model
 
 ASKS = {"min_accuracy": None}

@@ -18,11 +18,11 @@ from real_runs import ALONE, run, write_config
 from torch import nn
 
 from unikd_fast.config import load_config
-from unikd_fast.engine.batch_norm import doubt_about
-from unikd_fast.engine.dry_run import describe
+from unikd_fast.engine.describe import describe
+from unikd_fast.engine.distributed import doubt_about
 from unikd_fast.engine.evaluate import evaluate
-from unikd_fast.engine.launch import _Once
 from unikd_fast.engine.metrics import MetricsWriter
+from unikd_fast.engine.run import _Once
 from unikd_fast.values import Batch, Features
 
 HEAD = {"accuracy": 50.0, "ce": 1.5, "head_accuracy": 0.5, "head_mean_std": 0.2}

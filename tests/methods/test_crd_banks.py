@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from unikd_fast.data.philox import philox_4x32 as philox_of_numpy
 from unikd_fast.methods import CRD
-from unikd_fast.methods.crd_banks import Banks, bank_bytes
-from unikd_fast.methods.philox import philox_4x32, uniform_integers
+from unikd_fast.methods.crd import Banks, bank_bytes, philox_4x32, uniform_integers
 
 
 def test_words_are_those_of_the_generator_of_the_data() -> None:
@@ -130,8 +129,8 @@ def test_samples_that_allow_no_draws_are_refused() -> None:
 def test_banks_that_do_not_fit_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bank_bytes(1_281_167, 128) == 2 * 1_281_167 * 128 * 4
     room = bank_bytes(SAMPLES, WIDTH) + 2**29
-    monkeypatch.setattr("unikd_fast.methods.crd_banks._memory_bytes", lambda device: room)
+    monkeypatch.setattr("unikd_fast.methods.crd._memory_bytes", lambda device: room)
     build()
-    monkeypatch.setattr("unikd_fast.methods.crd_banks._memory_bytes", lambda device: room - 1)
+    monkeypatch.setattr("unikd_fast.methods.crd._memory_bytes", lambda device: room - 1)
     with pytest.raises(ValueError, match=r"2 x 40 x 5 x 4 bytes = 0\.00 GiB, and a step up to 0\.50 GiB, but cpu has"):
         build()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.methods import KD, Hybrid, Method, Needs, StudentAlone, UniKD
-from unikd_fast.methods.ramp import Ramp
+from unikd_fast.methods.method import Ramp
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 CLASSES, STUDENT, TEACHER = 5, (4, 6), (5, 8)

@@ -10,11 +10,11 @@ import torchvision
 from torch import Tensor, nn
 
 from unikd_fast.models import CIFAR_MODELS, build_model, checkpoint_blocks, extract_features
-from unikd_fast.models.cifar_mobilenetv2 import CifarMobileNetV2
-from unikd_fast.models.cifar_resnet import ShortcutBottleneck
-from unikd_fast.models.cifar_shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
-from unikd_fast.models.cifar_vgg import CifarVGG
-from unikd_fast.models.cifar_wrn import WideResNet
+from unikd_fast.models.cifar.mobilenetv2 import CifarMobileNetV2
+from unikd_fast.models.cifar.resnet import ShortcutBottleneck
+from unikd_fast.models.cifar.shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
+from unikd_fast.models.cifar.vgg import CifarVGG
+from unikd_fast.models.cifar.wrn import WideResNet
 from unikd_fast.teacher import OnlineTeacher, fold_batch_norm
 
 NETWORKS = [*(f"cifar/{name}" for name in CIFAR_MODELS), "torchvision/resnet18", "torchvision/mobilenet_v2"]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from unikd_fast.engine.export import export_student
+from unikd_fast.engine.folder import export_student
 from unikd_fast.models import bare_model, build_model, parameter_count
 
 

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from unikd_fast.models import CIFAR_MODELS, build_model, extract_features, parameter_count
-from unikd_fast.models.cifar_resnet import CifarResNet
-from unikd_fast.models.cifar_vgg import CifarVGG
-from unikd_fast.models.cifar_wrn import WideResNet
+from unikd_fast.models.cifar.resnet import CifarResNet
+from unikd_fast.models.cifar.vgg import CifarVGG
+from unikd_fast.models.cifar.wrn import WideResNet
 
 # For 100 classes, as the literature's implementations count them.
 PARAMETERS = {

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from report_runs import config, write_result, write_run_folder
 
-from unikd_fast.report.accuracy import accuracy_rows, spread
+from unikd_fast.report.accuracy import accuracy_rows, accuracy_section, single_runs_section, spread
 from unikd_fast.report.runs import Group, find_runs, group_runs
-from unikd_fast.report.section_accuracy import accuracy_section, single_runs_section
 
 
 def groups_of(

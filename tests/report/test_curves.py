@@ -3,7 +3,7 @@
 import numpy as np
 from report_runs import evaluation, training
 
-from unikd_fast.report.curves import course, keys_with, line_over_seeds, loss_terms
+from unikd_fast.report.run_data import course, keys_with, line_over_seeds, loss_terms
 
 
 def test_a_course_takes_the_records_of_its_kind_and_the_last_of_an_epoch() -> None:

@@ -10,9 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from unikd_fast.report.curves import line
-from unikd_fast.report.figure_style import LIGHT, Draw, render
-from unikd_fast.report.figures import Bar, Dots, Matrix, Panel, draw_bars, draw_curves, draw_dots, draw_heatmaps
+from unikd_fast.report.figures import (
+    LIGHT,
+    Bar,
+    Dots,
+    Draw,
+    Matrix,
+    Panel,
+    draw_bars,
+    draw_curves,
+    draw_dots,
+    draw_heatmaps,
+    render,
+)
+from unikd_fast.report.run_data import line
 
 NAMES = {
     "words": "student with a distilled and a rather long name, variant {}",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from unikd_fast.report.figure_style import DARK, LIGHT, Theme, render
+from unikd_fast.report.figures import DARK, LIGHT, Theme, render
 
 # Machado, Oliveira and Fernandes 2009, complete deficiency, on linear RGB.
 VISION = {

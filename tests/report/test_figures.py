@@ -5,9 +5,9 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from unikd_fast.report.curves import line
-from unikd_fast.report.figure_style import DARK, LIGHT, render
 from unikd_fast.report.figures import (
+    DARK,
+    LIGHT,
     Bar,
     Dots,
     Matrix,
@@ -16,8 +16,10 @@ from unikd_fast.report.figures import (
     draw_curves,
     draw_dots,
     draw_heatmaps,
+    render,
     shrink,
 )
+from unikd_fast.report.run_data import line
 
 X = np.array([1.0, 2.0, 3.0])
 A = line("a", X, np.array([[3.0, 2.0, 1.0], [5.0, 4.0, 3.0]]))

@@ -12,8 +12,7 @@ from forged_json import places
 from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
 from unikd_fast.report import command
-from unikd_fast.report.records import RunFileError
-from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits
+from unikd_fast.report.run_files import RunFileError, StepTime, write_step_time, write_test_logits
 from unikd_fast.report.runs import find_runs
 
 ODD = (None, -1, 0.5, 2**70, "", "../x", [], {}, [1], True, float("nan"), {"a": 1})

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from report_runs import some_logits
 
-from unikd_fast.report import logits as module
-from unikd_fast.report.logits import (
+from unikd_fast.report import run_data as module
+from unikd_fast.report.run_data import (
     DIFFERENCES,
     accuracy,
     class_difference,

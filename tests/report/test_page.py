@@ -7,9 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure
 
-from unikd_fast.report.content import Missing, Picture, Section, Table
-from unikd_fast.report.figure_style import DARK, LIGHT, Theme, render
-from unikd_fast.report.page import write_html
+from unikd_fast.report.figures import DARK, LIGHT, Theme, render
+from unikd_fast.report.page import Missing, Picture, Section, Table, write_html
 
 NASTY = '"><script>alert(1)</script><img src=http://x.test/a onerror=alert(2)>&amp;'
 VOID = {"meta", "link", "img", "source", "br"}

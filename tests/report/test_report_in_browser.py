@@ -11,7 +11,7 @@ from PIL import Image
 from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
 from unikd_fast.report.command import main
-from unikd_fast.report.figure_style import DARK, LIGHT, Theme
+from unikd_fast.report.figures import DARK, LIGHT, Theme
 from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits
 
 pytestmark = [

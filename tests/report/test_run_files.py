@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from report_runs import evaluation, write_metrics
 
-from unikd_fast.report.records import RunFileError, read_json, read_records
 from unikd_fast.report.run_files import (
     STEP_TIME,
     TEST_LOGITS,
+    RunFileError,
     StepTime,
+    read_json,
+    read_records,
     read_step_time,
     read_test_logits,
     write_step_time,

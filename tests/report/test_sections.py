@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 from report_runs import config, evaluation, training, write_metrics, write_result, write_run_folder
 
-from unikd_fast.report.content import Missing, Picture, Section, Table
-from unikd_fast.report.evidence import Material, gather
-from unikd_fast.report.figure_style import LIGHT
-from unikd_fast.report.logits import compare_logits
+from unikd_fast.report.accuracy import single_runs_section
+from unikd_fast.report.figures import LIGHT
+from unikd_fast.report.page import Missing, Picture, Section, Table
+from unikd_fast.report.run_data import Material, compare_logits, gather
 from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits
 from unikd_fast.report.runs import find_runs, group_runs
-from unikd_fast.report.section_accuracy import single_runs_section
-from unikd_fast.report.section_curves import collapse_section, convergence_section
-from unikd_fast.report.section_logits import logit_sections
-from unikd_fast.report.section_making import making_section, step_time_section
+from unikd_fast.report.sections import (
+    collapse_section,
+    convergence_section,
+    logit_sections,
+    making_section,
+    step_time_section,
+)
 
 LABELS = np.array([0, 1, 0, 1])
 TEACHER = np.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])  # 75 %

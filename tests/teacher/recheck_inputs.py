@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from unikd_fast.teacher.cache import Codec
-from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
+from unikd_fast.teacher.cache.outputs import Recheck, check_outputs, output_differences
 from unikd_fast.values import Gaussian
 
 ROWS, CLASSES, KEPT = 6, 200, 5

@@ -11,7 +11,8 @@ import torch
 from cache_inputs import CODEC, IDS, SHARDS, VIEWS, build_all, build_shard, make, payloads, start
 
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, shards
+from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey
+from unikd_fast.teacher.cache import folder as shards
 
 NAME = "teacher.safetensors"
 TENSORS = {

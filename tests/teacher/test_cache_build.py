@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec, ShardWriter
-from unikd_fast.teacher.cache.build import Request, build_cache
+from unikd_fast.teacher.cache.folder import Request, build_cache
 from unikd_fast.values import Gaussian
 
 SAMPLES, VIEWS, CLASSES = 23, 3, 5

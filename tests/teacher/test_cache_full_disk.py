@@ -63,7 +63,7 @@ def test_a_build_that_cannot_end_is_refused(tmp_path: Path, monkeypatch: pytest.
     folder = make(tmp_path)
     build_shard(folder, 0)
     folder.require_room()
-    monkeypatch.setattr("unikd_fast.teacher.cache.info.free_bytes", lambda _: 559)
+    monkeypatch.setattr("unikd_fast.teacher.cache.folder.free_bytes", lambda _: 559)
     with pytest.raises(CacheError, match=r"still to build need 560 bytes and 559 are free; make room"):
         folder.require_room()
 

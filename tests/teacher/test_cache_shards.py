@@ -29,7 +29,7 @@ from cache_inputs import (
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, Codec
-from unikd_fast.teacher.cache.layout import default_records_per_shard
+from unikd_fast.teacher.cache.files import default_records_per_shard
 from unikd_fast.values import QuantizedLogits
 
 
@@ -211,7 +211,7 @@ def test_a_shard_committed_between_opening_and_locking_is_left_alone(
 
 
 def test_more_shards_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unikd_fast.teacher.cache.reader._MAPPED_SHARDS", 2)
+    monkeypatch.setattr("unikd_fast.teacher.cache.shard._MAPPED_SHARDS", 2)
     folder = build_all(tmp_path)
     generator = np.random.default_rng(0)
     for _ in range(5):
@@ -221,7 +221,7 @@ def test_more_shards_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_threads_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unikd_fast.teacher.cache.reader._MAPPED_SHARDS", 1)
+    monkeypatch.setattr("unikd_fast.teacher.cache.shard._MAPPED_SHARDS", 1)
     folder = build_all(tmp_path)
     wrong: list[int] = []
 

@@ -11,7 +11,7 @@ from cache_inputs import SAMPLES, build_all, logits
 from torch import Tensor
 
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cached import read_ahead
+from unikd_fast.teacher.cache.outputs import read_ahead
 
 BATCHES = [np.array([4, 0, 9]), np.array([7]), np.array([1, 2]), np.array([3, 5, 6, 8])]
 

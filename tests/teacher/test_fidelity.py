@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unikd_fast.models import build_model, extract_features
 from unikd_fast.teacher import Fidelity, OnlineTeacher, check_fidelity, measure_fidelity, pool_fidelity
 from unikd_fast.teacher.fidelity import LOGIT_BOUND, TIE_BOUND
-from unikd_fast.teacher.precision import unit_rounding
+from unikd_fast.teacher.online import unit_rounding
 from unikd_fast.values import Features
 
 

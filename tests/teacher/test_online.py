@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unikd_fast.models import LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
-from unikd_fast.teacher import precision as formats
+from unikd_fast.teacher import online as formats
 from unikd_fast.values import Features
 
 # Precision

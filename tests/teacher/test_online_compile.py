@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from unikd_fast.models import build_model, extract_features
-from unikd_fast.teacher import OnlineTeacher, measure_fidelity, packing
+from unikd_fast.teacher import OnlineTeacher, measure_fidelity
+from unikd_fast.teacher import online as packing
 from unikd_fast.values import Features
 
 needs_compiler = pytest.mark.skipif(

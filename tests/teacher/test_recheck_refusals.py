@@ -22,7 +22,7 @@ from recheck_inputs import (
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, Codec
-from unikd_fast.teacher.recheck import Recheck, check_outputs, output_differences
+from unikd_fast.teacher.cache.outputs import Recheck, check_outputs, output_differences
 from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
 
 IMAGENET_21K = 21841

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import Codec
-from unikd_fast.teacher.recheck import output_differences
+from unikd_fast.teacher.cache.outputs import output_differences
 from unikd_fast.values import Gaussian, TopKLogits
 
 

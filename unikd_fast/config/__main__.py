@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from unikd_fast.config.reference import reference
+from unikd_fast.config.explain import reference
 from unikd_fast.config.schema import Config
 
 if __name__ == "__main__":

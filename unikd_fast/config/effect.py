@@ -3,12 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from unikd_fast.config.distill import DistillConfig
-from unikd_fast.config.methods import MethodName, section_names
-from unikd_fast.config.runs import run_configs
-from unikd_fast.config.schema import Config
-from unikd_fast.config.section import Section
-from unikd_fast.config.training import TrainConfig
+from unikd_fast.config.load import run_configs
+from unikd_fast.config.schema import Config, DistillConfig, MethodName, Section, TrainConfig, section_names
 
 _LEVELS = frozenset({"max_levels"})
 _KD = frozenset({"ce_weight", "beta", "temperature", "scale_by_t2"})

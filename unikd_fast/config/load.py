@@ -1,21 +1,268 @@
-"""From a JSON file and ``--set`` overrides to a frozen Config."""
+"""From a JSON file and ``--set`` overrides to a frozen Config, and to its single runs."""
 
 import copy
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from unikd_fast.config.check import validate
-from unikd_fast.config.explain import explain
-from unikd_fast.config.names import cache_dir, config_hash, run_path
-from unikd_fast.config.override import assign, override, parse_override
-from unikd_fast.config.runs import run_configs, teacher_config
-from unikd_fast.config.schema import Config
+from unikd_fast.config.explain import explain, nearest_key
+from unikd_fast.config.schema import TOP_K_METHODS, Config, method_names, section_names, unused_sections
 from unikd_fast.errors import ConfigError, FileError
 from unikd_fast.io import read_json
+
+_MAY_CHANGE: Any = {
+    "json_schema": True,
+    "run": {
+        "dir",
+        "nodes",
+        "timeout_minutes",
+        "tensorboard",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "async_checkpoints",
+        "deepspeed_checkpoints",
+        "test_logits",
+        "probe",
+        "show_head",
+    },
+    "data": {"root", "workers", "dali_threads", "dali_prefetch"},
+    "teacher": {"cache": {"dir"}, "min_accuracy": True},
+    "train": {"accumulation_steps"},
+    "deepspeed": True,
+}
+
+
+def config_hash(config: Config) -> str:
+    """Eight hex digits that identify the experiment: everything that its result depends on but for rounding.
+
+    A run may be resumed with all the rest changed: where and how often it writes, who reads its data and how far ahead,
+    and how many micro-batches and shards its steps are cut into.
+    """
+    content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
+    # Sections and keys that came later: an experiment that does not have them keeps its name.
+    for section, keys in (
+        ("distill", section_names(type(config.distill))),
+        ("data", ["second_view"]),
+        ("teacher", ["weights_key"]),
+        ("student", ["weights_key"]),
+    ):
+        for key in keys:
+            if content[section] is not None and content[section][key] is None:
+                del content[section][key]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_path(config: Config, label: str, seed: int) -> str:
+    """Where one of the runs of :func:`run_configs` writes, below the folder of the experiment.
+
+    Example:
+        >>> run_path(comparison, "UniKD, FDP only", 0)
+        'seed-0/unikd-fdp-only'
+    """
+    if config.compare is None:
+        return "."
+    return f"seed-{seed}/{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
+
+
+def cache_dir(config: Config) -> Path:
+    """The folder of the teacher's outputs of a single run.
+
+    Example:
+        >>> cache_dir(load_config("configs/digits_cached.json"))
+        PosixPath('caches/digits_cached-unikd-seed0')
+    """
+    assert config.teacher is not None
+    named = {"{method}": config.distill.label, "{seed}": str(config.run.seed)}
+    folder = config.teacher.cache.dir
+    for name, value in named.items():
+        folder = folder.replace(name, value)
+    return Path(folder)
+
+
+# What the schema states itself, and where: DeepSpeed must not be told twice.
+OWNED_BY_US = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.accumulation_steps",
+    "gradient_clipping": "train.clip_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "torch_autocast": "train.precision",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "steps_per_print": "run.log_every_steps",
+}
+
+
+def validate(raw: dict[str, Any], source: str) -> Config:
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise explain(error, Config, source) from None
+    _check_run_names(config, source)
+    for key, ours in OWNED_BY_US.items():
+        if key in config.deepspeed:
+            raise ConfigError(
+                f"{source}: deepspeed.{key} = {config.deepspeed[key]!r} repeats {ours}; remove it and set {ours}"
+            )
+    if config.distill.method != "none" and config.teacher is None:
+        raise ConfigError(f"{source}: distill.method = {config.distill.method!r} needs a teacher; set teacher.model")
+    if config.distill.ce_weight is not None and config.distill.method != "kd":
+        raise ConfigError(
+            f"{source}: distill.ce_weight = {config.distill.ce_weight} is a setting of distill.method = 'kd', got "
+            f"{config.distill.method!r}; scale alpha and beta instead"
+        )
+    compared = [methods_of(config, settings) for settings in config.compare.runs.values()] if config.compare else []
+    unused = unused_sections(config.distill, chain(*(compared or [config.distill.methods])))
+    if unused:
+        raise ConfigError(
+            f"{source}: distill.{unused[0]} has the settings of distill.method = {unused[0]!r}, got "
+            f"{config.distill.method!r}; remove it, or use the method"
+        )
+    single = config.compare is None and config.distill.method != "none"
+    cache = config.teacher.cache if config.teacher is not None and single else None
+    if cache is not None and cache.mode != "off" and cache.logits == "top_k":
+        _check_top_k(config, source)
+    if cache is not None and cache.mode != "off" and config.data.bad_images == "skip":
+        raise ConfigError(
+            f"{source}: teacher.cache.mode = {cache.mode!r} with data.bad_images = 'skip': the cache holds an output "
+            "for every sample, also for one that cannot be decoded; remove the bad files and set "
+            "data.bad_images=error, or set teacher.cache.mode=off"
+        )
+    mixing = config.data.mixing
+    mixes = mixing.probability > 0 and (mixing.mixup_alpha > 0 or mixing.cutmix_alpha > 0)
+    if cache is not None and cache.mode != "off" and mixes:
+        raise ConfigError(
+            f"{source}: teacher.cache.mode = {cache.mode!r} with data.mixing.mixup_alpha = {mixing.mixup_alpha} and "
+            f"cutmix_alpha = {mixing.cutmix_alpha}: the cache holds the teacher's outputs by sample, and a mixed image "
+            "belongs to two; set teacher.cache.mode=off, or both alphas to 0"
+        )
+    return config
+
+
+def methods_of(config: Config, settings: dict[str, Any]) -> tuple[str, ...]:
+    """Of a run of a comparison, as far as they can be told before its settings are validated."""
+    method = settings.get("distill.method", config.distill.method)
+    return method_names(method) if isinstance(method, str | list | tuple) else ()
+
+
+def _check_top_k(config: Config, source: str) -> None:
+    if config.distill.kd is not None and config.distill.kd.standardized:
+        raise ConfigError(
+            f"{source}: teacher.cache.logits = 'top_k' with distill.kd.standardized = true, which needs all logits for "
+            "their mean and deviation; set teacher.cache.logits=uint8 or fp16"
+        )
+    whole = [name for name in config.distill.methods if name not in TOP_K_METHODS]
+    if whole:
+        raise ConfigError(
+            f"{source}: teacher.cache.logits = 'top_k' with distill.method = {whole[0]!r}, which needs all logits; set "
+            "teacher.cache.logits=uint8 or fp16"
+        )
+    if config.distill.temperature != 1:
+        raise ConfigError(
+            f"{source}: teacher.cache.logits = 'top_k' needs distill.temperature = 1, got "
+            f"{config.distill.temperature}: at τ = 4 most of the probability lies outside the classes it "
+            "keeps; set teacher.cache.logits=uint8 or fp16"
+        )
+
+
+def _check_run_names(config: Config, source: str) -> None:
+    """Every run of a comparison has a folder of its own, none of which is the teacher's."""
+    if config.compare is None:
+        return
+    seeds = config.compare.seeds
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{source}: compare.seeds = {list(seeds)} names a seed twice; each is one run")
+    taken = {"teacher": "the teacher's training"}
+    for label in config.compare.runs:
+        name = run_path(config, label, seeds[0]).partition("/")[2]
+        if not name or name in taken:
+            used = f"is also that of {taken[name]}" if name else "would be empty"
+            raise ConfigError(
+                f"{source}: compare.runs[{label!r}] would write to a folder whose name, {name!r}, {used}; it is made "
+                "of the label's letters a to z and digits; choose another label"
+            )
+        taken[name] = f"compare.runs[{label!r}]"
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """The key and the value of a ``--set``."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {text}: expected section.key=value, for example --set train.total_epochs=2")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def assign(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
+    *sections, leaf = key.split(".")
+    for index, section in enumerate(sections):
+        inner = raw.get(section)
+        if inner is None:
+            inner = raw[section] = {}
+        if not isinstance(inner, dict):
+            path = ".".join(sections[: index + 1])
+            raise ConfigError(f"{source} {key}: {path} is a value ({inner!r}), not a section{nearest_key(key, Config)}")
+        raw = inner
+    raw[leaf] = value
+
+
+def override(config: Config, settings: dict[str, Any], source: str) -> Config:
+    raw = config.model_dump(mode="json", by_alias=True)
+    for key, value in settings.items():
+        assign(raw, key, value, source)
+    return validate(raw, source)
+
+
+def run_configs(config: Config) -> Iterator[tuple[str, int, Config]]:
+    """The single runs of a comparison as (label, seed, config), or the one run itself."""
+    if config.compare is None:
+        yield "student", config.run.seed, config
+        return
+    for seed in config.compare.seeds:
+        for label, settings in config.compare.runs.items():
+            of_others = _without_sections(config, methods_of(config, settings))
+            yield label, seed, override(config, {**of_others, **settings, "compare": None, "run.seed": seed}, label)
+
+
+def teacher_config(config: Config) -> Config:
+    """The run that trains the teacher of ``config``: the teacher's model as a student that learns alone."""
+    assert config.teacher is not None
+    assert config.teacher.training is not None
+    training = config.teacher.training
+    settings: dict[str, Any] = {
+        "compare": None,
+        "teacher": None,
+        "distill.method": "none",
+        "distill.ce_weight": None,
+        **_without_sections(config, ()),
+        "student.model": config.teacher.model,
+        "student.feature_nodes": config.teacher.feature_nodes,
+        "student.weights": None,
+        "student.weights_key": None,
+        "data.train_samples": training.train_samples,
+        "train.max_steps": None,
+    }
+    for key in ("total_epochs", "learning_rate", "global_batch_size"):
+        if getattr(training, key) is not None:
+            settings[f"train.{key}"] = getattr(training, key)
+    return override(config, settings, "teacher.training")
+
+
+def _without_sections(config: Config, methods: tuple[str, ...]) -> dict[str, Any]:
+    """Settings that take away the sections of other methods."""
+    return {f"distill.{name}": None for name in unused_sections(config.distill, methods)}
+
 
 # With what is asked of a Config once it is loaded.
 __all__ = [

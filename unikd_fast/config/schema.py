@@ -1,17 +1,599 @@
-"""The schema of a configuration file. One class a section, one docstring a field; unknown keys are errors.
+"""The schema of a configuration file. One class a section, one docstring a field; unknown keys are errors."""
 
-Fields that the UniKD paper leaves open carry our default and are listed in the README ("What the paper leaves open").
-"""
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, cast, get_args
 
-from typing import Annotated, Any
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from pydantic import Field
+# A string that says something: an unset variable of a shell must not pass for "none".
+Text = Annotated[str, Field(pattern=r"\S")]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+HueShift = Annotated[float, Field(ge=0.0, le=0.5)]
 
-from unikd_fast.config.data import AugmentationConfig, DataConfig, MixingConfig
-from unikd_fast.config.distill import DistillConfig
-from unikd_fast.config.networks import StudentConfig, TeacherCache, TeacherConfig, TeacherFidelity, TeacherTraining
-from unikd_fast.config.section import Positive, PositiveInt, Section, Text
-from unikd_fast.config.training import LossConfig, TrainConfig
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class AugmentationConfig(Section):
+    """How a training view is made of an image. null fields take the data set's usual recipe."""
+
+    crop: Literal["none", "pad", "resized"] | None = None
+    """none; pad: zero padding and a random crop back to size; resized: a random area and aspect ratio, resized."""
+    padding: Annotated[int, Field(ge=0)] | None = None
+    """Pixels of zero padding on each side for crop = pad."""
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """Range of the crop's share of the image's area for crop = resized."""
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height for crop = resized."""
+    flip_probability: Fraction | None = None
+    """Probability of a horizontal flip."""
+    eval_resize: PositiveInt | None = None
+    """Short side in pixels before the centre crop of an evaluation image; null: as the networks' published weights ask
+    for, see docs/data.md, else image_size * 8 / 7."""
+    jitter: tuple[NonNegative, NonNegative, NonNegative, HueShift] = (0.0, 0.0, 0.0, 0.0)
+    """Strengths of random brightness, contrast, saturation and hue, as torchvision's ColorJitter has them; 0: off."""
+    policy: Literal["none", "trivial", "rand"] = "none"
+    """Strong augmentation after crop and flip. trivial: one operation of any magnitude, torchvision's
+    TrivialAugmentWide; rand: rand_ops operations of rand_magnitude, its RandAugment."""
+    rand_ops: Annotated[int, Field(ge=1, le=16)] = 2
+    """Operations of policy = rand, one after the other."""
+    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Magnitude of policy = rand, from 0 to 30."""
+    erase_probability: Fraction = 0.0
+    """Probability of erasing a rectangle to black."""
+    erase_scale: tuple[Positive, Positive] = (0.02, 0.33)
+    """Range of the erased share of the view's area."""
+    erase_ratio: tuple[Positive, Positive] = (0.3, 3.3)
+    """Range of the erased rectangle's height over its width."""
+
+
+class MixingConfig(Section):
+    """Training samples mixed in pairs within a micro-batch, and their labels likewise. The teacher sees them mixed too;
+    evaluation never does."""
+
+    mixup_alpha: NonNegative = 0.0
+    """Mixup with shares drawn from Beta(alpha, alpha); 0: off."""
+    cutmix_alpha: NonNegative = 0.0
+    """CutMix with shares drawn from Beta(alpha, alpha); 0: off."""
+    probability: Fraction = 1.0
+    """Probability that a micro-batch is mixed."""
+    switch_probability: Fraction = 0.5
+    """Probability that it is by CutMix, where both are on."""
+
+
+class DataConfig(Section):
+    """The data set and how it is read."""
+
+    name: Literal["digits", "cifar100", "image_folder", "imagenet", "packed", "webdataset", "synthetic", "fine_grained"]
+    """digits ships with scikit-learn; cifar100, image folders, packed stores (unikd-data pack) and the tar files of
+    webdataset are read from root; synthetic and fine_grained are generated."""
+    root: Text | None = None
+    """Folder of the data set; environment variables are written ${IMAGENET_ROOT}."""
+    loader: Literal["auto", "device", "dali", "torchvision"] = "auto"
+    """device: tensors that live on the device, augmented by gathers; dali: files decoded by NVIDIA DALI, on the GPU if
+    there is one; torchvision: files decoded by PIL in worker processes; auto: device for data held in memory, for files
+    dali where it works and else torchvision."""
+    image_size: PositiveInt = 224
+    """Height and width in pixels of the images that the networks see."""
+    num_classes: PositiveInt | None = None
+    """Number of classes of generated data and webdataset; checked against what is found on disk for the others."""
+    train_samples: PositiveInt | None = None
+    """Use a class-balanced subset of this many training samples; null: all."""
+    val_samples: Annotated[int, Field(ge=0)] = 0
+    """Held out of cifar100's training split for validation; 0: validate on the test split, as the literature does."""
+    synthetic_samples: PositiveInt = 256
+    """Training images of generated data."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the few-sample subset and of generated images; fixed while run.seed changes, so all runs see one set."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per training process of the torchvision loader."""
+    dali_threads: PositiveInt = 2
+    """Decoding threads per training process of the dali loader; as many read files and, without a GPU, resize."""
+    dali_prefetch: PositiveInt = 2
+    """Micro-batches that the dali loader decodes at a time, ahead of training."""
+    bad_images: Literal["error", "skip"] = "error"
+    """Files that cannot be decoded. error: the run ends and names the file; skip: it is logged, in training the next
+    good sample of its micro-batch takes its place, and evaluation goes without it."""
+    max_bad_share: Fraction = 0.001
+    """Largest share of the samples of an epoch, or of an evaluated split, that bad_images = skip may skip."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """How a training view is cut from an image."""
+    second_view: AugmentationConfig | None = None
+    """How the second view is made, for methods that compare a weak and a strong one; null: as the first, with
+    RandAugment of 2 operations at magnitude 10 and a quarter of the area erased."""
+    mixing: MixingConfig = MixingConfig()
+    """Mixup and CutMix."""
+
+
+class TeacherTraining(Section):
+    """Train the teacher first, as the student would be trained alone. null fields: as in train and data."""
+
+    total_epochs: PositiveInt | None = None
+    """Epochs of the teacher's training."""
+    train_samples: PositiveInt | None = None
+    """Class-balanced subset the teacher is trained on; null: the whole training split."""
+    learning_rate: Positive | None = None
+    """Peak learning rate."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimiser step."""
+
+
+class TeacherFidelity(Section):
+    """Before training, the teacher as it runs is compared with the same weights in fp32, unfolded and eager."""
+
+    batches: Annotated[int, Field(ge=0)] = 4
+    """Training batches per process to compare on; 0: no comparison."""
+    min_agreement: Fraction = 0.995
+    """Smallest share of images on which both must name the same class; near ties count as agreement."""
+
+
+class TeacherCache(Section):
+    """The teacher's outputs, stored on disk for every view and read back instead of running the teacher."""
+
+    mode: Literal["off", "read", "read_write"] = "off"
+    """off; read: a finished cache; read_write: what is missing is built before training, by all processes."""
+    dir: Text = "caches/{name}-{method}-seed{seed}"
+    """Folder of one cache. {name} is the configuration file's name, {method} and {seed} are the run's: methods store
+    different outputs, and seeds show different views."""
+    views: PositiveInt | None = None
+    """Views stored of each training sample. Epoch e trains on the augmentation of epoch e modulo views; null: one for
+    each epoch, so that every epoch is the one that training without a cache would see."""
+    logits: Literal["fp16", "uint8", "top_k"] = "fp16"
+    """How logits are stored: two bytes a class; one byte a class, scaled by sample; or the top_k largest and the
+    log-sum-exp, for temperature 1 only."""
+    top_k: PositiveInt | None = None
+    """Number of logits kept by logits = top_k."""
+    batch_size: PositiveInt = 64
+    """Views the teacher sees at a time while the cache is built or checked."""
+    recheck: Fraction = 0.001
+    """Share of the stored outputs, at least one batch, that the first process computes again before training and
+    compares; 0: none, and the teacher's weights are read for their hash alone."""
+
+    @model_validator(mode="after")
+    def _top_k_counted(self) -> "TeacherCache":
+        if (self.logits == "top_k") != (self.top_k is not None):
+            raise ValueError(
+                f"teacher.cache.logits = {self.logits!r} with teacher.cache.top_k = {self.top_k}: top_k is the number "
+                "of logits kept by logits = 'top_k'; set both or neither"
+            )
+        return self
+
+
+class TeacherConfig(Section):
+    """The frozen network the student learns from."""
+
+    model: Text
+    """torchvision/<name>, timm/<name> or cifar/<name>."""
+    weights: Text | None = None
+    """A file, a torchvision or timm weight identifier, or "random" to allow a teacher that knows nothing (smoke runs,
+    benchmarks). null needs teacher.training. Environment variables are written ${CIFAR100_TEACHERS}."""
+    weights_key: Text | None = None
+    """Key of the state dict in a weights file that holds several; null: the exponential average where there is one
+    (state_dict_ema, model_ema), otherwise the first of model, state_dict, model_state and student."""
+    training: TeacherTraining | None = None
+    """Train the teacher in this run before the student, when weights is null."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the teacher's weights and features. auto: on a GPU fp16, or bf16 where fp16 overflows on training
+    images; on a CPU bf16 if it has bf16 units, otherwise fp32."""
+    fold_batch_norm: bool = True
+    """Fold BatchNorm into the convolutions before it, in fp32, wherever that is exact."""
+    compile: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """Mode of torch.compile for the teacher; null: eager. Needs a compiler: Triton on a GPU, C++ on a CPU. Of method
+    blockwise it compiles the teacher's own pass; the blocks inside the student's stones run eagerly."""
+    fidelity: TeacherFidelity = TeacherFidelity()
+    """Comparison of the teacher with itself in fp32, before training."""
+    min_accuracy: Fraction | None = None
+    """Smallest share of the validation images whose class the teacher must name, or the run is refused. null: twice the
+    odds of chance, 2 / (K + 1) for K classes, with an allowance for few images; 0: whatever it knows. A teacher of
+    weights = random is not asked."""
+    cache: TeacherCache = TeacherCache()
+    """The teacher's outputs, stored on disk."""
+    feature_nodes: tuple[Text, ...] | None = None
+    """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
+
+    @model_validator(mode="after")
+    def _key_of_a_file(self) -> "TeacherConfig":
+        _require_weights("teacher", self.weights, self.weights_key)
+        return self
+
+
+class StudentConfig(Section):
+    """The network that is trained."""
+
+    model: Text
+    """torchvision/<name>, timm/<name> or cifar/<name>."""
+    weights: Text | None = None
+    """Weights to start from: a file or an identifier; null: random."""
+    weights_key: Text | None = None
+    """Key of the state dict in a weights file that holds several, as of the teacher."""
+    feature_nodes: tuple[Text, ...] | None = None
+    """Modules whose outputs are the feature levels, fine to coarse; null: the end of each stage."""
+
+    @model_validator(mode="after")
+    def _key_of_a_file(self) -> "StudentConfig":
+        _require_weights("student", self.weights, self.weights_key)
+        return self
+
+
+def _require_weights(role: str, weights: str | None, key: str | None) -> None:
+    if key is not None and weights in (None, "random"):
+        raise ValueError(
+            f"{role}.weights_key = {key!r} with {role}.weights = {weights!r}: it is the key of the weights in a file; "
+            f"set {role}.weights to the file, or leave the key out"
+        )
+
+
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes in which torch.compile captures CUDA graphs by itself."""
+
+
+class LossConfig(Section):
+    """How the losses are computed."""
+
+    impl: Literal["auto", "reference", "fused"] = "auto"
+    """auto: fused kernels on a GPU, the PyTorch reference otherwise; fused raises where it cannot run."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Label smoothing of the cross-entropy."""
+
+
+class TrainConfig(Section):
+    """The optimisation of the student."""
+
+    total_epochs: PositiveInt
+    """Passes over the training split."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps, if that is earlier; the schedule then ends there as well."""
+    global_batch_size: PositiveInt
+    """Samples per optimiser step, over all processes and accumulation steps."""
+    accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimiser step."""
+    optimizer: Literal["sgd", "adamw", "fused_adamw", "cpu_adamw"] = "sgd"
+    """sgd (momentum) or adamw of torch; fused_adamw: DeepSpeed's in one kernel; cpu_adamw: DeepSpeed's for optimiser
+    states that are offloaded to the CPU. These two are compiled when they are first used."""
+    learning_rate: Positive
+    """Peak learning rate."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov momentum of sgd."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """cosine: to zero at the end; step: times gamma at each milestone."""
+    milestones: tuple[NonNegative, ...] = ()
+    """Epochs of the step schedule's drops."""
+    gamma: Positive = 0.1
+    """Factor of each drop."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs of linear warm-up from zero."""
+    clip_grad_norm: NonNegative = 0.0
+    """Clip the gradient's norm to this; 0: off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: autocast of the student's forward and backward; parameters and losses stay fp32. fp16 scales the loss
+    and skips steps whose gradients overflow."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is inf or NaN. stop: the run ends and says where; skip: that step changes nothing and is
+    counted, at most ten in a row. Without ZeRO the host then waits for the device in every step."""
+    activation_checkpointing: bool = False
+    """Keep of each of the student's blocks only what goes in, and compute the rest again in the backward pass: less
+    memory, a third more work."""
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    """torch.compile mode of the student; null: eager. reduce-overhead and max-autotune replay CUDA graphs, which do not
+    go with accumulation_steps above 1."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Evaluate and export an exponential moving average of the student; null: off."""
+    channels_last: bool = False
+    """NHWC memory format, where it is safe (DeepSpeed ZeRO stage 0)."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the whole step in a CUDA graph and replay it; launching its kernels one by one is what bounds small
+    networks. auto: where that is possible (one GPU, data in its memory, no ZeRO), and on a GPU the log says whether and
+    why; on: an error where it is not."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.global_batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"train.global_batch_size ({self.global_batch_size}) must be divisible by train.accumulation_steps "
+                f"({self.accumulation_steps})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_outputs(self) -> "TrainConfig":
+        if self.compile in OWN_GRAPHS and self.accumulation_steps > 1:
+            raise ValueError(
+                f"train.compile = {self.compile!r} replays CUDA graphs, in which a micro-batch overwrites what the one "
+                f"before left, and train.accumulation_steps = {self.accumulation_steps}; set train.compile to 'default'"
+            )
+        return self
+
+
+MethodName = Literal[
+    "unikd", "kd", "fitnet", "at", "ofd", "reviewkd", "dkd", "nkd", "mlkd", "flg", "crd", "blockwise", "none"
+]
+
+
+def _a_sum(names: tuple[MethodName, ...]) -> tuple[MethodName, ...]:
+    if len(set(names)) < max(2, len(names)) or "none" in names:
+        raise ValueError(
+            f"distill.method = {list(names)}: a list names two methods or more, each once, and none of them is 'none'; "
+            "a single method is given by its name"
+        )
+    return names
+
+
+# Told apart by their kind, so that an error is about the one that was meant.
+OneMethod = Annotated[MethodName, Tag("one method")]
+SeveralMethods = Annotated[tuple[MethodName, ...], AfterValidator(_a_sum), Tag("several methods")]
+MethodField = Annotated[
+    OneMethod | SeveralMethods,
+    Discriminator(lambda value: "several methods" if isinstance(value, list | tuple) else "one method"),
+]
+
+TOP_K_METHODS = ("unikd", "kd")
+"""Methods whose loss of the logits can do with the largest of them."""
+
+
+class MethodSection(Section):
+    """Settings of one method; the field of `DistillConfig` bears the method's name."""
+
+
+class KD(MethodSection):
+    """Of kd, beside temperature, beta, ce_weight and scale_by_t2."""
+
+    standardized: bool = False
+    """Logit standardisation (Sun et al. 2024): each sample's logits to mean 0 and standard deviation 1 before the KL.
+    Published with ce_weight 1, beta 9 and temperature 2."""
+
+
+class DKD(MethodSection):
+    """Decoupled distillation (Zhao et al. 2022): the target class and the others by themselves."""
+
+    ce_weight: NonNegative = 1.0
+    """Weight of the cross-entropy; a hybrid counts its own."""
+    alpha: NonNegative = 1.0
+    """Weight of the target class against the others."""
+    beta: NonNegative = 8.0
+    """Weight of the others among themselves."""
+    temperature: Positive = 4.0
+    """Softmax temperature: 4 on CIFAR, 1 on ImageNet."""
+    ramp_epochs: NonNegative | None = None
+    """Epochs over which alpha and beta rise linearly from 0; null: 20, but at most 8 % of the run."""
+    standardized: bool = False
+    """Logit standardisation, as in kd. Published with temperature 2, and alpha and beta of 9 times the usual."""
+
+
+class NKD(MethodSection):
+    """Normalised distillation (Yang et al. 2023): the teacher's target probability, and the others renormalised."""
+
+    ce_weight: NonNegative = 1.0
+    """Weight of the cross-entropy; a hybrid counts its own."""
+    gamma: NonNegative = 1.5
+    """Weight of the classes that are not the label."""
+    temperature: Positive = 1.0
+    """Softmax temperature of these."""
+
+
+class MLKD(MethodSection):
+    """Multi-level distillation (Jin et al. 2023) of a weak and a strong view, which data.second_view makes."""
+
+    ce_weight: NonNegative = 0.1
+    """Weight of the weak view's cross-entropy; a hybrid counts its own."""
+    second_ce_weight: NonNegative = 0.1
+    """Weight of the strong view's cross-entropy, in a hybrid too."""
+    weight: NonNegative = 0.9
+    """Weight of the KL and Gram terms."""
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (3.0, 4.0, 5.0)
+    """Softmax temperatures of both views. The published code has these; its paper's are 2 to 6."""
+    first_view_temperatures: tuple[Positive, ...] = (2.0, 6.0)
+    """Temperatures of the weak view alone, whose KL counts twice, as in the published code."""
+    masks: bool = True
+    """Weaken the weak view's terms by the shares of samples and of classes in which the teacher is at most as confident
+    as in the median one, about 1/2: what the masks of the published code come to."""
+    standardized: bool = False
+    """Logit standardisation of the KL terms, as in kd. Published with CE weights 1, weight 9, temperatures 2, 3, 5."""
+
+
+class FLG(MethodSection):
+    """KL of the logits, and the embedding's gap as the teacher's classifier sees it."""
+
+    ce_weight: NonNegative = 1.0
+    """Weight of the cross-entropy; a hybrid counts its own."""
+    beta: NonNegative = 1.0
+    """Weight of the KL of the logits."""
+    gamma: NonNegative = 1.0
+    """Weight of the embedding's gap."""
+    temperature: Positive = 4.0
+    """Softmax temperature of both."""
+
+
+class FitNet(MethodSection):
+    """One level of the student regressed onto the teacher's."""
+
+    weight: NonNegative = 100.0
+    """Weight of the mean squared difference."""
+    level: Annotated[int, Field(ge=0)] = 1
+    """The level of each network, from 0, its finest."""
+
+
+class AT(MethodSection):
+    """Maps of attention of the student's levels held to the teacher's."""
+
+    weight: NonNegative = 1000.0
+    """Weight of the mean squared differences, summed over levels."""
+
+
+class OFD(MethodSection):
+    """Levels before activation held to the teacher's, where a ReLU would show the difference."""
+
+    weight: NonNegative = 1e-3
+    """Weight of the partial squared differences, summed over channels and pixels; 1e-4 on ImageNet."""
+    teacher_batch_statistics: bool = False
+    """Let the teacher's BatchNorms normalise by each batch, as the authors' code, which keeps the teacher in training
+    mode; needs teacher.fold_batch_norm = false."""
+
+
+class ReviewKD(MethodSection):
+    """The student's levels, each with what lies above it, held to the teacher's."""
+
+    weight: NonNegative = 1.0
+    """Weight of the hierarchical context loss; from 0.6 to 8 in the literature, by the pair of networks."""
+    ramp_epochs: NonNegative | None = None
+    """Epochs over which the weight rises linearly from 0; null: 20, but at most 8 % of the run."""
+    width: PositiveInt | None = None
+    """Channels inside of the fusions; null: the width of the student's embedding, but at most 512."""
+    student_before_activation: bool = False
+    """Take the student's levels before their activation, as the teacher's are; false in the literature on CIFAR, true
+    on ImageNet."""
+
+
+class CRD(MethodSection):
+    """A sample's embeddings told from those of other classes, between student and teacher."""
+
+    weight: NonNegative = 0.8
+    """Weight of the contrastive loss."""
+    width: PositiveInt = 128
+    """Width of the embeddings that are compared; 8 bytes of it are kept for each training sample."""
+    negatives: Annotated[int, Field(ge=1, le=2**18)] = 16384
+    """Samples of other classes that each sample is told from."""
+    temperature: Positive = 0.07
+    """Temperature of the similarities."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Share of the old embedding of a sample that its bank keeps when it sees the sample again."""
+    positives: Literal["exact", "relax"] = "exact"
+    """What is told from them: exact: the sample itself; relax: any of its class."""
+
+
+class Blockwise(MethodSection):
+    """The student up to a level, continued by the teacher's frozen blocks: stepping stones between the two."""
+
+    task_weight: NonNegative = 1.0
+    """Weight of the cross-entropies, of the student and of the stones."""
+    distill_weight: NonNegative = 1.0
+    """Weight of the softened KL to the teacher, likewise."""
+    cross_weight: NonNegative = 1.0
+    """Weight of the softened KL to the mean of the stones, likewise."""
+    temperature: Positive = 4.0
+    """Softmax temperature of both."""
+    light: bool = False
+    """The last stone alone, of the student's last level and the teacher's classifier."""
+
+
+def method_names(method: Any) -> tuple[MethodName, ...]:
+    """The names in ``distill.method``, which is one or a list.
+
+    Example:
+        >>> method_names("kd"), method_names(["kd", "unikd"])
+        (('kd',), ('kd', 'unikd'))
+    """
+    return cast(tuple[MethodName, ...], (method,) if isinstance(method, str) else tuple(method))
+
+
+def section_names(distill: type[Section]) -> list[str]:
+    """The fields of the class of ``distill`` that are sections of one method."""
+    return [
+        name
+        for name, field in distill.model_fields.items()
+        if any(isinstance(part, type) and issubclass(part, MethodSection) for part in get_args(field.annotation))
+    ]
+
+
+def unused_sections(distill: Section, methods: Iterable[str]) -> list[str]:
+    """Methods whose sections are given although they are none of these."""
+    used = set(methods)
+    return [n for n in section_names(type(distill)) if getattr(distill, n) is not None and n not in used]
+
+
+class DistillConfig(Section):
+    """The distillation method and what the paper leaves open about it. What is not in the section of a method is
+    UniKD's; kd reads beta, ce_weight, temperature and scale_by_t2 too, and methods on feature levels max_levels."""
+
+    method: MethodField = "unikd"
+    """unikd: Eq. 7; kd: cross-entropy and softened KL; none: the student alone; the others have their settings in the
+    sections of their names. A list of methods is their sum, with the cross-entropy counted once."""
+    alpha: NonNegative = 4.0
+    """Weight of the feature distribution loss L_FL (Eq. 7). Unpublished; 4 with the mean over classes."""
+    beta: NonNegative | None = None
+    """Weight of the logit loss L_L (Eq. 7); null: 1 for unikd, 0.9 for kd."""
+    ce_weight: NonNegative | None = None
+    """Weight of kd's cross-entropy; null: 0.1. Eq. 7 has 1 for unikd."""
+    temperature: Positive = 4.0
+    """Softmax temperature τ of the logit loss (Eq. 2): 4 on CIFAR, 1 on ImageNet."""
+    scale_by_t2: bool = True
+    """Multiply the logit loss by τ². Eq. 1 prints no τ²; without it the gradient shrinks as 1/τ²."""
+    feature_reduction: Literal["mean", "sum"] = "mean"
+    """Over classes in Eq. 6; the mean keeps alpha's meaning across numbers of classes."""
+    alpha_ramp_epochs: NonNegative | None = None
+    """Epochs over which alpha rises linearly from 0; null: 20, but at most 8 % of the run."""
+    teacher_head: Literal["prefit", "anchored", "literal"] = "prefit"
+    """What trains the teacher's side (AFF_t and FDP): fitted to the teacher's logits before the student and frozen;
+    fitted along with the student; or through the total loss, which collapses."""
+    head_steps: PositiveInt | None = None
+    """Batches of the prefit; null: 1000, but at most as many as the student's training has."""
+    head_learning_rate: Positive = 1e-3
+    """AdamW learning rate of the teacher's head (prefit and anchored)."""
+    width: PositiveInt | Literal["auto", "deepest"] = "auto"
+    """Fused width D of both AFF modules; auto: min(256, the teacher's deepest width); deepest: that width."""
+    fusion: Literal["aff", "last"] = "aff"
+    """aff: all levels, Eq. 4; last: the coarsest level alone (the paper's "FDP only" ablation)."""
+    fusion_path: Literal["auto", "collapsed", "stagewise"] = "auto"
+    """How AFF is pooled, with the same result; auto: collapsed where that is exact (spatial gates);
+    collapsed raises where it is not; stagewise forms the maps."""
+    fusion_impl: Literal["auto", "reference", "fused"] = "auto"
+    """auto: AFF's kernels on a GPU, plain PyTorch otherwise; fused raises where they cannot run."""
+    gate: Literal["spatial", "channel"] = "spatial"
+    """One gate map for all channels, or one per channel."""
+    upsample: Literal["nearest", "bilinear"] = "nearest"
+    """Upsampling of the coarser level."""
+    norm: Literal["input", "batch"] | None = "input"
+    """Batch normalisation at the 1x1 expanders of AFF: input, before them; batch, after them; null: none."""
+    fdp: Literal["auto", "projected", "direct"] = "auto"
+    """Form of FDP. projected: the paper's, a layer D -> K and two K -> K; direct: two layers D -> K, for many classes;
+    auto: direct above 2,048 classes."""
+    fdp_norm: Literal["layer", "none"] = "layer"
+    """Normalisation of the pooled vector before FDP."""
+    variance_floor: Positive = 0.1
+    """Lower bound of FDP's variances."""
+    max_levels: PositiveInt = 4
+    """Feature levels used at most, counted from the coarsest."""
+    # Here a section for each further method, by its name and of a class of config/methods.py: `dkd: DKD | None = None`.
+    kd: KD | None = None
+    """Settings of method kd besides those above; null: its defaults."""
+    dkd: DKD | None = None
+    """Settings of method dkd; null: its defaults."""
+    nkd: NKD | None = None
+    """Settings of method nkd; null: its defaults."""
+    mlkd: MLKD | None = None
+    """Settings of method mlkd; null: its defaults."""
+    flg: FLG | None = None
+    """Settings of method flg; null: its defaults."""
+    fitnet: FitNet | None = None
+    """Settings of method fitnet; null: its defaults."""
+    at: AT | None = None
+    """Settings of method at; null: its defaults."""
+    ofd: OFD | None = None
+    """Settings of method ofd; null: its defaults."""
+    reviewkd: ReviewKD | None = None
+    """Settings of method reviewkd; null: its defaults."""
+    crd: CRD | None = None
+    """Settings of method crd; null: its defaults."""
+    blockwise: Blockwise | None = None
+    """Settings of method blockwise; null: its defaults."""
+
+    @property
+    def methods(self) -> tuple[MethodName, ...]:
+        """The method, or those of the list."""
+        return method_names(self.method)
+
+    @property
+    def label(self) -> str:
+        """The method in a word: "kd", "kd+crd"."""
+        return "+".join(self.methods)
+
 
 # Every section is to be had here, wherever it stands.
 __all__ = [

@@ -11,19 +11,23 @@ from unikd_fast.config import Config
 from unikd_fast.config.load import teacher_config
 from unikd_fast.data.datasets import DataSplits
 from unikd_fast.data.loader import Loader
-from unikd_fast.engine.first_forward import check_forward
-from unikd_fast.engine.inputs import say_inputs, teacher_affine
-from unikd_fast.engine.launched import require_agreement
+from unikd_fast.engine.cache import OutputCache, open_output_cache
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.inputs import (
+    augmentation_of,
+    build_data,
+    build_data_loader,
+    refusing_misfits,
+    say_inputs,
+    teacher_affine,
+)
+from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.methods import build_method, check_classes, check_needs, needs_of
-from unikd_fast.engine.networks import build_network, build_teacher_network
-from unikd_fast.engine.online_teacher import start_teacher
-from unikd_fast.engine.out_of_memory import naming_part
-from unikd_fast.engine.output_cache import OutputCache, open_output_cache
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.sharding import local_batch_size
-from unikd_fast.engine.sources import augmentation_of, build_data, build_data_loader, refusing_misfits
-from unikd_fast.engine.student import StudentSide
+from unikd_fast.engine.networks import StudentSide, build_network, build_teacher_network, check_forward
+from unikd_fast.engine.preflight import require_agreement
 from unikd_fast.engine.surroundings import Surroundings
+from unikd_fast.engine.teacher import start_teacher
+from unikd_fast.engine.zero import local_batch_size
 from unikd_fast.methods import Method
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.teacher import OnlineTeacher

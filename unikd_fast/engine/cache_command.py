@@ -20,7 +20,7 @@ from unikd_fast.engine.paths import check_paths
 from unikd_fast.errors import CacheError
 
 if TYPE_CHECKING:
-    from unikd_fast.engine.processes import Processes
+    from unikd_fast.engine.distributed import Processes
     from unikd_fast.teacher.cache import CacheFolder
 
 # Before torch is loaded; see launch_distill.py.
@@ -46,7 +46,7 @@ def _build(options: argparse.Namespace) -> int:
             )
     _check_paths(runs)
     processes = _start_processes()
-    from unikd_fast.engine.cache_launch import build_caches
+    from unikd_fast.engine.cache_commands import build_caches
 
     build_caches([(f"{label}, seed {seed}", config) for label, seed, config in runs], processes)
     processes.leave()
@@ -55,7 +55,7 @@ def _build(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     folders = _folders(options)
-    from unikd_fast.engine.cache_report import verify_folder
+    from unikd_fast.engine.cache_commands import verify_folder
 
     good = [verify_folder(folder, repair=options.repair) for folder in folders]
     return 0 if all(good) else CacheError.exit_code
@@ -63,7 +63,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     folders = _folders(options)
-    from unikd_fast.engine.cache_report import describe_facts, folder_facts
+    from unikd_fast.engine.cache_commands import describe_facts, folder_facts
 
     for number, folder in enumerate(folders):
         facts = folder_facts(folder)
@@ -80,7 +80,7 @@ def _plan(options: argparse.Namespace) -> int:
         if seed == first:
             distinct.setdefault(config_hash(config), (label, config))
     processes = _start_processes()
-    from unikd_fast.engine.cache_launch import plan_caches
+    from unikd_fast.engine.cache_commands import plan_caches
 
     others = f" (and {seeds - 1} more: a cache each)" if seeds > 1 else ""
     for number, (label, config, plan) in enumerate(plan_caches(list(distinct.values()), processes)):
@@ -118,7 +118,7 @@ def _check_paths(runs: Sequence[tuple[str, int, Config]]) -> None:
 def _start_processes() -> "Processes":
     # Only now torch and DeepSpeed, as in launch_distill.py. What DeepSpeed prints must not stand among our lines.
     with redirect_stdout(sys.stderr):
-        from unikd_fast.engine.processes import start_processes
+        from unikd_fast.engine.distributed import start_processes
 
         return start_processes()
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from unikd_fast.config import Config
 from unikd_fast.config.schema import TrainConfig
 from unikd_fast.data.loader import Loader
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.schedule import build_optimizer
-from unikd_fast.engine.sharding import autocast_dtype
-from unikd_fast.engine.units import duration, size
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.optimizer import build_optimizer
+from unikd_fast.engine.zero import autocast_dtype
 from unikd_fast.io import free_bytes
 from unikd_fast.methods import Method
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.teacher.cache import CacheFolder, Codec
-from unikd_fast.teacher.cache.layout import stored_bytes
+from unikd_fast.teacher.cache.files import stored_bytes
 from unikd_fast.teacher.cache.manifest import MANIFEST
+from unikd_fast.units import duration, size
 from unikd_fast.values import Batch, StudentOutput, Target
 
 _ROUNDS, _WARMUP, _SECONDS = 9, 2, 3.0

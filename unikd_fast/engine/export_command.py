@@ -13,8 +13,8 @@ from pathlib import Path
 
 from unikd_fast.command import run_command
 from unikd_fast.config import ConfigError
-from unikd_fast.engine.export_run import read_run
 from unikd_fast.errors import RunError
+from unikd_fast.export.run import read_run
 from unikd_fast.io import make_folder, new_path
 
 # Before torch is loaded; see launch_distill.py.
@@ -34,12 +34,10 @@ def _export(options: argparse.Namespace) -> int:
     _refuse(run, target, force=options.force)
     # Only now torch and DeepSpeed. What DeepSpeed prints must not stand before our line.
     with redirect_stdout(sys.stderr):
-        from unikd_fast.engine.export import BEST
-        from unikd_fast.engine.export_check import check, plain_logits, random_images
-        from unikd_fast.engine.export_formats import format_of
-        from unikd_fast.engine.export_weights import read_weights
-        from unikd_fast.engine.plain_student import load_student
-        from unikd_fast.engine.sources import refusing_misfits
+        from unikd_fast.engine.folder import BEST
+        from unikd_fast.engine.inputs import refusing_misfits
+        from unikd_fast.export.formats import check, format_of, plain_logits, random_images
+        from unikd_fast.export.run import load_student, read_weights
         from unikd_fast.models import parameter_count, stored_preprocessing
 
     file_format = format_of(target, options.opset)

@@ -50,7 +50,7 @@ def _launch(options: argparse.Namespace, program: Sequence[str], given: Sequence
     config = load_config(options.config, options.set)
     check_paths(config)
     # Only now torch and DeepSpeed: a wrong configuration or a missing folder is refused within a second.
-    from unikd_fast.engine.launch import launch
+    from unikd_fast.engine.run import launch
 
     launch(config, resume=options.resume == "auto", dry_run=options.dry_run)
     return 0

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from unikd_fast.config import Config
-from unikd_fast.engine.schedule import build_capturable_optimizer, clip_before_update
-from unikd_fast.engine.student import StudentSide
+from unikd_fast.engine.networks import StudentSide
+from unikd_fast.engine.optimizer import build_capturable_optimizer, clip_before_update
 
 
 class LocalEngine:

@@ -1,14 +1,57 @@
-"""What a run takes of a device's memory, estimated before it is trained."""
+"""What a run takes of a device's memory, and what would take less of it where that was not enough."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from unikd_fast.engine.build import Experiment
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.sharding import autocast_dtype, zero_stage
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.zero import autocast_dtype, zero_stage
+from unikd_fast.errors import OutOfMemory, RunError
+
+if TYPE_CHECKING:
+    from unikd_fast.engine.build import Experiment
+
+
+Part = Literal["teacher", "student", "optimiser", "method", "run"]
+
+_REMEDIES: dict[Part, str] = {
+    "teacher": "raise train.accumulation_steps, set teacher.precision = auto, or train from a cache of its outputs "
+    "(teacher.cache.mode = read_write)",
+    "student": "raise train.accumulation_steps, or set train.precision = bf16 or train.activation_checkpointing = true",
+    "optimiser": "shard it over more processes (deepspeed.zero_optimization.stage = 1 to 3), or keep it on the CPU "
+    "(deepspeed.zero_optimization.offload_optimizer, train.optimizer = cpu_adamw)",
+    "method": "lower distill.width, set distill.fdp = direct for unikd with many classes, or take another method "
+    "(distill.method)",
+    "run": "raise train.accumulation_steps, shard the student (deepspeed.zero_optimization.stage = 3), set "
+    "teacher.precision = auto, or take smaller networks",
+}
+# torch's allocator for the CPU, and the system's, say it in words.
+_WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether this says that the memory of the device or of the host was not enough."""
+    if isinstance(error, RunError):  # says already what to do
+        return False
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS))
+
+
+@contextmanager
+def naming_part(part: Part) -> Iterator[None]:
+    """Turns a lack of memory inside the block into an OutOfMemory that names the part and the remedies."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        said = str(error).partition("\n")[0] or "MemoryError"
+        raise OutOfMemory(f"out of memory in the {part}'s part: {said}; {_REMEDIES[part]}") from error
+
 
 OPTIMIZER_STATES = {"sgd": 1, "adamw": 2, "fused_adamw": 2, "cpu_adamw": 2}
 
@@ -20,7 +63,7 @@ class Kept(NamedTuple):
     inside: int
 
 
-def estimate_memory(experiment: Experiment, batch: int, processes: Processes) -> dict[str, float]:
+def estimate_memory(experiment: "Experiment", batch: int, processes: Processes) -> dict[str, float]:
     """Bytes by what takes them: most from sizes, activations by measuring a few images.
 
     Args:
@@ -51,7 +94,7 @@ def estimate_memory(experiment: Experiment, batch: int, processes: Processes) ->
     return parts
 
 
-def kept_of_a_batch(experiment: Experiment, batch: int, device: torch.device) -> Kept:
+def kept_of_a_batch(experiment: "Experiment", batch: int, device: torch.device) -> Kept:
     """What autograd keeps of a micro-batch, from two measurements on a line through them.
 
     Part of it does not grow with the batch: autocast's copies of the weights.
@@ -61,7 +104,7 @@ def kept_of_a_batch(experiment: Experiment, batch: int, device: torch.device) ->
     return Kept(*(round(low + (high - low) / (more - few) * (batch - few)) for low, high in pairs))
 
 
-def kept_of(experiment: Experiment, images: int, device: torch.device) -> Kept:
+def kept_of(experiment: "Experiment", images: int, device: torch.device) -> Kept:
     """What autograd keeps of that many images, measured; parameters and the teacher's weights do not count."""
     teacher: nn.Module = nn.Identity() if experiment.teacher is None else experiment.teacher
     known = chain(experiment.side.parameters(), teacher.parameters(), teacher.buffers())
@@ -91,7 +134,7 @@ def kept_of(experiment: Experiment, images: int, device: torch.device) -> Kept:
     return kept
 
 
-def head_parameters(experiment: Experiment) -> int:
+def head_parameters(experiment: "Experiment") -> int:
     """Return the number of parameters that the method trains by an optimiser of its own, beside the student's side."""
     known = {id(parameter) for parameter in experiment.side.parameters()}
     of_heads = (parameter for head in experiment.method.heads for parameter in head.parameters())

@@ -9,11 +9,11 @@ from functools import reduce
 from typing import NamedTuple
 
 from unikd_fast.config import Config, ConfigError
-from unikd_fast.config import methods as sections
+from unikd_fast.config import schema as sections
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.data.mixing import Mixing
-from unikd_fast.engine.sharding import zero_stage
 from unikd_fast.engine.surroundings import Surroundings
+from unikd_fast.engine.zero import zero_stage
 from unikd_fast.methods import (
     AT,
     CRD,

@@ -1,6 +1,7 @@
-"""Contrastive representation distillation (Tian et al., ICLR 2020)."""
+"""Contrastive representation distillation (Tian et al., ICLR 2020), and the banks of embeddings that it draws from."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -9,9 +10,226 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels import reference
-from unikd_fast.methods.crd_banks import Banks, bank_bytes
 from unikd_fast.methods.method import Method, Needs
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+
+_ROUNDS = 10
+_WORD, _BITS = 0xFFFFFFFF, 32
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> Tensor:
+    """Give the four random words of each counter.
+
+    Args:
+        counter: four words in [0, 2^32), int64 tensors that broadcast to one shape (...).
+        seed: in [0, 2^64), the key.
+
+    Returns:
+        (..., 4) int64 in [0, 2^32).
+
+    Example:
+        >>> hex(philox_4x32((torch.zeros(1, dtype=torch.int64),) * 4, seed=0)[0, 0])
+        '0x6627e8d5'
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & _WORD, seed >> _BITS
+    for _ in range(_ROUNDS):
+        # A product of two words fills the 64 bits with its sign: both of its halves are right all the same.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> _BITS) & _WORD) ^ c1 ^ k0,
+            p1 & _WORD,
+            ((p0 >> _BITS) & _WORD) ^ c3 ^ k1,
+            p0 & _WORD,
+        )
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def uniform_integers(seed: int, step: Tensor, ids: Tensor, stream: int, count: int, below: Tensor) -> Tensor:
+    """Give integers in [0, below), uniform to within below / 2^32; asking for more leaves the first ones as they are.
+
+    Args:
+        seed: in [0, 2^64).
+        step: 0-d int64.
+        ids: (N,) int64 in [0, 2^32), tells the rows apart.
+        stream: in [0, 2^16), tells apart what the numbers are for.
+        count: K, at most 2^18.
+        below: (N,) int64 in [1, 2^31].
+
+    Returns:
+        (N, K) int64.
+    """
+    blocks = torch.arange((count + 3) // 4, device=ids.device) + (stream << 16)
+    high, low = (step >> _BITS) & _WORD, step & _WORD
+    words = philox_4x32((ids[:, None], low, high, blocks), seed).flatten(1)[:, :count]
+    return (words * below[:, None]) >> _BITS
+
+
+_GIB = 2**30
+_NEGATIVES, _POSITIVES = 0, 1  # streams
+
+
+def bank_bytes(samples: int, width: int) -> int:
+    """Bytes of both banks: 2 M D numbers in fp32.
+
+    Example:
+        >>> bank_bytes(50_000, 128) / 2**20
+        48.828125
+    """
+    return 2 * 4 * samples * width
+
+
+class Banks:
+    """An embedding (D,) of each of M samples on both sides, and draws among them.
+
+    The rows are sorted by class, so that the samples of other classes than c are all rows but one interval. What a draw
+    gives depends on the seed, the step and the sample, and not on the batch or the process that asks.
+
+    Args:
+        sample_ids: (M,) integers, each once.
+        labels: (M,) classes in [0, K).
+        num_classes: K.
+        width: D.
+        seed: of the first embeddings and of the draws, in [0, 2^63).
+        working_bytes: what a step needs besides, for the refusal.
+        device: where the banks are.
+
+    Raises:
+        ValueError: ids that are not distinct, a single class, or banks that do not fit the memory of the device.
+
+    Attributes:
+        student, teacher: (M, D) fp32.
+        step: 0-d int64, how often was drawn.
+    """
+
+    def __init__(
+        self,
+        sample_ids: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        width: int,
+        seed: int,
+        working_bytes: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        samples, device = len(sample_ids), torch.device(device)
+        sample_ids, labels = sample_ids.long(), labels.long()
+        if len(labels) != samples or len(sample_ids.unique()) != samples:
+            raise ValueError(
+                f"CRD: each sample has one id of its own and one class, got {samples} ids ({len(sample_ids.unique())} "
+                f"of them distinct) and {len(labels)} classes; number the samples anew"
+            )
+        present = len(labels.unique())
+        if present < 2:
+            raise ValueError(
+                f"CRD: negatives are samples of other classes, got {samples} samples of {present} class; train on two "
+                "classes or more, or use another method"
+            )
+        _require_room(samples, width, working_bytes, device)
+        order = labels.argsort(stable=True)
+        counts = torch.bincount(labels, minlength=num_classes)
+        self.seed = seed
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self._counts = counts.to(device)  # (K,)
+        self._starts = (counts.cumsum(0) - counts).to(device)  # (K,), first row of a class
+        ids, by_id = sample_ids[order].sort()
+        self._ids = ids.to(device)  # (M,), sorted
+        self._row_of = by_id.to(device)  # (M,), the row of each
+        # As published: uniform in a cube, of norm 1 in the mean square.
+        bound = math.sqrt(3 / width)
+        generator = torch.Generator().manual_seed(seed)
+        both = (torch.empty(samples, width).uniform_(-bound, bound, generator=generator).to(device) for _ in range(2))
+        self.student, self.teacher = both
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.student.shape[1]
+
+    def rows(self, sample_ids: Tensor) -> Tensor:
+        """(N,) rows of samples by their ids (N,), which must be among those of the banks."""
+        return self._row_of[torch.searchsorted(self._ids, sample_ids).clamp(max=len(self) - 1)]
+
+    def negatives(self, rows: Tensor, labels: Tensor, count: int) -> Tensor:
+        """(N, count) rows, uniform over the samples of other classes, drawn with replacement."""
+        own = self._counts[labels]
+        drawn = uniform_integers(self.seed, self.step, rows, _NEGATIVES, count, len(self) - own)
+        return torch.where(drawn < self._starts[labels][:, None], drawn, drawn + own[:, None])
+
+    def same_class(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """(N,) rows, uniform over the samples of the same class."""
+        drawn = uniform_integers(self.seed, self.step, rows, _POSITIVES, 1, self._counts[labels])
+        return drawn[:, 0] + self._starts[labels]
+
+    def remember(self, rows: Tensor, student: Tensor, teacher: Tensor, *, momentum: float) -> None:
+        """Moves the embeddings of rows (N,) towards new ones (N, D): normalise(μ old + (1 - μ) new); counts a step.
+
+        A sample that occurs twice takes the first of its embeddings, whatever the order of writing. One that is not
+        finite is left out: it would otherwise be among the negatives for good.
+        """
+        first = (rows[:, None] == rows[None, :]).int().argmax(1)
+        for bank, new in ((self.student, student), (self.teacher, teacher)):
+            old = bank[rows]
+            mixed = F.normalize(momentum * old + (1 - momentum) * new[first], dim=1)
+            bank[rows] = torch.where(mixed.isfinite().all(1, keepdim=True), mixed, old)
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student,
+            "teacher": self.teacher,
+            "ids": self._ids,
+            "rows": self._row_of,
+            "step": self.step,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: the state is of other samples, or of another width.
+        """
+        if state["student"].shape != self.student.shape:
+            raise ValueError(
+                f"CRD: the banks are {tuple(self.student.shape)}, the checkpoint's {tuple(state['student'].shape)}; "
+                "resume with the data and the distill.crd.width that it was written with"
+            )
+        if not (torch.equal(state["ids"], self._ids.cpu()) and torch.equal(state["rows"], self._row_of.cpu())):
+            raise ValueError(
+                f"CRD: the checkpoint's {len(self)} samples are others, or of other classes, than the {len(self)} of "
+                "the data; resume with the data that it was written with"
+            )
+        self.student.copy_(state["student"])
+        self.teacher.copy_(state["teacher"])
+        self.step.copy_(state["step"])
+        self.seed = int(state["seed"])
+
+
+def _require_room(samples: int, width: int, working_bytes: int, device: torch.device) -> None:
+    banks, room = bank_bytes(samples, width), _memory_bytes(device)
+    if banks + working_bytes > room:
+        raise ValueError(
+            f"CRD: the embeddings of {samples:,} training samples take 2 x {samples:,} x {width} x 4 bytes = "
+            f"{banks / _GIB:.2f} GiB, and a step up to {working_bytes / _GIB:.2f} GiB, but {device} has "
+            f"{room / _GIB:.2f} GiB left; lower distill.crd.width ({width}), train on fewer samples, or take a larger "
+            "device"
+        )
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Of a GPU what is free, otherwise all of the machine's, which cannot be said to be free or not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
 
 POSITIVES = ("exact", "relax")
 _WORKING_BYTES = 2**29

@@ -4,8 +4,7 @@ import torch
 
 from unikd_fast.kernels import reference
 from unikd_fast.losses import dkd_loss
-from unikd_fast.methods.method import Method, Needs
-from unikd_fast.methods.ramp import Ramp
+from unikd_fast.methods.method import Method, Needs, Ramp
 from unikd_fast.values import Batch, Loss, StudentOutput, Target, TopKLogits
 
 

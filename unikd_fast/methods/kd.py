@@ -77,3 +77,20 @@ class KD(Method):
         )
         total = self.ce_weight * ce + self.beta * logit_kl
         return Loss(total, {"ce": ce.detach(), "logit_kl": logit_kl.detach()})
+
+
+class StudentAlone(Method):
+    """L = L_CE.
+
+    Args:
+        label_smoothing: of the cross-entropy.
+    """
+
+    needs = Needs(teacher=False)
+
+    def __init__(self, *, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+        ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        return Loss(self.ce_weight * ce, {"ce": ce.detach()})

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
-from unikd_fast.methods.method import Method, Needs
-from unikd_fast.methods.ramp import Ramp
+from unikd_fast.methods.method import Method, Needs, Ramp
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 _CONTEXTS = (4, 2, 1)  # sizes that HCL averages to

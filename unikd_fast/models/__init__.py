@@ -2,17 +2,15 @@
 
 from unikd_fast.models.build import bare_model, build_model, parameter_count
 from unikd_fast.models.checkpointing import checkpoint_blocks
-from unikd_fast.models.extract import FeatureExtractor, extract_features
-from unikd_fast.models.load import load_weights
-from unikd_fast.models.logits_only import LogitsOnly
-from unikd_fast.models.options import options_in_words
+from unikd_fast.models.cifar import CIFAR_MODELS
+from unikd_fast.models.features import FeatureExtractor, LogitsOnly, extract_features
 from unikd_fast.models.preprocessing import (
     Preprocessing,
     preprocessing_in_words,
     published_preprocessing,
     stored_preprocessing,
 )
-from unikd_fast.models.zoo import CIFAR_MODELS
+from unikd_fast.models.weights import load_weights, options_in_words
 
 __all__ = [
     "CIFAR_MODELS",

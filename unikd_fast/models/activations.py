@@ -1,16 +1,7 @@
-"""The features of a level before its activation, found in the graph.
-
-OFD (Heo et al. 2019) compares features before their ReLU. Where that is depends on the network:
-
-- the level is the output of an activation (ResNet, VGG): what the activation reads. Operations that only rearrange the
-  activation's output, such as a concatenation or a channel shuffle (ShuffleNetV2), rearrange its input alike.
-- an activation overwrites the level, or is the next to read it: the level as it was computed.
-- a BatchNorm and an activation read it (pre-activated networks: WRN): what this BatchNorm gives.
-- no activation, but a linear bottleneck and sums of such (MobileNetV2): the level itself.
-"""
+"""Found in the graph: the features of a level before its activation, and the last linear layer with what it sees."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, fx, nn
@@ -18,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
-from unikd_fast.models.probe import NodeValue
+from unikd_fast.models.graph import NodeValue, Trace
 
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU),
@@ -189,3 +180,41 @@ def _name(node: fx.Node) -> str:
 def _describe(model: nn.Module, node: fx.Node) -> str:
     kind = type(model.get_submodule(str(node.target))).__name__ if node.op == "call_module" else _name(node)
     return f"{kind} (node {str(node)!r})"
+
+
+_KEEPING_EMBEDDINGS = (nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd)
+
+
+class Classifier(NamedTuple):
+    """The linear layer that gives the logits."""
+
+    embedding: fx.Node  # its input (N, D)
+    weight: str  # path of its weight (K, D) in the network
+
+
+def find_classifier(model: nn.Module, traced: Trace, values: Mapping[fx.Node, NodeValue]) -> Classifier:
+    """The linear layer whose output, perhaps through an identity or a flattening, the logits are.
+
+    Raises:
+        ValueError: the logits come from something else, such as a 1x1 convolution.
+
+    Example:
+        >>> find_classifier(resnet18, trace(resnet18, training=False), values).weight
+        'fc.weight'
+    """
+    node = traced.logits
+    while node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), _KEEPING_EMBEDDINGS):
+        (node,) = node.all_input_nodes
+    source, weight = node.args[0] if node.args else None, None
+    if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Linear):
+        weight = f"{node.target}.weight"
+    elif node.op == "call_function" and node.target is F.linear and isinstance(node.args[1], fx.Node):
+        weight = str(node.args[1].target) if node.args[1].op == "get_attr" else None
+    shape = values[source].shape if isinstance(source, fx.Node) and source in values else None
+    if weight is None or not isinstance(source, fx.Node) or shape is None or len(shape) != 2:
+        given = type(model.get_submodule(str(node.target))).__name__ if node.op == "call_module" else node.target
+        raise ValueError(
+            f"extract_features: {type(model).__name__} has no embedding: its logits come from node {str(node)!r} "
+            f"({given}), not from a linear layer on (N, D); take a network that ends in one"
+        )
+    return Classifier(source, weight)

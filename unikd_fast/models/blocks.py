@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from unikd_fast.models.extract import FeatureExtractor
-from unikd_fast.models.graph import compiled_code, trace
-from unikd_fast.models.probe import numbers, probe
+from unikd_fast.models.features import FeatureExtractor
+from unikd_fast.models.graph import compiled_code, numbers, probe, trace
 
 Block = Callable[[Tensor], Tensor]
 

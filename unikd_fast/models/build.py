@@ -9,9 +9,8 @@ import torchvision
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from unikd_fast.models.load import classifier_tensor, load_state, read_state
-from unikd_fast.models.options import torchvision_options
-from unikd_fast.models.zoo import CIFAR_MODELS
+from unikd_fast.models.cifar import CIFAR_MODELS
+from unikd_fast.models.weights import classifier_tensor, load_state, read_state, torchvision_options
 
 _FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar")
 

@@ -16,7 +16,7 @@ from unikd_fast.io import make_folder, write_file
 from unikd_fast.report.runs import Found, find_runs, group_runs
 
 if TYPE_CHECKING:
-    from unikd_fast.report.content import Picture, Section
+    from unikd_fast.report.page import Picture, Section
 
 
 _LISTED = 8
@@ -79,8 +79,7 @@ def write_report(found: Found, target: Path, *, title: str | None = None, force:
         import safetensors  # noqa: F401
     except ModuleNotFoundError as error:
         raise ReportError(f"the page needs {error.name}: pip install 'unikd-fast[report]'") from error
-    from unikd_fast.report.content import Picture
-    from unikd_fast.report.page import write_html
+    from unikd_fast.report.page import Picture, write_html
 
     sections = _sections(found)
     pictures = [part for section in sections for part in section.parts if isinstance(part, Picture)]
@@ -108,7 +107,7 @@ def _refuse_existing(target: Path, *, force: bool) -> None:
 
 def _draw(target: Path, pictures: "Sequence[Picture]", *, force: bool) -> dict[Path, bytes]:
     """The PNG files, drawn before anything is written."""
-    from unikd_fast.report.figure_style import LIGHT, render
+    from unikd_fast.report.figures import LIGHT, render
 
     paths = {target.with_name(f"{target.stem}-{picture.name}.png"): picture for picture in pictures}
     for path in paths:
@@ -117,11 +116,15 @@ def _draw(target: Path, pictures: "Sequence[Picture]", *, force: bool) -> dict[P
 
 
 def _sections(found: Found) -> "list[Section]":
-    from unikd_fast.report.evidence import gather
-    from unikd_fast.report.section_accuracy import accuracy_section, single_runs_section
-    from unikd_fast.report.section_curves import collapse_section, convergence_section
-    from unikd_fast.report.section_logits import logit_sections
-    from unikd_fast.report.section_making import making_section, step_time_section
+    from unikd_fast.report.accuracy import accuracy_section, single_runs_section
+    from unikd_fast.report.run_data import gather
+    from unikd_fast.report.sections import (
+        collapse_section,
+        convergence_section,
+        logit_sections,
+        making_section,
+        step_time_section,
+    )
 
     groups = group_runs(found.runs)
     students = gather([group for group in groups if not group.is_teacher])

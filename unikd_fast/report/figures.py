@@ -1,18 +1,195 @@
-"""The figures themselves, from arrays: curves in panels, heatmaps, shares as dots, times as stacked bars."""
+"""The figures: how they look on a light page and on a dark one, names that keep their place, and the drawings."""
 
-from collections.abc import Sequence
+import io
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ft2font import LoadFlags
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from unikd_fast.report.curves import Line
-from unikd_fast.report.figure_style import WIDTH, Theme
-from unikd_fast.report.figure_text import LONGEST_NAME, add_legend, fit, shorten
+from unikd_fast.report.run_data import Line
+
+WIDTH = 9.0
+"""Inches; 864 CSS pixels."""
+
+
+class Theme(NamedTuple):
+    """Colours of a page and of the figures on it, as #rrggbb.
+
+    Args:
+        surface, ink, muted, grid: background, text, lesser text and axes, grid lines.
+        series: of lines and bars, in this order.
+        sequential: steps of a colour map from nothing to much.
+        diverging: steps from less, through nothing, to more.
+    """
+
+    name: Literal["light", "dark"]
+    surface: str
+    ink: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]
+    sequential: tuple[str, ...]
+    diverging: tuple[str, ...]
+
+    def line_style(self, index: int) -> dict[str, Any]:
+        """Colour and dashes of the line at ``index``; no two of the first 24 have both in common."""
+        rounds, place = divmod(index, len(self.series))
+        return {"color": self.series[place], "linestyle": _DASHES[(place + rounds) % len(_DASHES)]}
+
+    def color_map(self, kind: Literal["sequential", "diverging"]) -> Colormap:
+        """Cells without a value take the colour of the grid."""
+        colours = self.sequential if kind == "sequential" else self.diverging
+        made = LinearSegmentedColormap.from_list(f"{kind}-{self.name}", list(colours))
+        return made.with_extremes(bad=self.grid)
+
+
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6)))
+
+LIGHT = Theme(
+    name="light",
+    surface="#fcfcfb",
+    ink="#1c1c1a",
+    muted="#5a5955",
+    grid="#dfded9",
+    series=("#17198f", "#d46c18", "#149ca1", "#714fd4", "#93402f", "#591530"),
+    sequential=("#f1f4f9", "#c6d7ed", "#8fb3de", "#4f84c4", "#245a9c", "#0d2f5e"),
+    diverging=("#0d3f7e", "#5f8fca", "#b9cfe9", "#f3f3f1", "#eec9a5", "#cc8145", "#7d360a"),
+)
+DARK = Theme(
+    name="dark",
+    surface="#181817",
+    ink="#ecebe6",
+    muted="#aeada6",
+    grid="#3a3936",
+    series=("#4f74e0", "#da9138", "#86e8d6", "#50b1e9", "#c4476a", "#f6df63"),
+    sequential=("#20242b", "#2b3f5e", "#35629a", "#5c91cf", "#9cc2ee", "#e6f1fd"),
+    diverging=("#a9cdf7", "#4f86c9", "#2f4a6e", "#272725", "#6b4526", "#c07a3c", "#f5bd85"),
+)
+
+Draw = Callable[[Theme], Figure]
+
+
+def render(draw: Draw, theme: Theme, file_format: Literal["svg", "png"]) -> bytes:
+    """Draws a figure and encodes it; the same figure always gives the same bytes.
+
+    Args:
+        draw: makes the figure.
+        theme: its colours.
+        file_format: svg with letters as outlines, or png at 200 dots an inch.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
+        for key, value in _settings(theme).items():
+            matplotlib.rcParams[key] = value  # type: ignore[index]
+        figure = draw(theme)
+        FigureCanvasAgg(figure)
+        file = io.BytesIO()
+        metadata = {"Date": None} if file_format == "svg" else {"Software": None}
+        figure.savefig(file, format=file_format, dpi=200, facecolor=theme.surface, metadata=metadata)
+    content = file.getvalue()
+    # Without the XML prologue and its document type, which names an address.
+    return content[content.index(b"<svg") :] if file_format == "svg" else content
+
+
+def _settings(theme: Theme) -> dict[str, Any]:
+    return {
+        "svg.hashsalt": "unikd-report",
+        "svg.fonttype": "path",
+        "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+        "font.size": 9.5,
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "axes.facecolor": theme.surface,
+        "axes.edgecolor": theme.muted,
+        "axes.labelcolor": theme.ink,
+        "axes.titlecolor": theme.ink,
+        "text.color": theme.ink,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.labelcolor": theme.ink,
+        "ytick.labelcolor": theme.ink,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "lines.linewidth": 1.9,
+        "legend.frameon": False,
+        "legend.handlelength": 2.8,
+        "figure.facecolor": theme.surface,
+    }
+
+
+LONGEST_NAME = 40
+_LONGEST_TITLE = 80
+_MOST_COLUMNS = 6
+_POINTS = 72.0  # an inch
+_SUBPIXELS = 64.0  # FreeType's unit
+
+
+def shorten(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name of at most ``longest`` letters; one that is longer loses its middle, since the end may tell it apart."""
+    tail = longest // 2
+    shown = name if len(name) <= longest else f"{name[: longest - tail - 1]}…{name[-tail:]}"
+    return f"\u2009{shown}" if shown.startswith("_") else shown  # a legend leaves out what starts with an underscore
+
+
+def fit(title: str, width: float, longest: int = _LONGEST_TITLE) -> str:
+    """A title in one line, or two, of at most ``width`` inches each; one with too many letters is shortened.
+
+    Example:
+        >>> fit("student with KD and warm-up", 1.5)
+        'student with KD\\nand warm-up'
+    """
+    letters = min(len(title), longest)
+    while letters > 1:
+        shown = shorten(title, letters)
+        whole = _width(shown)
+        if whole <= width:
+            return shown
+        first = bisect_right([_width(shown[:end]) for end in range(1, len(shown))], width)
+        # At a space, unless that leaves too much for the second line.
+        for end in (shown.rfind(" ", 0, first + 1), first):
+            if end > 0 and _width(shown[end:].lstrip()) <= width:
+                return f"{shown[:end]}\n{shown[end:].lstrip()}"
+        letters -= max(1, int(letters * (1 - 2 * width / whole)))  # two lines hold no more than that
+    return title[:1]
+
+
+def add_legend(figure: Figure, drawn: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend below everything, in as many columns as the figure is wide for; the figure grows by its height."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(min(_MOST_COLUMNS, len(drawn)), 0, -1):
+        legend = figure.legend(drawn, names, loc="outside lower left", ncols=columns)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+        box = legend.get_window_extent(renderer)
+        if box.width <= figure.bbox.width or columns == 1:
+            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+            return
+        legend.remove()
+
+
+def _width(text: str) -> float:
+    """Inches of a line of a title, as its font says."""
+    properties = FontProperties(size=matplotlib.rcParams["axes.titlesize"])
+    font = get_font(findfont(properties))
+    font.set_size(properties.get_size_in_points(), _POINTS)
+    font.set_text(text, flags=LoadFlags.NO_HINTING)
+    return float(font.get_width_height()[0]) / _SUBPIXELS / _POINTS
+
 
 Floats = NDArray[np.float64]
 Limits = tuple[float | None, float | None]

@@ -1,9 +1,6 @@
-"""The files of a run folder that hold test logits and step times, for those who write them and for the report.
+"""The files of a run folder, read for the report: JSON, the records of metrics.jsonl, test logits and step times."""
 
-Plain arrays and numbers go in and out, so that whoever has them can write them. What is missing reads as None; what is
-there and damaged is an error.
-"""
-
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +8,148 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unikd_fast import io
+from unikd_fast.errors import FileError, RunError
 from unikd_fast.io import write_file, write_json
-from unikd_fast.report.records import RunFileError, read_json
+
+METRICS = "metrics.jsonl"
+_NUMBERS = {"step", "epoch", "images_per_s", "data_wait_share", "memory_gib"}
+_SETTINGS: dict[str, type] = {
+    "data.name": str,
+    "data.num_classes": int,
+    "data.train_samples": int,
+    "student.model": str,
+    "teacher.model": str,
+    "train.max_steps": int,
+    "train.total_epochs": int,
+}
+_FIGURES = ("accuracy", "top5", "ce")
+_OPTIONAL = ("top5",)  # of more than five classes
+
+
+class RunFileError(RunError, ValueError):
+    """A file of a run folder is damaged, or of another kind; the message says which and what to do."""
+
+    exit_code = 2
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, none if there is no such file; a last line that a kill cut off is left out.
+
+    Raises:
+        RunFileError: a line before the last is not a record, or has something else where a number belongs.
+    """
+    path = folder / METRICS
+    records = read_lines(path)
+    for number, record in enumerate(records, 1):
+        for key in _NUMBERS & record.keys():
+            if not is_number(record[key]):
+                raise RunFileError(f"{path}: line {number}: {key} must be a number, got {record[key]!r}")
+    return records
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file that has one a line; see `read_records`."""
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RunFileError(f"{path}: line {number} is no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise RunFileError(f"{path}: line {number} is no record, got {line.strip()[:80].decode()}")
+        records.append(record)
+    return records
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        RunFileError: it cannot be read or parsed, or is not an object.
+        FileNotFoundError: it is missing.
+    """
+    try:
+        return io.read_json(path)
+    except FileError as error:
+        made_again = path.name == "result.json"
+        remedy = (
+            "remove it and continue the run with --resume auto" if made_again else "restore it, or leave the run out"
+        )
+        raise RunFileError(f"{error}; {remedy}") from error
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises:
+        RunFileError: it cannot be read, or does not hold what a run writes.
+        FileNotFoundError: it is missing.
+    """
+    result = read_json(path)
+    kinds = {"label": str, "seed": int, "method": object, "model": str, "test_is_val": bool, "best": dict, "last": dict}
+    if missing := [key for key in kinds if key not in result]:
+        raise RunFileError(f"{path} lacks {', '.join(missing)}; is it of this version of unikd_fast?")
+    for key, kind in kinds.items():
+        _require(path, key, result[key], kind)
+    for which in ("best", "last"):
+        _require(path, f"{which}.test", result[which].get("test"), dict)
+        for split, figure in ((split, figure) for split in ("val", "test") for figure in _FIGURES):
+            figures = result[which].get(split, {})
+            _require(path, f"{which}.{split}", figures, dict)
+            value = figures.get(figure)
+            if not (is_number(value) and math.isfinite(value)) and (
+                figure in figures or (split == "test" and figure not in _OPTIONAL)
+            ):
+                raise RunFileError(f"{path}: {which}.{split}.{figure} must be a finite number, got {value!r}")
+    return result
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run, of which a report reads some sections.
+
+    Raises:
+        RunFileError: it cannot be read, or a section is something else than an object.
+        FileNotFoundError: it is missing.
+    """
+    config = read_json(path)
+    _require(path, "student", config.get("student"), dict)
+    for section in ("data", "teacher", "distill", "train", "compare"):
+        _require(path, section, config.get(section) or {}, dict)
+    for name, kind in _SETTINGS.items():
+        section, key = name.split(".")
+        value = (config.get(section) or {}).get(key)
+        if value is not None or (kind is str and (section == "student" or config.get(section))):
+            _require(path, name, value, kind)
+    compare = config.get("compare") or {}
+    _require(path, "compare.runs", compare.get("runs", {}), dict)
+    _require(path, "compare.seeds", compare.get("seeds", []), list)
+    for label, settings in compare.get("runs", {}).items():
+        _require(path, f"compare.runs.{label}", settings, dict)
+    for seed in compare.get("seeds", []):
+        _require(path, "compare.seeds", seed, int)
+    return config
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number; true and false are not.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number("1")
+        (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require(path: Path, key: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {str: "a text", int: "a whole number", bool: "true or false", dict: "an object", list: "a list"}
+        raise RunFileError(f"{path}: {key} must be {names[kind]}, got {value!r}")
+
 
 TEST_LOGITS = "test_logits.safetensors"
 STEP_TIME = "step_time.json"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unikd_fast.report.records import RunFileError, read_config, read_result
+from unikd_fast.report.run_files import RunFileError, read_config, read_result
 from unikd_fast.report.table import TEACHER
 
 _CONFIG, _RESULT = "config.json", "result.json"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unikd_fast.recipes import Pair
 from unikd_fast.report.accuracy import Spread, spread
 from unikd_fast.report.printed import MEAN, Metric, Printed, printed, printed_anywhere, rows
-from unikd_fast.report.records import read_json, read_result
+from unikd_fast.report.run_files import read_json, read_result
 from unikd_fast.reproduce.attempts import wall_s
 from unikd_fast.reproduce.cells import TEACHER, Cell, Table, printed_row, setting, teacher_cells, title
 from unikd_fast.reproduce.plan import Teachers

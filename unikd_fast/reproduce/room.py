@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from unikd_fast.report.records import RunFileError, read_records
+from unikd_fast.report.run_files import RunFileError, read_records
 
 _CORES_A_RUN = 2
 # Of a run on a GPU beside what it counts itself: the context with its libraries, and what the allocator cannot use.

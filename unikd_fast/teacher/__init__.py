@@ -2,8 +2,7 @@
 
 from unikd_fast.teacher.fidelity import Fidelity, check_fidelity, measure_fidelity, pool_fidelity
 from unikd_fast.teacher.fold import fold_batch_norm
-from unikd_fast.teacher.online import Affine, OnlineTeacher
-from unikd_fast.teacher.precision import resolve_precision
+from unikd_fast.teacher.online import Affine, OnlineTeacher, resolve_precision
 
 __all__ = [
     "Affine",

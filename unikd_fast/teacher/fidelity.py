@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unikd_fast.teacher.online import OnlineTeacher
-from unikd_fast.teacher.precision import unit_rounding
+from unikd_fast.teacher.online import OnlineTeacher, unit_rounding
 from unikd_fast.values import Features
 
 # In units of `unit_rounding`, relative to the size of the logits. In bf16 and in fp16 a ResNet-18 and a ResNet-50 as

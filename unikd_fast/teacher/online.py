@@ -1,17 +1,158 @@
-"""The teacher, run on every batch: frozen, in eval mode, outside the training engine."""
+"""The teacher, run on every batch: frozen, in eval mode, outside the training engine, in its own number format."""
 
+import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from unikd_fast.teacher import precision as formats
+from unikd_fast.teacher import online as formats
 from unikd_fast.teacher.fold import fold_batch_norm
-from unikd_fast.teacher.packing import has_onednn, pack_convolutions
 from unikd_fast.values import Channels, Features
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What torch.cpu.get_capabilities() calls the units that multiply bf16: x86 with AVX-512 or AMX, ARM.
+_CPU_BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def resolve_precision(precision: str, device: torch.device | str) -> str:
+    """The format that "auto" stands for: fp16 on a GPU, bf16 on a CPU with bf16 units, fp32 otherwise.
+
+    fp16 before bf16, because it rounds eight times finer; where a network leaves its range, see `OnlineTeacher.settle`.
+
+    Args:
+        precision: "auto", "fp32", "bf16" or "fp16"; the last three are returned as they are.
+        device: where the teacher runs.
+
+    Raises:
+        ValueError: another precision.
+
+    Example:
+        >>> resolve_precision("auto", "cuda")
+        'fp16'
+    """
+    if precision in PRECISIONS:
+        return precision
+    if precision != "auto":
+        raise ValueError(f"OnlineTeacher: precision must be one of auto, {', '.join(PRECISIONS)}, got {precision!r}")
+    if torch.device(device).type == "cuda":
+        return "fp16"
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware; without such units bf16 is slower than fp32.
+
+    Example:
+        >>> cpu_has_bf16()
+        True
+    """
+    # Not in every release of PyTorch that we support; without it nothing is known, and fp32 is always right.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(unit, False) for unit in _CPU_BF16_UNITS)
+
+
+def cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights of `network` in `dtype`, in place; BatchNorms that are left stay in fp32.
+
+    A running variance may leave fp16's range, and BatchNorm takes half-precision images with fp32 statistics.
+
+    Example:
+        >>> cast(network, torch.bfloat16)
+    """
+    for module in network.modules():
+        held = torch.float32 if isinstance(module, _BatchNorm) else dtype
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(held)
+
+
+def unit_rounding(precision: str, device: torch.device | str) -> float:
+    """Relative rounding error that a stored value may carry in a precision.
+
+    Half the spacing of bf16 (2^-8) and of fp16 (2^-11). For fp32 not the last bit counts but the order in which
+    thousands of products are summed, and what depth makes of it: 2^-15, above what random ResNet-50s showed (5e-5 of
+    the logits). On a GPU 2^-11, because convolutions run in TF32.
+
+    Example:
+        >>> unit_rounding("bf16", "cpu")
+        0.00390625
+    """
+    if precision == "fp32" and torch.device(device).type == "cuda":
+        return 2.0**-11
+    return {"fp32": 2.0**-15, "bf16": 2.0**-8, "fp16": 2.0**-11}[precision]
+
+
+_OPERATORS = ("_convolution_pointwise", "_is_mkldnn_bf16_supported", "_is_mkldnn_acl_supported")
+_REORDER = "mkldnn_reorder_conv2d_weight"
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution that has its weight a second time, in the blocks that oneDNN computes with."""
+
+    packed: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        window = (self.padding, self.stride, self.dilation, self.groups)
+        # Inductor fuses an activation and a sum into this operator, and into aten's convolution none.
+        operator = torch.ops.mkldnn._convolution_pointwise
+        result: Tensor = operator(input, self.packed, self.bias, *window, "none", [], "")
+        return result
+
+
+def has_onednn() -> bool:
+    """Whether oneDNN itself convolves bf16 here; on ARM another library does so for it, and fuses nothing.
+
+    Example:
+        >>> has_onednn()
+        True
+    """
+    mkldnn, operators = torch.backends.mkldnn, torch.ops.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled):
+        return False
+    # PyTorch's own, and no promise: without one of them weights stay plain.
+    if not all(hasattr(operators, name) for name in _OPERATORS) or not hasattr(torch.ops.aten, _REORDER):
+        return False
+    return bool(operators._is_mkldnn_bf16_supported() and not operators._is_mkldnn_acl_supported())
+
+
+def pack_convolutions(network: nn.Module, batch: Tensor) -> nn.Module:
+    """Give a copy with the same tensors whose convolutions have packed weights beside their own.
+
+    Plain weights are reordered in every call: 8 % of a ResNet-50 with batch 8 on two cores, and what Inductor fuses
+    into the packed operator is as much again.
+
+    Args:
+        network: in bf16, channels_last, in eval mode; unchanged.
+        batch: images (N, 3, H, W); other batches must have its shape.
+
+    Example:
+        >>> packed = pack_convolutions(network, images)
+    """
+    network = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    shapes: dict[nn.Conv2d, torch.Size] = {}  # of what reaches each convolution: the blocks depend on it
+
+    def note(conv: Any, inputs: tuple[Any, ...]) -> None:
+        if inputs and inputs[0].dim() == 4:
+            shapes[conv] = inputs[0].shape
+
+    convs = [m for m in network.modules() if type(m) is nn.Conv2d and m.padding_mode == "zeros"]
+    hooks = [conv.register_forward_pre_hook(note) for conv in convs if not isinstance(conv.padding, str)]
+    network(batch)
+    for hook in hooks:
+        hook.remove()
+    for conv, shape in shapes.items():
+        window = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        blocks = torch.ops.aten.mkldnn_reorder_conv2d_weight(conv.weight.to_mkldnn(), *window, shape)
+        conv.__class__ = PackedConv2d
+        conv.packed = nn.Parameter(blocks, requires_grad=False)
+    return network
+
 
 _logger = logging.getLogger("unikd_fast")
 

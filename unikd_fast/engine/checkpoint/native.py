@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from unikd_fast.engine.checkpoint.store import FOLDER, checkpoint_name
-from unikd_fast.engine.processes import Processes
+from unikd_fast.engine.distributed import Processes
 from unikd_fast.errors import CheckpointError
 
 NATIVE = FOLDER / "deepspeed"

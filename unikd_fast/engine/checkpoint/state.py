@@ -19,11 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unikd_fast.engine.checkpoint.files import DamagedCheckpoint, read_folder
-from unikd_fast.engine.checkpoint.tree import on_cpu
-from unikd_fast.engine.optimizer_state import collect_optimizer_state
-from unikd_fast.engine.processes import Processes
-from unikd_fast.engine.sharding import gathered
+from unikd_fast.engine.checkpoint.files import DamagedCheckpoint, on_cpu, read_folder
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.zero import collect_optimizer_state, gathered
 from unikd_fast.errors import CacheError
 from unikd_fast.methods import Method
 

@@ -3,13 +3,11 @@
 Nothing here knows of networks, configurations or training.
 """
 
-from unikd_fast.teacher.cache.attachment import Attachment
-from unikd_fast.teacher.cache.build import build_cache
-from unikd_fast.teacher.cache.check import CacheCheck, ShardCheck
 from unikd_fast.teacher.cache.codec import Codec
+from unikd_fast.teacher.cache.folder import CacheFolder, CacheInfo, build_cache
 from unikd_fast.teacher.cache.key import CacheKey, hash_tensors
-from unikd_fast.teacher.cache.shards import CacheFolder, CacheInfo
-from unikd_fast.teacher.cache.writer import ShardWriter
+from unikd_fast.teacher.cache.manifest import Attachment
+from unikd_fast.teacher.cache.shard import CacheCheck, ShardCheck, ShardWriter
 
 __all__ = [
     "Attachment",

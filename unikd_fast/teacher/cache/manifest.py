@@ -1,21 +1,24 @@
-"""What a cache folder says about itself: manifest.json and sample_ids.npy, written once."""
+"""What a cache folder says about itself, and what belongs to all its records: who built it, and the fitted head."""
 
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from unikd_fast.errors import CacheError
 from unikd_fast.io import make_folder, sync_folder, write_file
 from unikd_fast.teacher.cache.codec import Codec
-from unikd_fast.teacher.cache.disk import LOCK, folder_lock, refuse_link, writing
-from unikd_fast.teacher.cache.key import CacheKey, canonical_json, differences, refuse_differences
-from unikd_fast.teacher.cache.layout import Layout
+from unikd_fast.teacher.cache.files import LOCK, Layout, folder_lock, refuse_link, writing
+from unikd_fast.teacher.cache.key import CacheKey, canonical_json, differences, hash_tensors, refuse_differences
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -206,3 +209,67 @@ def _sealed(content: dict[str, Any]) -> bytes:
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+ATTACHMENT = "teacher.safetensors"
+
+
+class Attachment(NamedTuple):
+    """Named tensors and a JSON-able record."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def write_attachment(folder: Path, key_digest: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write the attachment of a cache, unless another process was faster; then what is there stays.
+
+    Args:
+        folder: of the cache.
+        key_digest: of its key.
+        tensors: dense tensors.
+        record: JSON-able.
+
+    Raises:
+        CacheError: the disk is full.
+    """
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    sealed = {"key": key_digest, "record": canonical_json(record)}
+    sealed["seal"] = _seal(own, sealed)
+    with folder_lock(folder):
+        if not (folder / ATTACHMENT).exists():
+            with writing(folder / ATTACHMENT):
+                write_file(folder / ATTACHMENT, save(own, sealed))
+
+
+def read_attachment(folder: Path, key_digest: str) -> Attachment | None:
+    """Read the attachment of a cache; None if nobody wrote one yet.
+
+    Raises:
+        CacheError: it is damaged, or of another cache.
+    """
+    path = folder / ATTACHMENT
+    remedy = f"delete {folder} and build the cache again"
+    try:
+        refuse_link(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            sealed = dict(file.metadata() or {})
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, ValueError) as error:
+        raise CacheError(f"{path} is damaged ({error}); {remedy}") from error
+    found = sealed.pop("seal", None)
+    computed = _seal(tensors, sealed)
+    if found != computed:
+        raise CacheError(f"{path} is damaged: its seal is {found} and its content gives {computed}; {remedy}")
+    if sealed["key"] != key_digest:
+        raise CacheError(
+            f"{path} belongs to another cache: its key is {sealed['key']} and the folder's {key_digest}; {remedy}"
+        )
+    return Attachment(tensors, json.loads(sealed["record"]))
+
+
+def _seal(tensors: Mapping[str, Tensor], sealed: Mapping[str, str]) -> str:
+    text = canonical_json([hash_tensors(tensors), sealed.get("key"), sealed.get("record")])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,483 @@
+"""The teacher's outputs of a run on disk: opened, built where they are missing, and read ahead of the steps."""
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unikd_fast.config import Config, ConfigError
+from unikd_fast.config.load import cache_dir
+from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
+from unikd_fast.data.loader import Loader
+from unikd_fast.data.manifest import hash_split
+from unikd_fast.data.splits import DataSplits, TensorImages
+from unikd_fast.data.view_windows import Windows
+from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
+from unikd_fast.engine.distributed import Processes, StopSignal
+from unikd_fast.engine.inputs import augmentation_of, refusing_misfits, teacher_affine, teacher_constants
+from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.networks import build_teacher_network
+from unikd_fast.engine.teacher import (
+    VALIDATION,
+    judge_teacher,
+    make_teacher,
+    measure_teacher,
+    prepare_method,
+    start_teacher,
+)
+from unikd_fast.errors import CacheError, Interrupted
+from unikd_fast.methods import Method
+from unikd_fast.models import FeatureExtractor, LogitsOnly
+from unikd_fast.teacher import OnlineTeacher, resolve_precision
+from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, Codec, build_cache, hash_tensors
+from unikd_fast.teacher.cache.files import default_records_per_shard, stored_bytes
+from unikd_fast.teacher.cache.outputs import Recheck, check_outputs, output_differences, read_ahead
+from unikd_fast.units import size
+from unikd_fast.values import Batch, Gaussian, Target
+
+
+def outputs_key(
+    config: Config,
+    splits: DataSplits,
+    loader: Loader,
+    network: FeatureExtractor | LogitsOnly,
+    method: Method,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the outputs of this run's teacher are made from, for a CacheKey.
+
+    The student, the batch size and the loss are no part of it, so all students of a teacher share a cache; but a
+    student whose weights ask for another interpolation shows other views, and a head that is fitted depends on the
+    batches it is fitted to. Mean and deviation are those of the teacher's images, however the student's are normalised.
+    World size, workers and device change rounding at most.
+
+    Args:
+        config: of a single run with a teacher.
+        splits: the data set.
+        loader: that shows its views.
+        network: the teacher with its weights, as loaded.
+        method: before its head is fitted.
+        device: where the teacher runs, which decides precision "auto".
+    """
+    teacher = config.teacher
+    assert teacher is not None
+    mean, std = teacher_constants(config, splits)
+    return {
+        "teacher": {
+            "model": teacher.model,
+            "weights": hash_tensors(network.plain.state_dict()),
+            "precision": _precision(config, device),
+            "fold_batch_norm": teacher.fold_batch_norm,
+            "compile": teacher.compile,
+        },
+        "data": {
+            "samples": hash_split(splits.train),
+            "image_size": splits.image_size,
+            "mean": list(mean),
+            "std": list(std),
+            **loader.pixels,
+        },
+        "views": {
+            **_views(augmentation_of(config), splits),
+            "version": AUGMENTATION_VERSION,
+            "seed": config.run.seed,
+        },
+        "head": _head(config, network, method),
+    }
+
+
+def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
+    """The settings that change a training view: what another kind of crop would use is left out."""
+    views = asdict(augmentation)
+    if augmentation.crop != "resized":
+        del views["scale"], views["ratio"]
+    if augmentation.crop != "pad":
+        del views["padding"]
+    del views["eval_resize"]
+    if not any(augmentation.jitter):
+        del views["jitter"]
+    if augmentation.policy != "rand":
+        del views["rand_ops"], views["rand_magnitude"]
+    if augmentation.policy == "none":
+        del views["policy"]
+    if not augmentation.erase_probability:
+        del views["erase_probability"], views["erase_scale"], views["erase_ratio"]
+    if augmentation.crop != "resized" and not isinstance(splits.train, TensorImages):
+        # Cut from the view for evaluation.
+        windows = Windows.of(splits, augmentation)
+        views["short_side"] = windows.short_side
+        if windows.squash:
+            views["squash"] = True
+    return views
+
+
+def _precision(config: Config, device: torch.device) -> str:
+    assert config.teacher is not None
+    asked = config.teacher.precision
+    resolved = resolve_precision(asked, device)
+    return "fp16, or bf16 where it overflows" if asked == "auto" and resolved == "fp16" else resolved
+
+
+def _head(config: Config, network: FeatureExtractor | LogitsOnly, method: Method) -> dict[str, Any] | None:
+    if method.fitted_head is None:
+        return None
+    assert isinstance(network, FeatureExtractor)
+    return {
+        "levels": list(network.level_names),
+        "initial_weights": hash_tensors(method.fitted_head.state_dict()),
+        "batch_size": config.train.global_batch_size // config.train.accumulation_steps,
+        **method.head_settings,
+    }
+
+
+_SHARDS_A_PROCESS = 4
+
+
+class OutputCache:
+    """The cache of one run, on one process; made by `open_output_cache`, filled by `unikd_fast.engine.cache`.
+
+    Args:
+        config: of the run.
+        splits, loader, method: of the run.
+        folder: the files.
+        views: of each sample that this run trains on; epoch e shows view e modulo their number.
+        network: the teacher with its weights on the first process, None on the others.
+
+    Attributes:
+        missing: number of shards that this run needs and that were not built when it was opened or filled last.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        splits: DataSplits,
+        loader: Loader,
+        method: Method,
+        processes: Processes,
+        *,
+        folder: CacheFolder,
+        views: int,
+        network: FeatureExtractor | LogitsOnly | None,
+    ) -> None:
+        assert config.teacher is not None
+        self.config, self.splits, self.loader, self.method, self.processes = config, splits, loader, method, processes
+        self.settings = config.teacher.cache
+        self.folder, self.views, self.network = folder, views, network
+        self.missing: int = processes.broadcast(len(folder.missing_shards(views)))
+
+    def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target]]:
+        """This process's micro-batches of an epoch with their targets, read ahead.
+
+        Raises:
+            CacheError: a record is missing or damaged.
+        """
+        view = epoch % self.views
+        order = self.loader.schedule.order(epoch, start_step)
+        stored = read_ahead(self.folder, order, view, device=self.processes.device)
+        batches = self.loader.train(epoch, start_step, view_epoch=view)
+        return ((batch, Target(*outputs)) for batch, outputs in zip(batches, stored, strict=True))
+
+    def attachment(self) -> Attachment | None:
+        """What the builder left for all records, as the first process finds it: all must decide alike."""
+        there = self.processes.from_first(lambda: self.folder.attachment() is not None)
+        return self.folder.attachment() if there else None
+
+    def adopt_head(self, attachment: Attachment) -> None:
+        """Gives the method the head that the stored Gaussians come from."""
+        if self.method.fitted_head is not None:
+            self.method.adopt_head(
+                {name: value.to(self.processes.device) for name, value in attachment.tensors.items()}
+            )
+
+    def __str__(self) -> str:
+        return f"teacher.cache.dir = {self.folder.path}"
+
+
+def open_output_cache(
+    config: Config,
+    splits: DataSplits,
+    loader: Loader,
+    network: FeatureExtractor | LogitsOnly,
+    method: Method,
+    processes: Processes,
+    *,
+    epochs: int,
+) -> OutputCache:
+    """Finds or makes the cache that ``config.teacher.cache`` describes, and compares what it was made from.
+
+    Args:
+        network: the teacher; with its weights on the first process, for its shapes alone on the others.
+        method: before its head is fitted.
+        epochs: that the run trains, complete or begun.
+
+    Raises:
+        ConfigError: the method needs more of the teacher than its outputs.
+        CacheError: on all processes: the folder holds another cache (every difference is named), none where one is to
+            be read, or a damaged one.
+    """
+    assert config.teacher is not None
+    settings = config.teacher.cache
+    refuse_uncacheable(method, network, splits)
+    codec = codec_of(config, splits, method)
+    views, path = settings.views or epochs, cache_dir(config)
+
+    def open_first() -> None:
+        key = CacheKey(outputs_key(config, splits, loader, network, method, processes.device))
+        try:
+            if settings.mode == "read":
+                CacheFolder.open(path)  # never makes one
+            count = _records_per_shard(codec, len(splits.train) * views, processes)
+            CacheFolder.create_or_open(path, key, codec, splits.train.sample_ids, views, count)
+        except (CacheError, OSError) as error:
+            raise CacheError(_explained(error, path, settings.mode)) from error
+
+    processes.from_first(open_first)
+    return OutputCache(
+        config,
+        splits,
+        loader,
+        method,
+        processes,
+        folder=CacheFolder.open(path),
+        views=views,
+        network=network if processes.is_first else None,
+    )
+
+
+def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
+    """How the outputs that a method needs are packed.
+
+    Raises:
+        ValueError: more logits are to be kept than there are classes.
+    """
+    assert config.teacher is not None
+    settings = config.teacher.cache
+    return Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fitted_head is not None)
+
+
+def _records_per_shard(codec: Codec, records: int, processes: Processes) -> int:
+    """A shard is built by one process: a small cache is cut finer where several build it, so that all have work."""
+    usual = default_records_per_shard(codec.record_bytes)
+    return usual if processes.world_size == 1 else min(usual, -(-records // (_SHARDS_A_PROCESS * processes.world_size)))
+
+
+def _explained(error: Exception, path: Path, mode: str) -> str:
+    if mode == "read" and not path.exists():
+        return (
+            f"teacher.cache.dir = {path} does not exist, and teacher.cache.mode = 'read' builds none; run unikd-cache "
+            "build with this configuration, or use --set teacher.cache.mode=read_write"
+        )
+    return f"teacher.cache.dir = {path}: {error}; choose another folder with --set teacher.cache.dir=..."
+
+
+def refuse_uncacheable(method: Method, network: nn.Module, splits: DataSplits) -> None:
+    """Raises ConfigError, with the size that storing its levels would take, if a method needs more than outputs."""
+    if method.uncacheable is None:
+        return
+    amount = ""
+    if isinstance(network, FeatureExtractor) and network.level_shapes:
+        a_sample = 2 * sum(channels * height * width for channels, height, width in network.level_shapes)
+        amount = f"; in half precision the levels are {size(a_sample * len(splits.train))} a view of all samples"
+    raise ConfigError(
+        f"the teacher's outputs cannot be cached: {method.uncacheable}{amount}; set teacher.cache.mode = 'off'"
+    )
+
+
+TeacherOutputs = tuple[Tensor, Gaussian | None]
+
+
+def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, *, epochs: int) -> dict[str, Any]:
+    """Everything before training: what is missing is built, a share is held against the teacher, the teacher goes.
+
+    With ``teacher.cache.recheck = 0`` and a finished cache no teacher is made at all.
+
+    Args:
+        side: the StudentSide of the run, for the plan.
+        name: of the run, before its lines.
+        epochs: that it trains.
+
+    Returns:
+        What the run folder says about the teacher.
+
+    Raises:
+        CacheError: on all processes: outputs are missing and may not be built, or are not the teacher's.
+        ConfigError: the teacher is not the network it was made of; an image cannot be read.
+        Interrupted: SIGTERM or Ctrl-C while it was built.
+    """
+    with refusing_misfits():
+        return _ready(cache, side, stop, name, epochs)
+
+
+def _ready(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, epochs: int) -> dict[str, Any]:
+    processes = cache.processes
+    record: dict[str, Any] = {"cache": str(cache.folder.path), "views": cache.views, "built_shards": cache.missing}
+    if cache.missing and cache.settings.mode == "read":
+        raise CacheError(
+            f"{cache}: {cache.missing} of {cache.folder.info().shards} shards are not built, and teacher.cache.mode = "
+            "'read' builds none; run unikd-cache build with this configuration, or use --set "
+            "teacher.cache.mode=read_write"
+        )
+    sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.views)
+    teacher = fill_cache(cache, stop, name) if cache.missing else None
+    attachment = cache.attachment()
+    assert attachment is not None
+    cache.adopt_head(attachment)
+    record["teacher"] = attachment.record
+
+    def compare() -> dict[str, Any]:
+        made = teacher or cached_teacher(cache)
+        found = recheck(cache, made)
+        plan = plan_cache(cache.config, cache.loader, side, cache.method, made, processes, sizes=sizes, epochs=epochs)
+        tqdm.write(f"[{name}] teacher cache: {plan.line()}", file=sys.stderr)
+        return found._asdict()
+
+    if cache.settings.recheck > 0:
+        record["recheck"] = processes.from_first(compare)
+    cache.network = teacher = None
+    gc.collect()
+    if processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return record
+
+
+@naming_part("teacher")
+def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher:
+    """Builds what is missing, on all processes of this run and beside any other run that does the same.
+
+    Args:
+        name: of the run, before its lines.
+
+    Returns:
+        The teacher that did it.
+
+    Raises:
+        CacheError: the disk is full, or an output cannot be stored.
+        ValueError: the teacher is not the network it was made of, see `start_teacher`, or knows too little.
+        Interrupted: SIGTERM or Ctrl-C; what is written stays.
+    """
+    processes, batch_size = cache.processes, cache.settings.batch_size
+    processes.from_first(lambda: cache.folder.require_room(cache.views))
+    known = cache.attachment()
+    precision = None if known is None else known.record["precision"]
+    teacher, record = start_teacher(
+        cache.config,
+        _network(cache),
+        cache.loader,
+        processes,
+        renormalise=teacher_affine(cache.config, cache.splits),
+        precision=precision,
+        batch_size=batch_size,
+    )
+    if known is None:
+        record[VALIDATION] = measure_teacher(cache.config, teacher, cache.loader, processes)
+    asked = record if known is None else known.record
+    if asked.get(VALIDATION) is not None:  # before a long pass over all views
+        judge_teacher(cache.config, asked[VALIDATION], cache.splits.num_classes, processes, name)
+    if known is None:
+        prepare_method(cache.method, cache.loader, teacher, processes, stop, name)
+        head = cache.method.fitted_head
+        processes.from_first(lambda: bool(cache.folder.attach({} if head is None else head.state_dict(), record)))
+        known = cache.folder.attachment()
+        assert known is not None
+    cache.adopt_head(known)  # another run's, if that was faster
+
+    def outputs(requests: Iterable[Any]) -> Iterator[TeacherOutputs]:
+        return _one_ahead(_outputs(cache, teacher, batch.images) for batch in cache.loader.views(requests))
+
+    with _progress(cache, name) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            if stop.asked:
+                raise Interrupted(
+                    stop.asked,
+                    f"[{name}] stopped while {cache} was built; what is written is kept, start it again (a run with "
+                    "--resume auto)",
+                )
+
+        build_cache(cache.folder, outputs, batch_size=batch_size, views=cache.views, progress=advance)
+    processes.barrier()
+    cache.missing = 0
+    return teacher
+
+
+def cached_teacher(cache: OutputCache) -> OnlineTeacher:
+    """The teacher that the cache was built with, run eagerly, on this process alone."""
+    known = cache.folder.attachment()
+    assert known is not None  # of a cache that is built
+    return make_teacher(
+        cache.config,
+        _network(cache),
+        cache.processes.device,
+        precision=known.record["precision"],
+        renormalise=teacher_affine(cache.config, cache.splits),
+        batch_size=cache.settings.batch_size,
+    )
+
+
+def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
+    """Computes a random share of the outputs again and compares; on this process alone.
+
+    Raises:
+        CacheError: an output is missing, damaged, or not what the teacher says.
+    """
+    samples, size = cache.folder.samples, cache.settings.batch_size
+    available = cache.views * samples
+    count = min(available, max(size, round(cache.settings.recheck * available)))
+    drawn = np.sort(np.random.default_rng().choice(available, count, replace=False))
+    of_views = np.split(drawn, np.flatnonzero(np.diff(drawn // samples)) + 1)
+    parts = [records[start : start + size] for records in of_views for start in range(0, len(records), size)]
+    requests = ((records % samples, int(records[0]) // samples) for records in parts)
+    differences: list[Tensor] = []
+    for records, batch in zip(parts, cache.loader.views(requests), strict=True):
+        logits, gaussian = _outputs(cache, teacher, batch.images)
+        differences.append(output_differences(cache.folder.codec, cache.folder.read(records), logits, gaussian))
+    views, positions = np.divmod(drawn, samples)
+    ids = cache.folder.sample_ids[positions].tolist()
+    return check_outputs(
+        torch.cat(differences),
+        precision=teacher.precision,
+        device=cache.processes.device,
+        names=[f"sample {sample} in view {view}" for sample, view in zip(ids, views.tolist(), strict=True)],
+        cache=str(cache),
+    )
+
+
+def _progress(cache: OutputCache, name: str) -> Any:
+    """A bar on the first process's terminal; with several processes it shows this one's share."""
+    record_bytes = stored_bytes(cache.folder.codec.record_bytes)
+    share = cache.folder.missing_bytes(cache.views) // record_bytes // cache.processes.world_size
+    hidden = not cache.processes.is_first or not sys.stderr.isatty()
+    return tqdm(total=share, desc=f"[{name}] teacher's outputs", unit="view", disable=hidden, leave=False)
+
+
+def _network(cache: OutputCache) -> FeatureExtractor | LogitsOnly:
+    network, cache.network = cache.network, None  # whoever makes a teacher of it changes it
+    if network is None:
+        network = build_teacher_network(cache.config, cache.splits, needs=cache.method.needs)
+    return network
+
+
+@torch.no_grad()
+def _outputs(cache: OutputCache, teacher: OnlineTeacher, images: Tensor) -> TeacherOutputs:
+    target = cache.method.target(teacher(images))
+    assert isinstance(target.logits, Tensor)
+    return target.logits, target.gaussian
+
+
+def _one_ahead(outputs: Iterable[TeacherOutputs]) -> Iterator[TeacherOutputs]:
+    """Asks for the next outputs before it hands out the last: a GPU computes them while the host packs and writes."""
+    last = None
+    for current in outputs:
+        if last is not None:
+            yield last
+        last = current
+    if last is not None:
+        yield last

@@ -1,0 +1,248 @@
+"""Steps of one GPU as one CUDA graph: for small networks, whose kernels are shorter than their launches.
+
+A step is a program over buffers that stay where they are: the plans of its micro-batches (which samples, which windows,
+which are mirrored), the learning rate, the method's ramps and the number of the step are filled in before; weights,
+optimiser state, sums of the log and averages are changed in place. The first steps run the program as it is, on a
+stream of their own as CUDA asks for, and are steps like any other. Then it is captured, which computes nothing, and
+from there on replayed. On a CPU the program is called every time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from unikd_fast.config import Config
+from unikd_fast.config.schema import OWN_GRAPHS
+from unikd_fast.data.device_loader import DeviceLoader
+from unikd_fast.data.mixing import MixedLoader
+from unikd_fast.engine.build import Experiment
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.local_engine import LocalEngine
+from unikd_fast.engine.step import Parts, train_step
+from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.zero import zero_stage
+from unikd_fast.errors import ConfigError, OutOfMemory, RunError
+
+_logger = logging.getLogger("unikd_fast")
+
+
+def captures(config: Config, experiment: Experiment, processes: Processes) -> bool:
+    """Whether the steps of a run are captured; the first process says so, and why not where "auto" decides.
+
+    Raises:
+        ConfigError: train.cuda_graph = on, and something is in the way.
+    """
+    asked = config.train.cuda_graph
+    if asked == "off":
+        return False
+    found = [*device_obstacles(processes), *obstacles(config, experiment, processes)]
+    if found and asked == "on":
+        raise ConfigError(
+            f"train.cuda_graph = 'on', but the step cannot be captured: {'; '.join(found)}; or set it to auto"
+        )
+    if processes.is_first:
+        if found:
+            # Without a GPU nobody expects otherwise.
+            level = logging.INFO if processes.device.type == "cuda" else logging.DEBUG
+            _logger.log(level, "train.cuda_graph: steps are launched operation by operation, because %s", found[0])
+        else:
+            _logger.info("train.cuda_graph: steps are captured in a CUDA graph and replayed")
+    return not found
+
+
+def device_obstacles(processes: Processes) -> Iterator[str]:
+    """A CUDA graph needs CUDA."""
+    if processes.device.type != "cuda":
+        yield f"the device is {processes.device.type}, no CUDA device (run on a GPU)"
+
+
+def obstacles(config: Config, experiment: Experiment, processes: Processes) -> Iterator[str]:
+    """What else is in the way, each with its remedy, the most general first."""
+    train, teacher = config.train, config.teacher
+    if processes.world_size > 1:
+        yield f"{processes.world_size} processes exchange gradients (start one)"
+    if stage := zero_stage(config):
+        yield f"deepspeed.zero_optimization.stage = {stage} shards the optimiser (set it to 0)"
+    further = sorted(config.deepspeed.keys() - {"zero_optimization"})
+    if further:
+        yield f"DeepSpeed does not run a captured step, and deepspeed has {', '.join(further)} (remove these keys)"
+    if config.run.deepspeed_checkpoints:
+        yield "DeepSpeed does not run a captured step, and run.deepspeed_checkpoints = true (set it to false)"
+    yield from _loader_obstacles(experiment)
+    if train.optimizer not in ("sgd", "adamw"):
+        yield f"train.optimizer = {train.optimizer!r} reads its settings on the host (set sgd or adamw)"
+    if train.precision == "fp16":
+        yield "train.precision = 'fp16' has a loss scale that the host follows (set bf16 or fp32)"
+    if train.nonfinite == "skip":
+        yield "train.nonfinite = 'skip' makes the host read every gradient's norm (set stop)"
+    if train.activation_checkpointing:
+        yield "train.activation_checkpointing reads the random state on the host (set it to false)"
+    for key, mode in (("train", train.compile), ("teacher", None if teacher is None else teacher.compile)):
+        if mode in OWN_GRAPHS:
+            yield f"{key}.compile = {mode!r} captures graphs of its own (set null or 'default')"
+    if (reason := experiment.method.uncapturable) is not None:
+        yield f"{reason} (choose another setting)"
+
+
+def _loader_obstacles(experiment: Experiment) -> Iterator[str]:
+    if experiment.cache is not None:
+        yield "the teacher's outputs come from a cache on disk (set teacher.cache.mode = off)"
+    loader = experiment.loader
+    if isinstance(loader, MixedLoader):
+        yield "data.mixing is drawn on the host (set mixup_alpha and cutmix_alpha to 0)"
+    elif not isinstance(loader, DeviceLoader):
+        yield f"{type(loader).__name__} decodes files on the host (use a data set that fits into the device's memory)"
+    elif loader.unplanned is not None:
+        yield f"{loader.unplanned} (turn them off in data.augmentation and data.second_view)"
+
+
+WARM_UP = 3
+"""Steps before the capture: they make the optimiser's state and what a method makes with its first batch."""
+
+
+class CapturedSteps:
+    """Steps of a captured program.
+
+    Args:
+        parts: with a LocalEngine and a DeviceLoader whose batches can be planned.
+        required: a capture that fails is an error; otherwise it is said, and the program is called every time.
+    """
+
+    def __init__(self, parts: Parts, *, required: bool) -> None:
+        experiment, engine, *_ = parts
+        assert isinstance(experiment.loader, DeviceLoader) and isinstance(engine, LocalEngine)
+        self._parts, self._engine, self._loader, self._required = parts, engine, experiment.loader, required
+        device = engine.learning_rate.device
+        views = 2 if experiment.method.needs.second_view else 1
+        shape = (engine.gradient_accumulation_steps(), views, experiment.loader.schedule.micro_batch_size, 6)
+        self._plans = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._warm_up = WARM_UP if device.type == "cuda" else 0
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._run: Callable[[], None] = self.program
+
+    def data(self, epoch: int, start: int) -> Iterator[Tensor]:
+        """Plans of micro-batches."""
+        return self._loader.plans(epoch, start)
+
+    def take(self, data: Iterator[Tensor], pace: Pace, step: int, *, learning_rate: float) -> None:
+        experiment, clock = self._parts.experiment, self._parts.clock
+        clock.start()
+        for plan in self._plans:
+            plan.copy_(pace.next(data), non_blocking=True)
+        clock.mark("data")
+        self._engine.learning_rate.fill_(learning_rate)
+        experiment.method.set_progress(step / experiment.steps_per_epoch)
+        self._step.fill_(step)
+        self.replay()
+        clock.mark("step")
+        if self._parts.average is not None:
+            self._parts.average.count()
+
+    def replay(self) -> None:
+        """The program, on what is in the buffers now."""
+        if self._side is None or self._warm_up < 0:
+            self._run()
+        elif self._warm_up:
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                self.program()
+            current.wait_stream(self._side)
+            self._warm_up -= 1
+        else:
+            self._warm_up = -1
+            self._run = self._captured()
+            self._run()
+
+    def program(self) -> None:
+        """One step, of the buffers and of nothing else; no host read."""
+        experiment, engine, watch, meter, average, _ = self._parts
+        for number, plan in enumerate(self._plans):
+            update = number == len(self._plans) - 1
+            batch = self._loader.batch_of(plan)
+            loss = train_step(engine, experiment.teacher, experiment.method, batch, update=update, watch=watch)
+            meter.update(loss, self._step, updated=update)
+        if average is not None:
+            average.mix(experiment.student)
+
+    def _captured(self) -> Callable[[], None]:
+        """Return what launches the captured program, or the program itself where capturing failed.
+
+        Raises:
+            ConfigError: capturing failed, and train.cuda_graph = on.
+            OutOfMemory: there was too little memory for it, and train.cuda_graph = on.
+            RunError: the device is still in the failed capture.
+        """
+        try:
+            return record(self.program)
+        except (RuntimeError, OutOfMemory) as error:
+            chain = list(chain_of(error))
+        # torch then says "operation failed due to a previous error", and what went wrong first is in the chain.
+        said = str(chain[-1]).strip().partition("\n")[0]
+        memory = any(isinstance(error, OutOfMemory | torch.OutOfMemoryError) for error in chain)
+        del chain  # its tracebacks hold what the capture had allocated
+        self._engine.start_over()
+        if self._side is not None:
+            require_no_capture(self._side.device, said)
+        if self._required:
+            kind = OutOfMemory if memory else ConfigError
+            raise kind(f"train.cuda_graph = 'on', but capturing a step failed: {said}; set it to 'off'")
+        _logger.warning(
+            "train.cuda_graph: capturing a step failed, and steps are launched operation by operation: %s; "
+            "train.cuda_graph = off keeps from trying",
+            said,
+        )
+        return self.program
+
+
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield what was raised on the way to an error, the first last, without lookups that failed and were provided for.
+
+    Those are no RuntimeErrors.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RuntimeError | RunError):
+            yield found
+        found = found.__cause__ or found.__context__
+
+
+def require_no_capture(device: torch.device, failure: str) -> None:
+    """Check that a failed capture is over: the allocator gives memory back, and the generator draws numbers.
+
+    Where ending the capture fails as well, both stay marked as captured, and the next dropout or the next lack of
+    memory would end the run, far from its cause. There is no call that takes the mark away.
+
+    Raises:
+        RunError: it is not.
+    """
+    before = torch.cuda.get_rng_state(device)
+    try:
+        torch.cuda.empty_cache()
+        torch.rand(1, device=device)
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"train.cuda_graph: capturing a step failed ({failure}) and left the device in the capture ({said}); start "
+            "again with train.cuda_graph = off, and --resume auto goes on from the last checkpoint"
+        ) from error
+    torch.cuda.set_rng_state(before, device)  # what is drawn here is not missing in the run
+
+
+def record(program: Callable[[], None]) -> Callable[[], None]:
+    """Captures what ``program`` launches on the current device, and gives what launches it again.
+
+    Raises:
+        RuntimeError: it did what a graph cannot hold, such as waiting for the device.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # The thread that writes checkpoints may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            program()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that failed does not leave its own
+    return graph.replay

@@ -1,0 +1,103 @@
+"""What runs: in a few lines before training, and in full by ``--dry-run``."""
+
+from torch import nn
+
+from unikd_fast.config import Config
+from unikd_fast.config.load import cache_dir
+from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.cache_commands import plan_experiment, without_cache
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.memory import count_parameters, estimate_memory, head_parameters
+from unikd_fast.engine.teacher import describe_teacher
+from unikd_fast.engine.zero import deepspeed_config, local_batch_size, zero_stage
+
+
+def data_line(config: Config, experiment: Experiment) -> str:
+    splits = experiment.splits
+    return (
+        f"data      {config.data.name}: {len(splits.train)} training samples, {splits.num_classes} classes, "
+        f"{config.data.image_size} x {config.data.image_size}"
+    )
+
+
+def student_line(config: Config, experiment: Experiment) -> str:
+    role = "network" if config.distill.method == "none" else "student"
+    return f"{role}   {config.student.model}: {count_parameters(experiment.student):,} parameters"
+
+
+def teacher_line(config: Config, experiment: Experiment) -> str | None:
+    """None without a teacher."""
+    teacher = config.teacher
+    if teacher is None or config.distill.method == "none":
+        return None
+    if experiment.teacher is None:
+        return f"teacher   {teacher.model}: outputs of {cache_dir(config)}"
+    return (
+        f"teacher   {teacher.model}: {count_parameters(experiment.teacher):,} parameters, weights "
+        f"{teacher.weights or 'trained first'}"
+    )
+
+
+def method_lines(config: Config, experiment: Experiment, processes: Processes) -> list[str]:
+    """The method, the batch and the steps."""
+    train, world_size = config.train, processes.world_size
+    own = count_parameters(experiment.side) - count_parameters(experiment.student) + head_parameters(experiment)
+    beside = f": {own:,} parameters beside the student's" if own else ""
+    method = "none, cross-entropy alone" if config.distill.method == "none" else config.distill.label
+    return [
+        f"method    {method}{beside}",
+        f"batch     {train.global_batch_size} = {world_size} process{'es' if world_size > 1 else ''} x "
+        f"{local_batch_size(config, processes)} x {train.accumulation_steps} accumulation "
+        f"step{'s' if train.accumulation_steps > 1 else ''}, ZeRO stage {zero_stage(config)}, {train.precision}",
+        f"steps     {experiment.steps_per_epoch} per epoch, {experiment.total_steps} in all",
+    ]
+
+
+def header(config: Config, experiment: Experiment, processes: Processes) -> list[str]:
+    """The lines of a run."""
+    lines = [data_line(config, experiment), student_line(config, experiment), teacher_line(config, experiment)]
+    return [line for line in lines if line is not None] + method_lines(config, experiment, processes)
+
+
+MIB = 2**20
+
+
+def describe(config: Config, processes: Processes) -> str:
+    """Models, parameters, feature shapes, batch per process, steps and estimated memory, as text.
+
+    A teacher that the run would train first is described with random weights.
+    """
+    given, teacher = config, config.teacher
+    trained_first = teacher is not None and teacher.weights is None and teacher.training is not None
+    if teacher is not None and trained_first:
+        config = config.model_copy(update={"teacher": teacher.model_copy(update={"weights": "random"})})
+    deepspeed_config(config, processes)  # an unsupported setting must not wait for the real run
+    experiment = build_experiment(without_cache(config), processes)
+    lines = [data_line(given, experiment), student_line(given, experiment), *_levels(experiment.student)]
+    of_teacher = teacher_line(given, experiment)
+    if experiment.teacher is not None and experiment.teacher_record is not None and of_teacher is not None:
+        record = experiment.teacher_record
+        if trained_first:
+            record = {**record, "fidelity_skipped": "the run trains the teacher first"}
+        lines += [of_teacher, *_levels(experiment.teacher.network), *describe_teacher(record)]
+    lines += method_lines(given, experiment, processes)
+    lines.append(_memory(experiment, local_batch_size(config, processes), processes))
+    if experiment.teacher is not None and teacher is not None and teacher.cache.mode != "off":
+        plan = plan_experiment(config, experiment, processes)
+        lines.append(f"cache     {teacher.cache.mode} {cache_dir(config)}: {plan.line()}")
+    if config.compare is not None:
+        runs = len(config.compare.seeds) * len(config.compare.runs)
+        lines.append(f"compare   {runs} runs: {', '.join(config.compare.runs)}; seeds {list(config.compare.seeds)}")
+    return "\n".join([*lines, f"run.dir   {config.run.dir}"])
+
+
+def _levels(network: nn.Module) -> list[str]:
+    shapes = getattr(network, "level_shapes", ())
+    names = getattr(network, "level_names", ())
+    return [f"          {name}: {c} x {h} x {w}" for name, (c, h, w) in zip(names, shapes, strict=True)]
+
+
+def _memory(experiment: Experiment, batch: int, processes: Processes) -> str:
+    parts = {name: amount / MIB for name, amount in estimate_memory(experiment, batch, processes).items()}
+    detail = ", ".join(f"{name} {mib:,.0f}" for name, mib in parts.items())
+    return f"memory    about {sum(parts.values()):,.0f} MiB per process: {detail} (estimate)"

@@ -1,0 +1,308 @@
+"""The processes of a run: who they are, what they say to each other, when they stop, and their buffers."""
+
+import ctypes
+import logging
+import math
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unikd_fast.command import stop_signals
+from unikd_fast.errors import ConfigError, RunError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    patience: timedelta = timedelta(minutes=10)
+    """How long they wait for each other."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sums ``tensor`` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's ``value``, in rank order, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The first process's ``value`` on every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def from_first(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` gives on the first process, which alone runs it; what it raises there is raised on all.
+
+        Raises:
+            RunError: of the action's kind.
+            ConfigError: any other ValueError or OSError of the action.
+        """
+        outcome: tuple[Any, type[RunError] | None, str] | None = None
+        if self.is_first:
+            try:
+                outcome = (action(), None, "")
+            except (RunError, ValueError, OSError) as error:
+                kind = type(error) if isinstance(error, RunError) else ConfigError
+                outcome = (None, kind, str(error))
+        value, kind, message = self.broadcast(outcome)
+        if kind is not None:
+            raise kind(message)
+        result: Result = value
+        return result
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Ends the process group after a run that went well."""
+        dist.destroy_process_group()
+
+
+def start_processes(timeout_minutes: float = 10.0) -> Processes:
+    """Join the process group that deepspeed, torchrun or plain python started (the last: a group of one).
+
+    One process listens on no port, or with torch before 2.15 perhaps on the loopback interface, as the processes of one
+    node do (torchrun's own store is torchrun's). Those of several nodes listen on the network, where whoever reaches a
+    port can join.
+
+    Args:
+        timeout_minutes: how long the processes wait for each other, at the start and in every exchange.
+
+    Raises:
+        ConfigError: the others did not come.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        reuse_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // (_processes_here() or 1)))
+        # DeepSpeed would find out, and warn that it found no other.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # DeepSpeed would compile a shared-memory all-reduce that only its inference uses: half a minute on first use, a
+    # lock that a killed process leaves behind, and an exception without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patience = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            join_alone("nccl" if device.type == "cuda" else "gloo")
+        else:
+            try:
+                _join_others("nccl" if device.type == "cuda" else "gloo", patience)
+            except (dist.DistError, RuntimeError, OSError) as error:
+                raise ConfigError(
+                    f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
+                    f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_minutes:g} "
+                    f"minutes (run.timeout_minutes): {error}; see whether all nodes started, and reach this address "
+                    "and port"
+                ) from error
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, patience)
+
+
+def join_alone(backend: str) -> None:
+    """Make the process group of a single process, which DeepSpeed's engine needs, without a socket.
+
+    gloo and NCCL listen also where there is nobody to talk to. torch's group for tests does not: what it sends
+    comes back, which is all that a group of one does. In older versions of torch (2.11) a reduce-scatter of that group
+    gives nothing back; there it is the usual group, which listens on the loopback interface alone.
+
+    Args:
+        backend: of the usual group, "gloo" or "nccl".
+    """
+    import deepspeed
+    import torch.testing._internal.distributed.fake_pg  # registers it
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    sent, received = torch.ones(1), torch.zeros(1)
+    dist.reduce_scatter_tensor(received, sent)
+    if not torch.equal(sent, received):
+        dist.destroy_process_group()
+        _stay_on_loopback()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(verbose=False)
+
+
+def _join_others(backend: str, patience: timedelta) -> None:
+    """Join by the address that the launcher gave, on one node by its loopback interface."""
+    import deepspeed
+
+    if _processes_here() == int(os.environ["WORLD_SIZE"]):
+        _stay_on_loopback()
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            store = _loopback_store(patience)
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    deepspeed.init_distributed(backend, verbose=False, timeout=patience)
+
+
+def _stay_on_loopback() -> None:
+    """Have the backends listen on the loopback interface, unless the user has named another."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+
+
+def _loopback_store(patience: timedelta) -> dist.TCPStore:
+    """The store that the processes meet in: torch's own choice is to listen on all interfaces."""
+    host, port, first = "127.0.0.1", int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    listener = None
+    if first:
+        with socket.socket() as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.listen()
+            listener = listening.detach()
+    return dist.TCPStore(host, port, int(os.environ["WORLD_SIZE"]), first, timeout=patience, master_listen_fd=listener)
+
+
+def _processes_here() -> int | None:
+    """How many processes the launcher started on this node, if it says so: torchrun's variable, and DeepSpeed's."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0) or None
+
+
+def reuse_freed_memory() -> None:
+    """Makes glibc reuse the memory of freed activations instead of returning it to the system after every layer.
+
+    Returned memory comes back as zeroed pages, one fault each: 10 to 20 % of a training step on 2 cores.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger blocks are mapped one by one
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap is kept up to this
+
+
+class StopSignal:
+    """Context manager that catches SIGTERM, SIGHUP and SIGINT; :meth:`agreed` tells every process at the same step.
+
+    Launchers signal one process after another, so acting on the own signal would leave the others waiting in a
+    collective. The requests are compared by a small all-reduce on a gloo group of its own, started at one step and read
+    at the next: no device synchronisation and nothing to wait for. A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._signal = 0
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        several = processes.world_size > 1
+        self._group: Any = dist.new_group(backend="gloo", timeout=processes.patience) if several else None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in stop_signals():
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    @property
+    def asked(self) -> int:
+        """The signal that this process received, or 0; for work that the processes do not do in step."""
+        return self._signal
+
+    def agreed(self) -> int:
+        """The signal that some process received before the previous call, or 0; the same on every process."""
+        if self._group is None:
+            return self._signal
+        agreed = 0
+        if self._pending is not None:
+            work, value = self._pending
+            work.wait()
+            agreed = int(value)
+        value = torch.tensor(self._signal)
+        self._pending = (dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True), value)
+        return agreed
+
+
+_SETTLED = 0.01
+"""Share of the initial values below which running averages are those of the data."""
+
+
+def initial_share(module: nn.Module) -> tuple[float, int]:
+    """How much of its initial value a BatchNorm's running average still has, at most, and after how many batches.
+
+    Example:
+        >>> initial_share(nn.BatchNorm2d(3))
+        (1.0, 0)
+    """
+    found = [(0.0, 0)]
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.num_batches_tracked is not None:
+            batches = int(norm.num_batches_tracked)
+            # Without a momentum it is the mean of all batches.
+            share = float(batches == 0) if norm.momentum is None else (1 - norm.momentum) ** batches
+            found.append((share, batches))
+    return max(found)
+
+
+def doubt_about(cross_entropy: float, network: nn.Module, num_classes: int) -> str | None:
+    """Why an evaluation is worse than a guess, if it is because of BatchNorm's averages; None otherwise.
+
+    Args:
+        cross_entropy: of the evaluation, in nats.
+    """
+    share, batches = initial_share(network)
+    if share < _SETTLED or not cross_entropy > 2 * math.log(num_classes):
+        return None
+    return (
+        f"this cross-entropy, {cross_entropy:.2g}, says little yet: evaluation goes by BatchNorm's running averages, "
+        f"which after {batches} batches are still {100 * share:.0f} % their initial values"
+    )
+
+
+@torch.no_grad()
+def average_buffers(module: nn.Module, processes: Processes) -> None:
+    """Replaces every floating-point buffer by its mean over all processes, so that they agree bit for bit."""
+    if processes.world_size == 1:
+        return
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.detach().double().flatten() for buffer in buffers])
+    processes.sum_(flat).div_(processes.world_size)
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,199 @@
+"""What ``launch_distill.py`` calls: one run, or a comparison over methods and seeds, and the report."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from unikd_fast.config import Config, run_configs
+from unikd_fast.config.effect import without_effect
+from unikd_fast.config.load import override, run_path, teacher_config
+from unikd_fast.engine.describe import describe
+from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
+from unikd_fast.engine.folder import REPORT, open_run_folder, read_result, require_same_config
+from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.preflight import describe_launch, program_facts, require_agreement
+from unikd_fast.engine.teacher import evaluate_teacher
+from unikd_fast.engine.trainer import Trainer
+from unikd_fast.engine.zero import deepspeed_config
+from unikd_fast.errors import LostProcess, RunError
+from unikd_fast.io import write_file
+from unikd_fast.report.table import TEACHER, markdown_report, results_table
+
+_logger = logging.getLogger("unikd_fast")
+
+Results = list[dict[str, Any]]
+
+_LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+
+
+@naming_part("run")
+def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Path | None:
+    """Runs the experiment of ``config`` on all processes and returns its folder.
+
+    With ``resume`` a finished one is shown, and nothing is written.
+
+    Raises:
+        ConfigError: the configuration does not fit the data, the models, the processes or the folder.
+        NonFiniteLoss, Interrupted: see Trainer.run.
+        OutOfMemory: it does not fit into memory; names the part and the remedies.
+    """
+    processes = start_processes(config.run.timeout_minutes)
+    _show_log(processes)
+    _logger.info(describe_launch(config, processes))
+    require_agreement(processes, program_facts(config))
+    if processes.is_first and (idle := without_effect(config)) is not None:
+        _logger.warning(idle)
+    if dry_run:
+        text = describe(config, processes)
+        if processes.is_first:
+            print(text)
+        return None
+    if resume and (results := processes.from_first(lambda: _finished(config))) is not None:
+        _show(config, results, processes)
+        processes.leave()
+        return Path(config.run.dir)
+    for *_, single in run_configs(config):
+        deepspeed_config(single, processes)  # before the folder exists
+    with (
+        _noticing_lost_processes(config),
+        open_run_folder(config, processes, resume=resume) as folder,
+        StopSignal(processes) as stop,
+    ):
+        results = _run_all(config, folder, processes, stop, resume=resume)
+        report = markdown_report(config.model_dump(mode="json"), results)
+        processes.from_first(lambda: write_file(folder / REPORT, report))
+        _show(config, results, processes)
+    processes.leave()
+    return folder
+
+
+def _show(config: Config, results: Results, processes: Processes) -> None:
+    if processes.is_first:
+        sys.stderr.flush()
+        print(f"\n{results_table(results)}\n\nrun folder: {config.run.dir}", flush=True)
+    processes.barrier()
+
+
+@contextmanager
+def _noticing_lost_processes(config: Config) -> Iterator[None]:
+    """Turns what the backends say of a connection that broke, or of an answer that did not come, into a LostProcess."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)
+        if isinstance(error, RunError) or not lost:
+            raise
+        said = str(error).partition("\n")[0]
+        raise LostProcess(
+            f"another process of this run ended, or did not answer within {config.run.timeout_minutes:g} minutes "
+            f"(run.timeout_minutes): {said}; its own last lines say why; continue with --resume auto"
+        ) from error
+
+
+def _show_log(processes: Processes) -> None:
+    """What the package has to say goes to the terminal, each message once; from all processes only warnings."""
+    logger = logging.getLogger("unikd_fast")
+    logger.setLevel(logging.INFO if processes.is_first else logging.WARNING)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(_Once())
+        logger.addHandler(handler)
+
+
+class _Once(logging.Filter):
+    """Lets a message through the first time: the runs of a comparison have much in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self._said
+        self._said.add(message)
+        return new
+
+
+class _Unfinished(Exception):
+    """A run of the experiment has no result."""
+
+
+def _finished(config: Config) -> Results | None:
+    """The results of an experiment that needs nothing more, which are read and no more; None if it does.
+
+    Raises:
+        ConfigError: the folder was made with another configuration.
+        FileError: a result is damaged.
+    """
+
+    def kept(folder: Path) -> dict[str, Any]:
+        if (result := read_result(folder)) is None:
+            raise _Unfinished
+        return result
+
+    folder = Path(config.run.dir)
+    try:
+        if not (folder / REPORT).exists():
+            return None
+    except OSError:
+        return None  # whoever opens the folder says what is wrong with it
+    require_same_config(folder, config)
+    try:
+        return _results(config, folder, lambda _, own, label: kept(own), lambda _, own: kept(own))
+    except _Unfinished:
+        return None
+
+
+def _run_all(config: Config, folder: Path, processes: Processes, stop: StopSignal, *, resume: bool) -> Results:
+    """Every run of the experiment, the teachers' included; with ``resume`` finished runs are read back."""
+    return _results(
+        config,
+        folder,
+        lambda single, own, label: _run(single, own, processes, stop, label=label, resume=resume),
+        lambda single, own: evaluate_teacher(single, own, processes, label=TEACHER),
+    )
+
+
+def _results(
+    config: Config,
+    folder: Path,
+    run: Callable[[Config, Path, str], dict[str, Any]],
+    evaluate: Callable[[Config, Path], dict[str, Any]],
+) -> Results:
+    """The results of every run of the experiment, in the order of its table.
+
+    Args:
+        run: gives the result of a single run, by its configuration, folder and label.
+        evaluate: gives that of the teacher of a run, where none was trained.
+    """
+    results: Results = []
+    teachers: dict[int, Path] = {}
+    for label, seed, single in run_configs(config):
+        home = folder / f"seed-{seed}" if config.compare else folder
+        if single.distill.method != "none":
+            assert single.teacher is not None
+            if single.teacher.weights is None and single.teacher.training is not None:
+                if seed not in teachers:
+                    results.append(run(teacher_config(single), home / "teacher", TEACHER))
+                    teachers[seed] = Path(results[-1]["weights"])
+                trained = {"teacher.weights": str(teachers[seed]), "teacher.training": None}
+                single = override(single, trained, "teacher.training")
+        results.append(run(single, folder / run_path(config, label, seed), label))
+        if single.distill.method != "none" and not any(result["label"] == TEACHER for result in results):
+            # After the run, whose cache may know it already.
+            results.insert(0, evaluate(single, folder / "teacher"))
+    return results
+
+
+def _run(
+    config: Config, folder: Path, processes: Processes, stop: StopSignal, *, label: str, resume: bool
+) -> dict[str, Any]:
+    finished = processes.from_first(lambda: read_result(folder)) if resume else None
+    if finished is not None:
+        return finished
+    return Trainer(config, folder, processes, stop, label=label, resume=resume).run()

@@ -1,0 +1,122 @@
+"""One step of distillation. Read this first: everything else in the engine feeds it."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from unikd_fast.engine.build import Experiment
+from unikd_fast.engine.gradients import GradientWatch
+from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.metrics import LossMeter
+from unikd_fast.engine.optimizer import StudentAverage
+from unikd_fast.engine.timing import UNTIMED, Pace, StepClock
+from unikd_fast.engine.zero import gathered
+from unikd_fast.methods import Method
+from unikd_fast.values import Batch, Loss, Target
+
+
+def train_step(
+    engine: Any,
+    teacher: nn.Module | None,
+    method: Method,
+    batch: Batch,
+    target: Target | None = None,
+    *,
+    update: bool,
+    watch: GradientWatch | None = None,
+    clock: StepClock = UNTIMED,
+) -> Loss:
+    """Forward, loss and backward of one micro-batch; with ``update`` the parameters are stepped.
+
+    A function of tensors of fixed shape on the device: no host read, no data-dependent branch.
+
+    Args:
+        engine: the DeepSpeed engine around the StudentSide, or a LocalEngine.
+        teacher: maps images to Features without gradients, or None for methods without a teacher.
+        method: what to distil.
+        batch: this process's micro-batch.
+        target: the teacher's side of this batch where it is known already; then the teacher is not asked.
+        update: True on the last micro-batch of an optimiser step.
+        watch: looks at the gradients before that; None: nobody does.
+        clock: is told when a part is done.
+    """
+    if target is None and teacher is not None:
+        with naming_part("teacher"):
+            with torch.no_grad():
+                features = teacher(batch.images)
+                second = None if batch.second is None else teacher(batch.second)
+            target = method.target(features, second)
+    clock.mark("teacher")
+    with naming_part("student"):
+        student = engine(batch.images) if batch.second is None else engine(batch.images, batch.second)
+        clock.mark("student_forward")
+        loss = method.loss(student, target, batch)
+        clock.mark("loss")
+        scale = None if watch is None else watch.scale
+        engine.backward(loss.total if scale is None else scale.scaled(loss.total))
+    clock.mark("backward")
+    with naming_part("optimiser"):
+        if update and watch is not None:
+            watch.before_update()
+        engine.step()  # DeepSpeed steps the optimiser on the last micro-batch only
+    left_out = update and watch is not None and watch.after_update()
+    method.train_head(loss, accumulation_steps=engine.gradient_accumulation_steps(), update=update, leave_out=left_out)
+    clock.mark("optimiser")
+    return loss
+
+
+class Parts(NamedTuple):
+    """What a step acts on."""
+
+    experiment: Experiment
+    engine: Any  # the DeepSpeed engine, or a LocalEngine
+    watch: GradientWatch
+    meter: LossMeter
+    average: StudentAverage | None
+    clock: StepClock
+
+
+class Steps(Protocol):
+    """One optimiser step after the other."""
+
+    def data(self, epoch: int, start: int) -> Iterator[Any]:
+        """What the steps of an epoch take from its step ``start`` on."""
+        ...
+
+    def take(self, data: Iterator[Any], pace: Pace, step: int, *, learning_rate: float) -> None:
+        """One step: its number in the run, from 0, says how far the method's ramps are."""
+        ...
+
+
+class EagerSteps:
+    """Steps whose operations are launched one by one."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._micro_steps = parts.engine.gradient_accumulation_steps()
+
+    def data(self, epoch: int, start: int) -> Iterator[Any]:
+        """Micro-batches, and their targets where these are cached."""
+        return self._parts.experiment.micro_batches(epoch, start)
+
+    def take(self, data: Iterator[Any], pace: Pace, step: int, *, learning_rate: float) -> None:
+        experiment, engine, watch, meter, average, clock = self._parts
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        experiment.method.set_progress(step / experiment.steps_per_epoch)
+        clock.start()
+        for micro_step in range(self._micro_steps):
+            batch, target = pace.next(data)
+            clock.mark("data")
+            update = micro_step == self._micro_steps - 1
+            loss = train_step(
+                engine, experiment.teacher, experiment.method, batch, target, update=update, watch=watch, clock=clock
+            )
+            meter.update(loss, step, updated=update)
+        watch.require_progress(meter.describe_first)
+        if average is not None:
+            with gathered(experiment.student):
+                average.update_parameters(experiment.student)
+        clock.mark("optimiser")

@@ -1,0 +1,190 @@
+"""How fast a run goes, whether its loader holds it up, and where the time of a step goes."""
+
+import logging
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.report.run_files import StepTime, write_step_time, write_whole_step_time
+
+Item = TypeVar("Item")
+
+_logger = logging.getLogger("unikd_fast")
+
+ENOUGH = 1.2
+"""A loader that delivers less than this many times what the steps take is said to bind the run."""
+
+_SKIPPED, _MEASURED, _SECONDS = 4, 8, 3.0
+
+
+def loader_rate(batches: Iterator[Any], processes: Processes, *, micro_batch_size: int) -> float | None:
+    """Images per second, over all processes, that the loaders deliver where nobody trains; all must call it.
+
+    The first batches are not counted: they wait for the loader to start, and others were made meanwhile.
+
+    Args:
+        batches: this process's micro-batches, of which a dozen are taken.
+        micro_batch_size: images of each.
+
+    Returns:
+        The rate of the slowest process times the number of processes; None if one has too few batches to tell.
+    """
+    processes.barrier()
+    first = began = last = 0.0
+    counted = -1
+    for place, _ in enumerate(islice(batches, _SKIPPED + _MEASURED)):
+        if processes.device.type == "cuda":
+            torch.cuda.synchronize(processes.device)
+        last = time.perf_counter()
+        first = first or last
+        if place + 1 < _SKIPPED and last - first < _SECONDS:
+            continue
+        counted += 1
+        if counted == 0:
+            began = last
+        elif last - began > _SECONDS:
+            break
+    own = counted * micro_batch_size / (last - began) if counted > 0 else None
+    rates = [rate for rate in processes.gather(own) if rate is not None]
+    return processes.world_size * min(rates) if len(rates) == processes.world_size else None
+
+
+class Pace:
+    """The clock of a run, read at every log line.
+
+    An epoch's first wait is the loader's start, and no sign of its speed.
+
+    Args:
+        processes: that train; the first one speaks.
+        global_batch_size: images of a step, over all of them.
+        loader_rate: images per second that the loaders deliver alone, if that was measured.
+    """
+
+    def __init__(self, processes: Processes, *, global_batch_size: int, loader_rate: float | None) -> None:
+        self._processes = processes
+        self._images = global_batch_size
+        self._loader_rate = loader_rate
+        self._said = False
+
+    def begin(self, step: int) -> None:
+        """Starts an epoch, or the rest of one, at this step."""
+        self._step, self._began, self._waited = step, time.perf_counter(), 0.0
+        self._start: float | None = None
+
+    def next(self, batches: Iterator[Item]) -> Item:
+        """The next of ``batches``; the time it takes counts as waiting for data."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - asked
+        self._waited += waited
+        if self._start is None:
+            self._start = waited
+        return batch
+
+    def read(self, step: int) -> dict[str, float]:
+        """images_per_s and data_wait_share since the last reading; starts anew.
+
+        Says once in the log that the run is bound by its loader, with the figures.
+        """
+        seconds, waited, images = time.perf_counter() - self._began, self._waited, (step - self._step) * self._images
+        start = self._start or 0.0
+        if self._processes.is_first and not self._said:
+            message = self._loader_bound(images, seconds - start, waited - start)
+            if message is not None:
+                _logger.warning(message)
+                self._said = True
+        self._step, self._began, self._waited, self._start = step, time.perf_counter(), 0.0, 0.0
+        return {"images_per_s": images / seconds, "data_wait_share": waited / seconds}
+
+    def _loader_bound(self, images: int, seconds: float, waited: float) -> str | None:
+        if self._loader_rate is None:
+            return None
+        # On a CPU what is not waiting is the step. A GPU may still compute while the host waits for a batch; but there
+        # the slower of loader and step sets the pace, and either way the loader is compared with that.
+        taken = images / (seconds - waited if self._processes.device.type == "cpu" else seconds)
+        if self._loader_rate >= ENOUGH * taken:
+            return None
+        return (
+            f"loader-bound: the loader delivers {self._loader_rate:,.0f} images/s, {self._loader_rate / taken:.2f} "
+            f"times the {taken:,.0f} images/s that the steps take, and {ENOUGH} times would be enough; for image files "
+            "raise data.dali_threads or data.workers, or pack them (unikd-data pack)"
+        )
+
+
+FIRST, COUNT = 10, 10
+"""The steps that are measured, counted from the process's first: the ones before warm up caches and kernels."""
+
+
+class StepClock:
+    """Notes when the parts of a step end. On a GPU by events, which nobody waits for until `write`.
+
+    On a GPU a part's time is that between two points of its stream, in which the host may be late with launching: for a
+    small network it is the launches that are measured. The parts of a step captured as a whole cannot be told apart.
+
+    Args:
+        device: of the step; None: notes nothing.
+        whole: a step has no parts besides "data".
+    """
+
+    def __init__(self, device: torch.device | None, *, whole: bool = False) -> None:
+        self._device, self._whole = device, whole
+        self._steps = 0
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._runs = False
+
+    def start(self) -> None:
+        """Before the first batch of a step."""
+        self._steps += 1
+        self._runs = self._device is not None and FIRST < self._steps <= FIRST + COUNT
+        self.mark("")
+
+    def mark(self, part: str) -> None:
+        """What came since the last mark was this part, or more of it."""
+        if not self._runs:
+            return
+        assert self._device is not None
+        if self._device.type != "cuda":
+            self._marks.append((part, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((part, event))
+
+    def write(self, folder: Path) -> None:
+        """Writes step_time.json once all steps are measured, and once; waits for the device to have made them."""
+        if self._device is None or self._steps < FIRST + COUNT or not self._marks:
+            return
+        spent = self._milliseconds()
+        on_gpu = self._device.type == "cuda"
+        hardware = torch.cuda.get_device_name(self._device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        if self._whole:
+            write_whole_step_time(folder, data_ms=spent["data"], step_ms=spent["step"], hardware=hardware)
+        else:
+            parts = ("data", "teacher", "student_forward", "loss", "backward", "optimiser")
+            times = {f"{part}_ms": spent.get(part, 0.0) for part in parts}
+            write_step_time(folder, StepTime(**times, hardware=hardware))
+        self._marks, self._device = [], None
+
+    def _milliseconds(self) -> dict[str, float]:
+        """Of a step, by part."""
+        spent: dict[str, float] = {}
+        for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
+            if not part:  # between two steps
+                continue
+            if isinstance(before, float) or isinstance(after, float):
+                assert isinstance(before, float) and isinstance(after, float)
+                milliseconds = 1000 * (after - before)
+            else:
+                after.synchronize()
+                milliseconds = before.elapsed_time(after)
+            spent[part] = spent.get(part, 0.0) + milliseconds / COUNT
+        return spent
+
+
+UNTIMED = StepClock(None)
+"""Notes nothing."""

@@ -1,0 +1,269 @@
+"""The formats of an exported student: how each is written, read back by what will read it later, and compared."""
+
+import copy
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unikd_fast.engine.folder import export_student, import_student
+from unikd_fast.errors import ConfigError, RunError
+from unikd_fast.export.run import PlainStudent
+from unikd_fast.models import preprocessing_in_words
+
+BATCHES = (2, 3, 1)  # exporters are shown two images; one is the size that they take for a constant most easily
+
+# Another runtime folds BatchNorm and sums in another order. By how much that may change a logit depends on the network,
+# so the yardstick is what the plain network loses to fp32 itself, measured against float64: over fifteen networks of
+# all kinds ONNX Runtime differed from it by 0.6 to 1.9 times that (ResNet-152 with statistics of two batches: 1.5e-3 of
+# the logits, SqueezeNet: 7e-7). The rounding of three images is one draw, hence 8, and fp32's last bits on top: 2^-19
+# of the row's size. A wrong operation shows: GELU by its approximation changes logits by 1e-3.
+_TIMES_ROUNDING = 8.0
+_LAST_BITS = 2.0**-19
+# Of a network that does not run in float64; see `unikd_fast.teacher.unit_rounding`, whose reason it is.
+_ROUNDING_UNKNOWN = 2.0**-15
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The largest difference over all batches, as a share of the size of an image's logits, and what was allowed."""
+
+    difference: float
+    allowed: float
+
+
+def random_images(size: int) -> Tensor:
+    """The same normalised images every time, as many as the largest batch."""
+    return torch.randn(max(BATCHES), 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def plain_logits(network: nn.Module, images: Tensor) -> dict[int, Tensor]:
+    """The logits of a plain network for the first images, by the size of the batch.
+
+    Raises:
+        ConfigError: it does not take images of this size.
+        RunError: its logits are not finite.
+    """
+    try:
+        logits = {count: network(images[:count]) for count in BATCHES}
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"the student does not run on images of {images.shape[-1]} pixels ({_first_line(error)}); give --image-size"
+        ) from error
+    if not all(bool(found.isfinite().all()) for found in logits.values()):
+        raise RunError("the student's logits are not finite for random images; export an earlier checkpoint")
+    return logits
+
+
+@torch.no_grad()
+def check(
+    run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, expected: dict[int, Tensor], *, exact: bool
+) -> Agreement:
+    """Compares what was read back with the plain network, in fp32 and in several sizes of the batch.
+
+    Args:
+        run: what was read back: images to logits.
+        expected: by :func:`plain_logits` for the same images.
+        exact: allow no difference.
+
+    Raises:
+        RunError: it differs by more than the rounding of another order of summation.
+    """
+    allowed = 0.0 if exact else _allowed(network, images, expected)
+    worst = 0.0
+    for count, plain in expected.items():
+        found = run(images[:count])
+        if found.shape != plain.shape or found.dtype != plain.dtype:
+            raise RunError(
+                f"a batch of {count} gives {found.dtype} {tuple(found.shape)} instead of {plain.dtype} "
+                f"{tuple(plain.shape)}"
+            )
+        difference = relative_difference(found, plain)
+        if not difference <= allowed:
+            raise RunError(
+                f"a batch of {count} gives logits that differ by {difference:.1e} of their size from those of the "
+                f"plain network, {allowed:.1e} allowed"
+            )
+        worst = max(worst, difference)
+    return Agreement(worst, allowed)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖ over the logits of an image, of the worst image.
+
+    Example:
+        >>> relative_difference(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]])) < 0.1
+        True
+    """
+    found, expected = found.double(), expected.double()
+    error, size = (found - expected).norm(dim=1), expected.norm(dim=1)
+    return float(torch.where(error == 0, 0.0, error / size).max())
+
+
+def _allowed(network: nn.Module, images: Tensor, expected: dict[int, Tensor]) -> float:
+    try:
+        exact = copy.deepcopy(network).double()(images.double())
+    except RuntimeError:  # it converts something to fp32 on its way
+        return _ROUNDING_UNKNOWN
+    return _TIMES_ROUNDING * relative_difference(expected[len(images)], exact) + _LAST_BITS
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+Run = Callable[[Tensor], Tensor]
+
+LOWEST_OPSET = 18  # of torch's exporter; it cannot write a mean over pixels for an older one
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_ONNX_LIMIT = 2**31 - 2**24  # of one protobuf file; the graph itself takes some of it
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        title: for people.
+        write: writes the student for images like the given ones, in batches of any size.
+        read: opens the file as its users will; images to logits, in fp32 on the CPU.
+        exact: what is read back computes the very same, because it is the plain network.
+    """
+
+    title: str
+    write: Callable[[PlainStudent, Path, Tensor, int | None], None]
+    read: Callable[[PlainStudent, Path], Run]
+    exact: bool = False
+
+
+def format_of(path: Path, opset: int | None) -> Format:
+    """The format that the ending of a file's name stands for.
+
+    Raises:
+        ConfigError: it stands for none, the opset does not fit, or packages are missing.
+
+    Example:
+        >>> format_of(Path("student.onnx"), None).title
+        'ONNX'
+    """
+    found = FORMATS.get(path.suffix.lower())
+    if found is None:
+        known = ", ".join(f"{ending} ({each.title})" for ending, each in FORMATS.items())
+        raise ConfigError(f"--to {path}: the ending {path.suffix!r} is no format; use one of {known}")
+    if found is not FORMATS[".onnx"]:
+        if opset is not None:
+            raise ConfigError(f"--opset {opset} is for ONNX, and --to {path} is {found.title}; leave --opset out")
+        return found
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--to {path} needs {', '.join(missing)}, not installed: pip install 'unikd-fast[export]'")
+    if opset is not None and opset < LOWEST_OPSET:
+        raise ConfigError(f"--opset {opset}: torch writes opset {LOWEST_OPSET} and later; the default is its own")
+    return found
+
+
+def _write_safetensors(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
+    export_student(student.network, path, student.preprocessing)
+
+
+def _read_safetensors(student: PlainStudent, path: Path) -> Run:
+    network = student.fresh()
+    import_student(network, path)
+    written, expected = load_file(path), student.network.state_dict()
+    for name, tensor in expected.items():
+        if not torch.equal(_bits(written[name]), _bits(tensor)):
+            raise RunError(f"{name} came back from the file with other numbers")
+    return network
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # also NaN equals itself
+
+
+def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
+    # Traced, not scripted: many networks are not written in the subset of Python that can be. What a trace may get
+    # wrong, a batch of another size, is what the check after writing looks at.
+    with torch.no_grad(), _quiet():
+        traced = torch.jit.trace(student.network, images, check_trace=False)
+        torch.jit.save(traced, path, preprocessing_in_words(student.preprocessing))
+
+
+def _read_torchscript(student: PlainStudent, path: Path) -> Run:
+    with _quiet():
+        loaded: nn.Module = torch.jit.load(path, map_location="cpu")
+    return loaded.eval()
+
+
+def _write_onnx(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in student.network.state_dict().values())
+    if needed > _ONNX_LIMIT:
+        raise RunError(f"an ONNX file holds at most 2 GiB, and the student has {needed / 2**30:.1f}")
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            student.network,
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        found = program.model.opset_imports[""]
+        if opset is not None and found != opset:
+            raise RunError(f"torch cannot write this student in opset {opset}; leave --opset out")
+        # Where its code lies on this machine, line by line, concerns nobody.
+        ClearMetadataAndDocStringPass()(program.model)
+        graph = program.model.graph
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        program.model.metadata_props.update(preprocessing_in_words(student.preprocessing))
+        program.save(path, external_data=False)
+
+
+def _read_onnx(student: PlainStudent, path: Path) -> Run:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of much that does not concern this network; the check after writing is what counts."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+FORMATS = {
+    ".safetensors": Format("safetensors", _write_safetensors, _read_safetensors, exact=True),
+    ".pt": Format("TorchScript", _write_torchscript, _read_torchscript),
+    ".onnx": Format("ONNX", _write_onnx, _read_onnx),
+}

@@ -1,0 +1,295 @@
+"""The student of a run folder: its configuration, its weights in any checkpoint, and the plain network with them."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unikd_fast.config import Config, ConfigError, run_configs
+from unikd_fast.config.load import read_stored, run_path, teacher_config
+from unikd_fast.data.roots import expand_weights
+from unikd_fast.engine.checkpoint import (
+    FOLDER,
+    DamagedCheckpoint,
+    checkpoint_name,
+    complete_checkpoints,
+    find_newest,
+    read_folder,
+)
+from unikd_fast.engine.checkpoint.files import check_folder
+from unikd_fast.engine.checkpoint.state import mean_buffer
+from unikd_fast.engine.folder import BEST, best_evaluation
+from unikd_fast.engine.metrics import read_metrics
+from unikd_fast.errors import CheckpointError
+from unikd_fast.models import Preprocessing, bare_model
+
+CONFIG = "config.json"
+_DEPTH = 2  # a comparison keeps its runs in seed-<seed>/<label>
+
+
+def read_run(folder: Path) -> Config:
+    """The configuration of the single run whose checkpoints are in a folder.
+
+    Args:
+        folder: of a run, of one run of a comparison (``runs/x/seed-0/unikd``), or of a teacher that was trained first
+            (``runs/x/teacher``).
+
+    Raises:
+        ConfigError: it is no folder of a run, or of several; names those there are.
+
+    Example:
+        >>> read_run(Path("runs/digits-5cb1dd29/seed-0/unikd")).distill.method
+        'unikd'
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; give that of a run, which run.dir names")
+    here = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would leave a linked folder for another one
+    for root in (here, *here.parents[:_DEPTH]):
+        if (root / CONFIG).is_file():
+            runs = _runs(read_stored(root / CONFIG))
+            name = here.relative_to(root).as_posix()
+            if name in runs:
+                return runs[name]
+            raise ConfigError(_which(folder, root, runs))
+    raise ConfigError(f"{folder} is no run folder: it has no {CONFIG}; give that of a run, which run.dir names")
+
+
+def _runs(config: Config) -> dict[str, Config]:
+    """The single runs of a configuration by their folders below that of the configuration."""
+    runs: dict[str, Config] = {}
+    for label, seed, single in run_configs(config):
+        home = f"seed-{seed}/" if config.compare else ""
+        teacher = single.teacher
+        if single.distill.method != "none" and teacher is not None and teacher.weights is None and teacher.training:
+            runs.setdefault(f"{home}teacher", teacher_config(single))
+        runs[run_path(config, label, seed)] = single
+    return runs
+
+
+def _which(folder: Path, root: Path, runs: Mapping[str, Config]) -> str:
+    started = [str(root / name) for name in runs if (root / name).is_dir()]
+    if root == Path(os.path.abspath(folder)):  # noqa: PTH100
+        what = f"{folder} holds a comparison of {len(runs)} runs"
+    else:
+        what = f"{folder} is no run folder, but lies in {root}, which is one"
+    return f"{what}; name one of these: {', '.join(started)}" if started else f"{what}, and none has started"
+
+
+Average = Literal["auto", "yes", "no"]
+
+
+@dataclass(frozen=True)
+class StudentWeights:
+    """A plain network's state, on the CPU, and where it was found, in words."""
+
+    tensors: dict[str, Tensor]
+    origin: str
+
+
+def read_weights(run: Path, checkpoint: str, average: Average, *, has_average: bool) -> StudentWeights:
+    """Reads the student of a run that is finished, unfinished or still going on. Nothing pickled is read.
+
+    Args:
+        run: its folder.
+        checkpoint: "last", the newest that is whole; "best", of the best evaluation so far; "step-1200"; or the path of
+            a checkpoint's folder or of a plain network's .safetensors file.
+        average: take the exponential average; "auto": if there is one.
+        has_average: whether the run has one, which is then what "best" holds.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or no such average in it.
+        CheckpointError: it is damaged.
+    """
+    if checkpoint == "last":
+        return _newest(run, average)
+    if checkpoint == "best":
+        _require_only_choice(run / BEST, average, averaged=has_average)
+        return StudentWeights(_read_plain(run / BEST), f"the best evaluation so far{_best_step(run)}")
+    if re.fullmatch(r"step-\d+", checkpoint):
+        path = run / FOLDER / checkpoint_name(int(checkpoint.removeprefix("step-")))
+        if not path.is_dir():
+            there = sorted(found.name for found in complete_checkpoints(run))
+            raise ConfigError(
+                f"--checkpoint {checkpoint}: no {path}; there {'are ' + ', '.join(there) if there else 'is none'}"
+            )
+        return _checked(path, average)
+    path = Path(checkpoint)
+    if path.is_dir():
+        return _checked(path, average)
+    if path.is_file() and path.suffix == ".safetensors":
+        _require_only_choice(path, average, averaged=None)
+        return StudentWeights(_read_plain(path), str(path))
+    what = "is neither a checkpoint's folder nor a .safetensors file" if path.exists() else "there is no such path"
+    raise ConfigError(
+        f"--checkpoint {checkpoint}: {what}; give last, best, step-<number>, the folder of a checkpoint or a "
+        ".safetensors file of a plain network (pickled files are not read)"
+    )
+
+
+def _newest(run: Path, average: Average) -> StudentWeights:
+    while (path := find_newest(run)) is not None:
+        try:
+            return _from_folder(path, average)
+        except DamagedCheckpoint:
+            if find_newest(run) == path:
+                raise
+            # The run goes on: it has written a newer one meanwhile, and removed this one.
+    finished = run / "student.safetensors"
+    remedy = f"give --checkpoint {finished}" if finished.exists() else "none has been written yet"
+    raise CheckpointError(f"no checkpoint in {run / FOLDER}; {remedy}")
+
+
+def _checked(path: Path, average: Average) -> StudentWeights:
+    check_folder(path)
+    return _from_folder(path, average)
+
+
+def _from_folder(path: Path, average: Average) -> StudentWeights:
+    saved = read_folder(path)
+    try:
+        averaged = saved["average"] is not None
+        if average == "yes" and not averaged:
+            raise ConfigError(f"--average yes: {path} has none, because train.ema_decay was null; leave it out")
+        averaged = averaged and average != "no"
+        tensors = _average_of(saved) if averaged else _student_of(saved)
+        step = int(saved["run"]["step"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}") from error
+    return StudentWeights(tensors, f"step {step}{', the exponential average' if averaged else ''}")
+
+
+def _student_of(saved: dict[str, Any]) -> dict[str, Tensor]:
+    return _plain(saved["student"], [own["buffers"] for own in saved["processes"]], "network.plain.")
+
+
+def _average_of(saved: dict[str, Any]) -> dict[str, Tensor]:
+    return _plain(saved["average"], [own["average_buffers"] for own in saved["processes"]], "module.plain.")
+
+
+def _plain(state: dict[str, Tensor], of_processes: list[dict[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+    """The plain network's part of a state; running statistics are the mean over processes, as in every evaluation."""
+    found = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    for name in found.keys() & of_processes[0].keys():
+        if found[name].is_floating_point():
+            found[name] = mean_buffer(of_processes, name)
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def _read_plain(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"no {path}: nothing has been evaluated yet; give --checkpoint last")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def _require_only_choice(path: Path, average: Average, *, averaged: bool | None) -> None:
+    """One file holds one set of weights; ``averaged``: whether it is an average, None: unknown."""
+    if average != "auto" and averaged != (average == "yes"):
+        known = {None: "whatever it was made from", True: "the exponential average", False: "the student itself"}
+        raise ConfigError(f"--average {average}: {path} holds {known[averaged]} alone; leave --average out")
+
+
+def _best_step(run: Path) -> str:
+    """The step of the evaluation that the trainer counts as the best, where the metrics are there."""
+    evaluations = [record for record in read_metrics(run) if record["kind"] == "evaluation"]
+    if not evaluations:
+        return ""
+    return f", step {best_evaluation(evaluations)['step']}"
+
+
+_USUAL_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class PlainStudent:
+    """A plain network in fp32, in eval mode, on the CPU.
+
+    Attributes:
+        name: as in a configuration, "torchvision/resnet18".
+        num_classes: K.
+        network: with its weights; the checkpoint's tensors, bit for bit.
+        fresh: builds it once more, with random ones.
+        preprocessing: of its images, where that is known.
+    """
+
+    name: str
+    num_classes: int
+    network: nn.Module
+    fresh: Callable[[], nn.Module]
+    preprocessing: Preprocessing | None = None
+
+
+def load_student(
+    name: str, started_from: str | None, tensors: Mapping[str, Tensor], *, num_classes: int | None
+) -> PlainStudent:
+    """Builds a student and loads its tensors strictly; their shapes say how many classes it has.
+
+    Args:
+        name: of the network.
+        started_from: student.weights of its run. Published weights are not loaded, but may come with another input size
+            or a normalisation of their own.
+        tensors: its state.
+        num_classes: a first guess; the data set may know it better than the configuration.
+
+    Raises:
+        ConfigError: there is no such network, or the tensors are not its state.
+
+    Example:
+        >>> load_student("torchvision/resnet18", None, load_file("student.safetensors"), num_classes=None).num_classes
+        100
+    """
+    guess = num_classes or _USUAL_CLASSES
+    network = _build_plain(name, started_from, tensors, guess)
+    classes = _classes(network, tensors, guess)
+    if classes != guess:
+        network = _build_plain(name, started_from, tensors, classes)
+    expected = network.state_dict()
+    other = [key for key in expected if key in tensors and tensors[key].dtype != expected[key].dtype]
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights are not those of student.model = {name!r}: {error}") from error
+    if other:
+        raise ConfigError(
+            f"the weights are not those of student.model = {name!r}: {other[0]} is {tensors[other[0]].dtype} instead "
+            f"of {expected[other[0]].dtype}, and so are {len(other) - 1} more"
+        )
+
+    def fresh() -> nn.Module:
+        return _for_use(_build_plain(name, started_from, network.state_dict(), classes))
+
+    return PlainStudent(name, classes, _for_use(network), fresh)
+
+
+def _for_use(network: nn.Module) -> nn.Module:
+    return network.eval().requires_grad_(False)
+
+
+def _classes(network: nn.Module, tensors: Mapping[str, Tensor], guess: int) -> int:
+    """The number that stands in the tensors where a network of ``guess`` classes has that one."""
+    sizes: set[int] = set()
+    for name, expected in network.state_dict().items():
+        if name in tensors and tensors[name].ndim == expected.ndim:
+            pairs = zip(expected.shape, tensors[name].shape, strict=True)
+            sizes |= {found for ours, found in pairs if ours == guess != found}
+    return sizes.pop() if len(sizes) == 1 else guess
+
+
+def _build_plain(name: str, started_from: str | None, tensors: Mapping[str, Tensor], num_classes: int) -> nn.Module:
+    weights = started_from
+    if weights is not None:
+        with suppress(ValueError):  # a variable that is not set where the student is exported
+            weights = expand_weights("student", weights)
+    try:
+        return bare_model(name, num_classes=num_classes, weights=weights, state=tensors, role="student")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,351 @@
+"""Weights from a file into a network, and the constructor options that they imply."""
+
+import argparse
+import codecs
+import logging
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# torchvision's two networks that were trained on images of another normalisation, and the auxiliary heads of each.
+_INCEPTIONS = {"googlenet": "aux1", "inception_v3": "AuxLogits"}
+_TRANSFORM = "transform_input"
+
+
+def torchvision_options(model: str, weights: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return the options of one of torchvision's builders: those that it sets itself when it is given weights.
+
+    Published weights of googlenet and inception_v3 need `transform_input`, and their files do not say so. Files are
+    taken to hold such weights or what was made of them, but for files that say otherwise (`options_in_words`).
+
+    Args:
+        model: name of the network.
+        weights: None or "random", the path of a file, or an identifier.
+        state: the tensors, where they are known; under any prefix.
+
+    Example:
+        >>> torchvision_options("googlenet", "teacher.pth", read_state("teacher.pth"))
+        {'init_weights': False, 'transform_input': True, 'aux_logits': False}
+    """
+    is_random = weights is None or weights == "random"
+    entry = None if is_random else torchvision.models.get_model_weights(model).__members__.get(str(weights))
+    options: dict[str, Any] = {}
+    if model in _INCEPTIONS:
+        # Which initialisation is to be said, or both print a warning; by default they take their own.
+        options["init_weights"] = is_random
+        if not is_random:
+            options[_TRANSFORM] = _transforms_input(str(weights))
+        if state is not None:
+            options["aux_logits"] = any(f".{_INCEPTIONS[model]}." in f".{name}" for name in state)
+        elif entry is not None and model == "googlenet":  # whose builder takes them away
+            options["aux_logits"] = False
+    elif model.startswith("vit_"):
+        size = _vit_size(state) if state is not None else None if entry is None else entry.meta["min_size"][0]
+        options = {} if size is None else {"image_size": size}
+    elif model == "maxvit_t" and entry is not None:
+        options = {"input_size": entry.meta["min_size"]}
+    return options
+
+
+def options_in_words(network: nn.Module) -> dict[str, str] | None:
+    """Return what a safetensors file of these weights is to say of the network's options, None if nothing.
+
+    Example:
+        >>> options_in_words(torchvision.models.googlenet(init_weights=False))
+        {'transform_input': 'False'}
+    """
+    value = getattr(network, _TRANSFORM, None)
+    return None if value is None else {_TRANSFORM: str(bool(value))}
+
+
+def _transforms_input(weights: str) -> bool:
+    path = Path(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return True
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+    except SafetensorError:
+        return True  # reading its tensors says what is wrong with it
+    return said.get(_TRANSFORM) != "False"
+
+
+def _vit_size(state: Mapping[str, Tensor]) -> int | None:
+    """The image size of a vision transformer: as many patches a side as it has positions, but for the class's."""
+    positions = next((tensor for name, tensor in state.items() if name.endswith("encoder.pos_embedding")), None)
+    patches = next((tensor for name, tensor in state.items() if name.endswith("conv_proj.weight")), None)
+    if positions is None or patches is None or positions.ndim != 3 or patches.ndim != 4:
+        return None
+    return isqrt(positions.shape[1] - 1) * patches.shape[-1]
+
+
+_logger = logging.getLogger("unikd_fast")
+
+# Where training scripts keep the state dict: at top level, else under one of these. An exponential average is what its
+# authors report, so it comes first, as in timm.
+_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+_STATE_KEYS = ("model", "state_dict", "model_state", "student")
+# Not in checkpoints older than PyTorch 0.4.1.
+_COUNTER = "num_batches_tracked"
+_SHOWN = 5
+
+
+def load_weights(model: nn.Module, path: str | Path, *, role: str = "model", key: str | None = None) -> None:
+    """Load a checkpoint into `model`, all of it or nothing.
+
+    Reads .safetensors and torch.save files, the latter without executing any code they hold. The state dict may lie at
+    top level or under a key: of an exponential average (`state_dict_ema`, `model_ema`, ...), which is preferred, or
+    `model`, `state_dict`, `model_state` or `student`. A prefix that all of the model's tensors have in the file, such
+    as `module.`, `backbone.` or `module.student.`, is taken off; what the model has no place for, such as counters of
+    profilers or other networks beside it, is left out. The log says what was taken.
+
+    Args:
+        model: gets the weights; unchanged if an error is raised.
+        path: the file.
+        role: "teacher" or "student", for messages.
+        key: the key of the state dict in the file; None: the first of those above that there is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint or is damaged, has no such key, would need code to be executed, belongs
+            to another model, has another number of classes, or holds other values than finite numbers.
+
+    Example:
+        >>> load_weights(model, "save/models/resnet56_vanilla/ckpt_epoch_240.pth", role="teacher")
+    """
+    load_state(model, read_state(path, role=role, key=key), path, role=role)
+
+
+def read_state(path: str | Path, *, role: str = "model", key: str | None = None) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint, under the names it has there; arguments and errors as of `load_weights`.
+
+    Example:
+        >>> read_state("convnext_ema.pth", key="model_ema")["norm.weight"].shape
+        torch.Size([768])
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load_weights: no file {path} for the {role}; check the path, or pass weights=None for random ones"
+        )
+    return _state_dict(_read(path, role), path, role, key)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, *, role: str = "model") -> None:
+    """Load what `read_state` returned; arguments and errors as of `load_weights`.
+
+    Example:
+        >>> load_state(model, read_state("resnet56.pth"), "resnet56.pth")
+    """
+    path, expected = Path(path), model.state_dict()
+    prefix = _find_prefix(state, expected, path, role)
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    beside = [name for name in state if not name.startswith(prefix)]
+    spare = [name for name, tensor in own.items() if name not in expected and not _is_of_the_body(name, tensor, model)]
+    if all(name in own or name.endswith(_COUNTER) for name in expected):  # otherwise they may be what is missing
+        for name in spare:
+            del own[name]
+    _check(model, own, path, role)
+    _check_values(expected, own, path, role)
+    said = [f"prefix {prefix!r} taken off"] if prefix else []
+    if left := [*(prefix + name for name in spare), *beside]:
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        said.append(f"left out, as the {role} has no such tensors: {', '.join(left[:_SHOWN])}{more}")
+    if said:
+        _logger.info("%s: weights of %s, %s", role, path, "; ".join(said))
+    # BatchNorm counters are absent from checkpoints older than PyTorch 0.4.1; strict loading fills them in.
+    model.load_state_dict(own, strict=True)
+
+
+def classifier_tensor(model: nn.Module, num_classes: int) -> str:
+    """The name of the weight that maps features to `num_classes` logits, or "the classifier" where none is found.
+
+    Example:
+        >>> classifier_tensor(torchvision.models.resnet18(num_classes=10), 10)
+        'fc.weight'
+    """
+    names = [name for name, value in model.named_parameters() if value.ndim > 1 and value.shape[0] == num_classes]
+    return names[-1] if names else "the classifier"
+
+
+def _read(path: Path, role: str) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with _published_checkpoint_types():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"load_weights: the {role}'s checkpoint {path} is not a plain one: it is damaged, or it holds Python "
+            "objects that only executing code from the file would restore, which is refused; load it where you trust "
+            "it and save model.state_dict() alone"
+        ) from error
+    except OSError as error:
+        if error.filename is not None:  # of the file; otherwise of what it says of itself
+            raise
+        raise ValueError(_unreadable(path, role, error)) from error
+    except Exception as error:  # bytes that are taken for a pickle make its reader raise anything
+        raise ValueError(_unreadable(path, role, error)) from error
+
+
+def _unreadable(path: Path, role: str, error: Exception) -> str:
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"load_weights: the {role}'s checkpoint {path} cannot be read ({said}); is the download complete?"
+
+
+@contextmanager
+def _published_checkpoint_types() -> Iterator[None]:
+    # Published checkpoints hold the options of their run and accuracies as numpy scalars. None of these run code.
+    numpy_scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before and since numpy 2
+    dtypes = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
+    allowed: list[Any] = [
+        argparse.Namespace,
+        np.dtype,
+        codecs.encode,
+        *dtypes,
+        *((numpy_scalar, name) for name in names),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        yield
+
+
+def _state_dict(content: Any, path: Path, role: str, key: str | None) -> dict[str, Tensor]:
+    entries = content if isinstance(content, Mapping) else {}
+    there = [name for name in entries if _is_state(entries[name])]
+    if _is_state(content):
+        if key is not None:
+            raise ValueError(
+                f"load_weights: the {role}'s checkpoint {path} has its tensors at top level and weights_key is "
+                f"{key!r}; leave it out"
+            )
+        return dict(content)
+    if key is not None and key not in there:
+        raise ValueError(
+            f"load_weights: the {role}'s checkpoint {path} has no state dict under weights_key = {key!r}; take "
+            f"{' or '.join(map(repr, there)) or 'another file, which has one'}"
+        )
+    found = key or next((name for name in (*_EMA_KEYS, *_STATE_KEYS) if name in there), None)
+    if found is None:
+        keys = list(entries)[:_SHOWN] if isinstance(content, Mapping) else type(content).__name__
+        remedy = f"choose from {', '.join(map(repr, there))} by weights_key" if there else "save model.state_dict()"
+        raise ValueError(
+            f"load_weights: the {role}'s checkpoint {path} has no state dict at top level or under "
+            f"{', '.join((*_STATE_KEYS, *_EMA_KEYS))}, got {keys}; {remedy}"
+        )
+    others = [name for name in there if name != found]
+    beside = f" (weights_key takes {' or '.join(map(repr, others))} instead)" if others else ""
+    _logger.info("%s: weights under %r of %s%s", role, found, path, beside)
+    return dict(content[found])
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
+
+
+def _find_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, role: str) -> str:
+    """What stands in the file before the name of every tensor of the model; of no prefix that fits, the nearest."""
+    needed = {name for name in expected if not name.endswith(_COUNTER)}
+    found: Counter[str] = Counter()
+    for name in state:
+        starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+        found.update(name[:start] for start in starts if name[start:] in needed)
+    most = max(found.values(), default=0)
+    if 2 * most <= len(needed):
+        return ""
+    nearest = sorted((prefix for prefix, count in found.items() if count == most), key=len)
+    if most < len(needed):
+        return nearest[0]
+    fitting = [start for start in nearest if all(state[start + name].shape == expected[name].shape for name in needed)]
+    if not fitting:
+        return nearest[0]
+    if len(fitting) > 1 and fitting[0]:
+        raise ValueError(
+            f"load_weights: the {role}'s checkpoint {path} holds {len(fitting)} networks that fit, under the prefixes "
+            f"{', '.join(map(repr, fitting))}; save the state dict of one of them alone"
+        )
+    return fitting[0]
+
+
+def _is_of_the_body(name: str, tensor: Tensor, model: nn.Module) -> bool:
+    """Whether a tensor without a place in the model shows that the file is of a deeper one.
+
+    A resnet34 has every tensor of a resnet18, and more in the same stages. What the model does not have at all, such as
+    another head, says nothing of the kind, and neither do counters.
+    """
+    if tensor.numel() <= 1 or not tensor.is_floating_point():
+        return False
+    first, _, rest = name.partition(".")
+    children = {child for child, _ in model.named_children()}
+    numbers = re.compile(r"\d+")
+    series = {numbers.sub("#", child) for child in children if numbers.search(child)}
+    return bool(rest) and (first in children or numbers.sub("#", first) in series)
+
+
+def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, role: str) -> None:
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state and not name.endswith(_COUNTER)]
+    unexpected = [name for name in state if name not in expected]
+    differing = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    if not (missing or unexpected or differing):
+        return
+    counts = {(state[name].shape[:1], expected[name].shape[:1]) for name in differing}
+    bodies_agree = all(state[name].shape[1:] == expected[name].shape[1:] for name in differing)
+    if not (missing or unexpected) and bodies_agree and len(counts) == 1:
+        name = next((name for name in differing if expected[name].ndim > 1), differing[0])
+        theirs, ours = state[name].shape[0], expected[name].shape[0]
+        raise ValueError(
+            f"load_weights: the {role}'s checkpoint {path} has {theirs} classes and the {role} {ours}: "
+            f"{name} is {tuple(state[name].shape)} in the file and {tuple(expected[name].shape)} in the model; set "
+            f"num_classes to {theirs}, or take a checkpoint trained on the {ours} classes"
+        )
+    in_model = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    in_file = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    lines = [f"{name}: {in_file[name]} in the file, {in_model[name]} in the model" for name in differing]
+    lines += [f"{name}: missing in the file, {in_model[name]} in the model" for name in missing]
+    lines += [f"{name}: {in_file[name]} in the file, not in the model" for name in unexpected]
+    more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    raise ValueError(
+        f"load_weights: {path} is a checkpoint of another model than the {role} ({type(model).__name__}): "
+        f"{len(differing)} tensors differ in shape, {len(missing)} are missing, {len(unexpected)} unexpected; "
+        "build the network it was trained as\n  " + "\n  ".join(lines[:_SHOWN]) + more
+    )
+
+
+def _check_values(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, role: str) -> None:
+    """Refuse what has the right shape and would be copied, but does not hold the numbers of a network."""
+    for name, tensor in state.items():
+        kind = "real" if expected[name].is_floating_point() else "whole"
+        found = ""
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            held = "quantised" if tensor.is_quantized else "without values" if tensor.is_meta else str(tensor.layout)
+            found = f"is {held}"
+        elif tensor.dtype == expected[name].dtype and kind == "whole":
+            continue  # a mask of bools, or complex frequencies, where the network has them
+        elif name.endswith(_COUNTER) and tensor.is_floating_point() and torch.isfinite(tensor).all():
+            continue  # an exponential average of all buffers has it so
+        elif tensor.is_complex() or tensor.is_floating_point() != (kind == "real") or tensor.dtype == torch.bool:
+            found = f"holds {tensor.dtype}"
+        elif kind == "real" and not torch.isfinite(tensor.float()).all():
+            found = "holds inf or NaN"
+        if found:
+            raise ValueError(
+                f"load_weights: the {role}'s checkpoint {path} cannot be used: {name} {found}, where finite {kind} "
+                f"numbers belong; save model.state_dict() of the trained network"
+            )

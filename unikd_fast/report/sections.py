@@ -1,0 +1,433 @@
+"""Further sections of the page: curves over the epochs, what the test logits show, speed and environment."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unikd_fast.report.accuracy import spread
+from unikd_fast.report.figures import Bar, Dots, Matrix, Panel, draw_bars, draw_curves, draw_dots, draw_heatmaps
+from unikd_fast.report.page import Missing, Part, Picture, Section, Table
+from unikd_fast.report.run_data import (
+    DIFFERENCES,
+    Line,
+    LogitComparison,
+    Material,
+    course,
+    keys_with,
+    line,
+    line_over_seeds,
+    loss_terms,
+)
+from unikd_fast.report.run_files import STEP_TIME, TEST_LOGITS, StepTime, read_json, read_lines
+
+_EPOCH = "epoch"
+_PROBE = "probe_kl"
+_INDICATORS = {
+    "head_mean_std": ("Spread of the means m_t", "standard deviation"),
+    "head_variance": ("Variances v_t", "mean variance"),
+    "head_accuracy": ("Accuracy of argmax m_t", "share of samples (0–1)"),
+}
+
+
+def convergence_section(materials: Sequence[Material]) -> Section:
+    """Fig 3: cross-entropy, the common probe, and each method's own loss terms."""
+    split, names = _split(materials), [material.name for material in materials]
+    parts: list[Part] = []
+    panels = [
+        Panel(f"Cross-entropy, {split}", _EPOCH, "nats a sample", _lines(materials, "evaluation", "ce")),
+        Panel(
+            f"Common probe, {split}", _EPOCH, "τ² KL, τ = 4 (nats a sample)", _lines(materials, "evaluation", _PROBE)
+        ),
+    ]
+    terms = dict.fromkeys(
+        term for material in materials for seed in material.seeds for term in loss_terms(seed.records)
+    )
+    panels += [Panel(f"{term}, training", _EPOCH, "loss term", _term_lines(materials, term)) for term in terms]
+    shown = tuple(panel for panel in panels if panel.lines)
+    if shown:
+        parts.append(
+            Picture(
+                "convergence",
+                "Fig 3. Cross-entropy and the common probe on data that is not trained on, then each method's own loss "
+                f"terms in training, as it logs them.{_band(materials)} Own terms of different methods do not "
+                "compare; the probe is the same measure for all.",
+                _alt(shown),
+                lambda theme: draw_curves(shown, theme, names),
+            )
+        )
+    else:
+        parts.append(
+            Missing("The course of training appears once the run folders hold metrics.jsonl with evaluation records.")
+        )
+    probed = {line.name for line in panels[1].lines}
+    taught = [
+        m for m in materials if m.group.runs[0].teacher is not None and m.group.runs[0].result["method"] != "none"
+    ]
+    lacking = [m.name for m in taught if m.name not in probed]
+    if lacking:
+        parts.append(
+            Missing(
+                f"The common probe is missing for {', '.join(lacking)}. It appears once the evaluation records of "
+                f"metrics.jsonl hold {_PROBE}."
+            )
+        )
+    return Section("convergence", "Convergence", tuple(parts))
+
+
+def collapse_section(materials: Sequence[Material]) -> Section:
+    """The head_* indicators over the epochs, and where they end."""
+    keys = dict.fromkeys(
+        key
+        for material in materials
+        for seed in material.seeds
+        for key in keys_with(seed.records, "evaluation", lambda key: key.startswith("head_"))
+    )
+    found = {key: lines for key in keys if (lines := _lines(materials, "evaluation", key))}
+    if not found:
+        text = (
+            "No run has indicators of a teacher's head. Methods that have one (UniKD) write head_* at every evaluation."
+        )
+        return Section("collapse", "Collapse indicators", (Missing(text),))
+    panels = tuple(_indicator_panel(key, lines) for key, lines in found.items())
+    names = list(dict.fromkeys(line.name for lines in found.values() for line in lines))
+    rows = tuple((name, *(_last_value(lines, name) for lines in found.values())) for name in names)
+    header = ("", *(f"{panel.title}, {panel.y_label}" for panel in panels))
+    return Section(
+        "collapse",
+        "Collapse indicators",
+        (
+            "Trained through the feature loss alone, the teacher's side of UniKD can shrink to nothing, and the loss "
+            "with it. That shows as a spread of the means that goes to 0 and an accuracy at chance.",
+            Picture(
+                "collapse",
+                f"The teacher's head at every evaluation, on the {_split(materials)}.{_band(materials)}",
+                _alt(panels),
+                lambda theme: draw_curves(panels, theme, [material.name for material in materials]),
+            ),
+            Table("The same at the last evaluation, mean over seeds.", header, rows),
+        ),
+    )
+
+
+def _term_lines(materials: Sequence[Material], term: str) -> tuple[Line, ...]:
+    """Of the groups whose loss has the term; others may log zeros for it."""
+    having = [m for m in materials if any(term in loss_terms(seed.records) for seed in m.seeds)]
+    return _lines(having, "train", term)
+
+
+def _lines(materials: Sequence[Material], kind: str, key: str) -> tuple[Line, ...]:
+    lines = []
+    for material in materials:
+        courses = [found for seed in material.seeds if (found := course(seed.records, kind, key))]
+        if (line := line_over_seeds(material.name, courses)) is not None:
+            lines.append(line)
+    return tuple(lines)
+
+
+def _indicator_panel(key: str, lines: tuple[Line, ...]) -> Panel:
+    """From zero, so that what looks like a fall is one; of an indicator that is not known, as its lines need."""
+    if key not in _INDICATORS:
+        return Panel(key, _EPOCH, "indicator", lines)
+    highest = max((float(line.high.max()) for line in lines if np.isfinite(line.high).all()), default=1.0)
+    top = 1.02 if key == "head_accuracy" else 1.08 * highest or 1.0
+    title, y_label = _INDICATORS[key]
+    return Panel(title, _EPOCH, y_label, lines, y_limits=(0.0, top))
+
+
+def _last_value(lines: Sequence[Line], name: str) -> str:
+    return next((f"{line.mean[-1]:.4g}" for line in lines if line.name == name), "–")
+
+
+def _split(materials: Sequence[Material]) -> str:
+    """What an evaluation during training is on: the test split where there is no other."""
+    on_test = {bool(run.result["test_is_val"]) for material in materials for run in material.group.runs}
+    return {frozenset({True}): "test split", frozenset({False}): "validation split"}.get(
+        frozenset(on_test), "validation or test split"
+    )
+
+
+def _band(materials: Sequence[Material]) -> str:
+    several = any(len(material.seeds) > 1 for material in materials)
+    return " Lines are means over seeds, bands reach from the lowest seed to the highest." if several else ""
+
+
+def _alt(panels: Sequence[Panel], last: Callable[[Line], str] = lambda line: f"{line.mean[-1]:.4g}") -> str:
+    """Where each line ends, panel by panel."""
+    ends = (f"{panel.title}: {', '.join(f'{line.name} {last(line)}' for line in panel.lines)}" for panel in panels)
+    return f"Line charts. Last values: {'; '.join(ends)}."
+
+
+_ALMOST_ALL = 0.999
+_ANCHORS = (("differences", "Logit differences"), ("classes", "Class structure"), ("agreement", "Agreement"))
+# Title, digits, and the figure of a comparison.
+_MEASURES: tuple[tuple[str, int, Callable[[LogitComparison], float]], ...] = (
+    ("agreement (%)", 2, lambda one: one.agreement),
+    ("agreement where the teacher is right (%)", 2, lambda one: one.agreement_where_right),
+    ("student top-1 (%)", 2, lambda one: one.student_accuracy),
+    ("teacher top-1 (%)", 2, lambda one: one.teacher_accuracy),
+    ("τ² KL, τ = 4 (nats)", 4, lambda one: one.probe_kl),
+)
+
+
+def logit_sections(materials: Sequence[Material]) -> list[Section]:
+    """Three sections; one that says what is missing if no run has test logits."""
+    usable = [material for material in materials if material.compared]
+    reasons: dict[str, list[str]] = {}
+    for material in materials:
+        for seed in material.seeds:
+            if seed.without:
+                reasons.setdefault(seed.without, []).append(material.name_of(seed))
+    left_out = ". ".join(f"{'; '.join(names)}: {reason}" for reason, names in reasons.items())
+    missing = Missing(
+        f"Left out are {left_out}. The logits' figures appear for runs of which the student's folder and the "
+        f"teacher's both hold {TEST_LOGITS}."
+    )
+    if not usable:
+        return [Section("differences", "Logits", (missing,))]
+    figures = (_differences(usable, [material.name for material in materials]), _classes(usable), _agreement(usable))
+    doubts = [Missing(f"{m.name_of(seed)}: {seed.doubt}") for m in usable for seed in m.seeds if seed.doubt]
+    first: list[Part] = [*figures[0], *([missing] if reasons else []), *doubts]
+    parts = (tuple(first), figures[1], figures[2])
+    return [Section(anchor, title, own) for (anchor, title), own in zip(_ANCHORS, parts, strict=True)]
+
+
+def _differences(materials: Sequence[Material], names: Sequence[str]) -> tuple[Part, ...]:
+    """Fig 4; ``names`` are of all groups of the page."""
+    lines = tuple(
+        line(material.name, DIFFERENCES, np.stack([one.cdf for one in material.compared])) for material in materials
+    )
+    everywhere = np.min([one.low for one in lines], axis=0) >= _ALMOST_ALL
+    end = float(DIFFERENCES[np.argmax(everywhere)]) if everywhere.any() else float(DIFFERENCES[-1])
+    panel = Panel(
+        "Distribution of logit differences",
+        "|student logit − teacher logit|, logits",
+        "share of entries (0–1)",
+        lines,
+        (0.0, max(end, float(DIFFERENCES[1]))),
+        (0.0, 1.01),
+    )
+    medians = ", ".join(f"{one.name} {_median(one.mean)}" for one in lines)
+    caption = (
+        "Fig 4. Empirical distribution of |z_s − z_t| over all test samples and classes; the further to the left a "
+        "curve rises, the nearer the student is to its teacher. A shift that softmax does not see counts as well."
+    )
+    beyond = [f"{one.name} {100 * (1 - one.mean[-1]):.2g} %" for one in lines if one.mean[-1] < _ALMOST_ALL]
+    if beyond:
+        caption += f" Beyond {DIFFERENCES[-1]:g} logits lie: {', '.join(beyond)}."
+    alt = f"Line chart of cumulative shares. Medians in logits: {medians}."
+    return (Picture("differences", caption, alt, lambda theme: draw_curves((panel,), theme, names)),)
+
+
+def _median(cdf: np.ndarray) -> str:
+    return f"{DIFFERENCES[np.argmax(cdf >= 0.5)]:.2f}" if cdf[-1] >= 0.5 else f"above {DIFFERENCES[-1]:g}"
+
+
+def _classes(materials: Sequence[Material]) -> tuple[Part, ...]:
+    means = [Matrix(material.name, material.compared[0].class_difference) for material in materials]
+    correlations = [Matrix(material.name, material.compared[0].correlation_difference) for material in materials]
+    several = any(len(material.seeds) > 1 for material in materials)
+    seed = " Of the first seed." if several else ""
+    size = len(means[0].values)
+    if any(len(matrix.values) != size for matrix in means):
+        return (
+            Missing("The class structure is left out: the runs differ in their number of classes; report them apart."),
+        )
+    cells = " Each cell is the mean of a square of classes." if size > 256 else ""
+    return (
+        Picture(
+            "class-means",
+            "Fig 5. |M_s − M_t|: how far the student's mean logits for each true class are from the teacher's, the "
+            f"diagonal set to zero. One scale for all.{cells}{seed}",
+            f"Heatmaps of {size} x {size} classes. Mean difference in logits: {_averages(means)}.",
+            lambda theme: draw_heatmaps(
+                means,
+                theme,
+                kind="sequential",
+                color_label="|difference|, logits",
+                x_label="class of the logit",
+                y_label="true class",
+            ),
+        ),
+        Picture(
+            "correlations",
+            "Fig 5, as correlations: the correlation coefficients between the student's logits less those between the "
+            f"teacher's. One scale for all, the same to both sides.{cells}{seed}",
+            f"Heatmaps of {size} x {size} classes. Mean absolute difference: {_averages(correlations)}.",
+            lambda theme: draw_heatmaps(
+                correlations,
+                theme,
+                kind="diverging",
+                color_label="student less teacher",
+                x_label="class of the logit",
+                y_label="class of the logit",
+            ),
+        ),
+    )
+
+
+def _averages(matrices: Sequence[Matrix]) -> str:
+    """The mean absolute value of each off the diagonal, where there is one."""
+    shown = []
+    for matrix in matrices:
+        off = np.abs(matrix.values[~np.eye(len(matrix.values), dtype=bool)])
+        off = off[np.isfinite(off)]
+        shown.append(f"{matrix.name} {off.mean():.3g}" if off.size else f"{matrix.name} undefined")
+    return ", ".join(shown)
+
+
+def _agreement(materials: Sequence[Material]) -> tuple[Part, ...]:
+    rows = []
+    dots = []
+    for material in materials:
+        values = [[of(one) for one in material.compared] for _, _, of in _MEASURES]
+        texts = (spread(value).text(digits) for value, (_, digits, _) in zip(values, _MEASURES, strict=True))
+        rows.append((material.name, *("–" if text.startswith("nan") else text for text in texts)))
+        shown = {"all samples": values[0], "samples the teacher gets right": values[1]}
+        if not any(math.isnan(one) for value in shown.values() for one in value):
+            measures = {name: (sum(value) / len(value), min(value), max(value)) for name, value in shown.items()}
+            dots.append(Dots(material.name, measures))
+    table = Table(
+        "Student and teacher on the test split, mean ± sample standard deviation over seeds; τ² KL is the common probe "
+        "on the stored logits.",
+        ("", *(title for title, _, _ in _MEASURES)),
+        tuple(rows),
+    )
+    if not dots:
+        return (table,)
+    ends = ", ".join(f"{one.name} {one.measures['all samples'][0]:.2f} %" for one in dots)
+    picture = Picture(
+        "agreement",
+        "How often the student gives its teacher's class. Marks are means over seeds, lines reach from the lowest "
+        "seed to the highest.",
+        f"Dot plot of agreement on all test samples: {ends}.",
+        lambda theme: draw_dots(dots, theme, x_label="samples with the same top-1 class (%)"),
+    )
+    return (picture, table)
+
+
+_STARTS = "starts.jsonl"
+_OWN = ("time", "command")
+_NAMES = {
+    "data_ms": "data",
+    "teacher_ms": "teacher",
+    "student_forward_ms": "student forward",
+    "loss_ms": "loss",
+    "backward_ms": "backward",
+    "optimiser_ms": "optimiser",
+}
+
+
+def step_time_section(materials: Sequence[Material]) -> Section:
+    """Where a step's time goes, where that was measured, and the pace of all runs."""
+    parts: list[Part] = []
+    times = {material.name: [seed.step_time for seed in material.seeds if seed.step_time] for material in materials}
+    measured = {name: found for name, found in times.items() if found}
+    if measured:
+        parts += _breakdown(measured)
+    lacking = [material.name for material in materials if material.name not in measured]
+    if lacking:
+        text = f"The breakdown of a step is missing for {', '.join(lacking)}"
+        how = f"it appears once the run's folder holds {STEP_TIME}, which a run of 20 steps writes"
+        parts.append(Missing(f"{text}; {how}. Steps captured in a CUDA graph (train.cuda_graph) have no parts."))
+    rows = tuple(row for material in materials if (row := _pace(material)) is not None)
+    if rows:
+        caption = "Pace in training: medians over the log lines of all seeds, without the first of each run."
+        parts.append(Table(caption, ("", "images per second", "share of time spent waiting for data (%)"), rows))
+    return Section("step-time", "Step time", tuple(parts))
+
+
+def making_section(sources: Sequence[Path]) -> Section:
+    """The environment of each run folder, and what was another at a later start.
+
+    Those that differ in time and command alone stand together.
+    """
+    tables: list[Part] = []
+    missing: list[Part] = []
+    alike: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for source in sources:
+        path = source / "environment.json"
+        if not path.exists():
+            missing.append(Missing(f"{source} has no environment.json."))
+            continue
+        found = read_json(path)
+        for start in read_lines(source / _STARTS):
+            if text := _changes(found, start):
+                found[f"from {start.get('time')} on"] = text
+        compared = json.dumps({key: value for key, value in found.items() if key not in _OWN}, sort_keys=True)
+        alike.setdefault(compared, []).append((source, found))
+    for (source, found), *others in alike.values():
+        more = f" and {len(others)} others" if len(others) > 1 else " and another" if others else ""
+        caption = f"Environment of {source}{more}{', which differ in time and command alone' if others else ''}"
+        rows = tuple((key, _plain(value)) for key, value in found.items())
+        tables.append(Table(caption, ("", "value"), rows, numbers=False))
+    return Section("environment", "How these were made", (*tables, *missing))
+
+
+def _changes(first: dict[str, Any], start: dict[str, Any]) -> str:
+    """What a later start had that the first had not; empty where nothing of it matters."""
+    changed = {key: value for key, value in start.items() if key not in _OWN and value != first.get(key)}
+    versions, before = changed.get("versions"), first.get("versions")
+    if isinstance(versions, dict) and isinstance(before, dict):
+        changed["versions"] = {name: one for name, one in versions.items() if one != before.get(name)}
+    return ", ".join(f"{key} {_plain(value)}" for key, value in changed.items())
+
+
+def _breakdown(measured: dict[str, list[StepTime]]) -> list[Part]:
+    bars = [
+        Bar(
+            name,
+            {shown: statistics.mean(float(getattr(time, key)) for time in times) for key, shown in _NAMES.items()},
+        )
+        for name, times in measured.items()
+    ]
+    hardware = {name: ", ".join(dict.fromkeys(time.hardware for time in times)) for name, times in measured.items()}
+    rows = tuple(
+        (
+            bar.name,
+            *(f"{ms:.2f}" for ms in (*bar.parts.values(), sum(bar.parts.values()))),
+            hardware[bar.name],
+        )
+        for bar in bars
+    )
+    sums = ", ".join(f"{bar.name} {sum(bar.parts.values()):.3g} ms" for bar in bars)
+    differs = " The hardware differs between them." if len(set(hardware.values())) > 1 else ""
+    return [
+        Picture(
+            "step-time",
+            f"Where the time of a training step goes, mean over seeds.{differs}",
+            f"Stacked bars of milliseconds a step: {sums}.",
+            lambda theme: draw_bars(bars, theme, x_label="time of a step (ms)"),
+        ),
+        Table(
+            f"Milliseconds a step, mean over seeds.{differs}",
+            ("", *_NAMES.values(), "sum", "hardware"),
+            rows,
+        ),
+    ]
+
+
+def _pace(material: Material) -> tuple[str, str, str] | None:
+    rates: list[float] = []
+    waits: list[float] = []
+    for seed in material.seeds:
+        lines = [r for r in seed.records if r.get("kind") == "train" and "images_per_s" in r and "data_wait_share" in r]
+        # The first has the start of the loader and the first call of every kernel.
+        for record in lines[1:] or lines:
+            rates.append(record["images_per_s"])
+            waits.append(record["data_wait_share"])
+    if not rates:
+        return None
+    return material.name, f"{statistics.median(rates):,.0f}", f"{100 * statistics.median(waits):.1f}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(one)}" for key, one in value.items() if one is not None)
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
