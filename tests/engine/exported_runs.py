@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unikd_fast.config import Config, load_config
-from unikd_fast.engine.export_command import main
 from unikd_fast.engine.folder import open_run_folder
+from unikd_fast.export.command import main
 from unikd_fast.models import CIFAR_MODELS
 
 STEPS = 6

@@ -230,7 +230,7 @@ def test_a_student_that_started_from_published_weights_is_the_network_that_came_
 
 def test_the_command_is_one(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "unikd_fast.engine.export_command", str(tmp_path), "--to", "a.pt"],
+        [sys.executable, "-m", "unikd_fast.export.command", str(tmp_path), "--to", "a.pt"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unikd_fast.config import ConfigError
 from unikd_fast.engine.checkpoint import checkpoint_name
-from unikd_fast.engine.export_command import main
+from unikd_fast.export.command import main
 from unikd_fast.export.formats import plain_logits, random_images
 
 

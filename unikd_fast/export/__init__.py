@@ -1,1 +1,1 @@
-""""""
+"""The student of a run in files that other programs read."""

@@ -1,6 +1,6 @@
 """``unikd-export``: the student alone from any checkpoint of a run, in a file that other programs read.
 
-``python -m unikd_fast.engine.export_command`` is the same.
+``python -m unikd_fast.export.command`` is the same.
 """
 
 import argparse
