@@ -41,20 +41,20 @@ def pooled_inputs(pyramid: Pyramid, width: int, randn: Callable[..., Tensor]) ->
         *(randn(c, size, size) for c, size in levels),
         *(randn(width, c, 1, 1, scale=c**-0.5) for c, _ in levels),
         *(randn(width) for _ in levels),
-        *_gates(len(levels) - 1, 1, width, randn),
+        *_gates(len(levels) - 1, width, randn),
     ]
 
 
-def blend_inputs(pyramid: Pyramid, maps: int, randn: Callable[..., Tensor]) -> list[Tensor]:
-    """Draw E(F) of a level, R of the one above it, and the gate of `maps` maps between them."""
+def blend_inputs(pyramid: Pyramid, randn: Callable[..., Tensor]) -> list[Tensor]:
+    """Draw E(F) of a level, R of the one above it, and the gate between them."""
     width = pyramid.channels[0]
     features = [randn(c, size, size) for c, size in zip(pyramid.channels, pyramid.sizes, strict=True)]
-    return [*features, *_gates(len(features) - 1, maps, width, randn)]
+    return [*features, *_gates(len(features) - 1, width, randn)]
 
 
-def _gates(count: int, maps: int, width: int, randn: Callable[..., Tensor]) -> list[Tensor]:
-    weights = [randn(maps, 2 * width, 3, 3, scale=(18 * width) ** -0.5) for _ in range(count)]
-    return weights + [randn(maps) for _ in range(count)]
+def _gates(count: int, width: int, randn: Callable[..., Tensor]) -> list[Tensor]:
+    weights = [randn(1, 2 * width, 3, 3, scale=(18 * width) ** -0.5) for _ in range(count)]
+    return weights + [randn(1) for _ in range(count)]
 
 
 def levels_of(x: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
@@ -118,13 +118,11 @@ class Case:
     batch: int
     backward: bool
     targets: tuple[Target, ...] = ()
-    gate: str = "spatial"
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        gate = "" if self.gate == "spatial" else f", {self.gate} gate"
         passes = "forward and gradients" if self.backward else "forward"
-        return f"{self.form} {self.pyramid.name} D={self.width}{gate}, batch {self.batch}, {passes}"
+        return f"{self.form} {self.pyramid.name} D={self.width}, batch {self.batch}, {passes}"
 
     @property
     def feature_bytes(self) -> int:
@@ -167,8 +165,8 @@ def _teacher(width: int, batch: int, ratio: float) -> Case:
     return Case("pooled", RESNET50, width, batch, False, targets)
 
 
-def _blend(batch: int, targets: tuple[Target, ...], gate: str = "spatial", width: int = 256) -> Case:
-    return Case("blend", Pyramid("56 over 28", (width, width), (56, 28)), width, batch, True, targets, gate)
+def _blend(batch: int, targets: tuple[Target, ...], width: int = 256) -> Case:
+    return Case("blend", Pyramid("56 over 28", (width, width), (56, 28)), width, batch, True, targets)
 
 
 CASES = [
@@ -177,7 +175,6 @@ CASES = [
     Case("pooled", RESNET32X4, 256, 64, True, COLLAPSED),  # so little to move that launching is what costs
     Case("pooled", RESNET32X4, 256, 512, True, BACKWARD_HALF),
     *(_blend(batch, BLENDED) for batch in (64, 256)),
-    _blend(64, (NO_WAITING,), gate="channel"),
 ]
 
 
@@ -195,7 +192,7 @@ def make_inputs(case: Case, *, device: str, seed: int = 0) -> list[Tensor]:
 
     if case.form == "pooled":
         return pooled_inputs(case.pyramid, case.width, randn)
-    return blend_inputs(case.pyramid, 1 if case.gate == "spatial" else case.width, randn)
+    return blend_inputs(case.pyramid, randn)
 
 
 def make_upstream(case: Case, *, device: str) -> Tensor:

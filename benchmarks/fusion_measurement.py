@@ -85,7 +85,6 @@ def _labels(case: Case, variant: str) -> Row:
         "features": case.pyramid.name,
         "width": case.width,
         "batch": case.batch,
-        "gate": case.gate,
         "passes": "forward and gradients" if case.backward else "forward",
         "dtype": str(case.dtype).removeprefix("torch."),
     }

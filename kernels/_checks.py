@@ -164,7 +164,10 @@ def check_teacher(function: str, student: Tensor, teacher: Tensor | QuantizedLog
             )
 
 
-def check_topk_settings(function: str, temperature: float, divergence: str, standardized: bool) -> None:
+def check_topk_settings(function: str, temperature: float, divergence: str, standardized: bool, impl: str) -> None:
+    check_impl(function, impl)
+    if impl == "fused":
+        raise ValueError(f"{function}: impl='fused' has no kernel for TopKLogits; use impl='auto'")
     if temperature != 1 or divergence != "forward" or standardized:
         raise ValueError(
             f"{function}: TopKLogits hold the teacher at temperature 1, for the forward divergence of logits as they "

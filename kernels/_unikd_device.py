@@ -85,7 +85,7 @@ def _anchor_rows(
 @triton.jit(do_not_specialize=["N", "LOGIT_PROGRAMS", "GAUSSIAN_ROWS"])
 def unikd_kernel(
     student_ptr,  # (N, K)
-    teacher_ptr,  # (N, K), or None: no L_L
+    teacher_ptr,  # (N, K)
     scale_ptr,  # (N,), or None
     labels_ptr,  # (N,) integer, or (N, K) dense if SOFT
     student_mean_ptr,  # (GAUSSIAN_ROWS, KG) dense, or None: no L_FL
@@ -177,28 +177,21 @@ def unikd_kernel(
             f_s = tl.full([ROWS, 1], 1.0, tl.float32) * inverse_temperature
             one = tl.full([ROWS, 1], 1.0, tl.float32)
             f_t = f_s
-            teacher_rows = student_rows  # replaced where there is a teacher
-            if teacher_ptr is not None:
-                teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
-                if scale_ptr is not None:
-                    f_t = f_s * tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
+            teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
+            if scale_ptr is not None:
+                f_t = f_s * tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
             weight_sum = one
-            max_t = one
-            n_t = one
-            rest_s = one
-            rest_t = one
             if SINGLE:
                 cols0 = tl.arange(0, BLOCK_K)
                 s0 = load_logits(student_rows, cols0, live, STUDENT_COL, K)
                 max_s = tl.max(s0, axis=1)[:, None]
                 n_s = row_sum((s0 == max_s).to(tl.float32))
                 rest_1 = row_sum(tl.where(s0 == max_s, 0.0, tl.exp(s0 - max_s)))
-                if teacher_ptr is not None:
-                    t0 = load_logits(teacher_rows, cols0, live, TEACHER_COL, K)
-                    max_t = tl.max(t0, axis=1)[:, None]
-                    rest_s = row_sum(tl.where(s0 == max_s, 0.0, tl.exp((s0 - max_s) * f_s)))
-                    n_t = row_sum((t0 == max_t).to(tl.float32))
-                    rest_t = row_sum(tl.where(t0 == max_t, 0.0, tl.exp((t0 - max_t) * f_t)))
+                t0 = load_logits(teacher_rows, cols0, live, TEACHER_COL, K)
+                max_t = tl.max(t0, axis=1)[:, None]
+                rest_s = row_sum(tl.where(s0 == max_s, 0.0, tl.exp((s0 - max_s) * f_s)))
+                n_t = row_sum((t0 == max_t).to(tl.float32))
+                rest_t = row_sum(tl.where(t0 == max_t, 0.0, tl.exp((t0 - max_t) * f_t)))
                 if SOFT:
                     w0 = _class_weights(labels_ptr, rows, target, cols0, live, smoothing, SOFT, SMOOTH, K)
                     weight_sum = row_sum(w0)
@@ -218,10 +211,9 @@ def unikd_kernel(
                     cols = i * BLOCK_K + tl.arange(0, BLOCK_K)
                     s = load_logits(student_rows, cols, live, STUDENT_COL, K)
                     max_s, n_s, rest_1 = online_max_sum(max_s, n_s, rest_1, s, one)
-                    if teacher_ptr is not None:
-                        t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                        max_2, n_2, rest_s = online_max_sum(max_2, n_2, rest_s, s, f_s)
-                        max_t, n_t, rest_t = online_max_sum(max_t, n_t, rest_t, t, f_t)
+                    t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
+                    max_2, n_2, rest_s = online_max_sum(max_2, n_2, rest_s, s, f_s)
+                    max_t, n_t, rest_t = online_max_sum(max_t, n_t, rest_t, t, f_t)
                     if SOFT:
                         w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
                         weight_sum += row_sum(w)
@@ -247,14 +239,13 @@ def unikd_kernel(
                 g = (tl.exp(d) / sum_1 * weight_sum - w) * ce_scale
                 # A row without a label may hold what it likes in the cross-entropy.
                 g = tl.where(labelled[:, None], g, 0.0)
-                if teacher_ptr is not None:
-                    if SINGLE:
-                        t = t0
-                    else:
-                        t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                    q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
-                    kl_rows += row_sum(kl_terms(p, q, u))
-                    g += difference(p, q, u) * kl_scale
+                if SINGLE:
+                    t = t0
+                else:
+                    t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
+                q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
+                kl_rows += row_sum(kl_terms(p, q, u))
+                g += difference(p, q, u) * kl_scale
                 if student_grad_ptr is not None:
                     store_tile(row_pointers(student_grad_ptr, rows, K), cols, live, g, K)
             ce_sum += block_sum(tl.where(labelled[:, None], ce_rows * nan, 0.0))

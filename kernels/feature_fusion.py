@@ -1,12 +1,9 @@
 """One stage of the AFF, fused: R_l = g E + (1 - g) Up(R_{l+1}) without the concatenation or the upsampled map (Eq. 4).
 
-Spatial gates: the 3x3 convolution is a projection of each half on its nine taps, at its own size, and then shifts and
-adds of scalar maps: the projections and gates of the collapsed AFF for two levels. Three launches forward, four
+The gate is one map. Its 3x3 convolution is a projection of each half on its nine taps, at its own size, and then shifts
+and adds of scalar maps: the projections and gates of the collapsed AFF for two levels. Three launches forward, four
 backward. Bytes moved, with P those of E and a quarter of the pixels above it: E and R_{l+1} twice and the result, 3.5 P
-forward of at least 2.25 P; 6.75 P backward of at least 3.5 P.
-
-Gates of one map a channel: the convolution is cuDNN's, on each half of the weights; that of R_{l+1} at the coarse size,
-tap by tap. The rest is one launch forward and two backward; a is kept for backward.
+forward of at least 2.25 P; 6.75 P backward of at least 3.5 P. A gate per channel has no kernel.
 """
 
 from collections.abc import Sequence
@@ -16,7 +13,6 @@ from torch import Tensor
 
 from unikd_fast.kernels._blend_device import blend_kernel, gate_gradient_kernel
 from unikd_fast.kernels._blend_plan import blend_plan, laid_out_as
-from unikd_fast.kernels._channel_blend import channel_blend
 from unikd_fast.kernels._fused_function import FusedFunction
 from unikd_fast.kernels._launch import on_device
 from unikd_fast.kernels._pooled_plan import plan_for
@@ -38,12 +34,15 @@ def fused_blend(
 ) -> Tensor:
     """Give `reference_fusion.blend`; inputs that are not dense are copied. Differentiable once."""
     check_blend(fine, coarse, gate_weight, gate_bias)
+    if len(gate_weight) > 1:
+        raise ValueError(
+            f"blend: the kernel needs one gate map, gate_weight (1, {2 * fine.shape[1]}, 3, 3), got "
+            f"{tuple(gate_weight.shape)}; use impl='reference'"
+        )
     dtype = torch.promote_types(fine.dtype, coarse.dtype)
     fine, coarse = dense(fine.to(dtype)), dense(coarse.to(dtype))
     width = fine.shape[1]
     with autocast_off(fine.device):
-        if len(gate_weight) > 1:
-            return channel_blend(fine, coarse, gate_weight, gate_bias, upsample=upsample, pool=pool)
         own, above = gate_weight.reshape(2, width, TAPS).mT.float()
         taps = torch.cat([above, own])
         # As two levels whose expanders are the identity.

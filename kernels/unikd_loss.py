@@ -65,9 +65,9 @@ def _launch(
 ) -> None:
     student, teacher, scale, labels, *parameters, alpha, beta, normalizer = tensors
     assert student is not None
+    assert teacher is not None
     assert labels is not None
-    s = rows_of(student)
-    t = s if teacher is None else rows_of(teacher)
+    s, t = rows_of(student), rows_of(teacher)
     dense = [None if x is None else rows_of(x).contiguous() for x in parameters]
     of_dense = next((x for x in dense if x is not None), s)
     (rows, classes), width = s.shape, of_dense.shape[-1]
@@ -84,7 +84,7 @@ def _launch(
         count, ce_normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
     unikd_kernel[(programs,)](
         s,
-        None if teacher is None else t,
+        t,
         flat(scale),
         rows_of(labels).contiguous() if soft else flat(labels),
         *dense,
@@ -152,7 +152,7 @@ _loss = FusedLoss(
 
 def fused_unikd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor,
     scale: Tensor | None,
     labels: Tensor,
     student: tuple[Tensor, Tensor] | None,

@@ -1,6 +1,7 @@
 """The AFF module: both paths against the reference, options, autocast, compiled graphs, state, and what it refuses."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -50,6 +51,16 @@ class TestModule:
             upsample=mode,
         )
         assert torch.equal(fusion(features), expected)
+
+    def test_a_gate_per_channel_is_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where impl="auto" would take the kernels."""
+        fusion, features = module(gate="channel"), features_of(SIZES, CHANNELS)
+        expected = fusion(features), fusion.pooled(features)
+        monkeypatch.setattr("unikd_fast.fusion.choose_impl", lambda *_: "fused")
+        for name in ("feature_fusion", "pooled_fusion"):
+            monkeypatch.setitem(sys.modules, f"unikd_fast.kernels.{name}", None)
+        assert torch.equal(fusion(features), expected[0])
+        assert torch.equal(fusion.pooled(features), expected[1])
 
     @pytest.mark.parametrize("norm", [None, "input", "batch"])
     @pytest.mark.parametrize("gate", ["spatial", "channel"])
@@ -240,6 +251,7 @@ class TestErrors:
             ({"norm": "layer"}, r"norm must be one of \(None, 'batch', 'input'\), got 'layer'"),
             ({"path": "fast"}, "path must be one of .* got 'fast'"),
             ({"path": "collapsed", "gate": "channel"}, "path='collapsed' needs gate='spatial', got gate='channel'"),
+            ({"impl": "fused", "gate": "channel"}, "impl='fused' needs gate='spatial', got gate='channel'"),
         ],
     )
     def test_options(self, options: dict, message: str) -> None:

@@ -23,7 +23,7 @@ ROOFS = Roofs("bfloat16", 4, 1000, copy_gb_s=1e-4, read_gb_s=2e-4, two_reads_one
 SMALL = Pyramid("small", (4, 6), (4, 2))
 POOLED = Case("pooled", SMALL, 6, 2, True, fusion_cases.BACKWARD_HALF)
 BLENDED = Case("blend", Pyramid("4 over 2", (6, 6), (4, 2)), 6, 2, True, fusion_cases.BLENDED)
-SMALL_CASES = [POOLED, replace(POOLED, backward=False), BLENDED, replace(BLENDED, gate="channel")]
+SMALL_CASES = [POOLED, replace(POOLED, backward=False), BLENDED]
 KERNELS = dict(FORMS)
 
 

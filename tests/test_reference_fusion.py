@@ -117,10 +117,26 @@ class TestStagewise:
             # Two float64 computations in another order.
             torch.testing.assert_close(fused, fuse_pixel_by_pixel(features, parameters), rtol=1e-12, atol=1e-13)
 
+    @pytest.mark.parametrize("gate_maps", [1, 2])
     @pytest.mark.parametrize("mode", MODES)
-    def test_gradients(self, mode: str) -> None:
-        inputs = tuple(problem([(4, 3), (2, 2)], width=2, batch=1, channels=[2, 3]))
+    def test_gradients(self, mode: str, gate_maps: int) -> None:
+        inputs = tuple(problem([(4, 3), (2, 2)], width=2, batch=1, channels=[2, 3], gate_maps=gate_maps))
         assert torch.autograd.gradcheck(stagewise(mode), inputs)
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_channel_gates_against_float64(self, dtype: torch.dtype, mode: str) -> None:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in problem(PYRAMIDS["halving"], gate_maps=4)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        (output, *gradients), (truth, *expected) = (
+            [y[0], *g] for y, g in (outputs_and_gradients(stagewise(mode), x) for x in (inputs, exact))
+        )
+        # Three blends and their products, each rounded: some ε of the dtype.
+        assert relative_error(output, truth) < 8 * torch.finfo(dtype).eps
+        for gradient, value in zip(gradients, expected, strict=True):
+            assert gradient is not None
+            assert value is not None
+            assert relative_error(gradient, value) < 32 * torch.finfo(dtype).eps
 
 
 class TestUpsampling:

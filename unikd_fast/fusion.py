@@ -76,6 +76,11 @@ class AdaptiveFeatureFusion(nn.Module):
         _check_option("norm", norm, (None, "batch", "input"))
         _check_option("path", path, ("auto", "collapsed", "stagewise"))
         _check_option("impl", impl, ("auto", "reference", "fused"))
+        if impl == "fused" and gate == "channel":
+            raise ValueError(
+                "AdaptiveFeatureFusion: impl='fused' needs gate='spatial', got gate='channel', which has no kernel; "
+                "use impl='auto'"
+            )
         self.in_channels, self.width = tuple(in_channels), width
         self.gate, self.upsample, self.norm, self.path, self.impl = gate, upsample, norm, path, impl
         maps = 1 if gate == "spatial" else width
@@ -186,7 +191,7 @@ class AdaptiveFeatureFusion(nn.Module):
         return blend_top_down(expanded, *gates, upsample=self.upsample, pool=pool, stage=stage)
 
     def _fuses(self, features: Sequence[Tensor]) -> bool:
-        return choose_impl("AdaptiveFeatureFusion", self.impl, *features) == "fused"
+        return self.gate == "spatial" and choose_impl("AdaptiveFeatureFusion", self.impl, *features) == "fused"
 
     def _path_and_reason(self) -> str:
         if self.path == "stagewise":

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from unikd_fast.kernels import (
     _blend_plan,
-    _channel_blend,
     _launch,
     _multiply,
     _pooled_plan,
@@ -24,7 +23,6 @@ from unikd_fast.kernels import (
     pixel_weights,
     pooled_fusion,
     softmax_kl,
-    topk_kl,
     unikd_loss,
 )
 from unikd_fast.kernels.reference_moments import ChannelStatistics
@@ -54,12 +52,6 @@ def dkd_case(classes: int, *, standardized: bool = False) -> None:
     dkd.fused_dkd(logits(classes, grad=True), logits(classes), None, labels, standardized=standardized)
 
 
-def topk_case(classes: int, k: int) -> None:
-    student, values = logits(classes, grad=True), logits(k)
-    indices = torch.arange(k, dtype=torch.int32).repeat(ROWS, 1)
-    topk_kl.fused_topk_kl(student, values, indices, torch.zeros(ROWS), ignore_mask=torch.zeros(ROWS, dtype=torch.bool))
-
-
 def gaussian_case(classes: int, *, teacher_gradient: bool = False, reduction: str = "batchmean") -> None:
     parameters = [logits(classes, grad=i < 2 or teacher_gradient) for i in range(4)]
     gaussian_kl.fused_gaussian_kl(*parameters, reduction=reduction)
@@ -74,7 +66,7 @@ def unikd_case(classes: int, *, soft: bool = False, anchor: bool = False, teache
         other, scale = logits(classes, torch.uint8), torch.ones(ROWS)
     unikd_loss.fused_unikd_loss(
         logits(classes, grad=True),
-        None if teacher == "none" else other,
+        other,
         scale,
         labels,
         pair,
@@ -114,18 +106,11 @@ def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str, 
     pooled_fusion.fused_pool(features, *parameters, upsample=upsample, statistics=statistics).sum().backward()
 
 
-def blend_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str, gates: int, pool: bool = False) -> None:
+def blend_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str) -> None:
     """Forward and backward of the finest stage at 224 pixels."""
     width = 256
     maps = [torch.zeros(2, width, size, size, dtype=dtype).contiguous(memory_format=layout) for size in (56, 28)]
-    parameters = [torch.zeros(gates, 2 * width, 3, 3), torch.zeros(gates)]
-    if gates > 1:  # what the convolutions make of them, at no cost
-        own, taps = (torch.zeros_like(x) for x in (maps[0], maps[1].repeat(1, 9, 1, 1)))
-        tensors = [own, *maps, taps]
-        for x in tensors:
-            x.requires_grad_()
-        _channel_blend._blends(tensors, upsample=upsample, pool=pool).sum().backward()
-        return
+    parameters = [torch.zeros(1, 2 * width, 3, 3), torch.zeros(1)]
     for x in (*maps, *parameters):
         x.requires_grad_()
     feature_fusion.fused_blend(*maps, *parameters, upsample=upsample).sum().backward()
@@ -139,7 +124,6 @@ for size in HEAVY_SIZES:
     LAUNCHES[f"dkd-{size}"] = partial(dkd_case, size)
     LAUNCHES[f"gaussian_kl-{size}"] = partial(gaussian_case, size)
     LAUNCHES[f"unikd_loss-{size}"] = partial(unikd_case, size, anchor=True)
-    LAUNCHES[f"topk_kl-{size}"] = partial(topk_case, size, 10)
 for size in (1000, 128256):
     LAUNCHES[f"softmax_kl-fp32-{size}"] = partial(softmax_case, size, torch.float32)
     LAUNCHES[f"softmax_kl-fp16-{size}"] = partial(softmax_case, size, torch.float16)
@@ -153,11 +137,9 @@ for size in (1000, 128256):
     LAUNCHES[f"gaussian_kl-teacher_gradient-{size}"] = partial(gaussian_case, size, teacher_gradient=True)
     LAUNCHES[f"unikd_loss-soft-{size}"] = partial(unikd_case, size, soft=True)
     LAUNCHES[f"unikd_loss-uint8-{size}"] = partial(unikd_case, size, teacher="uint8")
-    LAUNCHES[f"unikd_loss-no_teacher-{size}"] = partial(unikd_case, size, teacher="none")
 LAUNCHES["softmax_kl-fp32-8192"] = partial(softmax_case, 8192, torch.float32)
 LAUNCHES["multiply-1000"] = partial(multiply_case, 1000)
 LAUNCHES["gaussian_kl-none-1000"] = partial(gaussian_case, 1000, reduction="none")
-LAUNCHES["topk_kl-all-100"] = partial(topk_case, 100, 100)
 LAUNCHES["pooled_fusion-bf16-channels_last"] = partial(pooled_case, torch.bfloat16, torch.channels_last, "bilinear")
 LAUNCHES["pooled_fusion-bf16-contiguous"] = partial(pooled_case, torch.bfloat16, torch.contiguous_format, "nearest")
 LAUNCHES["pooled_fusion-fp32-channels_last"] = partial(pooled_case, torch.float32, torch.channels_last, "nearest")
@@ -167,14 +149,9 @@ LAUNCHES["pooled_fusion-normalised-bf16-channels_last"] = partial(
 LAUNCHES["pooled_fusion-normalised-fp32-contiguous"] = partial(
     pooled_case, torch.float32, torch.contiguous_format, "nearest", normalised=True
 )
-for name, gates in (("spatial", 1), ("channel", 256)):
-    case = partial(blend_case, gates=gates)
-    LAUNCHES[f"blend-{name}-bf16-channels_last"] = partial(case, torch.bfloat16, torch.channels_last, "nearest")
-    LAUNCHES[f"blend-{name}-bilinear-channels_last"] = partial(case, torch.bfloat16, torch.channels_last, "bilinear")
-    LAUNCHES[f"blend-{name}-fp32-contiguous"] = partial(case, torch.float32, torch.contiguous_format, "nearest")
-LAUNCHES["blend-channel-pool-channels_last"] = partial(
-    blend_case, torch.bfloat16, torch.channels_last, "nearest", gates=256, pool=True
-)
+LAUNCHES["blend-bf16-channels_last"] = partial(blend_case, torch.bfloat16, torch.channels_last, "nearest")
+LAUNCHES["blend-bilinear-channels_last"] = partial(blend_case, torch.bfloat16, torch.channels_last, "bilinear")
+LAUNCHES["blend-fp32-contiguous"] = partial(blend_case, torch.float32, torch.contiguous_format, "nearest")
 
 
 def spilling_case() -> None:
@@ -191,7 +168,6 @@ LAUNCHES["spilling"] = spilling_case
 KERNELS = [
     (softmax_kl, "_softmax_kl_kernel"),
     (dkd, "_dkd_kernel"),
-    (topk_kl, "_topk_kl_kernel"),
     (gaussian_kl, "_gaussian_kl_kernel"),
     (unikd_loss, "unikd_kernel"),
     (_multiply, "_multiply_kernel"),
@@ -199,9 +175,6 @@ KERNELS = [
     (pixel_weights, "pixel_weights_backward_kernel"),
     (feature_fusion, "blend_kernel"),
     (feature_fusion, "gate_gradient_kernel"),
-    (_channel_blend, "channel_blend_kernel"),
-    (_channel_blend, "channel_fine_gradient_kernel"),
-    (_channel_blend, "channel_coarse_gradient_kernel"),
     (pooled_fusion, "project_kernel"),
     (pooled_fusion, "average_kernel"),
     (pooled_fusion, "weight_gradient_kernel"),

@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: inputs, the five losses with one signature, and how exact they have to be.
+"""What the tests of the kernels share: inputs, the four losses with one signature, and how exact they have to be.
 
 All tests run through the public API on a GPU if there is one, else interpreted on the CPU. "Case 7" in the name or text
 of a test is one of the twenty things that every kernel has to survive.
@@ -17,11 +17,9 @@ from torch import Tensor
 from unikd_fast import (
     Gaussian,
     QuantizedLogits,
-    TopKLogits,
     dkd_loss,
     gaussian_kl,
     softmax_kl,
-    top_k_logits,
     unikd_loss,
 )
 
@@ -71,10 +69,6 @@ def compare(function: Callable[..., Any], inputs: Sequence[Any], *, units: float
         inputs,
         units=units,
     )
-
-
-def topk_kl(student: Tensor, values: Tensor, indices: Tensor, log_sum_exp: Tensor, **settings: Any) -> Tensor:
-    return softmax_kl(student, TopKLogits(values, indices, log_sum_exp), **settings)
 
 
 def quantized_kl(values: Tensor) -> Callable[..., Tensor]:
@@ -142,11 +136,6 @@ def _softmax(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
     return [randn(rows, classes, seed=1, dtype=dtype, grad=True), randn(rows, classes, seed=2, dtype=dtype)]
 
 
-def _topk(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
-    student, teacher = _softmax(rows, classes, dtype)
-    return [student, *top_k_logits(teacher, min(3, classes))]
-
-
 def _dkd(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
     return [*_softmax(rows, classes, dtype), labels_for(rows, classes)]
 
@@ -163,7 +152,6 @@ LOSSES = {
     "softmax_kl": Loss(softmax_kl, _softmax),
     "gaussian_kl": Loss(gaussian_kl, _gaussian),
     "dkd_loss": Loss(dkd_loss, _dkd),
-    "topk_kl": Loss(topk_kl, _topk),
     "unikd_loss": Loss(total, _unikd, reduces=False),
 }
 

@@ -1,4 +1,4 @@
-"""What the five losses share: gradients computed in forward, and the upstream gradient multiplied in afterwards."""
+"""What the four losses share: gradients computed in forward, and the upstream gradient multiplied in afterwards."""
 
 import gc
 import weakref

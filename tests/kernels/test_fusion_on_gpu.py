@@ -22,9 +22,7 @@ FORMS: dict[str, tuple[dict[str, str], str]] = {
     "collapsed": ({}, "pooled"),
     "normalised": ({"norm": "input"}, "pooled"),
     "spatial": ({}, "forward"),
-    "channel": ({"gate": "channel"}, "forward"),
 }
-OURS_ALONE = ("collapsed", "normalised", "spatial")  # the convolutions of the others are cuDNN's
 every_form = pytest.mark.parametrize("name", FORMS)
 
 
@@ -46,7 +44,7 @@ def step(name: str, fusion: AdaptiveFeatureFusion, features: list[Tensor]) -> li
     return [y.detach(), *torch.autograd.grad(y, [*features, *fusion.parameters()], torch.ones_like(y))]
 
 
-@pytest.mark.parametrize("name", OURS_ALONE)
+@every_form
 def test_no_synchronisation(name: str) -> None:
     fusion, features = make(name, 4)
     step(name, fusion, features)  # compiled before
@@ -58,7 +56,7 @@ def test_no_synchronisation(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", OURS_ALONE)
+@every_form
 def test_cuda_graph(name: str) -> None:
     """Captured once, replayed on other numbers; a replay gives what eager mode gives, to the bit."""
     fusion, features = make(name, 4)
@@ -71,7 +69,7 @@ def test_cuda_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
-@pytest.mark.parametrize("name", OURS_ALONE)
+@every_form
 def test_a_graph_replayed_after_many_other_sizes(name: str, upsample: str) -> None:
     """More than any cache of plans holds: what the graph reads is its own, and is not freed with them."""
     fusion, features = make(name, 4)
@@ -92,7 +90,7 @@ def test_a_graph_replayed_after_many_other_sizes(name: str, upsample: str) -> No
 
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
-@pytest.mark.parametrize("name", OURS_ALONE)
+@every_form
 def test_reduce_overhead(name: str, upsample: str) -> None:
     """CUDA graph trees refuse what survives a call in their pool."""
     torch._dynamo.reset()
@@ -122,10 +120,9 @@ def test_same_bits_twenty_times(name: str) -> None:
     with torch.no_grad():
         expected = y(features)
         assert all(torch.equal(y(features), expected) for _ in range(20))
-    if name in OURS_ALONE:
-        expected = step(name, fusion, features)
-        for _ in range(20):
-            assert all(torch.equal(a, b) for a, b in zip(step(name, fusion, features), expected, strict=True))
+    expected = step(name, fusion, features)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(step(name, fusion, features), expected, strict=True))
 
 
 @every_form

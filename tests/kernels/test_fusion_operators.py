@@ -32,18 +32,15 @@ def fusion(**options: str) -> AdaptiveFeatureFusion:
     return module
 
 
-# What runs which operators: the collapsed average, and that of normalised features; two blends; two blends by channel,
-# one of them pooled.
+# What runs which operators: the collapsed average, and that of normalised features; two blends.
 FORMS: dict[str, tuple[dict[str, str], str]] = {
     "collapsed": ({}, "pooled"),
     "normalised": ({"norm": "input"}, "pooled"),
     "stagewise": ({"upsample": "bilinear"}, "forward"),
-    "channel": ({"gate": "channel"}, "forward"),
-    "channel pooled": ({"gate": "channel"}, "pooled"),
 }
 every_form = pytest.mark.parametrize("name", FORMS)
 # With dynamic shapes tracing takes long, and one form of each operator is enough.
-TRACED = ("collapsed", "stagewise", "channel pooled")
+TRACED = ("collapsed", "stagewise")
 traced_forms = pytest.mark.parametrize(
     "name", [name if name in TRACED else pytest.param(name, marks=pytest.mark.long) for name in FORMS]
 )

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from gpu_arithmetic import gpu_arithmetic
-from kernel_inputs import ALL_FOUR, compare, gaussians, labels_for, objective_inputs, quiet, randn, topk_kl
+from kernel_inputs import ALL_FOUR, compare, gaussians, labels_for, objective_inputs, quiet, randn
 from test_unikd_anchor_and_labels import with_anchor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from unikd_fast import dkd_loss, gaussian_kl, softmax_kl, top_k_logits
+from unikd_fast import dkd_loss, gaussian_kl, softmax_kl
 from unikd_fast.kernels import _device
 
 pytestmark = [quiet, pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU itself")]
@@ -88,10 +88,6 @@ def test_the_interpreter_is_as_before_afterwards() -> None:
 def test_softmax_kl(chosen: dict[str, Any]) -> None:
     inputs = [randn(5, 100, seed=seed, grad=True) for seed in (1, 2)]
     compare(softmax_kl, inputs, **chosen)
-
-
-def test_topk_kl() -> None:
-    compare(topk_kl, [randn(5, 100, seed=1, grad=True), *top_k_logits(randn(5, 100, seed=2), 3)])
 
 
 @pytest.mark.parametrize("chosen", [{"alpha": 1.0, "beta": 0.0}, {"standardized": True}], ids=str)

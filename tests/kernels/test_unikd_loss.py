@@ -26,7 +26,7 @@ from kernel_inputs import (
 from numerics import relative_error
 from torch import Tensor
 
-from unikd_fast import QuantizedLogits, TopKLogits, quantize_logits, top_k_logits, unikd_loss
+from unikd_fast import QuantizedLogits, quantize_logits, unikd_loss
 
 pytestmark = quiet
 INF = math.inf
@@ -187,19 +187,6 @@ def test_quantized_teachers(dtype: torch.dtype) -> None:
         student, _, labels, *pairs = objective_inputs(3, classes, torch.bfloat16)
         pairs += [randn(3, classes, seed=30 + i, scale=0.5, grad=True) for i in range(2)]
         compare(compute, [student, stored.scale, stored.offset, labels, *pairs])
-
-
-@pytest.mark.parametrize("k", [1, 5, 11])
-def test_top_k_teachers(k: int) -> None:
-    def compute(
-        student: Tensor, values: Tensor, indices: Tensor, lse: Tensor, labels: Tensor, *pairs: Tensor, **x: Any
-    ) -> tuple[Tensor, ...]:
-        stored = TopKLogits(values, indices, lse)
-        return unikd_loss(student, stored, labels, pairs[:2], pairs[2:], temperature=1.0, **x)[:4]
-
-    for dtype in DTYPES:
-        student, teacher, labels, *pairs = objective_inputs(5, 11, dtype)
-        compare(compute, [student, *top_k_logits(teacher, k), labels, *pairs], beta=0.7)
 
 
 def test_a_student_close_to_its_teacher() -> None:

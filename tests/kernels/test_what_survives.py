@@ -26,8 +26,6 @@ FUSIONS: dict[str, tuple[dict[str, str], str]] = {
     "collapsed bilinear": ({"upsample": "bilinear"}, "pooled"),
     "normalised": ({"norm": "input"}, "pooled"),
     "spatial": ({"upsample": "bilinear"}, "forward"),
-    "channel": ({"gate": "channel"}, "forward"),
-    "channel bilinear": ({"gate": "channel", "upsample": "bilinear"}, "pooled"),
 }
 
 

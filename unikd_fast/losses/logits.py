@@ -70,15 +70,8 @@ def softmax_kl(
     checks.check_normalizer(name, normalizer, student_logits)
     if standardized:
         checks.check_standardizable(name, student_logits)
-    fused = checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits)) == "fused"
     if isinstance(teacher_logits, TopKLogits):
-        checks.check_topk_settings(name, temperature, divergence, standardized)
-        if fused:
-            from unikd_fast.kernels.topk_kl import fused_topk_kl
-
-            return fused_topk_kl(
-                student_logits, *teacher_logits, reduction=reduction, ignore_mask=ignore_mask, normalizer=normalizer
-            )
+        checks.check_topk_settings(name, temperature, divergence, standardized, impl)
         return topk_kl(
             student_logits, *teacher_logits, reduction=reduction, ignore_mask=ignore_mask, normalizer=normalizer
         )
@@ -92,7 +85,7 @@ def softmax_kl(
         "standardized": standardized,
         "normalizer": normalizer,
     }
-    if fused:
+    if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits)) == "fused":
         from unikd_fast.kernels.softmax_kl import fused_softmax_kl
 
         values, scale = stored_rows(teacher_logits)
@@ -181,6 +174,6 @@ def stored_rows(teacher: Tensor | QuantizedLogits) -> tuple[Tensor, Tensor | Non
     return (teacher.values, teacher.scale) if isinstance(teacher, QuantizedLogits) else (teacher, None)
 
 
-def tensors_of(teacher: Tensor | QuantizedLogits | TopKLogits) -> tuple[Tensor, ...]:
+def tensors_of(teacher: Tensor | QuantizedLogits) -> tuple[Tensor, ...]:
     """Give what a teacher is stored in."""
     return (teacher,) if isinstance(teacher, Tensor) else tuple(teacher)

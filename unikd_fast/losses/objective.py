@@ -10,7 +10,7 @@ from torch import Tensor
 from unikd_fast.kernels import _checks as checks
 from unikd_fast.kernels import reference
 from unikd_fast.kernels.reference_compressed import topk_kl
-from unikd_fast.losses.logits import dense_logits, softmax_kl, stored_rows, tensors_of
+from unikd_fast.losses.logits import dense_logits, stored_rows, tensors_of
 from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
 
 GaussianPair = Gaussian | tuple[Tensor, Tensor]
@@ -110,34 +110,32 @@ def unikd_loss(
         checks.check_anchor(name, anchor, teacher_logits)
         pairs = (*pairs, *anchor)
     if isinstance(teacher_logits, TopKLogits):
-        checks.check_topk_settings(name, temperature, "forward", standardized=False)
-    impl = checks.without_teacher_gradient(name, impl, teacher_logits)
-    if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits), *pairs) == "fused":
-        from unikd_fast.kernels.unikd_loss import fused_unikd_loss
+        checks.check_topk_settings(name, temperature, "forward", standardized=False, impl=impl)
+    else:
+        impl = checks.without_teacher_gradient(name, impl, teacher_logits)
+        if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits), *pairs) == "fused":
+            from unikd_fast.kernels.unikd_loss import fused_unikd_loss
 
-        values, scale = (None, None) if isinstance(teacher_logits, TopKLogits) else stored_rows(teacher_logits)
-        total, ce, feature_kl, logit_kl, anchor_term = fused_unikd_loss(
-            student_logits,
-            values,
-            scale,
-            labels,
-            student,
-            teacher,
-            anchor,
-            alpha=alpha,
-            beta=beta,
-            ce_weight=ce_weight,
-            temperature=temperature,
-            scale_by_t2=scale_by_t2,
-            feature_reduction=feature_reduction,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            normalizer=normalizer,
-        )
-        if isinstance(teacher_logits, TopKLogits):
-            logit_kl = softmax_kl(student_logits, teacher_logits, normalizer=normalizer, impl=impl)
-            total, logit_kl = total + beta * logit_kl, logit_kl.detach()
-        return LossTerms(total, ce, feature_kl, logit_kl, anchor_term if anchor is not None else None)
+            values, scale = stored_rows(teacher_logits)
+            total, ce, feature_kl, logit_kl, anchor_term = fused_unikd_loss(
+                student_logits,
+                values,
+                scale,
+                labels,
+                student,
+                teacher,
+                anchor,
+                alpha=alpha,
+                beta=beta,
+                ce_weight=ce_weight,
+                temperature=temperature,
+                scale_by_t2=scale_by_t2,
+                feature_reduction=feature_reduction,
+                label_smoothing=label_smoothing,
+                ignore_index=ignore_index,
+                normalizer=normalizer,
+            )
+            return LossTerms(total, ce, feature_kl, logit_kl, anchor_term if anchor is not None else None)
     ce = reference.cross_entropy(
         student_logits, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, normalizer=normalizer
     )
