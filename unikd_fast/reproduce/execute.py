@@ -11,7 +11,7 @@ from unikd_fast.reproduce.plan import Run
 from unikd_fast.reproduce.room import CpuRoom, GpuRoom, find_gpus, largest_memory_gib
 from unikd_fast.reproduce.schedule import Ended, Job, Room, Schedule, Started
 
-ENGINE = (sys.executable, "-m", "unikd_fast.engine.launch_command")
+ENGINE = (sys.executable, "-m", "unikd_fast", "train")
 """What trains one run: the engine's command as a process, which needs no script beside the installed package."""
 
 
