@@ -1,12 +1,12 @@
-"""Trains a student by distillation: ``deepspeed launch_distill.py --config configs/digits.json``.
+"""Train a student by distillation: ``deepspeed launch_distill.py --config configs/digits.json``.
 
-Started by deepspeed, torchrun or python alone. ``--help`` lists the options.
+Started by deepspeed, torchrun or python alone, it is `unikd train`. ``--help`` lists the options.
 """
 
 import sys
 
 try:
-    from unikd_fast.engine.launch_command import main
+    from unikd_fast.cli import main
 except ModuleNotFoundError as error:
     sys.exit(
         f"launch_distill: error: the package {error.name} is not installed for {sys.executable}; activate the "
@@ -14,4 +14,4 @@ except ModuleNotFoundError as error:
     )
 
 if __name__ == "__main__":
-    sys.exit(main(program=[__file__]))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,16 +1,18 @@
-"""Losses whose gradient is computed together with their value.
+"""Kernels under autograd and under torch.compile.
 
-A kernel that has both rows of logits on chip can write the gradient for the price of its bytes; a backward pass of its
-own would read both rows again. What is left for backward is the upstream gradient:
+In eager mode a kernel is an autograd.Function; under torch.compile, where graphs and fake tensors are needed, it is a
+functional custom operator, which in eager mode would cost several times the time per call. `FusedFunction` has a
+backward pass of its own, `FusedLoss` computes its gradient together with its value. Both are differentiable once, in
+reverse mode: other derivatives are refused, since they would silently be 0.
+
+A loss kernel that has both rows of logits on chip can write the gradient for the price of its bytes; a backward pass
+of its own would read both rows again. What is left for backward is the upstream gradient:
 
 - It is 1 for a loss that is backpropagated as it is. Looking would cost a synchronisation, so a kernel looks, and
   touches the gradient only if it has to. It writes in place, since the buffer is used once.
 - A second backward pass through the same graph finds the buffer gone and computes the gradient anew.
 - fp16 gradients before the multiplication by a loss scale would underflow: for fp16 inputs nothing is computed in
   forward, and backward computes the gradient with the upstream factor inside.
-
-Under torch.compile the same launch is a functional custom operator, for which graphs and fake tensors work; in eager
-mode that would cost several times the time per call, so there it is an autograd.Function.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +23,10 @@ from torch import Tensor
 
 from unikd_fast.kernels._launch import flat, on_device
 from unikd_fast.kernels._multiply import multiplied, multiply_in_place
-from unikd_fast.kernels._once import once, refuse_transforms
+from unikd_fast.kernels.reference import transform_of
 
 Tensors = Sequence[Tensor | None]
+Allocate = Callable[..., tuple[Tensor, list[Tensor]]]
 
 
 class FusedLoss:
@@ -215,3 +218,152 @@ def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:
 
 def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32)
+
+
+class FusedFunction:
+    """One operation on a list of tensors.
+
+    Args:
+        name: of the operators, `unikd_fast::name` and `unikd_fast::name_backward`.
+        settings: schema of what else the operation takes, by name, such as {"upsample": "str"}.
+        allocate: `allocate(tensors, **settings)` gives empty buffers: the output, and what backward needs besides the
+            tensors. It launches nothing, and runs on fake tensors too.
+        forward: `forward(tensors, output, saved, **settings)` fills them.
+        backward: `backward(tensors, saved, upstream, grads, **settings)` fills the gradients; None for one that is
+            not wanted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        settings: dict[str, str],
+        allocate: Allocate,
+        forward: Callable[..., None],
+        backward: Callable[..., None],
+    ) -> None:
+        self.name, self.settings, self.allocate = name, tuple(settings), allocate
+        self._launch_forward, self._launch_backward = forward, backward
+        extra = "".join(f", {kind} {x}" for x, kind in settings.items())
+        self.operator = torch.library.custom_op(
+            f"unikd_fast::{name}",
+            self._forward,
+            mutates_args=(),
+            schema=f"(Tensor[] tensors{extra}) -> (Tensor, Tensor[])",
+        )
+        self.operator.register_fake(self._fake)
+        self.operator.register_autograd(self._operator_backward, setup_context=self._setup_context)
+        self.backward_operator = torch.library.custom_op(
+            f"unikd_fast::{name}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"(Tensor[] tensors, Tensor[] saved, Tensor upstream, bool[] wanted{extra}) -> Tensor[]",
+        )
+        self.backward_operator.register_fake(self._backward_fake)
+
+    def __call__(self, tensors: Sequence[Tensor], **settings: Any) -> Tensor:
+        refuse_transforms(self.name, tensors)
+        ordered = [settings[name] for name in self.settings]
+        if torch.compiler.is_compiling():
+            output: Tensor = self.operator(list(tensors), *ordered)[0]
+        else:
+            output = _Eager.apply(self, ordered, *tensors)
+        return output
+
+    def _named(self, settings: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.settings, settings, strict=True))
+
+    def _forward(self, tensors: list[Tensor], *settings: Any) -> tuple[Tensor, list[Tensor]]:
+        output, saved = self.allocate(tensors, **self._named(settings))
+        self._launch_forward(tensors, output, saved, **self._named(settings))
+        return output, saved
+
+    def _fake(self, tensors: list[Tensor], *settings: Any) -> tuple[Tensor, list[Tensor]]:
+        return self.allocate(tensors, **self._named(settings))
+
+    def gradients(
+        self,
+        tensors: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        upstream: Tensor,
+        wanted: Sequence[bool],
+        settings: Sequence[Any],
+    ) -> list[Tensor | None]:
+        with torch.no_grad():
+            grads = [torch.empty_like(x) if w else None for x, w in zip(tensors, wanted, strict=True)]
+            self._launch_backward(tensors, saved, upstream, grads, **self._named(settings))
+        return grads
+
+    def _backward(
+        self, tensors: list[Tensor], saved: list[Tensor], upstream: Tensor, wanted: list[bool], *settings: Any
+    ) -> list[Tensor]:
+        grads = self.gradients(tensors, saved, upstream, wanted, settings)
+        return [upstream.new_empty(0) if g is None else g for g in grads]
+
+    def _backward_fake(
+        self, tensors: list[Tensor], saved: list[Tensor], upstream: Tensor, wanted: list[bool], *settings: Any
+    ) -> list[Tensor]:
+        return [torch.empty_like(x) if w else upstream.new_empty(0) for x, w in zip(tensors, wanted, strict=True)]
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+        tensors, *ctx.settings = inputs
+        ctx.count = len(tensors)
+        ctx.wanted = [x.requires_grad for x in tensors]
+        ctx.save_for_backward(*tensors, *output[1])
+
+    def _operator_backward(self, ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
+        tensors, saved = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
+        grads = self.backward_operator(tensors, saved, upstream, ctx.wanted, *ctx.settings)
+        wanted = [once(g, x) if w else None for g, x, w in zip(grads, tensors, ctx.wanted, strict=True)]
+        return (wanted, *[None] * len(ctx.settings))
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: FusedFunction, settings: list[Any], *tensors: Tensor) -> Tensor:
+        output, saved = function._forward(list(tensors), *settings)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.function, ctx.settings, ctx.count = function, settings, len(tensors)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        grads = ctx.function.gradients(tensors, saved, upstream, ctx.needs_input_grad[2:], ctx.settings)
+        return (None, None, *(once(g, x) for g, x in zip(grads, tensors, strict=True)))
+
+
+def refuse_transforms(function: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError for a tensor under forward-mode differentiation, `torch.vmap` or `torch.func`.
+
+    A launch sees the numbers alone: a tangent would be lost, and a batched tensor has no numbers to see.
+    """
+    transform = transform_of(*tensors)
+    if transform is not None:
+        raise RuntimeError(
+            f"{function}: the kernel can be differentiated in reverse mode by autograd, got a tensor under "
+            f"{transform}; use impl='reference'"
+        )
+
+
+def once(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """Let a second derivative fail where one is prepared (create_graph=True): as a constant it would be silently 0."""
+    if gradient is None or x is None or not torch.is_grad_enabled():
+        return gradient
+    result: Tensor = _Once.apply(gradient.detach(), x)
+    return result
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as a function of the input, whose own derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "the kernels can be differentiated once, got a second derivative; use impl='reference' for it, and for AFF "
+            "path='stagewise'"
+        )

@@ -11,8 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from unikd_fast.kernels.reference import transform_of
-from unikd_fast.kernels.reference_divergences import DIVERGENCES
+from unikd_fast.kernels.reference import DIVERGENCES, transform_of
 from unikd_fast.values import QuantizedLogits, TopKLogits
 
 _REDUCTIONS = ("batchmean", "mean", "sum", "none")

@@ -1,6 +1,6 @@
 """Device functions that the loss kernels share. Everything is fp32; tiles are (ROWS, BLOCK_K), row sums (ROWS, 1).
 
-Letters as in `reference_divergences`: p the teacher's and q the student's probabilities, φ(u) = eᵘ - 1 - u.
+Letters as in `reference`: p the teacher's and q the student's probabilities, φ(u) = eᵘ - 1 - u.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation and its gradient in one launch (Zhao et al., CVPR 2022, Eq. 7; `reference_dkd`).
+"""Decoupled knowledge distillation and its gradient in one launch (Zhao et al., CVPR 2022, Eq. 7; `reference.dkd`).
 
     L = τ² ( α KL(b_t || b_s) + β KL(p̂_t || p̂_s) ),    b = (p_y, 1 - p_y),  p̂ = p without y, renormalised
 
@@ -295,7 +295,7 @@ def fused_dkd(
     standardized: bool = False,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give `reference_dkd.dkd` from one launch; the teacher is a constant."""
+    """Give `reference.dkd` from one launch; the teacher is a constant."""
     weight = temperature**2 / (student_logits.shape[-1] if reduction == "mean" else 1)
     value, tensor = 1.0, None
     if reduction in ("batchmean", "mean"):

@@ -6,21 +6,32 @@ backward. Bytes moved, with P those of E and a quarter of the pixels above it: E
 forward of at least 2.25 P; 6.75 P backward of at least 3.5 P. A gate per channel has no kernel.
 """
 
+import functools
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+from unikd_fast.kernels._autograd import FusedFunction
 from unikd_fast.kernels._blend_device import blend_kernel, gate_gradient_kernel
-from unikd_fast.kernels._blend_plan import blend_plan, laid_out_as
-from unikd_fast.kernels._fused_function import FusedFunction
-from unikd_fast.kernels._launch import on_device
+from unikd_fast.kernels._launch import MAX_PROGRAMS, Launch, describe, on_device
 from unikd_fast.kernels._pooled_plan import plan_for
-from unikd_fast.kernels.pixel_weights import ScalarMaps, empty_maps, pixel_weights_backward, pixel_weights_forward
+from unikd_fast.kernels.pixel_weights import (
+    ScalarMaps,
+    axis_of,
+    empty_maps,
+    pixel_weights_backward,
+    pixel_weights_forward,
+)
 from unikd_fast.kernels.pooled_fusion import averages, dense, feature_gradients, project
 from unikd_fast.kernels.reference import autocast_off
 from unikd_fast.kernels.reference_fusion import check_blend
 from unikd_fast.kernels.reference_pooled import TAPS
+
+Level = tuple[int, int, int, bool]  # (C, H, W, channels_last)
 
 
 def fused_blend(
@@ -54,6 +65,65 @@ def fused_blend(
         return _blends(tensors, upsample=upsample)
 
 
+class BlendPlan(NamedTuple):
+    """Sizes and constants of the kernels that see both levels; nothing of it depends on the number of images."""
+
+    blocks: int  # of fine pixels
+    constants: dict[str, Any]
+
+
+def blend_plan(fine: Tensor, coarse: Tensor, upsample: str) -> BlendPlan:
+    return plan_of(_level(fine), _level(coarse), upsample, fine.device)
+
+
+def _level(x: Tensor) -> Level:
+    _, c, h, w = x.shape
+    return c, h, w, not x.is_contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(fine: Level, coarse: Level, upsample: str, device: torch.device) -> BlendPlan:
+    channels, h, w, _ = fine
+    _, small_h, small_w, _ = coarse
+    y, x = axis_of(small_h, h, upsample), axis_of(small_w, w, upsample)
+    description = describe(device)
+    launch = Launch(1, 64, True, 128 // description.warp_size, MAX_PROGRAMS, description.amd)
+    block_p, block_c = (min(size, max(16, triton.next_power_of_2(x))) for size, x in ((32, h * w), (64, channels)))
+    (sc, sp), (small_sc, small_sp) = _strides(fine), _strides(coarse)
+    return BlendPlan(
+        math.ceil(h * w / block_p),
+        {
+            "C": channels,
+            "H": h,
+            "W": w,
+            "SMALL_H": small_h,
+            "SMALL_W": small_w,
+            "SC": sc,
+            "SP": sp,
+            "SMALL_SC": small_sc,
+            "SMALL_SP": small_sp,
+            "RY": y.ratio,
+            "RX": x.ratio,
+            "NEAREST": upsample == "nearest",
+            "BLOCK_P": block_p,
+            "BLOCK_C": block_c,
+            **launch.options,
+        },
+    )
+
+
+def _strides(level: Level) -> tuple[int, int]:
+    """Give (channel stride, pixel stride)."""
+    channels, h, w, channels_last = level
+    return (1, channels) if channels_last else (h * w, 1)
+
+
+def _laid_out_as(x: Tensor, upstream: Tensor) -> Tensor:
+    """Give a gradient in the layout of `x`; that of an average, for example, is expanded and has none."""
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return upstream.contiguous(memory_format=layout)
+
+
 def _allocate(tensors: Sequence[Tensor], *, upsample: str) -> tuple[Tensor, list[Tensor]]:
     composite, _, *levels = tensors
     return torch.empty_like(levels[0]), [empty_maps(composite, levels).gates]
@@ -84,7 +154,7 @@ def _backward(
 ) -> None:
     composite, _, *levels = tensors
     plan, gates = plan_for(levels, upsample), saved[0]
-    upstream = laid_out_as(levels[0], upstream)
+    upstream = _laid_out_as(levels[0], upstream)
     grad_maps = None
     with on_device(gates):
         if len(gates):

@@ -13,7 +13,7 @@ Nothing with D channels is ever stored, and every sum over images or pixels is t
 
 Features that are normalised with their batch's statistics are read less their means, and their scale is in M. Their
 gradient takes two launches more and one more reading: the norm's part of it needs ∂M, the sum over the batch
-(`_norm_gradient_device`).
+(`norm_gradient_kernel`).
 """
 
 import functools
@@ -23,11 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unikd_fast.kernels._fused_function import FusedFunction
+from unikd_fast.kernels._autograd import FusedFunction
 from unikd_fast.kernels._launch import on_device
-from unikd_fast.kernels._norm_gradient_device import norm_gradient_kernel
 from unikd_fast.kernels._pooled_device import average_kernel, project_kernel, weight_gradient_kernel
-from unikd_fast.kernels._pooled_gradient_device import feature_gradient_kernel, sum_parts_kernel
+from unikd_fast.kernels._pooled_gradient_device import (
+    feature_gradient_kernel,
+    norm_gradient_kernel,
+    sum_parts_kernel,
+)
 from unikd_fast.kernels._pooled_plan import Plan, plan_for
 from unikd_fast.kernels.pixel_weights import (
     GradMaps,

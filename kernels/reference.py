@@ -1,19 +1,23 @@
-"""The losses of the UniKD paper in plain PyTorch: KL divergences of logits and of Gaussians, and the head's own loss.
+"""The losses in plain PyTorch: divergences of logits and of Gaussians, DKD, cross-entropy, and the anchor of UniKD.
 
-Letters: N rows (samples, or positions of samples), K classes, τ temperature. The class axis is the last one and every
-axis before it counts rows. Everything is computed in fp32, or in fp64 for fp64 inputs, whatever autocast says; nothing
-is detached: a tensor gets a gradient if it asks for one. The reductions and the rules for ignored rows are written
-here once; the fused kernels follow them.
+Letters: N rows (samples, or positions of samples), K classes, τ temperature; p the teacher's and q the student's
+probabilities; φ(u) = eᵘ - 1 - u. The class axis is the last one and every axis before it counts rows. Everything is
+computed in fp32, or in fp64 for fp64 inputs, whatever autocast says; nothing is detached: a tensor gets a gradient if
+it asks for one. The reductions and the rules for ignored rows are written here once; the fused kernels follow them.
+
+Every divergence is written as sums of p φ(u): because p and q both sum to one that is the textbook form, and as every
+term is positive nothing cancels when the student is close to its teacher.
 """
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from unikd_fast.kernels.reference_divergences import divergence_rows, standardize, unit_of
+DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 def softmax_kl(
@@ -40,7 +44,7 @@ def softmax_kl(
         reduction: over rows: "none" (...,); "sum"; "batchmean" divides by the rows kept; "mean" by rows kept times K.
         scale_by_t2: whether the factor τ² is there. Eq. 1 prints none; it keeps the gradient's size independent of τ.
         ignore_mask: (...,) bool, True for a row to leave out: loss 0 and gradient 0 whatever the row holds.
-        divergence: "forward" as above, "reverse" or "jsd", see `reference_divergences.divergence_rows`.
+        divergence: "forward" as above, "reverse" or "jsd", see `divergence_rows`.
         beta: weight of the teacher in "jsd".
         standardized: whether each row of logits is standardised first, gradient included.
         normalizer: what "batchmean" and "mean" divide by in place of the number of rows kept.
@@ -88,6 +92,95 @@ def _textbook_kl(log_p: Tensor, log_q: Tensor, *, per_row: bool) -> Tensor | Non
     else:
         smallest = loss.item() / (log_p.numel() // log_p.shape[-1])
     return loss if 2**16 * torch.finfo(log_p.dtype).eps < smallest < float("inf") else None
+
+
+def topk_kl(
+    student_logits: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    reduction: str = "batchmean",
+    ignore_mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Give the divergence from a teacher of whom the k largest logits and the log-sum-exp of all are known, τ = 1.
+
+        Σ_{j in top k} p_j ln( p_j / q_j ) + r_t ln( r_t / r_s ),    r = 1 - Σ_{j in top k} p_j,    p_j = e^{z_j - lse}
+
+    The KL divergence with all other classes taken as one: never above the full one (data-processing inequality),
+    equal to it where the student spreads r as the teacher does, and it says nothing about classes nobody stored.
+
+    Args:
+        student_logits: (..., K).
+        values: (..., k) the teacher's largest logits, k <= K.
+        indices: (..., k) their classes, distinct.
+        log_sum_exp: (...,) of all K of the teacher's logits, so that the stored probabilities sum to at most one.
+        reduction, ignore_mask, normalizer: as in `softmax_kl`.
+    """
+    student, top, lse = at_least_fp32(student_logits), at_least_fp32(values), at_least_fp32(log_sum_exp)
+    if ignore_mask is not None:
+        student, top = (x.masked_fill(ignore_mask[..., None], 0.0) for x in (student, top))
+        lse = lse.masked_fill(ignore_mask, math.log(top.shape[-1]))
+    index = indices.long()
+    log_p, log_q_all = top - lse[..., None], F.log_softmax(student, dim=-1)
+    log_q = log_q_all.gather(-1, index)
+    if index.shape[-1] < student.shape[-1]:
+        rest_p = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp(min=0).log()
+        rest_q = log_q_all.scatter(-1, index, -math.inf).logsumexp(dim=-1, keepdim=True)
+        log_p, log_q = torch.cat([log_p, rest_p], dim=-1), torch.cat([log_q, rest_q], dim=-1)
+    rows = kl_rows(log_p, log_q)
+    return reduce_rows(rows, reduction, classes=student.shape[-1], ignore_mask=ignore_mask, normalizer=normalizer)
+
+
+def dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 8.0,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    standardized: bool = False,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Give α TCKD + β NCKD, Eq. 7 of the paper, times τ².
+
+        TCKD = KL( (p_y, 1 - p_y) || (q_y, 1 - q_y) ),    NCKD = KL( p without y || q without y, both renormalised )
+
+    for the teacher's p, the student's q = softmax(z / τ) and the label y. 1 - q_y is the sum of the other classes, so
+    a student that is nearly certain loses no digits.
+
+    Args:
+        student_logits: (..., K), K >= 2.
+        teacher_logits: (..., K).
+        labels: (...,) integer.
+        alpha, beta: weights, numbers or 0-d tensors.
+        temperature: τ > 0.
+        reduction: over rows: as in `softmax_kl`.
+        ignore_index: label of the rows to leave out.
+        standardized: whether each row of logits is standardised first.
+        normalizer: what "batchmean" and "mean" divide by in place of the number of rows kept.
+    """
+    student, teacher = at_least_fp32(student_logits), at_least_fp32(teacher_logits)
+    ignored = is_ignored(labels, ignore_index)
+    student = student.masked_fill(ignored[..., None], 0.0)
+    teacher = teacher.masked_fill(ignored[..., None], 0.0)
+    if standardized:
+        student, teacher = standardize(student), standardize(teacher)
+    target = labels.long().masked_fill(ignored, 0)[..., None]
+    classes = torch.arange(student.shape[-1], device=student.device)
+    is_target = classes == target
+    binary, others = [], []
+    for logits in (teacher, student):
+        log_p = F.log_softmax(logits / temperature, dim=-1)
+        without_target = log_p.masked_fill(is_target, -math.inf)
+        binary.append(torch.cat([log_p.gather(-1, target), without_target.logsumexp(-1, keepdim=True)], dim=-1))
+        others.append(F.log_softmax(without_target, dim=-1))
+    rows = (alpha * kl_rows(*binary) + beta * kl_rows(*others)) * temperature**2
+    return reduce_rows(rows, reduction, classes=student.shape[-1], ignore_mask=ignored, normalizer=normalizer)
 
 
 def gaussian_kl(
@@ -200,6 +293,61 @@ def gaussian_anchor(
     target = torch.where(is_large, large, usual)
     terms = 0.5 * ((target - mean).square() * torch.exp(-log_var) + log_var)
     return reduce_rows(terms.mean(dim=-1), "batchmean", classes=1, normalizer=normalizer)
+
+
+def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+    """Give the divergence of each row.
+
+        forward    KL(p || q)
+        reverse    KL(q || p)
+        jsd        β KL(p || m) + (1 - β) KL(q || m),    m = β p + (1 - β) q
+
+    The last one, the generalised Jensen-Shannon divergence (Agarwal et al. 2024, Eq. 1), lies in [0, ln 2] for β = 1/2.
+    At β = 0 and 1 its own value is 0; the forward and the reverse KL are its limits divided by β and 1 - β.
+
+    Args:
+        log_p: (..., K), the teacher's.
+        log_q: (..., K), the student's.
+        divergence: one of the three.
+        beta: β in (0, 1), used by "jsd" alone.
+    """
+    if divergence == "forward":
+        return kl_rows(log_p, log_q)
+    if divergence == "reverse":
+        return kl_rows(log_q, log_p)
+    absent = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp(-inf, -inf) has no gradient
+    log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    log_p, log_q, log_m = (x.masked_fill(absent, -math.inf) for x in (log_p, log_q, log_m))
+    return beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
+
+
+def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Give KL(p || q) = Σ_k p_k φ(u_k), u = ln q - ln p, of each row (..., K)."""
+    q, p = log_q.exp(), log_p.exp()
+    absent = p == 0  # 0 ln 0 = 0
+    u = (log_q - log_p).masked_fill(absent, 0.0)
+    far = absent | (u.abs() >= 1)
+    # eᵘ may overflow where p is tiny, so away from u = 0 write p eᵘ as q; there nothing cancels.
+    small_u = u.masked_fill(far, 0.0)
+    terms = torch.where(far, q - p - p * u, p * (torch.expm1(small_u) - small_u))
+    return terms.sum(dim=-1)
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """Give (z - mean_k z) / (std_k z + 1e-7), std unbiased, with its gradient (Sun et al. 2024, Eq. 13).
+
+    A row of equal logits becomes 0, and its gradient that of the mean alone.
+    """
+    unit = unit_of(logits)
+    rows = logits / unit
+    centred = rows - rows.mean(dim=-1, keepdim=True)
+    return centred / (rows.std(dim=-1, keepdim=True) + 1e-7 / unit)
+
+
+def unit_of(logits: Tensor) -> Tensor:
+    """Give the power of two (..., 1) below each row's largest logit, 1 at least; in such units no square overflows."""
+    return torch.exp2(torch.log2(logits.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1)).floor())
 
 
 def reduce_rows(

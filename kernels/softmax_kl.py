@@ -2,7 +2,7 @@
 
     L = τ² D( softmax(z_t / τ), softmax(z_s / τ) ),    ∂L/∂z_s = τ ( p_s - p_t )  for the forward KL
 
-D is one of `reference_divergences`, the logits standardised first on request. Bytes moved: z_s and z_t read, the
+D is one of `reference.divergence_rows`, the logits standardised first on request. Bytes moved: z_s and z_t read, the
 gradient written: 3 N K size while a row fits on chip; beyond, the rows are read once more, backwards, so that the tail
 of the first reading is still in the L2. Reverse KL, JSD, standardisation and the teacher's gradient read a longer row
 more often, since each needs a sum over the whole row before the next.
@@ -47,7 +47,7 @@ from unikd_fast.kernels._launch import (
     rows_of,
     strides,
 )
-from unikd_fast.kernels.reference_divergences import DIVERGENCES
+from unikd_fast.kernels.reference import DIVERGENCES
 
 
 @triton.jit(do_not_specialize=["N"])

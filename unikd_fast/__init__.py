@@ -8,10 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unikd_fast.compressed import quantize_logits, top_k_logits
     from unikd_fast.distribution import FeatureDistributionPrediction
     from unikd_fast.fusion import AdaptiveFeatureFusion
-    from unikd_fast.losses import LossTerms, dkd_loss, gaussian_kl, softmax_kl, unikd_loss
+    from unikd_fast.losses import (
+        LossTerms,
+        dkd_loss,
+        gaussian_kl,
+        quantize_logits,
+        softmax_kl,
+        top_k_logits,
+        unikd_loss,
+    )
     from unikd_fast.losses.modules import DKDLoss, GaussianKL, SoftmaxKL, UniKDLoss
     from unikd_fast.values import Batch, Features, Gaussian, QuantizedLogits, TopKLogits
 
@@ -45,8 +52,6 @@ _HOME = {
     "GaussianKL": "losses.modules",
     "SoftmaxKL": "losses.modules",
     "UniKDLoss": "losses.modules",
-    "quantize_logits": "compressed",
-    "top_k_logits": "compressed",
     "Batch": "values",
     "Features": "values",
     "Gaussian": "values",

@@ -1,14 +1,26 @@
-"""Adaptive Features Fusion (AFF), section 3.1 of the UniKD paper, as a module: F_R by stages, its average collapsed."""
+"""Adaptive Features Fusion (AFF), section 3.1 of the UniKD paper, as a module: F_R by stages, its average collapsed.
+
+Batch normalisation beside a 1x1 convolution E folds into it, without forming a normalised map, in training neither:
+
+    after E:    γ (W F + b - μ) / sqrt(σ² + ε) + β,    μ, σ² of E(F)
+    before E:   W (F - μ) / sqrt(σ² + ε) + b,          μ, σ² of F
+
+The exception is batch statistics of what lies before E, whose gradient is one with that of the features
+(`reference_readings`). In training the statistics are those of the batch, and the running ones follow them as torch's
+modules have it.
+"""
 
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from unikd_fast.fusion_norms import batch_norms, batch_statistics, fold_after, fold_before
 from unikd_fast.kernels._checks import choose_impl
 from unikd_fast.kernels.reference_fusion import blend, blend_top_down, expand
+from unikd_fast.kernels.reference_moments import ChannelStatistics, channel_moments, projected_moments
 from unikd_fast.kernels.reference_pooled import pool_collapsed
 
 _logger = logging.getLogger("unikd_fast")
@@ -105,7 +117,7 @@ class AdaptiveFeatureFusion(nn.Module):
         for convolution in (*_convolutions(self.expanders), *_convolutions(self.gates)):
             assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
-        for norm in batch_norms(self.norms):
+        for norm in _batch_norms(self.norms):
             norm.reset_parameters()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -126,7 +138,7 @@ class AdaptiveFeatureFusion(nn.Module):
         """Give the mean of F_R over H_1 x W_1, collapsed where that is exact.
 
         It is exact with spatial gates. Batch normalisation takes no map of its own: in training its statistics are
-        those of the batch, before E of each channel, after it from the covariance of the features (`fusion_norms`).
+        those of the batch, before E of each channel, after it from the features' covariance (`projected_moments`).
 
         Args:
             features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
@@ -143,8 +155,8 @@ class AdaptiveFeatureFusion(nn.Module):
             self._check(features)
             statistics = None
             if self.norm == "input" and self.norms[0].training:
-                pairs = zip(batch_norms(self.norms), features, strict=True)
-                statistics = [batch_statistics(norm, feature) for norm, feature in pairs]
+                pairs = zip(_batch_norms(self.norms), features, strict=True)
+                statistics = [_batch_statistics(norm, feature) for norm, feature in pairs]
             parameters = (*self._folded_expanders(features), self.gate_kernels, _biases(self.gates))
             if self._fuses(features):
                 from unikd_fast.kernels.pooled_fusion import fused_pool
@@ -205,12 +217,12 @@ class AdaptiveFeatureFusion(nn.Module):
     def _folded_expanders(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Give E_l with its batch normalisation folded in, but for batch statistics of what lies before E_l."""
         weights, biases = _weights(self.expanders), _biases(self.expanders)
-        for level, norm in enumerate(batch_norms(self.norms)):
+        for level, norm in enumerate(_batch_norms(self.norms)):
             given = weights[level], biases[level]
             if self.norm == "batch":
-                weights[level], biases[level] = fold_after(norm, features[level], *given)
+                weights[level], biases[level] = _fold_after(norm, features[level], *given)
             elif not norm.training:
-                weights[level], biases[level] = fold_before(norm, *given)
+                weights[level], biases[level] = _fold_before(norm, *given)
         return weights, biases
 
     def _check(self, features: Sequence[Tensor]) -> None:
@@ -257,3 +269,74 @@ def _weights(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 def _biases(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [m.bias for m in _convolutions(modules) if m.bias is not None]
+
+
+def _fold_after(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Give weight and bias of a convolution that does ``norm(F.conv2d(feature, weight, bias))``.
+
+    Args:
+        norm: of D channels. In training mode its running statistics move.
+        feature: (N, C, H, W), read in training mode alone.
+        weight: (D, C, 1, 1).
+        bias: (D,).
+
+    Returns:
+        (D, C, 1, 1) and (D,), differentiable in all arguments.
+
+    Raises:
+        ValueError: one pixel in training mode, whose variance says nothing.
+    """
+    mean, variance = _running_moments(norm)
+    if norm.training:
+        mean, variance = projected_moments(feature, weight, bias)
+        _follow(norm, mean, variance, feature)
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return weight * scale[:, None, None, None], (bias - mean) * scale + norm.bias
+
+
+def _fold_before(norm: _BatchNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Give weight and bias of a convolution that does ``F.conv2d(norm(feature), weight, bias)`` in eval mode.
+
+    Args:
+        norm: of C channels, without parameters of its own, which E would make redundant.
+        weight: (D, C, 1, 1).
+        bias: (D,).
+    """
+    mean, variance = _running_moments(norm)
+    weight = weight * torch.rsqrt(variance + norm.eps)[:, None, None]
+    return weight, bias - (weight.flatten(1) * mean).sum(1)  # no product of matrices, which autocast would round
+
+
+def _batch_statistics(norm: _BatchNorm, feature: Tensor) -> ChannelStatistics:
+    """Give what `norm` normalises `feature` (N, C, H, W) with in training; its running statistics move.
+
+    Raises:
+        ValueError: one pixel, whose variance says nothing.
+    """
+    mean, variance = channel_moments(feature)
+    _follow(norm, mean, variance, feature)
+    return ChannelStatistics(mean, torch.rsqrt(variance + norm.eps), norm.eps)
+
+
+def _batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """Give them typed; conversion to SyncBatchNorm leaves another subclass here."""
+    return [module for module in modules if isinstance(module, _BatchNorm)]
+
+
+def _running_moments(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Give the running mean and variance."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+@torch.no_grad()
+def _follow(norm: _BatchNorm, mean: Tensor, variance: Tensor, feature: Tensor) -> None:
+    """Move the running statistics as batch normalisation in training does, which keeps the unbiased variance."""
+    running_mean, running_var = _running_moments(norm)
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    count = feature.numel() // feature.shape[1]
+    norm.num_batches_tracked.add_(1)
+    running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
+    running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), norm.momentum)

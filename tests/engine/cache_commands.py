@@ -1,4 +1,4 @@
-"""unikd-cache in processes of its own, and small caches for it."""
+"""unikd cache in processes of its own, and small caches for it."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def start(*arguments: object, launcher: str = "python", processes: int = 1) -> "
     """The command in processes of its own, with a thread each."""
     before = [*LAUNCHERS[launcher], str(processes)] if launcher != "python" else LAUNCHERS[launcher]
     return subprocess.Popen(
-        [*before, "-m", "unikd_fast.engine.cache_command", *map(str, arguments)],
+        [*before, "-m", "unikd_fast", "cache", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

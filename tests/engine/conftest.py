@@ -1,4 +1,4 @@
-"""What the tests of cached training share, those of unikd-cache, and those of unikd-export."""
+"""What the tests of cached training share, those of unikd cache, and those of unikd export."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from cache_commands import PER_SHARD, Command, Said, cached_config, make_folder
 from exported_runs import ALONE_TRAINED, SHORT, Runs, short, trained
 from real_runs import process_group, save_teacher
 
-from unikd_fast.engine.cache_command import main
+from unikd_fast.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,12 @@ def copy(runs: Runs, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """unikd-cache in this process."""
+    """unikd cache in this process."""
 
     def call(*arguments: object) -> Said:
         capsys.readouterr()
         with patch.dict(os.environ):  # joining a group of one process writes there
-            code = main([str(argument) for argument in arguments])
+            code = main(["cache", *map(str, arguments)])
         return Said(code, *capsys.readouterr())
 
     return call
@@ -58,7 +58,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = cached_config(tmp_path_factory.mktemp("built"))
     make_folder(config, PER_SHARD)
     with patch.dict(os.environ):
-        assert main(["build", "--config", str(config)]) == 0
+        assert main(["cache", "build", "--config", str(config)]) == 0
     return config
 
 

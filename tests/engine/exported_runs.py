@@ -1,4 +1,4 @@
-"""Two short runs with a checkpoint of every step, and what the tests of unikd-export do with them."""
+"""Two short runs with a checkpoint of every step, and what the tests of unikd export do with them."""
 
 import json
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from real_runs import ALONE, train_here, write_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unikd_fast.cli import main
 from unikd_fast.config import Config, load_config
 from unikd_fast.engine.folder import open_run_folder
-from unikd_fast.export.command import main
 from unikd_fast.models import CIFAR_MODELS
 
 STEPS = 6
@@ -50,7 +50,7 @@ class Runs:
 
 
 def export(run: Path, to: Path, *arguments: str) -> int:
-    return main([str(run), "--to", str(to), *arguments])
+    return main(["export", str(run), "--to", str(to), *arguments])
 
 
 def resnet8(path: Path) -> nn.Module:

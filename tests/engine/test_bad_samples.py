@@ -155,4 +155,4 @@ def test_a_bad_file_ends_a_run_with_its_name_and_no_traceback(loader: str, tmp_p
     assert done.returncode == 5
     assert "Traceback" not in done.stderr
     bad = root / "train" / "class_0" / "000.png"
-    assert f"launch_distill: error: cannot decode {bad}: the file is empty; repair the file or remove it" in done.stderr
+    assert f"unikd train: error: cannot decode {bad}: the file is empty; repair the file or remove it" in done.stderr

@@ -1,4 +1,4 @@
-"""What unikd-cache says as users type it: of a cache, of a plan and of errors, with its exit codes."""
+"""What unikd cache says as users type it: of a cache, of a plan and of errors, with its exit codes."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def test_errors_are_one_line_with_their_exit_code(tmp_path: Path, command: Comma
     ]:
         said = command(*arguments)
         assert (said.code, said.out) == (code, ""), (arguments, said)
-        assert said.err.startswith("unikd-cache: error: ")
+        assert said.err.startswith(f"unikd cache {arguments[0]}: error: ")
         assert part in said.err
     with pytest.raises(SystemExit, match="2"):
         command("verify")
@@ -146,14 +146,14 @@ def test_ctrl_c_and_a_broken_disk_give_no_traceback(
     monkeypatch.setattr(CacheFolder, "verify", fail)
     said = command("verify", built.parent / "cache")
     assert (said.code, said.out) == (code, "")
-    assert said.err.startswith("unikd-cache: error: ")
+    assert said.err.startswith("unikd cache verify: error: ")
     assert said.err.count("\n") == 1
 
 
 def test_a_wrong_configuration_is_refused_and_help_is_given_without_torch(tmp_path: Path) -> None:
-    """As the launchers start it: deepspeed's puts --local_rank before everything."""
+    """As the launchers start it: DeepSpeed's puts --local_rank before everything."""
     code = (
-        "import sys; from unikd_fast.engine.cache_command import main\n"
+        "import sys; from unikd_fast.cli import main\n"
         "try: code = main(sys.argv[1:])\n"
         "except SystemExit as end: code = end.code\n"
         "assert 'torch' not in sys.modules; sys.exit(code)"
@@ -165,9 +165,11 @@ def test_a_wrong_configuration_is_refused_and_help_is_given_without_torch(tmp_pa
         )
         return Said(done.returncode, done.stdout, done.stderr)
 
-    assert call("--help").code == 0
-    assert "exit codes: 0 every shard is ok" in call("verify", "--help").out
-    wrong = call("--local_rank=0", "build", "--config", cached_config(tmp_path), "--set", "teacher.cache.views=0")
+    assert call("cache", "--help").code == 0
+    assert "exit codes: 0 every shard is ok" in call("cache", "verify", "--help").out
+    wrong = call(
+        "--local_rank=0", "cache", "build", "--config", cached_config(tmp_path), "--set", "teacher.cache.views=0"
+    )
     assert (wrong.code, wrong.out) == (2, "")
-    assert wrong.err.startswith("unikd-cache: error: ")
+    assert wrong.err.startswith("unikd cache build: error: ")
     assert "teacher.cache.views = 0" in wrong.err

@@ -1,4 +1,4 @@
-"""What unikd-cache builds as users type it: alone and in several processes, and what it finds wrong and puts right."""
+"""What unikd cache builds as users type it: alone and in several processes, and what it finds wrong and puts right."""
 
 import json
 import os
@@ -66,18 +66,18 @@ def test_a_bad_shard_is_named_discarded_and_alone_built_anew(
     assert verified.code == 4
     said = verified.out.splitlines()
     assert said[0] == found
-    assert said[1].startswith(f"{folder}: 3 of 4 shards are ok, 1 {'bad' if bad else 'not built'}; unikd-cache ")
+    assert said[1].startswith(f"{folder}: 3 of 4 shards are ok, 1 {'bad' if bad else 'not built'}; unikd cache ")
     assert ("--repair" in said[1]) == bool(bad)
     assert len(said) == 2
 
     repaired = command("verify", folder, "--repair")
     assert repaired.code == 0  # so that `verify --repair && build` mends a cache
     assert repaired.out.count("discarded") == 2 * bad
-    assert "unikd-cache build makes what is not there" in repaired.out
+    assert "unikd cache build makes what is not there" in repaired.out
     assert not shard.exists()
     assert command("verify", folder) == (
         4,
-        f"{shard.name}: not built\n{folder}: 3 of 4 shards are ok, 1 not built; unikd-cache build makes what is not "
+        f"{shard.name}: not built\n{folder}: 3 of 4 shards are ok, 1 not built; unikd cache build makes what is not "
         "there\n",
         "",
     )
@@ -96,7 +96,7 @@ def test_what_belongs_to_all_shards_cannot_be_repaired(copied: Path, command: Co
     for arguments in (("verify", head.parent, "--repair"), ("info", head.parent), ("build", "--config", copied)):
         said = command(*arguments)
         assert said.code == 4
-        assert said.err.startswith(f"unikd-cache: error: {head} is damaged")
+        assert said.err.startswith(f"unikd cache {arguments[0]}: error: {head} is damaged")
         assert "build the cache again" in said.err
     head.unlink()
     said = command("verify", head.parent)

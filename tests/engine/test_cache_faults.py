@@ -49,7 +49,7 @@ def test_a_flipped_bit_ends_a_run_with_its_own_exit_code(tmp_path: Path, weights
     flip(path)
     done = run(cached_config(tmp_path, weights, name="real"))
     assert done.returncode == CacheError.exit_code == 4, done.stderr
-    assert f"launch_distill: error: {path}: record " in done.stderr
+    assert f"unikd train: error: {path}: record " in done.stderr
     assert "delete this file and build the cache again, only this shard is redone" in done.stderr
     assert not (tmp_path / "real" / "student.safetensors").exists()
 
@@ -67,7 +67,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path, wei
     done = subprocess.run([*before, *mounting, *command(config)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 4, done.stdout + done.stderr
     needed = 3 * 1000 * 80
-    said = f"launch_distill: error: {disk}/cache: the shards still to build need {needed} bytes and "
+    said = f"unikd train: error: {disk}/cache: the shards still to build need {needed} bytes and "
     assert said in done.stderr
     free = int(done.stderr.partition(said)[2].split()[0])
     assert 0 < free <= 128 * 1024 < needed

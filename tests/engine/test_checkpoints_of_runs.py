@@ -95,7 +95,7 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path: Pat
         config = small_config(disk, "run", run={"checkpoint_every_steps": 1})
         done = run(config)
         assert done.returncode == 6, done.stderr
-        assert "launch_distill: error: cannot write the checkpoint" in done.stderr
+        assert "unikd train: error: cannot write the checkpoint" in done.stderr
         assert "those before it are as they were; free at least 0." in done.stderr
         assert newest_checkpoint(disk / "run")["run"]["step"] == 1
         subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
@@ -169,7 +169,7 @@ def test_deepspeeds_own_checkpoints_hold_the_same_weights(tmp_path: Path, stage:
 HUNGRY = """
 import resource, sys
 import psutil
-import launch_distill
+from unikd_fast.cli import main
 from unikd_fast.engine import steps
 whole = steps.train_step
 count = 0
@@ -182,7 +182,7 @@ def hungry(engine, teacher, method, batch, target=None, **options):
         batch = batch._replace(images=batch.images.repeat(40, 1, 1, 1), labels=batch.labels.repeat(40))
     return whole(engine, teacher, method, batch, target, **options)
 steps.train_step = hungry
-sys.exit(launch_distill.main(sys.argv[1:]))
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 

@@ -62,13 +62,13 @@ def test_a_missing_folder_is_refused_within_five_seconds() -> None:
 
 def test_the_module_is_the_same_command_without_the_script(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="plan")
-    line = [sys.executable, "-m", "unikd_fast.engine.launch_command", "--config", str(config), "--dry-run"]
+    line = [sys.executable, "-m", "unikd_fast", "train", "--config", str(config), "--dry-run"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "96 training samples" in done.stdout
-    wrong = [*line[:4], "/no/such.json", "--max-restarts", "1"]
+    wrong = [*line[:5], "/no/such.json"]
     done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.count("launch_distill: error: ")) == (2, 1)
+    assert (done.returncode, done.stderr.count("unikd train: error: ")) == (2, 1)
 
 
 def test_an_existing_folder_is_refused_or_resumed_but_never_overwritten(tmp_path: Path) -> None:

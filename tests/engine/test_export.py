@@ -1,4 +1,4 @@
-"""unikd-export: which student of which checkpoint it writes."""
+"""unikd export: which student of which checkpoint it writes."""
 
 import json
 import shutil
@@ -230,10 +230,10 @@ def test_a_student_that_started_from_published_weights_is_the_network_that_came_
 
 def test_the_command_is_one(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "unikd_fast.export.command", str(tmp_path), "--to", "a.pt"],
+        [sys.executable, "-m", "unikd_fast", "export", str(tmp_path), "--to", "a.pt"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"unikd-export: error: {tmp_path} is no run folder")
+    assert done.stderr.startswith(f"unikd export: error: {tmp_path} is no run folder")

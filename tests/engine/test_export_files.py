@@ -1,4 +1,4 @@
-"""unikd-export: its files compute what the plain network computes, and are whole or absent."""
+"""unikd export: its files compute what the plain network computes, and are whole or absent."""
 
 import os
 import stat
@@ -182,7 +182,7 @@ def test_nothing_half_is_left(
     good = export_formats.FORMATS[".pt"]
     monkeypatch.setitem(export_formats.FORMATS, ".pt", replace(good, write=write))
     assert export(runs.alone, tmp_path / "student.pt") == code
-    assert capsys.readouterr().err.startswith("unikd-export: error: ")
+    assert capsys.readouterr().err.startswith("unikd export: error: ")
     assert left_behind(tmp_path) == []
 
 

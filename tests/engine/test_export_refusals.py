@@ -1,4 +1,4 @@
-"""unikd-export: what it refuses to read, to write and to run."""
+"""unikd export: what it refuses to read, to write and to run."""
 
 import json
 import pickle
@@ -17,9 +17,9 @@ from exported_runs import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unikd_fast.cli import main
 from unikd_fast.config import ConfigError
 from unikd_fast.engine.checkpoint import checkpoint_name
-from unikd_fast.export.command import main
 from unikd_fast.export.formats import plain_logits, random_images
 
 
@@ -72,9 +72,9 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ) -> None:
     names = {"run": runs.alone, "there": tmp_path}
-    assert main([argument.format(**names) for argument in arguments]) == 2
+    assert main(["export", *(argument.format(**names) for argument in arguments)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("unikd-export: error: ")
+    assert error.startswith("unikd export: error: ")
     assert reason.format(**names) in error
     assert left_behind(tmp_path) == []
 

@@ -2,10 +2,8 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import psutil
 import pytest
 from real_runs import (
-    LAUNCHERS,
     ROOT,
     command,
     newest_checkpoint,
@@ -131,36 +128,3 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(tmp_path: Path
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_killed_at_many_random_moments_it_ends_as_if_never_interrupted(tmp_path: Path, whole: Path, seed: int) -> None:
     fault_rounds(tmp_path, whole, rounds=5, seed=seed)
-
-
-def test_a_supervised_run_restarts_itself(tmp_path: Path, whole: Path) -> None:
-    config = write_config(tmp_path, name="restarted", **QUICK)
-    process = start(config, "--max-restarts", "2", launcher="deepspeed", processes=2)
-    try:
-        wait_for_step(tmp_path / "restarted", 4, process)
-        # Of each rank the one that trains is the child of the one that watches.
-        child = next(p for p in reversed(trainers(process)) if not p.children())
-        child.kill()
-        output, _ = process.communicate(timeout=3 * LIMIT_S)
-    finally:
-        kill_quietly(process)
-    assert process.returncode == 0, output
-    assert len(re.findall(r"ended with exit code \d+; restart 1 of 2 from the newest checkpoint", output)) == 2
-    assert_same_run(whole, tmp_path / "restarted")
-
-
-@pytest.mark.parametrize("arguments", [["--max-restarts", "3"], ["--max-restarts=3"]])
-def test_a_configuration_that_is_wrong_is_not_tried_again(arguments: list[str]) -> None:
-    line = [sys.executable, str(ROOT / "launch_distill.py"), *arguments, "--config", "/no/such.json"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.count("error:") == 1
-    assert "restart" not in done.stderr
-
-
-def test_under_torchrun_its_own_restarts_are_named(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    line = [*LAUNCHERS["torchrun"], "1", str(ROOT / "launch_distill.py"), "--config", str(config)]
-    done = subprocess.run([*line, "--max-restarts", "1"], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode != 0
-    assert "under torchrun, which restarts by itself: torchrun --max-restarts 1 ..." in done.stderr

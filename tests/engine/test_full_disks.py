@@ -15,7 +15,7 @@ ON_SMALL_DISKS = """
 import contextlib, io, logging, shutil, subprocess, sys
 from pathlib import Path
 from real_runs import process_group
-from unikd_fast.engine.launch_command import main
+from unikd_fast.cli import main
 from unikd_fast.engine.distributed import Processes
 disk, config = map(Path, sys.argv[1:])
 if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -27,7 +27,7 @@ def train(kib, *arguments):
     logging.getLogger("unikd_fast").handlers = []
     said = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        code = main(["--config", str(config), *arguments])
+        code = main(["train", "--config", str(config), *arguments])
     return code, [line for line in said.getvalue().splitlines() if "error:" in line or "Traceback" in line]
 
 with process_group(config.parent):

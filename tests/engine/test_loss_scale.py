@@ -57,10 +57,10 @@ def test_gradients_are_those_of_the_loss_and_an_overflow_changes_nothing() -> No
 # A gradient that fits fp16 with a scale of 1 does not with this one: 65504 is its largest number.
 SCRIPT = """
 import sys
-import launch_distill
+from unikd_fast.cli import main
 from unikd_fast.engine.gradients import LossScale
 LossScale.__init__.__defaults__ = (2.0**20, 3)
-sys.exit(launch_distill.main(sys.argv[1:]))
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 

@@ -111,7 +111,7 @@ STAGES = [
 # Poisons the images of one step of the run, on one process.
 POISONED = """
 import sys
-import launch_distill
+from unikd_fast.cli import main
 from unikd_fast.engine import steps
 whole = steps.train_step
 count = 0
@@ -126,7 +126,7 @@ def trainer_rank():
     import torch.distributed as dist
     return dist.get_rank()
 steps.train_step = poisoned
-sys.exit(launch_distill.main(sys.argv[1:]))
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 

@@ -14,10 +14,10 @@ from cache_commands import Said
 from real_runs import ALONE, merged, write_config
 from torch import nn
 
+from unikd_fast.cli import main
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.folder import import_student, open_run_folder, read_result, read_teacher
-from unikd_fast.engine.launch_command import main
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
 from unikd_fast.errors import ConfigError, FileError
 
@@ -40,7 +40,7 @@ def train(tmp_path: Path, group: None, capfd: pytest.CaptureFixture[str], monkey
     def call(*arguments: str, **sections: dict[str, Any]) -> Said:
         config = write_config(tmp_path, name="run", **merged(SECTIONS, sections))
         capfd.readouterr()
-        code = main(["--config", str(config), *arguments])
+        code = main(["train", "--config", str(config), *arguments])
         return Said(code, *capfd.readouterr())
 
     return call
@@ -68,7 +68,7 @@ def state(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def said_once(said: Said, message: str) -> None:
     """It is one line, and no traceback stands before it."""
-    errors = [line for line in said.err.splitlines() if line.startswith("launch_distill: error: ")]
+    errors = [line for line in said.err.splitlines() if line.startswith("unikd train: error: ")]
     assert len(errors) == 1 and message in errors[0], said.err
     assert "Traceback" not in said.err
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from real_runs import CACHED, opened, run, write_config
 
+from unikd_fast.cli import main
 from unikd_fast.config import ConfigError
-from unikd_fast.engine.launch_command import main
 
 PATH = "${UNIKD_TEST_TEACHERS}/teacher.pth"
 
@@ -48,8 +48,8 @@ def test_the_key_of_each_network_is_its_own(tmp_path: Path, weights: Path) -> No
 
 
 def test_empty_weights_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", str(config_of(tmp_path)), "--set", "teacher.weights="]
-    assert main(arguments, program=["launch_distill.py"]) == 2
+    arguments = ["train", "--config", str(config_of(tmp_path)), "--set", "teacher.weights="]
+    assert main(arguments) == 2
     assert "teacher.weights = '' is empty" in capsys.readouterr().err
 
 
@@ -73,7 +73,7 @@ def test_the_value_of_a_root_is_not_shown(
     config = write_config(tmp_path, data={"name": "image_folder", "root": "${UNIKD_TEST_SECRET}"})
     for value in ("hunter3", str(tmp_path / "hunter2")):
         monkeypatch.setenv("UNIKD_TEST_SECRET", value)
-        assert main(["--config", str(config)], program=["launch_distill.py"]) == 2
+        assert main(["train", "--config", str(config)]) == 2
         said = capsys.readouterr().err
         assert "${UNIKD_TEST_SECRET}" in said and "is missing" in said and value not in said
 
@@ -85,4 +85,4 @@ def test_it_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: py
     done = run(config_of(tmp_path))
     assert done.returncode == 2
     assert time.monotonic() - began < 5
-    assert f"launch_distill: error: teacher.weights is {PATH!r} and UNIKD_TEST_TEACHERS is not set" in done.stderr
+    assert f"unikd train: error: teacher.weights is {PATH!r} and UNIKD_TEST_TEACHERS is not set" in done.stderr

@@ -13,7 +13,6 @@ from compile_check import TARGETS, compile_launch, recorded
 from torch import Tensor
 
 from unikd_fast.kernels import (
-    _blend_plan,
     _launch,
     _multiply,
     _pooled_plan,
@@ -189,13 +188,13 @@ def reports(name: str, targets: Sequence[str]) -> Iterator[dict[str, Any]]:
     for target in targets:
         description = TARGETS[target]
         device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
-        users = (_launch, pixel_weights, _pooled_plan, _blend_plan)
+        users = (_launch, pixel_weights, _pooled_plan, feature_fusion)
         original = _launch.describe
         try:
             for module in users:
                 module.describe = lambda _, device=device: device
             _pooled_plan.plan_of.cache_clear()
-            _blend_plan.plan_of.cache_clear()
+            feature_fusion.plan_of.cache_clear()
             with recorded([module for module, _ in KERNELS], [kernel for _, kernel in KERNELS]) as recorders:
                 LAUNCHES[name]()
         finally:

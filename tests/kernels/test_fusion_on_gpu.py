@@ -9,8 +9,8 @@ from kernel_inputs import capture
 from torch import Tensor
 
 from unikd_fast import AdaptiveFeatureFusion
-from unikd_fast.kernels._blend_plan import blend_plan
 from unikd_fast.kernels._pooled_plan import plan_for
+from unikd_fast.kernels.feature_fusion import blend_plan
 from unikd_fast.kernels.pixel_weights import map_sizes
 
 pytestmark = [

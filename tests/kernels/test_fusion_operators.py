@@ -9,7 +9,7 @@ from kernel_inputs import BACKEND, DEVICE, Graphs
 from torch import Tensor
 
 from unikd_fast import AdaptiveFeatureFusion
-from unikd_fast.kernels import _fused_function
+from unikd_fast.kernels import _autograd
 
 CHANNELS, SIZES, WIDTH = [3, 5], ((4, 5), (2, 3)), 3
 Compute = Callable[..., Tensor]
@@ -60,14 +60,14 @@ def form(name: str) -> tuple[AdaptiveFeatureFusion, Compute]:
 def calls_of(compute: Callable[[], Any]) -> list[tuple[Any, list[Tensor], list[Any]]]:
     """Give the calls of fused functions, each with its tensors and settings."""
     calls = []
-    original = _fused_function.FusedFunction.__call__
+    original = _autograd.FusedFunction.__call__
 
     def record(self: Any, tensors: Sequence[Tensor], **settings: Any) -> Tensor:
         calls.append((self, list(tensors), [settings[x] for x in self.settings]))
         return original(self, tensors, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fused_function.FusedFunction, "__call__", record)
+        patch.setattr(_autograd.FusedFunction, "__call__", record)
         compute()
     return calls
 

@@ -28,8 +28,8 @@ from logit_methods import (
 from real_runs import process_group, save_teacher
 from torch import Tensor
 
-from unikd_fast.compressed import quantize_logits
 from unikd_fast.config import ConfigError, load_config
+from unikd_fast.losses import quantize_logits
 from unikd_fast.methods import DKD, KD, Hybrid
 from unikd_fast.values import StudentOutput, Target
 

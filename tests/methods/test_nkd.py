@@ -28,7 +28,7 @@ from logit_methods import (
 from real_runs import process_group, save_teacher
 from torch import Tensor
 
-from unikd_fast.compressed import quantize_logits
+from unikd_fast.losses import quantize_logits
 from unikd_fast.methods import DKD, NKD, Hybrid, Needs
 from unikd_fast.values import StudentOutput, Target
 

@@ -1,4 +1,4 @@
-"""unikd-report from its arguments to its files, and how it refuses."""
+"""unikd report from its arguments to its files, and how it refuses."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
-from unikd_fast.report.command import main
+from unikd_fast.cli import main
 from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_page_and_its_pictures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "out" / "my.html"
-    assert main([str(run), "--to", str(target), "--title", "Mine & yours"]) == 0
+    assert main(["report", str(run), "--to", str(target), "--title", "Mine & yours"]) == 0
     page = target.read_text()
     assert "<h1>Mine &amp; yours</h1>" in page
     assert "73.01 (T1, T5)" in page
@@ -56,7 +56,7 @@ def test_a_page_and_its_pictures(run: Path, tmp_path: Path, capsys: pytest.Captu
 def test_what_is_missing_is_said_on_the_page(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path / "run", config(data={"name": "digits"}))
     write_result(folder, "student")
-    assert main([str(folder), "--to", str(tmp_path / "r.html")]) == 0
+    assert main(["report", str(folder), "--to", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert page.count('class="missing"') == 5
     for name in ("test_logits.safetensors", "metrics.jsonl", "head_*", "step_time.json", "prints nothing for digits"):
@@ -69,7 +69,7 @@ def test_names_that_are_no_english_words(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path / "run & <i>", config(compare={"seeds": [0], "runs": {label: {}}}))
     home = write_result(folder / "seed-0" / "x", label)
     write_metrics(home, [evaluation(1, ce=1.0), evaluation(2, ce=0.5)])
-    assert main([str(folder), "--to", str(tmp_path / "r.html")]) == 0
+    assert main(["report", str(folder), "--to", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert "<b>" not in page
     assert "<i>" not in page
@@ -77,10 +77,10 @@ def test_names_that_are_no_english_words(tmp_path: Path) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
+    assert main(["report", *map(str, arguments)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("unikd-report: error: ")
+    assert captured.err.startswith("unikd report: error: ")
     return captured.err
 
 
@@ -93,7 +93,7 @@ def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytes
     target.write_text("mine as well")
     assert f"{target} exists" in refused(capsys, run, "--to", target)
     assert (target.read_text(), picture.read_text()) == ("mine as well", "mine")
-    assert main([str(run), "--to", str(target), "--force"]) == 0
+    assert main(["report", str(run), "--to", str(target), "--force"]) == 0
     assert target.read_text().startswith("<!doctype html>")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -103,7 +103,7 @@ def test_a_page_is_not_written_through_a_link(run: Path, tmp_path: Path) -> None
     precious.write_text("mine")
     for link in (target, tmp_path / ".r.html.tmp", tmp_path / "r-agreement.png"):
         link.symlink_to(precious)
-    assert main([str(run), "--to", str(target), "--force"]) == 0
+    assert main(["report", str(run), "--to", str(target), "--force"]) == 0
     assert precious.read_text() == "mine"
     assert target.read_text().startswith("<!doctype html>") and not target.is_symlink()
 
@@ -132,8 +132,8 @@ def test_a_disk_that_cannot_be_written_ends_with_1(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert main([str(run), "--to", str(tmp_path / "file" / "r.html")]) == 1
-    assert "unikd-report: error:" in capsys.readouterr().err
+    assert main(["report", str(run), "--to", str(tmp_path / "file" / "r.html")]) == 1
+    assert "unikd report: error:" in capsys.readouterr().err
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -143,8 +143,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_arguments_are_looked_at_before_anything_slow_is_loaded(tmp_path: Path) -> None:
     """Of torch, matplotlib and numpy nothing is loaded for a refusal, and torch not for a page either."""
     done = python(
-        "import sys; from unikd_fast.report.command import main; "
-        f"code = main(['{tmp_path}', '--to', '{tmp_path}/r.html']); "
+        "import sys; from unikd_fast.cli import main; "
+        f"code = main(['report', '{tmp_path}', '--to', '{tmp_path}/r.html']); "
         "assert code == 2, code; print(sorted({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
     )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
@@ -152,23 +152,19 @@ def test_arguments_are_looked_at_before_anything_slow_is_loaded(tmp_path: Path) 
 
 def test_a_page_needs_no_torch(run: Path, tmp_path: Path) -> None:
     done = python(
-        "import sys; sys.modules['torch'] = None; from unikd_fast.report.command import main; "
-        f"raise SystemExit(main(['{run}', '--to', '{tmp_path}/r.html']))"
+        "import sys; sys.modules['torch'] = None; from unikd_fast.cli import main; "
+        f"raise SystemExit(main(['report', '{run}', '--to', '{tmp_path}/r.html']))"
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_without_matplotlib_the_extra_is_named(run: Path, tmp_path: Path) -> None:
     done = python(
-        "import sys; sys.modules['matplotlib'] = None; from unikd_fast.report.command import main; "
-        f"raise SystemExit(main(['{run}', '--to', '{tmp_path}/r.html']))"
+        "import sys; sys.modules['matplotlib'] = None; from unikd_fast.cli import main; "
+        f"raise SystemExit(main(['report', '{run}', '--to', '{tmp_path}/r.html']))"
     )
     assert done.returncode == 2
     assert "the page needs matplotlib: pip install 'unikd-fast[report]'" in done.stderr
-
-
-def test_the_script_is_installed_under_its_name() -> None:
-    assert 'unikd-report = "unikd_fast.report.command:main"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_many_runs_of_one_environment_are_not_listed_one_by_one(tmp_path: Path) -> None:
@@ -179,10 +175,10 @@ def test_many_runs_of_one_environment_are_not_listed_one_by_one(tmp_path: Path) 
         folders.append(folder)
     (folders[8] / "environment.json").write_text('{"cpu": "another"}')
     few, many = tmp_path / "few.html", tmp_path / "many.html"
-    assert main([*map(str, folders[:2]), "--to", str(few)]) == 0
+    assert main(["report", *map(str, folders[:2]), "--to", str(few)]) == 0
     assert f"Run folders: {folders[0]}, {folders[1]}<" in few.read_text()
     assert f"Environment of {folders[0]} and another, which differ in time and command alone" in few.read_text()
-    assert main([*map(str, folders), "--to", str(many)]) == 0
+    assert main(["report", *map(str, folders), "--to", str(many)]) == 0
     page = many.read_text()
     assert f"9 run folders in {tmp_path / 'all'}<" in page
     assert f"Environment of {folders[0]} and 7 others, which differ in time and command alone" in page

@@ -10,7 +10,7 @@ from browser import NAMES, Browser, find_chromium, started_browser
 from PIL import Image
 from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
-from unikd_fast.report.command import main
+from unikd_fast.cli import main
 from unikd_fast.report.figures import DARK, LIGHT, Theme
 from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits
 
@@ -50,7 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             write_step_time(home, StepTime(1.0, 5.0, 3.0, 0.5, 8.0, 0.5, "one GPU"))
     target = folder / "page.html"
-    assert main([str(root), "--to", str(target)]) == 0
+    assert main(["report", str(root), "--to", str(target)]) == 0
     return target
 
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unikd_fast.compressed import quantize_logits, top_k_logits
 from unikd_fast.errors import CacheError
-from unikd_fast.losses import softmax_kl
+from unikd_fast.losses import quantize_logits, softmax_kl, top_k_logits
 from unikd_fast.teacher.cache import Codec
 from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
 

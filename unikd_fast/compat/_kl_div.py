@@ -54,7 +54,7 @@ def jsd_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
         β p (ln p - ln m) + (1 - β) q (ln q - ln m),  m = β p + (1 - β) q
         β = 0: p (ln p - ln q),   β = 1: q (ln q - ln p)
 
-    Unlike `reference_divergences` it does not rest on p and q summing to one: `log_q` is a free variable, and the
+    Unlike `reference.kl_rows` it does not rest on p and q summing to one: `log_q` is a free variable, and the
     gradient of each term is that of the term as it stands here.
 
     Args:

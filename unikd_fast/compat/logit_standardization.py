@@ -5,8 +5,7 @@ Both compute in fp32 and return it, where the fork keeps the dtype of the logits
 
 from torch import Tensor
 
-from unikd_fast.kernels.reference import at_least_fp32
-from unikd_fast.kernels.reference_divergences import standardize
+from unikd_fast.kernels.reference import at_least_fp32, standardize
 from unikd_fast.losses import dkd_loss as _dkd_loss
 from unikd_fast.losses import softmax_kl
 

@@ -69,7 +69,7 @@ class DataConfig(Section):
     """The data set and how it is read."""
 
     name: Literal["digits", "cifar100", "image_folder", "imagenet", "packed", "webdataset", "synthetic", "fine_grained"]
-    """digits ships with scikit-learn; cifar100, image folders, packed stores (unikd-data pack) and the tar files of
+    """digits ships with scikit-learn; cifar100, image folders, packed stores (unikd data pack) and the tar files of
     webdataset are read from root; synthetic and fine_grained are generated."""
     root: Text | None = None
     """Folder of the data set; environment variables are written ${IMAGENET_ROOT}."""
@@ -642,7 +642,7 @@ class RunConfig(Section):
     """Epochs between two evaluations on the validation split; the last epoch is always evaluated."""
     test_logits: bool = True
     """Write the logits of the last student, and of a teacher that was given, over the test split to
-    test_logits.safetensors, two bytes each: what unikd-report draws distributions and correlations of."""
+    test_logits.safetensors, two bytes each: what unikd report draws distributions and correlations of."""
     probe: bool = True
     """At every evaluation, τ² KL from the teacher to the student at τ = 4 on the validation split (probe_kl), which
     compares methods whose own losses do not. The teacher sees the split once; where its outputs are cached, there is no

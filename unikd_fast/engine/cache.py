@@ -271,7 +271,7 @@ def _records_per_shard(codec: Codec, records: int, processes: Processes) -> int:
 def _explained(error: Exception, path: Path, mode: str) -> str:
     if mode == "read" and not path.exists():
         return (
-            f"teacher.cache.dir = {path} does not exist, and teacher.cache.mode = 'read' builds none; run unikd-cache "
+            f"teacher.cache.dir = {path} does not exist, and teacher.cache.mode = 'read' builds none; run unikd cache "
             "build with this configuration, or use --set teacher.cache.mode=read_write"
         )
     return f"teacher.cache.dir = {path}: {error}; choose another folder with --set teacher.cache.dir=..."
@@ -321,7 +321,7 @@ def _ready(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, epo
     if cache.missing and cache.settings.mode == "read":
         raise CacheError(
             f"{cache}: {cache.missing} of {cache.folder.info().shards} shards are not built, and teacher.cache.mode = "
-            "'read' builds none; run unikd-cache build with this configuration, or use --set "
+            "'read' builds none; run unikd cache build with this configuration, or use --set "
             "teacher.cache.mode=read_write"
         )
     sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.views)

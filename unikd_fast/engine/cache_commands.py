@@ -79,7 +79,7 @@ def plan_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> Ite
     for label, config in runs:
         assert config.teacher is not None
         trained = config.teacher.weights is None and config.teacher.training is not None
-        shown = override(config, {"teacher.weights": "random"}, "unikd-cache plan") if trained else config
+        shown = override(config, {"teacher.weights": "random"}, "unikd cache plan") if trained else config
         plan = plan_experiment(config, build_experiment(without_cache(shown), processes), processes)
         if processes.is_first:
             yield label, config, plan
@@ -144,8 +144,8 @@ def verify_folder(folder: CacheFolder, *, repair: bool) -> bool:
     said += f", {missing} not built" if missing else ""
     said += f", {bad} {'discarded' if repair else 'bad'}" if bad else ""
     if not check.ok:
-        discard = "unikd-cache verify --repair discards what is bad, then " if bad and not repair else ""
-        said += f"; {discard}unikd-cache build makes what is not there"
+        discard = "unikd cache verify --repair discards what is bad, then " if bad and not repair else ""
+        said += f"; {discard}unikd cache build makes what is not there"
     print(said, flush=True)
     return check.ok or repair
 

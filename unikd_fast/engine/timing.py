@@ -112,7 +112,7 @@ class Pace:
         return (
             f"loader-bound: the loader delivers {self._loader_rate:,.0f} images/s, {self._loader_rate / taken:.2f} "
             f"times the {taken:,.0f} images/s that the steps take, and {ENOUGH} times would be enough; for image files "
-            "raise data.dali_threads or data.workers, or pack them (unikd-data pack)"
+            "raise data.dali_threads or data.workers, or pack them (unikd data pack)"
         )
 
 

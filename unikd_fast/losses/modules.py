@@ -5,9 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unikd_fast.kernels import _checks as checks
-from unikd_fast.losses.gaussian import gaussian_kl
-from unikd_fast.losses.logits import dkd_loss, softmax_kl
-from unikd_fast.losses.objective import GaussianPair, LossTerms, unikd_loss
+from unikd_fast.losses.functional import GaussianPair, LossTerms, dkd_loss, gaussian_kl, softmax_kl, unikd_loss
 from unikd_fast.values import QuantizedLogits, TopKLogits
 
 

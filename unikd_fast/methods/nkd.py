@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from unikd_fast.kernels import reference
 from unikd_fast.kernels.reference import at_least_fp32
 from unikd_fast.losses import dkd_loss
-from unikd_fast.losses.logits import dense_logits
+from unikd_fast.losses.stored import dense_logits
 from unikd_fast.methods.method import Method, Needs
 from unikd_fast.values import Batch, Loss, StudentOutput, Target, TopKLogits
 

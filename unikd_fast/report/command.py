@@ -1,19 +1,13 @@
-"""``unikd-report``: the page of results of finished runs, with its figures.
+"""What `unikd report` does: write the page of finished runs, with its figures."""
 
-``python -m unikd_fast.report.command`` is the same.
-"""
-
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unikd_fast.command import run_command
 from unikd_fast.errors import RunError
 from unikd_fast.io import make_folder, write_file
-from unikd_fast.report.runs import Found, find_runs, group_runs
+from unikd_fast.report.runs import Found, group_runs
 
 if TYPE_CHECKING:
     from unikd_fast.report.page import Picture, Section
@@ -26,38 +20,6 @@ class ReportError(RunError, ValueError):
     """The arguments do not fit; the message says what to change."""
 
     exit_code = 2
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page.
-
-    Returns:
-        The exit code: 0; 1 if a file could not be written; 2 for arguments and run folders that do not fit; 130 after
-        Ctrl-C.
-
-    Example:
-        >>> main(["runs/digits-1f2e3d4c", "--to", "digits.html"])
-        0
-    """
-    options = _parser().parse_args(arguments)
-    return run_command("unikd-report", lambda: _report(options))
-
-
-def _report(options: argparse.Namespace) -> int:
-    refuse_target(options.to, force=options.force)
-    print(write_report(find_runs(options.runs), options.to, title=options.title, force=options.force))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unikd-report", description="One HTML page, and PNG figures beside it, of finished runs."
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, comparisons or single runs")
-    parser.add_argument("--to", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
-    parser.add_argument("--title", help="of the page (default: the data sets and students)")
-    parser.add_argument("--force", action="store_true", help="replace a page that exists, and its figures")
-    return parser
 
 
 def write_report(found: Found, target: Path, *, title: str | None = None, force: bool = False) -> str:
@@ -151,7 +113,3 @@ def _title(found: Found) -> str:
     students = [run for run in found.runs if not run.is_teacher] or list(found.runs)
     named = dict.fromkeys(f"{(run.config.get('data') or {}).get('name')}: {run.result['model']}" for run in students)
     return ", ".join(named)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

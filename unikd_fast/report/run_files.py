@@ -3,14 +3,15 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unikd_fast import io
 from unikd_fast.errors import FileError, RunError
 from unikd_fast.io import write_file, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 METRICS = "metrics.jsonl"
 _NUMBERS = {"step", "epoch", "images_per_s", "data_wait_share", "memory_gib"}
@@ -165,8 +166,8 @@ class TestLogits(NamedTuple):
         split: its name, "test" or "val".
     """
 
-    logits: NDArray[Any]
-    labels: NDArray[np.int64]
+    logits: "NDArray[Any]"
+    labels: "NDArray[np.int64]"
     split: str
 
 
@@ -182,7 +183,7 @@ class StepTime(NamedTuple):
     hardware: str
 
 
-def write_test_logits(folder: Path, logits: NDArray[Any], labels: NDArray[Any], *, split: str = "test") -> Path:
+def write_test_logits(folder: Path, logits: "NDArray[Any]", labels: "NDArray[Any]", *, split: str = "test") -> Path:
     """Writes test_logits.safetensors: ``logits`` (N, K) in fp16, ``labels`` (N,) in int64; returns its path.
 
     Where a logit is beyond the range of fp16 (65,504) all are kept in fp32: a run must not fail at its very end.
@@ -191,6 +192,7 @@ def write_test_logits(folder: Path, logits: NDArray[Any], labels: NDArray[Any], 
         ValueError: the shapes do not belong together, or the labels are no integers.
         FileError: the disk is full, or cannot be written to.
     """
+    import numpy as np
     from safetensors.numpy import save
 
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
@@ -213,6 +215,7 @@ def read_test_logits(folder: Path) -> TestLogits | None:
     Raises:
         RunFileError: the file is cut off, or its tensors do not belong together.
     """
+    import numpy as np
     from safetensors import SafetensorError, safe_open
 
     path = folder / TEST_LOGITS

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unikd_fast.compressed import quantize_logits, top_k_logits
 from unikd_fast.errors import CacheError
+from unikd_fast.losses import quantize_logits, top_k_logits
 from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
 
 KINDS = ("fp16", "uint8", "top_k")

@@ -1,0 +1,374 @@
+"""The command `unikd`: its sub-commands, from the arguments to the exit code.
+
+Nothing slow is imported before a sub-command needs it, so `--help` answers at once and without the extras.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unikd_fast.command import run_command
+from unikd_fast.errors import CacheError, ConfigError
+
+if TYPE_CHECKING:
+    from unikd_fast.config import Config
+    from unikd_fast.engine.distributed import Processes
+    from unikd_fast.teacher.cache import CacheFolder
+
+_CONFIG = "experiment, a JSON file; see configs/"
+_EXIT_CODES = (
+    "exit codes: 0 done; 1 a file cannot be read or written; 2 the arguments or the configuration are not usable; "
+    "128 + n stopped by signal n"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit code.
+
+    Args:
+        arguments: arguments after the command's name. If None, those of this process.
+
+    Example:
+        >>> main(["train", "--config", "configs/digits.json", "--resume", "auto"])
+        0
+    """
+    # Before torch is loaded. OpenMP's threads spin for milliseconds when they wait for each other; where another
+    # process shares the cores, that costs two orders of magnitude (two runs on 2 cores: 1 s instead of 9 ms for a
+    # forward pass).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["data"]:
+        from unikd_fast.data.pack_command import main as data
+
+        return data(given[1:])
+    if given[:1] == ["reproduce"]:
+        from unikd_fast.reproduce.command import main as reproduce
+
+        return reproduce(given[1:])
+    options = _parser().parse_args(given)
+    return run_command(options.command, lambda: options.function(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unikd", description="Distil a student from a teacher.", epilog=_EXIT_CODES)
+    _add_local_rank(parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_export(commands)
+    _add_cache(commands)
+    commands.add_parser("data", help="pack image folders for fast reading")
+    _add_report(commands)
+    commands.add_parser("reproduce", help="run the cells of the papers' tables")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], **texts: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, **texts)
+    parser.set_defaults(function=function, command=parser.prog)
+    return parser
+
+
+def _add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Accept what DeepSpeed's launcher puts before all other arguments."""
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.max_steps=3"
+    )
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(commands, "train", _train, help="train a student", description="Distil a student from a teacher.")
+    _add_local_rank(parser)
+    parser.add_argument("--config", required=True, help=_CONFIG)
+    _add_set(parser)
+    parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="print models, shapes, steps and memory, and stop")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from unikd_fast.config import load_config
+
+    config = load_config(options.config, options.set)
+    _check_paths([config])
+    # Only now torch and DeepSpeed: a wrong configuration or a missing folder is refused within a second.
+    from unikd_fast.engine.run import launch
+
+    launch(config, resume=options.resume == "auto", dry_run=options.dry_run)
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        help="write the student of a run to a file of its own",
+        description="Writes the student of a run, finished or not, to a file of its own, reads the file back and "
+        "compares what it computes with the plain network; a file that is there has passed.",
+        epilog="exit codes: 0 done; 1 the file could not be written, or computes something else; 2 an option or the "
+        "run folder is not usable; 6 the checkpoint is damaged, or there is none; 130 stopped by Ctrl-C",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run (run.dir); of a comparison that of one of its runs")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FILE",
+        help="file to write: .safetensors (state dict of the torchvision, timm or cifar model), .pt (TorchScript) or "
+        ".onnx",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="last",
+        metavar="WHICH",
+        help="last: the newest that is whole (default); best: of the best evaluation; step-<number>; or a path",
+    )
+    parser.add_argument(
+        "--average",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="the exponential average of the weights (train.ema_decay) instead of the last ones; auto: if there is one",
+    )
+    parser.add_argument("--opset", type=_positive, metavar="N", help="of ONNX, 18 or later; torch's default otherwise")
+    parser.add_argument(
+        "--image-size",
+        type=_positive,
+        metavar="N",
+        help="height and width of the images that .pt and .onnx are made for; data.image_size otherwise",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from unikd_fast.export.command import export_student
+
+    said = export_student(
+        Path(options.run),
+        Path(options.to),
+        checkpoint=options.checkpoint,
+        average=options.average,
+        opset=options.opset,
+        image_size=options.image_size,
+        force=options.force,
+    )
+    print(said)
+    return 0
+
+
+def _add_cache(commands: Any) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="build, verify, describe or plan the cache of a teacher's outputs",
+        description="The teacher's outputs on disk (teacher.cache in a configuration).",
+        epilog="exit codes: 0 done; 1 a file cannot be read or written; 2 the configuration is not usable; 4 the cache "
+        "is damaged, incomplete or another run's; 128 + n stopped by signal n",
+    )
+    commands = cache.add_subparsers(required=True, metavar="COMMAND")
+    build = _command(
+        commands,
+        "build",
+        _cache_build,
+        help="build what is missing, without training",
+        description="Builds what the caches of a configuration's runs lack, without training. The processes of a "
+        "launcher share the work, and so do several builds of one folder. SIGTERM and Ctrl-C keep what is written; the "
+        "next build goes on from there.",
+    )
+    verify = _command(
+        commands,
+        "verify",
+        _cache_verify,
+        usage="%(prog)s [-h] [--repair] (FOLDER | --config CONFIG [--set KEY=VALUE])",
+        help="read everything and name the shards that are not ok",
+        description="Reads every record and prints a line for each shard that is bad or not built.",
+        epilog="exit codes: 0 every shard is ok, or with --repair: no bad shard is left, and unikd cache build "
+        "completes the cache; 4 otherwise, and where the folder is no cache or what belongs to all shards is damaged",
+    )
+    verify.add_argument("--repair", action="store_true", help="discard bad shards, so that build makes these anew")
+    info = _command(
+        commands,
+        "info",
+        _cache_info,
+        usage="%(prog)s [-h] [--json] (FOLDER | --config CONFIG [--set KEY=VALUE])",
+        help="say what a cache holds, what it was made from and by whom",
+        description="Prints size, codec and key of a cache, and how the teacher that built it ran.",
+    )
+    plan = _command(
+        commands,
+        "plan",
+        _cache_plan,
+        help="say what a cache costs and saves",
+        description="Measures teacher and student on this machine and prints size, times and break-even of the cache "
+        "of each run. Writes nothing. A teacher that the run would train first has random weights.",
+    )
+    for parser in (build, plan):
+        parser.add_argument("--config", required=True, help=_CONFIG)
+    for parser in (verify, info):
+        which = parser.add_mutually_exclusive_group(required=True)
+        which.add_argument("--config", help=_CONFIG)
+        which.add_argument("folder", nargs="?", metavar="FOLDER", help="of a cache; no configuration is needed")
+    for parser in (info, plan):
+        parser.add_argument("--json", action="store_true", help="print one JSON object a line for each cache")
+    for parser in (build, verify, info, plan):
+        _add_set(parser)
+
+
+def _cache_build(options: argparse.Namespace) -> int:
+    runs = _cached_runs(options)
+    for *_, config in runs:
+        assert config.teacher is not None
+        if config.teacher.weights is None and config.teacher.training is not None:
+            raise ConfigError(
+                "teacher.weights is not set and teacher.training is: the run trains its teacher itself, and builds the "
+                "cache then, with teacher.cache.mode = 'read_write'; to build it beforehand, give teacher.weights"
+            )
+    _check_paths([config for *_, config in runs])
+    processes = _start_processes()
+    from unikd_fast.engine.cache_commands import build_caches
+
+    build_caches([(f"{label}, seed {seed}", config) for label, seed, config in runs], processes)
+    processes.leave()
+    return 0
+
+
+def _cache_verify(options: argparse.Namespace) -> int:
+    folders = _cache_folders(options)
+    from unikd_fast.engine.cache_commands import verify_folder
+
+    good = [verify_folder(folder, repair=options.repair) for folder in folders]
+    return 0 if all(good) else CacheError.exit_code
+
+
+def _cache_info(options: argparse.Namespace) -> int:
+    folders = _cache_folders(options)
+    from unikd_fast.engine.cache_commands import describe_facts, folder_facts
+
+    for number, folder in enumerate(folders):
+        facts = folder_facts(folder)
+        print(json.dumps(facts) if options.json else "\n" * (number > 0) + describe_facts(facts))
+    return 0
+
+
+def _cache_plan(options: argparse.Namespace) -> int:
+    runs = _cached_runs(options)
+    _check_paths([config for *_, config in runs])
+    from unikd_fast.config import config_hash
+    from unikd_fast.config.load import cache_dir
+
+    first, seeds = runs[0][1], len({seed for _, seed, _ in runs})
+    distinct: dict[str, tuple[str, Config]] = {}  # neither labels nor seeds cost anything
+    for label, seed, config in runs:
+        if seed == first:
+            distinct.setdefault(config_hash(config), (label, config))
+    processes = _start_processes()
+    from unikd_fast.engine.cache_commands import plan_caches
+
+    others = f" (and {seeds - 1} more: a cache each)" if seeds > 1 else ""
+    for number, (label, config, plan) in enumerate(plan_caches(list(distinct.values()), processes)):
+        folder = str(cache_dir(config))
+        if options.json:
+            derived = ("build_s", "epoch_s", "cached_epoch_s", "speedup", "break_even_epoch")
+            figures = {**asdict(plan), **{name: getattr(plan, name) for name in derived}}
+            print(json.dumps({"run": label, "seed": first, "folder": folder, **figures}), flush=True)
+            continue
+        heading = f"{label}, seed {first}{others}\n" if len(runs) > 1 else ""
+        print("\n" * (number > 0) + f"{heading}{'folder':<12}{folder}\n{plan.table()}", flush=True)
+    processes.leave()
+    return 0
+
+
+def _cached_runs(options: argparse.Namespace) -> "list[tuple[str, int, Config]]":
+    """Return the configuration's runs that have a teacher, as (label, seed, config), each with a cache to be built."""
+    from unikd_fast.config import load_config, run_configs
+    from unikd_fast.config.load import override
+
+    config = load_config(options.config, options.set)
+    source = str(options.config)
+    runs = [
+        (label, seed, override(single, {"teacher.cache.mode": "read_write"}, label if config.compare else source))
+        for label, seed, single in run_configs(config)
+        if single.distill.method != "none"
+    ]
+    if not runs:
+        raise ConfigError(f"{source}: no run has a teacher (distill.method = 'none'), so there is nothing to cache")
+    return runs
+
+
+def _cache_folders(options: argparse.Namespace) -> "list[CacheFolder]":
+    """Return the folder that is given, or those of the configuration's runs."""
+    from unikd_fast.config.load import cache_dir
+
+    if options.set and options.config is None:
+        raise ConfigError("--set changes a configuration, and a folder needs none; leave it out or give --config")
+    if options.folder is not None:
+        paths = [Path(options.folder)]
+    else:
+        paths = [cache_dir(config) for *_, config in _cached_runs(options)]
+    from unikd_fast.teacher.cache import CacheFolder
+
+    return [CacheFolder.open(path) for path in dict.fromkeys(paths)]
+
+
+def _start_processes() -> "Processes":
+    # Only now torch and DeepSpeed. What DeepSpeed prints must not stand among our lines.
+    with redirect_stdout(sys.stderr):
+        from unikd_fast.engine.distributed import start_processes
+
+        return start_processes()
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "report",
+        _report,
+        help="write the page of finished runs",
+        description="One HTML page, and PNG figures beside it, of finished runs.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, comparisons or single runs")
+    parser.add_argument("--to", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument("--title", help="of the page (default: the data sets and students)")
+    parser.add_argument("--force", action="store_true", help="replace a page that exists, and its figures")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from unikd_fast.report.command import refuse_target, write_report
+    from unikd_fast.report.runs import find_runs
+
+    refuse_target(options.to, force=options.force)
+    print(write_report(find_runs(options.runs), options.to, title=options.title, force=options.force))
+    return 0
+
+
+def _check_paths(configs: "Sequence[Config]") -> None:
+    """Check the root of each data set, and that the networks' weights name no variable that is not set.
+
+    Raises:
+        ConfigError: what is missing, and the remedy.
+    """
+    from unikd_fast.data.roots import check_root, expand_weights
+
+    for config in configs:
+        try:
+            check_root(config.data.name, config.data.root)
+            for role, network in (("student", config.student), ("teacher", config.teacher)):
+                if network is not None and network.weights is not None:
+                    expand_weights(role, network.weights)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value

@@ -1,0 +1,368 @@
+"""The losses as functions: checks of the arguments, and the choice between the kernels and plain PyTorch."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from unikd_fast.kernels import _checks as checks
+from unikd_fast.kernels import reference
+from unikd_fast.losses.stored import dense_logits, stored_rows, tensors_of
+from unikd_fast.values import Gaussian, QuantizedLogits, TopKLogits
+
+GaussianPair = Gaussian | tuple[Tensor, Tensor]
+
+
+class LossTerms(NamedTuple):
+    """The terms of Eq. 7: 0-d tensors on the device, fp32 (fp64 for fp64 inputs). All but `total` are unweighted.
+
+    `total` and `anchor` carry gradients; the others are for the log.
+    """
+
+    total: Tensor  # L
+    ce: Tensor  # L_CE
+    feature_kl: Tensor  # L_FL
+    logit_kl: Tensor  # L_L
+    anchor: Tensor | None = None  # L_anchor, where the teacher's head trains along
+
+
+def softmax_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | QuantizedLogits | TopKLogits,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    scale_by_t2: bool = True,
+    ignore_mask: Tensor | None = None,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    standardized: bool = False,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Give the divergence of the student's class distribution from the teacher's, Eq. 1 and 2.
+
+        L_L = τ² KL( softmax(z_t / τ) || softmax(z_s / τ) )
+
+    Both sides are logits. Probabilities passed by mistake cannot be told from logits; they give a loss, a wrong one.
+
+    Args:
+        student_logits: z_s (..., K); every axis before the classes counts rows.
+        teacher_logits: z_t (..., K); its dtype may differ, and it gets a gradient only if it asks for one. Or what a
+            cache stores: `QuantizedLogits`, or `TopKLogits`, whose other classes count as one (`topk_kl`; τ = 1 and
+            the forward divergence alone).
+        temperature: τ > 0.
+        reduction: over rows: "batchmean" divides by the rows kept, "mean" by rows kept times K, "sum", "none" (...,).
+        scale_by_t2: whether the factor τ² is there.
+        ignore_mask: (...,) bool, True for a row to leave out.
+        divergence: "forward" KL(p_t || p_s), "reverse" KL(p_s || p_t), or "jsd", the generalised Jensen-Shannon
+            divergence β KL(p_t || m) + (1 - β) KL(p_s || m), m = β p_t + (1 - β) p_s (Agarwal et al. 2024).
+        beta: β of "jsd", in (0, 1).
+        standardized: logit standardisation (Sun et al. 2024): each row to mean 0 and standard deviation 1 first.
+        normalizer: number or 0-d tensor that "batchmean" and "mean" divide by in place of the rows kept: the rows of
+            the whole batch, when it is accumulated from unequal micro-batches.
+        impl: "auto" takes the kernel on a GPU and plain PyTorch elsewhere, "reference" plain PyTorch, "fused" the
+            kernel or an error.
+
+    Returns:
+        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs) under autocast too. No rows kept give 0.
+
+    Raises:
+        TypeError: a tensor of the wrong dtype.
+        ValueError: shapes or devices that differ, a bad temperature, an unknown reduction or impl.
+        RuntimeError: impl="fused" where no kernel can run.
+
+    Example:
+        >>> softmax_kl(torch.zeros(8, 10), torch.randn(8, 10), temperature=4.0) > 0
+        tensor(True)
+    """
+    name = "softmax_kl"
+    checks.check_temperature(name, temperature)
+    checks.check_reduction(name, reduction)
+    checks.check_divergence(name, divergence, beta)
+    checks.check_teacher(name, student_logits, teacher_logits)
+    checks.check_mask(name, ignore_mask, student_logits)
+    checks.check_normalizer(name, normalizer, student_logits)
+    if standardized:
+        checks.check_standardizable(name, student_logits)
+    if isinstance(teacher_logits, TopKLogits):
+        checks.check_topk_settings(name, temperature, divergence, standardized, impl)
+        return reference.topk_kl(
+            student_logits, *teacher_logits, reduction=reduction, ignore_mask=ignore_mask, normalizer=normalizer
+        )
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "reduction": reduction,
+        "scale_by_t2": scale_by_t2,
+        "ignore_mask": ignore_mask,
+        "divergence": divergence,
+        "beta": beta,
+        "standardized": standardized,
+        "normalizer": normalizer,
+    }
+    if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits)) == "fused":
+        from unikd_fast.kernels.softmax_kl import fused_softmax_kl
+
+        values, scale = stored_rows(teacher_logits)
+        return fused_softmax_kl(student_logits, values, scale, **settings)
+    return reference.softmax_kl(student_logits, dense_logits(teacher_logits), **settings)
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | QuantizedLogits,
+    labels: Tensor,
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 8.0,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    standardized: bool = False,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Give the loss of decoupled knowledge distillation (Zhao et al., CVPR 2022, Eq. 7): α TCKD + β NCKD, times τ².
+
+        TCKD = KL( (p_y, 1 - p_y) || (q_y, 1 - q_y) ),    NCKD = KL( p without y || q without y, both renormalised )
+
+    Args:
+        student_logits: (..., K), K >= 2; logits, not probabilities.
+        teacher_logits: (..., K), or `QuantizedLogits`. The kernel takes it as a constant: where it asks
+            for a gradient "auto" is plain PyTorch and "fused" an error.
+        labels: (...,) integer. Out of range is an error on the CPU. On a GPU, where looking would cost a
+            synchronisation, the fused kernel answers NaN, loss and gradient of that row.
+        alpha, beta: weights of the two terms, numbers or 0-d tensors.
+        temperature: τ > 0.
+        reduction: as in `softmax_kl`.
+        ignore_index: label of rows to leave out.
+        standardized, normalizer, impl: as in `softmax_kl`.
+
+    Returns:
+        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: a tensor of the wrong dtype.
+        ValueError: shapes or devices that differ, labels out of range, a bad setting.
+        RuntimeError: impl="fused" where no kernel can run.
+
+    Example:
+        >>> dkd_loss(torch.zeros(8, 10), torch.randn(8, 10), torch.arange(8)) > 0
+        tensor(True)
+    """
+    name = "dkd_loss"
+    checks.check_temperature(name, temperature)
+    checks.check_reduction(name, reduction)
+    checks.check_teacher(name, student_logits, teacher_logits)
+    checks.check_two_classes(name, student_logits)
+    checks.check_labels(name, labels, student_logits, ignore_index)
+    checks.check_normalizer(name, normalizer, student_logits)
+    checks.check_weight(name, "alpha", alpha, student_logits)
+    checks.check_weight(name, "beta", beta, student_logits)
+    if isinstance(teacher_logits, TopKLogits):
+        raise TypeError(f"{name}: needs all of the teacher's logits, got TopKLogits; store QuantizedLogits instead")
+    settings: dict[str, Any] = {
+        "alpha": alpha,
+        "beta": beta,
+        "temperature": temperature,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "standardized": standardized,
+        "normalizer": normalizer,
+    }
+    impl = checks.without_teacher_gradient(name, impl, teacher_logits)
+    if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits)) == "fused":
+        from unikd_fast.kernels.dkd import fused_dkd
+
+        values, scale = stored_rows(teacher_logits)
+        return fused_dkd(student_logits, values, scale, labels, **settings)
+    return reference.dkd(student_logits, dense_logits(teacher_logits), labels, **settings)
+
+
+def gaussian_kl(
+    student_mean: Tensor,
+    student_log_var: Tensor,
+    teacher_mean: Tensor,
+    teacher_log_var: Tensor,
+    *,
+    reduction: str = "batchmean",
+    feature_reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Give the divergence of the teacher's feature distribution from the student's, Eq. 6, for v = σ².
+
+        L_FL = KL( q_s || q_t ) = 1/2 Σ_k [ v_s/v_t + (m_t - m_s)² / v_t - 1 + ln( v_t / v_s ) ]
+
+    Args:
+        student_mean: m_s (..., K).
+        student_log_var: ln v_s (..., K).
+        teacher_mean: m_t (..., K).
+        teacher_log_var: ln v_t (..., K).
+        reduction: over rows: "batchmean" and "mean" divide by the rows, "sum", "none" (...,).
+        feature_reduction: over k: "mean", so that α keeps its meaning across K, or "sum" as Eq. 6 has it.
+        normalizer, impl: as in `softmax_kl`.
+
+    Returns:
+        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs) under autocast too. No rows give 0.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: shapes or devices that differ, an unknown reduction, feature_reduction or impl.
+        RuntimeError: impl="fused" where no kernel can run.
+
+    Example:
+        >>> mean, log_var = torch.randn(8, 10), torch.zeros(8, 10)
+        >>> gaussian_kl(mean, log_var, mean, log_var)
+        tensor(0.)
+    """
+    name = "gaussian_kl"
+    checks.check_reduction(name, reduction)
+    checks.check_feature_reduction(name, feature_reduction)
+    checks.check_gaussians(name, (student_mean, student_log_var), (teacher_mean, teacher_log_var))
+    checks.check_normalizer(name, normalizer, student_mean)
+    parameters = (student_mean, student_log_var, teacher_mean, teacher_log_var)
+    settings: dict[str, Any] = {
+        "reduction": reduction,
+        "feature_reduction": feature_reduction,
+        "normalizer": normalizer,
+    }
+    if checks.choose_impl(name, impl, *parameters) == "fused":
+        from unikd_fast.kernels.gaussian_kl import fused_gaussian_kl
+
+        return fused_gaussian_kl(*parameters, **settings)
+    return reference.gaussian_kl(*parameters, **settings)
+
+
+def unikd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | QuantizedLogits | TopKLogits,
+    labels: Tensor,
+    student: GaussianPair | None = None,
+    teacher: GaussianPair | None = None,
+    *,
+    alpha: float | Tensor = 4.0,
+    beta: float | Tensor = 1.0,
+    ce_weight: float = 1.0,
+    temperature: float = 4.0,
+    scale_by_t2: bool = True,
+    feature_reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    anchor: GaussianPair | None = None,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> LossTerms:
+    """Give the whole objective of UniKD and its terms.
+
+        L = L_CE + α L_FL + β L_L                                            (Eq. 7)
+
+    Args:
+        student_logits: z_s (..., K); logits, not probabilities.
+        teacher_logits: z_t (..., K), or what a cache stores, as in `softmax_kl`.
+        labels: (...,) integer, or (..., K) floating-point weights of the classes. An integer out of range is an error
+            on the CPU. On a GPU, where looking would cost a synchronisation, the fused kernel answers NaN: the
+            loss, and the gradient of that row.
+        student: (mean, log_var) of the student's features, each (N, K). With neither Gaussian there is no L_FL: plain
+            distillation of logits.
+        teacher: (mean, log_var) of the teacher's features, each (N, K).
+        alpha: weight of L_FL, a number or a 0-d tensor: a tensor can ramp without synchronisation or recompilation.
+        beta: weight of L_L, likewise.
+        ce_weight: weight of L_CE.
+        temperature: τ > 0 of L_L.
+        scale_by_t2: whether L_L carries τ².
+        feature_reduction: "mean" or "sum" over k in L_FL.
+        label_smoothing: of L_CE, in [0, 1].
+        ignore_index: label of rows without one. They are left out of L_CE alone: distillation needs no labels.
+        anchor: (mean, log_var), each (N, K), to be held to the teacher's logits (`reference.gaussian_anchor`), which
+            must be (N, K) and not top-k. The term is not part of `total`.
+        normalizer: number or 0-d tensor every sum over rows is divided by in place of the number of rows (of labelled
+            rows in L_CE), for batches accumulated from unequal micro-batches.
+        impl: "auto", "reference" or "fused", as in `softmax_kl`.
+
+    Returns:
+        The terms; `total` and `anchor` carry gradients. The kernel takes the teacher's logits as a constant: where they
+        ask for a gradient "auto" is plain PyTorch and "fused" an error.
+
+    Raises:
+        TypeError: a tensor of the wrong dtype.
+        ValueError: shapes or devices that differ, student or teacher no pair, labels out of range (looked at on the
+            CPU), a bad setting.
+        RuntimeError: impl="fused" where no kernel can run.
+
+    Example:
+        >>> logits, labels = torch.randn(8, 10, requires_grad=True), torch.arange(8)
+        >>> student, teacher = (torch.randn(8, 10), torch.zeros(8, 10)), (torch.randn(8, 10), torch.zeros(8, 10))
+        >>> unikd_loss(logits, torch.randn(8, 10), labels, student, teacher, alpha=2.0).total.backward()
+    """
+    name = "unikd_loss"
+    checks.check_temperature(name, temperature)
+    checks.check_feature_reduction(name, feature_reduction)
+    checks.check_label_smoothing(name, label_smoothing)
+    checks.check_teacher(name, student_logits, teacher_logits)
+    checks.check_labels(name, labels, student_logits, ignore_index, soft=True)
+    checks.check_normalizer(name, normalizer, student_logits)
+    checks.check_weight(name, "alpha", alpha, student_logits)
+    checks.check_weight(name, "beta", beta, student_logits)
+    if (student is None) != (teacher is None):
+        missing = "student" if student is None else "teacher"
+        raise ValueError(f"{name}: student and teacher Gaussians come together, got no {missing}; pass both or neither")
+    pairs: tuple[Tensor, ...] = ()
+    if student is not None and teacher is not None:
+        checks.check_gaussians(name, student, teacher)
+        pairs = (*student, *teacher)
+    if anchor is not None:
+        checks.check_anchor(name, anchor, teacher_logits)
+        pairs = (*pairs, *anchor)
+    if isinstance(teacher_logits, TopKLogits):
+        checks.check_topk_settings(name, temperature, "forward", standardized=False, impl=impl)
+    else:
+        impl = checks.without_teacher_gradient(name, impl, teacher_logits)
+        if checks.choose_impl(name, impl, student_logits, *tensors_of(teacher_logits), *pairs) == "fused":
+            from unikd_fast.kernels.unikd_loss import fused_unikd_loss
+
+            values, scale = stored_rows(teacher_logits)
+            total, ce, feature_kl, logit_kl, anchor_term = fused_unikd_loss(
+                student_logits,
+                values,
+                scale,
+                labels,
+                student,
+                teacher,
+                anchor,
+                alpha=alpha,
+                beta=beta,
+                ce_weight=ce_weight,
+                temperature=temperature,
+                scale_by_t2=scale_by_t2,
+                feature_reduction=feature_reduction,
+                label_smoothing=label_smoothing,
+                ignore_index=ignore_index,
+                normalizer=normalizer,
+            )
+            return LossTerms(total, ce, feature_kl, logit_kl, anchor_term if anchor is not None else None)
+    ce = reference.cross_entropy(
+        student_logits, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, normalizer=normalizer
+    )
+    if isinstance(teacher_logits, TopKLogits):
+        logit_kl = reference.topk_kl(student_logits, *teacher_logits, normalizer=normalizer)
+    else:
+        logit_kl = reference.softmax_kl(
+            student_logits,
+            dense_logits(teacher_logits),
+            temperature=temperature,
+            scale_by_t2=scale_by_t2,
+            normalizer=normalizer,
+        )
+    total = ce_weight * ce
+    feature_kl = ce.new_zeros(())
+    if student is not None and teacher is not None:
+        feature_kl = reference.gaussian_kl(
+            *student, *teacher, feature_reduction=feature_reduction, normalizer=normalizer
+        )
+        total = total + alpha * feature_kl
+    total = total + beta * logit_kl
+    anchored: Tensor | None = None
+    if anchor is not None and not isinstance(teacher_logits, TopKLogits):
+        logits = dense_logits(teacher_logits).detach()
+        anchored = reference.gaussian_anchor(logits, *anchor, normalizer=normalizer)
+    return LossTerms(total, ce.detach(), feature_kl.detach(), logit_kl.detach(), anchored)
