@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from generated_images import draw_image
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from support.generated_images import draw_image
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.cifar100 import MEAN, STD
 from unikd_fast.data.splits import DataSplits, TensorImages

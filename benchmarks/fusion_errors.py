@@ -88,7 +88,7 @@ def errors_against(
 
 
 def assert_no_worse_than_eager(case: Case, ours: Mapping[str, float], eager: Mapping[str, float]) -> None:
-    """As `tests/numerics.py` has it: no further from float64 than eager, plus one rounding of the result."""
+    """As `tests/support/numerics.py` has it: no further from float64 than eager, plus one rounding of the result."""
     rounding = {column: torch.finfo(torch.float32).eps for column in ours}
     rounding |= {"value_error": torch.finfo(case.result_dtype).eps, "features_error": torch.finfo(case.dtype).eps}
     for column in ours:

@@ -172,7 +172,7 @@ def errors_against_float64(
 def assert_no_worse_than_eager(
     case: Case, result: tuple[Tensor, ...], ours: Mapping[str, float], eager: Mapping[str, float]
 ) -> None:
-    """As `tests/numerics.py` has it: no further from float64 than eager, plus one rounding of the result."""
+    """As `tests/support/numerics.py` has it: no further from float64 than eager, plus one rounding of the result."""
     for column, dtype in (("loss_error", result[0].dtype), ("gradient_error", result[1].dtype)):
         allowed = eager[column] + torch.finfo(dtype).eps
         assert ours[column] <= allowed, f"{case}: {column} {ours[column]:.2e}, allowed {allowed:.2e}"

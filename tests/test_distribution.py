@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_no_worse_than_eager, relative_error
 from torch import Tensor
 from torch.func import functional_call
 
+from support.numerics import assert_no_worse_than_eager, relative_error
 from unikd_fast import FeatureDistributionPrediction, Gaussian
 
 D, K = 12, 5

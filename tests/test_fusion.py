@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import relative_error
 from torch import Tensor, nn
 
+from support.numerics import relative_error
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels.reference_fusion import fuse_stagewise
 

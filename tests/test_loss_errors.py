@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import K, N, arguments, randn
-from numerics import relative_error
 from torch import Tensor
 
+from support.loss_inputs import K, N, arguments, randn
+from support.numerics import relative_error
 from unikd_fast import gaussian_kl, softmax_kl, unikd_loss
 
 

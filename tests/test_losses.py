@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import K, arguments, randn
 from torch import Tensor
 
+from support.loss_inputs import K, arguments, randn
 from unikd_fast import Gaussian, GaussianKL, LossTerms, SoftmaxKL, UniKDLoss, gaussian_kl, softmax_kl, unikd_loss
 from unikd_fast.kernels import reference
 

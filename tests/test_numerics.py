@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from numerics import assert_no_worse_than_eager
 from torch import Tensor
+
+from support.numerics import assert_no_worse_than_eager
 
 
 def randn(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:

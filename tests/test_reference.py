@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import EXACT, randn
-from numerics import assert_no_worse_than_eager
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from support.loss_inputs import EXACT, randn
+from support.numerics import assert_no_worse_than_eager
 from unikd_fast.kernels import reference
 
 INF = float("inf")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import outputs_and_gradients, relative_error
 from torch import Tensor
 
+from support.numerics import outputs_and_gradients, relative_error
 from unikd_fast.kernels.reference_fusion import fuse_stagewise, resize, resize_adjoint
 from unikd_fast.kernels.reference_pooled import pool_collapsed
 

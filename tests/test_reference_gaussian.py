@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import EXACT, randn
-from numerics import assert_no_worse_than_eager, outputs_and_gradients
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from support.loss_inputs import EXACT, randn
+from support.numerics import assert_no_worse_than_eager, outputs_and_gradients
 from unikd_fast.kernels import reference
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from numerics import relative_error
 
+from support.numerics import relative_error
 from unikd_fast.kernels.reference_moments import channel_moments
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import EXACT, randn
-from numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from support.loss_inputs import EXACT, randn
+from support.numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
 from unikd_fast import TopKLogits, dkd_loss, softmax_kl, top_k_logits, unikd_loss
 
 INF = math.inf

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from loss_inputs import randn
-from oracles import assert_same, cross_entropy, kl_of_rows
 from torch import Tensor, nn
 
+from support.loss_inputs import randn
+from support.oracles import assert_same, cross_entropy, kl_of_rows
 from unikd_fast.compat.deit import DistillationLoss
 
 N, K, ALPHA, TAU = 6, 5, 0.3, 3.0

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import randn
-from oracles import assert_same, jsd, jsd_terms
 from torch import Tensor
 
+from support.loss_inputs import randn
+from support.oracles import assert_same, jsd, jsd_terms
 from unikd_fast import softmax_kl
 from unikd_fast.compat.liger import LigerJSD, LigerKLDIVLoss
 from unikd_fast.compat.trl import generalized_jsd_loss

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from loss_inputs import randn
-from oracles import assert_same, cross_entropy, dkd, kl_of_rows, rows_along, standardized
 from torch import Tensor
 
+from support.loss_inputs import randn
+from support.oracles import assert_same, cross_entropy, dkd, kl_of_rows, rows_along, standardized
 from unikd_fast.compat import logit_standardization, mdistiller, mmrazor, modelopt, rep_distiller
 from unikd_fast.compat.timm_distill import logit_distillation_forward, logit_distillation_loss
 

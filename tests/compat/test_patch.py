@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_packages import DKD, FLAT, KD, MDISTILLER, MMRAZOR, importable
 
+from support.fake_packages import DKD, FLAT, KD, MDISTILLER, MMRAZOR, importable
 from unikd_fast.compat import deit, mdistiller, mmrazor, patch, rep_distiller
 
 PLACES = [

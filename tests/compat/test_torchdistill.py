@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import randn
-from oracles import assert_same, cross_entropy, kl_of_rows
 from torch import Tensor, nn
 
+from support.loss_inputs import randn
+from support.oracles import assert_same, cross_entropy, kl_of_rows
 from unikd_fast.compat.torchdistill import KDLoss
 
 T = 3.0

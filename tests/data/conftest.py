@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from dali_loaders import SIZE
-from generated_images import write_jpegs
 
+from support.dali_loaders import SIZE
+from support.generated_images import write_jpegs
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits
 

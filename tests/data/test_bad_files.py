@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from generated_images import write_jpegs
-from odd_images import bomb, encoded, two_pictures
 from PIL import EpsImagePlugin, Image
 
+from support.generated_images import write_jpegs
+from support.odd_images import bomb, encoded, two_pictures
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali_probe import dali_problem
 from unikd_fast.data.image_folder import load_image_folder

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from odd_images import HEIGHT, WIDTH, animation, broken, encoded, odd, png
 from PIL import Image
 
+from support.odd_images import HEIGHT, WIDTH, animation, broken, encoded, odd, png
 from unikd_fast.data.decode import Decoder, DecodeRequest, read_rgb
 from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.view_windows import Windows

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from folder_images import RESIZED, SIZE, write_images
-from odd_images import broken
 
+from support.folder_images import RESIZED, SIZE, write_images
+from support.odd_images import broken
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.bad_images import BadImageTally, check_bad_share, stand_ins
 from unikd_fast.data.decode import read_rgb

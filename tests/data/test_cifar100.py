@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import finished, peak_of_memory
 
+from support.processes import finished, peak_of_memory
 from unikd_fast.data.cifar100 import load_cifar100
 from unikd_fast.data.splits import TensorImages
 

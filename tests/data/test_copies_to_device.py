@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from dali_loaders import RESIZED
-from fake_device import DEVICE, fake_device
 
+from support.dali_loaders import RESIZED
+from support.fake_device import DEVICE, fake_device
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import build_loader
 from unikd_fast.data.splits import DataSplits

@@ -11,8 +11,7 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from dali_loaders import make
-
+from support.dali_loaders import make
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali_probe import _try_in_a_process
 from unikd_fast.data.loader import _say_once

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dali_images import RESIZED, make, spoilt, undecodable_jpeg
-from folder_images import SIZE, write_images
-from generated_images import write_jpegs
-from odd_images import broken, encoded, odd
 from PIL import Image
 from torch import Tensor
+
+from support.dali_images import RESIZED, make, spoilt, undecodable_jpeg
+from support.folder_images import SIZE, write_images
+from support.generated_images import write_jpegs
+from support.odd_images import broken, encoded, odd
 
 pytest.importorskip("nvidia.dali")
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("nvidia.dali")
 
-from dali_loaders import CROPS, RESIZED, SHORT, SIZE, assert_close, assert_same, by_id, crops, levels, make
-
+from support.dali_loaders import CROPS, RESIZED, SHORT, SIZE, assert_close, assert_same, by_id, crops, levels, make
 from unikd_fast.data import dali_views
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.splits import INDEX_DTYPE, DataSplits, ImageFiles, PackedImages

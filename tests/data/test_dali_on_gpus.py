@@ -11,8 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("nvidia.dali")
 
-from dali_loaders import CROPS, RESIZED, SHORT, SIZE, crops, levels, make
-
+from support.dali_loaders import CROPS, RESIZED, SHORT, SIZE, crops, levels, make
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.dali_pipeline import view_pipeline
 from unikd_fast.data.dali_probe import choose_decoding

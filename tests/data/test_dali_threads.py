@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dali_images import RESIZED, make, spoilt, undecodable_jpeg
-from generated_images import write_jpegs
+
+from support.dali_images import RESIZED, make, spoilt, undecodable_jpeg
+from support.generated_images import write_jpegs
 
 pytest.importorskip("nvidia.dali")
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from processes import finished
-from same_images import LABELS, SHORT, SIZE, TRAIN, VAL, write_every_form
 from torch import Tensor
 
+from support.processes import finished
+from support.same_images import LABELS, SHORT, SIZE, TRAIN, VAL, write_every_form
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali_probe import dali_problem
 from unikd_fast.data.loader import Loader, build_loader
@@ -213,8 +213,8 @@ def test_another_process_shows_the_same(forms: dict[str, DataSplits], tmp_path: 
     program = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from same_images import write_every_form
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
+from support.same_images import write_every_form
 from test_every_loader import epoch_hashes
 print(*epoch_hashes(write_every_form(Path(sys.argv[2]))), sep="\\n")
 """

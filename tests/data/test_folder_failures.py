@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from folder_images import RESIZED, SIZE, loader, write_images
-from processes import finished
 
+from support.folder_images import RESIZED, SIZE, loader, write_images
+from support.processes import finished
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.loader import build_loader

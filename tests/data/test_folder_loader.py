@@ -9,10 +9,10 @@ import PIL
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from folder_images import RESIZED, SIZE, loader, write_images
 from PIL import Image
 from torch import Tensor
 
+from support.folder_images import RESIZED, SIZE, loader, write_images
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages

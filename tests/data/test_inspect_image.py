@@ -7,10 +7,21 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from odd_images import HEIGHT, WIDTH, bomb, bombs, broken, encoded, odd, png, tiff_of_a_large_tile, undecodable_png
-from processes import peak_of_memory
 
 import unikd_fast
+from support.odd_images import (
+    HEIGHT,
+    WIDTH,
+    bomb,
+    bombs,
+    broken,
+    encoded,
+    odd,
+    png,
+    tiff_of_a_large_tile,
+    undecodable_png,
+)
+from support.processes import peak_of_memory
 from unikd_fast.data.decode import read_rgb
 from unikd_fast.data.image_feed import read_image
 from unikd_fast.data.inspect_image import FORMATS, MAX_PIXELS, inspect, naming_broken, open_image

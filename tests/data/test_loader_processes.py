@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from generated_images import write_jpegs
-from processes import finished, running
 
+from support.generated_images import write_jpegs
+from support.processes import finished, running
 from unikd_fast.data.dali_probe import dali_problem
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packed_images import (
+
+from support.packed_images import (
     ARGUMENTS,
     CLASSES,
     LONG,
@@ -16,7 +17,6 @@ from packed_images import (
     packs_of,
     write_folder,
 )
-
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.pack_command import main
 from unikd_fast.data.packed import PackSettings, load_packed, read_manifest

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from packed_images import ARGUMENTS, ROOT, SETTINGS, content, finished_shards, packed, start, write_folder
 
+from support.packed_images import ARGUMENTS, ROOT, SETTINGS, content, finished_shards, packed, start, write_folder
 from unikd_fast.data.packed import PackError, PackSettings
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from generated_images import draw_image
-from packed_images import (
+
+from support.generated_images import draw_image
+from support.packed_images import (
     ARGUMENTS,
     CLASSES,
     ROOT,
@@ -25,7 +26,6 @@ from packed_images import (
     start,
     write_folder,
 )
-
 from unikd_fast.data.packed import PackError, PackSettings, pack_folder
 
 

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from packed_images import packed, packs_of, write_folder
-from packed_loaders import SETTINGS, SIZE, assert_same_batches, loader
 
+from support.packed_images import packed, packs_of, write_folder
+from support.packed_loaders import SETTINGS, SIZE, assert_same_batches, loader
 from unikd_fast.data.datasets import open_data
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.manifest import hash_split

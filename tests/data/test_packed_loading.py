@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packed_images import CLASSES, files_of, packed, packs_of, write_folder
-from packed_loaders import SETTINGS, SIZE, assert_same_batches, loader
 from PIL import Image
 
+from support.packed_images import CLASSES, files_of, packed, packs_of, write_folder
+from support.packed_loaders import SETTINGS, SIZE, assert_same_batches, loader
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.datasets import open_data
 from unikd_fast.data.image_folder import load_image_folder

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from folder_images import SIZE, in_memory, loader, write_images
 
+from support.folder_images import SIZE, in_memory, loader, write_images
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from folder_images import SIZE, in_memory, loader, write_images
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
 
+from support.folder_images import SIZE, in_memory, loader, write_images
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation, ViewParameters, view_parameters
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tar_sets import Member, contents, cut, image, open_tars, sample, write_set, write_tar
 
+from support.tar_sets import Member, contents, cut, image, open_tars, sample, write_set, write_tar
 from unikd_fast.data import tar_index
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import build_loader

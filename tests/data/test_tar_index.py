@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tar_sets import contents, image, open_tars, sample, write_set, write_tar
 
+from support.tar_sets import contents, image, open_tars, sample, write_set, write_tar
 from unikd_fast.data import tar_index
 
 pytestmark = pytest.mark.usefixtures("own_cache")

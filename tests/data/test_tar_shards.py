@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tar_sets import SIZE, contents, image, open_tars, sample, write_set, write_tar
 
+from support.tar_sets import SIZE, contents, image, open_tars, sample, write_set, write_tar
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.datasets import open_data
 from unikd_fast.data.loader import build_loader

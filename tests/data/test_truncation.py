@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from odd_images import HEIGHT, WIDTH, encoded, odd, picture, run_length_bmp, two_pictures
 from PIL import Image
 
+from support.odd_images import HEIGHT, WIDTH, encoded, odd, picture, run_length_bmp, two_pictures
 from unikd_fast.data.decode import read_rgb
 from unikd_fast.data.image_feed import read_image
 from unikd_fast.data.stored_image import StoredImage

@@ -7,10 +7,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from cache_commands import PER_SHARD, Command, Said, cached_config, make_folder
-from exported_runs import ALONE_TRAINED, SHORT, Runs, short, trained
-from real_runs import process_group, save_teacher
 
+from support.cache_commands import PER_SHARD, Command, Said, cached_config, make_folder
+from support.exported_runs import ALONE_TRAINED, SHORT, Runs, short, trained
+from support.real_runs import process_group, save_teacher
 from unikd_fast.cli import main
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from odd_images import encoded
-from real_runs import ALONE, run, write_config
 
+from support.odd_images import encoded
+from support.real_runs import ALONE, run, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.dali_probe import dali_problem
 from unikd_fast.engine.distributed import Processes

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from real_runs import (
+
+from support.real_runs import (
     ALONE,
     cached_config,
     kill_group,
@@ -21,7 +22,7 @@ from real_runs import (
     run,
     start,
 )
-from small_shards import (
+from support.small_shards import (
     SHARD_BYTES,
     files,
     in_small_shards,
@@ -29,7 +30,6 @@ from small_shards import (
     ready,
     same_student,
 )
-
 from unikd_fast.engine.cache import fill_cache
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.errors import Interrupted

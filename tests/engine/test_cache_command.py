@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_commands import (
+
+from support.cache_commands import (
     ALONE,
     SAMPLES,
     SHARDS,
@@ -16,8 +17,7 @@ from cache_commands import (
     Said,
     cached_config,
 )
-from real_runs import ROOT
-
+from support.real_runs import ROOT
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.teacher.cache import CacheFolder

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cache_commands import (
+
+from support.cache_commands import (
     PER_SHARD,
     Command,
     cached_config,
@@ -17,7 +18,7 @@ from cache_commands import (
     make_folder,
     start,
 )
-from real_runs import run
+from support.real_runs import run
 
 pytestmark = pytest.mark.slow
 

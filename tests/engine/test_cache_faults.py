@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from real_runs import (
+
+from support.real_runs import (
     ALONE,
     ROOT,
     cached_config,
@@ -22,7 +23,7 @@ from real_runs import (
     save_teacher,
     train_here,
 )
-from small_shards import (
+from support.small_shards import (
     FOUR,
     delete,
     files,
@@ -33,7 +34,6 @@ from small_shards import (
     same_student,
     truncate,
 )
-
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.trainer import Trainer

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cache_plans import GIB, MIB, SIZES
 from torch import Tensor, nn
 
+from support.cache_plans import GIB, MIB, SIZES
 from unikd_fast.config.schema import TrainConfig
 from unikd_fast.engine import cache_plan
 from unikd_fast.engine.cache_plan import CachePlan, CacheSizes, StepTimes, measure_times, plan_cache

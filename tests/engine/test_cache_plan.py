@@ -5,8 +5,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from cache_plans import GIB, MIB, SIZES
 
+from support.cache_plans import GIB, MIB, SIZES
 from unikd_fast.engine.cache_plan import CachePlan, StepTimes
 from unikd_fast.units import duration, size
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import cached_config, opened, save_teacher
 
+from support.real_runs import cached_config, opened, save_teacher
 from unikd_fast.errors import CacheError
 
 AUGMENTATION = {"crop": "pad", "padding": 2, "flip_probability": 0.5}  # of the others

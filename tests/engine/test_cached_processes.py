@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cached_runs import (
+from PIL import Image
+
+from support.cached_runs import (
     STEPS,
     assert_within_one_unit,
     by_sample,
@@ -21,14 +23,12 @@ from cached_runs import (
     same_weights,
     steps,
 )
-from PIL import Image
-from real_runs import (
+from support.real_runs import (
     cached_config,
     opened,
     run,
     train_here,
 )
-
 from unikd_fast.config import load_config
 from unikd_fast.engine import networks
 from unikd_fast.teacher.cache import CacheFolder

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cached_runs import STEPS, same_weights, state_of
-from real_runs import (
+
+from support.cached_runs import STEPS, same_weights, state_of
+from support.real_runs import (
     cached_config,
     kill_group,
     newest_checkpoint,
@@ -17,7 +18,6 @@ from real_runs import (
     train_records,
     wait_for_step,
 )
-
 from unikd_fast.config import load_config
 
 

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cached_runs import KD, STEPS, by_sample, flat, made_ready, payloads, ready, steps
-from real_runs import (
+from torch import Tensor
+
+from support.cached_runs import KD, STEPS, by_sample, flat, made_ready, payloads, ready, steps
+from support.real_runs import (
     cached_config,
     opened,
     save_teacher,
     train_here,
 )
-from torch import Tensor
-
 from unikd_fast.config import load_config
 from unikd_fast.engine.cache import cached_teacher, recheck
 from unikd_fast.teacher.cache import CacheFolder

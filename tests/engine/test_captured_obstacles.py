@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from captured_runs import CHANGING, config_of
-from real_runs import ALONE
 
+from support.captured_runs import CHANGING, config_of
+from support.real_runs import ALONE
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine.build import Experiment, build_experiment

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from captured_runs import CHANGING, breaking_at, config_of, curve, inputs, prepared, state
 
+from support.captured_runs import CHANGING, breaking_at, config_of, curve, inputs, prepared, state
 from unikd_fast.engine.cuda_graph import WARM_UP, CapturedSteps, chain_of, record, require_no_capture
 from unikd_fast.engine.distributed import Processes, StopSignal
 from unikd_fast.engine.timing import Pace

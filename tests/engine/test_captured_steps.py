@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from captured_runs import CHANGING, Recorder, breaking_at, config_of, curve, inputs, prepared, state
-from fake_device import host_reads
-from real_runs import ALONE, train_here, train_records
 from torch import Tensor
 
+from support.captured_runs import CHANGING, Recorder, breaking_at, config_of, curve, inputs, prepared, state
+from support.fake_device import host_reads
+from support.real_runs import ALONE, train_here, train_records
 from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine import cuda_graph as captured_steps
 from unikd_fast.engine.cuda_graph import CapturedSteps

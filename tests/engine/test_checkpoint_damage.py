@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported_runs import SHORT, short, trained
-from forged_json import places
-from real_runs import ALONE
 from torch import nn
-from written_checkpoints import PARTS, write_steps
 
+from support.exported_runs import SHORT, short, trained
+from support.forged_json import places
+from support.real_runs import ALONE
+from support.written_checkpoints import PARTS, write_steps
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.checkpoint import DamagedCheckpoint, find_newest, read_folder, require_usable
 from unikd_fast.engine.checkpoint import store as store_module

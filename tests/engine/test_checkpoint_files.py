@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kills import killed_at_each_operation
-from written_checkpoints import PARTS, write_steps
 
+from support.kills import killed_at_each_operation
+from support.written_checkpoints import PARTS, write_steps
 from unikd_fast.engine.checkpoint import CheckpointWriter, find_newest, read_folder
 from unikd_fast.engine.checkpoint import files as files_module
 from unikd_fast.engine.checkpoint import store as store_module

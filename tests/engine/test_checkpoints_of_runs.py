@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from exported_runs import short
-from real_runs import (
+from safetensors.torch import load_file
+
+from support.exported_runs import short
+from support.real_runs import (
     ALONE,
     ROOT,
     command,
@@ -20,8 +22,6 @@ from real_runs import (
     train_records,
     write_config,
 )
-from safetensors.torch import load_file
-
 from unikd_fast.engine.checkpoint import CheckpointWriter, checkpoint_name
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.trainer import Trainer

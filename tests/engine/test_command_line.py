@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from real_runs import ROOT, run, write_config
 from safetensors.torch import load_file
 
+from support.real_runs import ROOT, run, write_config
 from unikd_fast.models import build_model
 
 pytestmark = pytest.mark.slow

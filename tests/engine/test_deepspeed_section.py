@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import ALONE, write_config
 
+from support.real_runs import ALONE, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine.zero import deepspeed_config
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import ALONE, process_group
-from shipped_configs import (
+
+from support.real_runs import ALONE, process_group
+from support.shipped_configs import (
     CLASSES,
     CONFIGS,
     RECIPES,
@@ -18,7 +19,6 @@ from shipped_configs import (
     write_teachers,
     write_torchvision,
 )
-
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine.describe import describe
 from unikd_fast.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, METHODS

@@ -12,7 +12,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from exported_runs import (
+from safetensors.torch import load_file
+from torch import nn
+
+from support.exported_runs import (
     ALONE_TRAINED,
     SHORT,
     STEPS,
@@ -25,10 +28,7 @@ from exported_runs import (
     stripped,
     trained,
 )
-from real_runs import ALONE, ROOT, kill_group, start, wait_for_step
-from safetensors.torch import load_file
-from torch import nn
-
+from support.real_runs import ALONE, ROOT, kill_group, start, wait_for_step
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.engine.checkpoint.files import on_cpu, write_folder
 from unikd_fast.engine.distributed import StopSignal

@@ -13,12 +13,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exported_runs import STEPS, Runs, export, left_behind, resnet8, stripped
-from kills import killed_at_each_operation
-from real_runs import ROOT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.exported_runs import STEPS, Runs, export, left_behind, resnet8, stripped
+from support.kills import killed_at_each_operation
+from support.real_runs import ROOT
 from unikd_fast.data.datasets import open_data
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.export import formats as export_formats

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from exported_runs import (
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from support.exported_runs import (
     STEPS,
     Runs,
     export,
     left_behind,
 )
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
 from unikd_fast.cli import main
 from unikd_fast.config import ConfigError
 from unikd_fast.engine.checkpoint import checkpoint_name

@@ -10,7 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
-from real_runs import (
+from safetensors.torch import load_file
+
+from support.real_runs import (
     ROOT,
     command,
     newest_checkpoint,
@@ -20,7 +22,6 @@ from real_runs import (
     wait_for_step,
     write_config,
 )
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 

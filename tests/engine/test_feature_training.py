@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import ALONE, cached_config, newest_checkpoint, process_group, save_teacher, train_here, train_records
 
+from support.real_runs import (
+    ALONE,
+    cached_config,
+    newest_checkpoint,
+    process_group,
+    save_teacher,
+    train_here,
+    train_records,
+)
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.checkpoint import FOLDER

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import ALONE, opened, write_config
 from torch import Tensor, nn
 
+from support.real_runs import ALONE, opened, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.networks import check_forward

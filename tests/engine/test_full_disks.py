@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from real_runs import ROOT, write_config
+
+from support.real_runs import ROOT, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 ON_SMALL_DISKS = """
 import contextlib, io, logging, shutil, subprocess, sys
 from pathlib import Path
-from real_runs import process_group
+from support.real_runs import process_group
 from unikd_fast.cli import main
 from unikd_fast.engine.distributed import Processes
 disk, config = map(Path, sys.argv[1:])

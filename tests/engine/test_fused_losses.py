@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import run, write_config
+
+from support.real_runs import run, write_config
 
 DIGITS: dict[str, Any] = {
     "data": {"name": "digits", "image_size": 16, "train_samples": 200, "num_classes": 10},

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from real_runs import ROOT, command, write_config
+
+from support.real_runs import ROOT, command, write_config
 
 STEPS = 20
 KERNEL_STEPS = {"digits": 10, "pair": 5}

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from captured_runs import CHANGING, config_of, inputs, prepared
-from fake_device import DEVICE, fake_device
-from real_runs import ALONE
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from support.captured_runs import CHANGING, config_of, inputs, prepared
+from support.fake_device import DEVICE, fake_device
+from support.real_runs import ALONE
 from unikd_fast.engine.evaluate import Outputs, Probe, evaluate
 from unikd_fast.engine.optimizer import StudentAverage
 from unikd_fast.engine.timing import Pace

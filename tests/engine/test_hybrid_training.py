@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import config_of, newest_checkpoint, process_group, train_here, train_records
 
+from support.real_runs import config_of, newest_checkpoint, process_group, train_here, train_records
 from unikd_fast.config import load_config
 from unikd_fast.engine.checkpoint import FOLDER
 

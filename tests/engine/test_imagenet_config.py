@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from generated_images import write_jpegs
-from real_runs import ROOT, run
 
+from support.generated_images import write_jpegs
+from support.real_runs import ROOT, run
 from unikd_fast.data.dali_probe import dali_problem
 from unikd_fast.data.pack_command import main as unikd_data
 

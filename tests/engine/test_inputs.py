@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from real_runs import ALONE, write_config
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from support.real_runs import ALONE, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine import inputs
 from unikd_fast.engine.build import Experiment, build_experiment

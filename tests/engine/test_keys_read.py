@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import ALONE
 
+from support.real_runs import ALONE
 from unikd_fast.config import Config, parse_config
 from unikd_fast.config.effect import READS
 from unikd_fast.config.schema import DistillConfig, section_names

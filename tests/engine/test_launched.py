@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import LAUNCHERS, ROOT, run, write_config
 
+from support.real_runs import LAUNCHERS, ROOT, run, write_config
 from unikd_fast.config import Config, ConfigError, load_config
 from unikd_fast.engine import preflight as launched
 from unikd_fast.engine.distributed import Processes

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from free_ports import free_port
-from real_runs import ROOT, start, wait_for_step, write_config
+
+from support.free_ports import free_port
+from support.real_runs import ROOT, start, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain_engine import PlainEngine
-from real_runs import LAUNCHERS, ROOT, newest_checkpoint, write_config
 from torch import nn
 
+from support.plain_engine import PlainEngine
+from support.real_runs import LAUNCHERS, ROOT, newest_checkpoint, write_config
 from unikd_fast.engine.gradients import GradientWatch, LossScale
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import ALONE, opened, write_config
 from torch import Tensor, nn
 
+from support.real_runs import ALONE, opened, write_config
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.memory import estimate_memory, kept_of, kept_of_a_batch
 from unikd_fast.engine.networks import StudentSide

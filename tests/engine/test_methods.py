@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import ALONE, CACHED, config_of, process_group, train_here, train_records, write_config
 from torch import Tensor, nn
 
+from support.real_runs import ALONE, CACHED, config_of, process_group, train_here, train_records, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.engine import methods

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import run, write_config
 from torch import nn
 
+from support.real_runs import run, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine import teacher as online_teacher
 from unikd_fast.engine.build import Experiment, build_experiment

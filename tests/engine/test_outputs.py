@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from real_runs import ALONE, opened, process_group, run, save_teacher, train_here, write_config
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from support.real_runs import ALONE, opened, process_group, run, save_teacher, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.evaluate import Outputs, Probe, write_outputs

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from outputs_runs import SAMPLES, Settings, experiment, of, save_random_teacher
-from real_runs import ALONE
 
+from support.outputs_runs import SAMPLES, Settings, experiment, of, save_random_teacher
+from support.real_runs import ALONE
 from unikd_fast.config import ConfigError
 from unikd_fast.engine import cache as fill_cache
 from unikd_fast.engine import cache as output_cache

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from outputs_runs import Settings, experiment, of, save_random_teacher
 from PIL import Image
 
+from support.outputs_runs import Settings, experiment, of, save_random_teacher
 from unikd_fast.engine import cache as cache_key
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher import resolve_precision

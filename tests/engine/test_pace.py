@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from odd_images import encoded, picture
-from real_runs import ALONE, process_group, train_here, write_config
 
+from support.odd_images import encoded, picture
+from support.real_runs import ALONE, process_group, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.timing import Pace, loader_rate

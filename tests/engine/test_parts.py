@@ -9,9 +9,9 @@ import torch
 import torch.multiprocessing as mp
 from deepspeed.ops.op_builder.builder import MissingCUDAException
 from deepspeed.runtime.utils import clip_grad_norm_
-from free_ports import free_port
 from torch import Tensor, nn
 
+from support.free_ports import free_port
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.schema import TrainConfig
 from unikd_fast.engine.distributed import Processes, average_buffers

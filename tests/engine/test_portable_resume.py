@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import kill_group, newest_checkpoint, run, start, wait_for_step, write_config
+
+from support.real_runs import kill_group, newest_checkpoint, run, start, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from free_ports import free_port
 
+from support.free_ports import free_port
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.teacher import prepare_method
 from unikd_fast.errors import OutOfMemory

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import kill_group, newest_checkpoint, run, start, train_records, wait_for_step, write_config
 from safetensors.torch import load_file
+
+from support.real_runs import kill_group, newest_checkpoint, run, start, train_records, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 

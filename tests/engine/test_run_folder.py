@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_commands import Said
-from real_runs import ALONE, merged, write_config
 from torch import nn
 
+from support.cache_commands import Said
+from support.real_runs import ALONE, merged, write_config
 from unikd_fast.cli import main
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import merged, opened, process_group, run, train_here, write_config
 
+from support.real_runs import merged, opened, process_group, run, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.memory import naming_part
 from unikd_fast.errors import LoaderError, OutOfMemory

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from captured_runs import CHANGING, config_of, curve
-from real_runs import train_here
 
+from support.captured_runs import CHANGING, config_of, curve
+from support.real_runs import train_here
 from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine import step as steps
 from unikd_fast.engine.timing import COUNT, FIRST, StepClock

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from real_runs import ALONE, kill_group, newest_checkpoint, run, start, wait_for_step, write_config
 
+from support.real_runs import ALONE, kill_group, newest_checkpoint, run, start, wait_for_step, write_config
 from unikd_fast.command import run_command
 from unikd_fast.engine.distributed import StopSignal
 

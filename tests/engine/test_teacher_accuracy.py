@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from cache_commands import Command
-from real_runs import ALONE, CACHED, cached_config, opened, process_group, save_teacher, train_here, write_config
 
+from support.cache_commands import Command
+from support.real_runs import (
+    ALONE,
+    CACHED,
+    cached_config,
+    opened,
+    process_group,
+    save_teacher,
+    train_here,
+    write_config,
+)
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.datasets import open_data
 from unikd_fast.engine import teacher as teacher_accuracy

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_runs import ALONE, run, write_config
 from torch import nn
 
+from support.real_runs import ALONE, run, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.distributed import doubt_about

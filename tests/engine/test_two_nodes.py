@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import ROOT, newest_checkpoint, run, train_records, wait_for_step, write_config
-from two_nodes import ADDRESSES, Nodes, missing, two_nodes
+
+from support.real_runs import ROOT, newest_checkpoint, run, train_records, wait_for_step, write_config
+from support.two_nodes import ADDRESSES, Nodes, missing, two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_runs import CACHED, opened, run, write_config
 
+from support.real_runs import CACHED, opened, run, write_config
 from unikd_fast.cli import main
 from unikd_fast.config import ConfigError
 

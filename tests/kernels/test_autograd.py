@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_inputs import DEVICE, DTYPES, LOSSES, compare, leaves_of, quiet, randn
-from numerics import relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from support.kernel_inputs import DEVICE, DTYPES, LOSSES, compare, leaves_of, quiet, randn
+from support.numerics import relative_error
 from unikd_fast import SoftmaxKL, dkd_loss, softmax_kl
 from unikd_fast.kernels import _autograd
 from unikd_fast.kernels._multiply import MOST_BUFFERS, multiplied, multiply_in_place

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+COMPILE_CHECK = str(Path(__file__).parents[1] / "support" / "compile_check.py")
 ALIGNED = (1000, 8192, 16384, 32768, 128256)  # rows of whole 16 bytes, in bf16 too
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
 KERNELS = 15  # of `compile_cases.KERNELS`
@@ -48,13 +48,13 @@ def python(*arguments: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module", params=["drawn", pytest.param("all", marks=pytest.mark.long)])
 def reports(request: pytest.FixtureRequest) -> Reports:
     """What the compilers say of every case, two processes at a time."""
-    listed = python(str(HERE / "compile_check.py"), "--list")
+    listed = python(COMPILE_CHECK, "--list")
     names = listed.communicate()[0].split()
     assert len(names) > 50
     assert set(names) >= EVERYWHERE
     wide = EVERYWHERE if request.param == "drawn" else set(names)
     wanted = [name if name in wide else f"{name}:{USUAL}" for name in names]
-    running = [python(str(HERE / "compile_check.py"), *wanted[i::2]) for i in range(2)]
+    running = [python(COMPILE_CHECK, *wanted[i::2]) for i in range(2)]
     collected: Reports = defaultdict(list)
     for process in running:
         out, err = process.communicate()
@@ -118,11 +118,8 @@ def test_row_offsets_have_64_bits(reports: Reports) -> None:
 
 
 def test_row_offsets_of_32_bits_are_seen() -> None:
-    sys.path.insert(0, str(HERE))
-    try:
-        from compile_check import int32_row_offsets
-    finally:
-        sys.path.remove(str(HERE))
+    from support.compile_check import int32_row_offsets
+
     line = "%1 = tt.addptr %a, %b : tensor<2x1x!tt.ptr<bf16>>, tensor<2x1xi{}> loc(#loc)"
     assert int32_row_offsets(line.format(32)) == 1
     assert int32_row_offsets(line.format(64)) == 0

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import DEVICE, DTYPES, close_logits, compare, labels_for, quiet, randn
-from numerics import relative_error
 from torch import Tensor
 
+from support.kernel_inputs import DEVICE, DTYPES, close_logits, compare, labels_for, quiet, randn
+from support.numerics import relative_error
 from unikd_fast import QuantizedLogits, dkd_loss, quantize_logits
 from unikd_fast.kernels.dkd import fused_dkd
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_no_worse_than_eager
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from support.numerics import assert_no_worse_than_eager
 from unikd_fast.kernels.feature_fusion import fused_blend
 from unikd_fast.kernels.reference_fusion import blend
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_inputs import capture
 from torch import Tensor
 
+from support.kernel_inputs import capture
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels._pooled_plan import plan_for
 from unikd_fast.kernels.feature_fusion import blend_plan

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import BACKEND, DEVICE, Graphs
 from torch import Tensor
 
+from support.kernel_inputs import BACKEND, DEVICE, Graphs
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels import _autograd
 

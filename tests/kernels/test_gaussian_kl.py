@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import DEVICE, DTYPES, compare, gaussians, quiet, randn
-from numerics import relative_error
 from torch import Tensor
 
+from support.kernel_inputs import DEVICE, DTYPES, compare, gaussians, quiet, randn
+from support.numerics import relative_error
 from unikd_fast import gaussian_kl
 from unikd_fast.kernels import reference
 

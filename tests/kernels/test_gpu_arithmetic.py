@@ -10,11 +10,11 @@ import test_pooled_fusion as of_fusion
 import torch
 import triton
 import triton.language as tl
-from gpu_arithmetic import gpu_arithmetic
-from kernel_inputs import ALL_FOUR, compare, gaussians, labels_for, objective_inputs, quiet, randn
 from test_unikd_anchor_and_labels import with_anchor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from support.gpu_arithmetic import gpu_arithmetic
+from support.kernel_inputs import ALL_FOUR, compare, gaussians, labels_for, objective_inputs, quiet, randn
 from unikd_fast import dkd_loss, gaussian_kl, softmax_kl
 from unikd_fast.kernels import _device
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import DTYPES, LOSSES, capture, compare, leaves_of, rows_for, softmax_kl
 from torch import Tensor
+
+from support.kernel_inputs import DTYPES, LOSSES, capture, compare, leaves_of, rows_for, softmax_kl
 
 pytestmark = [
     pytest.mark.gpu,

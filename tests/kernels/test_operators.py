@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import (
+from torch import Tensor
+
+from support.kernel_inputs import (
     BACKEND,
     DEVICE,
     DTYPES,
@@ -21,8 +23,6 @@ from kernel_inputs import (
     randn,
     rows_for,
 )
-from torch import Tensor
-
 from unikd_fast import dkd_loss, gaussian_kl, quantize_logits, softmax_kl, unikd_loss
 from unikd_fast.kernels import _autograd, dkd
 from unikd_fast.kernels import gaussian_kl as gaussian_kernel

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
 from torch import Tensor
 
+from support.numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels.pixel_weights import empty_maps, geometry, pixel_weights_forward
 from unikd_fast.kernels.pooled_fusion import fused_pool

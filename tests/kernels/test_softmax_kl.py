@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import BACKEND, DEVICE, DTYPES, close_logits, compare, quantized_kl, quiet, randn
-from numerics import relative_error
 from torch import Tensor
 
+from support.kernel_inputs import BACKEND, DEVICE, DTYPES, close_logits, compare, quantized_kl, quiet, randn
+from support.numerics import relative_error
 from unikd_fast import quantize_logits, softmax_kl
 from unikd_fast.kernels import reference
 from unikd_fast.kernels._launch import LARGEST_SINGLE_BLOCK

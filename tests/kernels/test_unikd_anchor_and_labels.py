@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import (
+from torch import Tensor
+
+from support.kernel_inputs import (
     ALL_FOUR,
     DEVICE,
     DTYPES,
@@ -17,9 +19,7 @@ from kernel_inputs import (
     randn,
     without_gaussians,
 )
-from numerics import relative_error
-from torch import Tensor
-
+from support.numerics import relative_error
 from unikd_fast import dkd_loss, unikd_loss
 from unikd_fast.kernels.unikd_loss import COUNTED_IN_KERNEL, fused_unikd_loss
 

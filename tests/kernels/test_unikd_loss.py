@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import (
+from torch import Tensor
+
+from support.kernel_inputs import (
     ALL_FOUR,
     DEVICE,
     DTYPES,
@@ -23,9 +25,7 @@ from kernel_inputs import (
     randn,
     without_gaussians,
 )
-from numerics import relative_error
-from torch import Tensor
-
+from support.numerics import relative_error
 from unikd_fast import QuantizedLogits, quantize_logits, unikd_loss
 
 pytestmark = quiet

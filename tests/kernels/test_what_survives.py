@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import DEVICE, LOSSES, leaves_of, quiet
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from support.kernel_inputs import DEVICE, LOSSES, leaves_of, quiet
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels import _launch, _pooled_plan, pixel_weights, softmax_kl
 

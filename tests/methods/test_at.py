@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from feature_levels import averaged, cross_entropy_of, features, frozen, step, student_of
 from torch import Tensor
 
+from support.feature_levels import averaged, cross_entropy_of, features, frozen, step, student_of
 from unikd_fast.methods import AT
 from unikd_fast.values import Features
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from blockwise_inputs import CLASSES, STUDENT, TEACHER, N, Shape, batch_of, blocks_of, build, given, ours
 from torch import Tensor
 from torch.nn import functional as F
 
+from support.blockwise_inputs import CLASSES, STUDENT, TEACHER, N, Shape, batch_of, blocks_of, build, given, ours
 from unikd_fast.methods import KD, Blockwise, Hybrid, Needs
 from unikd_fast.values import Features, StudentOutput, Target
 

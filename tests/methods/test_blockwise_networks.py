@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from blockwise_inputs import CLASSES, batch_of, build
 from torch import Tensor
 
+from support.blockwise_inputs import CLASSES, batch_of, build
 from unikd_fast.methods import Blockwise
 from unikd_fast.models import build_model, extract_features
 from unikd_fast.models.blocks import split_at_levels
@@ -69,8 +69,14 @@ def test_gradients_survive_a_teacher_in_half_precision() -> None:
 def test_a_run_draws_the_stones_to_the_teacher(
     tmp_path: Path, teacher: dict[str, Any], student: dict[str, Any], distill: dict[str, Any], stage: int
 ) -> None:
-    from real_runs import cached_config, newest_checkpoint, process_group, save_teacher, train_here, train_records
-
+    from support.real_runs import (
+        cached_config,
+        newest_checkpoint,
+        process_group,
+        save_teacher,
+        train_here,
+        train_records,
+    )
     from unikd_fast.config import load_config
 
     weights = save_teacher(tmp_path / "teacher.pt", sharpness=4.0)

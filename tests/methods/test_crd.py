@@ -4,11 +4,23 @@ from typing import Any
 
 import pytest
 import torch
-from crd_inputs import IDS, LABELS, SAMPLES, STUDENT, TEACHER, WIDTH, batch_of, build, embeddings, places_of, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.crd_inputs import (
+    IDS,
+    LABELS,
+    SAMPLES,
+    STUDENT,
+    TEACHER,
+    WIDTH,
+    batch_of,
+    build,
+    embeddings,
+    places_of,
+    step,
+)
 from unikd_fast.methods import CRD, KD, Hybrid, Needs
 from unikd_fast.methods import crd as module
 from unikd_fast.values import Features, StudentOutput

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from crd_inputs import CLASSES, IDS, LABELS, SAMPLES, STUDENT, TEACHER, WIDTH, build, step
 from torch import Tensor
 from torch.nn import functional as F
 
+from support.crd_inputs import CLASSES, IDS, LABELS, SAMPLES, STUDENT, TEACHER, WIDTH, build, step
 from unikd_fast.data.philox import philox_4x32 as philox_of_numpy
 from unikd_fast.methods import CRD
 from unikd_fast.methods.crd import Banks, bank_bytes, philox_4x32, uniform_integers

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from crd_inputs import (
+
+from support.crd_inputs import (
     build,
     step,
 )
@@ -51,8 +52,14 @@ CONFIG: dict[str, Any] = {
     ("precision", "stage"), [("fp32", 0), pytest.param("bf16", 0, marks=pytest.mark.long), ("bf16", 3)]
 )
 def test_a_run_learns_to_tell_samples_apart_and_resumes(tmp_path: Path, precision: str, stage: int) -> None:
-    from real_runs import cached_config, newest_checkpoint, process_group, save_teacher, train_here, train_records
-
+    from support.real_runs import (
+        cached_config,
+        newest_checkpoint,
+        process_group,
+        save_teacher,
+        train_here,
+        train_records,
+    )
     from unikd_fast.config import load_config
     from unikd_fast.engine.checkpoint import FOLDER
 

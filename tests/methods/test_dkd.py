@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from logit_methods import (
+from torch import Tensor
+
+from support.logit_methods import (
     BATCH,
     HOW,
     LABELS,
@@ -25,9 +27,7 @@ from logit_methods import (
     standardised,
     trained,
 )
-from real_runs import process_group, save_teacher
-from torch import Tensor
-
+from support.real_runs import process_group, save_teacher
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.losses import quantize_logits
 from unikd_fast.methods import DKD, KD, Hybrid

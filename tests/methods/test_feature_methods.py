@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from feature_levels import BATCH, CLASSES, LABELS, SAMPLES, cross_entropy_of, features, frozen, step, student_of
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from support.feature_levels import BATCH, CLASSES, LABELS, SAMPLES, cross_entropy_of, features, frozen, step, student_of
 from unikd_fast.methods import AT, KD, OFD, FitNet, Hybrid, Method, ReviewKD
 from unikd_fast.values import Features
 

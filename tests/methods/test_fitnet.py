@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from feature_levels import cross_entropy_of, features, frozen, normalised, step
 from torch import Tensor
 from torch.nn import functional as F
 
+from support.feature_levels import cross_entropy_of, features, frozen, normalised, step
 from unikd_fast.methods import FitNet
 
 FINEST = (3, 16, 16)

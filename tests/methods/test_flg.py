@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from logit_methods import (
+from torch import Tensor
+
+from support.logit_methods import (
     BATCH,
     HOW,
     Found,
@@ -23,10 +25,8 @@ from logit_methods import (
     softmax,
     trained,
 )
-from loss_inputs import randn
-from real_runs import newest_checkpoint, process_group, save_teacher, train_here, train_records
-from torch import Tensor
-
+from support.loss_inputs import randn
+from support.real_runs import newest_checkpoint, process_group, save_teacher, train_here, train_records
 from unikd_fast.config import load_config
 from unikd_fast.engine.checkpoint import FOLDER
 from unikd_fast.methods import DKD, FLG, Hybrid, Needs

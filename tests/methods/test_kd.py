@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from logit_methods import (
+from torch import Tensor
+
+from support.logit_methods import (
     BATCH,
     HOW,
     SOFT_LABELS,
@@ -22,9 +24,7 @@ from logit_methods import (
     standardised,
     trained,
 )
-from real_runs import process_group, save_teacher
-from torch import Tensor
-
+from support.real_runs import process_group, save_teacher
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.methods import KD
 from unikd_fast.values import StudentOutput, Target

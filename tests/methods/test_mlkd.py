@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from logit_methods import (
+from torch import Tensor
+
+from support.logit_methods import (
     BATCH,
     HOW,
     LABELS,
@@ -27,9 +29,7 @@ from logit_methods import (
     standardised,
     trained,
 )
-from real_runs import process_group, save_teacher
-from torch import Tensor
-
+from support.real_runs import process_group, save_teacher
 from unikd_fast.methods import KD, MLKD, Hybrid, Needs
 from unikd_fast.values import Features, StudentOutput
 

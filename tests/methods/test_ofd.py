@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from feature_levels import averaged, cross_entropy_of, features, frozen, normalised, step
 from torch import Tensor, nn
 
+from support.feature_levels import averaged, cross_entropy_of, features, frozen, normalised, step
 from unikd_fast.methods import OFD
 from unikd_fast.methods.ofd import negative_mean, partial_l2
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from feature_levels import BATCH, averaged, cross_entropy_of, features, frozen, normalised, step, student_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.feature_levels import BATCH, averaged, cross_entropy_of, features, frozen, normalised, step, student_of
 from unikd_fast.methods import ReviewKD
 from unikd_fast.methods.reviewkd import AttentionFusion, hierarchical_context_loss
 

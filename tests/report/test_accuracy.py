@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import config, write_result, write_run_folder
 
+from support.report_runs import config, write_result, write_run_folder
 from unikd_fast.report.accuracy import accuracy_rows, accuracy_section, single_runs_section, spread
 from unikd_fast.report.runs import Group, find_runs, group_runs
 

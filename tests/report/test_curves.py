@@ -1,8 +1,8 @@
 """Courses over the epochs, by hand."""
 
 import numpy as np
-from report_runs import evaluation, training
 
+from support.report_runs import evaluation, training
 from unikd_fast.report.run_data import course, keys_with, line_over_seeds, loss_terms
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forged_json import places
-from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
+from support.forged_json import places
+from support.report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 from unikd_fast.report import command
 from unikd_fast.report.run_files import RunFileError, StepTime, write_step_time, write_test_logits
 from unikd_fast.report.runs import find_runs

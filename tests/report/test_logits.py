@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from report_runs import some_logits
 
+from support.report_runs import some_logits
 from unikd_fast.report import run_data as module
 from unikd_fast.report.run_data import (
     DIFFERENCES,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
+from support.report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 from unikd_fast.cli import main
 from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import NAMES, Browser, find_chromium, started_browser
 from PIL import Image
-from report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 
+from support.browser import NAMES, Browser, find_chromium, started_browser
+from support.report_runs import config, evaluation, some_logits, training, write_metrics, write_result, write_run_folder
 from unikd_fast.cli import main
 from unikd_fast.report.figures import DARK, LIGHT, Theme
 from unikd_fast.report.run_files import StepTime, write_step_time, write_test_logits

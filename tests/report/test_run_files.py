@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import evaluation, write_metrics
 
+from support.report_runs import evaluation, write_metrics
 from unikd_fast.report.run_files import (
     STEP_TIME,
     TEST_LOGITS,

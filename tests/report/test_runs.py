@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import config, write_result, write_run_folder
 
+from support.report_runs import config, write_result, write_run_folder
 from unikd_fast.report.run_files import RunFileError
 from unikd_fast.report.runs import apply_settings, find_runs, group_runs
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_runs import config, evaluation, training, write_metrics, write_result, write_run_folder
 
+from support.report_runs import config, evaluation, training, write_metrics, write_result, write_run_folder
 from unikd_fast.report.accuracy import single_runs_section
 from unikd_fast.report.figures import LIGHT
 from unikd_fast.report.page import Missing, Picture, Section, Table

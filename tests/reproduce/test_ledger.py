@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import ENVIRONMENT, write_json, write_result
 
+from support.report_runs import ENVIRONMENT, write_json, write_result
 from unikd_fast.recipes import Pair
 from unikd_fast.reproduce.attempts import Attempt, estimate_s, read_attempts, record_attempt, wall_s
 from unikd_fast.reproduce.cells import TABLES, Cell

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import write_result
 
+from support.report_runs import write_result
 from unikd_fast.config import ConfigError, config_hash, load_config
 from unikd_fast.reproduce.cells import TABLES, Cell, student_cells, teacher_cells
 from unikd_fast.reproduce.plan import Run, plan_runs, teachers_environment

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from report_runs import training, write_metrics
 
+from support.report_runs import training, write_metrics
 from unikd_fast.reproduce.room import (
     CpuRoom,
     Gpu,

@@ -5,8 +5,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from report_runs import ENVIRONMENT, write_json, write_result
 
+from support.report_runs import ENVIRONMENT, write_json, write_result
 from unikd_fast.config import parse_config
 from unikd_fast.recipes import (
     ALPHAS,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cache_inputs import CODEC, IDS, SHARDS, VIEWS, build_all, build_shard, make, payloads, start
 
+from support.cache_inputs import CODEC, IDS, SHARDS, VIEWS, build_all, build_shard, make, payloads, start
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey
 from unikd_fast.teacher.cache import folder as shards
@@ -98,7 +98,7 @@ def test_threads_that_attach_at_once_agree(tmp_path: Path) -> None:
 def test_processes_that_attach_at_once_agree(tmp_path: Path) -> None:
     program = """
 import torch
-from cache_inputs import make
+from support.cache_inputs import make
 folder = make(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_inputs import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.cache_inputs import (
     CODEC,
     IDS,
     KEY,
@@ -24,11 +27,8 @@ from cache_inputs import (
     make,
     payloads,
 )
-from forged_json import places
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from kills import killed_at_each_operation
-
+from support.forged_json import places
+from support.kills import killed_at_each_operation
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
 from unikd_fast.teacher.cache.manifest import MANIFEST

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_inputs import (
+
+from support.cache_inputs import (
     CODEC,
     IDS,
     KEY,
@@ -21,7 +22,6 @@ from cache_inputs import (
     make,
     payloads,
 )
-
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
 

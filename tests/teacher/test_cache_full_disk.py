@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_inputs import (
+
+from support.cache_inputs import (
     build_shard,
     make,
     payloads,
     start,
 )
-
 from unikd_fast.errors import CacheError
 
 
@@ -84,7 +84,7 @@ from pathlib import Path
 disk = Path(sys.argv[1])
 if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
     print("no mount"); sys.exit()
-from cache_inputs import KEY
+from support.cache_inputs import KEY
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, Codec
 codec = Codec("fp16", 1000)
@@ -128,7 +128,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
     program = """
 import resource, sys
-from cache_inputs import make
+from support.cache_inputs import make
 from unikd_fast.errors import CacheError
 folder = make(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))

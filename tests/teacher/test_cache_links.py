@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_inputs import build_all, build_shard, decoded, logits, make
 
+from support.cache_inputs import build_all, build_shard, decoded, logits, make
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, build_shard, decoded, logits, make, payloads, start
 
+from support.cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, build_shard, decoded, logits, make, payloads, start
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 # Every handshake is a line on a pipe, so that no test depends on how fast a process is.
 
 ONE_RECORD_AT_A_TIME = """
-from cache_inputs import make, payloads
+from support.cache_inputs import make, payloads
 writer = make(sys.argv[1]).claim(1)
 for record in writer.todo:
     writer.write([record], payloads([record]))
@@ -51,7 +51,7 @@ def test_a_kill_at_any_moment_leaves_whole_records_or_none(tmp_path: Path) -> No
     """Records of 44 KB, so that the signal may strike inside of a write."""
     program = """
 import numpy as np
-from cache_inputs import KEY
+from support.cache_inputs import KEY
 from unikd_fast.teacher.cache import CacheFolder, Codec
 folder = CacheFolder.create_or_open(sys.argv[1], KEY, Codec("fp16", 21841), np.arange(2000), 1, 2000)
 writer = folder.claim(0)
@@ -80,7 +80,7 @@ sys.stdin.readline()
 
 
 BUILD_WHAT_IS_FREE = """
-from cache_inputs import make, payloads
+from support.cache_inputs import make, payloads
 from unikd_fast.errors import CacheError
 folder = make(sys.argv[1])
 print("ready", flush=True)
@@ -146,7 +146,7 @@ def test_a_builder_that_waits_takes_over_from_one_that_dies(tmp_path: Path) -> N
 
 WAIT_UNTIL_A_SIGNAL = """
 import signal
-from cache_inputs import make
+from support.cache_inputs import make
 from unikd_fast.teacher.cache import build_cache
 asked = []
 signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
@@ -178,7 +178,7 @@ def test_a_builder_that_waits_hears_a_signal(tmp_path: Path) -> None:
 
 def test_a_reader_beside_a_writer_sees_nothing_or_the_truth(tmp_path: Path) -> None:
     program = """
-from cache_inputs import CODEC, KEY, payloads
+from support.cache_inputs import CODEC, KEY, payloads
 from unikd_fast.teacher.cache import CacheFolder
 folder = CacheFolder.open(sys.argv[1])
 print("ready", flush=True)
@@ -214,7 +214,7 @@ while (writer := folder.claim_any(wait=False)) is not None:
 
 def test_folders_made_at_once_for_different_keys_are_one_of_them(tmp_path: Path) -> None:
     program = """
-from cache_inputs import CODEC, IDS
+from support.cache_inputs import CODEC, IDS
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, CacheKey
 print("ready", flush=True)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_inputs import (
+
+from support.cache_inputs import (
     CODEC,
     IDS,
     KEY,
@@ -26,7 +27,6 @@ from cache_inputs import (
     make,
     payloads,
 )
-
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, Codec
 from unikd_fast.teacher.cache.files import default_records_per_shard

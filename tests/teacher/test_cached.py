@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_inputs import SAMPLES, build_all, logits
 from torch import Tensor
 
+from support.cache_inputs import SAMPLES, build_all, logits
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache.outputs import read_ahead
 

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
-from online_inputs import network, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.online_inputs import network, same
 from unikd_fast.models import LogitsOnly
 from unikd_fast.teacher import OnlineTeacher, resolve_precision
 from unikd_fast.teacher import online as formats

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from online_inputs import network, same
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from support.online_inputs import network, same
 from unikd_fast.models import build_model, extract_features
 from unikd_fast.teacher import OnlineTeacher, measure_fidelity
 from unikd_fast.teacher import online as packing

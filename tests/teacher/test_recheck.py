@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from recheck_inputs import (
+
+from support.recheck_inputs import (
     CLASSES,
     CODECS,
     KEPT,
@@ -17,7 +18,6 @@ from recheck_inputs import (
     outputs,
     root_mean_square,
 )
-
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import Codec
 from unikd_fast.teacher.cache.outputs import output_differences

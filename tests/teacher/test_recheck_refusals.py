@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_inputs import KEY
 from numpy.typing import NDArray
-from recheck_inputs import (
+
+from support.cache_inputs import KEY
+from support.recheck_inputs import (
     CLASSES,
     PRECISIONS,
     ROWS,
@@ -19,7 +20,6 @@ from recheck_inputs import (
     differences,
     outputs,
 )
-
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, Codec
 from unikd_fast.teacher.cache.outputs import Recheck, check_outputs, output_differences

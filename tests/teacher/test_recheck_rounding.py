@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from recheck_inputs import (
+from torch import Tensor
+
+from support.recheck_inputs import (
     CLASSES,
     KEPT,
     MANY,
@@ -17,8 +19,6 @@ from recheck_inputs import (
     outputs,
     root_mean_square,
 )
-from torch import Tensor
-
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import Codec
 from unikd_fast.teacher.cache.outputs import output_differences

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from real_runs import (
+from safetensors.torch import load_file
+
+from support.real_runs import (
     ALONE,
     opened,
 )
-from safetensors.torch import load_file
-
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.cache import ready_cache
 from unikd_fast.engine.distributed import StopSignal

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from generated_images import draw_image
 
+from support.generated_images import draw_image
 from unikd_fast.data.decode import Decoder, read_rgb
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.packed import PackSettings, load_packed, pack_folder

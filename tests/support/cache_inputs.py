@@ -58,7 +58,7 @@ def decoded(folder: CacheFolder, records: Iterable[int]) -> Tensor:
 
 def start(program: str, *arguments: object, before: Iterable[str] = ()) -> "subprocess.Popen[str]":
     """Starts a Python program that can import this module; `before` stands before the interpreter."""
-    prelude = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests' / 'teacher')!r}]\n"
+    prelude = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
     return subprocess.Popen(
         [*before, sys.executable, "-c", prelude + program, *map(str, arguments)],
         cwd=ROOT,

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_runs import (
+from safetensors.torch import load_file
+from torch import Tensor
+
+from support.real_runs import (
     ALONE,
     opened,
     train_records,
 )
-from safetensors.torch import load_file
-from torch import Tensor
-
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.cache import ready_cache
 from unikd_fast.engine.distributed import Processes, StopSignal

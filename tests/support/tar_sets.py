@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from generated_images import draw_image
 
+from support.generated_images import draw_image
 from unikd_fast.data.datasets import open_data
 from unikd_fast.data.splits import DataSplits, PackedImages
 

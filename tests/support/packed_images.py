@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from generated_images import draw_image
 from PIL import Image
 
+from support.generated_images import draw_image
 from unikd_fast.data.packed import PackSettings, pack_folder, shard
 from unikd_fast.data.splits import DataSplits, ImageFiles, PackedImages
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_runs import ALONE, write_config
 
+from support.real_runs import ALONE, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache import OutputCache

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from compile_check import TARGETS, compile_launch, recorded
 from torch import Tensor
 
+from support.compile_check import TARGETS, compile_launch, recorded
 from unikd_fast.kernels import (
     _launch,
     _multiply,

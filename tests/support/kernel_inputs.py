@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_no_worse_than_eager
 from torch import Tensor
 
+from support.numerics import assert_no_worse_than_eager
 from unikd_fast import (
     Gaussian,
     QuantizedLogits,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from real_runs import ROOT
 
+from support.real_runs import ROOT
 from unikd_fast.models import build_model
 from unikd_fast.recipes import CIFAR_PAIRS, IMAGENET_PAIRS
 

@@ -1,6 +1,6 @@
 """Triton's interpreter with the fp32 arithmetic of an NVIDIA GPU, for tests on a machine that has none.
 
-    TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p gpu_arithmetic --gpu-arithmetic-seed 1 tests/kernels
+    TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p support.gpu_arithmetic --gpu-arithmetic-seed 1 tests/kernels
 
 Interpreted, a kernel has numpy's arithmetic, where nearly every operation is correctly rounded. Compiled, Triton emits
 
@@ -133,7 +133,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Take it for all tests, where this file is given as a plugin."""
     if os.environ.get("TRITON_INTERPRET") != "1":  # as Triton is loaded, which is before any conftest
-        raise pytest.UsageError("-p gpu_arithmetic interprets kernels: set TRITON_INTERPRET=1")
+        raise pytest.UsageError("-p support.gpu_arithmetic interprets kernels: set TRITON_INTERPRET=1")
     stack = ExitStack()
     stack.enter_context(gpu_arithmetic(config.getoption("--gpu-arithmetic-seed")))
     config.add_cleanup(stack.close)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import randn
-from numerics import relative_error
-from real_runs import cached_config, train_here, train_records
 from torch import Tensor
 
+from support.loss_inputs import randn
+from support.numerics import relative_error
+from support.real_runs import cached_config, train_here, train_records
 from unikd_fast.config import load_config
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.engine.methods import build_method

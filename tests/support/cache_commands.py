@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from real_runs import LAUNCHERS, ROOT, write_config
 
+from support.real_runs import LAUNCHERS, ROOT, write_config
 from unikd_fast.config import load_config
 from unikd_fast.config.load import cache_dir
 from unikd_fast.engine.build import build_experiment

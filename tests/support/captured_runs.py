@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import ALONE, cached_config, newest_checkpoint, train_records
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from support.real_runs import ALONE, cached_config, newest_checkpoint, train_records
 from unikd_fast.config import Config, load_config
 from unikd_fast.engine.cuda_graph import CapturedSteps
 from unikd_fast.engine.distributed import Processes, StopSignal

@@ -2,7 +2,7 @@
 
 Run as a process of its own, because `TRITON_INTERPRET` is read when a kernel is defined:
 
-    python tests/kernels/compile_check.py --list | CASE[:TARGET] [CASE[:TARGET] ...]
+    python tests/support/compile_check.py --list | CASE[:TARGET] [CASE[:TARGET] ...]
 
 prints one JSON line per compiled launch, for all targets if none is named. The launching code runs on CPU tensors with
 its kernels replaced by a recorder; what it would launch is compiled, and registers and spills are read from the binary.
@@ -163,8 +163,8 @@ def int32_row_offsets(ttir: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    from compile_cases import LAUNCHES, reports
+    sys.path[:0] = map(str, Path(__file__).parents[1:3])
+    from support.compile_cases import LAUNCHES, reports
 
     if sys.argv[1:] == ["--list"]:
         print("\n".join(LAUNCHES))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_runs import ALONE, train_here, write_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.real_runs import ALONE, train_here, write_config
 from unikd_fast.cli import main
 from unikd_fast.config import Config, load_config
 from unikd_fast.engine.folder import open_run_folder

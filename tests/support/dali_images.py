@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from odd_images import encoded
-
+from support.odd_images import encoded
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.loader import Loader, build_loader
