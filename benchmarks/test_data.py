@@ -1,4 +1,4 @@
-"""The loaders against what they replace, and a run against its parts: DALI, packed images, tensors on the device.
+"""The loaders against what they replace, and a run against its parts: DALI, stored pixels, tensors on the device.
 
 Ratios within one run only, correctness before any timing. On a CPU, whose cores the loader shares with all else, a
 missed target is recorded and is no failure; on a GPU it is treated as those of the kernels are. What is timed are whole
@@ -36,7 +36,7 @@ from unikd_fast.config import load_config
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.datasets import open_data
 from unikd_fast.data.loader import Loader, LoaderKind, build_loader
-from unikd_fast.data.packed import PackSettings, pack_folder
+from unikd_fast.data.pack import pack_folder
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.distributed import start_processes
@@ -158,8 +158,8 @@ def test_packed_raw_over_decoding(
     folder = open_data("image_folder", root=photos(device), image_size=224)
     loaders = {"folder": files_loader(folder, device)}
     for name, size in STORED.items():
-        pack_folder(photos(device), tmp_path / name, PackSettings("raw", size=size), workers=0)
-        stored = open_data("packed", root=tmp_path / name, image_size=224)
+        pack_folder(photos(device), tmp_path / name, raw=size)
+        stored = open_data("arrow", root=tmp_path / name, image_size=224)
         loaders[name] = files_loader(stored, device)
         # Stored at their own size the images are those that were decoded; shrunk ones give other views.
         whole = name == "raw_whole" and device == "cpu"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unikd_fast.command import run_command
-from unikd_fast.errors import CacheError, ConfigError
+from unikd_fast.errors import CacheError, ConfigError, RunError
 
 if TYPE_CHECKING:
     from unikd_fast.config import Config
@@ -43,10 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # forward pass).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if given[:1] == ["data"]:
-        from unikd_fast.data.pack_command import main as data
-
-        return data(given[1:])
     if given[:1] == ["reproduce"]:
         from unikd_fast.reproduce.command import main as reproduce
 
@@ -62,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_export(commands)
     _add_cache(commands)
-    commands.add_parser("data", help="pack image folders for fast reading")
+    _add_data(commands)
     _add_report(commands)
     commands.add_parser("reproduce", help="run the cells of the papers' tables")
     return parser
@@ -324,6 +320,42 @@ def _start_processes() -> "Processes":
         from unikd_fast.engine.distributed import start_processes
 
         return start_processes()
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="pack an image folder for fast reading")
+    commands = data.add_subparsers(required=True, metavar="COMMAND")
+    pack = _command(
+        commands,
+        "pack",
+        _data_pack,
+        help="pack an image folder into Arrow files",
+        description="Pack an image folder into Arrow files, which data.name = arrow reads. After an interruption the "
+        "same command goes on.",
+        epilog="exit codes: 0 done; 1 a file cannot be written, or another process packs into the folder; 2 a folder "
+        "or a number is not usable; 5 an image file cannot be read; 130 stopped by Ctrl-C",
+    )
+    pack.add_argument("source", type=Path, help="folder with train/<class>/<image> and val/<class>/<image>")
+    pack.add_argument("target", type=Path, help="new or empty folder, or one that was begun")
+    pack.add_argument(
+        "--raw",
+        type=int,
+        metavar="SIDE",
+        help="store pixels, which need no decoding and 5 to 20 times the room, with a short side of at most SIDE, at "
+        "least what evaluation resizes to (default: store the files as they are)",
+    )
+    pack.add_argument("--workers", type=int, default=2, help="threads that read and decode (default: %(default)s)")
+
+
+def _data_pack(options: argparse.Namespace) -> int:
+    from unikd_fast.data.pack import pack_folder
+
+    try:
+        pack_folder(options.source, options.target, raw=options.raw, workers=options.workers)
+    except (ValueError, FileNotFoundError) as error:
+        raise error if isinstance(error, RunError) else ConfigError(str(error)) from error
+    print(f"{options.source} is packed into {options.target}; train with data.name=arrow data.root={options.target}")
+    return 0
 
 
 def _add_report(commands: Any) -> None:

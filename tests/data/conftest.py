@@ -1,7 +1,8 @@
-"""What the tests of tar files share, and those of the loader that decodes with DALI."""
+"""What the tests of Arrow files share, and those of the loader that decodes with DALI."""
 
 from pathlib import Path
 
+import datasets
 import pytest
 
 from support.dali_loaders import SIZE
@@ -12,8 +13,8 @@ from unikd_fast.data.splits import DataSplits
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's cache that is the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    """A cache of `datasets` that is the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def _nobody_reads_what_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
         return Path(path).open(mode)
 
     if os.geteuid() == 0:
-        monkeypatch.setattr("unikd_fast.data.stored_image.open", open_allowed, raising=False)
+        monkeypatch.setattr("unikd_fast.data.images.open", open_allowed, raising=False)
 
 
 @kinds

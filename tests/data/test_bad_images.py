@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from support.odd_images import HEIGHT, WIDTH, animation, broken, encoded, odd, png
-from unikd_fast.data.decode import Decoder, DecodeRequest, read_rgb
-from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.data.decode import Decoder, DecodeRequest
+from unikd_fast.data.images import StoredImage, read_rgb
 from unikd_fast.data.view_windows import Windows
 
 

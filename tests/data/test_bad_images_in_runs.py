@@ -13,11 +13,10 @@ from support.folder_images import RESIZED, SIZE, write_images
 from support.odd_images import broken
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.bad_images import BadImageTally, check_bad_share, stand_ins
-from unikd_fast.data.decode import read_rgb
 from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.images import StoredImage, read_rgb
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.splits import DataSplits, ImageFiles
-from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.values import Batch
 
 # Positions in the splits of 26 and 11.

@@ -3,7 +3,6 @@
 import random
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ pytest.importorskip("nvidia.dali")
 from support.dali_loaders import CROPS, RESIZED, SHORT, SIZE, assert_close, assert_same, by_id, crops, levels, make
 from unikd_fast.data import dali_views
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.splits import INDEX_DTYPE, DataSplits, ImageFiles, PackedImages
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.strong import strong_view
 from unikd_fast.data.view_windows import ViewWindow
 from unikd_fast.values import Batch, Interpolation
@@ -159,21 +158,6 @@ def test_batches_are_the_callers_to_keep(splits: DataSplits) -> None:
         kept.append(batch)
         copies.append(Batch(*(None if part is None else part.clone() for part in batch)))
     assert_same(kept, copies)
-
-
-def test_packed_raw_images_agree_with_pils(splits: DataSplits, tmp_path: Path) -> None:
-    assert isinstance(splits.train, ImageFiles)
-    sides = [(30, 200), (120, 110), (96, 96), (33, 21)]
-    generator = np.random.default_rng(0)
-    images = [generator.integers(0, 256, (*side, 3), np.uint8).tobytes() for side in sides]
-    (tmp_path / "shard").write_bytes(b"".join(images))
-    offsets = np.cumsum([0, *map(len, images)])
-    index = np.array([(offsets[i], len(images[i]), 0, 0, *sides[i]) for i in range(4)], INDEX_DTYPE)
-    packed = PackedImages((str(tmp_path / "shard"),), index, np.arange(4), checked=False)
-    data = DataSplits(packed, packed, packed, 4, None, splits.mean, splits.std, SIZE)
-    ours, theirs = (make(data, kind=kind, global_batch_size=4) for kind in ("dali", "torchvision"))
-    assert_close(list(ours.train(0)), list(theirs.train(0)), data)
-    assert_close(list(ours.evaluate("val")), list(theirs.evaluate("val")), data)
 
 
 def test_layout_is_as_asked(splits: DataSplits) -> None:

@@ -23,7 +23,7 @@ SECOND = Augmentation(crop="pad", padding=2, policy="trivial", erase_probability
 SEED, EPOCH = 5, 3
 WAYS = [
     ("device", "memory"),
-    *((kind, form) for kind in ("torchvision", "dali") for form in ("folder", "packed", "tar")),
+    *((kind, form) for kind in ("torchvision", "dali") for form in ("folder", "arrow")),
 ]
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason="DALI does not work here")
 ways = pytest.mark.parametrize(

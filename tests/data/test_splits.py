@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from unikd_fast.data.datasets import open_data
-from unikd_fast.data.splits import INDEX_DTYPE, ImageFiles, PackedImages, Split, TensorImages
+from unikd_fast.data.splits import ArrowImages, ImageFiles, Split, TensorImages
 
 Make = Callable[[NDArray, NDArray | None], Split]
 KINDS: dict[str, Make] = {
     "TensorImages": lambda labels, ids: TensorImages(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), labels, ids),
     "ImageFiles": lambda labels, ids: ImageFiles(["a", "b", "c"], labels, ids),
-    "PackedImages": lambda labels, ids: PackedImages(("s",), np.zeros(3, INDEX_DTYPE), labels, ids),
+    "ArrowImages": lambda labels, ids: ArrowImages(("a",), "image", np.zeros((3, 2), np.int64), labels, ids),
 }
 
 

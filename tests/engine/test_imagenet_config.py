@@ -8,8 +8,8 @@ import pytest
 
 from support.generated_images import write_jpegs
 from support.real_runs import ROOT, run
+from unikd_fast.cli import main as unikd
 from unikd_fast.data.dali_probe import dali_problem
-from unikd_fast.data.pack_command import main as unikd_data
 
 CONFIG = ROOT / "configs" / "imagenet_r50_mbv1.json"
 TRAIN, VAL, BATCH = 40, 13, 4
@@ -56,9 +56,9 @@ def test_a_folder_of_files(imagenet: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_same_packed_gives_the_same_losses(imagenet: Path, tmp_path: Path) -> None:
     # Files that are packed as they are have the same pixels.
-    assert unikd_data(["pack", str(imagenet), str(tmp_path / "packed"), "--workers", "0"]) == 0
+    assert unikd(["data", "pack", str(imagenet), str(tmp_path / "arrow")]) == 0
     losses = []
-    for name, root in (("imagenet", imagenet), ("packed", tmp_path / "packed")):
+    for name, root in (("imagenet", imagenet), ("arrow", tmp_path / "arrow")):
         small = settings(root, tmp_path / f"{name}-run", data__name=name, data__image_size="64", train__max_steps="2")
         assert run(CONFIG, *small).returncode == 0
         lines = (tmp_path / f"{name}-run" / "metrics.jsonl").read_text().splitlines()

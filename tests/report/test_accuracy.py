@@ -93,8 +93,8 @@ def test_a_teacher_has_the_printed_figure_of_teachers(tmp_path: Path) -> None:
     ("data", "printed"),
     [
         ({"name": "digits"}, False),
-        ({"name": "packed", "num_classes": 10}, False),
-        ({"name": "packed", "num_classes": 1000}, True),
+        ({"name": "arrow", "num_classes": 10}, False),
+        ({"name": "arrow", "num_classes": 1000}, True),
         ({"name": "imagenet"}, True),
     ],
 )
@@ -104,7 +104,7 @@ def test_only_the_papers_data_sets_have_printed_figures(tmp_path: Path, data: di
     top1, top5 = accuracy_rows(groups), accuracy_rows(groups, "top5")
     assert [one.value for one in top1[0].printed] == ([72.83] if printed else [])
     assert [(one.best.mean, one.printed[0].value) for one in top5] == ([(91.0, 91.38)] if printed else [])
-    assert bool(top1[0].remarks) == (data["name"] == "packed" and printed)
+    assert bool(top1[0].remarks) == (data["name"] == "arrow" and printed)
 
 
 def test_cifar_100_pairs_have_no_figure_on_other_data(tmp_path: Path) -> None:

@@ -80,15 +80,6 @@ def tiff_of_a_large_tile(side: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8 + len(tile)) + tile + directory
 
 
-def undecodable_png() -> bytes:
-    """Hold all chunks and their checksums, but pixels that zlib cannot unpack."""
-    whole = png(4, 4, 8, 0, bytes(20))
-    start = whole.index(b"IDAT") + 4
-    length = struct.unpack_from(">I", whole, start - 8)[0]
-    data = b"IDAT" + b"\xff" * length
-    return whole[: start - 4] + data + struct.pack(">I", zlib.crc32(data)) + whole[start + length + 4 :]
-
-
 def with_thumbnail() -> bytes:
     """A JPEG in whose header lies another, end marker and all."""
     exif = b"Exif\0\0" + encoded("JPEG", picture().resize((16, 12)))
@@ -189,8 +180,8 @@ def broken() -> dict[str, bytes]:
         for how, content in cut(odd()[name]).items()
     }
     header = odd()["jpeg"][: odd()["jpeg"].index(b"\xff\xda")]
-    # Without its last chunk a PNG still has all its pixels.
-    cuts |= {f"png {how}": c for how, c in cut(encoded("PNG")[:-12]).items()}
+    # Without its last chunk and the checksums before it a PNG still has all its pixels.
+    cuts |= {f"png {how}": c for how, c in cut(encoded("PNG")[:-22]).items()}
     return {
         "empty": b"",
         "text": b"<html>404 not found</html>",

@@ -1,6 +1,5 @@
-"""One set of images in every form that is read: a folder, a pack, tar files, and in memory."""
+"""One set of images in every form that is read: a folder, Arrow files, and in memory."""
 
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +7,12 @@ import numpy as np
 import torch
 
 from support.generated_images import draw_image
-from unikd_fast.data.decode import Decoder, read_rgb
+from unikd_fast.data.arrow import load_arrow
+from unikd_fast.data.decode import Decoder
 from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.packed import PackSettings, load_packed, pack_folder
+from unikd_fast.data.images import read_rgb
+from unikd_fast.data.pack import pack_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
-from unikd_fast.data.tar_shards import load_tar_shards
 from unikd_fast.data.view_windows import Windows
 
 SIZE, SHORT = 24, 29
@@ -28,13 +28,11 @@ def write_every_form(root: Path) -> dict[str, DataSplits]:
     Those in memory are the central views of the others, SIZE pixels high and wide, as PIL makes them.
     """
     folder = write_folder(root / "folder")
-    pack_folder(root / "folder", root / "packed", PackSettings(shard_bytes=9000), workers=0)
-    write_tars(folder, root / "tar")
+    pack_folder(root / "folder", root / "arrow", images_per_file=12)
     in_memory = replace(folder, train=central_views(folder.train), val=central_views(folder.val))
     return {
         "folder": folder,
-        "packed": load_packed(root / "packed", SIZE),
-        "tar": load_tar_shards(root / "tar", SIZE),
+        "arrow": load_arrow(root / "arrow", SIZE),
         "memory": replace(in_memory, test=in_memory.val),
     }
 
@@ -47,20 +45,6 @@ def write_folder(root: Path) -> DataSplits:
             path.parent.mkdir(parents=True, exist_ok=True)
             draw_image(generator, *SIDES[i % len(SIDES)]).save(path, quality=92, progressive=i % 5 == 4)
     return load_image_folder(root, SIZE)
-
-
-def write_tars(folder: DataSplits, root: Path) -> None:
-    """Write two files of train and one of val, their samples in the order of the folder's."""
-    root.mkdir()
-    for part, split, files in (("train", folder.train, 2), ("val", folder.val, 1)):
-        for number, rows in enumerate(np.array_split(np.arange(len(split)), files)):
-            with tarfile.open(root / f"{part}-{number:03}.tar", "w") as archive:
-                for row in rows.tolist():
-                    assert isinstance(split, ImageFiles)
-                    archive.add(split.paths[row], f"{row:03}.jpg")
-                    label = root / "label"
-                    label.write_text(str(split.labels[row]))
-                    archive.add(label, f"{row:03}.cls")
 
 
 def central_views(split: object) -> TensorImages:

@@ -68,9 +68,10 @@ class MixingConfig(Section):
 class DataConfig(Section):
     """The data set and how it is read."""
 
-    name: Literal["digits", "cifar100", "image_folder", "imagenet", "packed", "webdataset", "synthetic", "fine_grained"]
-    """digits ships with scikit-learn; cifar100, image folders, packed stores (unikd data pack) and the tar files of
-    webdataset are read from root; synthetic and fine_grained are generated."""
+    name: Literal["digits", "cifar100", "image_folder", "imagenet", "arrow", "synthetic", "fine_grained"]
+    """digits ships with scikit-learn; cifar100 and image folders are read from root, and so is arrow, whatever Hugging
+    Face datasets opens: stores of unikd data pack or save_to_disk, Parquet files, WebDataset tars, an imagefolder;
+    synthetic and fine_grained are generated."""
     root: Text | None = None
     """Folder of the data set; environment variables are written ${IMAGENET_ROOT}."""
     loader: Literal["auto", "device", "dali", "torchvision"] = "auto"
@@ -80,7 +81,8 @@ class DataConfig(Section):
     image_size: PositiveInt = 224
     """Height and width in pixels of the images that the networks see."""
     num_classes: PositiveInt | None = None
-    """Number of classes of generated data and webdataset; checked against what is found on disk for the others."""
+    """Number of classes of generated data, and of arrow where labels are plain numbers; checked against what is found
+    on disk for the others."""
     train_samples: PositiveInt | None = None
     """Use a class-balanced subset of this many training samples; null: all."""
     val_samples: Annotated[int, Field(ge=0)] = 0
@@ -642,7 +644,7 @@ class RunConfig(Section):
     """Epochs between two evaluations on the validation split; the last epoch is always evaluated."""
     test_logits: bool = True
     """Write the logits of the last student, and of a teacher that was given, over the test split to
-    test_logits.safetensors, two bytes each: what unikd report draws distributions and correlations of."""
+    test_logits.safetensors, two bytes each: what unikd-report draws distributions and correlations of."""
     probe: bool = True
     """At every evaluation, τ² KL from the teacher to the student at τ = 4 on the validation split (probe_kl), which
     compares methods whose own losses do not. The teacher sees the split once; where its outputs are cached, there is no

@@ -17,10 +17,10 @@ from unikd_fast.data.dali_views import PipelineOf, ViewBatch, cpu_views, gpu_vie
 from unikd_fast.data.decode import DecodeRequest
 from unikd_fast.data.file_requests import FileRequests, Requested
 from unikd_fast.data.image_feed import ImageFeed, compute_alone
+from unikd_fast.data.images import StoredImage
 from unikd_fast.data.pixels import Normalise, to_device
 from unikd_fast.data.schedule import Schedule
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.data.strong import strong_pixels
 from unikd_fast.data.view_windows import Windows
 from unikd_fast.values import Batch

@@ -9,12 +9,10 @@ from unikd_fast.data.cifar100 import load_cifar100
 from unikd_fast.data.digits import load_digits
 from unikd_fast.data.fine_grained import load_fine_grained
 from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.packed import load_packed
 from unikd_fast.data.roots import check_root
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 from unikd_fast.data.subsets import class_balanced_subset
 from unikd_fast.data.synthetic import load_synthetic
-from unikd_fast.data.tar_shards import load_tar_shards
 
 __all__ = ["DataSplits", "ImageFiles", "TensorImages", "open_data"]
 
@@ -36,8 +34,8 @@ def open_data(
         name: one of `roots.DATA_NAMES`; "imagenet" is "image_folder" under the name its users look for.
         root: folder of the data set, see `roots.check_root`; not read by digits, synthetic and fine_grained.
         image_size: height and width in pixels of the images; 32 for cifar100.
-        num_classes: number of classes; decides for synthetic (10 if None), fine_grained (50 if None) and webdataset
-            (one more than the largest label if None), for the others it is checked.
+        num_classes: number of classes; decides for synthetic (10 if None), fine_grained (50 if None) and plain numbers
+            as labels of arrow (one more than the largest if None), for the others it is checked.
         train_samples: train on a class-balanced subset of this many samples; they keep their ids, and mean and
             deviation stay those of the whole. None is all of them.
         val_samples: samples of the train split of cifar100 held out for validation.
@@ -63,13 +61,17 @@ def open_data(
             )
         return load_cifar100(_given(folder), val_samples=val_samples)
 
+    def arrow() -> DataSplits:
+        from unikd_fast.data.arrow import load_arrow  # with pyarrow
+
+        return load_arrow(_given(folder), image_size, num_classes)
+
     openers: dict[str, Callable[[], DataSplits]] = {
         "digits": lambda: load_digits(image_size),
         "cifar100": cifar100,
         "image_folder": lambda: load_image_folder(_given(folder), image_size),
         "imagenet": lambda: load_image_folder(_given(folder), image_size),
-        "packed": lambda: load_packed(_given(folder), image_size),
-        "webdataset": lambda: load_tar_shards(_given(folder), image_size, num_classes),
+        "arrow": arrow,
         "synthetic": lambda: load_synthetic(synthetic_samples, num_classes or 10, image_size, seed=seed),
         "fine_grained": lambda: load_fine_grained(synthetic_samples, num_classes or 50, image_size, seed=seed),
     }

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from unikd_fast.data.augmentation import ViewParameters
 from unikd_fast.data.bad_images import BadImage, stand_ins
-from unikd_fast.data.inspect_image import naming_broken, open_image
-from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.data.images import StoredImage, read_rgb
 from unikd_fast.data.strong import strong_views
 from unikd_fast.data.view_windows import ViewWindow, Windows
 from unikd_fast.errors import DataError
@@ -135,40 +134,3 @@ def _without_bad(batch: DecodedBatch, places: Sequence[int], on_bad: OnBad) -> D
     taken = torch.from_numpy(stand_ins(good) if on_bad == "replace" else np.flatnonzero(good))
     images, labels, sample_ids, second, bad = batch
     return DecodedBatch(images[taken], labels[taken], sample_ids[taken], None if second is None else second[taken], bad)
-
-
-def read_rgb(stored: StoredImage) -> Image.Image:
-    """Decode an image to RGB, as stored: an EXIF orientation is not applied, as in the published recipes.
-
-    What the file holds decides how it is read, not its name. Of 16-bit levels the upper 8 bits are kept; CMYK is
-    converted without a colour profile; transparency is dropped, and the colours below it show; of an animation the
-    first frame is taken.
-
-    Raises:
-        DataError: it cannot be read or decoded, or is too large (`inspect_image.MAX_PIXELS`); the message names it.
-
-    Example:
-        >>> read_rgb(StoredImage("n01440764_10026.JPEG")).mode
-        'RGB'
-    """
-    content = stored.read()
-    if stored.shape is not None:
-        height, width = stored.shape
-        with naming_broken(stored.name):
-            return Image.frombuffer("RGB", (width, height), content, "raw", "RGB", 0, 1)
-    return to_rgb(open_image(content, stored.name)[0], stored.name)
-
-
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decode an opened image as `read_rgb` does, which lists the errors; `name` is what messages call it."""
-    with naming_broken(name):
-        return _converted(image)
-
-
-def _converted(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        # PIL would clip: all above 255 of 65535 would be white. Of 16-bit RGB it takes the upper byte as well.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its levels have 32 bits (mode {image.mode}) and no known range; store it with 8 or 16")
-    return image.convert("RGB")

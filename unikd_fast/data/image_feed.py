@@ -12,9 +12,8 @@ from PIL import Image
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from unikd_fast.data.bad_images import BadImage, stand_ins
-from unikd_fast.data.decode import DecodeRequest, read_rgb, to_rgb
-from unikd_fast.data.inspect_image import naming_broken, open_image
-from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.data.decode import DecodeRequest
+from unikd_fast.data.images import StoredImage, is_plain_jpeg, open_image, read_rgb, to_rgb
 from unikd_fast.data.view_windows import Box, ViewWindow, Windows, enclosing
 from unikd_fast.errors import DataError
 
@@ -176,8 +175,8 @@ class ImageFeed:
 def read_image(stored: StoredImage) -> ReadImage:
     """Read an image and check that it is whole: who decodes a part of it only does not miss the rest.
 
-    Usual JPEGs are left as they are. All else but raw pixels is decoded by PIL, so that every format and mode has its
-    pixels.
+    Usual JPEGs are left as they are. All else but stored pixels is decoded by PIL, so that every format and mode has
+    its pixels.
 
     Raises:
         DataError: it cannot be read or decoded; the message names it.
@@ -186,21 +185,15 @@ def read_image(stored: StoredImage) -> ReadImage:
         >>> read_image(StoredImage("n01440764_10026.JPEG")).height
         375
     """
-    if stored.shape is not None:
-        return _raw(stored, *stored.shape)
     content = stored.read()
-    image, info = open_image(content, stored.name)
-    if info.format == "JPEG" and info.plain:
-        return ReadImage(np.frombuffer(content, np.uint8), info.height, info.width)
-    decoded = to_rgb(image, stored.name)
+    if isinstance(content, np.ndarray):
+        return ReadImage(content, *content.shape[:2])
+    image = open_image(content, stored)
+    if is_plain_jpeg(image, content):
+        return ReadImage(np.frombuffer(content, np.uint8), image.height, image.width)
+    decoded = to_rgb(image, stored)
     del image  # with a decoder that may hold the picture twice more
     return _pixels(decoded)
-
-
-def _raw(stored: StoredImage, height: int, width: int) -> ReadImage:
-    content = np.frombuffer(stored.read(), np.uint8)
-    with naming_broken(stored.name):
-        return ReadImage(content.reshape(height, width, 3), height, width)
 
 
 def _decoded_by_pil(stored: StoredImage) -> ReadImage:

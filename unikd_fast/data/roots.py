@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _CIFAR_FOLDER = "cifar-100-python"
-# What must be there before anything is loaded. The names of archives are free, they are found when they are opened.
+# What must be there before anything is loaded.
 _LAYOUTS: dict[str, tuple[str, ...]] = {
     "cifar100": ("train", "test", "meta"),
     "image_folder": ("train", "val"),
     "imagenet": ("train", "val"),
-    "packed": ("manifest.json",),
-    "webdataset": (),
+    "arrow": (),
 }
 
 # Data set -> (environment variable of its root, layout below the root in words); None where no files are needed.
@@ -22,8 +21,10 @@ _ROOTS: dict[str, tuple[str, str] | None] = {
     "cifar100": ("CIFAR100_ROOT", f"{_CIFAR_FOLDER}/{{train,test,meta}}, the published python version unpacked"),
     "image_folder": ("IMAGE_FOLDER_ROOT", "train/<class>/<image> and val/<class>/<image>"),
     "imagenet": ("IMAGENET_ROOT", "train/<class>/<image> and val/<class>/<image>"),
-    "packed": ("PACKED_ROOT", "manifest.json and shards, which `unikd-data pack` writes"),
-    "webdataset": ("WEBDATASET_ROOT", "train-*.tar and val-*.tar, or train/*.tar and val/*.tar"),
+    "arrow": (
+        "ARROW_ROOT",
+        "a store of `unikd data pack`, or what Hugging Face datasets reads",
+    ),
     "synthetic": None,
     "fine_grained": None,
 }

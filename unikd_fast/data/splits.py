@@ -7,17 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy, uint8
 
-from unikd_fast.data.stored_image import StoredImage
+from unikd_fast.data.images import StoredImage
 from unikd_fast.values import Channels, Interpolation
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
-
-# height and width are 0 for encoded images. crc is the CRC-32 of the image's bytes, or, where the container knows none
-# (`PackedImages.checked`), of its name.
-INDEX_DTYPE = np.dtype(
-    [("offset", "<i8"), ("length", "<i8"), ("crc", "<u4"), ("shard", "<i4"), ("height", "<i4"), ("width", "<i4")]
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,64 +94,52 @@ class ImageFiles:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedImages:
-    """A split of images in a few large files; labels and ids as for `TensorImages`.
+class ArrowImages:
+    """A split of images in Arrow files; labels and ids as for `TensorImages`.
 
     Args:
-        shards: paths of the files.
-        index: (N,) of `INDEX_DTYPE`: where each image lies in which of them; may be memory-mapped.
-        checked: whether the index has the CRC-32 of each image's bytes, against which they are held when read.
+        files: paths of the Arrow files.
+        column: name of the column with the images; see `arrow.load_arrow`.
+        rows: (N, 2) of each sample the number of its file and its row in it.
 
     Raises:
-        ValueError: the labels are not one per image, the index has another dtype, or a number is negative.
+        ValueError: the labels are not one per image, or a number is negative.
 
     Example:
-        >>> index = np.array([(0, 512, 0, 0, 0, 0)], INDEX_DTYPE)
-        >>> PackedImages(("shard-00000.bin",), index, np.array([3])).images([0])[0].length
-        512
+        >>> ArrowImages(("a.arrow",), "image", np.array([[0, 7]]), np.array([3])).images([0])[0].row
+        7
     """
 
-    shards: tuple[str, ...]
-    index: NDArray[np.void]
+    files: tuple[str, ...]
+    column: str
+    rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     ids: NDArray[np.int64] | None = None
-    checked: bool = True
 
     def __post_init__(self) -> None:
-        if self.index.dtype != INDEX_DTYPE:
-            raise ValueError(f"PackedImages: the index must be of {INDEX_DTYPE}, got {self.index.dtype}")
-        _check_numbers("PackedImages", len(self.index), self.labels, self.ids)
+        _check_numbers("ArrowImages", len(self.rows), self.labels, self.ids)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
         """(N,) position of each sample in the published split."""
         return np.arange(len(self)) if self.ids is None else self.ids
 
-    def select(self, positions: NDArray[np.int64]) -> "PackedImages":
+    def select(self, positions: NDArray[np.int64]) -> "ArrowImages":
         """Return the samples at these positions; they keep their ids."""
-        index, labels, ids = self.index[positions], self.labels[positions], self.sample_ids[positions]
-        return PackedImages(self.shards, index, labels, ids, self.checked)
+        rows, labels, ids = self.rows[positions], self.labels[positions], self.sample_ids[positions]
+        return ArrowImages(self.files, self.column, rows, labels, ids)
 
     def images(self, positions: Iterable[int]) -> tuple[StoredImage, ...]:
         """Where the images at these positions lie."""
-        rows = (self.index[i] for i in positions)
-        return tuple(
-            StoredImage(
-                self.shards[row["shard"]],
-                int(row["offset"]),
-                int(row["length"]),
-                int(row["crc"]) if self.checked else None,
-                (int(row["height"]), int(row["width"])) if row["height"] else None,
-            )
-            for row in rows
-        )
+        places = (self.rows[i].tolist() for i in positions)
+        return tuple(StoredImage(self.files[file], row, self.column) for file, row in places)
 
 
-StoredImages = ImageFiles | PackedImages
-Split = TensorImages | ImageFiles | PackedImages
+StoredImages = ImageFiles | ArrowImages
+Split = TensorImages | ImageFiles | ArrowImages
 
 
 @dataclass(frozen=True, eq=False)

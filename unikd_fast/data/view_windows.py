@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 from unikd_fast.data.augmentation import Augmentation, ViewParameters
-from unikd_fast.data.inspect_image import MAX_PIXELS
+from unikd_fast.data.images import MAX_PIXELS, StoredImage
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.data.stored_image import StoredImage
 from unikd_fast.errors import DataError
 
 

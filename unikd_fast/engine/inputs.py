@@ -154,8 +154,7 @@ CROP: dict[str, Crop] = {
     "fine_grained": "none",
     "image_folder": "resized",
     "imagenet": "resized",
-    "packed": "resized",
-    "webdataset": "resized",
+    "arrow": "resized",
 }
 PADDING = {"digits": 1, "cifar100": 4}
 FLIP = {"digits": 0.0, "fine_grained": 0.0}  # a mirrored 2 is no digit

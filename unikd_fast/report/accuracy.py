@@ -11,7 +11,7 @@ from unikd_fast.report.runs import Group, Run
 from unikd_fast.report.table import TEACHER
 
 _CIFAR100 = "cifar100"
-_IMAGE_FOLDERS = ("image_folder", "packed", "webdataset")
+_IMAGE_FOLDERS = ("image_folder", "arrow")
 _EPOCHS = {_CIFAR100: 240, "imagenet": 100}
 """Of the recipes that the paper's figures come from."""
 
