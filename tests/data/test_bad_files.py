@@ -62,7 +62,7 @@ SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (halve, "cannot decode {}: .*; repair the file or remove it"),
     "truncated of two": (
         lambda path: path.write_bytes(two_pictures()[: two_pictures().index(b"\xff\xd9") - 50] + bytes(5000)),
-        "cannot decode {}: the MPO file is truncated, its ",
+        "cannot decode {}: the MPO file is truncated: its ",
     ),
     "zero-byte": (lambda path: path.write_bytes(b""), "cannot decode {}: the file is empty; repair"),
     "text": (
