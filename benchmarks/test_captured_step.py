@@ -14,15 +14,14 @@ import torch
 from speed_targets import Target, judge_all, raise_if_missed
 from timing import interleaved_medians
 
-from unikd_fast.config import load_config
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.cuda_graph import WARM_UP
 from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
 from unikd_fast.engine.timing import Pace
 from unikd_fast.engine.trainer import Prepared, prepare
+from unikd_fast.recipes.experiments import read_experiment
 from unikd_fast.recipes.pairs import CIFAR_PAIRS
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "cifar100" / "unikd"
 BATCH, SAMPLES, BLOCK = 64, 8192, 50
 EPOCHS, IMAGES = 240, 50_000
 TARGET = Target("captured_over_plain", "at_least", 5.0)
@@ -49,7 +48,7 @@ def settings(mode: str) -> list[str]:
 
 def captured(pair: str, folder: Path, processes: Processes) -> tuple[Prepared, Loop]:
     """A run of the engine, and a function that takes one more of its steps."""
-    config = load_config(CONFIGS / f"{pair}.json", settings("on"))
+    config = read_experiment(None, f"cifar100/unikd/{pair}", settings("on"))
     with StopSignal(processes) as stop:
         ready = prepare(config, folder, processes, stop, name=pair, resume=False)
     ready.parts.engine.train()
@@ -66,7 +65,7 @@ def captured(pair: str, folder: Path, processes: Processes) -> tuple[Prepared, L
 
 def plain(pair: str, like: Prepared, processes: Processes) -> Loop:
     """A loop as one writes it by hand, with the formulas in plain PyTorch, from the same weights."""
-    config = load_config(CONFIGS / f"{pair}.json", [*settings("off"), "loss.impl=reference"])
+    config = read_experiment(None, f"cifar100/unikd/{pair}", [*settings("off"), "loss.impl=reference"])
     config = config.model_copy(update={"distill": config.distill.model_copy(update={"fusion_impl": "reference"})})
     of, source = build_experiment(config, processes), like.parts.experiment
     of.side.load_state_dict(source.side.state_dict())

@@ -28,8 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"command", "errors", "io", "values"},
     "teacher": {"errors", "io", "losses", "values"},
     "report": {"errors", "io"},
-    "recipes": {"io"},
-    "reproduce": {"command", "config", "data", "errors", "io", "recipes", "report"},
+    "recipes": {"command", "config", "data", "errors", "io", "report", "units"},
     "engine": {
         "command",
         "config",
@@ -45,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "values",
     },
     "export": {"config", "data", "engine", "errors", "io", "models"},
-    "cli": {"command", "config", "data", "engine", "errors", "export", "report", "reproduce", "teacher"},
+    "cli": {"command", "config", "data", "engine", "errors", "export", "recipes", "report", "teacher"},
     "__main__": {"cli"},
 }
 FIRST_PARTY_ONLY_TORCH = (

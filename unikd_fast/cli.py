@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from unikd_fast.command import run_command
 from unikd_fast.errors import CacheError, ConfigError, RunError
+from unikd_fast.recipes.command import add_arguments
+from unikd_fast.recipes.command import run as reproduce
+from unikd_fast.recipes.experiments import add_experiment_arguments, read_experiment
 
 if TYPE_CHECKING:
     from unikd_fast.config import Config
     from unikd_fast.engine.distributed import Processes
     from unikd_fast.teacher.cache import CacheFolder
 
-_CONFIG = "experiment, a JSON file; see configs/"
 _EXIT_CODES = (
     "exit codes: 0 done; 1 a file cannot be read or written; 2 the arguments or the configuration are not usable; "
     "128 + n stopped by signal n"
@@ -43,10 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # forward pass).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if given[:1] == ["reproduce"]:
-        from unikd_fast.reproduce.command import main as reproduce
-
-        return reproduce(given[1:])
     options = _parser().parse_args(given)
     return run_command(options.command, lambda: options.function(options))
 
@@ -60,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_data(commands)
     _add_report(commands)
-    commands.add_parser("reproduce", help="run the cells of the papers' tables")
+    add_arguments(_command(commands, "reproduce", reproduce, help="run the cells of the papers' tables"))
     return parser
 
 
@@ -86,16 +84,18 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", _train, help="train a student", description="Distil a student from a teacher.")
     _add_local_rank(parser)
-    parser.add_argument("--config", required=True, help=_CONFIG)
+    add_experiment_arguments(parser.add_mutually_exclusive_group(required=True))
     _add_set(parser)
     parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue the run folder")
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration as JSON, and stop")
     parser.add_argument("--dry-run", action="store_true", help="print models, shapes, steps and memory, and stop")
 
 
 def _train(options: argparse.Namespace) -> int:
-    from unikd_fast.config import load_config
-
-    config = load_config(options.config, options.set)
+    config = read_experiment(options.config, options.recipe, options.set)
+    if options.print_config:
+        print(config.model_dump_json(by_alias=True, indent=2))
+        return 0
     _check_paths([config])
     # Only now torch and DeepSpeed: a wrong configuration or a missing folder is refused within a second.
     from unikd_fast.engine.run import launch
@@ -183,7 +183,7 @@ def _add_cache(commands: Any) -> None:
         commands,
         "verify",
         _cache_verify,
-        usage="%(prog)s [-h] [--repair] (FOLDER | --config CONFIG [--set KEY=VALUE])",
+        usage="%(prog)s [-h] [--repair] (FOLDER | (--config FILE|NAME | --recipe NAME) [--set KEY=VALUE])",
         help="read everything and name the shards that are not ok",
         description="Reads every record and prints a line for each shard that is bad or not built.",
         epilog="exit codes: 0 every shard is ok, or with --repair: no bad shard is left, and unikd cache build "
@@ -194,7 +194,7 @@ def _add_cache(commands: Any) -> None:
         commands,
         "info",
         _cache_info,
-        usage="%(prog)s [-h] [--json] (FOLDER | --config CONFIG [--set KEY=VALUE])",
+        usage="%(prog)s [-h] [--json] (FOLDER | (--config FILE|NAME | --recipe NAME) [--set KEY=VALUE])",
         help="say what a cache holds, what it was made from and by whom",
         description="Prints size, codec and key of a cache, and how the teacher that built it ran.",
     )
@@ -207,10 +207,10 @@ def _add_cache(commands: Any) -> None:
         "of each run. Writes nothing. A teacher that the run would train first has random weights.",
     )
     for parser in (build, plan):
-        parser.add_argument("--config", required=True, help=_CONFIG)
+        add_experiment_arguments(parser.add_mutually_exclusive_group(required=True))
     for parser in (verify, info):
         which = parser.add_mutually_exclusive_group(required=True)
-        which.add_argument("--config", help=_CONFIG)
+        add_experiment_arguments(which)
         which.add_argument("folder", nargs="?", metavar="FOLDER", help="of a cache; no configuration is needed")
     for parser in (info, plan):
         parser.add_argument("--json", action="store_true", help="print one JSON object a line for each cache")
@@ -284,11 +284,11 @@ def _cache_plan(options: argparse.Namespace) -> int:
 
 def _cached_runs(options: argparse.Namespace) -> "list[tuple[str, int, Config]]":
     """Return the configuration's runs that have a teacher, as (label, seed, config), each with a cache to be built."""
-    from unikd_fast.config import load_config, run_configs
+    from unikd_fast.config import run_configs
     from unikd_fast.config.load import override
 
-    config = load_config(options.config, options.set)
-    source = str(options.config)
+    config = read_experiment(options.config, options.recipe, options.set)
+    source = options.config or options.recipe
     runs = [
         (label, seed, override(single, {"teacher.cache.mode": "read_write"}, label if config.compare else source))
         for label, seed, single in run_configs(config)
@@ -303,7 +303,7 @@ def _cache_folders(options: argparse.Namespace) -> "list[CacheFolder]":
     """Return the folder that is given, or those of the configuration's runs."""
     from unikd_fast.config.load import cache_dir
 
-    if options.set and options.config is None:
+    if options.set and options.folder is not None:
         raise ConfigError("--set changes a configuration, and a folder needs none; leave it out or give --config")
     if options.folder is not None:
         paths = [Path(options.folder)]

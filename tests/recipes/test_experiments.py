@@ -1,57 +1,75 @@
-"""The configurations of the papers' experiments: checked in as the code states them, valid, and as published."""
+"""Recipes by name: complete, valid and as published; and how commands find them and the shipped configurations."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from unikd_fast.config import config_hash, load_config
-from unikd_fast.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, METHODS, Pair, alone, experiment, experiments
+from unikd_fast.cli import main
+from unikd_fast.config import ConfigError, config_hash, load_config
+from unikd_fast.config.effect import without_effect
+from unikd_fast.recipes import recipe, recipe_names
+from unikd_fast.recipes.experiments import find_config, read_experiment
+from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS
+from unikd_fast.recipes.settings import METHODS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-ALL = dict(experiments())
-
-
-def test_what_is_checked_in_is_what_the_code_states() -> None:
-    on_disk = {
-        path.relative_to(CONFIGS).as_posix(): json.loads(path.read_text())
-        for data in ("cifar100", "imagenet")
-        for path in (CONFIGS / data).rglob("*.json")
-    }
-    assert on_disk == ALL, "python -m unikd_fast.recipes configs"
+ROOT = Path(__file__).parents[2]
+NAMES = recipe_names()
 
 
-def test_there_is_one_for_every_method_and_pair() -> None:
+def test_there_is_a_recipe_for_every_method_and_pair() -> None:
     assert len(CIFAR_PAIRS) == 11 and len(IMAGENET_PAIRS) == 2
-    for method in METHODS:
-        if method == "none":
-            continue
-        assert {f"cifar100/{method}/{pair.name}.json" for pair in CIFAR_PAIRS} <= ALL.keys()
-    alone = {path.rpartition("/")[2].removesuffix(".json") for path in ALL if path.startswith("cifar100/none/")}
-    assert alone == {network.rpartition("/")[2] for pair in CIFAR_PAIRS for network in (pair.teacher, pair.student)}
+    for method in METHODS.keys() - {"none"}:
+        assert {f"cifar100/{method}/{pair.name}" for pair in CIFAR_PAIRS} <= set(NAMES)
+    for data, pairs in (("cifar100", CIFAR_PAIRS), ("imagenet", IMAGENET_PAIRS)):
+        alone = {name.rpartition("/")[2] for name in NAMES if name.startswith(f"{data}/none/")}
+        networks = {network for pair in pairs for network in (pair.teacher, pair.student)}
+        assert alone == {network.rpartition("/")[2].removesuffix("_100") for network in networks}
     for method in ("at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd"):  # the columns of Table 3
-        assert {f"imagenet/{method}/{pair.name}.json" for pair in IMAGENET_PAIRS} <= ALL.keys()
+        assert {f"imagenet/{method}/{pair.name}" for pair in IMAGENET_PAIRS} <= set(NAMES)
+    assert {"cifar100/unikd/resnet32x4-resnet8x4", "imagenet/kd/resnet50-mobilenetv1"} <= set(NAMES)
+    assert len(NAMES) == 20 * 11 + 15 + 8 * 2 + 4
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_every_configuration_is_valid(path: str) -> None:
-    config = load_config(CONFIGS / path)
-    assert config.run.dir.startswith(f"runs/{path.removesuffix('.json')}-")
-    assert (config.distill.method == "none") == (config.teacher is None)
+def test_every_recipe_is_valid_and_sets_nothing_in_vain() -> None:
+    for name in NAMES:
+        config = read_experiment(None, name)
+        assert config.run.dir == f"runs/{name}-{config_hash(config)}"
+        assert (config.distill.method == "none") == (config.teacher is None), name
+        assert without_effect(config) is None, name
 
 
-@pytest.mark.parametrize(
-    ("pair", "file"), list(zip(IMAGENET_PAIRS, ("imagenet_r34_r18", "imagenet_r50_mbv1"), strict=True))
-)
-def test_the_first_experiments_are_among_them(pair: Pair, file: str) -> None:
-    assert config_hash(load_config(CONFIGS / f"{file}.json")) == config_hash(
-        load_config(CONFIGS / "imagenet" / "unikd" / f"{pair.name}.json")
-    )
+def test_a_recipe_is_a_copy() -> None:
+    name = "cifar100/kd/vgg13-vgg8"
+    recipe(name)["train"]["milestones"].clear()
+    recipe(name)["data"]["root"] = "/x"
+    assert recipe(name)["train"]["milestones"] == [150, 180, 210]
+    assert recipe(name)["data"]["root"] == "${CIFAR100_ROOT}"
+
+
+SHIPPED_RECIPES = {
+    "cifar100": "cifar100/unikd/resnet32x4-resnet8x4",
+    "imagenet_r34_r18": "imagenet/unikd/resnet34-resnet18",
+    "imagenet_r50_mbv1": "imagenet/unikd/resnet50-mobilenetv1",
+}
+
+
+@pytest.mark.parametrize("shipped", SHIPPED_RECIPES)
+def test_shipped_configurations_are_recipes(shipped: str) -> None:
+    assert config_hash(read_experiment(shipped, None)) == config_hash(read_experiment(None, SHIPPED_RECIPES[shipped]))
+
+
+def test_the_other_shipped_ones_are_those_of_the_dry_runs() -> None:
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.json")}
+    assert shipped == {*SHIPPED_RECIPES, "digits", "digits_cached", "synthetic", "schema"}
 
 
 def distill(method: str, pair: str) -> dict[str, Any]:
-    section: dict[str, Any] = experiment(method, next(p for p in CIFAR_PAIRS if p.name == pair))["distill"]
+    section: dict[str, Any] = recipe(f"cifar100/{method}/{pair}")["distill"]
     return section
 
 
@@ -68,7 +86,7 @@ def test_settings_are_the_published_ones() -> None:
     standardized = distill("dkd_standardized", "resnet110-resnet32")["dkd"]
     assert (standardized["temperature"], standardized["alpha"], standardized["beta"]) == (2, 15, 30)
     assert distill("ofd", "vgg13-vgg8")["ofd"]["weight"] == 1e-3
-    assert [experiment("ofd", pair)["distill"]["ofd"]["weight"] for pair in IMAGENET_PAIRS] == [1e-4, 1e-4]
+    assert [recipe(f"imagenet/ofd/{pair.name}")["distill"]["ofd"]["weight"] for pair in IMAGENET_PAIRS] == [1e-4, 1e-4]
     both = distill("kd_crd", "vgg13-vgg8")  # RepDistiller: -r 1 -a 1 -b 0.8
     assert both == {"method": ["kd", "crd"], "beta": 1.0, "temperature": 4.0, "crd": {"weight": 0.8}}
     assert distill("dkd_reviewkd", "vgg13-vgg8")["method"] == ["dkd", "reviewkd"]
@@ -76,22 +94,96 @@ def test_settings_are_the_published_ones() -> None:
     assert {name for name, rate in rates.items() if rate == 0.01} == {
         name for name in rates if name.endswith(("MobileNetV2", "ShuffleV1", "ShuffleV2"))
     }
-    train = experiment("kd", CIFAR_PAIRS[0])["train"]
-    assert (train["total_epochs"], train["global_batch_size"], train["milestones"]) == (240, 64, [150, 180, 210])
+    section = recipe("cifar100/kd/resnet56-resnet20")["train"]
+    assert (section["total_epochs"], section["global_batch_size"], section["milestones"]) == (240, 64, [150, 180, 210])
 
 
 def test_a_teacher_alone_has_the_rate_of_its_data_set() -> None:
-    mobile, image = CIFAR_PAIRS[8], IMAGENET_PAIRS[0]
-    for pair, network, rate in (
-        (mobile, mobile.teacher, 0.05),
-        (mobile, mobile.student, 0.01),
-        (image, image.teacher, 0.2),
-        (image, image.student, 0.2),
+    for name, network, rate in (
+        ("cifar100/none/vgg13", "cifar/vgg13", 0.05),
+        ("cifar100/none/MobileNetV2", "cifar/MobileNetV2", 0.01),
+        ("imagenet/none/resnet34", "torchvision/resnet34", 0.2),
+        ("imagenet/none/resnet18", "torchvision/resnet18", 0.2),
     ):
-        config = alone(pair, network)
-        assert (config["student"]["model"], config["distill"], "teacher" in config) == (
-            network,
-            {"method": "none"},
-            False,
-        )
+        config = recipe(name)
+        assert config["student"]["model"] == network
+        assert (config["distill"], "teacher" in config) == ({"method": "none"}, False)
         assert config["train"]["learning_rate"] == rate
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cifar100/kd/resnet56-resnet2", "did you mean cifar100/kd/resnet56-resnet20 or "),
+        ("imagenet/kd/resnet50-mobilenetv1_100", "did you mean imagenet/kd/resnet50-mobilenetv1 or "),
+        ("?", "there is no recipe '?'; `unikd reproduce --list` lists all 255"),
+    ],
+)
+def test_an_unknown_recipe_names_the_similar_ones(name: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        recipe(name)
+    message = str(refusal.value)
+    assert said in message
+    assert message.endswith("`unikd reproduce --list` lists all 255")
+    assert "\n" not in message
+
+
+def test_shipped_configurations_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = read_experiment("digits", None, ["train.max_steps=3"])
+    assert shipped == load_config(ROOT / "configs" / "digits.json", ["train.max_steps=3"])
+    with pytest.raises(ConfigError, match=r"--config digit: no such file; .* by name, such as digits"):
+        read_experiment("digit", None)
+    with pytest.raises(ConfigError, match=r"--config digits\.json: no such file"):
+        read_experiment("digits.json", None)
+    (tmp_path / "digits").write_text("{}")  # a file comes first
+    assert find_config("digits") == Path("digits")
+
+
+def test_overrides_of_a_recipe_and_what_errors_name() -> None:
+    config = read_experiment(None, "cifar100/dkd/vgg13-vgg8", ["distill.dkd.beta=2", "teacher.cache.mode=read_write"])
+    assert config.distill.dkd is not None and config.teacher is not None
+    assert config.distill.dkd.beta == 2
+    assert config.teacher.cache.dir.startswith("caches/cifar100-dkd-vgg13-vgg8-")
+    with pytest.raises(ConfigError, match=r"--recipe cifar100/dkd/vgg13-vgg8: .*train\.nonsense"):
+        read_experiment(None, "cifar100/dkd/vgg13-vgg8", ["train.nonsense=1"])
+
+
+@pytest.mark.parametrize("which", [("--config", "digits"), ("--recipe", "cifar100/unikd/resnet56-resnet20")])
+def test_print_config_is_the_whole_configuration(
+    which: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *which, "--set", "train.max_steps=7", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(printed)
+    assert (content["train"]["max_steps"], content["train"]["momentum"]) == (7, 0.9)  # what was set, and a default
+    (tmp_path / "printed.json").write_text(printed)
+    again = load_config(tmp_path / "printed.json")
+    assert again.model_dump() == read_experiment(*_options(*which), ["train.max_steps=7"]).model_dump()
+
+
+def _options(option: str, value: str) -> tuple[str | None, str | None]:
+    return (value, None) if option == "--config" else (None, value)
+
+
+def test_a_command_takes_one_of_config_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--config", "digits", "--recipe", NAMES[0]]):
+        with pytest.raises(SystemExit) as end:
+            main(["train", *arguments])
+        assert end.value.code == 2
+        assert "--config" in capsys.readouterr().err
+    assert main(["train", "--recipe", "cifar100/kd/resnet56-resnet2"]) == 2
+    assert "error: there is no recipe 'cifar100/kd/resnet56-resnet2'" in capsys.readouterr().err
+
+
+def test_the_command_and_the_recipes_load_nothing_slow() -> None:
+    code = """
+import argparse, sys
+from unikd_fast.recipes import command, recipe
+command.add_arguments(argparse.ArgumentParser())
+recipe("cifar100/kd/resnet56-resnet20")
+print(*sorted({"torch", "numpy", "scipy", "pydantic", "matplotlib"} & sys.modules.keys()))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -91,8 +91,8 @@ def without_effect(config: Config) -> str | None:
     A key is read by some run, or it is of no use. A run of a comparison must read itself what it sets.
 
     Example:
-        >>> without_effect(load_config("configs/cifar100/dkd/vgg13-vgg8.json", ["distill.alpha=2"]))
-        'distill.alpha has no effect with method dkd; see distill.dkd'
+        >>> without_effect(load_config("configs/cifar100.json", ["distill.method=dkd"]))
+        'distill.alpha, distill.temperature, distill.alpha_ramp_epochs have no effect with method dkd; see distill.dkd'
     """
     singles = {label: single for label, _, single in run_configs(config)}
     methods = tuple(dict.fromkeys(name for single in singles.values() for name in single.distill.methods))

@@ -340,7 +340,7 @@ def read_stored(path: Path) -> Config:
 def _read(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            raise ConfigError(f"--config {path}: no such file; the configurations that come along are in configs/")
+            raise ConfigError(f"--config {path}: no such file; give a file, or a shipped one by name, such as digits")
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a file that can be read") from error

@@ -1,44 +1,8 @@
-"""The experiments of the papers: pairs of networks, settings of each method, and the configurations made of both.
+"""The experiments of the papers by name, and the tables that are made of them.
 
-Beside them the study of what the paper leaves open.
+`recipe` is the configuration of one experiment; `unikd reproduce` runs the cells of a table and keeps the ledger.
 """
 
-from unikd_fast.recipes.experiments import TEACHERS_ROOT, alone, experiment, experiments
-from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS, Pair
-from unikd_fast.recipes.settings import METHODS, Setting
-from unikd_fast.recipes.study import (
-    ALPHAS,
-    CHANGES,
-    CHOICES,
-    GATES,
-    HEADS,
-    MIDDLE,
-    SAME_LOGIT_LOSS,
-    STUDY,
-    STUDY_PAIR,
-    WIDTHS,
-    Choice,
-)
+from unikd_fast.recipes.experiments import recipe, recipe_names
 
-__all__ = [
-    "ALPHAS",
-    "CHANGES",
-    "CHOICES",
-    "CIFAR_PAIRS",
-    "GATES",
-    "HEADS",
-    "IMAGENET_PAIRS",
-    "METHODS",
-    "MIDDLE",
-    "SAME_LOGIT_LOSS",
-    "STUDY",
-    "STUDY_PAIR",
-    "TEACHERS_ROOT",
-    "WIDTHS",
-    "Choice",
-    "Pair",
-    "Setting",
-    "alone",
-    "experiment",
-    "experiments",
-]
+__all__ = ["recipe", "recipe_names"]

@@ -1,16 +1,31 @@
-"""Configurations of all experiments."""
+"""Experiments by name: the raw configuration of every recipe and of the stand-ins on digits.
 
-from collections.abc import Iterator
-from typing import Any
+`read_experiment` is the one place where the options of a command become a configuration.
+"""
 
-from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS, Pair, networks
+import argparse
+import copy
+import difflib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unikd_fast.errors import ConfigError
+from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS, TEACHER, Pair
 from unikd_fast.recipes.settings import METHODS
+from unikd_fast.recipes.study import STUDY_PAIR, study_experiment
+
+if TYPE_CHECKING:
+    from unikd_fast.config import Config
 
 TEACHERS_ROOT = "CIFAR100_TEACHERS"
 """Environment variable of the folder that holds the published teachers."""
 
-# On ImageNet the tables have these alone.
-_ON_IMAGENET = ("none", "at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd", "blockwise")
+_SHIPPED = Path(__file__).parents[1] / "configs"
+
+# The tables on ImageNet have these alone.
+_ON_IMAGENET = (TEACHER, "none", "at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd", "blockwise")
 
 _TRAIN: dict[str, dict[str, Any]] = {
     "cifar100": {
@@ -31,59 +46,195 @@ _TRAIN: dict[str, dict[str, Any]] = {
         "precision": "bf16",
         "channels_last": True,
     },
+    "digits": {
+        "total_epochs": 50,
+        "global_batch_size": 50,
+        "optimizer": "sgd",
+        "learning_rate": 0.05,
+        "weight_decay": 0.0005,
+        "schedule": "cosine",
+    },
 }
 _DATA: dict[str, dict[str, Any]] = {
     "cifar100": {"name": "cifar100", "root": "${CIFAR100_ROOT}", "image_size": 32},
     "imagenet": {"name": "imagenet", "root": "${IMAGENET_ROOT}", "image_size": 224, "num_classes": 1000, "workers": 8},
 }
 
+# On digits teachers are trained on all samples and students on few, so that there is something to distil.
+_DIGITS_TEACHER_EPOCHS = 8
+_DIGITS_STUDENT_SAMPLES = 100
+_DIGITS_NEGATIVES = 256  # of CRD, whose published 16,384 are drawn from 50,000 samples
+_DIGITS_HEAD_STEPS = 600  # of UniKD's head, as in configs/digits.json; the default is the student's 100
 
-def experiment(method: str, pair: Pair) -> dict[str, Any]:
-    """The configuration of a method, one of `METHODS`, with a pair of networks.
+
+def recipe(name: str) -> dict[str, Any]:
+    """Return the raw configuration of an experiment of the papers' tables.
+
+    Args:
+        name: "<data>/<method>/<teacher>-<student>", or "<data>/none/<network>" for a network that is trained alone.
+
+    Raises:
+        ConfigError: there is no such recipe; names the most similar ones.
 
     Example:
-        >>> experiment("kd", CIFAR_PAIRS[0])["distill"]
+        >>> recipe("cifar100/kd/resnet56-resnet20")["distill"]
         {'method': 'kd', 'ce_weight': 0.1, 'beta': 0.9, 'temperature': 4.0}
     """
-    return _config(f"{pair.data}/{method}/{pair.name}", method, pair, pair.student)
+    found = _recipes()
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=3)
+        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ConfigError(f"there is no recipe {name!r}; {meant}`unikd reproduce --list` lists all {len(found)}")
+    return experiment(*found[name])
 
 
-def alone(pair: Pair, network: str) -> dict[str, Any]:
-    """The configuration that trains a network of a pair by itself, with labels alone: its student, or its teacher.
+def recipe_names(prefix: str = "") -> list[str]:
+    """Return the names of the recipes that begin with a prefix, in the order of the tables.
 
     Example:
-        >>> alone(CIFAR_PAIRS[0], "cifar/resnet56")["train"]["learning_rate"]
-        0.05
+        >>> recipe_names("imagenet/kd/")
+        ['imagenet/kd/resnet34-resnet18', 'imagenet/kd/resnet50-mobilenetv1']
     """
-    name = network.rpartition("/")[2] if pair.data == "cifar100" else pair.name
-    return _config(f"{pair.data}/none/{name}", "none", pair, network)
+    return [name for name in _recipes() if name.startswith(prefix)]
 
 
-def experiments() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every configuration with its path below configs/."""
-    for name, pair in networks().items():
-        yield f"cifar100/none/{name}.json", alone(pair, f"cifar/{name}")
-    for method in METHODS:
-        pairs = (*CIFAR_PAIRS, *(IMAGENET_PAIRS if method in _ON_IMAGENET else ()))
-        for pair in pairs:
-            if method != "none" or pair.data == "imagenet":
-                yield f"{pair.data}/{method}/{pair.name}.json", experiment(method, pair)
+def experiment(method: str, pair: Pair, seed: int = 0) -> dict[str, Any]:
+    """Return the raw configuration of a method with a pair of networks.
+
+    Args:
+        method: name in `METHODS`, or in `STUDY` for its pair; TEACHER trains the pair's teacher alone.
+        seed: seed of the generated images, where the data set has them.
+    """
+    if pair == STUDY_PAIR:
+        config = study_experiment(method, pair, seed)
+    else:
+        config = _on_digits(method, pair) if pair.data == "digits" else _published(method, pair)
+    return copy.deepcopy(config)
 
 
-def _config(name: str, method: str, pair: Pair, student: str) -> dict[str, Any]:
-    # A student's rate is that of its pair; all teachers of a data set have one.
-    rate = pair.learning_rate if student == pair.student or pair.data == "imagenet" else 0.05
-    weights = pair.teacher_weights
+def add_experiment_arguments(which: argparse._MutuallyExclusiveGroup) -> None:
+    """Add the options that `read_experiment` reads, but for `--set`.
+
+    Args:
+        which: group of a parser of which exactly one option is to be given.
+    """
+    which.add_argument("--config", metavar="FILE|NAME", help="experiment: a JSON file, or a shipped one such as digits")
+    which.add_argument(
+        "--recipe", metavar="NAME", help="experiment of the papers' tables; `unikd reproduce --list` lists them"
+    )
+
+
+def read_experiment(config: str | None, recipe_name: str | None, overrides: Sequence[str] = ()) -> "Config":
+    """Return the configuration that the options of a command ask for.
+
+    Args:
+        config: JSON file, or name of a shipped configuration. If None, `recipe_name` is given.
+        recipe_name: see `recipe`.
+        overrides: see `load_config`.
+
+    Raises:
+        ConfigError: there is no such file or recipe, or the configuration is not usable.
+
+    Example:
+        >>> read_experiment(None, "cifar100/kd/vgg13-vgg8", ["train.max_steps=3"]).student.model
+        'cifar/vgg8'
+    """
+    # Only now pydantic.
+    from unikd_fast.config import load_config, parse_config
+
+    if recipe_name is not None:
+        name = recipe_name.replace("/", "-")
+        return parse_config(recipe(recipe_name), overrides, name=name, source=f"--recipe {recipe_name}")
+    assert config is not None
+    return load_config(find_config(config), overrides)
+
+
+def find_config(config: str) -> Path:
+    """Return the path of a configuration: a file, or a shipped one by its name.
+
+    Example:
+        >>> find_config("digits").name
+        'digits.json'
+    """
+    shipped = {path.stem: path for path in _SHIPPED.glob("*.json")}
+    return shipped[config] if config in shipped and not Path(config).is_file() else Path(config)
+
+
+@cache
+def _recipes() -> dict[str, tuple[str, Pair]]:
+    """Return method and pair by the name of the recipe."""
+    cells = [
+        *((method, pair) for method in (TEACHER, *METHODS) for pair in CIFAR_PAIRS),
+        *((method, pair) for method in _ON_IMAGENET for pair in IMAGENET_PAIRS),
+    ]
+    found: dict[str, tuple[str, Pair]] = {}
+    for method, pair in cells:
+        found.setdefault(_name(method, pair), (method, pair))
+    return found
+
+
+def _name(method: str, pair: Pair) -> str:
+    return f"{pair.data}/{'none' if method == TEACHER else method}/{pair.networks(method)}"
+
+
+def _published(method: str, pair: Pair) -> dict[str, Any]:
+    rate, weights = pair.learning_rate, pair.teacher_weights
     if pair.data == "cifar100":
         weights = f"${{{TEACHERS_ROOT}}}/{weights}"
-    teacher = {"teacher": {"model": pair.teacher, "weights": weights}} if method != "none" else {}
+        if method == TEACHER:
+            rate = 0.05  # of all teachers; a student's rate is that of its pair
+    alone = method in (TEACHER, "none")
     return {
-        "$schema": "../../schema.json",
-        "run": {"dir": f"runs/{name}-{{hash}}", "log_every_steps": 100},
+        "run": {"dir": f"runs/{_name(method, pair)}-{{hash}}", "log_every_steps": 100},
         "data": _DATA[pair.data],
-        **teacher,
-        "student": {"model": student},
-        "distill": METHODS[method].distill(pair),
+        **({} if alone else {"teacher": {"model": pair.teacher, "weights": weights}}),
+        "student": {"model": pair.teacher if method == TEACHER else pair.student},
+        "distill": {"method": "none"} if alone else METHODS[method].distill(pair),
         "train": {**_TRAIN[pair.data], "learning_rate": rate},
         "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+
+
+def _on_digits(method: str, pair: Pair) -> dict[str, Any]:
+    """Return the stand-in on scikit-learn's digits, without the weights of the teacher.
+
+    It shows that the tables run, resume and come to a ledger; its accuracies are no statement about the papers'.
+    Methods keep the settings of their recipe, but for what counts epochs or samples.
+    """
+    data: dict[str, Any] = {"name": "digits", "image_size": 16}
+    train = dict(_TRAIN["digits"])
+    if method == TEACHER:
+        train["total_epochs"] = _DIGITS_TEACHER_EPOCHS
+    else:
+        data["train_samples"] = _DIGITS_STUDENT_SAMPLES
+    alone = method in (TEACHER, "none")
+    config: dict[str, Any] = {
+        "run": {"log_every_steps": 20, "evaluate_every_epochs": 4 if method == TEACHER else 10},
+        "data": data,
+        "student": {"model": pair.teacher if method == TEACHER else pair.student},
+        "distill": {"method": "none"} if alone else _distill_on_digits(method, pair),
+        "train": train,
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+    if not alone:
+        config["teacher"] = {"model": pair.teacher, "precision": "fp32", "fold_batch_norm": False}
+    return config
+
+
+def _distill_on_digits(method: str, pair: Pair) -> dict[str, Any]:
+    """Return the recipe's section; ramps take their default, a share of the run."""
+    section = _without_ramps(METHODS[method].distill(pair))
+    methods = section["method"] if isinstance(section["method"], list) else [section["method"]]
+    if "unikd" in methods:
+        section["head_steps"] = _DIGITS_HEAD_STEPS
+    if "crd" in methods:
+        section["crd"] = {**section["crd"], "negatives": _DIGITS_NEGATIVES}
+    return section
+
+
+def _without_ramps(section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_ramps(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if not key.endswith("ramp_epochs")
     }

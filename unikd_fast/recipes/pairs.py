@@ -2,15 +2,18 @@
 
 from typing import Literal, NamedTuple
 
+TEACHER = "teacher"
+"""Stands where a method would: the pair's teacher, trained here like a student alone."""
+
 
 class Pair(NamedTuple):
     """A teacher and a student.
 
     Args:
-        data: what they are trained on.
-        teacher, student: names of networks; see `build_model`.
-        teacher_weights: a file below the folder of published teachers, or an identifier of torchvision.
-        learning_rate: of the student, at the batch size of the recipe.
+        data: data set that both are trained on.
+        teacher, student: names of the networks; see `build_model`.
+        teacher_weights: file below the folder of published teachers, or identifier of torchvision.
+        learning_rate: learning rate of the student, at the batch size of the recipe.
     """
 
     data: Literal["cifar100", "imagenet", "digits", "fine_grained"]
@@ -21,17 +24,28 @@ class Pair(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in file names.
+        """Both networks as names of recipes and folders have them.
 
         Example:
-            >>> CIFAR_PAIRS[0].name
-            'resnet56-resnet20'
+            >>> CIFAR_PAIRS[0].name, IMAGENET_PAIRS[1].name
+            ('resnet56-resnet20', 'resnet50-mobilenetv1')
         """
         return f"{_short(self.teacher)}-{_short(self.student)}"
 
+    def networks(self, method: str) -> str:
+        """Return the networks that a run of a method has: the only one, where it has no teacher.
+
+        Example:
+            >>> [CIFAR_PAIRS[0].networks(method) for method in ("kd", "none", TEACHER)]
+            ['resnet56-resnet20', 'resnet20', 'resnet56']
+        """
+        alone = {TEACHER: self.teacher, "none": self.student}
+        return _short(alone[method]) if method in alone else self.name
+
 
 def _short(network: str) -> str:
-    return network.rpartition("/")[2]
+    """Return a network's name without its source, and without timm's suffix for the full width."""
+    return network.rpartition("/")[2].removesuffix("_100")
 
 
 # Students that the literature trains at a fifth of the usual rate.
@@ -63,12 +77,3 @@ IMAGENET_PAIRS = (
     Pair("imagenet", "torchvision/resnet50", "timm/mobilenetv1_100", "IMAGENET1K_V1", 0.2),
 )
 """The pairs of Table 3."""
-
-
-def networks() -> dict[str, Pair]:
-    """Every network of the CIFAR pairs, teachers too, by its name in files, with a pair that has it.
-
-    They are trained alone by one recipe; a student's rate is that of its pair.
-    """
-    found = {_short(pair.student): pair for pair in CIFAR_PAIRS}
-    return {**{_short(pair.teacher): pair for pair in CIFAR_PAIRS if _short(pair.teacher) not in found}, **found}

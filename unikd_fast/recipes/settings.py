@@ -1,4 +1,4 @@
-"""What each method is run with, by pair of networks, as published: the `distill` section of its configurations."""
+"""The published settings of each method by pair of networks: the `distill` section of its recipes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,17 +13,17 @@ _R56, _R110, _R32X4, _WRN_16_2, _WRN_40_1, _VGG = (
     "wrn_40_2-wrn_40_1",
     "vgg13-vgg8",
 )
-_R18, _MV1 = "resnet34-resnet18", "resnet50-mobilenetv1_100"
+_R18, _MV1 = "resnet34-resnet18", "resnet50-mobilenetv1"
 
 
 class Setting(NamedTuple):
     """How a method is run.
 
     Args:
-        title: in tables.
-        distill: the section of a pair.
+        title: name in tables.
+        distill: function that returns the `distill` section for a pair.
         remark: what to know about its figures.
-        on_imagenet: what to know about those on ImageNet besides.
+        on_imagenet: what else to know about its figures on ImageNet.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Setting(NamedTuple):
     on_imagenet: str = ""
 
     def remark_for(self, data: str) -> str:
-        """What to know about its figures on a data set.
+        """Return what to know about its figures on a data set.
 
         Example:
             >>> METHODS["at"].remark_for("imagenet"), METHODS["flg"].remark_for("cifar100")
@@ -67,7 +67,7 @@ def _dkd(pair: Pair) -> dict[str, Any]:
     return {"method": "dkd", "dkd": _dkd_section(pair)}
 
 
-# (temperature, weight, beta); that of the pairs which the paper lacks is its most frequent one.
+# (temperature, weight, beta); pairs that the paper lacks have its most frequent setting.
 _STANDARDIZED = {
     _R56: (3.0, 18.0, 2.0),
     _R110: (2.0, 15.0, 2.0),
@@ -118,7 +118,7 @@ def _crd(pair: Pair) -> dict[str, Any]:
 
 
 def _kd_crd(pair: Pair) -> dict[str, Any]:
-    """RepDistiller's weights of a sum: 1 for the cross-entropy and for KD, where KD alone has 0.1 and 0.9."""
+    """Use RepDistiller's weights of a sum: 1 for the cross-entropy and for KD, where KD alone has 0.1 and 0.9."""
     return {**_sum(_kd, _crd)(pair), "beta": 1.0}
 
 
@@ -131,7 +131,7 @@ def _flg(pair: Pair) -> dict[str, Any]:
 
 
 def _nkd(pair: Pair) -> dict[str, Any]:
-    """The published code's: 3.5 and 3 on CIFAR, 1.5 and 1 on ImageNet, which the paper has for both."""
+    """Use the published code's settings: 3.5 and 3 on CIFAR, 1.5 and 1 on ImageNet, which the paper has for both."""
     gamma, temperature = (1.5, 1.0) if _on_imagenet(pair) else (3.5, 3.0)
     return {"method": "nkd", "nkd": {"gamma": gamma, "temperature": temperature}}
 
@@ -146,7 +146,7 @@ def _unikd_without_aff(pair: Pair) -> dict[str, Any]:
 
 
 def _unikd_without_both(pair: Pair) -> dict[str, Any]:
-    """What is left of Eq. 7 without L_FL: L_CE + beta L_L."""
+    """Return what is left of Eq. 7 without L_FL: L_CE + beta L_L."""
     return {"method": "kd", "ce_weight": 1.0, "beta": 1.0, "temperature": 1.0 if _on_imagenet(pair) else 4.0}
 
 
@@ -160,7 +160,7 @@ def _blockwise_light(pair: Pair) -> dict[str, Any]:
 
 
 def _sum(*parts: Callable[[Pair], dict[str, Any]]) -> Callable[[Pair], dict[str, Any]]:
-    """Several methods, with the settings of each; the cross-entropy then counts once, with weight 1."""
+    """Return the section of several methods; the cross-entropy then counts once, with weight 1."""
 
     def distill(pair: Pair) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -172,7 +172,8 @@ def _sum(*parts: Callable[[Pair], dict[str, Any]]) -> Callable[[Pair], dict[str,
     return distill
 
 
-# Of the code: the file of a pair, first and last version. The rate drops after 150, 180 and 210 epochs in all of them.
+# From the first and last version of the code's file of each pair. In all of them the rate drops after 150, 180 and 210
+# epochs.
 _LONGER = (
     "MLKD's published code trains with a learning rate of 0.025 (0.01 for MobileNetV2 and the ShuffleNets) for 480 "
     "epochs, later 240 for pairs of one family and 960 for resnet32x4 with a ShuffleNet; here all methods have 0.05 "
@@ -187,7 +188,6 @@ _OFD_BATCH = (
     "0.1; here all methods have 512 and 0.2"
 )
 
-# By the name of the folder of their configurations.
 METHODS: dict[str, Setting] = {
     "none": Setting("student alone", _none),
     "fitnet": Setting("FitNet", _fitnet),
@@ -211,3 +211,4 @@ METHODS: dict[str, Setting] = {
     "blockwise": Setting("block-wise logit distillation", _blockwise),
     "blockwise_light": Setting("block-wise logit distillation, light", _blockwise_light),
 }
+"""By their names in those of recipes."""

@@ -1,21 +1,21 @@
-"""The study of what UniKD's paper leaves open: its rows, and what each of them decides.
+"""The study of what UniKD's paper leaves open: its rows, and the configuration of each.
 
-Published are Eq. 1 to 7. What trains the teacher's head, the shape of the gate, the width D and the weight alpha are
-not; `docs/defaults.md` says what the study found, and the defaults of the configuration follow it.
+Eq. 1 to 7 are published; what trains the teacher's head, the shape of the gate, the width D and the weight alpha are
+not. `docs/defaults.md` reports the study's result, which the defaults of the configuration follow.
 """
 
 from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
 
-from unikd_fast.recipes.pairs import Pair
+from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.settings import Setting
 
 STUDY_PAIR = Pair("fine_grained", "cifar/resnet20", "cifar/resnet8", "", 0.05)
 """A teacher that can tell the generated classes apart, and a student that by itself cannot."""
 
 HEADS, GATES, WIDTHS, ALPHAS = ("prefit", "anchored"), ("spatial", "channel"), (32, 64, 128), (1.0, 4.0, 10.0)
-# Those that the others are held against: 64 is the deepest width of both networks, which `width: auto` comes to.
+# The baseline levels: 64 is the deepest width of both networks, which `width: auto` comes to.
 _WIDTH, _ALPHA = 64, 4.0
 
 
@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its row.
+        """Name of its row.
 
         Example:
             >>> Choice("prefit", "spatial", 64, 4.0).name
@@ -51,7 +51,7 @@ CHOICES = (
 )
 """All combinations of head, gate and alpha; and of head and width, with the gate and the alpha of the middle."""
 
-# Beside the combinations: what is not to be recommended, and what lies beyond.
+# Beside the combinations: the head that is not recommended, and larger weights.
 _FURTHER = (
     *(Choice("literal", "spatial", _WIDTH, alpha) for alpha in ALPHAS),
     MIDDLE._replace(alpha=30.0),
@@ -91,7 +91,7 @@ CHANGES: dict[str, Change] = {
     "unikd_input_norm_alpha_10": Change("unikd_input_norm", "alpha = 10", {"alpha": 10.0}),
     "unikd_input_norm_beta_4": Change("unikd_input_norm", "beta = 4", {"beta": 4.0}),
 }
-"""Single changes, by the names of their rows, each after the row that it changes."""
+"""Single changes by the names of their rows, each after the row that it changes."""
 
 
 def _unikd(choice: Choice) -> dict[str, Any]:
@@ -137,7 +137,7 @@ STUDY: dict[str, Setting] = {
     **{each.name: Setting(each.title, _always(_unikd(each))) for each in (*CHOICES, *_FURTHER)},
     **{row: Setting(_title(row), _always(_changed(row))) for row in CHANGES},
 }
-"""By their names: the baselines, each over a range of its own weight as UniKD is over alpha; then UniKD."""
+"""Rows by their names: the baselines, each over a range of its own weight as UniKD is over alpha; then UniKD."""
 
 SAME_LOGIT_LOSS = {
     MIDDLE.name: "kd_1_1",
@@ -153,4 +153,45 @@ SAME_LOGIT_LOSS = {
     "unikd_beta_4_alpha_10": "kd_1_4",
     "unikd_beta_4_last_level": "kd_1_4",
 }
-"""Rows of UniKD, and those that are the same without the features: Eq. 7 with alpha = 0."""
+"""Rows of UniKD, and the rows that are the same without the features: Eq. 7 with alpha = 0."""
+
+_CLASSES = 50
+_TRAIN_SAMPLES = 3000
+_SAMPLES = 9000  # generated; a third of them is the test split
+_EPOCHS = 10
+_TEACHER_EPOCHS = 20
+
+
+def study_experiment(row: str, pair: Pair, seed: int) -> dict[str, Any]:
+    """Return the raw configuration of a row, without the weights of its teacher.
+
+    Every seed generates images of its own; its teacher and all its students train on the same 3000 of them.
+    """
+    section = {"method": "none"} if row == TEACHER else STUDY[row].distill(pair)
+    epochs = _TEACHER_EPOCHS if row == TEACHER else _EPOCHS
+    config: dict[str, Any] = {
+        "run": {"log_every_steps": 100, "evaluate_every_epochs": epochs, "probe": False},
+        "data": {
+            "name": "fine_grained",
+            "image_size": 16,
+            "num_classes": _CLASSES,
+            "synthetic_samples": _SAMPLES,
+            "train_samples": _TRAIN_SAMPLES,
+            "seed": seed,
+            "augmentation": {"crop": "pad", "padding": 1},
+        },
+        "student": {"model": pair.teacher if row == TEACHER else pair.student},
+        "distill": section,
+        "train": {
+            "total_epochs": epochs,
+            "global_batch_size": 50,
+            "optimizer": "sgd",
+            "learning_rate": pair.learning_rate,
+            "weight_decay": 0.0005,
+            "schedule": "cosine",
+        },
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+    if section["method"] != "none":
+        config["teacher"] = {"model": pair.teacher, "precision": "fp32", "fold_batch_norm": False}
+    return config
