@@ -41,12 +41,12 @@ def write_photos(root: Path, images: int) -> Path:
 
 
 def mean_kilobytes(root: Path) -> float:
-    """Give the mean size of the training images."""
+    """Return the mean size of the training images."""
     return round(float(np.mean([path.stat().st_size for path in (root / "train").glob("*/*")])) / 1000, 1)
 
 
 def cifar_like() -> DataSplits:
-    """Give made-up images in the shape of CIFAR-100, with its mean and deviation."""
+    """Return made-up images in the shape of CIFAR-100, with its mean and deviation."""
     return replace(load_synthetic(CIFAR_SAMPLES, 100, 32), mean=MEAN, std=STD)
 
 
@@ -69,7 +69,7 @@ class PilImages(Dataset):
         return self.transform(Image.fromarray(self.levels[index])), self.labels[index]
 
     def shown(self, index: int, top: int, left: int, flip: bool) -> Tensor:
-        """Give the sample under this window of the padded image."""
+        """Return the sample under this window of the padded image."""
         image = transforms.functional.pad(Image.fromarray(self.levels[index]), [PADDED.padding])
         image = transforms.functional.crop(image, top, left, 32, 32)
         return self.as_tensor(transforms.functional.hflip(image) if flip else image)
@@ -85,7 +85,7 @@ def pil_batches(images: PilImages, batch_size: int, device: str, *, workers: int
 
 
 def levels(images: Tensor, splits: DataSplits) -> Tensor:
-    """Give the grey levels that were normalised."""
+    """Return the grey levels that were normalised."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (splits.mean, splits.std))
     return ((images * std + mean) * 255).round().to(torch.uint8)
 

@@ -64,7 +64,7 @@ def levels_of(x: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
 
 
 def stagewise_pooled(*x: Tensor) -> Tensor:
-    """Give what `AdaptiveFeatureFusion.pooled` gives stage by stage, (N, D)."""
+    """Return what `AdaptiveFeatureFusion.pooled` gives stage by stage, (N, D)."""
     fused = fuse_stagewise(*levels_of(x))
     return fused.mean((2, 3), dtype=torch.promote_types(fused.dtype, torch.float32))
 
@@ -80,7 +80,7 @@ def fused_pooled(*x: Tensor) -> Tensor:
 
 
 def stagewise_blend(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Give R_l of one step of Eq. 4."""
+    """Return R_l of one step of Eq. 4."""
     return blend_top_down([fine, coarse], [weight], [bias])
 
 
@@ -179,7 +179,7 @@ CASES = [
 
 
 def make_inputs(case: Case, *, device: str, seed: int = 0) -> list[Tensor]:
-    """Give the arguments: channels_last features in the case's dtype, fp32 parameters; leaves if it goes backward."""
+    """Return the arguments: channels_last features in the case's dtype, fp32 parameters; leaves if it goes backward."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -205,7 +205,7 @@ def make_upstream(case: Case, *, device: str) -> Tensor:
 
 
 def eager(case: Case) -> Compute:
-    """Give the plain form as in bf16 training, where the parameters are fp32 and autocast is on."""
+    """Return the plain form as in bf16 training, where the parameters are fp32 and autocast is on."""
     plain = FORMS[case.form].plain
 
     def compute(*x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ CHECKED_ENDS = 8
 
 
 def checked_images(case: Case) -> list[slice]:
-    """Give the images whose results are held against float64: all, or those at the ends where no image meets another.
+    """Return the images whose results are held against float64: all, or those at the ends where no image meets another.
 
     Those at the end lie at the largest offsets.
     """
@@ -31,7 +31,7 @@ def in_parts(
     *,
     part_elements: int = 2**25,
 ) -> tuple[Tensor, ...]:
-    """Give value and gradients for the checked images, computed by parts of them; all at once may not fit.
+    """Return value and gradients for the checked images, computed by parts of them; all at once may not fit.
 
     Args:
         case: the case.
@@ -63,7 +63,7 @@ def in_parts(
 
 
 def at_checked_images(case: Case, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Give what of a result for the whole batch `in_parts` gives."""
+    """Return what of a result for the whole batch `in_parts` gives."""
     levels, images = len(case.pyramid.sizes), checked_images(case)
     return (*(torch.cat([x[part] for part in images]) for x in result[: levels + 1]), *result[levels + 1 :])
 
@@ -71,7 +71,7 @@ def at_checked_images(case: Case, result: tuple[Tensor, ...]) -> tuple[Tensor, .
 def errors_against(
     case: Case, inputs: Sequence[Tensor], result: tuple[Tensor, ...], truth: tuple[Tensor, ...]
 ) -> dict[str, float]:
-    """Give ‖x - truth‖ / ‖truth‖ of the value and, backward, of the gradients of each kind of input taken together.
+    """Return ‖x - truth‖ / ‖truth‖ of the value and, backward, of the gradients of each kind of input taken together.
 
     Together, because the gradient of one gate's bias is a sum of numbers that cancel: its error belongs to their size,
     not to its own.

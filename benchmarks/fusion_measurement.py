@@ -26,14 +26,14 @@ OURS = ("ours",)
 
 
 def variants(case: Case) -> dict[str, Compute]:
-    """Give what there is to measure, ours first."""
+    """Return what there is to measure, ours first."""
     form = FORMS[case.form]
     compiled = torch.compile(eager(case), dynamic=False)
     return {"ours": form.ours, "eager": eager(case), "compile": compiled, **form.peers}
 
 
 def measure(case: Case, *, device: str = "cuda") -> tuple[list[Row], Roofs]:
-    """Give a row for ours and for each peer, after ours was found right; the targets are judged, not enforced.
+    """Return a row for ours and for each peer, after ours was found right; the targets are judged, not enforced.
 
     Raises:
         AssertionError: our result is further from float64 than that of the stage-wise form in the case's dtype.
@@ -61,7 +61,7 @@ def measure(case: Case, *, device: str = "cuda") -> tuple[list[Row], Roofs]:
 def _errors(
     case: Case, found: dict[str, Compute], inputs: list[Tensor], upstream: Tensor, missing: dict[str, str]
 ) -> dict[str, dict[str, float]]:
-    """Give the errors of each form that runs; assert that ours are no larger than those of eager."""
+    """Return the errors of each form that runs; assert that ours are no larger than those of eager."""
     truth = in_parts(case, FORMS[case.form].plain, inputs, upstream, torch.float64)
     errors: dict[str, dict[str, float]] = {}
     for name, compute in found.items():

@@ -40,12 +40,12 @@ FORMAT = 1
 
 
 def slug(name: str) -> str:
-    """Give a name as a folder: ``NVIDIA H200`` -> ``nvidia-h200``."""
+    """Return a name as a folder: ``NVIDIA H200`` -> ``nvidia-h200``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def packages_of(pyproject: Path) -> list[str]:
-    """Give the packages that tests and benchmarks use, from the extras."""
+    """Return the packages that tests and benchmarks use, from the extras."""
     extras = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]
     names = {re.match(r"[A-Za-z0-9._-]+", line)[0] for lines in extras.values() for line in lines}  # type: ignore[index]
     return sorted((names - {"unikd-fast"}) | {"liger-kernel"})
@@ -62,7 +62,7 @@ def missing_packages(names: list[str]) -> list[str]:
 
 
 def commit(root: Path, environment: Mapping[str, str]) -> tuple[str, bool | None]:
-    """Give the commit and whether the tree differs from it; UNIKD_COMMIT says so where there is no repository."""
+    """Return the commit and whether the tree differs from it; UNIKD_COMMIT says so where there is no repository."""
     given = environment.get("UNIKD_COMMIT")
     if given:
         return given.removesuffix("-dirty"), given.endswith("-dirty")
@@ -79,7 +79,7 @@ def result_path(out: Path, gpu: str, day: datetime.date, name: str) -> Path:
 
 
 def what_is_missing() -> str:
-    """Give why this cannot run here, empty if it can."""
+    """Return why this cannot run here, empty if it can."""
     for package in ("torch", "triton", "pytest"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed for {sys.executable}"
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(result: Mapping[str, Any]) -> list[str]:
-    """Give the lines that end the output."""
+    """Return the lines that end the output."""
     environment = result["environment"]
     lines = [f"gpu-check on {environment['gpu']}, commit {environment['commit']}, {result['seconds']:.0f} s"]
     lines.append(f"not installed: {', '.join(environment['missing_packages']) or 'nothing'}")
@@ -216,7 +216,7 @@ def report(result: Mapping[str, Any]) -> list[str]:
 
 
 def table(areas: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Give what was done by folder, as the lines of a table.
+    """Return what was done by folder, as the lines of a table.
 
     Example:
         >>> table({"tests/data": {"passed": 3, "skipped": 1}})

@@ -33,13 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def first_party(root: Path) -> set[str]:
-    """Give the names of modules that are the repository's own: missing one of those is an error."""
+    """Return the names of modules that are the repository's own: missing one of those is an error."""
     own = {"unikd_fast"}
     return own | {path.stem for folder in ("tests", "benchmarks") for path in (root / folder).rglob("*.py")}
 
 
 def missing_package(error: BaseException | None, own: set[str]) -> str | None:
-    """Give the package whose absence caused the error, None if it is anything else."""
+    """Return the package whose absence caused the error, None if it is anything else."""
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and error.name:
             top = error.name.partition(".")[0]
@@ -121,13 +121,13 @@ def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
-    """Give the entries; a last line that a killed process did not finish is dropped."""
+    """Return the entries; a last line that a killed process did not finish is dropped."""
     lines = path.read_text().split("\n") if path.exists() else []
     return [json.loads(line) for line in lines[:-1]]
 
 
 def summarise(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Give what a run did.
+    """Return what a run did.
 
     Returns:
         counts: passed, missed, failed, skipped, left_out and unfinished tests, and areas: the same by folder; then

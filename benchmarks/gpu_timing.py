@@ -38,7 +38,7 @@ class Times:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Give the value below which `percent` of the values lie, linear between neighbours."""
+    """Return the value below which `percent` of the values lie, linear between neighbours."""
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     low, high = math.floor(position), math.ceil(position)
@@ -50,7 +50,7 @@ def spread(milliseconds: Sequence[float]) -> Times:
 
 
 def copies_beyond_cache(bytes_per_copy: int, cache_bytes: int, *, at_most: int = 64) -> int:
-    """Give how many copies of the inputs to take turns over; two at least, so that no call meets its own leftovers."""
+    """Return how many copies of the inputs to cycle through; two at least, so that no call finds its own data cached."""
     return min(max(math.ceil(CACHE_MULTIPLE * cache_bytes / bytes_per_copy), 2), at_most)
 
 
@@ -63,7 +63,7 @@ def is_launch_bound(moved_bytes: int, roof_gb_s: float) -> bool:
 
 
 def queued_calls(launches: int) -> int:
-    """Give how many calls of so many launches each the driver takes at once."""
+    """Return how many calls of so many launches each the driver takes at once."""
     return max(min(QUEUED_CALLS, QUEUED_LAUNCHES // max(launches, 1)), 1)
 
 
@@ -72,7 +72,7 @@ def cache_bytes() -> int:
 
 
 def host_us(calls: Sequence[Call], *, rounds: int, queued: int = QUEUED_CALLS) -> float:
-    """Give the time the processor needs to issue one call of `queued`, in microseconds, nothing waited for."""
+    """Return the time the processor needs to issue one call of `queued`, in microseconds, nothing waited for."""
     turns = itertools.cycle(calls)
     times = []
     for _ in range(rounds):
@@ -86,7 +86,7 @@ def host_us(calls: Sequence[Call], *, rounds: int, queued: int = QUEUED_CALLS) -
 
 
 def call_us(calls: Sequence[Call], *, rounds: int, length: int) -> float:
-    """Give the time of one call of a back-to-back loop, in microseconds: the slower of processor and GPU."""
+    """Return the time of one call of a back-to-back loop, in microseconds: the slower of processor and GPU."""
     turns = itertools.cycle(calls)
     times = []
     for _ in range(rounds):
@@ -151,7 +151,7 @@ def _run(stage: Callable[[], Call]) -> None:
 
 
 def launched(call: Call) -> list[str]:
-    """Give the names of what one call starts on the GPU: kernels, copies and fills."""
+    """Return the names of what one call starts on the GPU: kernels, copies and fills."""
     call()
     torch.cuda.synchronize()
     names: list[str] = []
@@ -185,7 +185,7 @@ def waits_for_the_gpu(call: Call) -> bool:
 
 
 def extra_mib(call: Call) -> tuple[float, float]:
-    """Give the most memory during the call and what its result holds, in MiB above what was there before."""
+    """Return the most memory during the call and what its result holds, in MiB above what was there before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

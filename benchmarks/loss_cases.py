@@ -119,7 +119,7 @@ CASES = [
 
 
 def make_inputs(case: Case, *, device: str, seed: int = 0) -> list[Tensor]:
-    """Give the arguments of the case's loss, those that get a gradient as leaves."""
+    """Return the arguments of the case's loss, those that get a gradient as leaves."""
     loss = LOSSES[case.loss]
     generator = torch.Generator(device).manual_seed(seed)
     shape = (case.rows, case.classes)
@@ -134,7 +134,7 @@ def make_inputs(case: Case, *, device: str, seed: int = 0) -> list[Tensor]:
 def errors_against_float64(
     case: Case, inputs: Sequence[Tensor], results: Mapping[str, tuple[Tensor, ...]], *, chunk_elements: int = 2**25
 ) -> dict[str, dict[str, float]]:
-    """Give for each result (loss, *gradients) how far it is from the plain formula in float64 on the same numbers.
+    """Return for each result (loss, *gradients) how far it is from the plain formula in float64 on the same numbers.
 
     Rows are independent and the number of rows is passed as the normaliser, so float64 is computed by parts of the
     rows: all at once would not fit.

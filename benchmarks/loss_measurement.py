@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def variants(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
-    """Give what there is to measure, and for what is missing the reason."""
+    """Return what there is to measure, and for what is missing the reason."""
     loss = LOSSES[case.loss]
     found: dict[str, Compute] = {"ours": partial(loss.ours, impl="fused"), "eager": loss.eager}
     found["compile"] = torch.compile(loss.eager, dynamic=False)
@@ -34,7 +34,7 @@ def variants(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
 
 
 def measure(case: Case) -> tuple[list[Row], Roofs]:
-    """Give a row for ours and for each peer, after ours was found right; the targets are judged, not enforced.
+    """Return a row for ours and for each peer, after ours was found right; the targets are judged, not enforced.
 
     Raises:
         AssertionError: our result is further from float64 than that of plain PyTorch.

@@ -47,7 +47,7 @@ def leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def forward_and_gradients(compute: Compute, inputs: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, ...]:
-    """Give the value and the gradients of the leaves. The upstream gradient is passed: making a 1 is no work of ours.
+    """Return the value and the gradients of the leaves. The upstream gradient is passed: making a 1 is no work of ours.
 
     Args:
         compute: the computation.
@@ -60,7 +60,7 @@ def forward_and_gradients(compute: Compute, inputs: Sequence[Tensor], upstream: 
 
 
 def attempt(run: Callable[[], Result], name: str, missing: dict[str, str], *, needed: Collection[str]) -> Result | None:
-    """Give what `run` gives. Where a peer fails, out of memory or otherwise, give None and note the reason."""
+    """Return what `run` gives. Where a peer fails, out of memory or otherwise, give None and note the reason."""
     try:
         return run()
     except Exception as error:
@@ -74,12 +74,12 @@ def attempt(run: Callable[[], Result], name: str, missing: dict[str, str], *, ne
 
 
 def samples_for(microseconds: float) -> int:
-    """Give how many calls of this length to time."""
+    """Return how many calls of this length to time."""
     return min(max(int(1e6 * SAMPLED_SECONDS / microseconds), LEAST_SAMPLES), MOST_SAMPLES)
 
 
 def measure_variant(compute: Compute, inputs: Sequence[list[Tensor]], upstream: Tensor, *, launch_bound: bool) -> Row:
-    """Give times, launches and memory of the value and, where there are leaves, of their gradients.
+    """Return times, launches and memory of the value and, where there are leaves, of their gradients.
 
     Args:
         compute: the computation.
@@ -128,7 +128,7 @@ def _backward_after_forward(compute: Compute, inputs: list[Tensor], upstream: Te
 
 
 def bandwidth(least_bytes: int, median_ms: float, roofs: Roofs, *, launch_bound: bool) -> Row:
-    """Give GB/s of the least bytes and its share of each roof in percent; None where launches are what is measured."""
+    """Return GB/s of the least bytes and its percentage of each roof; None where launch time dominates."""
     gb_s = None if launch_bound else gigabytes_per_second(least_bytes, median_ms)
     shares = {
         f"percent_of_{name}_roof": None if gb_s is None else round(100 * gb_s / roofs.gb_s(name), 1)
@@ -138,7 +138,7 @@ def bandwidth(least_bytes: int, median_ms: float, roofs: Roofs, *, launch_bound:
 
 
 def percent_of_floor(least_bytes: int, milliseconds: float | None, roof_gb_s: float) -> float | None:
-    """Give the time the bytes take at the roof in percent of what it took; None where launches are what is measured."""
+    """Return the time at the roof in percent of the measured time; None where launch time dominates."""
     if milliseconds is None or is_launch_bound(least_bytes, roof_gb_s):
         return None
     return round(100 * gigabytes_per_second(least_bytes, milliseconds) / roof_gb_s, 1)
@@ -154,7 +154,7 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def as_line(row: Mapping[str, Any], *errors: str) -> str:
-    """Give a row as one line for the terminal, with these of its columns at the end."""
+    """Return a row as one line for the terminal, with these of its columns at the end."""
     if "missing" in row:
         return f"{row['case']:46} {row['variant']:9} {row['missing']}"
     gb_s = "     launches" if row["gb_s"] is None else f"{row['gb_s']:7.0f} GB/s {row['percent_of_copy_roof']:5.1f} %"

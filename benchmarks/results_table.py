@@ -47,7 +47,7 @@ Result = Mapping[str, Any]
 
 
 def newest_results(folder: Path) -> list[dict[str, Any]]:
-    """Give the newest result of each GPU, in the order of their names."""
+    """Return the newest result of each GPU, in the order of their names."""
     newest: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/*.json")):
         result = json.loads(path.read_text())
@@ -58,7 +58,7 @@ def newest_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def render(results: Sequence[Result]) -> str:
-    """Give the Markdown between the marks."""
+    """Return the Markdown between the marks."""
     return "\n\n".join(_of_one_gpu(result) for result in results) if results else NOTHING
 
 

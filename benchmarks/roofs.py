@@ -19,12 +19,12 @@ class Roofs:
     two_reads_one_write_gb_s: float
 
     def gb_s(self, name: str) -> float:
-        """Give the roof "copy", "read" or "two_reads_one_write"."""
+        """Return the roof "copy", "read" or "two_reads_one_write"."""
         return float(getattr(self, f"{name}_gb_s"))
 
 
 def moved_bytes(reads: int, writes: int, rows: int, classes: int, dtype: torch.dtype) -> int:
-    """Give the least traffic: each input read once, each output written once."""
+    """Return the least traffic: each input read once, each output written once."""
     return (reads + writes) * rows * classes * dtype.itemsize
 
 

@@ -20,7 +20,7 @@ class Target:
     limit: float
 
     def judge(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the target with what was measured. What could not be measured is not reached."""
+        """Return the target with what was measured. What could not be measured is not reached."""
         measured = row.get(self.column)
         reached = measured is not None and _KEPT[self.bound](measured, self.limit)
         return asdict(self) | {"measured": measured, "reached": bool(reached)}
@@ -31,7 +31,7 @@ def judge_all(targets: Iterable[Target], row: Mapping[str, Any]) -> list[dict[st
 
 
 def describe(judged: Mapping[str, Any]) -> str:
-    """Give one judged target as text: ``percent_of_copy_roof at least 90, measured 93.1``."""
+    """Return one judged target as text: ``percent_of_copy_roof at least 90, measured 93.1``."""
     return f"{judged['column']} {judged['bound'].replace('_', ' ')} {judged['limit']:g}, measured {judged['measured']}"
 
 

@@ -23,7 +23,7 @@ CHECKED_IMAGES = 4
 
 
 def build_networks(image_size: int, device: str) -> tuple["FeatureExtractor", "FeatureExtractor"]:
-    """Give ResNet-50 and MobileNetV1 of 1000 classes, random weights, channels_last."""
+    """Return ResNet-50 and MobileNetV1 of 1000 classes, random weights, channels_last."""
     from unikd_fast.models import build_model, extract_features
 
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def set_statistics(network: nn.Module, images: Tensor) -> None:
 def measure(
     case: str, teacher: "FeatureExtractor", student: "FeatureExtractor", images: Sequence[Tensor], width: int
 ) -> Row:
-    """Give the times of the parts of a step in bf16 under autocast, and the share of AFF and FDP in percent.
+    """Return the times of the parts of a step in bf16 under autocast, and the share of AFF and FDP in percent.
 
     Args:
         case: what to call it.
@@ -83,7 +83,7 @@ def measure(
 def _parts(
     teacher: "FeatureExtractor", student: "FeatureExtractor", images: Sequence[Tensor], width: int
 ) -> dict[str, list[Call]]:
-    """Give the four parts: the two networks, then what is added behind them."""
+    """Return the four parts: the two networks, then what is added behind them."""
     device, classes = images[0].device, student.num_classes
     autocast = partial(torch.autocast, device.type, torch.bfloat16)
     fusions = [

@@ -87,7 +87,7 @@ Computation = Callable[[], list[Tensor]]
 
 
 def computations(case: PlainCase) -> dict[str, Computation]:
-    """Give both forms on one set of tensors: the pooled output and, with `backward`, the gradient of every input."""
+    """Return both forms on one set of tensors: the pooled output and, with `backward`, the gradient of every input."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 def interleaved_medians(
     computations: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2
 ) -> dict[str, float]:
-    """Give the median time of each computation, in seconds, all measured in one run.
+    """Return the median time of each computation, in seconds, all measured in one run.
 
     One call of each per round, in turn: what changes slowly, the clock of the processor or another process, falls on
     all of them alike, and a median drops what comes in bursts. On a GPU each call ends with a synchronisation.

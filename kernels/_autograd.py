@@ -70,7 +70,7 @@ class FusedLoss:
         self.operator = getattr(torch.ops.unikd_fast, name)
 
     def __call__(self, tensors: Tensors, **settings: Any) -> tuple[Tensor, ...]:
-        """Give the outputs, differentiable by the inputs that require a gradient.
+        """Return the outputs, differentiable by the inputs that require a gradient.
 
         Raises:
             RuntimeError: tensors under a transform that autograd would not see, see `refuse_transforms`.
@@ -96,7 +96,7 @@ class FusedLoss:
     def compute(
         self, tensors: Tensors, wanted: Sequence[bool], upstream: Tensors | None, settings: dict[str, Any]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Give the outputs, None if there are upstream factors, and the gradients that are wanted."""
+        """Return the outputs, None if there are upstream factors, and the gradients that are wanted."""
         outputs, gradients = self._buffers(tensors, wanted, upstream, settings)
         first = tensors[0]
         assert first is not None
@@ -109,7 +109,7 @@ class FusedLoss:
         return outputs, gradients
 
     def _main_inputs(self, tensors: Tensors) -> list[Tensor]:
-        """Give those that may have a gradient: if all of them are empty, there is nothing to launch."""
+        """Return those that may have a gradient: if all of them are empty, there is nothing to launch."""
         return [x for x, output in zip(tensors, self.gradient_of, strict=True) if output >= 0 and x is not None]
 
     def _buffers(

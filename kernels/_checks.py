@@ -20,7 +20,7 @@ _IMPLS = ("auto", "reference", "fused")
 
 
 def choose_impl(function: str, impl: str, *tensors: Tensor) -> str:
-    """Give the implementation that runs for `impl`, "fused" or "reference"; "fused" never falls back."""
+    """Return the implementation that runs for `impl`, "fused" or "reference"; "fused" never falls back."""
     check_impl(function, impl)
     if impl == "reference":
         return impl
@@ -44,7 +44,7 @@ def choose_impl(function: str, impl: str, *tensors: Tensor) -> str:
 
 
 def without_teacher_gradient(function: str, impl: str, teacher: Tensor | QuantizedLogits | TopKLogits) -> str:
-    """Give the `impl` for a loss whose kernel takes the teacher's logits as a constant."""
+    """Return the `impl` for a loss whose kernel takes the teacher's logits as a constant."""
     if impl == "reference" or not (isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled()):
         return impl
     if impl == "fused":

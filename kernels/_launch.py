@@ -51,7 +51,7 @@ class Device(NamedTuple):
 
 
 def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = False) -> Launch:
-    """Give the launch for kernels that reduce rows of logits.
+    """Return the launch for kernels that reduce rows of logits.
 
     Args:
         classes: K.
@@ -71,7 +71,7 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = Fa
 
 
 def elementwise_launch(classes: int, device: Device) -> Launch:
-    """Give the launch for kernels that need no statistics of a row before its elements."""
+    """Return the launch for kernels that need no statistics of a row before its elements."""
     block = min(2048, max(16, triton.next_power_of_2(classes)))
     rows = max(1, 2048 // block)
     return Launch(rows, block, classes <= block, _warps(rows * block, 16, device), MAX_PROGRAMS, device.amd)
@@ -83,7 +83,7 @@ def _warps(elements: int, per_thread: int, device: Device) -> int:
 
 
 def row_launch_for(student: Tensor, teacher: Tensor, *, heavy: bool = False) -> Launch:
-    """Give `row_launch` for two tensors (N, K) where they are."""
+    """Return `row_launch` for two tensors (N, K) where they are."""
     classes = student.shape[-1]
     row_bytes = classes * (student.element_size() + teacher.element_size())
     return row_launch(classes, row_bytes, describe(student.device), heavy=heavy)
@@ -94,14 +94,14 @@ def elementwise_launch_for(x: Tensor) -> Launch:
 
 
 def programs_for(launch: Launch, rows: int, device: torch.device) -> int:
-    """Give how many programs run: no more than there are tiles, and on the CPU few, so that each takes several."""
+    """Return how many programs run: no more than there are tiles, and on the CPU few, so that each takes several."""
     limit = launch.programs if device.type == "cuda" else 3
     return max(1, min(launch.programs, limit, math.ceil(rows / launch.rows)))
 
 
 @functools.cache
 def describe(device: torch.device) -> Device:
-    """Give the sizes of a device; of an H200 for the CPU, where kernels are interpreted or compiled but not timed."""
+    """Return the sizes of a device; of an H200 for the CPU, where kernels are interpreted or compiled but not timed."""
     if device.type != "cuda":
         return Device(132, 32, 50 * 2**20)
     p = torch.cuda.get_device_properties(device)
@@ -117,7 +117,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """Give (..., K) as (N, K): a view where the strides allow it, else a copy."""
+    """Return (..., K) as (N, K): a view where the strides allow it, else a copy."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -128,12 +128,12 @@ def strides(x: Tensor) -> tuple[int, int]:
 
 
 def flat(x: Tensor | None) -> Tensor | None:
-    """Give (...,) as a dense (N,): an upstream gradient may be an expanded number."""
+    """Return (...,) as a dense (N,): an upstream gradient may be an expanded number."""
     return None if x is None else x.reshape(-1).contiguous()
 
 
 def partial_sums(loss: Tensor | None, sums: int = MAX_PROGRAMS) -> Tensor | None:
-    """Give what programs need to form one number together: a sum for each, and the ticket, 0, behind them.
+    """Return what programs need to form one number together: a sum for each, and the ticket, 0, behind them.
 
     They live as long as the call. A ticket that is kept, 0 before and after each launch, would spare the filling, one
     short launch; but it lies in whatever memory pool was current when it was made, and where that is a CUDA graph's,
@@ -147,7 +147,7 @@ def partial_sums(loss: Tensor | None, sums: int = MAX_PROGRAMS) -> Tensor | None
 def normalizer_of(
     logits: Tensor, reduction: str, ignore_mask: Tensor | None, normalizer: float | Tensor | None
 ) -> tuple[float, Tensor | None]:
-    """Give what the sum over rows is divided by: a number, or a 0-d tensor that takes its place.
+    """Return what the sum over rows is divided by: a number, or a 0-d tensor that takes its place.
 
     0 is the number of rows: to read it here would make it a constant of a compiled graph.
     """
@@ -163,5 +163,5 @@ def normalizer_of(
 
 
 def normalizer_or_rows(number: float, tensor: Tensor | None, rows: int) -> float | Tensor:
-    """Give what a kernel divides by, of a `normalizer_of`."""
+    """Return what a kernel divides by, of a `normalizer_of`."""
     return (number or float(max(rows, 1))) if tensor is None else tensor

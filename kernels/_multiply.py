@@ -21,7 +21,7 @@ def multiply_in_place(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def multiplied(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Give what `multiply_in_place` leaves, out of place and in plain PyTorch, for compiled graphs."""
+    """Return what `multiply_in_place` leaves, out of place and in plain PyTorch, for compiled graphs."""
     x = gradient.float()  # a 0-d factor would be rounded to the gradient's dtype before the product
     product = x * (factor[..., None] if factor.ndim else factor)
     return torch.where(x == 0, 0.0, product).to(gradient.dtype)

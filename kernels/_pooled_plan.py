@@ -161,5 +161,5 @@ def plan_of(
 
 
 def _power_of_two(size: int) -> int:
-    """Give the least size of a tile that holds `size`; a product of tiles needs 16."""
+    """Return the least size of a tile that holds `size`; a product of tiles needs 16."""
     return max(16, triton.next_power_of_2(size))

@@ -295,7 +295,7 @@ def fused_dkd(
     standardized: bool = False,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give `reference.dkd` from one launch; the teacher is a constant."""
+    """Return `reference.dkd` from one launch; the teacher is a constant."""
     weight = temperature**2 / (student_logits.shape[-1] if reduction == "mean" else 1)
     value, tensor = 1.0, None
     if reduction in ("batchmean", "mean"):
@@ -317,5 +317,5 @@ def fused_dkd(
 
 
 def bytes_moved(rows: int, classes: int, element_bytes: int) -> int:
-    """Give the least there is to move: both logits read, the gradient written."""
+    """Return the least there is to move: both logits read, the gradient written."""
     return 3 * rows * classes * element_bytes

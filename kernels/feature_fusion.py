@@ -43,7 +43,7 @@ def fused_blend(
     upsample: str = "nearest",
     pool: bool = False,
 ) -> Tensor:
-    """Give `reference_fusion.blend`; inputs that are not dense are copied. Differentiable once."""
+    """Return `reference_fusion.blend`; inputs that are not dense are copied. Differentiable once."""
     check_blend(fine, coarse, gate_weight, gate_bias)
     if len(gate_weight) > 1:
         raise ValueError(
@@ -113,13 +113,13 @@ def plan_of(fine: Level, coarse: Level, upsample: str, device: torch.device) -> 
 
 
 def _strides(level: Level) -> tuple[int, int]:
-    """Give (channel stride, pixel stride)."""
+    """Return (channel stride, pixel stride)."""
     channels, h, w, channels_last = level
     return (1, channels) if channels_last else (h * w, 1)
 
 
 def _laid_out_as(x: Tensor, upstream: Tensor) -> Tensor:
-    """Give a gradient in the layout of `x`; that of an average, for example, is expanded and has none."""
+    """Return a gradient in the layout of `x`; that of an average, for example, is expanded and has none."""
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     return upstream.contiguous(memory_format=layout)
 

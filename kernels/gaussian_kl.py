@@ -181,7 +181,7 @@ def fused_gaussian_kl(
     feature_reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give `reference.gaussian_kl` from one launch."""
+    """Return `reference.gaussian_kl` from one launch."""
     # The class axis is reduced by feature_reduction, so "mean" over rows is "batchmean".
     value, tensor = normalizer_of(student_mean, reduction, None, normalizer)
     (loss,) = _loss(
@@ -194,5 +194,5 @@ def fused_gaussian_kl(
 
 
 def bytes_moved(rows: int, classes: int, element_bytes: int, *, teacher_gradient: bool = False) -> int:
-    """Give the least there is to move: four parameters read, two gradients written, or four."""
+    """Return the least there is to move: four parameters read, two gradients written, or four."""
     return (8 if teacher_gradient else 6) * rows * classes * element_bytes

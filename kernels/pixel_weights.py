@@ -54,7 +54,7 @@ class Axis(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def axis_of(coarse: int, fine: int, upsample: str) -> Axis:
-    """Give what `_resize_device` needs to know of an axis, from what PyTorch makes of the unit vectors.
+    """Return what `_resize_device` needs to know of an axis, from what PyTorch makes of the unit vectors.
 
     A first position may be one too early, where the two differ by a rounding: its weight is 0.
     """
@@ -73,7 +73,7 @@ def axis_of(coarse: int, fine: int, upsample: str) -> Axis:
 
 @functools.lru_cache(maxsize=64)
 def geometry(sizes: Sizes, upsample: str) -> Geometry:
-    """Give the layout for levels of (H_l, W_l), fine to coarse."""
+    """Return the layout for levels of (H_l, W_l), fine to coarse."""
     pixels, seen, own, state = map_sizes([h * w for h, w in sizes])
     y, x = (
         [axis_of(coarse[i], fine[i], upsample) for fine, coarse in itertools.pairwise(sizes)]  # fine to coarse
@@ -98,7 +98,7 @@ def geometry(sizes: Sizes, upsample: str) -> Geometry:
 
 
 def map_sizes(areas: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Give what each level takes in the buffers of one image, given its pixels: one map, `seen`, `own`, Z."""
+    """Return what each level takes in the buffers of one image, given its pixels: one map, `seen`, `own`, Z."""
     gates = len(areas) - 1
     seen = [TAPS * level * area for level, area in enumerate(areas)]
     own = [TAPS * area if level < gates else 0 for level, area in enumerate(areas)]
@@ -108,7 +108,7 @@ def map_sizes(areas: Sequence[int]) -> tuple[list[int], list[int], list[int], li
 
 
 def offsets(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """Give where each part begins in a buffer of all, and the size of the buffer."""
+    """Return where each part begins in a buffer of all, and the size of the buffer."""
     ends = list(itertools.accumulate(sizes, initial=0))
     return tuple(ends[:-1]), ends[-1]
 
@@ -157,7 +157,7 @@ class GradMaps(NamedTuple):
 
 
 def empty_maps(like: Tensor, levels: Sequence[Tensor]) -> ScalarMaps:
-    """Give the buffers for levels (N, C_l, H_l, W_l)."""
+    """Return the buffers for levels (N, C_l, H_l, W_l)."""
     pixels, seen, _, state = (sum(part) for part in map_sizes([x.shape[2] * x.shape[3] for x in levels]))
     return ScalarMaps(*(like.new_empty(levels[0].shape[0], size) for size in (seen, pixels, state, pixels)))
 

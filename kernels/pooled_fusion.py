@@ -54,7 +54,7 @@ def fused_pool(
     upsample: str = "nearest",
     statistics: Sequence[ChannelStatistics] | None = None,
 ) -> Tensor:
-    """Give `reference_pooled.pool_collapsed`, (N, D) in fp32; features that are not dense are copied."""
+    """Return `reference_pooled.pool_collapsed`, (N, D) in fp32; features that are not dense are copied."""
     dtype = functools.reduce(torch.promote_types, (f.dtype for f in features))
     features = [dense(f.to(dtype)) for f in features]
     with autocast_off(features[0].device):  # it would form the composite weights in half precision
@@ -73,7 +73,7 @@ def fused_pool(
 
 
 def dense(x: Tensor) -> Tensor:
-    """Give (N, C, H, W) in one of the two layouts that the kernels read."""
+    """Return (N, C, H, W) in one of the two layouts that the kernels read."""
     return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
@@ -89,7 +89,7 @@ _NO_NORM = _Norm(None)
 
 
 def _split(tensors: Sequence[Tensor], normalised: bool) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
-    """Give the matrix, the gates' biases, means and scales if there are any, and the features."""
+    """Return the matrix, the gates' biases, means and scales if there are any, and the features."""
     return tensors[0], tensors[1], tensors[2] if normalised else None, tensors[3 if normalised else 2 :]
 
 

@@ -33,7 +33,7 @@ def softmax_kl(
     standardized: bool = False,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give the divergence of the student's class distribution from the teacher's, Eq. 1 and 2.
+    """Return the divergence of the student's class distribution from the teacher's, Eq. 1 and 2.
 
         L_L = τ² KL( p_t || p_s ) = τ² Σ_k p_t,k ( ln p_t,k - ln p_s,k ),    p = softmax(z / τ)
 
@@ -77,7 +77,7 @@ def softmax_kl(
 
 
 def _textbook_kl(log_p: Tensor, log_q: Tensor, *, per_row: bool) -> Tensor | None:
-    """Give Σ p (ln p - ln q) where looking at it is free and shows that nothing was lost, else None.
+    """Return Σ p (ln p - ln q) where looking at it is free and shows that nothing was lost, else None.
 
     It is known to about ε, so it will do unless it is small; and it is a third of the work.
     """
@@ -104,7 +104,7 @@ def topk_kl(
     ignore_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give the divergence from a teacher of whom the k largest logits and the log-sum-exp of all are known, τ = 1.
+    """Return the divergence from a teacher of whom the k largest logits and the log-sum-exp of all are known, τ = 1.
 
         Σ_{j in top k} p_j ln( p_j / q_j ) + r_t ln( r_t / r_s ),    r = 1 - Σ_{j in top k} p_j,    p_j = e^{z_j - lse}
 
@@ -146,7 +146,7 @@ def dkd(
     standardized: bool = False,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give α TCKD + β NCKD, Eq. 7 of the paper, times τ².
+    """Return α TCKD + β NCKD, Eq. 7 of the paper, times τ².
 
         TCKD = KL( (p_y, 1 - p_y) || (q_y, 1 - q_y) ),    NCKD = KL( p without y || q without y, both renormalised )
 
@@ -193,7 +193,7 @@ def gaussian_kl(
     feature_reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give the divergence of the teacher's feature distribution from the student's, Eq. 6, for v = σ².
+    """Return the divergence of the teacher's feature distribution from the student's, Eq. 6, for v = σ².
 
         L_FL = KL( q_s || q_t ) = 1/2 Σ_k [ v_s/v_t + (m_t - m_s)² / v_t - 1 + ln( v_t / v_s ) ]
 
@@ -233,7 +233,7 @@ def cross_entropy(
     ignore_index: int = -100,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give the task loss L_CE of Eq. 7, the mean over the labelled rows; 0 if there are none.
+    """Return the task loss L_CE of Eq. 7, the mean over the labelled rows; 0 if there are none.
 
     Args:
         logits: (..., K).
@@ -260,7 +260,7 @@ def cross_entropy(
 def gaussian_anchor(
     teacher_logits: Tensor, mean: Tensor, log_var: Tensor, *, normalizer: float | Tensor | None = None
 ) -> Tensor:
-    """Give the loss that holds the predicted Gaussian to the teacher's own logits, so that the head cannot collapse.
+    """Return the loss that holds the predicted Gaussian to the teacher's own logits, so that the head cannot collapse.
 
         L_anchor = 1/2 mean_k[ (y - m)² / v + ln v ],    y = ( z - mean_k z ) / sqrt( var_k z + 1e-5 )
 
@@ -296,7 +296,7 @@ def gaussian_anchor(
 
 
 def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
-    """Give the divergence of each row.
+    """Return the divergence of each row.
 
         forward    KL(p || q)
         reverse    KL(q || p)
@@ -323,7 +323,7 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) 
 
 
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Give KL(p || q) = Σ_k p_k φ(u_k), u = ln q - ln p, of each row (..., K)."""
+    """Return KL(p || q) = Σ_k p_k φ(u_k), u = ln q - ln p, of each row (..., K)."""
     q, p = log_q.exp(), log_p.exp()
     absent = p == 0  # 0 ln 0 = 0
     u = (log_q - log_p).masked_fill(absent, 0.0)
@@ -335,7 +335,7 @@ def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """Give (z - mean_k z) / (std_k z + 1e-7), std unbiased, with its gradient (Sun et al. 2024, Eq. 13).
+    """Return (z - mean_k z) / (std_k z + 1e-7), std unbiased, with its gradient (Sun et al. 2024, Eq. 13).
 
     A row of equal logits becomes 0, and its gradient that of the mean alone.
     """
@@ -346,7 +346,7 @@ def standardize(logits: Tensor) -> Tensor:
 
 
 def unit_of(logits: Tensor) -> Tensor:
-    """Give the power of two (..., 1) below each row's largest logit, 1 at least; in such units no square overflows."""
+    """Return the power of two (..., 1) below each row's largest logit, at least 1; in this unit no square overflows."""
     return torch.exp2(torch.log2(logits.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1)).floor())
 
 

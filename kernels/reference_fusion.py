@@ -51,7 +51,7 @@ def fuse_stagewise(
 
 
 def expand(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Give E_l(F_l) (N, D, H_l, W_l), a 1x1 convolution in the dtype of the feature."""
+    """Return E_l(F_l) (N, D, H_l, W_l), a 1x1 convolution in the dtype of the feature."""
     return F.conv2d(feature, weight.to(feature.dtype), bias.to(feature.dtype))
 
 
@@ -109,7 +109,7 @@ def blend_top_down(
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Give the mean over the pixels, (N, D), in fp32 at least."""
+    """Return the mean over the pixels, (N, D), in fp32 at least."""
     return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -139,12 +139,12 @@ def check_blend(fine: Tensor, coarse: Tensor, gate_weight: Tensor, gate_bias: Te
 
 
 def resize(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
-    """Give Up(x): `x` (N, C, h, w) at the size (H, W); the same size costs nothing."""
+    """Return Up(x): `x` (N, C, h, w) at the size (H, W); the same size costs nothing."""
     return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=tuple(size), mode=upsample)
 
 
 def resize_adjoint(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
-    """Give Upᵀ(x): the transpose of `resize` from `size` (h, w), applied to `x` (N, C, H, W).
+    """Return Upᵀ(x): the transpose of `resize` from `size` (h, w), applied to `x` (N, C, H, W).
 
     Up works on rows and columns apart, Up(z) = A z Bᵀ, so Upᵀ(x) = Aᵀ x B. As products rather than by the backward
     operator of the upsampling, which on a GPU adds in no fixed order and does not compile for changing sizes.
@@ -157,6 +157,6 @@ def resize_adjoint(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
 
 
 def _resize_matrix(small: int, large: int, like: Tensor, upsample: str) -> Tensor:
-    """Give the matrix (large, small) by which Up acts on one axis: what it makes of the unit vectors."""
+    """Return the matrix (large, small) by which Up acts on one axis: what it makes of the unit vectors."""
     unit_vectors = torch.eye(small, dtype=like.dtype, device=like.device)[None, None]
     return resize(unit_vectors, (large, small), upsample)[0, 0]

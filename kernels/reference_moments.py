@@ -17,7 +17,7 @@ from unikd_fast.kernels.reference import autocast_off
 
 
 def projected_moments(feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Give mean and biased variance over N, H and W of ``F.conv2d(feature, weight, bias)``.
+    """Return mean and biased variance over N, H and W of ``F.conv2d(feature, weight, bias)``.
 
     Args:
         feature: (N, C, H, W), of at least two pixels in all.
@@ -57,7 +57,7 @@ class ChannelStatistics(NamedTuple):
 
 @torch.no_grad()
 def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Give mean and biased variance of each channel over N, H and W, as numbers that no gradient goes through.
+    """Return mean and biased variance of each channel over N, H and W, as numbers that no gradient goes through.
 
     What normalises with them has the gradient of the normalisation as a whole (`reference_readings`).
 

@@ -35,7 +35,7 @@ def pool_collapsed(
     upsample: str = "nearest",
     statistics: Sequence[ChannelStatistics] | None = None,
 ) -> Tensor:
-    """Give the mean over H_1 x W_1 of `fuse_stagewise`, for spatial gates; the formula stands above.
+    """Return the mean over H_1 x W_1 of `fuse_stagewise`, for spatial gates; the formula stands above.
 
     Args:
         features: L tensors (N, C_l, H_l, W_l), fine to coarse, contiguous or channels_last.
@@ -91,7 +91,7 @@ def taps_on(level: int, taps: Sequence[Tensor], expand: Tensor) -> Tensor:
 
 
 def pixel_weights(projections: Sequence[Tensor], gate_biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
-    """Give the weight of each pixel of each level in the average of F_R, w_l / (H_1 W_1), (N, H_l W_l); they sum to 1.
+    """Return the weight of each pixel in the average of F_R, w_l / (H_1 W_1), by level (N, H_l W_l); they sum to 1.
 
     Args:
         projections: what the taps of the gates saw of each level, (N, 9 * gates, H_l, W_l), see `taps_on`.

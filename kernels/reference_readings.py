@@ -33,7 +33,7 @@ def takes_handles() -> bool:
 
 
 def project(feature: Tensor, rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor | None]:
-    """Give M x̂, (N, R, P), and the handle that `average` takes.
+    """Return M x̂, (N, R, P), and the handle that `average` takes.
 
     Args:
         feature: x, (N, C, H, W).
@@ -47,7 +47,7 @@ def project(feature: Tensor, rows: Tensor, moments: Moments) -> tuple[Tensor, Te
 
 
 def average(feature: Tensor, weight: Tensor, handle: Tensor | None, moments: Moments) -> Tensor:
-    """Give A = x̂ w, (N, C), for x (N, C, P) and weights w (N, P)."""
+    """Return A = x̂ w, (N, C), for x (N, C, P) and weights w (N, P)."""
     if handle is None:
         return torch.bmm(feature.to(weight.dtype), weight[:, :, None])[:, :, 0]
     averaged: Tensor = _Average.apply(feature, weight, handle, *moments)
@@ -112,7 +112,7 @@ def _through_the_norm(
     drift: Tensor,
     stretch: Tensor,
 ) -> Tensor:
-    """Give the gradient of a feature from that of the normalised one, leftᵀ right, and its two sums (C,)."""
+    """Return the gradient of a feature from that of the normalised one, leftᵀ right, and its two sums (C,)."""
     count = feature.numel() // feature.shape[1]
     slope = -stretch * rstd.square() / count
     offset = -drift * rstd / count - slope * mean
@@ -126,9 +126,9 @@ def _through_the_norm(
 
 
 def _outer_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Give leftᵀ right, left (N, R, C) and right (N, R, P) of parts, in shape, layout and dtype of `like` (N, C, H, W).
+    """Return leftᵀ right, left (N, R, C) and right (N, R, P) given in parts, with shape, layout and dtype of `like`.
 
-    Written into a tensor of its own and not viewed as one: autograd adds the network's own gradient of a level in place
+    The result (N, C, H, W) is a tensor of its own and not a view: autograd adds the network's own gradient of a level in place
     where it can, and into a view it cannot.
     """
     left, right = (torch.cat(list(parts), dim=1).to(like.dtype) for parts in (lefts, rights))

@@ -288,7 +288,7 @@ def fused_softmax_kl(
     standardized: bool = False,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Give `reference.softmax_kl` from one launch; `scale` (...,) multiplies the teacher's stored rows."""
+    """Return `reference.softmax_kl` from one launch; `scale` (...,) multiplies the teacher's stored rows."""
     weight = temperature**2 if scale_by_t2 else 1.0
     if reduction == "mean":
         weight /= student_logits.shape[-1]
@@ -307,5 +307,5 @@ def fused_softmax_kl(
 
 
 def bytes_moved(rows: int, classes: int, element_bytes: int) -> int:
-    """Give the least there is to move: both logits read, the gradient written."""
+    """Return the least there is to move: both logits read, the gradient written."""
     return 3 * rows * classes * element_bytes

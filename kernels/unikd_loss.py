@@ -169,7 +169,7 @@ def fused_unikd_loss(
     ignore_index: int,
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give total, ce, feature_kl, logit_kl and anchor; terms whose inputs are None are 0."""
+    """Return total, ce, feature_kl, logit_kl and anchor; terms whose inputs are None are 0."""
     none = (None, None)
     total, anchored, ce, feature_kl, logit_kl = _loss(
         (
@@ -196,5 +196,5 @@ def fused_unikd_loss(
 
 
 def bytes_moved(rows: int, classes: int, element_bytes: int) -> int:
-    """Give the least there is to move: logits as `softmax_kl`, Gaussians as `gaussian_kl`."""
+    """Return the least there is to move: logits as `softmax_kl`, Gaussians as `gaussian_kl`."""
     return 9 * rows * classes * element_bytes

@@ -110,10 +110,13 @@ class Refuse:
                    "psutil", "nvidia", "PIL", "numpy"}:
             raise ModuleNotFoundError(f"refused {name}", name=name)
 sys.meta_path.insert(0, Refuse())
+import torch
+before = set(sys.modules)
 import unikd_fast
 for name in unikd_fast.__all__:
     getattr(unikd_fast, name)
-import torch
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert loaded == {"unikd_fast"}, loaded  # not Triton either: the names cost nothing beside torch
 gaussian = unikd_fast.Gaussian(torch.zeros(2, 3), torch.zeros(2, 3))
 terms = unikd_fast.unikd_loss(torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0, 1]), gaussian, gaussian)
 assert abs(terms.ce.item() - 1.0986) < 1e-3

@@ -121,7 +121,7 @@ class AdaptiveFeatureFusion(nn.Module):
             norm.reset_parameters()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Give F_R, Eq. 4, stage by stage.
+        """Return F_R, Eq. 4, stage by stage.
 
         Args:
             features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
@@ -135,7 +135,7 @@ class AdaptiveFeatureFusion(nn.Module):
         return self._stagewise(features, pool=False)
 
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
-        """Give the mean of F_R over H_1 x W_1, collapsed where that is exact.
+        """Return the mean of F_R over H_1 x W_1, collapsed where that is exact.
 
         It is exact with spatial gates. Batch normalisation takes no map of its own: in training its statistics are
         those of the batch, before E of each channel, after it from the features' covariance (`projected_moments`).
@@ -215,7 +215,7 @@ class AdaptiveFeatureFusion(nn.Module):
         return "pooled() runs collapsed: with spatial gates and no norm that is exact"
 
     def _folded_expanders(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Give E_l with its batch normalisation folded in, but for batch statistics of what lies before E_l."""
+        """Return E_l with its batch normalisation folded in, but for batch statistics of what lies before E_l."""
         weights, biases = _weights(self.expanders), _biases(self.expanders)
         for level, norm in enumerate(_batch_norms(self.norms)):
             given = weights[level], biases[level]
@@ -272,7 +272,7 @@ def _biases(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _fold_after(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Give weight and bias of a convolution that does ``norm(F.conv2d(feature, weight, bias))``.
+    """Return weight and bias of a convolution that does ``norm(F.conv2d(feature, weight, bias))``.
 
     Args:
         norm: of D channels. In training mode its running statistics move.
@@ -295,7 +295,7 @@ def _fold_after(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor)
 
 
 def _fold_before(norm: _BatchNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Give weight and bias of a convolution that does ``F.conv2d(norm(feature), weight, bias)`` in eval mode.
+    """Return weight and bias of a convolution that does ``F.conv2d(norm(feature), weight, bias)`` in eval mode.
 
     Args:
         norm: of C channels, without parameters of its own, which E would make redundant.
@@ -308,7 +308,7 @@ def _fold_before(norm: _BatchNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor
 
 
 def _batch_statistics(norm: _BatchNorm, feature: Tensor) -> ChannelStatistics:
-    """Give what `norm` normalises `feature` (N, C, H, W) with in training; its running statistics move.
+    """Return what `norm` normalises `feature` (N, C, H, W) with in training; its running statistics move.
 
     Raises:
         ValueError: one pixel, whose variance says nothing.
@@ -319,12 +319,12 @@ def _batch_statistics(norm: _BatchNorm, feature: Tensor) -> ChannelStatistics:
 
 
 def _batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    """Give them typed; conversion to SyncBatchNorm leaves another subclass here."""
+    """Return them typed; conversion to SyncBatchNorm leaves another subclass here."""
     return [module for module in modules if isinstance(module, _BatchNorm)]
 
 
 def _running_moments(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Give the running mean and variance."""
+    """Return the running mean and variance."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return norm.running_mean, norm.running_var

@@ -23,7 +23,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def results_of(name: str, inputs: list[Tensor], *, factor: float = 1.0, **settings: Any) -> list[Tensor]:
-    """Give the loss and its gradients, times a factor."""
+    """Return the loss and its gradients, times a factor."""
     loss = LOSSES[name].compute(*inputs, impl="fused", **settings)
     return [loss.detach(), *torch.autograd.grad(loss * factor, leaves_of(inputs))]
 

@@ -39,7 +39,7 @@ def make(name: str, images: int, width: int = 64) -> tuple[AdaptiveFeatureFusion
 
 
 def step(name: str, fusion: AdaptiveFeatureFusion, features: list[Tensor]) -> list[Tensor]:
-    """Give the result and the gradients of the features and parameters."""
+    """Return the result and the gradients of the features and parameters."""
     y = getattr(fusion, FORMS[name][1])(features)
     return [y.detach(), *torch.autograd.grad(y, [*features, *fusion.parameters()], torch.ones_like(y))]
 

@@ -58,7 +58,7 @@ def form(name: str) -> tuple[AdaptiveFeatureFusion, Compute]:
 
 
 def calls_of(compute: Callable[[], Any]) -> list[tuple[Any, list[Tensor], list[Any]]]:
-    """Give the calls of fused functions, each with its tensors and settings."""
+    """Return the calls of fused functions, each with its tensors and settings."""
     calls = []
     original = _autograd.FusedFunction.__call__
 

@@ -36,7 +36,7 @@ def _exp_kernel(x_ptr, ours_ptr, plain_ptr, N: tl.constexpr):
 
 
 def exponentials(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give eˣ of the kernels and of Triton."""
+    """Return eˣ of the kernels and of Triton."""
     ours, plain = torch.empty_like(x), torch.empty_like(x)
     _exp_kernel[(1,)](x, ours, plain, x.numel())
     return ours, plain

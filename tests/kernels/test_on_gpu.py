@@ -20,7 +20,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def step(name: str, inputs: list[Tensor], factor: Tensor | None = None) -> list[Tensor]:
-    """Give the loss and its gradients."""
+    """Return the loss and its gradients."""
     loss = LOSSES[name].compute(*inputs, impl="fused")
     return [loss.detach(), *torch.autograd.grad(loss, leaves_of(inputs), factor)]
 

@@ -40,7 +40,7 @@ MODULES = {
 
 
 def operator_arguments(name: str, inputs: Sequence[Tensor], **settings: Any) -> tuple[Any, ...]:
-    """Give what the public loss passes to its operator where it compiles."""
+    """Return what the public loss passes to its operator where it compiles."""
     loss, calls = MODULES[name]._loss, []
 
     def record(_: _autograd.FusedLoss, tensors: _autograd.Tensors, **chosen: Any) -> list[Tensor]:

@@ -49,7 +49,7 @@ def randn(
 
 
 def close_logits(classes: int, rows: int = 4) -> tuple[Tensor, Tensor]:
-    """Give bf16 logits of a student and of its teacher, who gives class 0 a probability of 0.999."""
+    """Return bf16 logits of a student and of its teacher, who gives class 0 a probability of 0.999."""
     teacher = randn(rows, classes, seed=2, scale=0.5)
     teacher[:, 0] = teacher[:, 1:].logsumexp(-1) + math.log(999)
     return (teacher + randn(rows, classes, seed=1, scale=0.02)).bfloat16(), teacher.bfloat16()
@@ -72,7 +72,7 @@ def compare(function: Callable[..., Any], inputs: Sequence[Any], *, units: float
 
 
 def quantized_kl(values: Tensor) -> Callable[..., Tensor]:
-    """Give softmax KL as a function of the rest: in float64 the values stay as they are stored."""
+    """Return softmax KL as a function of the rest: in float64 the values stay as they are stored."""
 
     def compute(student: Tensor, scale: Tensor, offset: Tensor, **settings: Any) -> Tensor:
         return softmax_kl(student, QuantizedLogits(values, scale, offset), **settings)
@@ -90,7 +90,7 @@ def objective(
     teacher_log_var: Tensor,
     **settings: Any,
 ) -> tuple[Tensor, ...]:
-    """Give the terms of `unikd_loss` that there are, of tensors alone."""
+    """Return the terms of `unikd_loss` that there are, of tensors alone."""
     pairs = Gaussian(student_mean, student_log_var), Gaussian(teacher_mean, teacher_log_var)
     return tuple(x for x in unikd_loss(student, teacher, labels, *pairs, **settings) if x is not None)
 
@@ -100,7 +100,7 @@ def total(*inputs: Any, **settings: Any) -> Tensor:
 
 
 def gaussians(rows: int, classes: int, *, dtype: torch.dtype = torch.float32, grad: Sequence[bool]) -> list[Tensor]:
-    """Give means of size 1 and log-variances of size 1/2 of student and teacher."""
+    """Return means of size 1 and log-variances of size 1/2 of student and teacher."""
     return [
         randn(rows, classes, seed=20 + i, scale=scale, dtype=dtype, grad=g)
         for i, (scale, g) in enumerate(zip((1, 0.5, 1, 0.5), grad, strict=True))
@@ -108,7 +108,7 @@ def gaussians(rows: int, classes: int, *, dtype: torch.dtype = torch.float32, gr
 
 
 def labelled_logits(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Give logits of student and teacher, and labels, of which one is ignored."""
+    """Return logits of student and teacher, and labels, of which one is ignored."""
     student, teacher = (randn(rows, classes, seed=seed, dtype=dtype) for seed in (1, 2))
     return [student.requires_grad_(), teacher, labels_for(rows, classes, ignored=(rows // 2,))]
 

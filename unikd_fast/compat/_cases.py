@@ -93,7 +93,7 @@ def _liger_jsd(beta: float, labelled: bool, loss: Loss, s: Tensor, t: Tensor) ->
 
 
 def _liger_eps(eps: float) -> float:
-    """Give eps, with a method that Liger 0.8.5's kernel calls on it and that Triton's interpreter does not provide."""
+    """Return eps with the method `to`, which Liger 0.8.5's kernel calls and Triton's interpreter does not provide."""
 
     class Eps(float):
         def to(self, dtype: Any) -> float:

@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 def measure(
     loss: Any, case: Case, *, rounded_to: torch.dtype, computed_in: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> Measured:
-    """Give the value of a loss and its gradients by the student's and by the teacher's inputs, None where it has none.
+    """Return a loss and its gradients with respect to the student's and the teacher's inputs, None where it has none.
 
     The inputs are normal with a standard deviation of 3, drawn in fp64 and rounded; the gradient is that of a random
     weighting of the outputs. Every loss, dtype and device sees the same numbers.
@@ -46,7 +46,7 @@ def measure(
 
 
 def difference(ours: Measured, theirs: Measured) -> Difference:
-    """Give how far `ours` is from `theirs`; infinite where the shapes differ or only one has a gradient."""
+    """Return how far `ours` is from `theirs`; infinite where the shapes differ or only one has a gradient."""
     value, *gradients = (_distance(a, b) for a, b in zip(ours, theirs, strict=True))
     return Difference(*value, *(max(x) for x in zip(*gradients, strict=True)))
 

@@ -19,7 +19,7 @@ def kl_div(
     dim: int = -1,
     scale_by_t2: bool = True,
 ) -> Tensor:
-    """Give KL( softmax(z_t / τ) || softmax(z_s / τ) ) as `torch.nn.functional.kl_div` reduces it.
+    """Return KL( softmax(z_t / τ) || softmax(z_s / τ) ) as `torch.nn.functional.kl_div` reduces it.
 
     "batchmean" divides by the first axis alone, whatever comes after it, "mean" by the number of elements. No rows
     give 0, where PyTorch gives NaN.
@@ -49,7 +49,7 @@ def kl_div(
 
 
 def jsd_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """Give the terms of the generalised Jensen-Shannon divergence, of the inputs' shape, in plain PyTorch.
+    """Return the terms of the generalised Jensen-Shannon divergence, of the inputs' shape, in plain PyTorch.
 
         β p (ln p - ln m) + (1 - β) q (ln q - ln m),  m = β p + (1 - β) q
         β = 0: p (ln p - ln q),   β = 1: q (ln q - ln p)

@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def row(preset_name: str, preset: Preset, target: Target, dtype: torch.dtype, device: str) -> str:
-    """Give a line of the table."""
+    """Return a line of the table."""
     ours = load(target.replacement)
     theirs = getattr(_published, target.published) if target.published else load(target.places[0])
     other = "the formula, restated" if target.published else f"{preset.distribution} {installed_version(preset)}"
@@ -90,7 +90,7 @@ def row(preset_name: str, preset: Preset, target: Target, dtype: torch.dtype, de
 def compare(
     ours: Any, theirs: Any, target: Target, dtype: torch.dtype, device: str
 ) -> tuple[Difference, Difference, Difference]:
-    """Give the largest differences of ours from theirs, of ours from fp64, and of theirs from fp64."""
+    """Return the largest differences of ours from theirs, of ours from fp64, and of theirs from fp64."""
     between, our_errors, their_errors = [], [], []
     for case in target.cases:
         for seed in SEEDS:

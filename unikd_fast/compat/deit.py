@@ -51,7 +51,7 @@ class DistillationLoss(nn.Module):
         self.tau = tau
 
     def forward(self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Give the loss.
+        """Return the loss.
 
         Args:
             inputs: what the teacher sees.

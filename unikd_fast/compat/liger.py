@@ -38,7 +38,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         self.eps = eps
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """Give the loss.
+        """Return the loss.
 
         Args:
             y_pred: the student's log-probabilities (N, K).
@@ -83,7 +83,7 @@ class LigerJSD(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Give the loss.
+        """Return the loss.
 
         Args:
             log_q: the student's log-probabilities (N, K).

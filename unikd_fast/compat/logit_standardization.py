@@ -11,7 +11,7 @@ from unikd_fast.losses import softmax_kl
 
 
 def kd_loss(logits_student_in: Tensor, logits_teacher_in: Tensor, temperature: float, logit_stand: bool) -> Tensor:
-    """Give the fork's `kd_loss` (mdistiller/distillers/KD.py): that of mdistiller, on standardised logits.
+    """Return the fork's `kd_loss` (mdistiller/distillers/KD.py): that of mdistiller, on standardised logits.
 
         L = τ² mean_n KL( softmax_1(Z(z_t) / τ) || softmax_1(Z(z_s) / τ) ),    Z(z) = (z - mean z) / (1e-7 + std z)
 
@@ -44,7 +44,7 @@ def dkd_loss(
     temperature: float,
     logit_stand: bool,
 ) -> Tensor:
-    """Give the fork's `dkd_loss` (mdistiller/distillers/DKD.py): that of mdistiller, on standardised logits.
+    """Return the fork's `dkd_loss` (mdistiller/distillers/DKD.py): that of mdistiller, on standardised logits.
 
     Args:
         logits_student_in, logits_teacher_in: (N, K).

@@ -10,7 +10,7 @@ from unikd_fast.losses import softmax_kl
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Give mdistiller's `kd_loss`: the divergence summed over axis 1, the mean over all other axes, times τ².
+    """Return mdistiller's `kd_loss`: the divergence summed over axis 1, the mean over all other axes, times τ².
 
         L = τ² mean_n Σ_k p_nk ( ln p_nk - ln q_nk ),    p = softmax_1(z_t / τ),  q = softmax_1(z_s / τ)
 
@@ -28,7 +28,7 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 def dkd_loss(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """Give mdistiller's `dkd_loss`: α TCKD + β NCKD, each summed over the classes, averaged over N, times τ².
+    """Return mdistiller's `dkd_loss`: α TCKD + β NCKD, each summed over the classes, averaged over N, times τ².
 
     mdistiller leaves the target class out of NCKD by subtracting 1000 from its logit; here it is left out altogether.
     The two agree to the last digit unless the target's logit exceeds the others by hundreds of τ. And 1 - q_y is

@@ -46,7 +46,7 @@ class KLDivergence(nn.Module):
         self.teacher_detach = teacher_detach
 
     def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        """Give the loss.
+        """Return the loss.
 
         Args:
             preds_S: student's logits (N, K) or (N, K, H, W).

@@ -30,7 +30,7 @@ class LogitsDistillationLoss(nn.Module):
         self._reduction = reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        """Give the loss.
+        """Return the loss.
 
         Args:
             logits_s: student's logits (N, ..., K).
@@ -54,7 +54,7 @@ class FlattenedLogitsDistillationLoss(LogitsDistillationLoss):
         super().__init__(temperature, reduction)
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        """Give the loss of logits (..., K)."""
+        """Return the loss of logits (..., K)."""
         classes = logits_s.shape[-1]
         return kl_div(
             logits_s.reshape(-1, classes),

@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def load(place: str) -> Any:
-    """Give what "module:name" or "module:Class.method" names."""
+    """Return what "module:name" or "module:Class.method" names."""
     module, _, name = place.partition(":")
     found = import_module(module)
     for part in name.split("."):

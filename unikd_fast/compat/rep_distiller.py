@@ -22,7 +22,7 @@ class DistillKL(nn.Module):
         self.T = T
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
-        """Give the loss.
+        """Return the loss.
 
         Args:
             y_s: student's logits (N, K) or (N, K, H, W), divided by N alone.

@@ -12,7 +12,7 @@ from unikd_fast.compat._kl_div import kl_div
 
 
 def logit_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Give the `kd_loss` of timm's `LogitDistillationTask`.
+    """Return the `kd_loss` of timm's `LogitDistillationTask`.
 
         L = τ² / N Σ p ( ln p - ln q ),    p = softmax(z_t / τ),  q = softmax(z_s / τ)
 
@@ -30,7 +30,7 @@ def logit_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temp
 
 
 def logit_distillation_forward(self: Any, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Give what `LogitDistillationTask.forward` gives: loss = w_task task_loss + w_distill kd_loss, and its parts.
+    """Return what `LogitDistillationTask.forward` gives: loss = w_task task_loss + w_distill kd_loss, and its parts.
 
     Args:
         self: the task: student (`trainable_module`), `teacher`, `criterion`, `temperature`, and the two weights.

@@ -67,7 +67,7 @@ class KDLoss(nn.KLDivLoss):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Give the loss.
+        """Return the loss.
 
         Args:
             student_io_dict: inputs and outputs of the student's modules, by path and then by "input" or "output".

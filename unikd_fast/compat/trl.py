@@ -17,7 +17,7 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """Give TRL's `generalized_jsd_loss`, the generalised Jensen-Shannon divergence (Agarwal et al. 2024, Eq. 1).
+    """Return TRL's `generalized_jsd_loss`, the generalised Jensen-Shannon divergence (Agarwal et al. 2024, Eq. 1).
 
         β KL(p || m) + (1 - β) KL(q || m),  m = β p + (1 - β) q;    β = 0: KL(p || q),  β = 1: KL(q || p)
 

@@ -39,7 +39,7 @@ def softmax_kl(
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Give the divergence of the student's class distribution from the teacher's, Eq. 1 and 2.
+    """Return the divergence of the student's class distribution from the teacher's, Eq. 1 and 2.
 
         L_L = τ² KL( softmax(z_t / τ) || softmax(z_s / τ) )
 
@@ -121,7 +121,7 @@ def dkd_loss(
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Give the loss of decoupled knowledge distillation (Zhao et al., CVPR 2022, Eq. 7): α TCKD + β NCKD, times τ².
+    """Return the loss of decoupled knowledge distillation (Zhao et al., CVPR 2022, Eq. 7): α TCKD + β NCKD, times τ².
 
         TCKD = KL( (p_y, 1 - p_y) || (q_y, 1 - q_y) ),    NCKD = KL( p without y || q without y, both renormalised )
 
@@ -189,7 +189,7 @@ def gaussian_kl(
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Give the divergence of the teacher's feature distribution from the student's, Eq. 6, for v = σ².
+    """Return the divergence of the teacher's feature distribution from the student's, Eq. 6, for v = σ².
 
         L_FL = KL( q_s || q_t ) = 1/2 Σ_k [ v_s/v_t + (m_t - m_s)² / v_t - 1 + ln( v_t / v_s ) ]
 
@@ -252,7 +252,7 @@ def unikd_loss(
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
 ) -> LossTerms:
-    """Give the whole objective of UniKD and its terms.
+    """Return the whole objective of UniKD and its terms.
 
         L = L_CE + α L_FL + β L_L                                            (Eq. 7)
 

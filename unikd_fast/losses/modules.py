@@ -67,7 +67,7 @@ class SoftmaxKL(_Loss):
         teacher_logits: Tensor | QuantizedLogits | TopKLogits,
         ignore_mask: Tensor | None = None,
     ) -> Tensor:
-        """Give L_L for logits (..., K)."""
+        """Return L_L for logits (..., K)."""
         return softmax_kl(student_logits, teacher_logits, ignore_mask=ignore_mask, **self.settings)
 
 
@@ -109,7 +109,7 @@ class DKDLoss(_Loss):
         alpha: float | Tensor | None = None,
         beta: float | Tensor | None = None,
     ) -> Tensor:
-        """Give α TCKD + β NCKD for logits (..., K)."""
+        """Return α TCKD + β NCKD for logits (..., K)."""
         return dkd_loss(student_logits, teacher_logits, labels, **_replaced(self.settings, alpha, beta))
 
 
@@ -128,7 +128,7 @@ class GaussianKL(_Loss):
     def forward(
         self, student_mean: Tensor, student_log_var: Tensor, teacher_mean: Tensor, teacher_log_var: Tensor
     ) -> Tensor:
-        """Give L_FL for parameters (..., K)."""
+        """Return L_FL for parameters (..., K)."""
         return gaussian_kl(student_mean, student_log_var, teacher_mean, teacher_log_var, **self.settings)
 
 
@@ -179,7 +179,7 @@ class UniKDLoss(_Loss):
         beta: float | Tensor | None = None,
         anchor: GaussianPair | None = None,
     ) -> LossTerms:
-        """Give the terms of Eq. 7; `alpha` and `beta` replace the module's own for this call."""
+        """Return the terms of Eq. 7; `alpha` and `beta` replace the module's own for this call."""
         settings = _replaced(self.settings, alpha, beta)
         return unikd_loss(student_logits, teacher_logits, labels, student, teacher, anchor=anchor, **settings)
 

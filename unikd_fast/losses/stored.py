@@ -60,7 +60,7 @@ def top_k_logits(logits: Tensor, k: int) -> TopKLogits:
 
 
 def dense_logits(teacher: Tensor | QuantizedLogits) -> Tensor:
-    """Give the logits (..., K), expanded from their stored form if they have one."""
+    """Return the logits (..., K), expanded from their stored form if they have one."""
     if not isinstance(teacher, QuantizedLogits):
         return teacher
     values, scale, offset = teacher
@@ -68,10 +68,10 @@ def dense_logits(teacher: Tensor | QuantizedLogits) -> Tensor:
 
 
 def stored_rows(teacher: Tensor | QuantizedLogits) -> tuple[Tensor, Tensor | None]:
-    """Give what a kernel reads: values (..., K) and scale (...,). A softmax does not see the offset."""
+    """Return what a kernel reads: values (..., K) and scale (...,). A softmax does not see the offset."""
     return (teacher.values, teacher.scale) if isinstance(teacher, QuantizedLogits) else (teacher, None)
 
 
 def tensors_of(teacher: Tensor | QuantizedLogits) -> tuple[Tensor, ...]:
-    """Give what a teacher is stored in."""
+    """Return what a teacher is stored in."""
     return (teacher,) if isinstance(teacher, Tensor) else tuple(teacher)
