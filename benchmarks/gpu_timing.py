@@ -50,7 +50,7 @@ def spread(milliseconds: Sequence[float]) -> Times:
 
 
 def copies_beyond_cache(bytes_per_copy: int, cache_bytes: int, *, at_most: int = 64) -> int:
-    """Return how many copies of the inputs to cycle through; two at least, so that no call finds its own data cached."""
+    """Return how many copies of the inputs to cycle through: at least two, so that no call finds its data cached."""
     return min(max(math.ceil(CACHE_MULTIPLE * cache_bytes / bytes_per_copy), 2), at_most)
 
 

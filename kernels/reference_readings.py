@@ -128,8 +128,8 @@ def _through_the_norm(
 def _outer_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], like: Tensor) -> Tensor:
     """Return leftᵀ right, left (N, R, C) and right (N, R, P) given in parts, with shape, layout and dtype of `like`.
 
-    The result (N, C, H, W) is a tensor of its own and not a view: autograd adds the network's own gradient of a level in place
-    where it can, and into a view it cannot.
+    The result (N, C, H, W) is a tensor of its own and not a view: autograd adds the network's own gradient of a level
+    in place where it can, and into a view it cannot.
     """
     left, right = (torch.cat(list(parts), dim=1).to(like.dtype) for parts in (lefts, rights))
     if like.is_contiguous():

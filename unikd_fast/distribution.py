@@ -71,7 +71,7 @@ class FeatureDistributionPrediction(nn.Module):
         self.variance = nn.Linear(inside, num_classes)
 
     def forward(self, pooled: Tensor) -> Gaussian:
-        """Return (mean, log_var), each (N, K) in fp32 (fp64 for fp64 inputs), also under autocast and with half weights.
+        """Return (mean, log_var), each (N, K) in fp32 (fp64 for fp64 inputs), under autocast and with half weights too.
 
         Args:
             pooled: (N, D), the global average of F_R.
