@@ -93,7 +93,7 @@ def test_as_json(tmp_path: Path) -> None:
     assert len(content["missing"]) == 6  # a teacher that is given is not run
 
 
-def test_figures_that_the_tables_print_differently_are_both_there(tmp_path: Path) -> None:
+def test_figures_that_two_tables_print_are_both_there(tmp_path: Path) -> None:
     pair = TABLES["table1"].pairs[4]
     one, five = (entry(made(name, tmp_path), "unikd", pair) for name in ("table1", "table5"))
     assert one.printed is not None
@@ -123,7 +123,7 @@ def test_table_3_has_both_accuracies(tmp_path: Path) -> None:
     assert entry(ledger, "kd", pair, "top5").differences == pytest.approx((90.0 - 89.88, 89.0 - 89.88))
 
 
-def test_table_7_is_the_mean_over_the_pairs_of_those_seeds_that_all_have(tmp_path: Path) -> None:
+def test_table_7_is_the_mean_over_seeds_that_all_pairs_have(tmp_path: Path) -> None:
     pairs = TABLES["table7"].pairs
     for number, pair in enumerate(pairs):
         finish(tmp_path, "kd", pair, 0, 70.0 + number, 69.0, (60.0,))  # mean 72.5
@@ -142,7 +142,7 @@ def test_table_7_is_the_mean_over_the_pairs_of_those_seeds_that_all_have(tmp_pat
     assert (doubtful.printed.value, doubtful.printed.note) == (71.73, "recomputed from Table 1: 73.95")
 
 
-def test_a_given_teachers_figures_are_those_its_students_run_kept(tmp_path: Path) -> None:
+def test_a_published_teachers_figures_are_its_students(tmp_path: Path) -> None:
     folder = finish(tmp_path, "unikd", R110, 1, 75.0, 74.0, (9.0,))
     assert entry(made("table6", tmp_path), "teacher", R110).figures.best is None
     write_result(folder / "teacher", "teacher", method="given", best=74.5, last=74.5)

@@ -43,7 +43,7 @@ def test_the_written_configuration_is_the_planned_one(tmp_path: Path) -> None:
     assert "momentum" not in json.loads(run.config_file.read_text())["train"]  # a default
 
 
-def test_teachers_are_named_by_variables_that_do_not_depend_on_the_place(tmp_path: Path) -> None:
+def test_variables_name_teachers_wherever_the_runs_lie(tmp_path: Path) -> None:
     published, trained = (planned(KD, tmp_path, teachers=kind).config.teacher for kind in ("published", "trained"))
     assert published is not None
     assert trained is not None
@@ -62,7 +62,7 @@ def test_a_teacher_is_trained_like_a_student_alone(tmp_path: Path) -> None:
         assert (config.train.learning_rate, config.train.total_epochs) == (rate, epochs)
 
 
-def test_what_is_about_teachers_does_not_reach_runs_without_one(tmp_path: Path) -> None:
+def test_runs_without_a_teacher_take_no_setting_of_one(tmp_path: Path) -> None:
     overrides = ["teacher.precision=fp32", "distill.temperature=2", "train.max_steps=5"]
     alone = planned(Cell("none", TABLE1.pairs[0], 0), tmp_path, overrides=overrides).config
     assert (alone.teacher, alone.distill.temperature, alone.train.max_steps) == (None, 4.0, 5)
@@ -94,7 +94,7 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     assert planned(KD, tmp_path, root=Path("/elsewhere")).state == "done"  # the same data at another place
 
 
-def test_a_run_with_other_settings_is_neither_done_nor_continued(tmp_path: Path) -> None:
+def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     run = planned(KD, tmp_path, overrides=["train.max_steps=3"], root=Path("/a"))
     start(run)
     with pytest.raises(ConfigError) as refusal:

@@ -90,7 +90,7 @@ def test_changes_are_one_each() -> None:
     assert STUDY["unikd_input_norm_beta_4"].title == "UniKD, batch norm before the expanders, beta = 4"
 
 
-def test_what_differs_by_the_features_alone_has_the_same_loss_of_the_logits() -> None:
+def test_rows_without_features_have_the_same_logit_loss() -> None:
     for row, without in SAME_LOGIT_LOSS.items():
         ours, theirs = (STUDY[each].distill(STUDY_PAIR) for each in (row, without))
         assert (ours["method"], theirs["method"], theirs["ce_weight"]) == ("unikd", "kd", 1.0)

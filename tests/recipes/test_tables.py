@@ -132,7 +132,7 @@ def test_folders_bear_what_decides_a_run(tmp_path: Path) -> None:
     assert Cell("kd", other, 2).name == "cifar100/kd/wrn_40_2-ShuffleV1/seed-2"
 
 
-def test_students_alone_have_no_teacher_and_all_others_share_one() -> None:
+def test_students_share_a_teacher_or_have_none() -> None:
     cells = student_cells(TABLES["table1"], range(2), ["none", "kd"], ["wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1"])
     assert len(cells) == 8
     assert [cell.name for cell in teacher_cells(cells)] == ["cifar100/teacher/wrn_40_2/seed-0"]
@@ -140,7 +140,7 @@ def test_students_alone_have_no_teacher_and_all_others_share_one() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if TABLES[name].needs_files])
-def test_the_stand_in_has_the_same_rows_on_networks_of_its_own(name: str) -> None:
+def test_the_stand_in_has_the_same_rows_on_small_networks(name: str) -> None:
     table = stand_in(TABLES[name])
     assert (table.methods, table.number, table.data) == (TABLES[name].methods, None, "digits")
     cells = student_cells(table, range(1))
@@ -158,7 +158,7 @@ def parse_method(method: str, cell: Cell) -> object:
     return tuple(named) if isinstance(named, list) else named
 
 
-def test_the_stand_ins_students_know_less_than_their_teachers() -> None:
+def test_the_stand_ins_students_have_fewer_samples() -> None:
     pair = stand_in(TABLES["table6"]).pairs[0]
     student, teacher = (experiment(method, pair) for method in ("unikd", "teacher"))
     assert student["data"]["train_samples"] == 100

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.runs import Teachers, total_seconds
 from unikd_fast.recipes.tables import Cell, Table, printed_row, setting, teacher_cells, title
-from unikd_fast.report.accuracy import Spread, spread
+from unikd_fast.report.accuracy import Spread, signed, spread
 from unikd_fast.report.printed import MEAN, Metric, Printed, printed, printed_anywhere, rows
 from unikd_fast.report.run_files import read_json, read_result
+from unikd_fast.report.table import markdown_table
 from unikd_fast.units import duration
 
 _KEYS: dict[Metric, str] = {"top1": "accuracy", "top5": "top5"}
 _EPOCHS = ("best", "last")
-_NONE, _MINUS = "–", "\u2212"
+_NONE = "–"
 
 
 class Finished(NamedTuple):
@@ -447,22 +448,3 @@ def _made_with(entries: Sequence[Entry]) -> str:
             "ledger's JSON names each run's folder, with its versions in environment.json.",
         ]
     )
-
-
-def signed(value: float) -> str:
-    """Return a difference with its sign.
-
-    Example:
-        >>> signed(0.25), signed(0.001)
-        ('+0.25', '0.00')
-    """
-    shown = f"{abs(value):.2f}"
-    return shown if float(shown) == 0 else f"{'+' if value > 0 else _MINUS}{shown}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose columns also line up as text."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in (header, *rows)]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)

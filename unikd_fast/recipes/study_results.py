@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
-from unikd_fast.recipes.ledger import Finished, markdown_table, read_finished, signed
+from unikd_fast.recipes.ledger import Finished, read_finished
 from unikd_fast.recipes.pairs import TEACHER
 from unikd_fast.recipes.study import (
     ALPHAS,
@@ -27,7 +27,8 @@ from unikd_fast.recipes.study import (
     WIDTHS,
 )
 from unikd_fast.recipes.tables import Cell, title
-from unikd_fast.report.accuracy import spread
+from unikd_fast.report.accuracy import signed, spread
+from unikd_fast.report.table import markdown_table
 
 _CONFIDENCE = 0.95
 

@@ -178,8 +178,8 @@ def _table(rows: Sequence[AccuracyRow], metric: str) -> Table:
         if compared:
             own += (
                 _each(row.printed, lambda one: f"{one.value:.2f} ({_tables(one)})"),
-                _each(row.printed, lambda one, mean=row.best.mean: _signed(mean - one.value)),  # type: ignore[misc]
-                _each(row.printed, lambda one, mean=row.last.mean: _signed(mean - one.value)),  # type: ignore[misc]
+                _each(row.printed, lambda one, mean=row.best.mean: signed(mean - one.value)),  # type: ignore[misc]
+                _each(row.printed, lambda one, mean=row.last.mean: signed(mean - one.value)),  # type: ignore[misc]
             )
         cells.append(own)
     caption = f"Test {metric} accuracy (%), mean ± sample standard deviation over seeds"
@@ -205,7 +205,13 @@ def _tables(printed: Printed) -> str:
     return ", ".join(f"T{table}" for table in printed.tables)
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """Return a difference with its sign.
+
+    Example:
+        >>> signed(0.25), signed(0.001)
+        ('+0.25', '0.00')
+    """
     shown = f"{abs(value):.2f}"
     return shown if float(shown) == 0 else f"{'+' if value > 0 else _MINUS}{shown}"
 

@@ -14,13 +14,16 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     Args:
         results: result.json contents; several with one label are seeds of one run.
     """
-    rows = [HEADER, *(_row(label, group) for label, group in _by_label(results).items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    rows = [_row(label, group) for label, group in _by_label(results).items()]
+    return f"{_caption(results)}\n\n{markdown_table(HEADER, rows)}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns also line up as text."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in (header, *rows)]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([_caption(results), "", *lines])
+    return "\n".join(lines)
 
 
 def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
