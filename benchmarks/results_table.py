@@ -1,4 +1,4 @@
-"""Write the README's performance tables from the newest result of each GPU.
+"""Write the performance tables of docs/kernels.md from the newest result of each GPU.
 
 python benchmarks/results_table.py
 """
@@ -11,7 +11,7 @@ from typing import Any
 from unikd_fast.io import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "kernels.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 NOTHING = "Nothing has been measured on a GPU yet."
@@ -161,7 +161,7 @@ def _ratio(value: float | None) -> str:
 
 
 def main() -> None:
-    write_file(README, replace_block(README.read_text(), render(newest_results(RESULTS))))
+    write_file(PAGE, replace_block(PAGE.read_text(), render(newest_results(RESULTS))))
 
 
 if __name__ == "__main__":

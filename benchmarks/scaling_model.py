@@ -1,6 +1,6 @@
 """Weak scaling: what share of its speed a GPU keeps among many, predicted from the bytes that a step all-reduces.
 
-`python benchmarks/scaling_model.py` writes the table of docs/scaling.md.
+`python benchmarks/scaling_model.py` writes the table of docs/training.md.
 """
 
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unikd_fast.io import write_file
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "training.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 

@@ -172,7 +172,7 @@ def measured(tmp_path: Path, processes: int, stage: int = 0) -> dict[str, float]
 @pytest.mark.benchmark(group="two processes over one, MobileNetV1, 96 px, fp32, gloo")
 @pytest.mark.skipif("lo" not in psutil.net_io_counters(pernic=True), reason="needs the loopback's counters")
 def test_what_two_processes_say_and_how_fast_they_are(benchmark: Any, tmp_path: Path) -> None:
-    """docs/scaling.md predicts 2 (n - 1) / n of the gradients a process and step, as does every ring all-reduce."""
+    """docs/training.md predicts 2 (n - 1) / n of the gradients a process and step, as does every ring all-reduce."""
     one, two = measured(tmp_path, 1), measured(tmp_path, 2)
     predicted = 2 * (2 - 1) * 4 * two["parameters"]  # bytes that both send together
     off = two["bytes"] / predicted - 1

@@ -297,9 +297,9 @@ def test_the_fusion_has_a_table_of_its_own_and_the_step_a_line() -> None:
     assert results_table.COLUMNS[0] not in text
 
 
-def test_the_readmes_block_is_current() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_table_of_gpu_results_is_current() -> None:
+    page = results_table.PAGE.read_text()
     block = results_table.render(results_table.newest_results(results_table.RESULTS))
-    assert results_table.replace_block(readme, block) == readme, "run `python benchmarks/results_table.py`"
+    assert results_table.replace_block(page, block) == page, "run `python benchmarks/results_table.py`"
     with pytest.raises(ValueError, match="each once"):
         results_table.replace_block("no marks", block)
