@@ -171,7 +171,7 @@ _IMAGENET_DATA = """ImageNet: images sorted by class in a folder, and name that 
 `export IMAGENET_ROOT=FOLDER`:
   FOLDER/train/<class>/<image>
   FOLDER/val/<class>/<image>
-The README says how torchvision sorts the three published archives so."""
+docs/data.md says how torchvision sorts the three published archives so."""
 _CIFAR_TEACHERS = f"""The published teachers are RepDistiller's, which all of this literature uses: unpack
 cifar_teachers.tar of https://github.com/megvii-research/mdistiller/releases/tag/checkpoints (or run RepDistiller's
 scripts/fetch_pretrained_teachers.sh, if its server answers), and name the folder by --teachers FOLDER or
