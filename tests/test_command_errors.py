@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from unikd_fast import command
-from unikd_fast.command import describe_os_error, run_command
-from unikd_fast.errors import ConfigError, Interrupted, LostProcess, OutOfMemory
+from unikd_fast.command import run_command
+from unikd_fast.errors import ConfigError, Interrupted, LostProcess, OutOfMemory, describe_os_error
 
 FULL = OSError(28, "No space left on device", "/runs/a/config.json")
 
@@ -51,13 +51,40 @@ def second_ctrl_c() -> int:
 def test_one_line_and_the_exit_code(
     capfd: pytest.CaptureFixture[str], body: Callable[[], int], code: int, message: str
 ) -> None:
-    assert run_command("unikd-x", body) == code
-    assert capfd.readouterr() == ("", f"unikd-x: error: {message}\n")
+    assert run_command("unikd x", body) == code
+    assert capfd.readouterr() == ("", f"unikd x: error: {message}\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        run_command("unikd-x", lambda: 1 // 0)
+        run_command("unikd x", lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "described"),
+    [
+        (ModuleNotFoundError("No module named 'pydantic'", name="pydantic"), True),
+        (ModuleNotFoundError("No module named 'onnx.checker'", name="onnx.checker"), True),
+        (ModuleNotFoundError("No module named 'pytest.nowhere'", name="pytest.nowhere"), False),  # there, but broken
+        (ModuleNotFoundError("No module named 'unikd_fast.nowhere'", name="unikd_fast.nowhere"), False),
+        (ModuleNotFoundError("no name"), False),
+    ],
+)
+def test_a_missing_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: ModuleNotFoundError, described: bool
+) -> None:
+    for package in ("pydantic", "onnx"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    if described:
+        assert run_command("unikd x", raising(error), extra="train") == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"unikd x: error: the package {error.name} is not installed for {sys.executable}; ")
+        assert said.endswith("or pip install 'unikd-fast[train]'\n")
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            run_command("unikd x", raising(error), extra="train")
+    with pytest.raises(ModuleNotFoundError):
+        run_command("unikd x", raising(error))
 
 
 def test_os_errors_name_their_paths() -> None:
@@ -87,9 +114,9 @@ def test_the_first_process_speaks_for_all(
     slept: list[float] = []
     monkeypatch.setattr(command.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "1")
-    run_command("unikd-x", raising(error))
+    run_command("unikd x", raising(error))
     assert slept == pauses
-    assert capsys.readouterr().err == ("" if said is None else f"unikd-x: error: {said}\n")
+    assert capsys.readouterr().err == ("" if said is None else f"unikd x: error: {said}\n")
 
 
 def test_ctrl_c_while_the_first_is_waited_for(
@@ -100,12 +127,12 @@ def test_ctrl_c_while_the_first_is_waited_for(
 
     monkeypatch.setattr(command.time, "sleep", interrupted)
     monkeypatch.setenv("RANK", "1")
-    assert run_command("unikd-x", raising(ConfigError("no"))) == 130
+    assert run_command("unikd x", raising(ConfigError("no"))) == 130
     assert capsys.readouterr().err == ""
 
 
 def start(text: str, stdout: int) -> "subprocess.CompletedProcess[str]":
-    code = f"import sys; from unikd_fast.command import run_command\nsys.exit(run_command('unikd-x', lambda: {text}))"
+    code = f"import sys; from unikd_fast.command import run_command\nsys.exit(run_command('unikd x', lambda: {text}))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
         [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
@@ -125,4 +152,4 @@ def test_nothing_is_said_where_nobody_reads(lines: int) -> None:
 def test_output_on_a_full_disk(lines: int, where: str) -> None:
     with Path("/dev/full").open("w") as full:
         done = start(f"print('line\\n' * {lines})", full.fileno())
-    assert (done.returncode, done.stderr) == (1, f"unikd-x: error: {where}No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, f"unikd x: error: {where}No space left on device\n")

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
-    return run_command(options.command, lambda: options.function(options))
+    return run_command(options.command, lambda: options.function(options), extra=options.extra)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,15 +58,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_data(commands)
     _add_report(commands)
-    add_arguments(_command(commands, "reproduce", reproduce, help="run the cells of the papers' tables"))
+    add_arguments(
+        _add_command(
+            commands, "reproduce", reproduce, extra="train,report", help="run what is missing of the papers' tables"
+        )
+    )
     return parser
 
 
-def _command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], int], **texts: str
+def _add_command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], *, extra: str, **texts: str
 ) -> argparse.ArgumentParser:
+    """Add a sub-command.
+
+    Args:
+        commands: sub-commands of a parser, to which it is added.
+        name: name of the sub-command.
+        function: function that runs it and returns the exit code.
+        extra: extra of the package that brings what it imports.
+        texts: help, description, epilog and usage.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(name, **texts)
-    parser.set_defaults(function=function, command=parser.prog)
+    parser.set_defaults(function=function, command=parser.prog, extra=extra)
     return parser
 
 
@@ -82,7 +95,18 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    parser = _command(commands, "train", _train, help="train a student", description="Distil a student from a teacher.")
+    parser = _add_command(
+        commands,
+        "train",
+        _train,
+        extra="train",
+        help="train a student",
+        description="Distil a student from a teacher. Under torchrun: torchrun ... -m unikd_fast train ...; under "
+        "deepspeed: deepspeed ... --module unikd_fast train ...",
+        epilog="exit codes: 0 done; 1 a file cannot be read or written; 2 the arguments or the configuration are not "
+        "usable; 3 a loss is not finite; 4 the teacher's cache and 5 the data cannot be used; 6 there is no whole "
+        "checkpoint; 7 out of memory; 8 another process was lost; 128 + n stopped by signal n",
+    )
     _add_local_rank(parser)
     add_experiment_arguments(parser.add_mutually_exclusive_group(required=True))
     _add_set(parser)
@@ -105,13 +129,14 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _add_export(commands: Any) -> None:
-    parser = _command(
+    parser = _add_command(
         commands,
         "export",
         _export,
+        extra="export",
         help="write the student of a run to a file of its own",
-        description="Writes the student of a run, finished or not, to a file of its own, reads the file back and "
-        "compares what it computes with the plain network; a file that is there has passed.",
+        description="Write the student of a run, finished or not, to a file of its own, read the file back, and "
+        "compare what it computes with the plain network. A file that exists has passed.",
         epilog="exit codes: 0 done; 1 the file could not be written, or computes something else; 2 an option or the "
         "run folder is not usable; 6 the checkpoint is damaged, or there is none; 130 stopped by Ctrl-C",
     )
@@ -127,28 +152,28 @@ def _add_export(commands: Any) -> None:
         "--checkpoint",
         default="last",
         metavar="WHICH",
-        help="last: the newest that is whole (default); best: of the best evaluation; step-<number>; or a path",
+        help="last: the newest that is whole (default); best: that of the best evaluation; step-<number>; or a path",
     )
     parser.add_argument(
         "--average",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="the exponential average of the weights (train.ema_decay) instead of the last ones; auto: if there is one",
+        help="export the exponential average of the weights (train.ema_decay); auto: if there is one (default)",
     )
-    parser.add_argument("--opset", type=_positive, metavar="N", help="of ONNX, 18 or later; torch's default otherwise")
+    parser.add_argument("--opset", type=_positive, metavar="N", help="opset of ONNX, 18 or later (default: torch's)")
     parser.add_argument(
         "--image-size",
         type=_positive,
         metavar="N",
-        help="height and width of the images that .pt and .onnx are made for; data.image_size otherwise",
+        help="height and width of the images that .pt and .onnx are made for (default: data.image_size)",
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
 
 def _export(options: argparse.Namespace) -> int:
-    from unikd_fast.export.command import export_student
+    from unikd_fast.export.command import export_run
 
-    said = export_student(
+    said = export_run(
         Path(options.run),
         Path(options.to),
         checkpoint=options.checkpoint,
@@ -165,53 +190,57 @@ def _add_cache(commands: Any) -> None:
     cache = commands.add_parser(
         "cache",
         help="build, verify, describe or plan the cache of a teacher's outputs",
-        description="The teacher's outputs on disk (teacher.cache in a configuration).",
+        description="Manage the teacher's outputs on disk (teacher.cache in a configuration).",
         epilog="exit codes: 0 done; 1 a file cannot be read or written; 2 the configuration is not usable; 4 the cache "
-        "is damaged, incomplete or another run's; 128 + n stopped by signal n",
+        "is damaged, incomplete or that of another run; 128 + n stopped by signal n",
     )
     commands = cache.add_subparsers(required=True, metavar="COMMAND")
-    build = _command(
+    build = _add_command(
         commands,
         "build",
         _cache_build,
+        extra="train",
         help="build what is missing, without training",
-        description="Builds what the caches of a configuration's runs lack, without training. The processes of a "
+        description="Build what the caches of a configuration's runs lack, without training. The processes of a "
         "launcher share the work, and so do several builds of one folder. SIGTERM and Ctrl-C keep what is written; the "
-        "next build goes on from there.",
+        "next build continues from there.",
     )
-    verify = _command(
+    verify = _add_command(
         commands,
         "verify",
         _cache_verify,
+        extra="train",
         usage="%(prog)s [-h] [--repair] (FOLDER | (--config FILE|NAME | --recipe NAME) [--set KEY=VALUE])",
         help="read everything and name the shards that are not ok",
-        description="Reads every record and prints a line for each shard that is bad or not built.",
+        description="Read every record, and print a line for each shard that is bad or not built.",
         epilog="exit codes: 0 every shard is ok, or with --repair: no bad shard is left, and unikd cache build "
-        "completes the cache; 4 otherwise, and where the folder is no cache or what belongs to all shards is damaged",
+        "completes the cache; 4 otherwise, and if the folder is not a cache or what belongs to all shards is damaged",
     )
-    verify.add_argument("--repair", action="store_true", help="discard bad shards, so that build makes these anew")
-    info = _command(
+    verify.add_argument("--repair", action="store_true", help="discard bad shards, so that build makes them anew")
+    info = _add_command(
         commands,
         "info",
         _cache_info,
+        extra="train",
         usage="%(prog)s [-h] [--json] (FOLDER | (--config FILE|NAME | --recipe NAME) [--set KEY=VALUE])",
         help="say what a cache holds, what it was made from and by whom",
-        description="Prints size, codec and key of a cache, and how the teacher that built it ran.",
+        description="Print size, codec and key of a cache, and how the teacher that built it ran.",
     )
-    plan = _command(
+    plan = _add_command(
         commands,
         "plan",
         _cache_plan,
+        extra="train",
         help="say what a cache costs and saves",
-        description="Measures teacher and student on this machine and prints size, times and break-even of the cache "
-        "of each run. Writes nothing. A teacher that the run would train first has random weights.",
+        description="Measure teacher and student on this machine, and print size, times and break-even of the cache "
+        "of each run. Nothing is written. A teacher that the run would train first has random weights.",
     )
     for parser in (build, plan):
         add_experiment_arguments(parser.add_mutually_exclusive_group(required=True))
     for parser in (verify, info):
         which = parser.add_mutually_exclusive_group(required=True)
         add_experiment_arguments(which)
-        which.add_argument("folder", nargs="?", metavar="FOLDER", help="of a cache; no configuration is needed")
+        which.add_argument("folder", nargs="?", metavar="FOLDER", help="folder of a cache; no configuration is needed")
     for parser in (info, plan):
         parser.add_argument("--json", action="store_true", help="print one JSON object a line for each cache")
     for parser in (build, verify, info, plan):
@@ -325,10 +354,11 @@ def _start_processes() -> "Processes":
 def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="pack an image folder for fast reading")
     commands = data.add_subparsers(required=True, metavar="COMMAND")
-    pack = _command(
+    pack = _add_command(
         commands,
         "pack",
         _data_pack,
+        extra="train",
         help="pack an image folder into Arrow files",
         description="Pack an image folder into Arrow files, which data.name = arrow reads. After an interruption the "
         "same command goes on.",
@@ -359,16 +389,17 @@ def _data_pack(options: argparse.Namespace) -> int:
 
 
 def _add_report(commands: Any) -> None:
-    parser = _command(
+    parser = _add_command(
         commands,
         "report",
         _report,
+        extra="report",
         help="write the page of finished runs",
-        description="One HTML page, and PNG figures beside it, of finished runs.",
+        description="Write one HTML page of finished runs, and PNG figures beside it.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, comparisons or single runs")
-    parser.add_argument("--to", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
-    parser.add_argument("--title", help="of the page (default: the data sets and students)")
+    parser.add_argument("--to", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
+    parser.add_argument("--title", help="title of the page (default: the data sets and students)")
     parser.add_argument("--force", action="store_true", help="replace a page that exists, and its figures")
 
 

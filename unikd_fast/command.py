@@ -1,4 +1,4 @@
-"""Where errors become messages: every command runs its body here.
+"""Where errors become messages: every sub-command runs its body here.
 
 What the user can act on ends as one line on standard error and an exit code; anything else is a fault of ours and keeps
 its traceback.
@@ -15,29 +15,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from unikd_fast.errors import LostProcess, RunError
+from unikd_fast.errors import ConfigError, LostProcess, RunError, describe_os_error
 
 _FIRST_SPEAKS_S = 10.0
 """How much later than the others the first process may speak on a busy machine."""
 
 
-def run_command(name: str, body: Callable[[], int], *, stopped: str = "stopped by Ctrl-C") -> int:
+def run_command(name: str, body: Callable[[], int], *, extra: str | None = None) -> int:
     """Run a command and return its exit code; a failure is one line on standard error.
 
     Of the processes of a launcher the first speaks for all; another one speaks if the first has not ended the run
     meanwhile. Where nobody reads the output any more (``| head``), nothing is said.
 
     Args:
-        name: the command, as the user types it.
-        body: does the work and returns the exit code.
-        stopped: what to say after Ctrl-C.
+        name: command as the user types it.
+        body: function that does the work and returns the exit code.
+        extra: extra of the package that brings what the body imports. If None, a missing package is a fault of ours.
 
     Returns:
-        The body's code; that of a `RunError`; 1 for an `OSError`; 130 after Ctrl-C, also after a second one that broke
-        the way out; 141 where nobody reads the output.
+        The body's code; that of a `RunError`; 1 for an `OSError`; 2 where a package of the extra is missing; 130 after
+        Ctrl-C, also after a second one that broke the way out; 141 where nobody reads the output.
 
     Example:
-        >>> run_command("unikd-export", lambda: 0)
+        >>> run_command("unikd export", lambda: 0)
         0
     """
     code, message = 0, None
@@ -54,13 +54,19 @@ def run_command(name: str, body: Callable[[], int], *, stopped: str = "stopped b
                 code, message = error.exit_code, str(error)
             elif isinstance(error, OSError):
                 code, message = RunError.exit_code, describe_os_error(error)
+            elif extra is not None and isinstance(error, ModuleNotFoundError) and _is_absent(error.name):
+                code = ConfigError.exit_code
+                message = (
+                    f"the package {error.name} is not installed for {sys.executable}; activate the environment that "
+                    f"has it, or pip install 'unikd-fast[{extra}]'"
+                )
             else:
                 raise
             if message is not None and not _is_first() and not isinstance(error, LostProcess):
                 time.sleep(_FIRST_SPEAKS_S)
     except KeyboardInterrupt:
         # Ctrl-C reaches all processes of a terminal, so the first has it too.
-        code, message = 128 + signal.SIGINT, stopped if _is_first() else None
+        code, message = 128 + signal.SIGINT, "stopped by Ctrl-C" if _is_first() else None
         # One more while Python shuts down ends it at once, in place of a traceback.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     if message is not None:
@@ -71,31 +77,10 @@ def run_command(name: str, body: Callable[[], int], *, stopped: str = "stopped b
     return code
 
 
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals that ask a command to save and end.
-
-    SIGHUP, which a terminal sends when it is closed, is not among them under ``nohup``.
-    """
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,)))
-
-
-def describe_os_error(error: OSError) -> str:
-    """Return the path and what the system says of it.
-
-    Example:
-        >>> describe_os_error(OSError(28, "No space left on device", "/runs/a/config.json"))
-        '/runs/a/config.json: No space left on device'
-    """
-    if error.errno is None:
-        return str(error)
-    paths = [
-        os.fsdecode(path) if isinstance(path, bytes) else str(path)
-        for path in (error.filename, error.filename2)
-        if path is not None
-    ]
-    said = error.strerror or os.strerror(error.errno)
-    return f"{' -> '.join(paths)}: {said}" if paths else said
+def _is_absent(module: str | None) -> bool:
+    """Whether a module is missing because its whole package is, and that is not ours."""
+    package = (module or "unikd_fast").partition(".")[0]
+    return package != "unikd_fast" and sys.modules.get(package) is None
 
 
 def _is_first() -> bool:

@@ -1,4 +1,7 @@
-"""What ends a run with a message instead of a traceback, and with which exit code."""
+"""What ends a run with a message instead of a traceback, and with which exit code; and the signals that stop it."""
+
+import os
+import signal
 
 
 class RunError(Exception):
@@ -65,3 +68,30 @@ class Interrupted(RunError):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask a command to save and end.
+
+    SIGHUP, which a terminal sends when it is closed, is not among them under ``nohup``.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,)))
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the path and what the system says of it.
+
+    Example:
+        >>> describe_os_error(OSError(28, "No space left on device", "/runs/a/config.json"))
+        '/runs/a/config.json: No space left on device'
+    """
+    if error.errno is None:
+        return str(error)
+    paths = [
+        os.fsdecode(path) if isinstance(path, bytes) else str(path)
+        for path in (error.filename, error.filename2)
+        if path is not None
+    ]
+    said = error.strerror or os.strerror(error.errno)
+    return f"{' -> '.join(paths)}: {said}" if paths else said

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,8 @@ from support.cache_commands import (
     SHARDS,
     VIEWS,
     Command,
-    Said,
     cached_config,
 )
-from support.real_runs import ROOT
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.teacher.cache import CacheFolder
@@ -148,28 +144,3 @@ def test_ctrl_c_and_a_broken_disk_give_no_traceback(
     assert (said.code, said.out) == (code, "")
     assert said.err.startswith("unikd cache verify: error: ")
     assert said.err.count("\n") == 1
-
-
-def test_a_wrong_configuration_is_refused_and_help_is_given_without_torch(tmp_path: Path) -> None:
-    """As the launchers start it: DeepSpeed's puts --local_rank before everything."""
-    code = (
-        "import sys; from unikd_fast.cli import main\n"
-        "try: code = main(sys.argv[1:])\n"
-        "except SystemExit as end: code = end.code\n"
-        "assert 'torch' not in sys.modules; sys.exit(code)"
-    )
-
-    def call(*arguments: object) -> Said:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-        return Said(done.returncode, done.stdout, done.stderr)
-
-    assert call("cache", "--help").code == 0
-    assert "exit codes: 0 every shard is ok" in call("cache", "verify", "--help").out
-    wrong = call(
-        "--local_rank=0", "cache", "build", "--config", cached_config(tmp_path), "--set", "teacher.cache.views=0"
-    )
-    assert (wrong.code, wrong.out) == (2, "")
-    assert wrong.err.startswith("unikd cache build: error: ")
-    assert "teacher.cache.views = 0" in wrong.err

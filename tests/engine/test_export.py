@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,15 +26,15 @@ from support.exported_runs import (
     stripped,
     trained,
 )
-from support.real_runs import ALONE, ROOT, kill_group, start, wait_for_step
+from support.real_runs import ALONE, kill_group, start, wait_for_step
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.engine.checkpoint.files import on_cpu, write_folder
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.folder import open_run_folder
 from unikd_fast.engine.run import _run_all
 from unikd_fast.engine.step import train_step
-from unikd_fast.export import run as export_weights
-from unikd_fast.export.run import load_student
+from unikd_fast.export import student as export_weights
+from unikd_fast.export.student import load_student
 from unikd_fast.models import build_model
 
 
@@ -226,14 +224,3 @@ def test_a_student_that_started_from_published_weights_is_the_network_that_came_
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(found(images), trained_one(images))
-
-
-def test_the_command_is_one(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "unikd_fast", "export", str(tmp_path), "--to", "a.pt"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"unikd export: error: {tmp_path} is no run folder")

@@ -52,8 +52,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["{run}", "--to", "{there}/a.pth"], "the ending '.pth' is no format; use one of .safetensors (safetensors)"),
-        (["{run}", "--to", "{there}/a"], "the ending '' is no format"),
+        (
+            ["{run}", "--to", "{there}/a.pth"],
+            "the ending '.pth' is not a format; use one of .safetensors (safe",
+        ),
+        (["{run}", "--to", "{there}/a"], "the ending '' is not a format"),
         (["{run}", "--to", "{there}"], "is a folder"),
         (["{run}", "--to", "{there}/a.pt", "--opset", "18"], "--opset 18 is for ONNX"),
         (["{run}", "--to", "{there}/a.onnx", "--opset", "11"], "torch writes opset 18 and later"),
@@ -63,9 +66,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
         (["{run}", "--to", "{run}/checkpoints/a.pt"], "the run writes that itself"),
         (["{run}", "--to", "{run}/student.safetensors", "--force"], "the run writes that itself"),
         (["{run}", "--to", "{run}/checkpoints/x/../best.safetensors", "--force"], "the run writes that itself"),
-        (["{there}", "--to", "{there}/a.pt"], "is no run folder: it has no config.json"),
-        (["{there}/none", "--to", "{there}/a.pt"], "no folder"),
-        (["{run}/checkpoints", "--to", "{there}/a.pt"], "is no run folder, but lies in {run}, which is one"),
+        (["{there}", "--to", "{there}/a.pt"], "is not a run folder, it has no config.json"),
+        (["{there}/none", "--to", "{there}/a.pt"], "is not a folder"),
+        (["{run}/checkpoints", "--to", "{there}/a.pt"], "is not a run folder, but lies in {run}, which is one"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_remedy(

@@ -94,8 +94,8 @@ def test_a_second_ctrl_c_in_a_lock_is_one_line(capsys: pytest.CaptureFixture[str
             os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not interrupted")
 
-    assert run_command("launch_distill", waiting) == 130
-    assert capsys.readouterr().err == "launch_distill: error: stopped by Ctrl-C\n"
+    assert run_command("unikd train", waiting) == 130
+    assert capsys.readouterr().err == "unikd train: error: stopped by Ctrl-C\n"
 
 
 def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_what_is_not_finished_is_named_and_left_out(tmp_path: Path) -> None:
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFileError, match="does not exist; give a run folder"):
         find_runs([tmp_path / "nowhere"])
-    with pytest.raises(RunFileError, match=r"is no run folder: it has no config\.json"):
+    with pytest.raises(RunFileError, match=r"is not a run folder, it has no config\.json"):
         find_runs([tmp_path])
     folder = comparison(tmp_path / "c")
     with pytest.raises(RunFileError, match=f"seed-0 is a part of the run folder {folder} .*; give {folder}"):

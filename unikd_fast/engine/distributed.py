@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unikd_fast.command import stop_signals
-from unikd_fast.errors import ConfigError, RunError
+from unikd_fast.errors import ConfigError, RunError, stop_signals
 
 Result = TypeVar("Result")
 

@@ -1,21 +1,26 @@
 """What `unikd export` does: write a student, read the file back, and compare what it computes."""
 
+import os
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unikd_fast.config import ConfigError
+from unikd_fast.config import Config, ConfigError, run_configs
+from unikd_fast.config.load import read_stored, run_path, teacher_config
 from unikd_fast.errors import RunError
-from unikd_fast.export.run import read_run
 from unikd_fast.io import make_folder, new_path
 
 if TYPE_CHECKING:
-    from unikd_fast.export.run import Average
+    from unikd_fast.export.student import Average
+
+_CONFIG = "config.json"
+_DEPTH = 2  # a comparison keeps its runs in seed-<seed>/<label>
 
 
-def export_student(
+def export_run(
     run: Path,
     target: Path,
     *,
@@ -48,7 +53,7 @@ def export_student(
         from unikd_fast.engine.folder import BEST
         from unikd_fast.engine.inputs import refusing_misfits
         from unikd_fast.export.formats import check, format_of, plain_logits, random_images
-        from unikd_fast.export.run import load_student, read_weights
+        from unikd_fast.export.student import load_student, read_weights
         from unikd_fast.models import parameter_count, stored_preprocessing
 
     file_format = format_of(target, opset)
@@ -88,11 +93,59 @@ def export_student(
     )
 
 
-def _refuse(run: Path, target: Path, *, force: bool) -> None:
-    """Before anything is read.
+def read_run(folder: Path) -> Config:
+    """Return the configuration of the single run whose checkpoints are in a folder.
+
+    Args:
+        folder: folder of a run, of one run of a comparison (``runs/x/seed-0/unikd``), or of a teacher that was trained
+            first (``runs/x/teacher``).
 
     Raises:
-        ConfigError: the file would replace another one, or be taken for one of the run's own.
+        ConfigError: the folder is not that of a run, or is that of several, which are named.
+
+    Example:
+        >>> read_run(Path("runs/digits-5cb1dd29/seed-0/unikd")).distill.method
+        'unikd'
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give the folder of a run, which run.dir names")
+    here = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would leave a linked folder for another one
+    for root in (here, *here.parents[:_DEPTH]):
+        if (root / _CONFIG).is_file():
+            runs = _runs(read_stored(root / _CONFIG))
+            name = here.relative_to(root).as_posix()
+            if name in runs:
+                return runs[name]
+            raise ConfigError(_which(folder, root, runs))
+    raise ConfigError(f"{folder} is not a run folder, it has no {_CONFIG}; give the folder that run.dir names")
+
+
+def _runs(config: Config) -> dict[str, Config]:
+    """Return the single runs of a configuration by their folders below that of the configuration."""
+    runs: dict[str, Config] = {}
+    for label, seed, single in run_configs(config):
+        home = f"seed-{seed}/" if config.compare else ""
+        teacher = single.teacher
+        if single.distill.method != "none" and teacher is not None and teacher.weights is None and teacher.training:
+            runs.setdefault(f"{home}teacher", teacher_config(single))
+        runs[run_path(config, label, seed)] = single
+    return runs
+
+
+def _which(folder: Path, root: Path, runs: Mapping[str, Config]) -> str:
+    started = [str(root / name) for name in runs if (root / name).is_dir()]
+    if root == Path(os.path.abspath(folder)):  # noqa: PTH100
+        what = f"{folder} holds a comparison of {len(runs)} runs"
+    else:
+        what = f"{folder} is not a run folder, but lies in {root}, which is one"
+    return f"{what}; name one of these: {', '.join(started)}" if started else f"{what}, and none has started"
+
+
+def _refuse(run: Path, target: Path, *, force: bool) -> None:
+    """Refuse a target before anything is read.
+
+    Raises:
+        ConfigError: the file would replace another one, or look like one of the run's own.
     """
     place = target.resolve()
     if (run / "checkpoints").resolve() in place.parents or place == (run / "student.safetensors").resolve():
@@ -108,7 +161,7 @@ def _refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of what was raised first; exporters wrap it in advice to their own developers."""
+    """Return the first line of what was raised first; exporters wrap it in advice to their own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = str(error).strip().partition("\n")[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unikd_fast.engine.folder import export_student, import_student
 from unikd_fast.errors import ConfigError, RunError
-from unikd_fast.export.run import PlainStudent
+from unikd_fast.export.student import PlainStudent
 from unikd_fast.models import preprocessing_in_words
 
 BATCHES = (2, 3, 1)  # exporters are shown two images; one is the size that they take for a constant most easily
@@ -40,17 +40,17 @@ class Agreement:
 
 
 def random_images(size: int) -> Tensor:
-    """The same normalised images every time, as many as the largest batch."""
+    """Return the same normalised images every time, as many as the largest batch."""
     return torch.randn(max(BATCHES), 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def plain_logits(network: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """The logits of a plain network for the first images, by the size of the batch.
+    """Return the logits of a plain network for the first images, by the size of the batch.
 
     Raises:
-        ConfigError: it does not take images of this size.
-        RunError: its logits are not finite.
+        ConfigError: the network does not take images of this size.
+        RunError: the logits are not finite.
     """
     try:
         logits = {count: network(images[:count]) for count in BATCHES}
@@ -67,15 +67,15 @@ def plain_logits(network: nn.Module, images: Tensor) -> dict[int, Tensor]:
 def check(
     run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, expected: dict[int, Tensor], *, exact: bool
 ) -> Agreement:
-    """Compares what was read back with the plain network, in fp32 and in several sizes of the batch.
+    """Compare what was read back with the plain network, in fp32 and in several sizes of the batch.
 
     Args:
         run: what was read back: images to logits.
-        expected: by :func:`plain_logits` for the same images.
-        exact: allow no difference.
+        expected: logits by `plain_logits` for the same images.
+        exact: whether to allow no difference.
 
     Raises:
-        RunError: it differs by more than the rounding of another order of summation.
+        RunError: the logits differ by more than the rounding of another order of summation.
     """
     allowed = 0.0 if exact else _allowed(network, images, expected)
     worst = 0.0
@@ -97,7 +97,7 @@ def check(
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖ over the logits of an image, of the worst image.
+    """Return ‖found - expected‖ / ‖expected‖ over the logits of an image, of the worst image.
 
     Example:
         >>> relative_difference(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]])) < 0.1
@@ -132,10 +132,10 @@ class Format:
     """One format.
 
     Attributes:
-        title: for people.
-        write: writes the student for images like the given ones, in batches of any size.
-        read: opens the file as its users will; images to logits, in fp32 on the CPU.
-        exact: what is read back computes the very same, because it is the plain network.
+        title: name of the format in messages.
+        write: function that writes the student for images like the given ones, in batches of any size.
+        read: function that opens the file as its users will: images to logits, in fp32 on the CPU.
+        exact: whether what is read back computes the very same, because it is the plain network.
     """
 
     title: str
@@ -145,10 +145,10 @@ class Format:
 
 
 def format_of(path: Path, opset: int | None) -> Format:
-    """The format that the ending of a file's name stands for.
+    """Return the format that the ending of a file's name stands for.
 
     Raises:
-        ConfigError: it stands for none, the opset does not fit, or packages are missing.
+        ConfigError: the ending stands for none, the opset does not fit, or packages are missing.
 
     Example:
         >>> format_of(Path("student.onnx"), None).title
@@ -157,7 +157,7 @@ def format_of(path: Path, opset: int | None) -> Format:
     found = FORMATS.get(path.suffix.lower())
     if found is None:
         known = ", ".join(f"{ending} ({each.title})" for ending, each in FORMATS.items())
-        raise ConfigError(f"--to {path}: the ending {path.suffix!r} is no format; use one of {known}")
+        raise ConfigError(f"--to {path}: the ending {path.suffix!r} is not a format; use one of {known}")
     if found is not FORMATS[".onnx"]:
         if opset is not None:
             raise ConfigError(f"--opset {opset} is for ONNX, and --to {path} is {found.title}; leave --opset out")

@@ -66,7 +66,6 @@ def run(options: argparse.Namespace) -> int:
     if options.table is None:
         raise ConfigError(f"no table is given; give one of {', '.join(TABLES)}, or --list for the recipes")
     # Only now pydantic and the schema.
-    from unikd_fast.recipes.ledger import ledger_json, ledger_markdown, make_ledger, overviews
     from unikd_fast.recipes.runs import Training, missing_requirements, plan_runs, teachers_environment
 
     table = TABLES[options.table]
@@ -92,6 +91,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("\n\n".join([f"{table.name} cannot run yet", *lacking]))
     if options.dry_run:
         return 0
+    # Only now numpy and matplotlib, and not after the runs: where one is missing, that is said before they start.
+    from unikd_fast.recipes.ledger import ledger_json, ledger_markdown, make_ledger, overviews
+
     if waiting:
         print(f"{len(waiting)} runs to do, {options.jobs} at a time", flush=True)
     training = Training(waiting, teachers_environment(out, table.data, published), options.jobs)

@@ -152,12 +152,25 @@ def read_experiment(config: str | None, recipe_name: str | None, overrides: Sequ
 def find_config(config: str) -> Path:
     """Return the path of a configuration: a file, or a shipped one by its name.
 
+    Raises:
+        ConfigError: there is neither; names the shipped ones, and the most similar of them.
+
     Example:
         >>> find_config("digits").name
         'digits.json'
     """
-    shipped = {path.stem: path for path in _SHIPPED.glob("*.json")}
-    return shipped[config] if config in shipped and not Path(config).is_file() else Path(config)
+    path = Path(config)
+    try:
+        if path.is_file():
+            return path
+    except OSError:
+        return path  # the reader says what is wrong with it
+    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.json")) if path.stem != "schema"}
+    if config not in shipped:
+        close = difflib.get_close_matches(path.stem, shipped)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"--config {config}: no such file, nor one of the shipped {', '.join(shipped)}{meant}")
+    return shipped[config]
 
 
 @cache

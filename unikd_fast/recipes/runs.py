@@ -19,11 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
-from unikd_fast.command import stop_signals
 from unikd_fast.config import Config, ConfigError, config_hash, parse_config
 from unikd_fast.config.load import parse_override, read_stored
 from unikd_fast.data.roots import check_root
-from unikd_fast.errors import OutOfMemory
+from unikd_fast.errors import OutOfMemory, stop_signals
 from unikd_fast.io import append_line, make_folder, open_own, write_json
 from unikd_fast.recipes.experiments import TEACHERS_ROOT, experiment
 from unikd_fast.recipes.pairs import TEACHER, Pair

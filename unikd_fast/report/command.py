@@ -12,7 +12,6 @@ from unikd_fast.report.runs import Found, group_runs
 if TYPE_CHECKING:
     from unikd_fast.report.page import Picture, Section
 
-
 _LISTED = 8
 
 
@@ -23,24 +22,20 @@ class ReportError(RunError, ValueError):
 
 
 def write_report(found: Found, target: Path, *, title: str | None = None, force: bool = False) -> str:
-    """Writes the page of these runs, and says what in a line.
+    """Write the page of these runs, and return what was written in a line.
 
     Args:
-        target: the page, an HTML file; its figures lie beside it.
-        title: None for the data sets and students.
-        force: replace a page that exists, and its figures.
+        found: runs and unfinished ones.
+        target: HTML file; the figures are written beside it.
+        title: title of the page. If None, the data sets and students.
+        force: whether to replace a page that exists, and its figures.
 
     Raises:
-        ReportError: the target is none, exists, or matplotlib is not installed.
+        ReportError: the target is not a page, or exists.
         RunFileError: a file of a run is damaged.
     """
     refuse_target(target, force=force)
     # Only now matplotlib and numpy.
-    try:
-        import matplotlib  # noqa: F401
-        import safetensors  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ReportError(f"the page needs {error.name}: pip install 'unikd-fast[report]'") from error
     from unikd_fast.report.page import Picture, write_html
 
     sections = _sections(found)
@@ -54,7 +49,7 @@ def write_report(found: Found, target: Path, *, title: str | None = None, force:
 
 
 def refuse_target(target: Path, *, force: bool) -> None:
-    """Raises ReportError where a page must not be written."""
+    """Raise ReportError if the page must not be written."""
     if target.suffix not in (".html", ".htm"):
         raise ReportError(f"--to {target}: the page is HTML; give a name that ends in .html")
     if target.is_dir():
@@ -68,7 +63,7 @@ def _refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def _draw(target: Path, pictures: "Sequence[Picture]", *, force: bool) -> dict[Path, bytes]:
-    """The PNG files, drawn before anything is written."""
+    """Draw the PNG files, before anything is written."""
     from unikd_fast.report.figures import LIGHT, render
 
     paths = {target.with_name(f"{target.stem}-{picture.name}.png"): picture for picture in pictures}
@@ -102,7 +97,7 @@ def _sections(found: Found) -> "list[Section]":
 
 
 def _sources(found: Found) -> str:
-    """The run folders, or where they lie if they are many."""
+    """Return the run folders, or the folder that holds them if they are many."""
     folders = list(dict.fromkeys(str(run.source) for run in found.runs))
     if len(folders) > _LISTED:
         return f"{len(folders)} run folders in {os.path.commonpath(folders)}"

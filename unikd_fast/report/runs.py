@@ -71,7 +71,7 @@ def find_runs(folders: Sequence[Path]) -> Found:
         folders: run folders, or parts of them that have a result.json.
 
     Raises:
-        RunFileError: one is no run folder, holds no finished run, or has a damaged file.
+        RunFileError: a folder is not a run folder, holds no finished run, or has a damaged file.
     """
     runs: dict[Path, Run] = {}
     unfinished: dict[str, None] = {}
@@ -118,7 +118,7 @@ def _find(folder: Path) -> Found:
     for parent in folder.resolve().parents[:2]:
         if (parent / _CONFIG).exists():
             raise RunFileError(f"{folder} is a part of the run folder {parent} and holds no result.json; give {parent}")
-    raise RunFileError(f"{folder} is no run folder: it has no {_CONFIG}; give a folder that launch_distill.py wrote")
+    raise RunFileError(f"{folder} is not a run folder, it has no {_CONFIG}; give the folder that run.dir names")
 
 
 def _find_whole(source: Path) -> Found:
@@ -128,7 +128,7 @@ def _find_whole(source: Path) -> Found:
     runs = _read_parts(source, parts, config)
     if all(run.is_teacher for run in runs):
         raise RunFileError(
-            f"{source} holds no finished run (no {_RESULT}); let it finish: launch_distill.py ... --resume auto"
+            f"{source} holds no finished run (no {_RESULT}); let it finish: unikd train ... --resume auto"
         )
     compare = config.get("compare") or {}
     places = {label: place for place, label in enumerate(compare.get("runs", ()))}

@@ -1,6 +1,5 @@
-"""The student of a run folder: its configuration, its weights in any checkpoint, and the plain network with them."""
+"""The student of a run: its weights in any of the run's checkpoints, and the plain network with them."""
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -12,8 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unikd_fast.config import Config, ConfigError, run_configs
-from unikd_fast.config.load import read_stored, run_path, teacher_config
 from unikd_fast.data.roots import expand_weights
 from unikd_fast.engine.checkpoint import (
     FOLDER,
@@ -27,60 +24,8 @@ from unikd_fast.engine.checkpoint.files import check_folder
 from unikd_fast.engine.checkpoint.state import mean_buffer
 from unikd_fast.engine.folder import BEST, best_evaluation
 from unikd_fast.engine.metrics import read_metrics
-from unikd_fast.errors import CheckpointError
+from unikd_fast.errors import CheckpointError, ConfigError
 from unikd_fast.models import Preprocessing, bare_model
-
-CONFIG = "config.json"
-_DEPTH = 2  # a comparison keeps its runs in seed-<seed>/<label>
-
-
-def read_run(folder: Path) -> Config:
-    """The configuration of the single run whose checkpoints are in a folder.
-
-    Args:
-        folder: of a run, of one run of a comparison (``runs/x/seed-0/unikd``), or of a teacher that was trained first
-            (``runs/x/teacher``).
-
-    Raises:
-        ConfigError: it is no folder of a run, or of several; names those there are.
-
-    Example:
-        >>> read_run(Path("runs/digits-5cb1dd29/seed-0/unikd")).distill.method
-        'unikd'
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}; give that of a run, which run.dir names")
-    here = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would leave a linked folder for another one
-    for root in (here, *here.parents[:_DEPTH]):
-        if (root / CONFIG).is_file():
-            runs = _runs(read_stored(root / CONFIG))
-            name = here.relative_to(root).as_posix()
-            if name in runs:
-                return runs[name]
-            raise ConfigError(_which(folder, root, runs))
-    raise ConfigError(f"{folder} is no run folder: it has no {CONFIG}; give that of a run, which run.dir names")
-
-
-def _runs(config: Config) -> dict[str, Config]:
-    """The single runs of a configuration by their folders below that of the configuration."""
-    runs: dict[str, Config] = {}
-    for label, seed, single in run_configs(config):
-        home = f"seed-{seed}/" if config.compare else ""
-        teacher = single.teacher
-        if single.distill.method != "none" and teacher is not None and teacher.weights is None and teacher.training:
-            runs.setdefault(f"{home}teacher", teacher_config(single))
-        runs[run_path(config, label, seed)] = single
-    return runs
-
-
-def _which(folder: Path, root: Path, runs: Mapping[str, Config]) -> str:
-    started = [str(root / name) for name in runs if (root / name).is_dir()]
-    if root == Path(os.path.abspath(folder)):  # noqa: PTH100
-        what = f"{folder} holds a comparison of {len(runs)} runs"
-    else:
-        what = f"{folder} is no run folder, but lies in {root}, which is one"
-    return f"{what}; name one of these: {', '.join(started)}" if started else f"{what}, and none has started"
-
 
 Average = Literal["auto", "yes", "no"]
 
@@ -94,18 +39,18 @@ class StudentWeights:
 
 
 def read_weights(run: Path, checkpoint: str, average: Average, *, has_average: bool) -> StudentWeights:
-    """Reads the student of a run that is finished, unfinished or still going on. Nothing pickled is read.
+    """Read the student of a run that is finished, unfinished or still going on. Nothing pickled is read.
 
     Args:
-        run: its folder.
-        checkpoint: "last", the newest that is whole; "best", of the best evaluation so far; "step-1200"; or the path of
-            a checkpoint's folder or of a plain network's .safetensors file.
-        average: take the exponential average; "auto": if there is one.
+        run: folder of the run.
+        checkpoint: "last", the newest that is whole; "best", that of the best evaluation so far; "step-1200"; or the
+            path of a checkpoint's folder or of a plain network's .safetensors file.
+        average: whether to take the exponential average; "auto": if there is one.
         has_average: whether the run has one, which is then what "best" holds.
 
     Raises:
         ConfigError: there is no such checkpoint, or no such average in it.
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     if checkpoint == "last":
         return _newest(run, average)
@@ -161,7 +106,7 @@ def _from_folder(path: Path, average: Average) -> StudentWeights:
         tensors = _average_of(saved) if averaged else _student_of(saved)
         step = int(saved["run"]["step"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}") from error
+        raise DamagedCheckpoint(f"{path} is not a checkpoint of a run: {type(error).__name__}: {error}") from error
     return StudentWeights(tensors, f"step {step}{', the exponential average' if averaged else ''}")
 
 
@@ -174,7 +119,7 @@ def _average_of(saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _plain(state: dict[str, Tensor], of_processes: list[dict[str, Tensor]], prefix: str) -> dict[str, Tensor]:
-    """The plain network's part of a state; running statistics are the mean over processes, as in every evaluation."""
+    """Return the plain network's part of a state, with running statistics averaged over the processes."""
     found = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     for name in found.keys() & of_processes[0].keys():
         if found[name].is_floating_point():
@@ -188,18 +133,18 @@ def _read_plain(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise DamagedCheckpoint(f"{path} is damaged, or not a safetensors file: {error}") from error
 
 
 def _require_only_choice(path: Path, average: Average, *, averaged: bool | None) -> None:
-    """One file holds one set of weights; ``averaged``: whether it is an average, None: unknown."""
+    """Refuse --average for a file, which holds one set of weights: an average, or not, or None if that is unknown."""
     if average != "auto" and averaged != (average == "yes"):
         known = {None: "whatever it was made from", True: "the exponential average", False: "the student itself"}
         raise ConfigError(f"--average {average}: {path} holds {known[averaged]} alone; leave --average out")
 
 
 def _best_step(run: Path) -> str:
-    """The step of the evaluation that the trainer counts as the best, where the metrics are there."""
+    """Return the step of the evaluation that the trainer counts as the best, in words, if there are metrics."""
     evaluations = [record for record in read_metrics(run) if record["kind"] == "evaluation"]
     if not evaluations:
         return ""
@@ -214,11 +159,11 @@ class PlainStudent:
     """A plain network in fp32, in eval mode, on the CPU.
 
     Attributes:
-        name: as in a configuration, "torchvision/resnet18".
-        num_classes: K.
-        network: with its weights; the checkpoint's tensors, bit for bit.
-        fresh: builds it once more, with random ones.
-        preprocessing: of its images, where that is known.
+        name: name in a configuration, such as "torchvision/resnet18".
+        num_classes: number of classes K.
+        network: network with the checkpoint's tensors, bit for bit.
+        fresh: function that builds the network once more, with random weights.
+        preprocessing: preprocessing of the images. If None, it is not known.
     """
 
     name: str
@@ -231,14 +176,14 @@ class PlainStudent:
 def load_student(
     name: str, started_from: str | None, tensors: Mapping[str, Tensor], *, num_classes: int | None
 ) -> PlainStudent:
-    """Builds a student and loads its tensors strictly; their shapes say how many classes it has.
+    """Build a student and load its tensors strictly; their shapes say how many classes it has.
 
     Args:
-        name: of the network.
+        name: name of the network.
         started_from: student.weights of its run. Published weights are not loaded, but may come with another input size
             or a normalisation of their own.
-        tensors: its state.
-        num_classes: a first guess; the data set may know it better than the configuration.
+        tensors: state of the network.
+        num_classes: first guess, since the data set may know it better than the configuration. If None, 1000.
 
     Raises:
         ConfigError: there is no such network, or the tensors are not its state.
@@ -275,7 +220,7 @@ def _for_use(network: nn.Module) -> nn.Module:
 
 
 def _classes(network: nn.Module, tensors: Mapping[str, Tensor], guess: int) -> int:
-    """The number that stands in the tensors where a network of ``guess`` classes has that one."""
+    """Return the size that the tensors have where a network of ``guess`` classes has that number."""
     sizes: set[int] = set()
     for name, expected in network.state_dict().items():
         if name in tensors and tensors[name].ndim == expected.ndim:
