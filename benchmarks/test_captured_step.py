@@ -19,6 +19,7 @@ from unikd_fast.engine.cuda_graph import WARM_UP
 from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
 from unikd_fast.engine.timing import Pace
 from unikd_fast.engine.trainer import Prepared, prepare
+from unikd_fast.fusion import AdaptiveFeatureFusion
 from unikd_fast.recipes.experiments import read_experiment
 from unikd_fast.recipes.pairs import CIFAR_PAIRS
 
@@ -42,7 +43,7 @@ def settings(mode: str) -> list[str]:
         "teacher.precision=fp32",
         "teacher.fold_batch_norm=false",
         "teacher.compile=null",
-        "distill.head_steps=10",
+        "distill.unikd.head_steps=10",
     ]
 
 
@@ -66,10 +67,12 @@ def captured(pair: str, folder: Path, processes: Processes) -> tuple[Prepared, L
 def plain(pair: str, like: Prepared, processes: Processes) -> Loop:
     """A loop as one writes it by hand, with the formulas in plain PyTorch, from the same weights."""
     config = read_experiment(None, f"cifar100/unikd/{pair}", [*settings("off"), "loss.impl=reference"])
-    config = config.model_copy(update={"distill": config.distill.model_copy(update={"fusion_impl": "reference"})})
     of, source = build_experiment(config, processes), like.parts.experiment
     of.side.load_state_dict(source.side.state_dict())
     of.method.load_state_dict(source.method.state_dict())
+    for module in (*of.side.modules(), *(part for head in of.method.heads for part in head.modules())):
+        if isinstance(module, AdaptiveFeatureFusion):
+            module.impl = "reference"
     teacher, side, method, train = of.teacher, of.side.train(), of.method, config.train
     assert teacher is not None
     assert source.teacher is not None

@@ -199,7 +199,7 @@ def experiment(root: Path, device: str) -> Experiment:
         "train.global_batch_size": RUN_BATCH[device],
         "train.learning_rate": 0.001,
         "distill.method": method,
-        "distill.head_steps": 2,
+        **({"distill.unikd.head_steps": 2} if method == "unikd" else {}),
     }
     return build_experiment(
         load_config(CONFIG, [f"{key}={value}" for key, value in overrides.items()]), start_processes()

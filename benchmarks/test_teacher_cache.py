@@ -40,7 +40,7 @@ def experiment(method: str, folder: Path | None = None, batches: int = 2) -> Exp
         "train.precision=fp32",
         f"train.global_batch_size={BATCH}",
         f"distill.method={method}",
-        "distill.head_steps=2",
+        "distill.unikd.head_steps=2",
         "train.learning_rate=0.001",
         "train.total_epochs=2",
     ]

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import create_model
 
-from unikd_fast.config import Config, ConfigError, config_hash, load_config, run_configs
-from unikd_fast.config import load as check
+from unikd_fast.config import Config, ConfigError, config_hash, load, load_config, run_configs, schema
 from unikd_fast.config.explain import reference
 from unikd_fast.config.load import cache_dir, teacher_config
-from unikd_fast.config.schema import DistillConfig, MethodSection
+from unikd_fast.methods.dkd import DKDSettings
+from unikd_fast.methods.kd import KDSettings
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs" / "digits.json"
@@ -44,13 +45,13 @@ def test_the_hash_names_the_experiment_and_not_its_place() -> None:
         load_config(DIGITS, ["run.dir=elsewhere"]),
         load_config(DIGITS, ["run.tensorboard=false"]),
     ]
-    other = [load_config(DIGITS, ["run.seed=1"]), load_config(DIGITS, ["distill.temperature=3"])]
+    other = [load_config(DIGITS, ["run.seed=1"]), load_config(DIGITS, ["distill.max_levels=3"])]
     assert len({config_hash(c) for c in same}) == 1
     assert len({config_hash(c) for c in same + other}) == 3
 
 
 def test_a_comparison_is_its_single_runs_per_seed() -> None:
-    config = load_config(DIGITS, ["distill.temperature=7"])
+    config = load_config(DIGITS, ["distill.max_levels=7"])
     runs = list(run_configs(config))
     assert [(label, seed) for label, seed, _ in runs[:4]] == [
         ("student alone", 0),
@@ -59,13 +60,13 @@ def test_a_comparison_is_its_single_runs_per_seed() -> None:
         ("student alone", 1),
     ]
     assert [run.distill.method for *_, run in runs[:3]] == ["none", "kd", "unikd"]
-    assert all(run.compare is None and run.run.seed == seed and run.distill.temperature == 7 for _, seed, run in runs)
+    assert all(run.compare is None and run.run.seed == seed and run.distill.max_levels == 7 for _, seed, run in runs)
 
 
 def test_the_teacher_is_trained_like_a_student_alone() -> None:
     short = ["teacher.training.total_epochs=5", "train.total_epochs=9", "train.max_steps=3"]
     config = load_config(DIGITS, [*short, "student.weights=a.pth", "student.weights_key=model"])
-    kd = next(run for *_, run in run_configs(config) if run.distill.ce_weight is not None)
+    kd = next(run for *_, run in run_configs(config) if run.distill.method == "kd")
     teacher = teacher_config(kd)
     assert teacher.student.model == config.teacher.model
     assert (teacher.distill.method, teacher.teacher, teacher.train.total_epochs) == ("none", None, 5)
@@ -88,14 +89,14 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("train.seed=1", ["'run.seed'"]),
         ("data.num_workers=1", ["'data.workers'"]),
         ("data.batch_size=1", ["'train.global_batch_size'"]),
-        ("distill.tau=4", ["'distill.temperature'"]),
+        ("distill.kd.tau=4", ["'distill.kd.temperature'"]),
         ("student.pretrained=a.pt", ["'student.weights'"]),
         ("teacher.arch=resnet50", ["'teacher.model'"]),
         ("trian.total_epochs=3", ["unknown key 'trian'", "'train'"]),
-        ("temperature=3", ["unknown key 'temperature'", "'distill.temperature'"]),
-        ("distill.alpha=-1", ["distill.alpha = -1", "greater than or equal to 0"]),
-        ("distill.temperature=0", ["distill.temperature = 0", "greater than 0"]),
-        ("distill.alpha=NaN", ["distill.alpha", "finite"]),
+        ("temperature=3", ["unknown key 'temperature'", "'distill.unikd.temperature'"]),
+        ("distill.unikd.alpha=-1", ["distill.unikd.alpha = -1", "greater than or equal to 0"]),
+        ("distill.unikd.temperature=0", ["distill.unikd.temperature = 0", "greater than 0"]),
+        ("distill.unikd.alpha=NaN", ["distill.unikd.alpha", "finite"]),
         ("distill.method=nothing", ["distill.method = 'nothing'", "allowed: 'unikd', 'kd'", "or 'none'"]),
         ('distill.method=["kd", "nothing"]', ["distill.method.1 = 'nothing'", "allowed: 'unikd', 'kd'", "or 'none'"]),
         ("distill.method=3", ["distill.method = 3", "allowed: 'unikd', 'kd'", "or 'none'"]),
@@ -110,12 +111,13 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("distill.method=kd", ["compare.runs['student alone']", "--set compare=null"]),
         ("data.name.x=1", ["data.name is a value ('digits')"]),
         ("train.total_epochs", ["expected section.key=value"]),
-        ('compare.runs={"a": {"distill.alhpa": 1}}', ["unknown key 'distill.alhpa'", "'distill.alpha'"]),
+        ('compare.runs={"a": {"distill.alhpa": 1}}', ["unknown key 'distill.alhpa'", "'distill.unikd.alpha'"]),
         ('compare.runs={"a b": {}, "A-b": {}}', ["compare.runs['A-b']", "'a-b', is also that of compare.runs['a b']"]),
         ('compare.runs={"Teacher": {}}', ["'teacher', is also that of the teacher's training"]),
         ('compare.runs={"../.": {}}', ["compare.runs['../.']", "would be empty"]),
         ("compare.seeds=[1,2,1]", ["compare.seeds = [1, 2, 1] names a seed twice"]),
-        ("distill.ce_weight=0.5", ["distill.ce_weight = 0.5", "'kd'", "'unikd'"]),
+        ("distill.ce_weight=0.5", ["unknown key 'distill.ce_weight'", "'distill.kd.ce_weight'"]),
+        ("distill.unikd=3", ["distill.unikd = 3 is not a section"]),
         ("teacher=null", ["needs a teacher", "teacher.model"]),
         ("teacher.cache.mode=write", ["teacher.cache.mode = 'write'", "'off', 'read' or 'read_write'"]),
         ("teacher.cache.views=0", ["teacher.cache.views = 0", "greater than or equal to 1"]),
@@ -193,75 +195,55 @@ def test_a_list_of_methods_is_their_sum() -> None:
     one = load_config(DIGITS, ["distill.method=kd", "compare=null"])
     assert (one.distill.methods, one.distill.label) == (("kd",), "kd")
     assert config_hash(one) != config_hash(config)
-    with pytest.raises(ConfigError, match=r"ce_weight = 0\.5 .* \('kd', 'unikd'\)"):
-        load_config(DIGITS, ['distill.method=["kd", "unikd"]', "compare=null", "distill.ce_weight=0.5"])
     with pytest.raises(ConfigError, match="needs a teacher"):
         load_config(DIGITS, ['distill.method=["kd", "unikd"]', "compare=null", "teacher=null"])
 
 
-class Own(MethodSection):
-    """Settings of a method."""
-
-    weight: float = 2.0
-    """A weight."""
-
-
-class Distill(DistillConfig):
-    """With sections of two methods."""
-
-    kd: Own | None = None
-    """Of kd."""
-    unikd: Own | None = None
-    """Of unikd."""
-
-
-class WithSections(Config):
-    """With these."""
-
-    distill: Distill = Distill()
-    """The method."""
-
-
-@pytest.fixture
-def with_sections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "Config", WithSections)
-
-
-@pytest.mark.usefixtures("with_sections")
 def test_a_method_has_a_section_of_its_own() -> None:
     alone = ["compare=null", "distill.method=kd"]
-    config = load_config(DIGITS, [*alone, "distill.kd.weight=3"])
-    assert config.distill.kd.weight == 3.0  # type: ignore[attr-defined]
-    assert config.distill.unikd is None  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"unknown key 'distill\.kd\.wieght'.*'distill\.kd\.weight'"):
-        load_config(DIGITS, [*alone, "distill.kd.wieght=3"])
+    config = load_config(DIGITS, [*alone, "distill.kd.beta=3"])
+    assert config.distill.kd == KDSettings(beta=3.0)
+    assert config.distill.settings == {"kd": KDSettings(beta=3.0)}
+    assert config.distill.unikd is None
+    with pytest.raises(ConfigError, match=r"unknown key 'distill\.kd\.bate'.*'distill\.kd\.beta'"):
+        load_config(DIGITS, [*alone, "distill.kd.bate=3"])
     for method in ("kd", "none"):
-        with pytest.raises(ConfigError, match=rf"distill\.unikd has the settings of .* 'unikd', got '{method}'"):
-            load_config(DIGITS, ["compare=null", f"distill.method={method}", "distill.unikd.weight=3"])
-    both = load_config(DIGITS, ["compare=null", 'distill.method=["kd","unikd"]', "distill.kd={}", "distill.unikd={}"])
-    assert both.distill.kd == both.distill.unikd == Own()  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match=rf"distill\.dkd has the settings of .* 'dkd', got '{method}'"):
+            load_config(DIGITS, ["compare=null", f"distill.method={method}", "distill.dkd.beta=3"])
+    both = load_config(DIGITS, ["compare=null", 'distill.method=["kd","dkd"]', "distill.kd={}", "distill.dkd={}"])
+    assert both.distill.settings == {"kd": KDSettings(), "dkd": DKDSettings()}
 
 
-@pytest.mark.usefixtures("with_sections")
+def test_another_method_by_set_does_without_the_sections_of_the_file() -> None:
+    path = ROOT / "configs" / "imagenet_r50_mbv1.json"
+    assert load_config(path).distill.unikd.temperature == 1.0
+    other = load_config(path, ["distill.method=kd", "distill.kd.beta=2"])
+    assert other.distill.unikd is None and other.distill.kd == KDSettings(beta=2.0)
+    with pytest.raises(ConfigError, match=r"distill\.dkd has the settings"):
+        load_config(path, ["distill.method=kd", "distill.dkd.beta=2"])
+
+
 def test_the_runs_of_a_comparison_share_sections_and_take_their_own() -> None:
-    config = load_config(DIGITS, ["distill.kd.weight=3"])
-    found = {label: single.distill.kd for label, _, single in run_configs(config)}  # type: ignore[attr-defined]
-    assert found == {"student alone": None, "student + KD": Own(weight=3.0), "student + UniKD": None}
-    kd = next(single for label, _, single in run_configs(config) if label == "student + KD")
-    assert teacher_config(kd).distill.kd is None  # type: ignore[attr-defined]
+    config = load_config(DIGITS, ["distill.kd.temperature=3"])
+    found = {label: single.distill.kd for label, _, single in run_configs(config)}
+    kd = KDSettings(ce_weight=1.0, beta=2.0, temperature=3.0)
+    assert found == {"student alone": None, "student + KD": kd, "student + UniKD": None}
+    single = next(single for label, _, single in run_configs(config) if label == "student + KD")
+    assert teacher_config(single).distill.kd is None
     runs = {"alone": {"distill.method": "none"}}
     with pytest.raises(ConfigError, match=r"distill\.kd has the settings"):
-        load_config(DIGITS, [f"compare.runs={json.dumps(runs)}", "distill.kd.weight=3"])
-    wrong = {"KD": {"distill.method": "kd", "distill.unikd.weight": 1}}
+        load_config(DIGITS, [f"compare.runs={json.dumps(runs)}", "distill.kd.beta=3"])
+    wrong = {"KD": {"distill.method": "kd", "distill.unikd.beta": 1}}
     with pytest.raises(ConfigError, match=r"KD: distill\.unikd has the settings"):
         load_config(DIGITS, [f"compare.runs={json.dumps(wrong)}"])
 
 
-def test_an_experiment_keeps_its_name_when_sections_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_keeps_its_name_when_methods_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     before = config_hash(load_config(DIGITS))
-    monkeypatch.setattr(check, "Config", WithSections)
+    more = create_model("More", __base__=schema.DistillConfig, other=(KDSettings | None, None))
+    monkeypatch.setattr(load, "Config", create_model("WithMore", __base__=Config, distill=(more, more())))
     assert config_hash(load_config(DIGITS)) == before
-    assert config_hash(load_config(DIGITS, ["distill.kd.weight=2"])) != before
+    assert config_hash(load_config(DIGITS, ["distill.kd.beta=2"])) != before
     assert config_hash(load_config(DIGITS, ["data.second_view.policy=rand"])) != before
 
 
@@ -273,18 +255,20 @@ def test_the_largest_logits_alone_are_for_temperature_one(mode: str) -> None:
     alone = [*TOP_K, "compare=null", f"teacher.cache.mode={mode}"]
     for method in ("kd", "unikd"):
         with pytest.raises(ConfigError) as error:
-            load_config(DIGITS, [*alone, f"distill.method={method}", "distill.temperature=4"])
-        for part in ("teacher.cache.logits = 'top_k' needs distill.temperature = 1, got 4.0", "logits=uint8 or fp16"):
+            load_config(DIGITS, [*alone, f"distill.method={method}", f"distill.{method}.temperature=4"])
+        for part in (
+            f"teacher.cache.logits = 'top_k' needs distill.{method}.temperature = 1, got 4.0",
+            "logits=uint8 or fp16",
+        ):
             assert part in str(error.value)
-        load_config(DIGITS, [*alone, f"distill.method={method}", "distill.temperature=1"])
+        load_config(DIGITS, [*alone, f"distill.method={method}", f"distill.{method}.temperature=1"])
     for unused in ("distill.method=none", "teacher.cache.mode=off"):
-        load_config(DIGITS, [*alone, "distill.temperature=4", unused])
+        load_config(DIGITS, [*alone, unused])
 
 
 def test_the_temperature_of_every_run_of_a_comparison_counts() -> None:
-    runs = {"alone": {"distill.method": "none"}, "kd": {"distill.method": "kd", "distill.temperature": 1}}
-    config = load_config(DIGITS, [*TOP_K, f"compare.runs={json.dumps(runs)}"])
-    assert config.distill.temperature == 4.0  # which no run of them distils with
+    runs = {"alone": {"distill.method": "none"}, "kd": {"distill.method": "kd", "distill.kd.temperature": 1}}
+    load_config(DIGITS, [*TOP_K, f"compare.runs={json.dumps(runs)}"])
     runs["unikd"] = {"distill.method": "unikd"}
     with pytest.raises(ConfigError, match=r"unikd: teacher\.cache\.logits = 'top_k' needs .* got 4\.0"):
         load_config(DIGITS, [*TOP_K, f"compare.runs={json.dumps(runs)}"])

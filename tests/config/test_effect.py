@@ -28,30 +28,15 @@ def test_what_comes_along_sets_nothing_in_vain() -> None:
 @pytest.mark.parametrize(
     ("method", "overrides", "said"),
     [
-        # digits.json itself sets the temperature.
-        ("dkd", [], "distill.temperature has no effect with method dkd; see distill.dkd"),
-        (
-            "dkd",
-            ["distill.alpha=4"],  # as by default, but set
-            "distill.alpha, distill.temperature have no effect with method dkd; see distill.dkd",
-        ),
-        ("dkd", ['distill={"method": "dkd"}'], None),
-        ("none", [], "distill.temperature has no effect with method none"),
-        ("kd", ["distill.beta=2", "distill.ce_weight=1", "distill.scale_by_t2=false"], None),
-        ("kd", ["distill.head_steps=2"], "distill.head_steps has no effect with method kd"),
-        (
-            "kd",
-            ["distill.kd.standardized=true", "distill.max_levels=2"],
-            "distill.max_levels has no effect with method kd",
-        ),
-        ("at", ["distill.max_levels=2"], "distill.temperature has no effect with method at; see distill.at"),
-        ("unikd", ["distill.alpha=2", "distill.width=8", "distill.max_levels=2"], None),
-        (["dkd", "kd"], ["distill.beta=2"], None),
-        (
-            ["crd", "dkd"],
-            [],
-            "distill.temperature has no effect with methods crd, dkd; see distill.crd, distill.dkd",
-        ),
+        ("dkd", ["distill.max_levels=4"], "distill.max_levels has no effect with method dkd"),  # the default, but set
+        ("kd", ["distill.max_levels=2"], "distill.max_levels has no effect with method kd"),
+        ("none", ["distill.max_levels=2"], "distill.max_levels has no effect with method none"),
+        (["dkd", "kd"], ["distill.max_levels=2"], "distill.max_levels has no effect with method dkd+kd"),
+        ("at", ["distill.max_levels=2"], None),
+        ("ofd", ["distill.max_levels=2"], None),
+        ("unikd", ["distill.max_levels=2", "distill.unikd.alpha=2"], None),
+        (["dkd", "at"], ["distill.max_levels=2"], None),
+        ("dkd", ["distill.dkd.alpha=2"], None),
     ],
 )
 def test_a_key_that_no_method_reads(method: Any, overrides: list[str], said: str | None) -> None:
@@ -63,14 +48,12 @@ def test_in_a_comparison_one_run_that_reads_it_will_do() -> None:
         return without_effect(load_config(DIGITS, [f"compare.runs={json.dumps(runs)}", *overrides]))
 
     runs: dict[str, Any] = {"alone": {"distill.method": "none"}, "DKD": {"distill.method": "dkd"}}
-    assert compared(runs) == "distill.temperature has no effect with methods none, dkd; see distill.dkd"
-    runs["KD"] = {"distill.method": "kd", "distill.beta": 2.0}
-    assert compared(runs) is None
-    runs["DKD"]["distill.beta"] = 2.0  # which only this run could read
-    assert compared(runs, "distill.alpha=1") == (
-        "distill.alpha has no effect with methods none, dkd, kd; see distill.dkd. "
-        "compare.runs['DKD']: distill.beta has no effect with method dkd; see distill.dkd"
-    )
+    assert compared(runs, "distill.max_levels=2") == "distill.max_levels has no effect with method none"
+    runs["AT"] = {"distill.method": "at"}
+    assert compared(runs, "distill.max_levels=2") is None
+    runs["DKD"]["distill.max_levels"] = 2  # which only this run could read
+    del runs["AT"]
+    assert compared(runs) == "compare.runs['DKD']: distill.max_levels has no effect with method dkd"
 
 
 def test_a_resolved_configuration_has_all_keys_and_set_only_some() -> None:
@@ -81,7 +64,7 @@ def test_a_resolved_configuration_has_all_keys_and_set_only_some() -> None:
         return read_experiment(None, "cifar100/dkd/vgg13-vgg8", overrides)
 
     assert again(dkd()) is None
-    assert again(dkd("distill.alpha=1")) == "distill.alpha has no effect with method dkd; see distill.dkd"
+    assert again(dkd("distill.max_levels=1")) == "distill.max_levels has no effect with method dkd"
 
 
 def test_a_compiled_teacher_has_eager_blocks() -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
 
+from support.build_method import build
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import build_loader
@@ -241,10 +242,10 @@ def test_every_methods_loss_is_that_of_both_labels(name: str, smoothing: float) 
     def cross_entropy(labels: Tensor) -> Tensor:
         batch = Batch(torch.zeros(6, 3, 1, 1), labels, torch.arange(6))
         if name == "none":
-            return StudentAlone(label_smoothing=smoothing).loss(StudentOutput(logits), None, batch).terms["ce"]
+            return build(StudentAlone, label_smoothing=smoothing).loss(StudentOutput(logits), None, batch).terms["ce"]
         if name == "kd":
-            return KD(label_smoothing=smoothing).loss(StudentOutput(logits), Target(teacher), batch).terms["ce"]
-        method = UniKD([4], [6], CLASSES, width=4, label_smoothing=smoothing)
+            return build(KD, label_smoothing=smoothing).loss(StudentOutput(logits), Target(teacher), batch).terms["ce"]
+        method = build(UniKD, [4], [6], CLASSES, width=4, label_smoothing=smoothing)
         return method.loss(StudentOutput(logits, torch.ones(6, 4)), Target(teacher, gaussian), batch).terms["ce"]
 
     expected = share * cross_entropy(own) + (1 - share) * cross_entropy(other)
@@ -265,7 +266,7 @@ def test_refuses_micro_batches_of_one(splits: DataSplits) -> None:
 
 
 def test_a_cache_of_outputs_is_refused_with_the_reason() -> None:
-    single = ["compare=null", "distill.method=kd", "distill.ce_weight=0.1"]
+    single = ["compare=null", "distill.method=kd", "distill.kd.ce_weight=0.1"]
     caching = [*single, "teacher.cache.mode=read_write"]
     for key in ("mixup_alpha", "cutmix_alpha"):
         with pytest.raises(ConfigError, match=f"{key} = 0.2.*by sample, and a mixed image belongs to two; set"):

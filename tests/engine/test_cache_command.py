@@ -50,8 +50,8 @@ def test_info_tells_sizes_key_and_builder_as_text_and_json(copied: Path, command
 
 def test_info_before_anything_is_built(tmp_path: Path, command: Command) -> None:
     config = cached_config(tmp_path, distill={"method": "kd"}, logits="top_k", top_k=3)
-    arguments = ("--config", config, "--set", "distill.temperature=1")
-    read = load_config(config, ["teacher.cache.mode=read_write", "distill.temperature=1"])
+    arguments = ("--config", config, "--set", "distill.unikd.temperature=1")
+    read = load_config(config, ["teacher.cache.mode=read_write", "distill.unikd.temperature=1"])
     build_experiment(read, ALONE)
     said = command("info", *arguments)
     assert said.code == 0
@@ -82,7 +82,7 @@ def test_plan_measures_and_makes_no_folder(tmp_path: Path, command: Command) -> 
 
 def test_plan_shows_each_kind_of_run_once_and_needs_no_trained_teacher(tmp_path: Path, command: Command) -> None:
     kd = {"distill.method": "kd"}
-    runs = {"alone": {"distill.method": "none"}, "KD": kd, "KD again": kd, "UniKD": {"distill.alpha": 2.0}}
+    runs = {"alone": {"distill.method": "none"}, "KD": kd, "KD again": kd, "UniKD": {"distill.unikd.alpha": 2.0}}
     config = cached_config(tmp_path, dir=str(tmp_path / "{method}-{seed}"))
     trained = ("--set", "teacher.weights=null", "--set", "teacher.training.total_epochs=1")
     compare = f"compare={json.dumps({'seeds': [4, 5, 6], 'runs': runs})}"
@@ -96,7 +96,7 @@ def test_plan_shows_each_kind_of_run_once_and_needs_no_trained_teacher(tmp_path:
     folders = [line.split()[1] for line in lines if line.startswith("folder")]
     assert folders == [f"{tmp_path}/kd-4", f"{tmp_path}/unikd-4"]
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
-    refused = command("plan", "--config", config, "--set", "distill.teacher_head=anchored")
+    refused = command("plan", "--config", config, "--set", "distill.unikd.teacher_head=anchored")
     assert refused.code == 2
     assert "5.25 MiB a view of all samples" in refused.err
     refused = command("build", "--config", config, *trained)

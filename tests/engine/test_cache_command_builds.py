@@ -110,7 +110,7 @@ def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_p
         "alone": {"distill.method": "none"},
         "KD": {"distill.method": "kd"},
         "UniKD": {},
-        "stronger": {"distill.alpha": 9},
+        "stronger": {"distill.unikd.alpha": 9},
     }
     config = cached_config(tmp_path, dir=str(tmp_path / "cache-{method}-{seed}"), views=1)
     arguments = ("--config", config, "--set", f"compare={json.dumps({'seeds': [0, 1], 'runs': runs})}")
@@ -122,7 +122,7 @@ def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_p
     assert command("verify", *arguments).out.splitlines() == [f"{folder}: 1 of 1 shards are ok" for folder in folders]
     assert [json.loads(line)["folder"] for line in command("info", *arguments, "--json").out.splitlines()] == folders
 
-    runs["stronger"] = {"distill.gate": "channel"}
+    runs["stronger"] = {"distill.unikd.gate": "channel"}
     said = command("build", "--config", config, "--set", f"compare={json.dumps({'seeds': [0], 'runs': runs})}")
     assert said.code == 4
     assert 'head.gate: "spatial" in the cache, "channel" now' in said.err

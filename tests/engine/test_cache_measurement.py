@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.build_method import build
 from support.cache_plans import GIB, MIB, SIZES
 from unikd_fast.config.schema import TrainConfig
 from unikd_fast.engine import cache_plan
@@ -27,9 +28,9 @@ def run_parts(method: str, model: str, **settings: Any) -> tuple[StudentSide, Me
     torch.manual_seed(0)
     teacher, student = (build_model(name, num_classes=10) for name in ("cifar/resnet8", model))
     if method == "kd":
-        return StudentSide(LogitsOnly(student), None, None), KD(), LogitsOnly(teacher).eval()
+        return StudentSide(LogitsOnly(student), None, None), build(KD), LogitsOnly(teacher).eval()
     levels = [extract_features(network, image_size=32) for network in (student, teacher)]
-    unikd = UniKD(*([shape[0] for shape in each.level_shapes] for each in levels), 10, head_steps=1, **settings)
+    unikd = build(UniKD, *([shape[0] for shape in each.level_shapes] for each in levels), 10, head_steps=1, **settings)
     return StudentSide(levels[0], unikd.adapter, None), unikd, levels[1].eval()
 
 

@@ -102,7 +102,7 @@ def test_a_head_that_is_trained_along(tmp_path: Path, weights: Path, method: Any
     config = config_of(tmp_path, weights, "run", method, distill=distill)
     check(
         list(obstacles(config, build_experiment(config, ALONE), ALONE)),
-        "distill.teacher_head = 'anchored' an optimiser",
+        "distill.unikd.teacher_head = 'anchored' an optimiser",
     )
 
 

@@ -16,7 +16,6 @@ from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine import cuda_graph as captured_steps
 from unikd_fast.engine.cuda_graph import CapturedSteps
 from unikd_fast.engine.memory import naming_part
-from unikd_fast.engine.methods import METHODS
 from unikd_fast.engine.optimizer import learning_rate
 from unikd_fast.engine.step import EagerSteps
 from unikd_fast.engine.timing import Pace
@@ -24,6 +23,7 @@ from unikd_fast.engine.trainer import Prepared
 from unikd_fast.engine.zero import collect_optimizer_state
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 from unikd_fast.kernels import _checks, reference
+from unikd_fast.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("group")
 

@@ -65,9 +65,9 @@ def test_an_existing_folder_is_refused_or_resumed_but_never_overwritten(tmp_path
     again = run(config)
     assert again.returncode == 2
     assert "--resume auto" in again.stderr
-    other = run(config, "--resume", "auto", "--set", "distill.alpha=1.5")
+    other = run(config, "--resume", "auto", "--set", "distill.unikd.alpha=1.5")
     assert other.returncode == 2
-    assert "distill.alpha was 4.0, now 1.5" in other.stderr
+    assert "distill.unikd.alpha was 4.0, now 1.5" in other.stderr
     shown = run(config, "--resume", "auto")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]

@@ -22,7 +22,7 @@ DIGITS: dict[str, Any] = {
     "student": {"model": "cifar/resnet8"},
 }
 METHODS = {
-    "unikd": {"distill.method": "unikd", "distill.teacher_head": "anchored"},
+    "unikd": {"distill.method": "unikd", "distill.unikd.teacher_head": "anchored"},
     "kd": {"distill.method": "kd"},
 }
 IMPLS = ("reference", "fused", "auto")

@@ -1,6 +1,7 @@
 """What a method reads of the configuration, and needs of each network, is what the configuration and the engine say."""
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -8,19 +9,12 @@ import torch
 
 from support.real_runs import ALONE
 from unikd_fast.config import Config, parse_config
-from unikd_fast.config.effect import READS
-from unikd_fast.config.schema import DistillConfig, section_names
 from unikd_fast.engine import build
 from unikd_fast.engine import run as launch
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.methods import METHODS, build_method, needs_of
-from unikd_fast.engine.surroundings import Surroundings
-from unikd_fast.methods import Method, ReviewKD
+from unikd_fast.methods import METHODS, Method, ReviewKD, RunContext, needs_of
 
 pytestmark = pytest.mark.usefixtures("group")
-
-
-SHARED = set(DistillConfig.model_fields) - set(section_names(DistillConfig)) - {"method"}
 
 
 def config_of(**distill: Any) -> Config:
@@ -39,33 +33,37 @@ def built(**distill: Any) -> Experiment:
 
 
 class Noting:
-    """A section that notes what is asked of it."""
+    """Settings that note what is asked of them."""
 
-    def __init__(self, section: DistillConfig) -> None:
-        self._section = section
+    def __init__(self, settings: Any) -> None:
+        self._settings = settings
         self.read: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         self.read.add(name)
-        return getattr(self._section, name)
+        return getattr(self._settings, name)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_reads_the_keys_that_the_configuration_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: set[str] = set()
+def test_a_method_reads_all_its_settings_in_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: dict[str, Noting] = {}
 
-    def noted(distill: DistillConfig, around: Surroundings) -> Method:
-        noting: Any = Noting(distill)
-        method = build_method(noting, around)
-        read.update(noting.read & SHARED)
-        return method
+    def noting(settings: dict[str, Any], context: RunContext) -> Method[Any]:
+        noted.update({name: Noting(own) for name, own in settings.items()})
+        return METHODS[name](noted[name], context)
 
-    monkeypatch.setattr(build, "build_method", noted)
-    method = built(method=name).method
-    said = READS.get(name, frozenset())  # type: ignore[call-overload]
-    assert read == said - {"max_levels"}  # which the networks are built with
-    assert ("max_levels" in said) == (method.needs.levels or method.needs.before_activation)
-    assert METHODS[name].method is type(method)
+    monkeypatch.setattr(build, "build_method", noting)
+    experiment = built(method=name)
+    method = experiment.method
+    assert type(method) is METHODS[name]
+    batch, _ = next(experiment.micro_batches(0))
+    if experiment.teacher is not None:
+        features = experiment.teacher(batch.images)
+        second = None if batch.second is None else experiment.teacher(batch.second)
+        target = method.target(features, second)
+    student = experiment.side(*filter(lambda view: view is not None, (batch.images, batch.second)))
+    method.loss(student, target if experiment.teacher is not None else None, batch)
+    assert {field.name for field in fields(METHODS[name].settings_class)} <= noted[name].read
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -76,7 +74,7 @@ def test_reviewkd_takes_of_the_student_what_it_looks_at(before: bool) -> None:
     assert experiment.teacher is not None
     assert len(experiment.teacher(images).before_activation) == 3
     assert len(experiment.student(images).before_activation) == (3 if before else 0)
-    assert experiment.method.needs == needs_of(config_of(**settings).distill)
+    assert experiment.method.needs == needs_of(config_of(**settings).distill.settings)
     assert experiment.method.needs.before_activation == before
     assert ReviewKD.needs.before_activation_of("teacher") and not ReviewKD.needs.before_activation_of("student")
     # Together with a method that looks at both, the student gives it as well.
@@ -97,9 +95,9 @@ def test_a_launch_says_once_what_has_no_effect(
     monkeypatch.setattr(launch, "start_processes", lambda timeout: ALONE)
     monkeypatch.setattr(launch, "describe" if dry_run else "deepspeed_config", enough)
     said = []
-    for distill in ({"method": "dkd", "alpha": 2.0}, {"method": "dkd", "dkd": {"alpha": 2.0}}):
+    for distill in ({"method": "dkd", "max_levels": 2}, {"method": "dkd", "dkd": {"alpha": 2.0}}):
         caplog.clear()
         with pytest.raises(Enough):
             launch.launch(config_of(**distill), dry_run=dry_run)
         said.append([record.getMessage() for record in caplog.records if record.levelno == logging.WARNING])
-    assert said == [["distill.alpha has no effect with method dkd; see distill.dkd"], []]
+    assert said == [["distill.max_levels has no effect with method dkd"], []]

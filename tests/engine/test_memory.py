@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.build_method import build
 from support.real_runs import ALONE, opened, write_config
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.memory import estimate_memory, kept_of, kept_of_a_batch
@@ -22,7 +23,7 @@ CLASSES = 5
 
 def crd(samples: int = 100, width: int = 8, negatives: int = 10) -> CRD:
     ids = torch.arange(samples)
-    return CRD(4, 6, ids, ids % CLASSES, CLASSES, width=width, negatives=negatives)
+    return build(CRD, 4, 6, ids, ids % CLASSES, CLASSES, width=width, negatives=negatives)
 
 
 def test_the_banks_and_the_draws_of_crd() -> None:
@@ -33,12 +34,12 @@ def test_the_banks_and_the_draws_of_crd() -> None:
     assert 21 * row < 2**29 < 22 * row
     published = crd(50_000, 128, 16384)
     assert published.device_bytes(64) == 51_200_000 + 64 * (16 * 50_000 + 96 * 16384)
-    assert Hybrid({"kd": KD(), "crd": crd()}).device_bytes(3) == crd().device_bytes(3)
-    assert KD().device_bytes(64) == 0
+    assert build(Hybrid, {"kd": build(KD), "crd": crd()}).device_bytes(3) == crd().device_bytes(3)
+    assert build(KD).device_bytes(64) == 0
 
 
 def test_a_copy_of_the_classifier_counts() -> None:
-    assert FLG(3, 8, torch.zeros(CLASSES, 8)).device_bytes(64) == CLASSES * 8 * 4
+    assert build(FLG, 3, 8, torch.zeros(CLASSES, 8)).device_bytes(64) == CLASSES * 8 * 4
 
 
 HEADS = {"image_size": 16, "num_classes": 200}
@@ -84,7 +85,7 @@ def stones_experiment(*, light: bool = False) -> Any:
         lambda level: level[:, :1].tanh()[..., ::2, ::2].expand(-1, 3, -1, -1),  # keeps (N, 1, 4, 4)
         lambda level: level.tanh().flatten(1) @ matrix,  # keeps (N, 3, 2, 2) and the matrix
     ]
-    method = Blockwise(SHAPES, SHAPES, blocks, light=light)
+    method = build(Blockwise, SHAPES, SHAPES, blocks, light=light)
     config = SimpleNamespace(data=SimpleNamespace(image_size=4), train=SimpleNamespace(precision="fp32"))
     side = StudentSide(Student(), method.adapter, None)
     return SimpleNamespace(config=config, side=side, method=method, teacher=None)
@@ -98,11 +99,11 @@ def test_the_stepping_stones_of_blockwise(batch: int) -> None:
     assert found.inside == matrix + batch * (first + 2 * second)
     assert kept_of_a_batch(stones_experiment(light=True), batch, CPU).inside == matrix + batch * second
     hybrid = stones_experiment()
-    hybrid.method = Hybrid({"kd": KD(), "blockwise": hybrid.method})
+    hybrid.method = build(Hybrid, {"kd": build(KD), "blockwise": hybrid.method})
     hybrid.side = StudentSide(Student(), hybrid.method.adapter, None)
     assert kept_of_a_batch(hybrid, batch, CPU).inside == found.inside
     alone = stones_experiment()
-    alone.method = KD()
+    alone.method = build(KD)
     assert kept_of_a_batch(alone, batch, CPU) == (found.student, 0)
 
 

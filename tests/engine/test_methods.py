@@ -12,15 +12,24 @@ from torch import Tensor, nn
 from support.real_runs import ALONE, CACHED, config_of, process_group, train_here, train_records, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.schema import DistillConfig
-from unikd_fast.engine import methods
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.inputs import augmentation_of, second_augmentation_of
-from unikd_fast.engine.methods import Entry, build_method, needs_of
 from unikd_fast.engine.networks import StudentSide
 from unikd_fast.engine.step import train_step
-from unikd_fast.engine.surroundings import Surroundings
-from unikd_fast.methods import KD, Hybrid, Method, Needs, StudentAlone, UniKD
+from unikd_fast.methods import (
+    KD,
+    METHODS,
+    Hybrid,
+    Method,
+    Needs,
+    RunContext,
+    StudentAlone,
+    UniKD,
+    build_method,
+    needs_of,
+)
+from unikd_fast.methods.kd import KDSettings
 from unikd_fast.models import LogitsOnly, build_model
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
@@ -31,17 +40,21 @@ def group(tmp_path: Path) -> Any:
         yield
 
 
-class Everything(Method):
+class Everything(Method[KDSettings]):
     """Uses all that can be asked for, and checks that it is there."""
 
     needs = Needs(levels=True, before_activation=True, embedding=True, second_view=True, teacher_network=True)
     term_names = ("ce", "levels", "embedding", "second", "stones")
 
-    def __init__(self, around: Surroundings) -> None:
-        self.adapter = Adapter(around)
-        self.blocks = around.teacher_blocks()
-        self.norms = [(norm.num_features, bool((norm.weight == 1).all())) for norm in around.teacher_norms]
-        self.around = around
+    settings_class = KDSettings
+
+    def __init__(self, settings: KDSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        self.adapter = Adapter(context)
+        assert context.teacher_blocks is not None
+        self.blocks = context.teacher_blocks()
+        self.norms = [(norm.num_features, bool((norm.weight == 1).all())) for norm in context.teacher_norms]
+        self.context = context
         self.ids: list[Tensor] = []
 
     def target(self, teacher: Features, second: Features | None = None) -> Target:
@@ -68,11 +81,11 @@ class Everything(Method):
 
 
 class Adapter(nn.Module):
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, context: RunContext) -> None:
         super().__init__()
-        pairs = zip(around.student_channels, around.teacher_channels, strict=True)
-        self.levels = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
-        self.embedding = nn.Linear(around.student_width, around.teacher_width)
+        pairs = zip(context.student_shapes, context.teacher_shapes, strict=True)
+        self.levels = nn.ModuleList(nn.Conv2d(a[0], b[0], 1) for a, b in pairs)
+        self.embedding = nn.Linear(context.student_width, context.teacher_width)
 
     def forward(self, features: Features) -> dict[str, Any]:
         assert features.embedding is not None
@@ -81,10 +94,6 @@ class Adapter(nn.Module):
             "levels": tuple(layer(level) for layer, level in levels),
             "embedding": self.embedding(features.embedding),
         }
-
-
-def everything(distill: DistillConfig, around: Surroundings) -> Method:
-    return Everything(around)
 
 
 def built(path: Path) -> Experiment:
@@ -98,7 +107,7 @@ STAGES = [0, pytest.param(3, marks=pytest.mark.slow)]
 def test_a_method_is_given_all_it_needs(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    monkeypatch.setitem(methods.METHODS, "kd", Entry(Everything, everything))
+    monkeypatch.setitem(METHODS, "kd", Everything)
     config = config_of(
         tmp_path,
         weights,
@@ -115,18 +124,20 @@ def test_a_method_is_given_all_it_needs(
     assert all(last[name] < first[name] for name in ("levels", "embedding", "second", "stones"))
     method = built(config).method
     assert isinstance(method, Everything)
-    around = method.around
-    assert around.num_classes == 10
-    assert len(around.sample_ids) == len(around.sample_labels) == 96
-    assert [tuple(x.shape) for x in around.classifier_weights] == [(10, 64), (10, 64)]
-    assert around.teacher_channels == around.student_channels == [16, 32, 64]
-    assert method.norms == [(channels, True) for channels in around.teacher_channels]
+    context = method.context
+    assert context.num_classes == 10
+    assert context.sample_ids is not None and context.sample_labels is not None
+    assert len(context.sample_ids) == len(context.sample_labels) == 96
+    assert tuple(context.classifier_weight.shape) == (10, 64)
+    channels = [shape[0] for shape in context.teacher_shapes]
+    assert channels == [shape[0] for shape in context.student_shapes] == [16, 32, 64]
+    assert method.norms == [(count, True) for count in channels]
     with pytest.raises(AssertionError, match="when the method is built"):
-        around.teacher_norms  # noqa: B018
+        context.teacher_norms  # noqa: B018
 
 
 def test_a_step_shows_both_networks_both_views(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(methods.METHODS, "kd", Entry(Everything, everything))
+    monkeypatch.setitem(METHODS, "kd", Everything)
     experiment = built(config_of(tmp_path, weights, "views", distill={"method": "kd"}))
     method, teacher = experiment.method, experiment.teacher
     assert isinstance(method, Everything) and teacher is not None
@@ -215,9 +226,11 @@ def test_what_is_needed_beyond_the_outputs_cannot_be_cached(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, need: str
 ) -> None:
     class Needing(KD):
-        needs = Needs(**{need: True})
+        @classmethod
+        def needs_of(cls, settings: KDSettings) -> Needs:
+            return Needs(**{need: True})
 
-    monkeypatch.setitem(methods.METHODS, "kd", Entry(Needing, lambda distill, around: Needing()))
+    monkeypatch.setitem(METHODS, "kd", Needing)
     config = config_of(tmp_path, weights, "needing", distill={"method": "kd"}, cache={"mode": "read_write"})
     with pytest.raises(ConfigError) as caught:
         built(config)
@@ -230,12 +243,14 @@ def test_what_is_needed_beyond_the_outputs_cannot_be_cached(
 
 def test_one_class_a_sample_excludes_mixing(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hard(KD):
-        needs = Needs(hard_labels=True)
+        @classmethod
+        def needs_of(cls, settings: KDSettings) -> Needs:
+            return Needs(hard_labels=True)
 
     mixing = {**CACHED["data"], "mixing": {"mixup_alpha": 0.2}}
     config = config_of(tmp_path, weights, "mixed", distill={"method": "kd"}, data=mixing)
     assert built(config).method.needs == Needs()
-    monkeypatch.setitem(methods.METHODS, "kd", Entry(Hard, lambda distill, around: Hard()))
+    monkeypatch.setitem(METHODS, "kd", Hard)
     with pytest.raises(ConfigError, match=r"mixup_alpha = 0\.2 .* 'kd', which needs one class a sample"):
         built(config)
 
@@ -260,21 +275,21 @@ def test_one_class_is_refused_before_anything_is_built(tmp_path: Path, distill: 
 
 
 def test_each_name_is_its_method_and_a_list_their_sum(tmp_path: Path, weights: Path) -> None:
-    assert set(methods.METHODS) == set(DistillConfig.model_json_schema()["properties"]["method"]["oneOf"][0]["enum"])
-    assert needs_of(DistillConfig(method="none")) == Needs(teacher=False)
-    assert needs_of(DistillConfig(method=("kd", "unikd"))) == Needs(levels=True)
-    found = built(config_of(tmp_path, weights, "sum", distill={"method": ["kd", "unikd"], "beta": 2.0})).method
+    assert set(METHODS) == set(DistillConfig.model_json_schema()["properties"]["method"]["oneOf"][0]["enum"])
+    assert needs_of(DistillConfig(method="none").settings) == Needs(teacher=False)
+    assert needs_of(DistillConfig(method=("kd", "unikd")).settings) == Needs(levels=True)
+    both = {"method": ["kd", "unikd"], "kd": {"beta": 2.0}}
+    found = built(config_of(tmp_path, weights, "sum", distill=both)).method
     assert isinstance(found, Hybrid)
     kd, unikd = found.parts.values()
     assert isinstance(kd, KD) and isinstance(unikd, UniKD)
-    assert (kd.beta, kd.ce_weight, unikd.ce_weight) == (2.0, 0.0, 0.0)
-    around: Any = SimpleNamespace(label_smoothing=0.1, impl="reference")
-    alone = build_method(DistillConfig(method="none"), around)
+    assert (kd.settings.beta, kd.ce_weight, unikd.ce_weight) == (2.0, 0.0, 0.0)
+    alone = build_method(DistillConfig(method="none").settings, RunContext(label_smoothing=0.1))
     assert isinstance(alone, StudentAlone) and alone.label_smoothing == 0.1
 
 
 def test_a_dry_run_runs_both_views(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(methods.METHODS, "kd", Entry(Everything, everything))
+    monkeypatch.setitem(METHODS, "kd", Everything)
     text = describe(load_config(config_of(tmp_path, weights, "dry", distill={"method": "kd"})), ALONE)
     own = sum(a * b + b for a, b in ((16, 16), (32, 32), (64, 64), (64, 64)))
     assert f"method    kd: {own:,} parameters beside the student's" in text

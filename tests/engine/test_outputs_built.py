@@ -25,9 +25,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("head", ["anchored", "literal"])
 def test_a_head_that_learns_along_cannot_be_cached(tmp_path: Path, weights: Path, head: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        experiment(tmp_path, weights, changes={"distill.teacher_head": head})
+        experiment(tmp_path, weights, changes={"distill.unikd.teacher_head": head})
     # Levels of 16 x 32 x 32, 32 x 16 x 16 and 64 x 8 x 8, of 96 samples, two bytes each.
-    assert f"distill.teacher_head = '{head}'" in str(caught.value)
+    assert f"distill.unikd.teacher_head = '{head}'" in str(caught.value)
     assert "in half precision the levels are 5.25 MiB a view of all samples" in str(caught.value)
     assert "with 'prefit' it does not; in half" in str(caught.value)
     assert "; set teacher.cache.mode = 'off'" in str(caught.value)
@@ -35,7 +35,7 @@ def test_a_head_that_learns_along_cannot_be_cached(tmp_path: Path, weights: Path
 
 
 def test_more_logits_than_classes_are_refused(tmp_path: Path, weights: Path) -> None:
-    changes = {"teacher.cache.logits": "top_k", "teacher.cache.top_k": 11, "distill.temperature": 1}
+    changes = {"teacher.cache.logits": "top_k", "teacher.cache.top_k": 11, "distill.unikd.temperature": 1}
     with pytest.raises(ConfigError, match=r"top_k must lie in \[1, 10\], got 11"):
         experiment(tmp_path, weights, "kd", changes)
     assert not (tmp_path / "kd").exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from support.build_method import build
 from support.free_ports import free_port
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.teacher import prepare_method
@@ -39,7 +40,7 @@ def _fits(rank: int, port: int, folder: str) -> None:
     own: Any = Images(rank), teacher, Processes(rank, 2, rank, torch.device("cpu")), SimpleNamespace(agreed=lambda: 0)
     for norm in NORMS:
         torch.manual_seed(0)
-        method = UniKD([2, 3], [3, 3], 3, norm=norm, head_steps=3)
+        method = build(UniKD, [2, 3], [3, 3], 3, norm=norm, head_steps=3)
         prepare_method(method, *own, "run")
         assert method.fitted_head is not None and not method.fitted_head.training
         torch.save(method.fitted_head.state_dict(), f"{folder}/{norm}-{rank}.pt")

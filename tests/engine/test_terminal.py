@@ -116,7 +116,7 @@ def test_a_teacher_that_is_trained_first_is_not_called_random(tmp_path: Path, ca
 
 @pytest.mark.slow
 def test_a_run_says_once_what_runs_and_nothing_else(tmp_path: Path) -> None:
-    runs = {"KD": {"distill.method": "kd"}, "UniKD": {"distill.head_steps": 4}}
+    runs = {"KD": {"distill.method": "kd"}, "UniKD": {"distill.unikd.head_steps": 4}}
     config = write_config(
         tmp_path,
         run={"log_every_steps": 9},

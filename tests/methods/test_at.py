@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.build_method import build
 from support.feature_levels import averaged, cross_entropy_of, features, frozen, step, student_of
 from unikd_fast.methods import AT
 from unikd_fast.values import Features
@@ -21,7 +22,7 @@ def attention(level: Tensor, size: int) -> Tensor:
 
 
 def test_loss_and_gradients_are_those_of_the_formula() -> None:
-    method = AT(STUDENT, TEACHER, weight=30.0)
+    method = build(AT, STUDENT, TEACHER, weight=30.0)
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     inputs = [own.logits, *own.levels]
     loss = step(method, own, other)
@@ -39,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_formula() -> None:
 
 def test_only_where_a_level_is_active_counts() -> None:
     """Not how strongly, nor in which channels, nor with which sign."""
-    method = AT(STUDENT, STUDENT)
+    method = build(AT, STUDENT, STUDENT)
     own = features(STUDENT, seed=1)
     other = own._replace(levels=tuple(-3.0 * level.flip(1) for level in own.levels))
     torch.testing.assert_close(step(method, own, other).terms["attention"], torch.zeros((), dtype=torch.float64))
@@ -47,17 +48,19 @@ def test_only_where_a_level_is_active_counts() -> None:
 
 
 def test_weights_of_zero_leave_the_other_term() -> None:
-    method = AT(STUDENT, TEACHER, weight=0.0, label_smoothing=0.2)
+    method = build(AT, STUDENT, TEACHER, weight=0.0, label_smoothing=0.2)
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     loss = step(method, own, other)
     torch.testing.assert_close(loss.total, 0.8 * cross_entropy_of(own.logits) - 0.2 * own.logits.log_softmax(1).mean())
-    method.weight, method.ce_weight = 2.0, 0.0
-    torch.testing.assert_close(step(method, own, other).total, 2.0 * loss.terms["attention"])
+    weighted = build(AT, STUDENT, TEACHER, weight=2.0)
+    weighted.ce_weight = 0.0
+    weighted.adapter.load_state_dict(method.adapter.state_dict())
+    torch.testing.assert_close(step(weighted, own, other).total, 2.0 * loss.terms["attention"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_squares_of_half_precision_levels_do_not_overflow(dtype: torch.dtype) -> None:
-    method = AT(STUDENT, TEACHER)
+    method = build(AT, STUDENT, TEACHER)
     half = features(TEACHER, seed=2, dtype=dtype, scale=400.0)
     as_single = half._replace(levels=tuple(level.float() for level in half.levels))
     assert half.levels[0].square().isinf().any() or dtype == torch.bfloat16
@@ -66,7 +69,7 @@ def test_squares_of_half_precision_levels_do_not_overflow(dtype: torch.dtype) ->
 
 
 def test_a_level_without_activity_has_no_attention_and_no_gradient() -> None:
-    method = AT(STUDENT, TEACHER)
+    method = build(AT, STUDENT, TEACHER)
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     dead = Features((torch.zeros_like(own.levels[0]).requires_grad_(), *own.levels[1:]), own.logits)
     step(method, dead, other).total.backward()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from support.blockwise_inputs import CLASSES, STUDENT, TEACHER, N, Shape, batch_of, blocks_of, build, given, ours
+from support.build_method import build as build_method
 from unikd_fast.methods import KD, Blockwise, Hybrid, Needs
 from unikd_fast.values import Features, StudentOutput, Target
 
@@ -151,7 +152,7 @@ def test_half_precision_goes_in_and_fp32_comes_out(dtype: torch.dtype) -> None:
 def test_a_hybrid_counts_the_cross_entropy_once() -> None:
     alone, method = build(), build()
     expected = ours(alone, STUDENT)
-    hybrid = Hybrid({"kd": KD(), "blockwise": method})
+    hybrid = build_method(Hybrid, {"kd": build_method(KD), "blockwise": method})
     assert hybrid.needs == Needs(levels=True, teacher_network=True)
     assert hybrid.uncacheable is not None and "the teacher's own blocks" in hybrid.uncacheable
     assert hybrid.adapter is not None
@@ -165,4 +166,4 @@ def test_a_hybrid_counts_the_cross_entropy_once() -> None:
 def test_a_teacher_that_is_not_cut_at_its_levels_is_refused(student: Any, teacher: Any, blocks: int) -> None:
     numbers = rf"{len(student)} levels of the student, {len(teacher)} of the teacher and {blocks} blocks"
     with pytest.raises(ValueError, match=numbers):
-        Blockwise(student, teacher, [lambda level: level] * blocks)
+        build_method(Blockwise, student, teacher, [lambda level: level] * blocks)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from support.blockwise_inputs import CLASSES, batch_of, build
+from support.build_method import build as build_method
 from unikd_fast.methods import Blockwise
 from unikd_fast.models import build_model, extract_features
 from unikd_fast.models.blocks import split_at_levels
@@ -23,7 +24,7 @@ def test_a_stone_of_the_teachers_own_levels_is_the_teacher(name: str) -> None:
     blocks = split_at_levels(extractor)
     features = extractor(torch.randn(4, 3, 16, 16))
     shapes = extractor.level_shapes
-    method = Blockwise(shapes, shapes, blocks)
+    method = build_method(Blockwise, shapes, shapes, blocks)
     before = [level.clone() for level in features.levels]
     stones = method.stones(features.levels)
     assert len(stones) == len(shapes)
@@ -37,7 +38,7 @@ def test_gradients_survive_a_teacher_in_half_precision() -> None:
     torch.manual_seed(0)
     extractor = extract_features(build_model("cifar/resnet8", num_classes=CLASSES), image_size=16)
     blocks, shapes = split_at_levels(extractor), extractor.level_shapes
-    method = Blockwise(shapes, shapes, blocks)
+    method = build_method(Blockwise, shapes, shapes, blocks)
     levels = [torch.rand(8, *shape) for shape in shapes]
     labels, target = torch.randint(0, CLASSES, (8,)), torch.randn(8, CLASSES)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from support.build_method import build as build_method
 from support.crd_inputs import CLASSES, IDS, LABELS, SAMPLES, STUDENT, TEACHER, WIDTH, build, step
 from unikd_fast.data.philox import philox_4x32 as philox_of_numpy
 from unikd_fast.methods import CRD
@@ -74,7 +75,7 @@ def test_draws_do_not_depend_on_the_batch_but_on_the_step() -> None:
     assert torch.equal(banks.negatives(rows[some], labels[some], 10), drawn[some])
     banks.remember(rows[:1], torch.ones(1, WIDTH), torch.ones(1, WIDTH), momentum=0.5)
     assert not torch.equal(banks.negatives(rows, labels, 10), drawn)
-    assert not torch.equal(build(seed=8).banks.negatives(rows, labels, 10), drawn)
+    assert not torch.equal(build(8).banks.negatives(rows, labels, 10), drawn)
 
 
 def test_a_sample_seen_twice_and_one_that_is_not_finite() -> None:
@@ -100,7 +101,7 @@ def test_a_restored_method_goes_on_bit_for_bit() -> None:
     state |= {"log_z": method.log_z.clone(), "knows_z": True}  # type: ignore[dict-item]
     assert state.keys() == method.state_dict().keys()
     torch.manual_seed(99)
-    other = CRD(STUDENT, TEACHER, IDS, LABELS, CLASSES, width=WIDTH, negatives=23)
+    other = build_method(CRD, STUDENT, TEACHER, IDS, LABELS, CLASSES, width=WIDTH, negatives=23)
     other.adapter.load_state_dict(method.adapter.state_dict())
     other.teacher_embed.load_state_dict(method.teacher_embed.state_dict())
     other.load_state_dict(state)
@@ -114,16 +115,16 @@ def test_a_state_of_other_data_is_refused() -> None:
     with pytest.raises(ValueError, match=r"are \(40, 7\), the checkpoint's \(40, 5\); .* distill\.crd\.width"):
         build(width=7).load_state_dict(method.state_dict())
     for ids, labels in ((IDS + 1, LABELS), (IDS, LABELS.roll(1))):
-        other = CRD(STUDENT, TEACHER, ids, labels, CLASSES, width=WIDTH)
+        other = build_method(CRD, STUDENT, TEACHER, ids, labels, CLASSES, width=WIDTH)
         with pytest.raises(ValueError, match=r"40 samples are others, or of other classes"):
             other.load_state_dict(method.state_dict())
 
 
 def test_samples_that_allow_no_draws_are_refused() -> None:
     with pytest.raises(ValueError, match=r"40 samples of 1 class; train on two"):
-        CRD(STUDENT, TEACHER, IDS, torch.zeros_like(LABELS), CLASSES)
+        build_method(CRD, STUDENT, TEACHER, IDS, torch.zeros_like(LABELS), CLASSES)
     with pytest.raises(ValueError, match=r"got 40 ids \(20 of them distinct\) and 40 classes"):
-        CRD(STUDENT, TEACHER, IDS[:20].repeat(2), LABELS, CLASSES)
+        build_method(CRD, STUDENT, TEACHER, IDS[:20].repeat(2), LABELS, CLASSES)
 
 
 def test_banks_that_do_not_fit_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.build_method import build
 from support.logit_methods import (
     BATCH,
     HOW,
@@ -17,12 +18,10 @@ from support.logit_methods import (
     as_found,
     assert_is_the_formula,
     batch_of,
-    built,
     cross_entropy,
     falls,
     kl,
     logits,
-    settings_reach,
     softmax,
     standardised,
     trained,
@@ -54,7 +53,7 @@ def parts(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor,
 def test_loss_and_gradient_are_those_of_the_formula(
     dtype: torch.dtype, impl: str, autocast: bool, standardized: bool
 ) -> None:
-    method = DKD(ce_weight=0.7, alpha=1.5, beta=6.0, temperature=3.0, standardized=standardized, impl=impl)
+    method = build(DKD, ce_weight=0.7, alpha=1.5, beta=6.0, temperature=3.0, standardized=standardized, impl=impl)
     method.set_progress(5.0)
 
     def loss(student: Tensor, teacher: Tensor) -> Found:
@@ -71,7 +70,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
 
 
 def test_the_warm_up_is_linear_and_keeps_its_tensor() -> None:
-    method = DKD(ramp_epochs=8.0)
+    method = build(DKD, ramp_epochs=8.0)
     student, target = StudentOutput(logits(1)), Target(logits(2))
     factor = method.ramp.value
     for epochs, share in ((0.0, 0.0), (2.0, 0.25), (8.0, 1.0), (100.0, 1.0)):
@@ -80,7 +79,7 @@ def test_the_warm_up_is_linear_and_keeps_its_tensor() -> None:
         distilled = loss.terms["dkd_target"] + 8.0 * loss.terms["dkd_non_target"]
         torch.testing.assert_close(loss.total, loss.terms["ce"] + share * distilled)
     assert method.ramp.value is factor
-    none = DKD(ramp_epochs=0.0)
+    none = build(DKD, ramp_epochs=0.0)
     none.set_progress(0.0)
     torch.testing.assert_close(none.loss(student, target, BATCH).total, loss.total)
 
@@ -88,7 +87,7 @@ def test_the_warm_up_is_linear_and_keeps_its_tensor() -> None:
 @pytest.mark.parametrize("weights", [(0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
 def test_a_weight_of_zero_leaves_the_others(weights: tuple[float, float, float]) -> None:
     ce_weight, alpha, beta = weights
-    method = DKD(ce_weight=ce_weight, alpha=alpha, beta=beta)
+    method = build(DKD, ce_weight=ce_weight, alpha=alpha, beta=beta)
     loss = method.loss(StudentOutput(logits(1)), Target(logits(2)), BATCH)
     (expected,) = (term for term, weight in zip(loss.terms.values(), weights, strict=True) if weight)
     assert torch.equal(loss.total, expected)
@@ -97,17 +96,19 @@ def test_a_weight_of_zero_leaves_the_others(weights: tuple[float, float, float])
 def test_of_two_classes_only_the_target_says_something() -> None:
     student, teacher = logits(1)[:, :2], logits(2)[:, :2]
     batch = batch_of(torch.arange(N) % 2)
-    terms = DKD().loss(StudentOutput(student), Target(teacher), batch).terms
+    terms = build(DKD).loss(StudentOutput(student), Target(teacher), batch).terms
     assert terms["dkd_non_target"] == 0
     torch.testing.assert_close(terms["dkd_target"], 16 * kl(softmax(teacher, 4.0), softmax(student, 4.0)).mean())
     with pytest.raises(ValueError, match="needs at least 2 classes, got 1"):
-        DKD().loss(StudentOutput(student[:, :1]), Target(teacher[:, :1]), batch_of(torch.zeros(N, dtype=torch.int64)))
+        build(DKD).loss(
+            StudentOutput(student[:, :1]), Target(teacher[:, :1]), batch_of(torch.zeros(N, dtype=torch.int64))
+        )
 
 
 def test_a_students_certainty_leaves_the_loss_finite() -> None:
     """Where the published code takes the logarithm of a probability that underflows."""
     student = (300.0 * torch.nn.functional.one_hot(LABELS, K)).float().requires_grad_()
-    total = DKD().loss(StudentOutput(student), Target(logits(2).float()), BATCH).total
+    total = build(DKD).loss(StudentOutput(student), Target(logits(2).float()), BATCH).total
     total.backward()
     assert total.isfinite()
     assert student.grad is not None and student.grad.isfinite().all()
@@ -117,21 +118,21 @@ def test_takes_what_a_cache_stores() -> None:
     student, teacher = logits(1).float(), logits(2).float()
     stored = quantize_logits(teacher, torch.uint8)
     dense = stored.values * stored.scale[:, None] + stored.offset[:, None]
-    found, expected = (DKD().loss(StudentOutput(student), Target(z), BATCH).total for z in (stored, dense))
+    found, expected = (build(DKD).loss(StudentOutput(student), Target(z), BATCH).total for z in (stored, dense))
     torch.testing.assert_close(found, expected)
 
 
 def test_reads_nothing_on_the_host() -> None:
     """A tensor on "meta" has no value to read."""
     student = torch.randn(N, K, device="meta", requires_grad=True)
-    method = DKD(device="meta", impl="reference")
+    method = build(DKD, device="meta", impl="reference")
     total = method.loss(StudentOutput(student), Target(student.detach()), batch_of(LABELS.to("meta"))).total
     total.backward()
     assert student.grad is not None
 
 
 def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
-    hybrid = Hybrid({"kd": KD(beta=2.0), "dkd": DKD(alpha=0.5, beta=3.0, ramp_epochs=4.0)})
+    hybrid = build(Hybrid, {"kd": build(KD, beta=2.0), "dkd": build(DKD, alpha=0.5, beta=3.0, ramp_epochs=4.0)})
     assert hybrid.term_names == ("ce", "logit_kl", "dkd_target", "dkd_non_target")
     assert hybrid.needs.hard_labels and hybrid.uncacheable is None
     hybrid.set_progress(1.0)
@@ -140,24 +141,6 @@ def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
     soft = 16 * kl(softmax(teacher, 4.0), softmax(student, 4.0)).mean()
     expected = cross_entropy(student) + 2.0 * soft + 0.25 * (0.5 * target + 3.0 * others)
     torch.testing.assert_close(hybrid.loss(StudentOutput(student), Target(teacher), BATCH).total, expected)
-
-
-def test_the_section_sets_everything() -> None:
-    section = {
-        "ce_weight": 0.5,
-        "alpha": 2.0,
-        "beta": 3.0,
-        "temperature": 1.5,
-        "ramp_epochs": 7.0,
-        "standardized": True,
-    }
-    method = built("dkd", section)
-    assert isinstance(method, DKD)
-    settings_reach(method, section, ramp_epochs=method.ramp.epochs)
-    assert (method.label_smoothing, method.impl) == (0.1, "reference")
-    plain = built("dkd", None)
-    assert isinstance(plain, DKD)
-    assert (plain.alpha, plain.beta, plain.temperature, plain.ramp.epochs) == (1.0, 8.0, 4.0, 2.0)
 
 
 @pytest.fixture

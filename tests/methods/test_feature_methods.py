@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from support.build_method import build
 from support.feature_levels import BATCH, CLASSES, LABELS, SAMPLES, cross_entropy_of, features, frozen, step, student_of
 from unikd_fast.methods import AT, KD, OFD, FitNet, Hybrid, Method, ReviewKD
 from unikd_fast.values import Features
@@ -16,10 +17,10 @@ STUDENT = [(3, 8, 8), (4, 8, 8), (5, 4, 4)]
 TEACHER = [(2, 16, 16), (6, 16, 16), (7, 8, 8), (8, 2, 2)]
 
 BUILD: dict[str, Callable[..., Method]] = {
-    "fitnet": lambda device="cpu": FitNet(STUDENT, TEACHER),
-    "at": lambda device="cpu": AT(STUDENT, TEACHER),
-    "ofd": lambda device="cpu": OFD(STUDENT, TEACHER, [nn.BatchNorm2d(c) for c, _, _ in TEACHER], device=device),
-    "reviewkd": lambda device="cpu": ReviewKD(STUDENT, TEACHER, 7, 7, device=device),
+    "fitnet": lambda device="cpu": build(FitNet, STUDENT, TEACHER),
+    "at": lambda device="cpu": build(AT, STUDENT, TEACHER),
+    "ofd": lambda device="cpu": build(OFD, STUDENT, TEACHER, [nn.BatchNorm2d(c) for c, _, _ in TEACHER], device=device),
+    "reviewkd": lambda device="cpu": build(ReviewKD, STUDENT, TEACHER, 7, 7, device=device),
 }
 TERMS = {"fitnet": "hint", "at": "attention", "ofd": "partial_l2", "reviewkd": "hcl"}
 each_method = pytest.mark.parametrize("name", BUILD)
@@ -119,8 +120,8 @@ def test_what_is_trained_comes_back_from_a_checkpoint(name: str) -> None:
 def test_in_a_hybrid_its_own_term_stands_beside_the_others(name: str) -> None:
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     alone = step(built(name), own, other)
-    logits = KD().loss(student_of(built(name), own), KD().target(frozen(other)), BATCH)
-    hybrid = Hybrid({"kd": KD(), name: built(name)})
+    logits = build(KD).loss(student_of(built(name), own), build(KD).target(frozen(other)), BATCH)
+    hybrid = build(Hybrid, {"kd": build(KD), name: built(name)})
     assert hybrid.term_names == ("ce", "logit_kl", TERMS[name])
     loss = step(hybrid, own, other)
     torch.testing.assert_close(loss.terms[TERMS[name]], alone.terms[TERMS[name]])
@@ -129,7 +130,7 @@ def test_in_a_hybrid_its_own_term_stands_beside_the_others(name: str) -> None:
 
 def test_all_of_them_are_one_sum() -> None:
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
-    hybrid = Hybrid({name: built(name) for name in BUILD})
+    hybrid = build(Hybrid, {name: built(name) for name in BUILD})
     assert (hybrid.needs.levels, hybrid.needs.before_activation, hybrid.needs.embedding) == (True, True, True)
     ce = cross_entropy_of(own.logits).detach()
     expected = ce + sum(step(built(name), own, other).total.detach() - ce for name in BUILD)

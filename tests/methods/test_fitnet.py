@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from support.build_method import build
 from support.feature_levels import cross_entropy_of, features, frozen, normalised, step
 from unikd_fast.methods import FitNet
 
@@ -36,7 +37,7 @@ def by_hand(x: Tensor, weight: Tensor, bias: Tensor, *, wanted: int) -> Tensor:
 def test_loss_and_gradients_are_those_of_the_formula(size: int, wanted: int) -> None:
     torch.manual_seed(0)
     student, teacher = [FINEST, (4, size, size)], [FINEST, (5, wanted, wanted), (6, 2, 2)]
-    method = FitNet(student, teacher, weight=70.0)
+    method = build(FitNet, student, teacher, weight=70.0)
     regressor = method.adapter.double()
     torch.nn.init.normal_(regressor.norm.weight)
     torch.nn.init.normal_(regressor.norm.bias)
@@ -58,7 +59,7 @@ def test_loss_and_gradients_are_those_of_the_formula(size: int, wanted: int) -> 
 
 def test_one_level_is_compared_by_its_place_from_the_fine_end() -> None:
     student, teacher = [(4, 8, 8), (4, 4, 4), (4, 2, 2)], [(5, 8, 8), (5, 8, 8), (5, 4, 4), (5, 2, 2)]
-    method = FitNet(student, teacher, level=0)
+    method = build(FitNet, student, teacher, level=0)
     method.adapter.double()
     own, other = features(student, seed=1), features(teacher, seed=2)
     step(method, own, other).total.backward()
@@ -69,22 +70,24 @@ def test_one_level_is_compared_by_its_place_from_the_fine_end() -> None:
 
 def test_weights_of_zero_leave_the_other_term() -> None:
     shapes = [FINEST, (4, 8, 8)]
-    method = FitNet(shapes, shapes, weight=0.0, label_smoothing=0.2)
+    method = build(FitNet, shapes, shapes, weight=0.0, label_smoothing=0.2)
     method.adapter.double()
     own, other = features(shapes, seed=1), features(shapes, seed=2)
     loss = step(method, own, other)
     smoothed = 0.8 * cross_entropy_of(own.logits) - 0.2 * own.logits.log_softmax(1).mean()
     torch.testing.assert_close(loss.total, smoothed)
-    method.weight, method.ce_weight = 2.0, 0.0
-    torch.testing.assert_close(step(method, own, other).total, 2.0 * loss.terms["hint"])
+    weighted = build(FitNet, shapes, shapes, weight=2.0)
+    weighted.ce_weight = 0.0
+    weighted.adapter.double().load_state_dict(method.adapter.state_dict())
+    torch.testing.assert_close(step(weighted, own, other).total, 2.0 * loss.terms["hint"])
 
 
 @pytest.mark.parametrize("level", [-1, 2])
 def test_a_level_that_one_network_lacks_is_refused(level: int) -> None:
     with pytest.raises(ValueError, match=rf"from 0 to 1, got {level}: the student has 3 levels and the teacher 2"):
-        FitNet([FINEST] * 3, [FINEST] * 2, level=level)
+        build(FitNet, [FINEST] * 3, [FINEST] * 2, level=level)
 
 
 def test_a_level_too_small_to_be_enlarged_is_refused() -> None:
     with pytest.raises(ValueError, match="got 3 x 3 and 8 x 8 at level 1; take another level"):
-        FitNet([FINEST, (4, 3, 3)], [FINEST, (4, 8, 8)])
+        build(FitNet, [FINEST, (4, 3, 3)], [FINEST, (4, 8, 8)])

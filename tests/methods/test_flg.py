@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.build_method import build
 from support.logit_methods import (
     BATCH,
     HOW,
@@ -16,12 +17,10 @@ from support.logit_methods import (
     K,
     N,
     assert_is_the_formula,
-    built,
     cross_entropy,
     falls,
     kl,
     logits,
-    settings_reach,
     softmax,
     trained,
 )
@@ -38,7 +37,7 @@ CLASSIFIER = randn(K, TEACHER, seed=20)
 
 def flg(dtype: torch.dtype = torch.float64, **options: Any) -> FLG:
     torch.manual_seed(0)
-    method = FLG(STUDENT, TEACHER, CLASSIFIER.to(dtype), **options)
+    method = build(FLG, STUDENT, TEACHER, CLASSIFIER.to(dtype), **options)
     method.adapter.to(dtype)
     return method
 
@@ -130,7 +129,7 @@ def test_weights_of_zero_leave_the_others() -> None:
 
 
 def test_reads_nothing_on_the_host() -> None:
-    method = FLG(STUDENT, TEACHER, CLASSIFIER.float().to("meta"), impl="reference")
+    method = build(FLG, STUDENT, TEACHER, CLASSIFIER.float().to("meta"), impl="reference")
     own = Features(
         (), torch.randn(N, K, device="meta", requires_grad=True), embedding=torch.randn(N, STUDENT).to("meta")
     )
@@ -142,21 +141,16 @@ def test_reads_nothing_on_the_host() -> None:
 
 def test_the_teachers_weights_are_a_copy_without_gradient() -> None:
     weight = CLASSIFIER.clone().half().requires_grad_()
-    method = FLG(STUDENT, TEACHER, weight)
+    method = build(FLG, STUDENT, TEACHER, weight)
     assert not method.classifier_weight.requires_grad
     assert method.classifier_weight.dtype == torch.float32
     assert {name for name, _ in method.adapter.named_parameters()} == {"linear.weight"}
     assert method.adapter.linear.weight.shape == (TEACHER, STUDENT)
 
 
-def test_a_classifier_of_another_width_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"must be \(K, {TEACHER}\) .* got \({K}, {TEACHER + 1}\); pass the weight"):
-        FLG(STUDENT, TEACHER, randn(K, TEACHER + 1))
-
-
 def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
     method = flg(gamma=2.0)
-    hybrid = Hybrid({"flg": method, "dkd": DKD(alpha=1.0, beta=1.0, ramp_epochs=0.0)})
+    hybrid = build(Hybrid, {"flg": method, "dkd": build(DKD, alpha=1.0, beta=1.0, ramp_epochs=0.0)})
     assert hybrid.needs == Needs(embedding=True, hard_labels=True, two_classes=True)
     assert hybrid.uncacheable == "FLG needs its embeddings, not only its logits"
     assert hybrid.adapter is not None
@@ -166,17 +160,6 @@ def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
     alone = run(flg(ce_weight=1.0, gamma=2.0), own, other)
     distilled = loss.terms["dkd_target"] + loss.terms["dkd_non_target"]
     torch.testing.assert_close(loss.total, alone.total + distilled)
-
-
-def test_the_section_sets_everything() -> None:
-    section = {"ce_weight": 0.5, "beta": 2.0, "gamma": 3.0, "temperature": 1.5}
-    around = {"student_width": STUDENT, "teacher_width": TEACHER, "classifier_weights": (torch.zeros(K, 4), CLASSIFIER)}
-    method = built("flg", section, **around)
-    assert isinstance(method, FLG)
-    settings_reach(method, section)
-    settings_reach(method, {"label_smoothing": 0.1, "impl": "reference"})
-    assert torch.equal(method.classifier_weight, CLASSIFIER)
-    settings_reach(built("flg", None, **around), {"ce_weight": 1.0, "beta": 1.0, "gamma": 1.0, "temperature": 4.0})
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.build_method import build
 from unikd_fast.methods import KD, Hybrid, Method, Needs, StudentAlone, UniKD
-from unikd_fast.methods.method import Ramp
+from unikd_fast.methods.method import NoSettings, Ramp
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 CLASSES, STUDENT, TEACHER = 5, (4, 6), (5, 8)
@@ -82,7 +83,7 @@ def stream() -> Iterator[Features]:
 
 def unikd(**options: Any) -> UniKD:
     torch.manual_seed(0)
-    return UniKD(STUDENT, TEACHER, CLASSES, width=8, head_steps=3, **options)
+    return build(UniKD, STUDENT, TEACHER, CLASSES, width=8, head_steps=3, **options)
 
 
 BATCH = Batch(torch.zeros(6, 3, 1, 1), torch.arange(6) % CLASSES, torch.arange(6))
@@ -94,8 +95,12 @@ def student_of(method: Method) -> StudentOutput:
 
 
 def test_the_total_is_the_terms_with_the_cross_entropy_once() -> None:
-    parts = {"kd": KD(ce_weight=0.1, beta=0.9), "hint": Hint(), "unikd": unikd(alpha=3.0, teacher_head="anchored")}
-    hybrid = Hybrid(parts, label_smoothing=0.1)
+    parts = {
+        "kd": build(KD, ce_weight=0.1, beta=0.9),
+        "hint": Hint(),
+        "unikd": unikd(alpha=3.0, teacher_head="anchored"),
+    }
+    hybrid = build(Hybrid, parts, label_smoothing=0.1)
     teacher = features(TEACHER, 2)
     loss = hybrid.loss(student_of(hybrid), hybrid.target(teacher), BATCH)
     assert tuple(loss.terms) == hybrid.term_names
@@ -105,7 +110,7 @@ def test_the_total_is_the_terms_with_the_cross_entropy_once() -> None:
     weights = {"ce": 1.0, "kd_logit_kl": 0.9, "hint": 2.0, "feature_kl": 3.0, "unikd_logit_kl": 1.0, "anchor": 0.0}
     torch.testing.assert_close(loss.total, sum(weights[name] * term for name, term in loss.terms.items()))
     # Each part's term is what the part by itself says.
-    alone = KD().loss(student_of(KD()), KD().target(teacher), BATCH)
+    alone = build(KD).loss(student_of(build(KD)), build(KD).target(teacher), BATCH)
     torch.testing.assert_close(loss.terms["kd_logit_kl"], alone.terms["logit_kl"])
     part = parts["unikd"]
     own = part.loss(student_of(part), part.target(teacher), BATCH)
@@ -114,7 +119,7 @@ def test_the_total_is_the_terms_with_the_cross_entropy_once() -> None:
 
 
 def test_adapters_are_trained_as_by_their_own_methods() -> None:
-    hybrid = Hybrid({"hint": Hint(), "unikd": unikd()})
+    hybrid = build(Hybrid, {"hint": Hint(), "unikd": unikd()})
     assert hybrid.adapter is not None
     target = hybrid.target(features(TEACHER, 2))
     hybrid.loss(student_of(hybrid), target, BATCH).total.backward()
@@ -128,33 +133,33 @@ def test_adapters_are_trained_as_by_their_own_methods() -> None:
 
 
 def test_needs_and_reasons_are_united() -> None:
-    hybrid = Hybrid({"kd": KD(), "hint": Hint()})
+    hybrid = build(Hybrid, {"kd": build(KD), "hint": Hint()})
     assert hybrid.needs == Needs(levels=True, embedding=True)
     assert hybrid.uncacheable == ("Hint needs the teacher's feature levels and its embeddings, not only its logits")
-    assert Hybrid({"kd": KD(), "unikd": unikd()}).uncacheable is None
-    both = Hybrid({"unikd": unikd(teacher_head="literal"), "hint": Hint()})
+    assert build(Hybrid, {"kd": build(KD), "unikd": unikd()}).uncacheable is None
+    both = build(Hybrid, {"unikd": unikd(teacher_head="literal"), "hint": Hint()})
     assert both.uncacheable is not None
-    assert "distill.teacher_head = 'literal'" in both.uncacheable and "; Hint needs" in both.uncacheable
+    assert "distill.unikd.teacher_head = 'literal'" in both.uncacheable and "; Hint needs" in both.uncacheable
     assert isinstance(both.companion, nn.ModuleDict)
     assert list(both.companion.parameters()) == list(both.parts["unikd"].head.parameters())  # type: ignore[attr-defined]
-    assert Hybrid({"kd": KD(), "two": KD()}).adapter is None
+    assert build(Hybrid, {"kd": build(KD), "two": build(KD)}).adapter is None
 
 
-OF_DATA = ("teacher", "hard_labels", "two_classes")
+NOT_OUTPUTS = ("teacher", "hard_labels", "two_classes", "whole_head")
 
 
-@pytest.mark.parametrize("field", [field for field in Needs._fields if field not in OF_DATA])
+@pytest.mark.parametrize("field", [field for field in Needs._fields if field not in NOT_OUTPUTS])
 def test_whatever_is_no_output_makes_a_method_uncacheable(field: str) -> None:
-    class Needing(Method):
+    class Needing(Method[NoSettings]):
         needs = Needs(**{field: True})
 
-    assert Needing().uncacheable is not None
-    assert KD().uncacheable is None
+    assert build(Needing).uncacheable is not None
+    assert build(KD).uncacheable is None
 
 
 def test_progress_preparation_figures_and_heads_reach_each_part() -> None:
     hint, head = Hint(), unikd(teacher_head="prefit")
-    hybrid = Hybrid({"first": hint, "unikd": head})
+    hybrid = build(Hybrid, {"first": hint, "unikd": head})
     hybrid.set_progress(1.0)
     assert hint.weight.value.item() == 0.5
     batches = stream()
@@ -171,7 +176,7 @@ def test_progress_preparation_figures_and_heads_reach_each_part() -> None:
 
 def test_terms_of_one_name_are_told_apart_in_both_directions() -> None:
     parts = {"a": Hint(term="x"), "b": Hint(weight=5.0, term="x")}
-    hybrid = Hybrid(parts)
+    hybrid = build(Hybrid, parts)
     assert hybrid.term_names == ("ce", "a_x", "b_x")
     loss = hybrid.loss(student_of(hybrid), hybrid.target(features(TEACHER, 2)), BATCH)
     assert float(loss.terms["a_x"]) != float(loss.terms["b_x"])
@@ -180,18 +185,18 @@ def test_terms_of_one_name_are_told_apart_in_both_directions() -> None:
 
 
 def test_the_fitted_head_and_the_state_are_the_parts_own() -> None:
-    hybrid = Hybrid({"kd": KD(), "unikd": unikd()})
+    hybrid = build(Hybrid, {"kd": build(KD), "unikd": unikd()})
     head = hybrid.parts["unikd"]
     assert hybrid.fitted_head is head.fitted_head is not None
     assert hybrid.head_settings == head.head_settings != {}
     hybrid.prepare(stream())
-    other = Hybrid({"kd": KD(), "unikd": unikd()})
+    other = build(Hybrid, {"kd": build(KD), "unikd": unikd()})
     state = hybrid.state_dict()
     saved = hybrid.head_of(state)
     assert saved is not None
     assert all(torch.equal(saved[name], value) for name, value in hybrid.fitted_head.state_dict().items())
     other.load_state_dict(state)
-    adopted = Hybrid({"kd": KD(), "unikd": unikd()})
+    adopted = build(Hybrid, {"kd": build(KD), "unikd": unikd()})
     adopted.adopt_head(saved)
     teacher = features(TEACHER, 2)
     expected = hybrid.target(teacher).gaussian
@@ -200,8 +205,8 @@ def test_the_fitted_head_and_the_state_are_the_parts_own() -> None:
         found = one.target(teacher).gaussian
         assert found is not None
         assert torch.equal(found.mean, expected.mean)
-    assert Hybrid({"kd": KD(), "hint": Hint()}).fitted_head is None
-    assert Hybrid({"kd": KD(), "hint": Hint()}).head_of({"kd": {}, "hint": {"head": 1}}) is None
+    assert build(Hybrid, {"kd": build(KD), "hint": Hint()}).fitted_head is None
+    assert build(Hybrid, {"kd": build(KD), "hint": Hint()}).head_of({"kd": {}, "hint": {"head": 1}}) is None
 
 
 def test_the_second_view_reaches_the_parts() -> None:
@@ -214,23 +219,23 @@ def test_the_second_view_reaches_the_parts() -> None:
             both = student.second_logits.sum() + target.second_logits.sum()
             return Loss(found.total + both, found.terms)
 
-    hybrid = Hybrid({"kd": KD(), "second": Second()})
+    hybrid = build(Hybrid, {"kd": build(KD), "second": build(Second)})
     assert hybrid.needs.second_view
     teacher, second = features(TEACHER, 2), features(TEACHER, 3)
     student = student_of(hybrid)._replace(second_logits=torch.ones(6, CLASSES))
     with_it = hybrid.loss(student, hybrid.target(teacher, second), BATCH).total
-    without = Hybrid({"kd": KD(), "two": KD()}).loss(student, KD().target(teacher), BATCH).total
+    without = build(Hybrid, {"kd": build(KD), "two": build(KD)}).loss(student, build(KD).target(teacher), BATCH).total
     torch.testing.assert_close(with_it, without + 6 * CLASSES + second.logits.sum())
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"kd": KD()}, r"two methods or more, got \['kd'\]"),
-        ({"kd": KD(), "none": StudentAlone()}, "none learns from no teacher"),
+        ({"kd": build(KD)}, r"two methods or more, got \['kd'\]"),
+        ({"kd": build(KD), "none": build(StudentAlone)}, "none learns from no teacher"),
         ({"a": unikd(), "b": unikd()}, r"only one part may fit a head .* got \['a', 'b'\]"),
     ],
 )
 def test_what_makes_no_sum_is_refused(parts: dict[str, Method], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Hybrid(parts)
+        build(Hybrid, parts)

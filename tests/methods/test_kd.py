@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.build_method import build
 from support.logit_methods import (
     BATCH,
     HOW,
@@ -38,7 +39,7 @@ DIGITS = Path(__file__).parents[2] / "configs" / "digits.json"
 def test_loss_and_gradient_are_those_of_the_formula(
     dtype: torch.dtype, impl: str, autocast: bool, labels: Tensor, standardized: bool
 ) -> None:
-    method = KD(ce_weight=0.4, beta=9.0, temperature=2.0, standardized=standardized, impl=impl)
+    method = build(KD, ce_weight=0.4, beta=9.0, temperature=2.0, standardized=standardized, impl=impl)
 
     def loss(student: Tensor, teacher: Tensor) -> Found:
         return as_found(method.loss(StudentOutput(student), Target(teacher), batch_of(labels)))
@@ -55,7 +56,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
 
 
 def test_standardised_logits_have_no_scale_and_no_shift() -> None:
-    method = KD(ce_weight=0.0, standardized=True)
+    method = build(KD, ce_weight=0.0, standardized=True)
     student = logits(1, grad=True)
     target = Target(2.5 * student.detach() - 7.0)
     loss = method.loss(StudentOutput(student), target, BATCH)
@@ -74,7 +75,7 @@ def test_standardised_logits_have_no_scale_and_no_shift() -> None:
 def test_without_the_factor_it_is_divided_by_temperature_squared() -> None:
     student, target = StudentOutput(logits(1)), Target(logits(2))
     with_it, without = (
-        KD(temperature=3.0, scale_by_t2=scaled, standardized=True).loss(student, target, BATCH).terms["logit_kl"]
+        build(KD, temperature=3.0, scale_by_t2=scaled, standardized=True).loss(student, target, BATCH).terms["logit_kl"]
         for scaled in (True, False)
     )
     torch.testing.assert_close(with_it, 9 * without)
@@ -84,17 +85,22 @@ def test_its_section_standardises_and_the_weights_stay_where_they_were() -> None
     for section, expected in ((None, False), ({}, False), ({"standardized": True}, True)):
         method = built("kd", section)
         assert isinstance(method, KD)
-        assert method.standardized == expected
+        assert method.settings.standardized == expected
     config = load_config(
-        DIGITS, ["compare=null", "distill.method=kd", "distill.kd.standardized=true", "distill.temperature=2"]
+        DIGITS, ["compare=null", "distill.method=kd", "distill.kd.standardized=true", "distill.kd.temperature=2"]
     )
-    assert config.distill.kd is not None and config.distill.kd.standardized and config.distill.temperature == 2
+    assert config.distill.kd is not None and config.distill.kd.standardized and config.distill.kd.temperature == 2
     with pytest.raises(ConfigError, match=r"distill\.kd has the settings of .* 'kd', got 'unikd'"):
         load_config(DIGITS, ["compare=null", "distill.method=unikd", "distill.kd.standardized=true"])
 
 
 def test_the_largest_logits_alone_have_no_deviation() -> None:
-    cached = ["teacher.cache.mode=read", "teacher.cache.logits=top_k", "teacher.cache.top_k=3", "distill.temperature=1"]
+    cached = [
+        "teacher.cache.mode=read",
+        "teacher.cache.logits=top_k",
+        "teacher.cache.top_k=3",
+        "distill.kd.temperature=1",
+    ]
     settings = ["compare=null", "distill.method=kd", *cached]
     load_config(DIGITS, [*settings, "distill.kd.standardized=false"])
     with pytest.raises(ConfigError, match=r"'top_k' with distill\.kd\.standardized = true, .*logits=uint8 or fp16"):
@@ -110,7 +116,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("group")
 def test_trains(tmp_path: Path) -> None:
-    settings = {"kd": {"standardized": True}, "temperature": 2.0, "beta": 9.0, "ce_weight": 1.0}
+    settings = {"kd": {"standardized": True, "temperature": 2.0, "beta": 9.0, "ce_weight": 1.0}}
     records = trained(tmp_path, save_teacher(tmp_path / "teacher.pt"), "kd", distill=settings)
     assert falls(records, "logit_kl")
     for record in records:

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from unikd_fast.methods import KD, StudentAlone, UniKD
+from support.build_method import build as build_method
+from unikd_fast.config.schema import DistillConfig
+from unikd_fast.methods import DKD, KD, METHODS, StudentAlone, UniKD
 from unikd_fast.values import Batch, Features, StudentOutput, Target
 
 CLASSES = 7
@@ -37,7 +40,7 @@ def stream() -> Iterator[Features]:
 
 def build(**options: object) -> UniKD:
     torch.manual_seed(0)
-    return UniKD(STUDENT, TEACHER, CLASSES, width=16, **options)  # type: ignore[arg-type]
+    return build_method(UniKD, STUDENT, TEACHER, CLASSES, width=16, **options)  # type: ignore[arg-type]
 
 
 def batch_of(labels: Tensor) -> Batch:
@@ -52,7 +55,7 @@ def student_output(method: UniKD) -> tuple[StudentOutput, Batch]:
 
 def test_student_alone_is_cross_entropy() -> None:
     student, labels = features(STUDENT)
-    loss = StudentAlone().loss(StudentOutput(student.logits), None, batch_of(labels))
+    loss = build_method(StudentAlone).loss(StudentOutput(student.logits), None, batch_of(labels))
     torch.testing.assert_close(loss.total, F.cross_entropy(student.logits, labels))
     assert loss.terms == {"ce": loss.total}
 
@@ -60,7 +63,7 @@ def test_student_alone_is_cross_entropy() -> None:
 def test_kd_is_the_weighted_sum_of_the_literature() -> None:
     student, labels = features(STUDENT)
     teacher = features(TEACHER, seed=3)[0].logits
-    method = KD(ce_weight=0.1, beta=0.9, temperature=4.0)
+    method = build_method(KD, ce_weight=0.1, beta=0.9, temperature=4.0)
     loss = method.loss(StudentOutput(student.logits), Target(teacher), batch_of(labels))
     soft = F.kl_div((student.logits / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean") * 16
     hard = F.cross_entropy(student.logits, labels)
@@ -82,16 +85,17 @@ def test_many_classes_take_the_direct_form_and_say_so(
     caplog: pytest.LogCaptureFixture, classes: int, asked: str, form: str
 ) -> None:
     caplog.set_level("INFO", "unikd_fast")
-    method = UniKD(STUDENT, TEACHER, classes, width=16, fdp=asked)
+    method = build_method(UniKD, STUDENT, TEACHER, classes, width=16, fdp=asked)
     assert (method.head.distribution.projection is not None) == (form == "projected")
-    assert method.head_settings.get("fdp", "projected") == form
-    chosen = "distill.fdp = auto: the direct form, two layers 16 -> 2,049, for more than 2,048 classes"
+    assert method.head_settings["fdp"] == form
+    chosen = "distill.unikd.fdp = auto: the direct form, two layers 16 -> 2,049, for more than 2,048 classes"
     assert (chosen in caplog.text) == (asked == "auto" and form == "direct")
 
 
 @pytest.mark.parametrize("fdp", ["projected", "direct"])
 def test_prefit_fits_the_head_then_freezes_it(fdp: str) -> None:
-    method = build(fdp=fdp, teacher_head="prefit", head_steps=500, head_learning_rate=1e-2)
+    method = build(fdp=fdp, teacher_head="prefit", head_steps=500)
+    method.trainer.optimizer.param_groups[0]["lr"] = 1e-2
     teacher, labels = features(TEACHER, 200, seed=0)
     before = method.indicators(teacher, labels)
     method.prepare(stream())
@@ -211,14 +215,64 @@ def test_state_comes_back_and_a_prefit_head_stays_frozen() -> None:
     assert not any(p.requires_grad for p in other.head.parameters())
 
 
+LITERATURE: dict[str, dict[str, object]] = {
+    "unikd": {"beta": 1.0, "temperature": 4.0},
+    "kd": {"ce_weight": 0.1, "beta": 0.9, "temperature": 4.0},
+    "dkd": {"ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0},
+    "nkd": {"ce_weight": 1.0, "gamma": 1.5, "temperature": 1.0},
+    "mlkd": {"ce_weight": 0.1, "weight": 0.9, "temperatures": (3.0, 4.0, 5.0), "first_view_temperatures": (2.0, 6.0)},
+    "flg": {"ce_weight": 1.0, "beta": 1.0, "gamma": 1.0, "temperature": 4.0},
+    "fitnet": {"weight": 100.0},
+    "at": {"weight": 1000.0},
+    "ofd": {"weight": 1e-3},
+    "reviewkd": {"weight": 1.0},
+    "crd": {"weight": 0.8, "negatives": 16384, "temperature": 0.07, "momentum": 0.5},
+    "blockwise": {"task_weight": 1.0, "distill_weight": 1.0, "cross_weight": 1.0, "temperature": 4.0},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_without_a_section_settings_are_the_literatures(name: str) -> None:
+    settings = DistillConfig(method=name).settings[name]
+    assert {key: getattr(settings, key) for key in LITERATURE[name]} == LITERATURE[name]
+
+
+def test_a_ramp_is_at_most_a_share_of_the_run() -> None:
+    for epochs, steps, expected in ((None, 1000, 8.0), (None, 10_000, 20.0), (30.0, 1000, 30.0), (0.0, 1000, 0.0)):
+        method = build_method(DKD, ramp_epochs=epochs, total_steps=steps, steps_per_epoch=10)
+        assert method.ramp.epochs == expected
+
+
+def test_a_method_has_the_smoothing_and_the_losses_of_its_run() -> None:
+    method = build_method(KD, label_smoothing=0.1, impl="reference")
+    student, labels = features(STUDENT)
+    teacher = features(TEACHER, seed=3)[0].logits
+    loss = method.loss(StudentOutput(student.logits), Target(teacher), batch_of(labels))
+    smoothed = F.cross_entropy(student.logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(loss.terms["ce"], smoothed)
+    assert method.impl == "reference"
+
+
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("name", "section", "place"),
     [
-        ({"teacher_head": "fixed"}, "got 'fixed'"),
-        ({"fusion": "first"}, "got 'first'"),
-        ({"fdp": "small"}, "fdp must be one of auto, projected, direct, got 'small'"),
+        ("unikd", {"teacher_head": "fixed"}, ("unikd", "teacher_head")),
+        ("unikd", {"fusion": "first"}, ("unikd", "fusion")),
+        ("unikd", {"fdp": "small"}, ("unikd", "fdp")),
+        ("crd", {"positives": "any"}, ("crd", "positives")),
+        ("crd", {"negatives": 0}, ("crd", "negatives")),
+        ("crd", {"negatives": 2**18 + 1}, ("crd", "negatives")),
+        ("crd", {"momentum": 1.0}, ("crd", "momentum")),
+        ("crd", {"temperature": 0.0}, ("crd", "temperature")),
+        ("crd", {"temperature": float("inf")}, ("crd", "temperature")),
+        ("mlkd", {"temperatures": []}, ("mlkd", "temperatures")),
+        ("mlkd", {"temperatures": [4.0, 0.0]}, ("mlkd", "temperatures", 1)),
+        ("mlkd", {"first_view_temperatures": [-1.0]}, ("mlkd", "first_view_temperatures", 0)),
+        ("fitnet", {"level": -1}, ("fitnet", "level")),
     ],
 )
-def test_unknown_options_are_named(options: dict[str, str], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        build(**options)
+def test_settings_out_of_range_are_refused(name: str, section: dict[str, object], place: tuple[object, ...]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        DistillConfig.model_validate({"method": name, name: section})
+    assert [tuple(part for part in error["loc"] if part in place) for error in caught.value.errors()] == [place]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.build_method import build
 from support.logit_methods import (
     BATCH,
     HOW,
@@ -19,12 +20,10 @@ from support.logit_methods import (
     as_found,
     assert_is_the_formula,
     batch_of,
-    built,
     cross_entropy,
     falls,
     kl,
     logits,
-    settings_reach,
     softmax,
     standardised,
     trained,
@@ -90,7 +89,7 @@ def published(views: tuple[Tensor, ...], labels: Tensor = LABELS, *, standard: b
 @pytest.mark.parametrize("standard", [False, True])
 @pytest.mark.parametrize(("dtype", "impl", "autocast"), HOW)
 def test_by_default_it_is_the_published_code(dtype: torch.dtype, impl: str, autocast: bool, standard: bool) -> None:
-    method = MLKD(standardized=standard, impl=impl)
+    method = build(MLKD, standardized=standard, impl=impl)
     assert_is_the_formula(
         lambda *views: run(method, views),
         lambda *views: published(views, standard=standard),
@@ -102,8 +101,8 @@ def test_by_default_it_is_the_published_code(dtype: torch.dtype, impl: str, auto
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS.double()], ids=["labels", "mixed"])
 def test_without_its_accidents_it_is_the_sum_over_views_and_temperatures(labels: Tensor) -> None:
     at = (1.0, 2.5, 4.0)
-    method = MLKD(
-        ce_weight=0.3, second_ce_weight=0.2, weight=0.7, temperatures=at, first_view_temperatures=(), masks=False
+    method = build(
+        MLKD, ce_weight=0.3, second_ce_weight=0.2, weight=0.7, temperatures=at, first_view_temperatures=(), masks=False
     )
 
     def formula(*views: Tensor) -> Found:
@@ -120,9 +119,11 @@ def test_without_its_accidents_it_is_the_sum_over_views_and_temperatures(labels:
 @pytest.mark.parametrize("n", [1, 5, 7])
 def test_of_an_odd_number_of_samples_the_median_one_is_kept(n: int) -> None:
     views = tuple(views_of(n=n))
-    total, _ = run(MLKD(), views, LABELS[:n])
+    total, _ = run(build(MLKD), views, LABELS[:n])
     torch.testing.assert_close(total, published(views, LABELS[:n])[0])
-    method = MLKD(ce_weight=0.0, second_ce_weight=0.0, weight=1.0, temperatures=(4.0,), first_view_temperatures=())
+    method = build(
+        MLKD, ce_weight=0.0, second_ce_weight=0.0, weight=1.0, temperatures=(4.0,), first_view_temperatures=()
+    )
     found, terms = run(method, views, LABELS[:n])
     expected = (n + 1) / (2 * n) * (terms["logit_kl"] + terms["batch_gram"])
     torch.testing.assert_close(found, expected + 3 / 5 * terms["class_gram"] + terms["second_logit_kl"])
@@ -131,7 +132,9 @@ def test_of_an_odd_number_of_samples_the_median_one_is_kept(n: int) -> None:
 def test_samples_as_confident_as_the_median_are_kept_too() -> None:
     views = views_of()
     views[2] = views[2][:1].expand(N, K).clone()  # a teacher that says the same of all
-    method = MLKD(ce_weight=0.0, second_ce_weight=0.0, weight=1.0, temperatures=(4.0,), first_view_temperatures=())
+    method = build(
+        MLKD, ce_weight=0.0, second_ce_weight=0.0, weight=1.0, temperatures=(4.0,), first_view_temperatures=()
+    )
     found, terms = run(method, tuple(views))
     kept = terms["logit_kl"] + terms["batch_gram"] + 3 / 5 * terms["class_gram"] + terms["second_logit_kl"]
     torch.testing.assert_close(found, kept)
@@ -139,15 +142,15 @@ def test_samples_as_confident_as_the_median_are_kept_too() -> None:
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
     student, second, *_ = views_of()
-    total, terms = run(MLKD(), (student, second, student.detach(), second.detach()))
+    total, terms = run(build(MLKD), (student, second, student.detach(), second.detach()))
     assert max(value.abs() for name, value in terms.items() if not name.endswith("ce")) < 1e-25
     torch.testing.assert_close(total, 0.1 * terms["ce"] + 0.1 * terms["second_ce"])
 
 
 def test_the_gram_terms_grow_with_the_samples_as_stated() -> None:
     """Twice the same micro-batch: the classes' products double, the samples' are there four times and divided by 2N."""
-    once = run(MLKD(), tuple(views_of()))[1]
-    twice = run(MLKD(), tuple(torch.cat([view, view]) for view in views_of()), torch.cat([LABELS, LABELS]))[1]
+    once = run(build(MLKD), tuple(views_of()))[1]
+    twice = run(build(MLKD), tuple(torch.cat([view, view]) for view in views_of()), torch.cat([LABELS, LABELS]))[1]
     torch.testing.assert_close(twice["class_gram"], 4 * once["class_gram"])
     torch.testing.assert_close(twice["batch_gram"], 2 * once["batch_gram"])
     for name in TERMS[:4]:
@@ -156,13 +159,13 @@ def test_the_gram_terms_grow_with_the_samples_as_stated() -> None:
 
 def test_reads_nothing_on_the_host() -> None:
     views = [torch.randn(N, K, device="meta", requires_grad=seed < 2) for seed in range(4)]
-    total, _ = run(MLKD(impl="reference"), tuple(views), LABELS.to("meta"))
+    total, _ = run(build(MLKD, impl="reference"), tuple(views), LABELS.to("meta"))
     total.backward()
     assert views[0].grad is not None and views[1].grad is not None
 
 
 def test_in_a_hybrid_only_the_first_views_cross_entropy_is_counted_elsewhere() -> None:
-    hybrid = Hybrid({"mlkd": MLKD(), "kd": KD(beta=2.0)})
+    hybrid = build(Hybrid, {"mlkd": build(MLKD), "kd": build(KD, beta=2.0)})
     assert hybrid.needs == Needs(second_view=True)
     assert hybrid.uncacheable == "MLKD needs its logits for a second view, not only its logits"
     student, second, teacher, second_teacher = views_of()
@@ -171,31 +174,6 @@ def test_in_a_hybrid_only_the_first_views_cross_entropy_is_counted_elsewhere() -
     assert tuple(loss.terms) == hybrid.term_names
     total, terms = published((student, second, teacher, second_teacher))
     torch.testing.assert_close(loss.total, total + 0.9 * terms["ce"] + 2.0 * soft(student, teacher, 4.0))
-
-
-@pytest.mark.parametrize(("temperatures", "first"), [((), (2.0,)), ((4.0, 0.0), ()), ((4.0,), (-1.0,))])
-def test_bad_temperatures_are_refused(temperatures: tuple[float, ...], first: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"MLKD: temperatures .* above 0, and the first not empty, got .* published"):
-        MLKD(temperatures=temperatures, first_view_temperatures=first)
-
-
-def test_the_section_sets_everything() -> None:
-    section = {
-        "ce_weight": 1.0,
-        "second_ce_weight": 0.5,
-        "weight": 9.0,
-        "temperatures": (2.0, 3.0),
-        "first_view_temperatures": (1.0,),
-        "masks": False,
-        "standardized": True,
-    }
-    method = built("mlkd", section)
-    settings_reach(method, section)
-    settings_reach(method, {"label_smoothing": 0.1, "impl": "reference"})
-    plain = {"ce_weight": 0.1, "second_ce_weight": 0.1, "weight": 0.9, "masks": True, "standardized": False}
-    settings_reach(
-        built("mlkd", None), {"temperatures": (3.0, 4.0, 5.0), "first_view_temperatures": (2.0, 6.0), **plain}
-    )
 
 
 @pytest.fixture

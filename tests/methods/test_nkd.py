@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.build_method import build
 from support.logit_methods import (
     BATCH,
     HOW,
@@ -18,12 +19,10 @@ from support.logit_methods import (
     as_found,
     assert_is_the_formula,
     batch_of,
-    built,
     cross_entropy,
     falls,
     kl,
     logits,
-    settings_reach,
     softmax,
     trained,
 )
@@ -48,7 +47,7 @@ def parts(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor,
 def test_loss_and_gradient_are_those_of_the_formula(
     dtype: torch.dtype, impl: str, autocast: bool, labels: Tensor
 ) -> None:
-    method = NKD(ce_weight=0.8, gamma=3.5, temperature=3.0, impl=impl)
+    method = build(NKD, ce_weight=0.8, gamma=3.5, temperature=3.0, impl=impl)
 
     def loss(student: Tensor, teacher: Tensor) -> Found:
         return as_found(method.loss(StudentOutput(student), Target(teacher), batch_of(labels)))
@@ -64,24 +63,24 @@ def test_loss_and_gradient_are_those_of_the_formula(
 def test_the_non_targets_do_not_see_the_target() -> None:
     student, teacher = logits(1), logits(2)
     moved = student.scatter_add(1, LABELS[:, None], torch.full((N, 1), 5.0, dtype=torch.float64))
-    before, after = (NKD().loss(StudentOutput(z), Target(teacher), BATCH).terms for z in (student, moved))
+    before, after = (build(NKD).loss(StudentOutput(z), Target(teacher), BATCH).terms for z in (student, moved))
     torch.testing.assert_close(after["nkd_non_target"], before["nkd_non_target"])
     assert after["nkd_target"] < before["nkd_target"]
 
 
 def test_of_two_classes_the_only_other_one_is_certain() -> None:
     student, teacher, labels = logits(1)[:, :2], logits(2)[:, :2], torch.arange(N) % 2
-    terms = NKD(temperature=2.0).loss(StudentOutput(student), Target(teacher), batch_of(labels)).terms
+    terms = build(NKD, temperature=2.0).loss(StudentOutput(student), Target(teacher), batch_of(labels)).terms
     assert terms["nkd_non_target"] == 0
     with pytest.raises(ValueError, match="needs at least 2 classes, got 1"):
-        NKD().loss(StudentOutput(student[:, :1]), Target(teacher[:, :1]), batch_of(torch.zeros_like(labels)))
+        build(NKD).loss(StudentOutput(student[:, :1]), Target(teacher[:, :1]), batch_of(torch.zeros_like(labels)))
 
 
 def test_a_certain_teacher_leaves_the_loss_finite() -> None:
     """Whose other probabilities are 0 in fp32, and 0 ln 0 = 0."""
     teacher = torch.zeros(N, K).scatter(1, ((LABELS + 1) % K)[:, None], 1e4)
     student = logits(1, torch.float32, grad=True)
-    loss = NKD().loss(StudentOutput(student), Target(teacher), BATCH)
+    loss = build(NKD).loss(StudentOutput(student), Target(teacher), BATCH)
     loss.total.backward()
     assert loss.total.isfinite()
     assert student.grad is not None and student.grad.isfinite().all()
@@ -92,21 +91,23 @@ def test_takes_what_a_cache_stores() -> None:
     student, teacher = logits(1).float(), logits(2).float()
     stored = quantize_logits(teacher, torch.uint8)
     dense = stored.values * stored.scale[:, None] + stored.offset[:, None]
-    found, expected = (NKD().loss(StudentOutput(student), Target(z), BATCH) for z in (stored, dense))
+    found, expected = (build(NKD).loss(StudentOutput(student), Target(z), BATCH) for z in (stored, dense))
     torch.testing.assert_close(found.terms, expected.terms)
 
 
 def test_reads_nothing_on_the_host() -> None:
     student = torch.randn(N, K, device="meta", requires_grad=True)
     batch = batch_of(LABELS.to("meta"))
-    NKD(impl="reference").loss(StudentOutput(student), Target(student.detach()), batch).total.backward()
+    build(NKD, impl="reference").loss(StudentOutput(student), Target(student.detach()), batch).total.backward()
     assert student.grad is not None
 
 
 def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
-    hybrid = Hybrid({"nkd": NKD(gamma=2.0), "dkd": DKD(alpha=0.0, beta=3.0, temperature=1.0, ramp_epochs=0.0)})
+    hybrid = build(
+        Hybrid, {"nkd": build(NKD, gamma=2.0), "dkd": build(DKD, alpha=0.0, beta=3.0, temperature=1.0, ramp_epochs=0.0)}
+    )
     assert hybrid.needs == Needs(hard_labels=True, two_classes=True)
-    assert NKD().needs == Needs(two_classes=True)
+    assert build(NKD).needs == Needs(two_classes=True)
     student, teacher = logits(1), logits(2)
     target, others = parts(student, teacher, 1.0)
     (_, entropy), (_, divergence) = parts(teacher, teacher, 1.0), parts(student, teacher, 1.0)
@@ -115,17 +116,9 @@ def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
 
 
 def test_with_the_weights_at_zero_the_target_remains() -> None:
-    loss = NKD(ce_weight=0.0, gamma=0.0).loss(StudentOutput(logits(1)), Target(logits(2)), BATCH)
+    loss = build(NKD, ce_weight=0.0, gamma=0.0).loss(StudentOutput(logits(1)), Target(logits(2)), BATCH)
     torch.testing.assert_close(loss.total, parts(logits(1), logits(2), 1.0)[0])
     assert kl(softmax(logits(2)), softmax(logits(1))).mean() != loss.total
-
-
-def test_the_section_sets_everything() -> None:
-    section = {"ce_weight": 0.5, "gamma": 2.0, "temperature": 1.5}
-    method = built("nkd", section)
-    settings_reach(method, section)
-    settings_reach(method, {"label_smoothing": 0.1, "impl": "reference"})
-    settings_reach(built("nkd", None), {"ce_weight": 1.0, "gamma": 1.5, "temperature": 1.0})
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.build_method import build
 from support.feature_levels import averaged, cross_entropy_of, features, frozen, normalised, step
 from unikd_fast.methods import OFD
 from unikd_fast.methods.ofd import negative_mean, partial_l2
@@ -84,7 +85,7 @@ def partial_of(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
 def test_loss_and_gradients_are_those_of_the_formula() -> None:
     """The last three of four levels; the teacher's are averaged down, and repeated where they are the smaller."""
     torch.manual_seed(0)
-    method = OFD(STUDENT, TEACHER, norms(), weight=0.02)
+    method = build(OFD, STUDENT, TEACHER, norms(), weight=0.02)
     connectors = method.adapter.double().connectors
     for connector in connectors:
         nn.init.normal_(connector[1].weight)
@@ -109,17 +110,19 @@ def test_loss_and_gradients_are_those_of_the_formula() -> None:
 
 
 def test_weights_of_zero_leave_the_other_term() -> None:
-    method = OFD(STUDENT, TEACHER, norms(), weight=0.0, label_smoothing=0.2)
+    method = build(OFD, STUDENT, TEACHER, norms(), weight=0.0, label_smoothing=0.2)
     method.adapter.double()
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     loss = step(method, own, other)
     torch.testing.assert_close(loss.total, 0.8 * cross_entropy_of(own.logits) - 0.2 * own.logits.log_softmax(1).mean())
-    method.weight, method.ce_weight = 2.0, 0.0
-    torch.testing.assert_close(step(method, own, other).total, 2.0 * loss.terms["partial_l2"])
+    weighted = build(OFD, STUDENT, TEACHER, norms(), weight=2.0)
+    weighted.ce_weight = 0.0
+    weighted.adapter.double().load_state_dict(method.adapter.state_dict())
+    torch.testing.assert_close(step(weighted, own, other).total, 2.0 * loss.terms["partial_l2"])
 
 
 def test_half_precision_is_left_before_anything_is_squared_or_summed() -> None:
-    method = OFD(TEACHER, TEACHER, norms())
+    method = build(OFD, TEACHER, TEACHER, norms())
     half = frozen(features(TEACHER, seed=2, dtype=torch.float16, scale=400.0))
     target = method.target(half)
     assert all(level.dtype == torch.float32 for level in target.extra)
@@ -131,7 +134,7 @@ def test_half_precision_is_left_before_anything_is_squared_or_summed() -> None:
 
 def test_connectors_start_as_published() -> None:
     torch.manual_seed(0)
-    method = OFD([(64, 2, 2)], [(512, 2, 2)], [nn.BatchNorm2d(512)])
+    method = build(OFD, [(64, 2, 2)], [(512, 2, 2)], [nn.BatchNorm2d(512)])
     convolution = method.adapter.connectors[0][0]
     assert float(convolution.weight.detach().std()) == pytest.approx(math.sqrt(2 / 512), rel=0.02)  # of 32768 draws
     assert convolution.bias is None
@@ -139,4 +142,4 @@ def test_connectors_start_as_published() -> None:
 
 def test_norms_that_are_not_the_teachers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got widths \[2, 6, 7\] for levels of \[2, 6, 7, 8\] channels"):
-        OFD(STUDENT, TEACHER, norms()[:3])
+        build(OFD, STUDENT, TEACHER, norms()[:3])

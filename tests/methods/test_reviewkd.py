@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.build_method import build
 from support.feature_levels import BATCH, averaged, cross_entropy_of, features, frozen, normalised, step, student_of
 from unikd_fast.methods import ReviewKD
 from unikd_fast.methods.reviewkd import AttentionFusion, hierarchical_context_loss
@@ -19,7 +20,7 @@ WIDTHS = {"student_width": 9, "teacher_width": 11}
 
 def method_of(**options: object) -> ReviewKD:
     torch.manual_seed(0)
-    method = ReviewKD(STUDENT, TEACHER, 9, 11, **options)  # type: ignore[arg-type]
+    method = build(ReviewKD, STUDENT, TEACHER, 9, 11, **options)  # type: ignore[arg-type]
     for module in method.adapter.double().modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
@@ -131,7 +132,7 @@ def test_weights_of_zero_leave_the_other_term() -> None:
 
 def test_fusions_are_as_wide_as_the_embedding_up_to_512() -> None:
     def width(student_width: int, **options: int) -> int:
-        fusion = ReviewKD([(3, 4, 4)], [(2, 4, 4)], student_width, 3, **options).adapter.fusions[0]
+        fusion = build(ReviewKD, [(3, 4, 4)], [(2, 4, 4)], student_width, 3, **options).adapter.fusions[0]
         assert isinstance(fusion, AttentionFusion)
         return int(fusion.output[0].in_channels)  # type: ignore[arg-type]
 

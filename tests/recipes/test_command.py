@@ -252,7 +252,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-SHORT = ("--set", "train.max_steps=2", "--set", "distill.head_steps=2", "--set", "teacher.min_accuracy=0")
+SHORT = ("--set", "train.max_steps=2", "--set", "distill.unikd.head_steps=2", "--set", "teacher.min_accuracy=0")
 ONE_CELL = ("table6", "--data", "digits", "--methods", "unikd", "--pairs", "resnet20-resnet8")
 
 

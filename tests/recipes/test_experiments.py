@@ -85,7 +85,7 @@ def test_settings_are_the_published_ones() -> None:
     assert distill("ofd", "vgg13-vgg8")["ofd"]["weight"] == 1e-3
     assert [recipe(f"imagenet/ofd/{pair.name}")["distill"]["ofd"]["weight"] for pair in IMAGENET_PAIRS] == [1e-4, 1e-4]
     both = distill("kd_crd", "vgg13-vgg8")  # RepDistiller: -r 1 -a 1 -b 0.8
-    assert both == {"method": ["kd", "crd"], "beta": 1.0, "temperature": 4.0, "crd": {"weight": 0.8}}
+    assert both == {"method": ["kd", "crd"], "kd": {"beta": 1.0, "temperature": 4.0}, "crd": {"weight": 0.8}}
     assert distill("dkd_reviewkd", "vgg13-vgg8")["method"] == ["dkd", "reviewkd"]
     rates = {pair.name: pair.learning_rate for pair in CIFAR_PAIRS}
     assert {name for name, rate in rates.items() if rate == 0.01} == {

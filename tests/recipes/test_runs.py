@@ -63,12 +63,12 @@ def test_a_teacher_is_trained_like_a_student_alone(tmp_path: Path) -> None:
 
 
 def test_runs_without_a_teacher_take_no_setting_of_one(tmp_path: Path) -> None:
-    overrides = ["teacher.precision=fp32", "distill.temperature=2", "train.max_steps=5"]
+    overrides = ["teacher.precision=fp32", "distill.kd.temperature=2", "train.max_steps=5"]
     alone = planned(Cell("none", TABLE1.pairs[0], 0), tmp_path, overrides=overrides).config
-    assert (alone.teacher, alone.distill.temperature, alone.train.max_steps) == (None, 4.0, 5)
+    assert (alone.teacher, alone.distill.kd, alone.train.max_steps) == (None, None, 5)
     taught = planned(KD, tmp_path, overrides=overrides).config
     assert taught.teacher is not None
-    assert (taught.teacher.precision, taught.distill.temperature) == ("fp32", 2.0)
+    assert (taught.teacher.precision, taught.distill.kd.temperature) == ("fp32", 2.0)
 
 
 @pytest.mark.parametrize(

@@ -70,20 +70,22 @@ def test_a_row_is_what_it_says(row: str) -> None:
     distill = config.distill
     for choice in CHOICES:
         if choice.name == row:
-            found = (distill.teacher_head, distill.gate, distill.width, distill.alpha)
+            own = distill.unikd
+            found = (own.teacher_head, own.gate, own.width, own.alpha)
             assert found == tuple(choice)
     if row.startswith("unikd"):
         assert distill.method == "unikd"
-        assert distill.temperature == 4.0
+        assert distill.unikd.temperature == 4.0
 
 
 def test_changes_are_one_each() -> None:
     for row, change in CHANGES.items():
         base, changed = (STUDY[each].distill(STUDY_PAIR) for each in (change.base, row))
+        base, changed = base["unikd"], changed["unikd"]
         (key,) = (name for name in base.keys() | changed.keys() if base.get(name) != changed.get(name))
         assert change.keys == {key: changed[key]}
-    assert STUDY["unikd_beta_4_alpha_10"].distill(STUDY_PAIR) == {
-        **STUDY[MIDDLE.name].distill(STUDY_PAIR),
+    assert STUDY["unikd_beta_4_alpha_10"].distill(STUDY_PAIR)["unikd"] == {
+        **STUDY[MIDDLE.name].distill(STUDY_PAIR)["unikd"],
         "beta": 4.0,
         "alpha": 10.0,
     }
@@ -93,9 +95,9 @@ def test_changes_are_one_each() -> None:
 def test_rows_without_features_have_the_same_logit_loss() -> None:
     for row, without in SAME_LOGIT_LOSS.items():
         ours, theirs = (STUDY[each].distill(STUDY_PAIR) for each in (row, without))
-        assert (ours["method"], theirs["method"], theirs["ce_weight"]) == ("unikd", "kd", 1.0)
-        assert ours.get("beta", 1.0) == theirs["beta"]
-        assert ours["temperature"] == theirs["temperature"]
+        assert (ours["method"], theirs["method"], theirs["kd"]["ce_weight"]) == ("unikd", "kd", 1.0)
+        assert ours["unikd"].get("beta", 1.0) == theirs["kd"]["beta"]
+        assert ours["unikd"]["temperature"] == theirs["kd"]["temperature"]
 
 
 def test_every_seed_has_images_and_a_teacher_of_its_own(tmp_path: Path) -> None:

@@ -166,4 +166,4 @@ def test_the_stand_ins_students_have_fewer_samples() -> None:
     assert (student["student"]["model"], teacher["student"]["model"]) == ("cifar/resnet8", "cifar/resnet20")
     assert (student["teacher"]["model"], "teacher" in teacher) == ("cifar/resnet20", False)
     # What does not count epochs or samples is the recipe's.
-    assert student["distill"]["alpha"] == METHODS["unikd"].distill(TABLES["table6"].pairs[0])["alpha"]
+    assert student["distill"]["unikd"]["alpha"] == METHODS["unikd"].distill(TABLES["table6"].pairs[0])["unikd"]["alpha"]

@@ -44,9 +44,9 @@ def test_a_row_has_both_epochs_and_what_is_printed(tmp_path: Path) -> None:
         ("kd", {}, 73.08),
         ("none", {}, 71.14),
         (["kr", "dkd"], {}, 74.23),
-        ("unikd", {"fusion": "last"}, 74.42),
-        ("unikd", {"alpha": 0}, 73.08),
-        ("kd", {"ce_weight": 0.1, "beta": 0.9}, 73.08),
+        ("unikd", {"unikd": {"fusion": "last"}}, 74.42),
+        ("unikd", {"unikd": {"alpha": 0}}, 73.08),
+        ("kd", {"kd": {"ce_weight": 0.1, "beta": 0.9}}, 73.08),
         ("dkd", {"dkd": {"standardized": True}}, 74.29),
         ("dkd", {"dkd": {"standardized": False}}, 74.11),
         ("something new", {}, None),
@@ -62,7 +62,7 @@ def test_the_row_of_a_method_and_of_the_ablations(
 
 def test_cross_entropy_and_kd_at_equal_weights_are_the_ablation_without_both(tmp_path: Path) -> None:
     teacher = {"model": "cifar/wrn_40_2"}
-    content = config(teacher=teacher, distill={"ce_weight": 1.0, "beta": 1.0})
+    content = config(teacher=teacher, distill={"kd": {"ce_weight": 1.0, "beta": 1.0}})
     (row,) = accuracy_rows(groups_of(tmp_path / "r", content, method="kd", model="cifar/ShuffleV1"))
     assert [(one.value, one.tables) for one in row.printed] == [(75.21, (6,))]
 

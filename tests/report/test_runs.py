@@ -112,7 +112,7 @@ def test_single_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path)
 def test_single_runs_that_differ_in_more_are_told_apart_by_folder(tmp_path: Path) -> None:
     folders = [
         single(tmp_path / "a"),
-        single(tmp_path / "b", distill={"method": "unikd", "alpha": 8.0}),
+        single(tmp_path / "b", distill={"method": "unikd", "unikd": {"alpha": 8.0}}),
     ]
     groups = group_runs(find_runs(folders).runs)
     assert [group.name for group in groups] == ["teacher (a)", "teacher (b)", "student (a)", "student (b)"]
@@ -164,7 +164,7 @@ def test_a_result_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_settings_go_into_their_sections_and_leave_the_original(tmp_path: Path) -> None:
     original = config(teacher=None)
-    changed = apply_settings(original, {"distill.alpha": 2.0, "teacher.model": "x", "compare": None})
-    assert changed["distill"] == {"method": "unikd", "alpha": 2.0, "fusion": "aff"}
+    changed = apply_settings(original, {"distill.unikd.alpha": 2.0, "teacher.model": "x", "compare": None})
+    assert changed["distill"] == {"method": "unikd", "unikd": {"alpha": 2.0, "fusion": "aff"}}
     assert changed["teacher"] == {"model": "x"}
-    assert (original["distill"]["alpha"], original["teacher"]) == (4.0, None)
+    assert (original["distill"]["unikd"]["alpha"], original["teacher"]) == (4.0, None)

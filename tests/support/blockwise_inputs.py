@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.build_method import build as build_method
 from unikd_fast.methods import Blockwise
 from unikd_fast.values import Batch, Features, StudentOutput, Target
 
@@ -47,7 +48,7 @@ def blocks_of(shapes: tuple[Shape, ...]) -> nn.ModuleList:
 def build(student: tuple[Shape, ...] = STUDENT, teacher: tuple[Shape, ...] = TEACHER, **options: Any) -> Blockwise:
     blocks = blocks_of(teacher)
     torch.manual_seed(2)
-    return Blockwise(student, teacher, list(blocks), **options)
+    return build_method(Blockwise, student, teacher, list(blocks), **options)
 
 
 def given(shapes: tuple[Shape, ...], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:

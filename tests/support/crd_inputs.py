@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from support.build_method import build as build_method
 from unikd_fast.methods import CRD
 from unikd_fast.values import Batch, Features, StudentOutput
 
@@ -15,10 +16,10 @@ IDS = torch.tensor(np.random.default_rng(0).permutation(1000)[:SAMPLES])
 LABELS = torch.tensor([0, 1, 1, 0, 1] * 8).index_fill_(0, torch.tensor([17]), 3)
 
 
-def build(**options: Any) -> CRD:
-    torch.manual_seed(0)
+def build(seed: int = 0, **options: Any) -> CRD:
+    torch.manual_seed(seed)
     settings: dict[str, Any] = {"width": WIDTH, "negatives": 23, **options}
-    return CRD(STUDENT, TEACHER, IDS, LABELS, CLASSES, **settings)
+    return build_method(CRD, STUDENT, TEACHER, IDS, LABELS, CLASSES, **settings)
 
 
 def batch_of(places: Tensor) -> Batch:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.build_method import for_method
 from support.real_runs import ALONE, train_here, write_config
 from unikd_fast.cli import main
 from unikd_fast.config import Config, load_config
@@ -24,7 +25,7 @@ SHORT: dict[str, Any] = {
     "student": {"model": "cifar/resnet8"},
     "train": {"accumulation_steps": 1, "total_epochs": STEPS // 2},
 }
-ALONE_TRAINED = {"teacher": None, "distill": {"method": "none", "teacher_head": "prefit", "alpha_ramp_epochs": None}}
+ALONE_TRAINED = {"teacher": None, "distill": {"method": "none"}}
 
 
 def short(folder: Path, name: str, **sections: Any) -> Config:
@@ -33,6 +34,7 @@ def short(folder: Path, name: str, **sections: Any) -> Config:
     raw = json.loads(path.read_text())
     for section, values in (*SHORT.items(), *sections.items()):
         raw[section] = None if values is None else {**(raw.get(section) or {}), **values}
+    raw["distill"] = for_method(raw["distill"])
     path.write_text(json.dumps(raw))
     return load_config(path)
 

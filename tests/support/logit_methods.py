@@ -3,7 +3,6 @@ configuration, a short run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ from support.numerics import relative_error
 from support.real_runs import cached_config, train_here, train_records
 from unikd_fast.config import load_config
 from unikd_fast.config.schema import DistillConfig
-from unikd_fast.engine.methods import build_method
-from unikd_fast.methods import Method
+from unikd_fast.methods import Method, RunContext, build_method
 from unikd_fast.values import Batch, Loss
 
 N, K = 8, 5
@@ -110,19 +108,10 @@ def assert_is_the_formula(
         assert relative_error(ours, theirs) < exact + torch.finfo(ours.dtype).eps, f"gradient {index}"
 
 
-def settings_reach(method: Method, section: dict[str, Any], **elsewhere: Any) -> None:
-    """Every setting is the method's attribute of that name, but for those ``elsewhere``."""
-    for name, value in section.items():
-        found = elsewhere[name] if name in elsewhere else getattr(method, name)
-        assert found == value, name
-
-
-def built(name: str, section: dict[str, Any] | None, **around: Any) -> Method:
+def built(name: str, section: dict[str, Any] | None, **context: Any) -> Method[Any]:
     """A method of a configuration with this section of its own."""
-    surroundings: Any = SimpleNamespace(
-        label_smoothing=0.1, impl="reference", device=torch.device("cpu"), ramp=lambda epochs: epochs / 10, **around
-    )
-    return build_method(DistillConfig.model_validate({"method": name, name: section}), surroundings)
+    chosen = DistillConfig.model_validate({"method": name, name: section})
+    return build_method(chosen.settings, RunContext(label_smoothing=0.1, impl="reference", **context))
 
 
 def trained(folder: Path, weights: Path, method: str | list[str], **sections: Any) -> list[dict[str, float]]:

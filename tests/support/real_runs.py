@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from support.build_method import for_method
 from unikd_fast.config import Config, load_config
 from unikd_fast.data.datasets import open_data
 from unikd_fast.engine.build import Experiment, build_experiment
@@ -63,6 +64,7 @@ def write_config(folder: Path, *, name: str = "tiny", **sections: dict[str, Any]
     config["run"]["dir"] = str(folder / name)
     for section, values in sections.items():
         config.setdefault(section, {}).update(values)
+    config["distill"] = for_method(config["distill"])
     path = folder / f"{name}.json"
     path.write_text(json.dumps(config))
     return path

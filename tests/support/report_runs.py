@@ -14,7 +14,7 @@ CONFIG: dict[str, Any] = {
     "data": {"name": "cifar100", "train_samples": None, "num_classes": None},
     "teacher": {"model": "cifar/resnet56", "weights": None},
     "student": {"model": "cifar/resnet20"},
-    "distill": {"method": "unikd", "alpha": 4.0, "fusion": "aff"},
+    "distill": {"method": "unikd", "unikd": {"alpha": 4.0, "fusion": "aff"}},
     "train": {"total_epochs": 240, "max_steps": None},
     "compare": None,
 }

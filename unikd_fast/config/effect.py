@@ -1,26 +1,14 @@
 """What a configuration sets and no run of it reads: no error, for runs share keys, but worth a word."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from unikd_fast.config.load import run_configs
-from unikd_fast.config.schema import Config, DistillConfig, MethodName, Section, TrainConfig, section_names
-
-_LEVELS = frozenset({"max_levels"})
-_KD = frozenset({"ce_weight", "beta", "temperature", "scale_by_t2"})
-_OWN = frozenset(section_names(DistillConfig))
-_UNIKD = frozenset(DistillConfig.model_fields) - _OWN - {"method", "ce_weight"}
-
-READS: dict[MethodName, frozenset[str]] = {
-    "unikd": _UNIKD,
-    "kd": _KD,
-    "fitnet": _LEVELS,
-    "at": _LEVELS,
-    "ofd": _LEVELS,
-    "reviewkd": _LEVELS,
-    "blockwise": _LEVELS,
-}
-"""Keys of ``distill`` outside of the methods' sections that each method reads; the others read none."""
+from unikd_fast.config.schema import Config, TrainConfig
+from unikd_fast.methods import needs_of
 
 
 class _Rule(NamedTuple):
@@ -48,6 +36,12 @@ _IN_MEMORY = ("digits", "cifar100", "synthetic", "fine_grained")
 _WITHOUT_FILES = ("digits", "synthetic", "fine_grained")
 _RULES = (
     _Rule(
+        "distill",
+        ("max_levels",),
+        lambda config: _uses_levels(config),
+        lambda config: f" with method {config.distill.label}",
+    ),
+    _Rule(
         "train",
         ("milestones", "gamma"),
         lambda config: config.train.schedule == "step",
@@ -64,7 +58,7 @@ _RULES = (
     _Rule("data", ("root",), lambda config: config.data.name not in _WITHOUT_FILES, _with_data),
     _Rule(
         "data",
-        ("workers", "dali_threads", "dali_prefetch", "bad_images"),
+        ("workers", "dali_threads", "bad_images"),
         lambda config: config.data.name not in _IN_MEMORY,
         _with_data,
     ),
@@ -91,16 +85,11 @@ def without_effect(config: Config) -> str | None:
     A key is read by some run, or it is of no use. A run of a comparison must read itself what it sets.
 
     Example:
-        >>> without_effect(load_config("configs/cifar100.json", ["distill.method=dkd"]))
-        'distill.alpha, distill.temperature, distill.alpha_ramp_epochs have no effect with method dkd; see distill.dkd'
+        >>> without_effect(load_config("configs/cifar100.json", ["distill.method=dkd", "distill.max_levels=2"]))
+        'distill.max_levels has no effect with method dkd'
     """
     singles = {label: single for label, _, single in run_configs(config)}
-    methods = tuple(dict.fromkeys(name for single in singles.values() for name in single.distill.methods))
-    found = [_sentence("", _unread(_explicit(config.distill), methods), methods)]
-    for label, settings in config.compare.runs.items() if config.compare else ():
-        keys = (key.removeprefix("distill.") for key, value in settings.items() if value is not None)
-        own = singles[label].distill.methods
-        found.append(_sentence(f"compare.runs[{label!r}]: ", _unread(keys, own), own))
+    found: list[str] = []
     for rule in _RULES:
         found.append(_useless("", rule, _explicit_keys(config, rule), list(singles.values())))
         for label, settings in config.compare.runs.items() if config.compare else ():
@@ -111,13 +100,20 @@ def without_effect(config: Config) -> str | None:
     return ". ".join(dict.fromkeys(filter(None, [*found, _compiled(singles.values())]))) or None
 
 
-def _explicit(section: Section) -> list[str]:
-    """The keys that a file sets; of a resolved configuration, which has them all, those that are not as by default."""
-    given, fields = section.model_fields_set, type(section).model_fields
-    resolved = given == set(fields)
+def _uses_levels(config: Config) -> bool:
+    needs = needs_of(config.distill.settings)
+    return needs.levels or needs.before_activation_of("student") or needs.before_activation_of("teacher")
+
+
+def _explicit(section: Any) -> list[str]:
+    """Return the keys that a file sets; of settings that do not remember, those that are not as by default."""
+    if not isinstance(section, BaseModel):
+        return [field.name for field in fields(section) if getattr(section, field.name) != field.default]
+    given, known = section.model_fields_set, type(section).model_fields
+    resolved = given == set(known)
     return [
         key
-        for key, field in fields.items()
+        for key, field in known.items()
         if key in given
         and getattr(section, key) is not None
         and not (resolved and getattr(section, key) == field.get_default(call_default_factory=True))
@@ -125,7 +121,7 @@ def _explicit(section: Section) -> list[str]:
 
 
 def _explicit_keys(config: Config, rule: _Rule) -> list[str]:
-    section: Section = config
+    section: Any = config
     for name in rule.section.split("."):
         section = getattr(section, name)
     return [key for key in _explicit(section) if key in rule.keys and getattr(section, key) != ()]
@@ -159,21 +155,6 @@ def _rate(train: TrainConfig) -> list[str]:
             f"{train.total_epochs}: the learning rate only rises, and the schedule never begins"
         )
     return found
-
-
-def _unread(keys: Iterable[str], methods: Iterable[MethodName]) -> list[str]:
-    read = frozenset[str]().union(*(READS.get(name, frozenset()) for name in methods))
-    return [key for key in keys if key in _UNIKD | _KD and key not in read]
-
-
-def _sentence(where: str, keys: list[str], methods: tuple[MethodName, ...]) -> str:
-    if not keys:
-        return ""
-    names = ", ".join(f"distill.{key}" for key in keys)
-    sections = [f"distill.{name}" for name in methods if name in _OWN and name != "kd"]
-    hint = f"; see {', '.join(sections)}" if sections else ""
-    verb, noun = "has" if len(keys) == 1 else "have", "method" if len(methods) == 1 else "methods"
-    return f"{where}{names} {verb} no effect with {noun} {', '.join(methods)}{hint}"
 
 
 def _compiled(singles: Iterable[Config]) -> str:

@@ -2,10 +2,10 @@
 
 import difflib
 import json
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined
 
 from unikd_fast.config.schema import Config
 from unikd_fast.errors import ConfigError
@@ -29,8 +29,8 @@ _NAMES_ELSEWHERE = {
     "path": "data.root",
     "pretrained": "weights",
     "scheduler": "train.schedule",
-    "t": "distill.temperature",
-    "tau": "distill.temperature",
+    "t": "temperature",
+    "tau": "temperature",
     "warmup": "train.warmup_epochs",
     "wd": "train.weight_decay",
 }
@@ -45,8 +45,10 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> Conf
 def _explain_one(item: Any, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part))
     kind, value, context = item["type"], item.get("input"), item.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {path!r}{nearest_key(path, model)}{_where_mixing_is(path)}"
+    if kind in ("dataclass_type", "model_type"):
+        return f"{path} = {value!r} is not a section; set its keys"
     if kind == "missing":
         return f"{path} is required and not set"
     if kind == "value_error":
@@ -91,15 +93,24 @@ def nearest_key(path: str, model: type[BaseModel]) -> str:
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a schema, sections included."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        key = prefix + (field.alias or name)
-        keys.append(key)
-        for member in (field.annotation, *get_args(field.annotation)):
-            if isinstance(member, type) and issubclass(member, BaseModel):
-                keys += all_keys(member, key + ".")
-    return keys
+    """Return every dotted key of a schema, sections included."""
+    return [key for key, _, _ in _walk(model)]
+
+
+def _walk(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """Yield key, JSON schema and, of a section, that of the section, for every key of a schema."""
+    whole = model.model_json_schema(by_alias=True)
+
+    def inside(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+        for name, schema in section.get("properties", {}).items():
+            options = [schema, *schema.get("anyOf", ())]
+            names = [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
+            found = whole["$defs"][names[0]] if names else None
+            yield prefix + name, schema, found
+            if found is not None:
+                yield from inside(found, f"{prefix}{name}.")
+
+    return inside(whole, "")
 
 
 HEADER = """# Configuration reference
@@ -110,42 +121,38 @@ Written by `make schema` from `unikd_fast/config/schema.py`. Every key can be se
 
 
 def reference() -> str:
-    """One table a section: key, default, allowed values, meaning."""
-    return "\n".join([HEADER, *_section(Config, "")])
-
-
-def _section(model: type[BaseModel], prefix: str) -> list[str]:
-    inner: list[str] = []
-    rows: list[str] = []
-    schema = model.model_json_schema(by_alias=True)["properties"]
-    for name, field in model.model_fields.items():
-        key = prefix + (field.alias or name)
-        nested = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)]
-        sections = [t for t in nested if issubclass(t, BaseModel)]
-        if sections:
-            inner += _section(sections[0], key + ".")
-        default = field.default
-        if default is PydanticUndefined:
-            shown = "required"
-        elif isinstance(default, BaseModel):
+    """Return one table a section: key, default, allowed values, meaning."""
+    about = {"top level": Config.__doc__ or ""}
+    rows: dict[str, list[str]] = {"top level": []}
+    for key, schema, section in _walk(Config):
+        parent = key.rpartition(".")[0] or "top level"
+        if section is not None:
+            about[key], rows[key] = section.get("description", ""), []
+        if section is not None and schema.get("default") is not None:
             shown = "section"
         else:
-            shown = f"`{json.dumps(default)}`"
-        meaning = " ".join((field.description or "").split())
-        rows.append(f"| `{key}` | {shown} | {_allowed(schema[field.alias or name])} | {meaning} |")
-    title = prefix.rstrip(".") or "top level"
-    about = " ".join((model.__doc__ or "").split())
-    return [
-        f"## {title}",
-        "",
-        about,
-        "",
-        "| key | default | allowed | meaning |",
-        "|---|---|---|---|",
-        *rows,
-        "",
-        *inner,
-    ]
+            shown = f"`{json.dumps(schema['default'])}`" if "default" in schema else "required"
+        meaning = _one_line(schema.get("description", ""))
+        rows[parent].append(f"| `{key}` | {shown} | {_allowed(schema)} | {meaning} |")
+    sections = sorted(rows, key=lambda name: (name == "top level", list(rows).index(name)))
+    parts = [HEADER]
+    for name in sections:
+        text = _one_line(about[name].partition("\n\n")[0])
+        parts += [
+            f"## {name}",
+            "",
+            text,
+            "",
+            "| key | default | allowed | meaning |",
+            "|---|---|---|---|",
+            *rows[name],
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _allowed(schema: dict[str, Any]) -> str:

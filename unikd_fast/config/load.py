@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from unikd_fast.config.explain import explain, nearest_key
-from unikd_fast.config.schema import TOP_K_METHODS, Config, method_names, section_names, unused_sections
+from unikd_fast.config.schema import Config, method_names
 from unikd_fast.errors import ConfigError, FileError
 from unikd_fast.io import read_json
+from unikd_fast.methods import METHODS
 
 _MAY_CHANGE: Any = {
     "json_schema": True,
@@ -32,7 +33,7 @@ _MAY_CHANGE: Any = {
         "probe",
         "show_head",
     },
-    "data": {"root", "workers", "dali_threads", "dali_prefetch"},
+    "data": {"root", "workers", "dali_threads"},
     "teacher": {"cache": {"dir"}, "min_accuracy": True},
     "train": {"accumulation_steps"},
     "deepspeed": True,
@@ -46,16 +47,8 @@ def config_hash(config: Config) -> str:
     and how many micro-batches and shards its steps are cut into.
     """
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
-    # Sections and keys that came later: an experiment that does not have them keeps its name.
-    for section, keys in (
-        ("distill", section_names(type(config.distill))),
-        ("data", ["second_view"]),
-        ("teacher", ["weights_key"]),
-        ("student", ["weights_key"]),
-    ):
-        for key in keys:
-            if content[section] is not None and content[section][key] is None:
-                del content[section][key]
+    # An experiment keeps its name when a method is added whose section it does not have.
+    content["distill"] = {key: value for key, value in content["distill"].items() if value is not None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -115,13 +108,8 @@ def validate(raw: dict[str, Any], source: str) -> Config:
             )
     if config.distill.method != "none" and config.teacher is None:
         raise ConfigError(f"{source}: distill.method = {config.distill.method!r} needs a teacher; set teacher.model")
-    if config.distill.ce_weight is not None and config.distill.method != "kd":
-        raise ConfigError(
-            f"{source}: distill.ce_weight = {config.distill.ce_weight} is a setting of distill.method = 'kd', got "
-            f"{config.distill.method!r}; scale alpha and beta instead"
-        )
     compared = [methods_of(config, settings) for settings in config.compare.runs.values()] if config.compare else []
-    unused = unused_sections(config.distill, chain(*(compared or [config.distill.methods])))
+    unused = config.distill.unused_sections(chain(*(compared or [config.distill.methods])))
     if unused:
         raise ConfigError(
             f"{source}: distill.{unused[0]} has the settings of distill.method = {unused[0]!r}, got "
@@ -138,8 +126,7 @@ def validate(raw: dict[str, Any], source: str) -> Config:
             "data.bad_images=error, or set teacher.cache.mode=off"
         )
     mixing = config.data.mixing
-    mixes = mixing.probability > 0 and (mixing.mixup_alpha > 0 or mixing.cutmix_alpha > 0)
-    if cache is not None and cache.mode != "off" and mixes:
+    if cache is not None and cache.mode != "off" and mixing.is_on:
         raise ConfigError(
             f"{source}: teacher.cache.mode = {cache.mode!r} with data.mixing.mixup_alpha = {mixing.mixup_alpha} and "
             f"cutmix_alpha = {mixing.cutmix_alpha}: the cache holds the teacher's outputs by sample, and a mixed image "
@@ -155,23 +142,23 @@ def methods_of(config: Config, settings: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _check_top_k(config: Config, source: str) -> None:
-    if config.distill.kd is not None and config.distill.kd.standardized:
-        raise ConfigError(
-            f"{source}: teacher.cache.logits = 'top_k' with distill.kd.standardized = true, which needs all logits for "
-            "their mean and deviation; set teacher.cache.logits=uint8 or fp16"
-        )
-    whole = [name for name in config.distill.methods if name not in TOP_K_METHODS]
-    if whole:
-        raise ConfigError(
-            f"{source}: teacher.cache.logits = 'top_k' with distill.method = {whole[0]!r}, which needs all logits; set "
-            "teacher.cache.logits=uint8 or fp16"
-        )
-    if config.distill.temperature != 1:
-        raise ConfigError(
-            f"{source}: teacher.cache.logits = 'top_k' needs distill.temperature = 1, got "
-            f"{config.distill.temperature}: at τ = 4 most of the probability lies outside the classes it "
-            "keeps; set teacher.cache.logits=uint8 or fp16"
-        )
+    for name, settings in config.distill.settings.items():
+        if getattr(settings, "standardized", False):
+            raise ConfigError(
+                f"{source}: teacher.cache.logits = 'top_k' with distill.{name}.standardized = true, which needs all "
+                "logits for their mean and deviation; set teacher.cache.logits=uint8 or fp16"
+            )
+        if not METHODS[name].accepts_top_k:
+            raise ConfigError(
+                f"{source}: teacher.cache.logits = 'top_k' with distill.method = {name!r}, which needs all logits; set "
+                "teacher.cache.logits=uint8 or fp16"
+            )
+        if settings.temperature != 1:
+            raise ConfigError(
+                f"{source}: teacher.cache.logits = 'top_k' needs distill.{name}.temperature = 1, got "
+                f"{settings.temperature}: at τ = 4 most of the probability lies outside the classes it keeps; set "
+                "teacher.cache.logits=uint8 or fp16"
+            )
 
 
 def _check_run_names(config: Config, source: str) -> None:
@@ -244,7 +231,6 @@ def teacher_config(config: Config) -> Config:
         "compare": None,
         "teacher": None,
         "distill.method": "none",
-        "distill.ce_weight": None,
         **_without_sections(config, ()),
         "student.model": config.teacher.model,
         "student.feature_nodes": config.teacher.feature_nodes,
@@ -261,7 +247,7 @@ def teacher_config(config: Config) -> Config:
 
 def _without_sections(config: Config, methods: tuple[str, ...]) -> dict[str, Any]:
     """Settings that take away the sections of other methods."""
-    return {f"distill.{name}": None for name in unused_sections(config.distill, methods)}
+    return {f"distill.{name}": None for name in config.distill.unused_sections(methods)}
 
 
 # With what is asked of a Config once it is loaded.
@@ -308,6 +294,7 @@ def parse_config(raw: dict[str, Any], overrides: Sequence[str] = (), *, name: st
     settings = dict(parse_override(text) for text in overrides)
     for key, value in settings.items():
         assign(raw, key, value, "--set")
+    _drop_sections_of_other_methods(raw, settings)
     config = validate(raw, source)
     _check_collisions(config, settings)
     for _, _, single in run_configs(config):  # every run must be valid before the first one starts
@@ -374,6 +361,15 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ConfigError(f"key {key!r} is given twice, as {result[key]!r} and as {value!r}; remove one")
         result[key] = value
     return result
+
+
+def _drop_sections_of_other_methods(raw: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Where ``--set`` chooses another method, what the file says of its own is not an error."""
+    if "distill.method" not in settings or not isinstance(raw["distill"].get("method"), str | list):
+        return
+    given = {key.split(".")[1] for key in settings if key.startswith("distill.")}
+    for name in set(METHODS) - given - set(method_names(raw["distill"]["method"])):
+        raw["distill"].pop(name, None)
 
 
 def _check_collisions(config: Config, settings: dict[str, Any]) -> None:

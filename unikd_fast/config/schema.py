@@ -1,68 +1,21 @@
 """The schema of a configuration file. One class a section, one docstring a field; unknown keys are errors."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
+
+from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.mixing import Mixing
+from unikd_fast.methods import METHODS
+from unikd_fast.settings import Fraction, NonNegative, Positive, PositiveInt
 
 # A string that says something: an unset variable of a shell must not pass for "none".
 Text = Annotated[str, Field(pattern=r"\S")]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-HueShift = Annotated[float, Field(ge=0.0, le=0.5)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class AugmentationConfig(Section):
-    """How a training view is made of an image. null fields take the data set's usual recipe."""
-
-    crop: Literal["none", "pad", "resized"] | None = None
-    """none; pad: zero padding and a random crop back to size; resized: a random area and aspect ratio, resized."""
-    padding: Annotated[int, Field(ge=0)] | None = None
-    """Pixels of zero padding on each side for crop = pad."""
-    scale: tuple[Positive, Positive] = (0.08, 1.0)
-    """Range of the crop's share of the image's area for crop = resized."""
-    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Range of the crop's width over height for crop = resized."""
-    flip_probability: Fraction | None = None
-    """Probability of a horizontal flip."""
-    eval_resize: PositiveInt | None = None
-    """Short side in pixels before the centre crop of an evaluation image; null: as the networks' published weights ask
-    for, see docs/data.md, else image_size * 8 / 7."""
-    jitter: tuple[NonNegative, NonNegative, NonNegative, HueShift] = (0.0, 0.0, 0.0, 0.0)
-    """Strengths of random brightness, contrast, saturation and hue, as torchvision's ColorJitter has them; 0: off."""
-    policy: Literal["none", "trivial", "rand"] = "none"
-    """Strong augmentation after crop and flip. trivial: one operation of any magnitude, torchvision's
-    TrivialAugmentWide; rand: rand_ops operations of rand_magnitude, its RandAugment."""
-    rand_ops: Annotated[int, Field(ge=1, le=16)] = 2
-    """Operations of policy = rand, one after the other."""
-    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Magnitude of policy = rand, from 0 to 30."""
-    erase_probability: Fraction = 0.0
-    """Probability of erasing a rectangle to black."""
-    erase_scale: tuple[Positive, Positive] = (0.02, 0.33)
-    """Range of the erased share of the view's area."""
-    erase_ratio: tuple[Positive, Positive] = (0.3, 3.3)
-    """Range of the erased rectangle's height over its width."""
-
-
-class MixingConfig(Section):
-    """Training samples mixed in pairs within a micro-batch, and their labels likewise. The teacher sees them mixed too;
-    evaluation never does."""
-
-    mixup_alpha: NonNegative = 0.0
-    """Mixup with shares drawn from Beta(alpha, alpha); 0: off."""
-    cutmix_alpha: NonNegative = 0.0
-    """CutMix with shares drawn from Beta(alpha, alpha); 0: off."""
-    probability: Fraction = 1.0
-    """Probability that a micro-batch is mixed."""
-    switch_probability: Fraction = 0.5
-    """Probability that it is by CutMix, where both are on."""
 
 
 class DataConfig(Section):
@@ -95,19 +48,17 @@ class DataConfig(Section):
     """Decoding processes per training process of the torchvision loader."""
     dali_threads: PositiveInt = 2
     """Decoding threads per training process of the dali loader; as many read files and, without a GPU, resize."""
-    dali_prefetch: PositiveInt = 2
-    """Micro-batches that the dali loader decodes at a time, ahead of training."""
     bad_images: Literal["error", "skip"] = "error"
     """Files that cannot be decoded. error: the run ends and names the file; skip: it is logged, in training the next
     good sample of its micro-batch takes its place, and evaluation goes without it."""
     max_bad_share: Fraction = 0.001
     """Largest share of the samples of an epoch, or of an evaluated split, that bad_images = skip may skip."""
-    augmentation: AugmentationConfig = AugmentationConfig()
+    augmentation: Augmentation = Augmentation()
     """How a training view is cut from an image."""
-    second_view: AugmentationConfig | None = None
+    second_view: Augmentation | None = None
     """How the second view is made, for methods that compare a weak and a strong one; null: as the first, with
     RandAugment of 2 operations at magnitude 10 and a quarter of the area erased."""
-    mixing: MixingConfig = MixingConfig()
+    mixing: Mixing = Mixing()
     """Mixup and CutMix."""
 
 
@@ -314,12 +265,13 @@ class TrainConfig(Section):
         return self
 
 
-MethodName = Literal[
-    "unikd", "kd", "fitnet", "at", "ofd", "reviewkd", "dkd", "nkd", "mlkd", "flg", "crd", "blockwise", "none"
-]
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[*METHODS]
 
 
-def _a_sum(names: tuple[MethodName, ...]) -> tuple[MethodName, ...]:
+def _a_sum(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < max(2, len(names)) or "none" in names:
         raise ValueError(
             f"distill.method = {list(names)}: a list names two methods or more, each once, and none of them is 'none'; "
@@ -336,258 +288,22 @@ MethodField = Annotated[
     Discriminator(lambda value: "several methods" if isinstance(value, list | tuple) else "one method"),
 ]
 
-TOP_K_METHODS = ("unikd", "kd")
-"""Methods whose loss of the logits can do with the largest of them."""
+METHOD_SECTIONS = tuple(name for name in METHODS if name != "none")
+"""Methods with settings of their own, in a section of ``distill`` that bears their name."""
 
 
-class MethodSection(Section):
-    """Settings of one method; the field of `DistillConfig` bears the method's name."""
-
-
-class KD(MethodSection):
-    """Of kd, beside temperature, beta, ce_weight and scale_by_t2."""
-
-    standardized: bool = False
-    """Logit standardisation (Sun et al. 2024): each sample's logits to mean 0 and standard deviation 1 before the KL.
-    Published with ce_weight 1, beta 9 and temperature 2."""
-
-
-class DKD(MethodSection):
-    """Decoupled distillation (Zhao et al. 2022): the target class and the others by themselves."""
-
-    ce_weight: NonNegative = 1.0
-    """Weight of the cross-entropy; a hybrid counts its own."""
-    alpha: NonNegative = 1.0
-    """Weight of the target class against the others."""
-    beta: NonNegative = 8.0
-    """Weight of the others among themselves."""
-    temperature: Positive = 4.0
-    """Softmax temperature: 4 on CIFAR, 1 on ImageNet."""
-    ramp_epochs: NonNegative | None = None
-    """Epochs over which alpha and beta rise linearly from 0; null: 20, but at most 8 % of the run."""
-    standardized: bool = False
-    """Logit standardisation, as in kd. Published with temperature 2, and alpha and beta of 9 times the usual."""
-
-
-class NKD(MethodSection):
-    """Normalised distillation (Yang et al. 2023): the teacher's target probability, and the others renormalised."""
-
-    ce_weight: NonNegative = 1.0
-    """Weight of the cross-entropy; a hybrid counts its own."""
-    gamma: NonNegative = 1.5
-    """Weight of the classes that are not the label."""
-    temperature: Positive = 1.0
-    """Softmax temperature of these."""
-
-
-class MLKD(MethodSection):
-    """Multi-level distillation (Jin et al. 2023) of a weak and a strong view, which data.second_view makes."""
-
-    ce_weight: NonNegative = 0.1
-    """Weight of the weak view's cross-entropy; a hybrid counts its own."""
-    second_ce_weight: NonNegative = 0.1
-    """Weight of the strong view's cross-entropy, in a hybrid too."""
-    weight: NonNegative = 0.9
-    """Weight of the KL and Gram terms."""
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (3.0, 4.0, 5.0)
-    """Softmax temperatures of both views. The published code has these; its paper's are 2 to 6."""
-    first_view_temperatures: tuple[Positive, ...] = (2.0, 6.0)
-    """Temperatures of the weak view alone, whose KL counts twice, as in the published code."""
-    masks: bool = True
-    """Weaken the weak view's terms by the shares of samples and of classes in which the teacher is at most as confident
-    as in the median one, about 1/2: what the masks of the published code come to."""
-    standardized: bool = False
-    """Logit standardisation of the KL terms, as in kd. Published with CE weights 1, weight 9, temperatures 2, 3, 5."""
-
-
-class FLG(MethodSection):
-    """KL of the logits, and the embedding's gap as the teacher's classifier sees it."""
-
-    ce_weight: NonNegative = 1.0
-    """Weight of the cross-entropy; a hybrid counts its own."""
-    beta: NonNegative = 1.0
-    """Weight of the KL of the logits."""
-    gamma: NonNegative = 1.0
-    """Weight of the embedding's gap."""
-    temperature: Positive = 4.0
-    """Softmax temperature of both."""
-
-
-class FitNet(MethodSection):
-    """One level of the student regressed onto the teacher's."""
-
-    weight: NonNegative = 100.0
-    """Weight of the mean squared difference."""
-    level: Annotated[int, Field(ge=0)] = 1
-    """The level of each network, from 0, its finest."""
-
-
-class AT(MethodSection):
-    """Maps of attention of the student's levels held to the teacher's."""
-
-    weight: NonNegative = 1000.0
-    """Weight of the mean squared differences, summed over levels."""
-
-
-class OFD(MethodSection):
-    """Levels before activation held to the teacher's, where a ReLU would show the difference."""
-
-    weight: NonNegative = 1e-3
-    """Weight of the partial squared differences, summed over channels and pixels; 1e-4 on ImageNet."""
-    teacher_batch_statistics: bool = False
-    """Let the teacher's BatchNorms normalise by each batch, as the authors' code, which keeps the teacher in training
-    mode; needs teacher.fold_batch_norm = false."""
-
-
-class ReviewKD(MethodSection):
-    """The student's levels, each with what lies above it, held to the teacher's."""
-
-    weight: NonNegative = 1.0
-    """Weight of the hierarchical context loss; from 0.6 to 8 in the literature, by the pair of networks."""
-    ramp_epochs: NonNegative | None = None
-    """Epochs over which the weight rises linearly from 0; null: 20, but at most 8 % of the run."""
-    width: PositiveInt | None = None
-    """Channels inside of the fusions; null: the width of the student's embedding, but at most 512."""
-    student_before_activation: bool = False
-    """Take the student's levels before their activation, as the teacher's are; false in the literature on CIFAR, true
-    on ImageNet."""
-
-
-class CRD(MethodSection):
-    """A sample's embeddings told from those of other classes, between student and teacher."""
-
-    weight: NonNegative = 0.8
-    """Weight of the contrastive loss."""
-    width: PositiveInt = 128
-    """Width of the embeddings that are compared; 8 bytes of it are kept for each training sample."""
-    negatives: Annotated[int, Field(ge=1, le=2**18)] = 16384
-    """Samples of other classes that each sample is told from."""
-    temperature: Positive = 0.07
-    """Temperature of the similarities."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Share of the old embedding of a sample that its bank keeps when it sees the sample again."""
-    positives: Literal["exact", "relax"] = "exact"
-    """What is told from them: exact: the sample itself; relax: any of its class."""
-
-
-class Blockwise(MethodSection):
-    """The student up to a level, continued by the teacher's frozen blocks: stepping stones between the two."""
-
-    task_weight: NonNegative = 1.0
-    """Weight of the cross-entropies, of the student and of the stones."""
-    distill_weight: NonNegative = 1.0
-    """Weight of the softened KL to the teacher, likewise."""
-    cross_weight: NonNegative = 1.0
-    """Weight of the softened KL to the mean of the stones, likewise."""
-    temperature: Positive = 4.0
-    """Softmax temperature of both."""
-    light: bool = False
-    """The last stone alone, of the student's last level and the teacher's classifier."""
-
-
-def method_names(method: Any) -> tuple[MethodName, ...]:
-    """The names in ``distill.method``, which is one or a list.
-
-    Example:
-        >>> method_names("kd"), method_names(["kd", "unikd"])
-        (('kd',), ('kd', 'unikd'))
-    """
-    return cast(tuple[MethodName, ...], (method,) if isinstance(method, str) else tuple(method))
-
-
-def section_names(distill: type[Section]) -> list[str]:
-    """The fields of the class of ``distill`` that are sections of one method."""
-    return [
-        name
-        for name, field in distill.model_fields.items()
-        if any(isinstance(part, type) and issubclass(part, MethodSection) for part in get_args(field.annotation))
-    ]
-
-
-def unused_sections(distill: Section, methods: Iterable[str]) -> list[str]:
-    """Methods whose sections are given although they are none of these."""
-    used = set(methods)
-    return [n for n in section_names(type(distill)) if getattr(distill, n) is not None and n not in used]
-
-
-class DistillConfig(Section):
-    """The distillation method and what the paper leaves open about it. What is not in the section of a method is
-    UniKD's; kd reads beta, ce_weight, temperature and scale_by_t2 too, and methods on feature levels max_levels."""
+class MethodChoice(Section):
+    """The distillation method. Its settings stand in the section of its name; given for a method that the run does not
+    use, a section is an error."""
 
     method: MethodField = "unikd"
-    """unikd: Eq. 7; kd: cross-entropy and softened KL; none: the student alone; the others have their settings in the
-    sections of their names. A list of methods is their sum, with the cross-entropy counted once."""
-    alpha: NonNegative = 4.0
-    """Weight of the feature distribution loss L_FL (Eq. 7). Unpublished; 4 with the mean over classes."""
-    beta: NonNegative | None = None
-    """Weight of the logit loss L_L (Eq. 7); null: 1 for unikd, 0.9 for kd."""
-    ce_weight: NonNegative | None = None
-    """Weight of kd's cross-entropy; null: 0.1. Eq. 7 has 1 for unikd."""
-    temperature: Positive = 4.0
-    """Softmax temperature τ of the logit loss (Eq. 2): 4 on CIFAR, 1 on ImageNet."""
-    scale_by_t2: bool = True
-    """Multiply the logit loss by τ². Eq. 1 prints no τ²; without it the gradient shrinks as 1/τ²."""
-    feature_reduction: Literal["mean", "sum"] = "mean"
-    """Over classes in Eq. 6; the mean keeps alpha's meaning across numbers of classes."""
-    alpha_ramp_epochs: NonNegative | None = None
-    """Epochs over which alpha rises linearly from 0; null: 20, but at most 8 % of the run."""
-    teacher_head: Literal["prefit", "anchored", "literal"] = "prefit"
-    """What trains the teacher's side (AFF_t and FDP): fitted to the teacher's logits before the student and frozen;
-    fitted along with the student; or through the total loss, which collapses."""
-    head_steps: PositiveInt | None = None
-    """Batches of the prefit; null: 1000, but at most as many as the student's training has."""
-    head_learning_rate: Positive = 1e-3
-    """AdamW learning rate of the teacher's head (prefit and anchored)."""
-    width: PositiveInt | Literal["auto", "deepest"] = "auto"
-    """Fused width D of both AFF modules; auto: min(256, the teacher's deepest width); deepest: that width."""
-    fusion: Literal["aff", "last"] = "aff"
-    """aff: all levels, Eq. 4; last: the coarsest level alone (the paper's "FDP only" ablation)."""
-    fusion_path: Literal["auto", "collapsed", "stagewise"] = "auto"
-    """How AFF is pooled, with the same result; auto: collapsed where that is exact (spatial gates);
-    collapsed raises where it is not; stagewise forms the maps."""
-    fusion_impl: Literal["auto", "reference", "fused"] = "auto"
-    """auto: AFF's kernels on a GPU, plain PyTorch otherwise; fused raises where they cannot run."""
-    gate: Literal["spatial", "channel"] = "spatial"
-    """One gate map for all channels, or one per channel."""
-    upsample: Literal["nearest", "bilinear"] = "nearest"
-    """Upsampling of the coarser level."""
-    norm: Literal["input", "batch"] | None = "input"
-    """Batch normalisation at the 1x1 expanders of AFF: input, before them; batch, after them; null: none."""
-    fdp: Literal["auto", "projected", "direct"] = "auto"
-    """Form of FDP. projected: the paper's, a layer D -> K and two K -> K; direct: two layers D -> K, for many classes;
-    auto: direct above 2,048 classes."""
-    fdp_norm: Literal["layer", "none"] = "layer"
-    """Normalisation of the pooled vector before FDP."""
-    variance_floor: Positive = 0.1
-    """Lower bound of FDP's variances."""
+    """unikd: Eq. 7; kd: cross-entropy and softened KL; none: the student alone; the others: see docs/methods.md. A list
+    of methods is their sum, with the cross-entropy counted once."""
     max_levels: PositiveInt = 4
-    """Feature levels used at most, counted from the coarsest."""
-    # Here a section for each further method, by its name and of a class of config/methods.py: `dkd: DKD | None = None`.
-    kd: KD | None = None
-    """Settings of method kd besides those above; null: its defaults."""
-    dkd: DKD | None = None
-    """Settings of method dkd; null: its defaults."""
-    nkd: NKD | None = None
-    """Settings of method nkd; null: its defaults."""
-    mlkd: MLKD | None = None
-    """Settings of method mlkd; null: its defaults."""
-    flg: FLG | None = None
-    """Settings of method flg; null: its defaults."""
-    fitnet: FitNet | None = None
-    """Settings of method fitnet; null: its defaults."""
-    at: AT | None = None
-    """Settings of method at; null: its defaults."""
-    ofd: OFD | None = None
-    """Settings of method ofd; null: its defaults."""
-    reviewkd: ReviewKD | None = None
-    """Settings of method reviewkd; null: its defaults."""
-    crd: CRD | None = None
-    """Settings of method crd; null: its defaults."""
-    blockwise: Blockwise | None = None
-    """Settings of method blockwise; null: its defaults."""
+    """Feature levels used at most, counted from the coarsest, by methods on levels."""
 
     @property
-    def methods(self) -> tuple[MethodName, ...]:
+    def methods(self) -> tuple[str, ...]:
         """The method, or those of the list."""
         return method_names(self.method)
 
@@ -596,24 +312,45 @@ class DistillConfig(Section):
         """The method in a word: "kd", "kd+crd"."""
         return "+".join(self.methods)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of each method, by its name; the defaults where no section is given."""
+        return {name: getattr(self, name, None) or METHODS[name].settings_class() for name in self.methods}
 
-# Every section is to be had here, wherever it stands.
-__all__ = [
-    "AugmentationConfig",
-    "CompareConfig",
-    "Config",
-    "DataConfig",
-    "DistillConfig",
-    "LossConfig",
-    "MixingConfig",
-    "RunConfig",
-    "StudentConfig",
-    "TeacherCache",
-    "TeacherConfig",
-    "TeacherFidelity",
-    "TeacherTraining",
-    "TrainConfig",
-]
+    def unused_sections(self, methods: Iterable[str]) -> list[str]:
+        """Return the methods whose sections are given although they are none of these."""
+        used = set(methods)
+        return [name for name in METHOD_SECTIONS if getattr(self, name) is not None and name not in used]
+
+
+if TYPE_CHECKING:
+
+    class DistillConfig(MethodChoice):
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    DistillConfig = create_model(
+        "DistillConfig",
+        __base__=MethodChoice,
+        __doc__=MethodChoice.__doc__,
+        **{
+            name: (
+                METHODS[name].settings_class | None,
+                Field(default=None, description=f"Settings of method {name}; null: its defaults."),
+            )
+            for name in METHOD_SECTIONS
+        },
+    )
+
+
+def method_names(method: Any) -> tuple[str, ...]:
+    """Return the names in ``distill.method``, which is one or a list.
+
+    Example:
+        >>> method_names("kd"), method_names(["kd", "unikd"])
+        (('kd',), ('kd', 'unikd'))
+    """
+    return (method,) if isinstance(method, str) else tuple(method)
 
 
 class RunConfig(Section):

@@ -4,13 +4,15 @@ The numbers come from a counter-based generator and the loaders take them as inp
 (seed, epoch, stream), whatever the batch size, the worker count, the world size or the loader.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, get_args
 
 import numpy as np
+from annotated_types import Ge, Le
 from numpy.typing import ArrayLike, NDArray
 
 from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, checked_ids, uniforms
+from unikd_fast.settings import Fraction, NonNegative, Positive, PositiveInt, settings
 
 Crop = Literal["none", "pad", "resized"]
 Policy = Literal["none", "trivial", "rand"]
@@ -40,29 +42,21 @@ JITTER, ERASE, ERASE_ATTEMPTS, OPERATIONS = slice(0, 8), 8, slice(9, 9 + 4 * ATT
 top and left of each attempt; operation, magnitude and sign of each of the policy."""
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """The views a run trains on, and how images on disk are brought to size for evaluation.
+HueShift = Annotated[float, Ge(0.0), Le(0.5)]
 
-    Args:
-        crop: "none"; "pad": a window of the image's size anywhere in the zero-padded image, as CIFAR recipes have it;
-            "resized": a random window brought to the image size, torchvision's RandomResizedCrop.
-        padding: pixels added on each side by "pad".
-        scale: range of the area of a "resized" window, as a share of the image's.
-        ratio: range of its width over its height.
-        flip_probability: of a horizontal flip.
-        eval_resize: length in pixels the short side of an image file is brought to before its centre is cut out;
-            None is that of the data set (`DataSplits.eval_resize`), else 8/7 of the image size, 256 for 224. Data sets
-            in memory already have their size.
-        jitter: strengths of torchvision's ColorJitter: brightness, contrast, saturation, hue. The factor of the first
-            three is within 1 ± strength and not below 0, the shift of hue within ± strength of the colour circle.
-        policy: "trivial" is one operation of torchvision's TrivialAugmentWide with any magnitude; "rand" are `rand_ops`
-            operations of its RandAugment with one magnitude.
-        rand_ops: operations of "rand", one after the other; may repeat.
-        rand_magnitude: of "rand", in [0, 30].
-        erase_probability: of erasing a rectangle, torchvision's RandomErasing: to black, the value of the padding.
-        erase_scale: range of its area, as a share of the image's.
-        erase_ratio: range of its height over its width.
+_USUAL: dict[str, tuple[Crop, int, float]] = {
+    "digits": ("pad", 1, 0.0),  # a mirrored 2 is not a digit
+    "cifar100": ("pad", 4, 0.5),
+    "synthetic": ("none", 0, 0.5),
+    "fine_grained": ("none", 0, 0.0),
+}
+_USUAL_OF_FILES: tuple[Crop, int, float] = ("resized", 0, 0.5)
+
+
+@settings
+class Augmentation:
+    """How a training view is made of an image, and how images on disk are brought to size for evaluation. null fields
+    take the data set's usual recipe; where there is none, nothing is done.
 
     Raises:
         ValueError: a field is outside its range.
@@ -72,30 +66,47 @@ class Augmentation:
         'pad'
     """
 
-    crop: Crop = "none"
-    padding: int = 0
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_probability: float = 0.0
-    eval_resize: int | None = None
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    crop: Crop | None = None
+    """none; pad: zero padding and a random crop back to size, as CIFAR recipes have it; resized: a random area and
+    aspect ratio, resized, torchvision's RandomResizedCrop."""
+    padding: Annotated[int, Ge(0)] | None = None
+    """Pixels of zero padding on each side for crop = pad."""
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """Range of the crop's share of the image's area for crop = resized."""
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height for crop = resized."""
+    flip_probability: Fraction | None = None
+    """Probability of a horizontal flip."""
+    eval_resize: PositiveInt | None = None
+    """Short side in pixels before the centre crop of an evaluation image; null: as the networks' published weights ask
+    for, see docs/data.md, else image_size * 8 / 7. Data sets in memory already have their size."""
+    jitter: tuple[NonNegative, NonNegative, NonNegative, HueShift] = (0.0, 0.0, 0.0, 0.0)
+    """Strengths of random brightness, contrast, saturation and hue, as torchvision's ColorJitter has them: the factor
+    of the first three is within 1 ± strength and not below 0, the shift of hue within ± strength; 0: off."""
     policy: Policy = "none"
-    rand_ops: int = 2
-    rand_magnitude: int = 9
-    erase_probability: float = 0.0
-    erase_scale: tuple[float, float] = (0.02, 0.33)
-    erase_ratio: tuple[float, float] = (0.3, 3.3)
+    """Strong augmentation after crop and flip. trivial: one operation of any magnitude, torchvision's
+    TrivialAugmentWide; rand: rand_ops operations of rand_magnitude, its RandAugment."""
+    rand_ops: Annotated[int, Ge(1), Le(MAX_OPERATIONS)] = 2
+    """Operations of policy = rand, one after the other; one may come twice."""
+    rand_magnitude: Annotated[int, Ge(0), Le(MAGNITUDES - 1)] = 9
+    """Magnitude of policy = rand, from 0 to 30."""
+    erase_probability: Fraction = 0.0
+    """Probability of erasing a rectangle to black, the value of the padding; torchvision's RandomErasing."""
+    erase_scale: tuple[Positive, Positive] = (0.02, 0.33)
+    """Range of the erased share of the view's area."""
+    erase_ratio: tuple[Positive, Positive] = (0.3, 3.3)
+    """Range of the erased rectangle's height over its width."""
 
     def __post_init__(self) -> None:
-        if self.crop not in get_args(Crop):
+        if self.crop is not None and self.crop not in get_args(Crop):
             raise ValueError(f"Augmentation: crop must be one of {get_args(Crop)}, got {self.crop!r}")
-        if self.padding < 0:
+        if self.padding is not None and self.padding < 0:
             raise ValueError(f"Augmentation: padding must be at least 0 pixels, got {self.padding}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"Augmentation: scale must be an ascending range within (0, 1], got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"Augmentation: ratio must be an ascending range of positive numbers, got {self.ratio}")
-        if not 0 <= self.flip_probability <= 1:
+        if self.flip_probability is not None and not 0 <= self.flip_probability <= 1:
             raise ValueError(f"Augmentation: flip_probability must be in [0, 1], got {self.flip_probability}")
         if self.eval_resize is not None and self.eval_resize < 1:
             raise ValueError(f"Augmentation: eval_resize must be at least 1 pixel, got {self.eval_resize}")
@@ -125,6 +136,21 @@ class Augmentation:
             raise ValueError(
                 f"Augmentation: erase_ratio must be an ascending range of positive numbers, got {self.erase_ratio}"
             )
+
+    def for_data(self, name: str) -> "Augmentation":
+        """Return it with the usual crop, padding and flip of a data set where these are left open.
+
+        Example:
+            >>> Augmentation(padding=2).for_data("cifar100").crop
+            'pad'
+        """
+        crop, padding, flip_probability = _USUAL.get(name, _USUAL_OF_FILES)
+        return replace(
+            self,
+            crop=self.crop or crop,
+            padding=padding if self.padding is None else self.padding,
+            flip_probability=flip_probability if self.flip_probability is None else self.flip_probability,
+        )
 
     @property
     def operations(self) -> int:
@@ -221,11 +247,11 @@ def view_parameters(
     resized = _STRONG if augmentation.crop == "resized" else _RESIZED
     columns = _STRONG + OPERATIONS + 3 * augmentation.operations if augmentation.is_strong else resized
     draws = uniforms(seed, epoch, ids, columns, stream=stream)
-    padding = augmentation.padding if augmentation.crop == "pad" else 0
+    padding = augmentation.padding or 0 if augmentation.crop == "pad" else 0
     return ViewParameters(
         augmentation=augmentation,
         sample_ids=ids,
-        flip=draws[:, _FLIP] < augmentation.flip_probability,
+        flip=draws[:, _FLIP] < (augmentation.flip_probability or 0.0),
         offsets=np.floor(draws[:, _PAD] * (2 * padding + 1)).astype(np.int64),
         attempts=draws[:, _RESIZED:resized].reshape(len(ids), (resized - _RESIZED) // 4, 4),
         strong=draws[:, _STRONG:],

@@ -197,7 +197,7 @@ class DeviceLoader:
         images = (self._on_host if plan.device.type == "cpu" else self._train.images).index_select(0, positions)
         if augmentation.crop == "resized":
             return resized_crop(images, boxes, flip, self._image_size)
-        return pad_crop(images, boxes, flip, augmentation.padding if augmentation.crop == "pad" else 0)
+        return pad_crop(images, boxes, flip, (augmentation.padding or 0) if augmentation.crop == "pad" else 0)
 
     def _views(
         self, epoch: int, start_step: int, stream: int, shown: int

@@ -93,7 +93,6 @@ def build_loader(
     device: torch.device | str,
     workers: int = 2,
     dali_threads: int = 2,
-    dali_prefetch: int = 2,
     channels_last: bool = False,
     bad_images: BadImages = "error",
     max_bad_share: float = 0.001,
@@ -117,7 +116,6 @@ def build_loader(
         device: where the batches go.
         workers: decoding processes of "torchvision"; 0 decodes in this one.
         dali_threads: of "dali", that decode, and as many that read files and, on a CPU, resize.
-        dali_prefetch: micro-batches that "dali" decodes at a time.
         channels_last: layout of the images.
         bad_images: "error": a file that cannot be decoded ends the run. "skip": in training the next good sample of
             its micro-batch takes its place, with its image, label and id; evaluation goes without it.
@@ -165,7 +163,6 @@ def build_loader(
             device=where,
             decoding=choose_decoding(where),
             threads=dali_threads,
-            prefetch=dali_prefetch,
             channels_last=channels_last,
         )
     return FolderLoader(splits, files, device=where, workers=workers, channels_last=channels_last)

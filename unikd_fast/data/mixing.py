@@ -2,21 +2,23 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.special import betaincinv  # type: ignore[import-untyped]
 from torch import Tensor
 
 from unikd_fast.data.bad_images import BadImage
-from unikd_fast.data.loader import Loader
 from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, uniforms
 from unikd_fast.data.pixels import to_device
 from unikd_fast.data.schedule import Schedule
+from unikd_fast.settings import Fraction, NonNegative, settings
 from unikd_fast.values import Batch
+
+if TYPE_CHECKING:
+    from unikd_fast.data.loader import Loader
 
 _MIXING_STREAM = FIRST_RESERVED_STREAM + 0x10
 
@@ -24,20 +26,15 @@ _MIXING_STREAM = FIRST_RESERVED_STREAM + 0x10
 _APPLY, _SWITCH, _SHARE, _ROW, _COLUMN, _KEYS = range(6)
 
 
-@dataclass(frozen=True)
+@settings
 class Mixing:
-    """How the samples of a micro-batch are mixed in pairs.
+    """Training samples mixed in pairs within a micro-batch, and their labels likewise. The teacher sees them mixed too;
+    evaluation never does.
 
     One draw holds for a micro-batch: whether to mix, by which kind, the share λ of each sample in its own image, and,
     by a permutation, who is mixed with whom. So a mixed image depends on the composition of its micro-batch: another
     batch size, or another product of world size and accumulation steps, gives other pairs. It belongs to two samples,
     and nothing that is kept by sample, such as a teacher's outputs, fits it.
-
-    Args:
-        mixup_alpha: λ ~ Beta(α, α) of mixup, x = λ x_i + (1 - λ) x_j; 0 turns it off.
-        cutmix_alpha: the same of CutMix, which replaces a rectangle of about 1 - λ of the area; 0 turns it off.
-        probability: that a micro-batch is mixed.
-        switch_probability: that it is by CutMix, where both are on.
 
     Raises:
         ValueError: a field is outside its range.
@@ -47,10 +44,14 @@ class Mixing:
         True
     """
 
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    probability: float = 1.0
-    switch_probability: float = 0.5
+    mixup_alpha: NonNegative = 0.0
+    """Mixup, x = λ x_i + (1 - λ) x_j, with shares λ drawn from Beta(alpha, alpha); 0: off."""
+    cutmix_alpha: NonNegative = 0.0
+    """CutMix, a rectangle of about 1 - λ of the area replaced, with shares λ drawn from Beta(alpha, alpha); 0: off."""
+    probability: Fraction = 1.0
+    """Probability that a micro-batch is mixed."""
+    switch_probability: Fraction = 0.5
+    """Probability that it is by CutMix, where both are on."""
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
@@ -114,6 +115,8 @@ def draw_mix(
     partners = draws[_KEYS:].argsort(kind="stable")
     cut = mixing.cutmix_alpha > 0 and (not mixing.mixup_alpha or draws[_SWITCH] < mixing.switch_probability)
     alpha = mixing.cutmix_alpha if cut else mixing.mixup_alpha
+    from scipy.special import betaincinv  # type: ignore[import-untyped]
+
     share = float(betaincinv(alpha, alpha, draws[_SHARE]))
     if not cut:
         return Mix(partners, share, None)
@@ -186,7 +189,7 @@ class MixedLoader:
 
     def __init__(
         self,
-        loader: Loader,
+        loader: "Loader",
         mixing: Mixing,
         num_classes: int,
         *,

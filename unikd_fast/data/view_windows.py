@@ -72,9 +72,9 @@ class Windows:
             box = Box(*views.crop_box(i, height, width))
             return ViewWindow(box, (self.image_size, self.image_size), (0, 0), (0, 0), flip)
         central = self.central(height, width)
-        if views.augmentation.crop == "none":
+        if views.augmentation.crop in (None, "none"):
             return central._replace(flip=flip)
-        padding = views.augmentation.padding
+        padding = views.augmentation.padding or 0
         top, left, _, _ = views.crop_box(i, self.image_size, self.image_size)
         return central._replace(shift=(top - padding, left - padding), flip=flip)
 

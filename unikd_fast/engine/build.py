@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unikd_fast.config import Config
+from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import teacher_config
 from unikd_fast.data.datasets import DataSplits
 from unikd_fast.data.loader import Loader
@@ -22,14 +22,13 @@ from unikd_fast.engine.inputs import (
     teacher_affine,
 )
 from unikd_fast.engine.memory import naming_part
-from unikd_fast.engine.methods import build_method, check_classes, check_needs, needs_of
 from unikd_fast.engine.networks import StudentSide, build_network, build_teacher_network, check_forward
 from unikd_fast.engine.preflight import require_agreement
-from unikd_fast.engine.surroundings import Surroundings
 from unikd_fast.engine.teacher import start_teacher
-from unikd_fast.engine.zero import local_batch_size
-from unikd_fast.methods import Method
+from unikd_fast.engine.zero import local_batch_size, zero_stage
+from unikd_fast.methods import Method, Needs, RunContext, build_method, needs_of
 from unikd_fast.models import FeatureExtractor, LogitsOnly
+from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.values import Batch, Target
 
@@ -48,7 +47,7 @@ class Experiment:
     teacher: OnlineTeacher | None
     student: FeatureExtractor | LogitsOnly
     side: StudentSide
-    method: Method
+    method: Method[Any]
     steps_per_epoch: int
     total_steps: int
     teacher_record: dict[str, Any] | None = None
@@ -80,7 +79,7 @@ def build_experiment(config: Config, processes: Processes) -> Experiment:
 
 def _build(config: Config, processes: Processes) -> Experiment:
     batch = local_batch_size(config, processes)
-    needs = needs_of(config.distill)
+    needs = needs_of(config.distill.settings)
     check_needs(config, needs)
     splits = build_data(config, processes)
     check_classes(config, needs, splits.num_classes)
@@ -109,18 +108,22 @@ def _build(config: Config, processes: Processes) -> Experiment:
         teacher_network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights, batch=trained)
     # The method's own weights come last, so that all methods of a comparison start from the same student.
     torch.manual_seed(config.run.seed + 2)
-    around = Surroundings(
-        student,
-        teacher_network,
-        splits,
-        processes.device,
+    features = teacher_network if isinstance(teacher_network, FeatureExtractor) else None
+    context = RunContext(
+        student=student if isinstance(student, FeatureExtractor) else None,
+        teacher=features,
+        teacher_blocks=None if features is None else lambda: split_at_levels(features),
+        num_classes=splits.num_classes,
+        sample_ids=torch.as_tensor(splits.train.sample_ids),
+        sample_labels=torch.as_tensor(splits.train.labels),
+        device=processes.device,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         label_smoothing=config.loss.label_smoothing,
         impl=config.loss.impl,
     )
     with naming_part("method"):
-        method = build_method(config.distill, around)
+        method = build_method(config.distill.settings, context)
     autocast = torch.float16 if config.train.precision == "fp16" else None
     side = StudentSide(student, method.adapter, method.companion, autocast=autocast).to(processes.device)
     teacher, record, cache = None, None, None
@@ -138,11 +141,48 @@ def _build(config: Config, processes: Processes) -> Experiment:
     )
 
 
+def check_needs(config: Config, needs: Needs) -> None:
+    """Refuse settings that the method of a run cannot do with.
+
+    Raises:
+        ConfigError: one of them.
+    """
+    mixing = config.data.mixing
+    if needs.hard_labels and mixing.is_on:
+        raise ConfigError(
+            f"data.mixing.mixup_alpha = {mixing.mixup_alpha} and cutmix_alpha = {mixing.cutmix_alpha} with "
+            f"distill.method = {config.distill.label!r}, which needs one class a sample; set both alphas to 0"
+        )
+    if needs.teacher_batch_statistics and config.teacher is not None and config.teacher.fold_batch_norm:
+        raise ConfigError(
+            "distill.ofd.teacher_batch_statistics = true with teacher.fold_batch_norm = true: a BatchNorm that is "
+            "folded has no statistics of a batch; set teacher.fold_batch_norm = false"
+        )
+    if needs.whole_head and zero_stage(config) == 3:
+        raise ConfigError(
+            "distill.unikd.teacher_head = 'literal' with deepspeed.zero_optimization.stage = 3, which shards the "
+            "head's weights where the loss needs them whole; set the stage to 2 or less"
+        )
+
+
+def check_classes(config: Config, needs: Needs, classes: int) -> None:
+    """Refuse data of too few classes for the method of a run.
+
+    Raises:
+        ConfigError: one class, for a method that weighs classes against each other.
+    """
+    if needs.two_classes and classes < 2:
+        raise ConfigError(
+            f"distill.method = {config.distill.label!r} weighs classes against each other and needs at least 2, got "
+            f"{classes} in data.name = {config.data.name!r}; train on more classes or use another method"
+        )
+
+
 def _check_method(
     config: Config,
     side: StudentSide,
     teacher: FeatureExtractor | LogitsOnly | None,
-    method: Method,
+    method: Method[Any],
     heads: Sequence[nn.Module],
     device: torch.device,
     *,

@@ -14,11 +14,10 @@ from functools import cache
 from pathlib import Path
 
 from unikd_fast.config import Config, ConfigError
-from unikd_fast.config.schema import AugmentationConfig
-from unikd_fast.data.augmentation import Augmentation, Crop
+from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.datasets import open_data
 from unikd_fast.data.loader import Loader, build_loader
-from unikd_fast.data.mixing import MixedLoader, Mixing
+from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.data.roots import expand_weights
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.data.view_windows import Windows
@@ -147,19 +146,6 @@ def _say_once(message: str) -> None:
     _logger.info(message)
 
 
-CROP: dict[str, Crop] = {
-    "digits": "pad",
-    "cifar100": "pad",
-    "synthetic": "none",
-    "fine_grained": "none",
-    "image_folder": "resized",
-    "imagenet": "resized",
-    "arrow": "resized",
-}
-PADDING = {"digits": 1, "cifar100": 4}
-FLIP = {"digits": 0.0, "fine_grained": 0.0}  # a mirrored 2 is no digit
-
-
 @contextmanager
 def refusing_misfits() -> Iterator[None]:
     """Turns what the lower layers say about data, weights and models that do not fit into a ConfigError."""
@@ -188,37 +174,15 @@ def build_data(config: Config, processes: Processes) -> DataSplits:
     return follow(splits, processes.from_first(lambda: followed_preprocessing(config)))
 
 
-def augmentation_of(config: Config, section: AugmentationConfig | None = None) -> Augmentation:
-    """The views to train on; what the configuration leaves open is the data set's usual recipe.
-
-    Args:
-        section: None for the first view's.
-    """
-    data, given = config.data, section or config.data.augmentation
-    return Augmentation(
-        crop=given.crop or CROP[data.name],
-        padding=given.padding if given.padding is not None else PADDING.get(data.name, 0),
-        scale=given.scale,
-        ratio=given.ratio,
-        flip_probability=given.flip_probability if given.flip_probability is not None else FLIP.get(data.name, 0.5),
-        eval_resize=given.eval_resize,
-        jitter=given.jitter,
-        policy=given.policy,
-        rand_ops=given.rand_ops,
-        rand_magnitude=given.rand_magnitude,
-        erase_probability=given.erase_probability,
-        erase_scale=given.erase_scale,
-        erase_ratio=given.erase_ratio,
-    )
+def augmentation_of(config: Config) -> Augmentation:
+    """Return the views to train on."""
+    return config.data.augmentation.for_data(config.data.name)
 
 
 def second_augmentation_of(config: Config) -> Augmentation:
-    """The second views of a method that compares two: the first's crop and flip, then RandAugment and cutout."""
-    given = config.data.second_view
-    if given is not None:
-        return augmentation_of(config, given)
-    return replace(
-        augmentation_of(config),
+    """Return the second views of a method that compares two: the first's crop and flip, then RandAugment and cutout."""
+    given = config.data.second_view or replace(
+        config.data.augmentation,
         policy="rand",
         rand_ops=2,
         rand_magnitude=10,
@@ -226,6 +190,7 @@ def second_augmentation_of(config: Config) -> Augmentation:
         erase_scale=(0.25, 0.25),
         erase_ratio=(1.0, 1.0),
     )
+    return given.for_data(config.data.name)
 
 
 def build_data_loader(config: Config, splits: DataSplits, processes: Processes, *, second_view: bool = False) -> Loader:
@@ -243,12 +208,11 @@ def build_data_loader(config: Config, splits: DataSplits, processes: Processes, 
         device=processes.device,
         workers=config.data.workers,
         dali_threads=config.data.dali_threads,
-        dali_prefetch=config.data.dali_prefetch,
         channels_last=config.train.channels_last,
         bad_images=config.data.bad_images,
         max_bad_share=config.data.max_bad_share,
     )
-    mixing = Mixing(**config.data.mixing.model_dump())
+    mixing = config.data.mixing
     if not mixing.is_on:
         return loader
     return MixedLoader(

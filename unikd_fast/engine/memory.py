@@ -24,7 +24,7 @@ _REMEDIES: dict[Part, str] = {
     "student": "raise train.accumulation_steps, or set train.precision = bf16 or train.activation_checkpointing = true",
     "optimiser": "shard it over more processes (deepspeed.zero_optimization.stage = 1 to 3), or keep it on the CPU "
     "(deepspeed.zero_optimization.offload_optimizer, train.optimizer = cpu_adamw)",
-    "method": "lower distill.width, set distill.fdp = direct for unikd with many classes, or take another method "
+    "method": "lower distill.unikd.width, set distill.unikd.fdp = direct for many classes, or take another method "
     "(distill.method)",
     "run": "raise train.accumulation_steps, shard the student (deepspeed.zero_optimization.stage = 3), set "
     "teacher.precision = auto, or take smaller networks",

@@ -1,7 +1,11 @@
-"""Distillation methods: one file each, one shape (:class:`Method`)."""
+"""Distillation methods: one file each, one shape (:class:`Method`), with its settings in it. `METHODS` is the table."""
+
+from functools import reduce
+from typing import Any
 
 from unikd_fast.methods.at import AT
 from unikd_fast.methods.blockwise import Blockwise
+from unikd_fast.methods.context import FeatureNetwork, RunContext
 from unikd_fast.methods.crd import CRD
 from unikd_fast.methods.dkd import DKD
 from unikd_fast.methods.fitnet import FitNet
@@ -21,15 +25,57 @@ __all__ = [
     "DKD",
     "FLG",
     "KD",
+    "METHODS",
     "MLKD",
     "NKD",
     "OFD",
     "Blockwise",
+    "FeatureNetwork",
     "FitNet",
     "Hybrid",
     "Method",
     "Needs",
     "ReviewKD",
+    "RunContext",
     "StudentAlone",
     "UniKD",
+    "build_method",
+    "needs_of",
 ]
+
+METHODS: dict[str, type[Method[Any]]] = {
+    "unikd": UniKD,
+    "kd": KD,
+    "dkd": DKD,
+    "nkd": NKD,
+    "mlkd": MLKD,
+    "flg": FLG,
+    "fitnet": FitNet,
+    "at": AT,
+    "ofd": OFD,
+    "reviewkd": ReviewKD,
+    "crd": CRD,
+    "blockwise": Blockwise,
+    "none": StudentAlone,
+}
+"""Every method by its name in a configuration, where its settings stand under that name too."""
+
+
+def needs_of(settings: dict[str, Any]) -> Needs:
+    """Return what a method, or the sum of several, needs before any of them is built.
+
+    Args:
+        settings: settings by the name of the method.
+    """
+    return reduce(Needs.union, (METHODS[name].needs_of(own) for name, own in settings.items()))
+
+
+def build_method(settings: dict[str, Any], context: RunContext) -> Method[Any]:
+    """Build a method, or the sum of several.
+
+    Args:
+        settings: settings by the name of the method.
+        context: what the run knows.
+    """
+    parts = {name: METHODS[name](own, context) for name, own in settings.items()}
+    return next(iter(parts.values())) if len(parts) == 1 else Hybrid(parts, context)

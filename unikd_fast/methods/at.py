@@ -7,11 +7,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
+from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 
-class AT(Method):
+@settings
+class ATSettings:
+    """Maps of attention of the student's levels held to the teacher's."""
+
+    weight: NonNegative = 1000.0
+    """w, the weight of the mean squared differences, summed over levels."""
+
+
+class AT(Method[ATSettings]):
     """L = L_CE + w Σ_l mean( (a_s - a_t)² ), a = m / |m|, m = mean_c F²: a map (H, W) of each level and sample.
 
     The larger of a pair of levels is averaged to the size of the smaller one first.
@@ -19,30 +29,16 @@ class AT(Method):
     The paper has half the norm of a_s - a_t. RepDistiller and mdistiller have the mean of its squares over samples and
     pixels, to which the w = 1000 of the literature belongs; so have we. They pair the levels from the fine end, but
     their networks have equally many; we pair the last min(L_s, L_t).
-
-    Args:
-        student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
-        weight: w.
-        label_smoothing: of the cross-entropy.
-
-    Example:
-        >>> AT([(16, 32, 32), (32, 16, 16)], [(64, 32, 32), (128, 8, 8)]).adapter.sizes
-        (32, 8)
     """
 
+    settings_class = ATSettings
     needs = Needs(levels=True)
 
-    def __init__(
-        self,
-        student_shapes: Sequence[tuple[int, int, int]],
-        teacher_shapes: Sequence[tuple[int, int, int]],
-        *,
-        weight: float = 1000.0,
-        label_smoothing: float = 0.0,
-    ) -> None:
+    def __init__(self, settings: ATSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        student_shapes, teacher_shapes = context.student_shapes, context.teacher_shapes
         count = min(len(student_shapes), len(teacher_shapes))
         pairs = zip(student_shapes[-count:], teacher_shapes[-count:], strict=True)
-        self.weight, self.label_smoothing = weight, label_smoothing
         self.adapter: AttentionMaps = AttentionMaps([min(own[1], other[1]) for own, other in pairs])
 
     @property
@@ -58,7 +54,7 @@ class AT(Method):
         pairs = zip(student.adapted, target.extra, strict=True)
         attention = torch.stack([F.mse_loss(own, other) for own, other in pairs]).sum()
         terms = {"ce": ce.detach(), "attention": attention.detach()}
-        return Loss(self.ce_weight * ce + self.weight * attention, terms)
+        return Loss(self.ce_weight * ce + self.settings.weight * attention, terms)
 
 
 class AttentionMaps(nn.Module):

@@ -1,7 +1,7 @@
 """Block-wise logit distillation (Yu et al. 2024, arXiv 2411.01547): the student's blocks inside the teacher."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.losses import softmax_kl, unikd_loss
+from unikd_fast.methods.context import RunContext, Shape
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, Positive, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
-
-Shape = tuple[int, int, int]
-Block = Callable[[Tensor], Tensor]
 
 
 class Connector(nn.Module):
@@ -57,7 +56,23 @@ class Connectors(nn.Module):
         return tuple(connector(level) for connector, level in levels)
 
 
-class Blockwise(Method):
+@settings
+class BlockwiseSettings:
+    """The student up to a level, continued by the teacher's frozen blocks: stepping stones between the two."""
+
+    task_weight: NonNegative = 1.0
+    """a, the weight of the cross-entropies, of the student and of the stones."""
+    distill_weight: NonNegative = 1.0
+    """b, the weight of the softened KL to the teacher, likewise."""
+    cross_weight: NonNegative = 1.0
+    """c, the weight of the softened KL to the mean of the stones, likewise."""
+    temperature: Positive = 4.0
+    """Softmax temperature τ of both."""
+    light: bool = False
+    """The last stone alone, of the student's last level and the teacher's classifier."""
+
+
+class Blockwise(Method[BlockwiseSettings]):
     """L = a L_task + b L_distill + c L_cross, of the student S and of stepping stones N_1 .. N_n between it and T.
 
         N_i = T_head ∘ T_n ∘ .. ∘ T_{i+1} ∘ C_i ∘ S_i ∘ .. ∘ S_1          w_i = 2^{i-n}
@@ -77,48 +92,27 @@ class Blockwise(Method):
     The teacher's blocks may compute in fp16, where gradients of a batch's mean are too small for numbers: the
     gradient inside them is larger by a power of two, taken off again where it leaves.
 
-    Args:
-        student_shapes, teacher_shapes: (C, H, W) of the levels, fine to coarse.
-        blocks: of the teacher: the i-th maps its level i to level i + 1, the last one to the logits.
-        task_weight, distill_weight, cross_weight: a, b, c.
-        temperature: τ.
-        light: N_n alone.
-        label_smoothing: of the cross-entropies.
-        impl: implementation of the losses, see unikd_loss.
-        device: of the connectors.
-
     Raises:
         ValueError: no levels, or not as many blocks as the teacher has levels.
     """
 
+    settings_class = BlockwiseSettings
     needs = Needs(levels=True, teacher_network=True)
 
-    def __init__(
-        self,
-        student_shapes: Sequence[Shape],
-        teacher_shapes: Sequence[Shape],
-        blocks: Sequence[Block],
-        *,
-        task_weight: float = 1.0,
-        distill_weight: float = 1.0,
-        cross_weight: float = 1.0,
-        temperature: float = 4.0,
-        light: bool = False,
-        label_smoothing: float = 0.0,
-        impl: str = "auto",
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, settings: BlockwiseSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        assert context.teacher_blocks is not None
+        student_shapes, teacher_shapes = context.student_shapes, context.teacher_shapes
+        blocks = context.teacher_blocks()
         if not student_shapes or not teacher_shapes or len(blocks) != len(teacher_shapes):
             raise ValueError(
                 f"Blockwise: student and teacher need levels, and the teacher a block after each, got "
                 f"{len(student_shapes)} levels of the student, {len(teacher_shapes)} of the teacher and {len(blocks)} "
                 "blocks; cut the teacher at its levels (split_at_levels)"
             )
-        self.adapter: Connectors = Connectors(student_shapes, teacher_shapes, light=light).to(device)
+        self.adapter: Connectors = Connectors(student_shapes, teacher_shapes, light=settings.light).to(context.device)
         self.blocks = list(blocks[-self.adapter.count :])
-        self.ce_weight, self.task_weight = task_weight, task_weight
-        self.distill_weight, self.cross_weight = distill_weight, cross_weight
-        self.temperature, self.label_smoothing, self.impl = temperature, label_smoothing, impl
+        self.ce_weight = settings.task_weight
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -135,33 +129,33 @@ class Blockwise(Method):
         assert target is not None
         stones = self.inside(student)
         ensemble = torch.stack([stone.detach() for stone in stones]).mean(0)
-        settings: dict[str, Any] = {"temperature": self.temperature, "impl": self.impl}
+        options: dict[str, Any] = {"temperature": self.settings.temperature, "impl": self.impl}
         own = unikd_loss(
             student.logits,
             target.logits,
             batch.labels,
             ce_weight=self.ce_weight,
-            beta=self.distill_weight,
+            beta=self.settings.distill_weight,
             label_smoothing=self.label_smoothing,
-            **settings,
+            **options,
         )
-        cross = softmax_kl(student.logits, ensemble, **settings)
+        cross = softmax_kl(student.logits, ensemble, **options)
         total, stone_ce, stone_kl = own.total, torch.zeros_like(own.ce), torch.zeros_like(own.ce)
         for stone, weight in zip(stones, self.stone_weights, strict=True):
             found = unikd_loss(
                 stone,
                 target.logits,
                 batch.labels,
-                ce_weight=self.task_weight,
-                beta=self.distill_weight,
+                ce_weight=self.settings.task_weight,
+                beta=self.settings.distill_weight,
                 label_smoothing=self.label_smoothing,
-                **settings,
+                **options,
             )
             total = total + weight * found.total
             stone_ce, stone_kl = stone_ce + weight * found.ce, stone_kl + weight * found.logit_kl
-            cross = cross + weight * softmax_kl(stone, ensemble, **settings)
+            cross = cross + weight * softmax_kl(stone, ensemble, **options)
         terms = (own.ce, own.logit_kl, stone_ce, stone_kl, cross.detach())
-        return Loss(total + self.cross_weight * cross, dict(zip(self.term_names, terms, strict=True)))
+        return Loss(total + self.settings.cross_weight * cross, dict(zip(self.term_names, terms, strict=True)))
 
     def inside(self, student: StudentOutput) -> tuple[Tensor, ...]:
         """(N, K) logits of N_1 .. N_n; see ``stones``."""

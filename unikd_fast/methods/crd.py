@@ -2,15 +2,18 @@
 
 import math
 import os
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels import reference
+from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, Positive, PositiveInt, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 _ROUNDS = 10
@@ -231,7 +234,6 @@ def _memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-POSITIVES = ("exact", "relax")
 _WORKING_BYTES = 2**29
 
 
@@ -258,7 +260,25 @@ class StudentEmbed(nn.Module):
         return embedded
 
 
-class CRD(Method):
+@settings
+class CRDSettings:
+    """A sample's embeddings told from those of other classes, between student and teacher."""
+
+    weight: NonNegative = 0.8
+    """b, the weight of the contrastive loss."""
+    width: PositiveInt = 128
+    """D, the width of the embeddings that are compared; 8 bytes of it are kept for each training sample."""
+    negatives: Annotated[int, Ge(1), Le(2**18)] = 16384
+    """K, the samples of other classes that each sample is told from."""
+    temperature: Positive = 0.07
+    """τ, the temperature of the similarities."""
+    momentum: Annotated[float, Ge(0.0), Lt(1.0)] = 0.5
+    """μ, the share of the old embedding of a sample that its bank keeps when it sees the sample again."""
+    positives: Literal["exact", "relax"] = "exact"
+    """What is told from them: exact: the sample itself; relax: any of its class."""
+
+
+class CRD(Method[CRDSettings]):
     """L = w L_CE + b (L_s + L_t): which of K + 1 samples is the anchor's, asked of student and teacher in turn.
 
         L_s = -1/N Σ_n [ ln h(v_n, u_n) + Σ_k ln( 1 - h(v_n, u_nk) ) ],    h(v, u) = e / ( e + K / M ),
@@ -287,62 +307,27 @@ class CRD(Method):
     A step takes up to half a GiB, and the banks 8 M D bytes (49 MiB on CIFAR, 1.2 GiB on ImageNet); the method refuses
     a device that has less. A draw is a function of (seed, step, sample), so that a resumed run draws the same.
 
-    Args:
-        student_width, teacher_width: of the embeddings.
-        sample_ids, labels: (M,) of the training samples; ids as in `Batch.sample_ids`.
-        num_classes: number of classes.
-        weight: b.
-        width: D.
-        negatives: K.
-        temperature: τ.
-        momentum: μ.
-        positives: "exact" or "relax".
-        label_smoothing: of the cross-entropy.
-        seed: of the draws; None: from torch's generator, which stands at the same place in all processes of a run.
-        device: of the banks.
+    The seed of the draws comes from torch's generator, which stands at the same place in all processes of a run.
 
     Raises:
-        ValueError: a setting out of range, samples that allow no negatives, or banks that do not fit the device.
+        ValueError: samples that allow no negatives, or banks that do not fit the device.
     """
 
+    settings_class = CRDSettings
     needs = Needs(embedding=True, hard_labels=True)
 
-    def __init__(
-        self,
-        student_width: int,
-        teacher_width: int,
-        sample_ids: Tensor,
-        labels: Tensor,
-        num_classes: int,
-        *,
-        weight: float = 0.8,
-        width: int = 128,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        positives: str = "exact",
-        label_smoothing: float = 0.0,
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if positives not in POSITIVES:
-            raise ValueError(f"CRD: positives must be one of {', '.join(POSITIVES)}, got {positives!r}")
-        if not 1 <= negatives <= 2**18:
-            raise ValueError(f"CRD: negatives must be in [1, {2**18}], got {negatives}; 16384 is usual")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"CRD: momentum must be in [0, 1), got {momentum}; at 1 the banks would never change")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"CRD: temperature must be finite and above 0, got {temperature}; 0.07 is usual")
-        self.weight, self.negatives, self.temperature = weight, negatives, temperature
-        self.momentum, self.positives, self.label_smoothing = momentum, positives, label_smoothing
-        self.adapter = StudentEmbed(student_width, width).to(device)
-        self.companion = self.teacher_embed = Embed(teacher_width, width).to(device)
+    def __init__(self, settings: CRDSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        assert context.sample_ids is not None and context.sample_labels is not None
+        device = context.device
+        self.adapter = StudentEmbed(context.student_width, settings.width).to(device)
+        self.companion = self.teacher_embed = Embed(context.teacher_width, settings.width).to(device)
         self.banks = Banks(
-            sample_ids,
-            labels,
-            num_classes=num_classes,
-            width=width,
-            seed=int(torch.randint(2**62, ())) if seed is None else seed,
+            context.sample_ids,
+            context.sample_labels,
+            num_classes=context.num_classes,
+            width=settings.width,
+            seed=int(torch.randint(2**62, ())),
             working_bytes=_WORKING_BYTES,
             device=device,
         )
@@ -361,7 +346,7 @@ class CRD(Method):
         ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
         with torch.autocast(student.logits.device.type, enabled=False):
             crd = self._contrast(student.adapted, self.teacher_embed(target.extra), batch)
-        return Loss(self.ce_weight * ce + self.weight * crd, {"ce": ce.detach(), "crd": crd.detach()})
+        return Loss(self.ce_weight * ce + self.settings.weight * crd, {"ce": ce.detach(), "crd": crd.detach()})
 
     def device_bytes(self, batch: int) -> int:
         """The banks, and the scores and draws of as many rows as are taken at once."""
@@ -371,41 +356,41 @@ class CRD(Method):
     def _contrast(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """L_s + L_t for embeddings (N, D); the banks remember them."""
         rows = self.banks.rows(batch.sample_ids)
-        positive = rows if self.positives == "exact" else self.banks.same_class(rows, batch.labels)
+        positive = rows if self.settings.positives == "exact" else self.banks.same_class(rows, batch.labels)
         sides = [(student, self.banks.teacher), (teacher, self.banks.student)]
-        own = [(anchors * bank[positive]).sum(1) / self.temperature for anchors, bank in sides]
+        own = [(anchors * bank[positive]).sum(1) / self.settings.temperature for anchors, bank in sides]
         if not self._knows_z:
             self._find_z(sides, own, rows, batch.labels)
         # ln of e M / K, so that h is its sigmoid.
-        shifts = self.log_z + math.log(self.negatives / len(self.banks))
+        shifts = self.log_z + math.log(self.settings.negatives / len(self.banks))
         total = F.softplus(shifts[:, None] - torch.stack(own)).sum()
         for part in self._parts(len(rows)):
             counts = self._counts(rows[part], batch.labels[part])
             for (anchors, bank), shift in zip(sides, shifts, strict=True):
-                total = total + _Negatives.apply(anchors[part], bank, counts, shift, self.temperature)
+                total = total + _Negatives.apply(anchors[part], bank, counts, shift, self.settings.temperature)
         with torch.no_grad():
             both = _from_all(torch.cat([student, teacher], dim=1)).chunk(2, dim=1)
-            self.banks.remember(_from_all(rows), *both, momentum=self.momentum)
+            self.banks.remember(_from_all(rows), *both, momentum=self.settings.momentum)
         loss: Tensor = total / len(rows)
         return loss
 
     @torch.no_grad()
     def _find_z(self, sides: list[tuple[Tensor, Tensor]], own: list[Tensor], rows: Tensor, labels: Tensor) -> None:
         """From the first batch of all processes; the host knows which that is."""
-        top = 1 / self.temperature  # about the largest score, taken off so that none overflows
+        top = 1 / self.settings.temperature  # about the largest score, taken off so that none overflows
         sums = torch.stack([(scores - top).exp().sum() for scores in own])
         for part in self._parts(len(rows)):
             counts = self._counts(rows[part], labels[part])
-            scores = (anchors[part] @ bank.T / self.temperature for anchors, bank in sides)
+            scores = (anchors[part] @ bank.T / self.settings.temperature for anchors, bank in sides)
             sums += torch.stack([(counts * (s - top).exp()).sum() for s in scores])
-        mean = _from_all(sums[None]).mean(0) / (len(rows) * (self.negatives + 1))
+        mean = _from_all(sums[None]).mean(0) / (len(rows) * (self.settings.negatives + 1))
         self.log_z.copy_((mean * len(self.banks)).log() + top)
         self._knows_z = True
 
     @property
     def _bytes_of_a_row(self) -> int:
         """A few numbers per sample and per draw."""
-        return 16 * len(self.banks) + 96 * self.negatives
+        return 16 * len(self.banks) + 96 * self.settings.negatives
 
     @property
     def _rows_at_once(self) -> int:
@@ -419,7 +404,7 @@ class CRD(Method):
 
     def _counts(self, rows: Tensor, labels: Tensor) -> Tensor:
         """(N, M) fp32, how often each sample is drawn for each row: whole numbers, whose sums have no order."""
-        drawn = self.banks.negatives(rows, labels, self.negatives)
+        drawn = self.banks.negatives(rows, labels, self.settings.negatives)
         counts = torch.zeros(len(rows), len(self.banks), device=rows.device)
         return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))
 

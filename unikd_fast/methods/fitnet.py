@@ -1,16 +1,29 @@
 """FitNet: one level of the student regressed onto the teacher's (Romero et al. 2015)."""
 
-from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
+from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 
-class FitNet(Method):
+@settings
+class FitNetSettings:
+    """One level of the student regressed onto the teacher's."""
+
+    weight: NonNegative = 100.0
+    """w, the weight of the mean squared difference."""
+    level: Annotated[int, Ge(0)] = 1
+    """The level of each network, from 0, its finest."""
+
+
+class FitNet(Method[FitNetSettings]):
     """L = L_CE + w mean( (r(F_s) - F_t)² ), r a convolution with BatchNorm and ReLU.
 
     The convolution brings the student's level to the teacher's size: 3x3 with stride 2 from twice the size, a
@@ -20,39 +33,24 @@ class FitNet(Method):
     figures the literature cites, trains by the sum from the start, at the second stage after the stem, after its
     ReLU; so do we. As there, the level is counted from the fine end of each network's own, however many they have.
 
-    Args:
-        student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
-        level: which one, from 0, the finest.
-        weight: w; 100 in the literature.
-        label_smoothing: of the cross-entropy.
-
     Raises:
         ValueError: one of the networks has no such level, or the student's is smaller than the teacher's by another
             factor than 2.
-
-    Example:
-        >>> FitNet([(16, 32, 32), (32, 16, 16)], [(64, 32, 32), (128, 8, 8)]).adapter.convolution
-        Conv2d(32, 128, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
     """
 
+    settings_class = FitNetSettings
     needs = Needs(levels=True)
 
-    def __init__(
-        self,
-        student_shapes: Sequence[tuple[int, int, int]],
-        teacher_shapes: Sequence[tuple[int, int, int]],
-        *,
-        level: int = 1,
-        weight: float = 100.0,
-        label_smoothing: float = 0.0,
-    ) -> None:
+    def __init__(self, settings: FitNetSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        student_shapes, teacher_shapes = context.student_shapes, context.teacher_shapes
+        level = settings.level
         fewest = min(len(student_shapes), len(teacher_shapes))
         if not 0 <= level < fewest:
             raise ValueError(
                 f"FitNet: level must be from 0 to {fewest - 1}, got {level}: the student has {len(student_shapes)} "
                 f"levels and the teacher {len(teacher_shapes)}; take a finer one"
             )
-        self.level, self.weight, self.label_smoothing = level, weight, label_smoothing
         self.adapter: Regressor = Regressor(student_shapes[level], teacher_shapes[level], level=level)
 
     @property
@@ -60,14 +58,14 @@ class FitNet(Method):
         return ("ce", "hint")
 
     def target(self, teacher: Features, second: Features | None = None) -> Target:
-        return Target(teacher.logits, extra=teacher.levels[self.level])
+        return Target(teacher.logits, extra=teacher.levels[self.settings.level])
 
     def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         assert target is not None
         ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
         # The squares of half-precision features overflow.
         hint = F.mse_loss(at_least_fp32(student.adapted), at_least_fp32(target.extra))
-        return Loss(self.ce_weight * ce + self.weight * hint, {"ce": ce.detach(), "hint": hint.detach()})
+        return Loss(self.ce_weight * ce + self.settings.weight * hint, {"ce": ce.detach(), "hint": hint.detach()})
 
 
 class Regressor(nn.Module):

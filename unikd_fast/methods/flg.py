@@ -5,11 +5,27 @@ from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, autocast_off
 from unikd_fast.losses import unikd_loss
+from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, Positive, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 
-class FLG(Method):
+@settings
+class FLGSettings:
+    """KL of the logits, and the embedding's gap as the teacher's classifier sees it."""
+
+    ce_weight: NonNegative = 1.0
+    """w, the weight of the cross-entropy; a hybrid counts its own."""
+    beta: NonNegative = 1.0
+    """Weight of the KL of the logits."""
+    gamma: NonNegative = 1.0
+    """Weight of the embedding's gap."""
+    temperature: Positive = 4.0
+    """Softmax temperature τ of both."""
+
+
+class FLG(Method[FLGSettings]):
     """L = w L_CE + beta τ² KL(p(τ) || q(τ)) + 1/2 gamma Δhᵀ Wᵀ (diag p - p pᵀ) W Δh, the last a batch mean.
 
     Δh = h_t - A h_s between the embeddings of both; A (D_t, D_s) is trained with the student, W (K, D_t) are the
@@ -17,43 +33,15 @@ class FLG(Method):
     term is the second order in Δh of τ² KL(p || p'), p' of the logits z_t - W Δh: directions of the embedding that the
     teacher's classifier does not see cost nothing, nor do classes that it rules out. It is half the variance of the
     classes' u = W Δh under p, and computed as such.
-
-    Args:
-        student_width, teacher_width: D_s and D_t.
-        classifier_weight: W, kept in fp32 as a constant.
-        ce_weight, beta, gamma: w, beta and gamma.
-        temperature: τ.
-        label_smoothing: of the cross-entropy.
-        impl: implementation of the losses, see `unikd_loss`.
-
-    Raises:
-        ValueError: a W of another width than the teacher's embedding.
     """
 
+    settings_class = FLGSettings
     needs = Needs(embedding=True)
 
-    def __init__(
-        self,
-        student_width: int,
-        teacher_width: int,
-        classifier_weight: Tensor,
-        *,
-        ce_weight: float = 1.0,
-        beta: float = 1.0,
-        gamma: float = 1.0,
-        temperature: float = 4.0,
-        label_smoothing: float = 0.0,
-        impl: str = "auto",
-    ) -> None:
-        if classifier_weight.ndim != 2 or classifier_weight.shape[1] != teacher_width:
-            raise ValueError(
-                f"FLG: classifier_weight must be (K, {teacher_width}) for the teacher's embedding, got "
-                f"{tuple(classifier_weight.shape)}; pass the weight of the teacher's last linear layer"
-            )
-        self.ce_weight, self.beta, self.gamma = ce_weight, beta, gamma
-        self.temperature, self.label_smoothing, self.impl = temperature, label_smoothing, impl
-        self.classifier_weight = at_least_fp32(classifier_weight.detach())
-        self.adapter: Projection = Projection(student_width, teacher_width).to(classifier_weight.device)
+    def __init__(self, settings: FLGSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        self.classifier_weight = at_least_fp32(context.classifier_weight)
+        self.adapter: Projection = Projection(context.student_width, context.teacher_width).to(context.device)
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -70,14 +58,14 @@ class FLG(Method):
             target.logits,
             batch.labels,
             ce_weight=self.ce_weight,
-            beta=self.beta,
-            temperature=self.temperature,
+            beta=self.settings.beta,
+            temperature=self.settings.temperature,
             label_smoothing=self.label_smoothing,
             impl=self.impl,
         )
         gap = self._gap(at_least_fp32(target.extra) - at_least_fp32(student.adapted), target.logits)
         terms = {"ce": found.ce, "logit_kl": found.logit_kl, "embedding_gap": gap.detach()}
-        return Loss(found.total + self.gamma * gap, terms)
+        return Loss(found.total + self.settings.gamma * gap, terms)
 
     def device_bytes(self, batch: int) -> int:
         """W."""
@@ -85,7 +73,7 @@ class FLG(Method):
 
     def _gap(self, delta: Tensor, teacher_logits: Tensor) -> Tensor:
         """1/2 Var_p(W Δh), batch mean, for Δh (N, D_t)."""
-        p = (at_least_fp32(teacher_logits) / self.temperature).softmax(dim=-1)
+        p = (at_least_fp32(teacher_logits) / self.settings.temperature).softmax(dim=-1)
         with autocast_off(delta.device):
             moved = F.linear(delta, self.classifier_weight.to(delta.dtype))
         centred = moved - (p * moved).sum(dim=-1, keepdim=True)

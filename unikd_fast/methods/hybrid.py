@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from unikd_fast.kernels import reference
-from unikd_fast.methods.method import Method, Needs
+from unikd_fast.methods.context import RunContext
+from unikd_fast.methods.method import Method, Needs, NoSettings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 
-class Hybrid(Method):
+class Hybrid(Method[NoSettings]):
     """L = L_CE + Σ_m (L_m - w_m L_CE), w_m the method's own weight of the cross-entropy.
 
     The sum is that of the first view's logits. Each part sees adapted features and a `Target.extra` of its own;
@@ -20,17 +21,14 @@ class Hybrid(Method):
 
     Args:
         parts: methods by name; their ``ce_weight`` is set to 0.
-        label_smoothing: of the cross-entropy.
+        context: what the run knows.
 
     Raises:
         ValueError: fewer than two parts, one without a teacher, or two that fit a head beforehand.
-
-    Example:
-        >>> Hybrid({"kd": KD(), "dkd": DKD()}).term_names
-        ('ce', 'logit_kl', 'dkd_target', 'dkd_non_target')
     """
 
-    def __init__(self, parts: Mapping[str, Method], *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, parts: Mapping[str, Method[Any]], context: RunContext) -> None:
+        super().__init__(NoSettings(), context)
         if len(parts) < 2:
             raise ValueError(f"Hybrid: a hybrid has two methods or more, got {list(parts)}; use the method itself")
         for name, part in parts.items():
@@ -40,9 +38,9 @@ class Hybrid(Method):
         fitted = [name for name, part in parts.items() if part.fitted_head is not None]
         if len(fitted) > 1:
             raise ValueError(f"Hybrid: only one part may fit a head to the teacher beforehand, got {fitted}")
-        self.parts, self.label_smoothing = dict(parts), label_smoothing
+        self.parts = dict(parts)
         self.needs = reduce(Needs.union, (part.needs for part in parts.values()))
-        self._head: Method | None = parts[fitted[0]] if fitted else None
+        self._head: Method[Any] | None = parts[fitted[0]] if fitted else None
         own = {name: [term for term in part.term_names if term != "ce"] for name, part in parts.items()}
         self._public = _without_clashes(own)
         adapters = {name: part.adapter for name, part in parts.items() if part.adapter is not None}

@@ -1,11 +1,13 @@
 """The shape of a distillation method."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from unikd_fast.methods.context import RunContext
+from unikd_fast.settings import settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 
@@ -25,6 +27,7 @@ class Needs(NamedTuple):
     teacher_network: bool = False  # the teacher's own blocks, as functions that a gradient can pass through
     hard_labels: bool = False  # one class a sample, so no mixup or CutMix
     two_classes: bool = False  # at least two classes in the data
+    whole_head: bool = False  # the companion's weights whole in the loss, which ZeRO stage 3 shards
 
     def union(self, other: "Needs") -> "Needs":
         """What two methods need together."""
@@ -48,13 +51,27 @@ class Needs(NamedTuple):
         return " and ".join(name for name, needed in named.items() if needed) or None
 
 
-class Method:
+@settings
+class NoSettings:
+    """A method without settings."""
+
+
+Settings = TypeVar("Settings")
+
+
+class Method(Generic[Settings]):
     """What a method adds to a student and a teacher. The engine calls, in this order:
 
     once: ``prepare`` with the teacher's features of many batches;
     every micro-batch: ``target`` (teacher's side), ``loss``, then ``train_head`` after the student's backward pass;
     every optimiser step: ``set_progress``.
+
+    Args:
+        settings: the method's own, of its ``settings_class``.
+        context: what the run knows.
     """
+
+    settings_class: ClassVar[type] = NoSettings
 
     needs: Needs = Needs()
     """What the engine must provide. Of the class: it is asked for before the method is built, with networks that
@@ -66,6 +83,20 @@ class Method:
     parameters are trained with the student; it runs where they are whole, under the student's autocast."""
     companion: nn.Module | None = None
     """Further parameters that are trained with the student, but used by ``loss`` only, by calling modules of it."""
+
+    accepts_top_k: ClassVar[bool] = False
+    """Whether its loss of the logits can do with the largest of them, at temperature 1."""
+
+    def __init__(self, settings: Settings, context: RunContext) -> None:
+        self.settings = settings
+        self.needs = self.needs_of(settings)
+        self.ce_weight = getattr(settings, "ce_weight", 1.0)
+        self.label_smoothing, self.impl = context.label_smoothing, context.impl
+
+    @classmethod
+    def needs_of(cls, settings: Settings) -> Needs:
+        """Return what the method needs with these settings, before it is built."""
+        return cls.needs
 
     @property
     def term_names(self) -> tuple[str, ...]:

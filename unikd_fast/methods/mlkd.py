@@ -1,18 +1,43 @@
 """MLKD, multi-level logit distillation (Jin et al., CVPR 2023): instances, batches and classes, in two views."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from unikd_fast.kernels import reference
 from unikd_fast.kernels.reference import at_least_fp32, autocast_off
 from unikd_fast.losses import softmax_kl
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, Positive, settings
 from unikd_fast.values import Batch, Loss, StudentOutput, Target
 
 
-class MLKD(Method):
+@settings
+class MLKDSettings:
+    """Multi-level distillation (Jin et al. 2023) of a weak and a strong view, which data.second_view makes."""
+
+    ce_weight: NonNegative = 0.1
+    """w, the weight of the weak view's cross-entropy; a hybrid counts its own."""
+    second_ce_weight: NonNegative = 0.1
+    """w_2, the weight of the strong view's cross-entropy, in a hybrid too."""
+    weight: NonNegative = 0.9
+    """v, the weight of the KL and Gram terms."""
+    temperatures: Annotated[tuple[Positive, ...], MinLen(1)] = (3.0, 4.0, 5.0)
+    """T, softmax temperatures of both views. The published code has these; its paper's are 2 to 6."""
+    first_view_temperatures: tuple[Positive, ...] = (2.0, 6.0)
+    """F, temperatures of the weak view alone, whose KL counts twice, as in the published code."""
+    masks: bool = True
+    """Weaken the weak view's terms by the shares of samples and of classes in which the teacher is at most as confident
+    as in the median one, about 1/2: what the masks of the published code come to."""
+    standardized: bool = False
+    """Logit standardisation of the KL terms, as in kd, and, as its authors do, not of the Gram terms. Published with CE
+    weights 1, weight 9, temperatures 2, 3, 5."""
+
+
+class MLKD(Method[MLKDSettings]):
     """Distillation of weak and strong views at several temperatures T, and of another few, F, of the weak view alone.
 
         L = w CE(weak) + w_2 CE(strong) + v [ Σ_{T,F} m KL_τ(weak) + Σ_T KL_τ(strong) + Σ_F KL_τ(weak)
@@ -34,52 +59,15 @@ class MLKD(Method):
 
     The formula without those accidents has T = (2, 3, 4, 5, 6), no F and m = c = 1 (``masks=False``). ‖Pᵀ P - Qᵀ Q‖²
     grows with the number of samples squared: both Gram terms are of the micro-batch of one process (64 as published).
-
-    Args:
-        ce_weight, second_ce_weight: w of the weak, w_2 of the strong view; a hybrid keeps the second.
-        weight: v.
-        temperatures: T.
-        first_view_temperatures: F.
-        masks: with the factors m and c; without, both are 1.
-        standardized: logit standardisation of both sides (see `KD`) in the KL terms, and, as its authors do, not in the
-            Gram terms.
-        label_smoothing: of the cross-entropy.
-        impl: implementation of the losses, see `softmax_kl`.
-
-    Raises:
-        ValueError: no temperatures, or one that is not above 0.
     """
 
+    settings_class = MLKDSettings
     needs = Needs(second_view=True)
 
-    def __init__(
-        self,
-        *,
-        ce_weight: float = 0.1,
-        second_ce_weight: float = 0.1,
-        weight: float = 0.9,
-        temperatures: Sequence[float] = (3.0, 4.0, 5.0),
-        first_view_temperatures: Sequence[float] = (2.0, 6.0),
-        masks: bool = True,
-        standardized: bool = False,
-        label_smoothing: float = 0.0,
-        impl: str = "auto",
-    ) -> None:
-        if not temperatures or min(*temperatures, *first_view_temperatures, 1.0) <= 0:
-            raise ValueError(
-                "MLKD: temperatures and first_view_temperatures must be above 0, and the first not empty, got "
-                f"{tuple(temperatures)} and {tuple(first_view_temperatures)}; (3, 4, 5) and (2, 6) are published"
-            )
-        self.ce_weight, self.second_ce_weight, self.weight = ce_weight, second_ce_weight, weight
-        self.temperatures, self.first_view_temperatures = tuple(temperatures), tuple(first_view_temperatures)
-        self.masks, self.standardized = masks, standardized
-        self.label_smoothing, self.impl = label_smoothing, impl
-        self.needs = self.needs_with(standardized=standardized)
-
     @classmethod
-    def needs_with(cls, *, standardized: bool) -> Needs:
-        """What it needs: a row of one class has no standard deviation."""
-        return cls.needs._replace(two_classes=standardized)
+    def needs_of(cls, settings: MLKDSettings) -> Needs:
+        """Return what it needs: a row of one class has no standard deviation."""
+        return cls.needs._replace(two_classes=settings.standardized)
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -94,16 +82,16 @@ class MLKD(Method):
             reference.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
             for logits in (student.logits, student.second_logits)
         )
-        shared = self._divergence(student.logits, target.logits, self.temperatures)
-        again = self._divergence(student.logits, target.logits, self.first_view_temperatures)
-        second_kl = self._divergence(student.second_logits, target.second_logits, self.temperatures)
+        shared = self._divergence(student.logits, target.logits, self.settings.temperatures)
+        again = self._divergence(student.logits, target.logits, self.settings.first_view_temperatures)
+        second_kl = self._divergence(student.second_logits, target.second_logits, self.settings.temperatures)
         q, p = (self._probabilities(logits) for logits in (student.logits, target.logits))
         with autocast_off(q.device):
             batch_gram, class_gram = _gram_gap(p, q), _gram_gap(p.mT, q.mT)
         m, c = self._shares_kept(target.logits)
         first = m * (shared + again) + again
-        total = self.weight * (first + second_kl + m * batch_gram + c * class_gram)
-        total = total + self.ce_weight * ce + self.second_ce_weight * second_ce
+        total = self.settings.weight * (first + second_kl + m * batch_gram + c * class_gram)
+        total = total + self.ce_weight * ce + self.settings.second_ce_weight * second_ce
         values = (ce, second_ce, shared + again, second_kl, batch_gram, class_gram)
         return Loss(total, {name: value.detach() for name, value in zip(self.term_names, values, strict=True)})
 
@@ -112,7 +100,7 @@ class MLKD(Method):
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         for temperature in temperatures:
             total = total + softmax_kl(
-                student, teacher, temperature=temperature, standardized=self.standardized, impl=self.impl
+                student, teacher, temperature=temperature, standardized=self.settings.standardized, impl=self.impl
             )
         return total
 
@@ -120,12 +108,15 @@ class MLKD(Method):
         """(T, N, K) at all the temperatures."""
         rows = at_least_fp32(logits)
         return torch.stack(
-            [rows / temperature for temperature in (*self.temperatures, *self.first_view_temperatures)]
+            [
+                rows / temperature
+                for temperature in (*self.settings.temperatures, *self.settings.first_view_temperatures)
+            ]
         ).softmax(dim=-1)
 
     def _shares_kept(self, teacher: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """m of the samples and c of the classes."""
-        if not self.masks:
+        if not self.settings.masks:
             return 1.0, 1.0
         p = at_least_fp32(teacher).softmax(dim=-1)
         return _share_up_to_the_median(p.amax(dim=-1)), _share_up_to_the_median(p.sum(dim=0))

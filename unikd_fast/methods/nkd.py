@@ -8,38 +8,33 @@ from unikd_fast.kernels.reference import at_least_fp32
 from unikd_fast.losses import dkd_loss
 from unikd_fast.losses.stored import dense_logits
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, Positive, settings
 from unikd_fast.values import Batch, Loss, StudentOutput, Target, TopKLogits
 
 
-class NKD(Method):
+@settings
+class NKDSettings:
+    """Normalised distillation (Yang et al. 2023): the teacher's target probability, and the others renormalised."""
+
+    ce_weight: NonNegative = 1.0
+    """w, the weight of the cross-entropy; a hybrid counts its own."""
+    gamma: NonNegative = 1.5
+    """Weight of the classes that are not the label."""
+    temperature: Positive = 1.0
+    """Softmax temperature τ of these."""
+
+
+class NKD(Method[NKDSettings]):
     """L = w L_CE - p_y ln q_y - gamma τ² Σ_{k != y} p'_k ln q'_k, means over the batch.
 
     p and q are the teacher's and the student's probabilities at τ = 1; p' and q' theirs at τ among the classes other
     than the label y, renormalised. As in the published code (cls_KD), p_y and q_y stay at τ = 1 whatever τ is, and the
     label of a mixed sample is its heaviest class. The published gamma and τ are 1.5 and 1 on ImageNet, 3.5 and 3 on
     CIFAR-100 (ResNet-34 to ResNet-18). Tables that call logit standardisation "NKD" mean another method, see `KD`.
-
-    Args:
-        ce_weight: w.
-        gamma: weight of the non-targets.
-        temperature: τ.
-        label_smoothing: of the cross-entropy.
-        impl: implementation of the losses, see `dkd_loss`.
     """
 
+    settings_class = NKDSettings
     needs = Needs(two_classes=True)
-
-    def __init__(
-        self,
-        *,
-        ce_weight: float = 1.0,
-        gamma: float = 1.5,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
-        impl: str = "auto",
-    ) -> None:
-        self.ce_weight, self.gamma, self.temperature = ce_weight, gamma, temperature
-        self.label_smoothing, self.impl = label_smoothing, impl
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -57,17 +52,17 @@ class NKD(Method):
             labels,
             alpha=0.0,
             beta=1.0,
-            temperature=self.temperature,
+            temperature=self.settings.temperature,
             impl=self.impl,
         )
         label = labels[:, None]
         with torch.no_grad():
             teacher = at_least_fp32(dense_logits(target.logits))
             p_y = teacher.softmax(dim=-1).gather(-1, label)
-            others = teacher.scatter(-1, label, -torch.inf) / self.temperature
-            entropy = self.temperature**2 * torch.special.entr(others.softmax(dim=-1)).sum(dim=-1).mean()
+            others = teacher.scatter(-1, label, -torch.inf) / self.settings.temperature
+            entropy = self.settings.temperature**2 * torch.special.entr(others.softmax(dim=-1)).sum(dim=-1).mean()
         log_q_y = F.log_softmax(at_least_fp32(student.logits), dim=-1).gather(-1, label)
         of_target, of_others = -(p_y * log_q_y).mean(), divergence + entropy
-        total = self.ce_weight * ce + of_target + self.gamma * of_others
+        total = self.ce_weight * ce + of_target + self.settings.gamma * of_others
         terms = {"ce": ce.detach(), "nkd_target": of_target.detach(), "nkd_non_target": of_others.detach()}
         return Loss(total, terms)

@@ -8,13 +8,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
+from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs
+from unikd_fast.settings import NonNegative, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 _RARELY_NEGATIVE = 0.001  # share of negative values below which their mean is no longer taken from the normal
 
 
-class OFD(Method):
+@settings
+class OFDSettings:
+    """Levels before activation held to the teacher's, where a ReLU would show the difference."""
+
+    weight: NonNegative = 1e-3
+    """w, the weight of the partial squared differences, summed over channels and pixels; 1e-4 on ImageNet."""
+    teacher_batch_statistics: bool = False
+    """Let the teacher's BatchNorms normalise by each batch, as the authors' code, which keeps the teacher in training
+    mode; needs teacher.fold_batch_norm = false."""
+
+
+class OFD(Method[OFDSettings]):
     """L = L_CE + w Σ_l 2^-(n-l-1) (1/N) Σ d_p( max(F_t, m), r(F_s) ), l = 0 .. n-1, n levels before activation.
 
     d_p(t, s) is the partial (t - s)²: nothing where s <= t <= 0, because the ReLU after it hides the difference. m is
@@ -31,53 +44,32 @@ class OFD(Method):
     as mdistiller's, is in eval mode unless ``teacher_batch_statistics`` asks for theirs, which a teacher with folded
     BatchNorms cannot have. The margins m are the same in both.
 
-    Args:
-        student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
-        teacher_norms: the BatchNorm that gives each level of the teacher before its activation, not folded.
-        weight: w; 1e-3 on CIFAR, 1e-4 on ImageNet, for the authors and in mdistiller.
-        teacher_batch_statistics: stated in ``needs``; whoever runs the teacher sees to it.
-        label_smoothing: of the cross-entropy.
-        device: of the margins m.
-
     Raises:
-        ValueError: the norms are not as many or as wide as the teacher's levels.
-
-    Example:
-        >>> method = OFD([(16, 32, 32), (32, 16, 16)], [(64, 8, 8)], [nn.BatchNorm2d(64)])
-        >>> method.adapter.connectors[0][0], method.margins[0].flatten()[0]
-        (Conv2d(32, 64, kernel_size=(1, 1), stride=(1, 1), bias=False), tensor(-0.7979))
+        ValueError: a level of the teacher is not given by a BatchNorm, or by one of another width.
     """
 
+    settings_class = OFDSettings
     needs = Needs(before_activation=True)
 
-    def __init__(
-        self,
-        student_shapes: Sequence[tuple[int, int, int]],
-        teacher_shapes: Sequence[tuple[int, int, int]],
-        teacher_norms: Sequence[nn.BatchNorm2d],
-        *,
-        weight: float = 1e-3,
-        teacher_batch_statistics: bool = False,
-        label_smoothing: float = 0.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, settings: OFDSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        student_shapes, teacher_shapes = context.student_shapes, context.teacher_shapes
+        teacher_norms = context.teacher_norms
         widths, channels = [norm.num_features for norm in teacher_norms], [shape[0] for shape in teacher_shapes]
         if widths != channels:
             raise ValueError(
                 f"OFD: there must be a BatchNorm for each level of the teacher, got widths {widths} for levels of "
                 f"{channels} channels; pass those that give the levels before their activation"
             )
-        self.needs = self.needs_with(teacher_batch_statistics=teacher_batch_statistics)
         count = min(len(student_shapes), len(teacher_shapes))
-        self.weight, self.label_smoothing = weight, label_smoothing
         self.sizes = [size for _, size, _ in student_shapes[-count:]]
-        self.margins = [negative_mean(norm).to(device)[:, None, None] for norm in teacher_norms[-count:]]
+        self.margins = [negative_mean(norm).to(context.device)[:, None, None] for norm in teacher_norms[-count:]]
         self.adapter: Connectors = Connectors([shape[0] for shape in student_shapes[-count:]], channels[-count:])
 
     @classmethod
-    def needs_with(cls, *, teacher_batch_statistics: bool) -> Needs:
+    def needs_of(cls, settings: OFDSettings) -> Needs:
         """Return what it needs, which is more where the teacher is to be as in training."""
-        return cls.needs._replace(teacher_batch_statistics=teacher_batch_statistics)
+        return cls.needs._replace(teacher_batch_statistics=settings.teacher_batch_statistics)
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -94,7 +86,7 @@ class OFD(Method):
         finest_first = [partial_l2(own, other, margin) for own, other, margin in levels]
         partial = torch.stack([term / 2**above for above, term in enumerate(reversed(finest_first))]).sum()
         terms = {"ce": ce.detach(), "partial_l2": partial.detach()}
-        return Loss(self.ce_weight * ce + self.weight * partial, terms)
+        return Loss(self.ce_weight * ce + self.settings.weight * partial, terms)
 
 
 class Connectors(nn.Module):

@@ -7,13 +7,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
+from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs, Ramp
+from unikd_fast.settings import NonNegative, PositiveInt, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 _CONTEXTS = (4, 2, 1)  # sizes that HCL averages to
 
 
-class ReviewKD(Method):
+@settings
+class ReviewKDSettings:
+    """The student's levels, each with what lies above it, held to the teacher's."""
+
+    weight: NonNegative = 1.0
+    """w, the weight of the hierarchical context loss; from 0.6 to 8 in the literature, by the pair of networks."""
+    ramp_epochs: NonNegative | None = None
+    """T, epochs over which the weight rises linearly from 0; null: 20, but at most 8 % of the run."""
+    width: PositiveInt | None = None
+    """Channels inside of the fusions; null: the width of the student's embedding, but at most 512."""
+    student_before_activation: bool = False
+    """Take the student's levels before their activation, as the teacher's are; false in the literature on CIFAR, true
+    on ImageNet."""
+
+
+class ReviewKD(Method[ReviewKDSettings]):
     """L = L_CE + w min(1, t / T) Σ_l HCL( G_l, F_l ), after t epochs.
 
     F_l are the teacher's levels before activation and its embedding, G_l what the student's ABF (`Review`) makes of
@@ -26,54 +43,27 @@ class ReviewKD(Method):
 
     The authors' code never calls ``teacher.eval()``, so its teacher normalises by the statistics of each batch; ours is
     in eval mode, as mdistiller's.
-
-    Args:
-        student_shapes, teacher_shapes: (C_l, H_l, W_l) of each level, fine to coarse.
-        student_width, teacher_width: D of the embeddings.
-        weight: w; from 0.6 to 8 in the literature, by the pair of networks.
-        ramp_epochs: T.
-        width: channels inside of the fusions; None: min(512, student_width).
-        student_before_activation: whether the student's levels are taken before their activation.
-        label_smoothing: of the cross-entropy.
-        device: of the ramp.
-
-    Example:
-        >>> method = ReviewKD([(16, 32, 32), (32, 16, 16)], [(64, 32, 32), (128, 8, 8)], 32, 128)
-        >>> levels = torch.randn(2, 16, 32, 32), torch.randn(2, 32, 16, 16)
-        >>> [tuple(g.shape[1:]) for g in method.adapter(Features(levels, logits, embedding=torch.randn(2, 32)))]
-        [(64, 32, 32), (128, 8, 8), (128, 1, 1)]
     """
 
+    settings_class = ReviewKDSettings
     needs = Needs(levels=True, teacher_before_activation=True, embedding=True)
 
-    def __init__(
-        self,
-        student_shapes: Sequence[tuple[int, int, int]],
-        teacher_shapes: Sequence[tuple[int, int, int]],
-        student_width: int,
-        teacher_width: int,
-        *,
-        weight: float = 1.0,
-        ramp_epochs: float = 20.0,
-        width: int | None = None,
-        student_before_activation: bool = False,
-        label_smoothing: float = 0.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.needs = self.needs_with(student_before_activation=student_before_activation)
+    def __init__(self, settings: ReviewKDSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        student_shapes, teacher_shapes = context.student_shapes, context.teacher_shapes
         self.count = min(len(student_shapes), len(teacher_shapes))
-        self.weight, self.label_smoothing = Ramp(weight, epochs=ramp_epochs, device=device), label_smoothing
+        self.weight = Ramp(settings.weight, epochs=context.ramp(settings.ramp_epochs), device=context.device)
         self.adapter: Review = Review(
-            [*(shape[0] for shape in student_shapes[-self.count :]), student_width],
-            [*((channels, size) for channels, size, _ in teacher_shapes[-self.count :]), (teacher_width, 1)],
-            width=width or min(512, student_width),
-            before_activation=student_before_activation,
+            [*(shape[0] for shape in student_shapes[-self.count :]), context.student_width],
+            [*((channels, size) for channels, size, _ in teacher_shapes[-self.count :]), (context.teacher_width, 1)],
+            width=settings.width or min(512, context.student_width),
+            before_activation=settings.student_before_activation,
         )
 
     @classmethod
-    def needs_with(cls, *, student_before_activation: bool) -> Needs:
-        """What it needs, which is more where the student's levels are taken before their activation."""
-        return cls.needs._replace(before_activation=student_before_activation)
+    def needs_of(cls, settings: ReviewKDSettings) -> Needs:
+        """Return what it needs, which is more where the student's levels are taken before their activation."""
+        return cls.needs._replace(before_activation=settings.student_before_activation)
 
     @property
     def term_names(self) -> tuple[str, ...]:

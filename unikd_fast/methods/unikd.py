@@ -7,9 +7,9 @@ optimiser of its own.
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from unikd_fast.distribution import FeatureDistributionPrediction
 from unikd_fast.fusion import AdaptiveFeatureFusion
 from unikd_fast.kernels import reference
 from unikd_fast.losses import unikd_loss
+from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs, Ramp
+from unikd_fast.settings import NonNegative, Positive, PositiveInt, settings
 from unikd_fast.values import Batch, Features, Gaussian, Loss, StudentOutput, Target
 
 
@@ -111,124 +113,129 @@ class HeadTrainer:
 
 _logger = logging.getLogger("unikd_fast")
 
-TEACHER_HEADS = ("prefit", "anchored", "literal")
-FDP_FORMS = ("auto", "projected", "direct")
 MAX_PROJECTED_CLASSES = 2048
 """Up to so many classes FDP has the paper's two layers K -> K unless asked otherwise: 8.4 million weights."""
 
 
-class UniKD(Method):
+_HEAD_LEARNING_RATE = 1e-3  # of AdamW
+_OF_THE_HEAD = ("fusion", "gate", "upsample", "norm", "fdp_norm", "variance_floor")
+
+
+@settings
+class UniKDSettings:
+    """UniKD (Huang et al. 2024): a feature distribution loss beside the logits' KL, both of one form."""
+
+    alpha: NonNegative = 4.0
+    """Weight of the feature distribution loss L_FL (Eq. 7). Unpublished; 4 with the mean over classes."""
+    beta: NonNegative = 1.0
+    """Weight of the logit loss L_L (Eq. 7)."""
+    temperature: Positive = 4.0
+    """Softmax temperature τ of the logit loss (Eq. 2): 4 on CIFAR, 1 on ImageNet."""
+    scale_by_t2: bool = True
+    """Multiply the logit loss by τ². Eq. 1 prints no τ²; without it the gradient shrinks as 1/τ²."""
+    feature_reduction: Literal["mean", "sum"] = "mean"
+    """Over classes in Eq. 6; the mean keeps alpha's meaning across numbers of classes."""
+    alpha_ramp_epochs: NonNegative | None = None
+    """Epochs over which alpha rises linearly from 0; null: 20, but at most 8 % of the run."""
+    teacher_head: Literal["prefit", "anchored", "literal"] = "prefit"
+    """What trains the teacher's side (AFF_t and FDP): fitted to the teacher's logits before the student and frozen;
+    fitted along with the student; or through the total loss, which collapses."""
+    head_steps: PositiveInt | None = None
+    """Batches of the prefit; null: 1000, but at most as many as the student's training has."""
+    width: PositiveInt | Literal["auto", "deepest"] = "auto"
+    """Fused width D of both AFF modules; auto: min(256, the teacher's deepest width); deepest: that width."""
+    fusion: Literal["aff", "last"] = "aff"
+    """aff: all levels, Eq. 4; last: the coarsest level alone (the paper's "FDP only" ablation)."""
+    gate: Literal["spatial", "channel"] = "spatial"
+    """One gate map for all channels, or one per channel."""
+    upsample: Literal["nearest", "bilinear"] = "nearest"
+    """Upsampling of the coarser level."""
+    norm: Literal["input", "batch"] | None = "input"
+    """Batch normalisation at the 1x1 expanders of AFF: input, before them; batch, after them; null: none."""
+    fdp: Literal["auto", "projected", "direct"] = "auto"
+    """Form of FDP. projected: the paper's, a layer D -> K and two K -> K; direct: two layers D -> K, for many classes;
+    auto: direct above 2,048 classes."""
+    fdp_norm: Literal["layer", "none"] = "layer"
+    """Normalisation of the pooled vector before FDP."""
+    variance_floor: Positive = 0.1
+    """Lower bound of FDP's variances."""
+
+
+class UniKD(Method[UniKDSettings]):
     """L = L_CE + alpha L_FL + beta L_L (Eq. 7).
 
     Student and teacher have an AFF each; FDP is shared. ``teacher_head`` says what trains the teacher's side:
     "prefit" (fitted to the teacher's logits first, then frozen), "anchored" (the same objective, along with the
     student) or "literal" (through the total loss; it collapses and is kept for the record). In the first two the
     student uses FDP with detached weights: sharing stays literal, and the student's loss cannot deform FDP.
-
-    Args:
-        student_channels, teacher_channels: C_l of each level, fine to coarse.
-        num_classes: K.
-        width: D, the fused width of both sides; None: min(256, the teacher's coarsest width).
-        fusion: "aff", or "last" for the coarsest level alone (the paper's "FDP only" row).
-        fusion_path, fusion_impl, gate, upsample, norm: see AdaptiveFeatureFusion.
-        fdp: form of FDP, see FeatureDistributionPrediction; "auto": "direct" above 2,048 classes.
-        fdp_norm, variance_floor: see FeatureDistributionPrediction.
-        teacher_head, head_steps, head_learning_rate: see above; head_steps batches are used by "prefit".
-        alpha, beta, temperature, scale_by_t2, feature_reduction, label_smoothing, impl: see unikd_loss.
-        alpha_ramp_epochs: epochs over which alpha rises linearly from 0.
-
-    Raises:
-        ValueError: unknown teacher_head, fusion or fdp.
     """
 
+    settings_class = UniKDSettings
+    accepts_top_k = True
     needs = Needs(levels=True)
 
-    def __init__(
-        self,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        num_classes: int,
-        *,
-        width: int | None = None,
-        fusion: str = "aff",
-        fusion_path: str = "auto",
-        fusion_impl: str = "auto",
-        gate: str = "spatial",
-        upsample: str = "nearest",
-        norm: str | None = "input",
-        fdp: str = "auto",
-        fdp_norm: str = "layer",
-        variance_floor: float = 0.1,
-        teacher_head: str = "prefit",
-        head_steps: int = 1000,
-        head_learning_rate: float = 1e-3,
-        alpha: float = 4.0,
-        beta: float = 1.0,
-        alpha_ramp_epochs: float = 0.0,
-        temperature: float = 4.0,
-        scale_by_t2: bool = True,
-        feature_reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        impl: str = "auto",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if teacher_head not in TEACHER_HEADS:
-            raise ValueError(f"UniKD: teacher_head must be one of {', '.join(TEACHER_HEADS)}, got {teacher_head!r}")
-        if fusion not in ("aff", "last"):
-            raise ValueError(f"UniKD: fusion must be aff or last, got {fusion!r}")
-        if fdp not in FDP_FORMS:
-            raise ValueError(f"UniKD: fdp must be one of {', '.join(FDP_FORMS)}, got {fdp!r}")
-        first = 0 if fusion == "aff" else -1
-        width = width or min(256, teacher_channels[-1])
+    @classmethod
+    def needs_of(cls, settings: UniKDSettings) -> Needs:
+        """Return what it needs: trained through the total loss, the head's weights are used whole."""
+        return cls.needs._replace(whole_head=settings.teacher_head == "literal")
+
+    def __init__(self, settings: UniKDSettings, context: RunContext) -> None:
+        super().__init__(settings, context)
+        first = 0 if settings.fusion == "aff" else -1
+        teacher_channels = [shape[0] for shape in context.teacher_shapes]
+        width, fdp = settings.width, settings.fdp
+        if isinstance(width, str):
+            width = {"auto": min(256, teacher_channels[-1]), "deepest": teacher_channels[-1]}[width]
         if fdp == "auto":
-            fdp = "projected" if num_classes <= MAX_PROJECTED_CLASSES else "direct"
+            fdp = "projected" if context.num_classes <= MAX_PROJECTED_CLASSES else "direct"
             if fdp == "direct":
                 _logger.info(
-                    "distill.fdp = auto: the direct form, two layers %d -> %s, for more than %s classes",
+                    "distill.unikd.fdp = auto: the direct form, two layers %d -> %s, for more than %s classes",
                     width,
-                    f"{num_classes:,}",
+                    f"{context.num_classes:,}",
                     f"{MAX_PROJECTED_CLASSES:,}",
                 )
         fused = partial(
             AdaptiveFeatureFusion,
             width=width,
-            gate=gate,
-            upsample=upsample,
-            norm=norm,
-            path=fusion_path,
-            impl=fusion_impl,
+            gate=settings.gate,
+            upsample=settings.upsample,
+            norm=settings.norm,
         )
         # The head first: its random weights, and so the Gaussians it is fitted to, are the same for every student.
         self.head = TeacherHead(
             PooledFusion(fused(teacher_channels[first:])),
-            FeatureDistributionPrediction(width, num_classes, form=fdp, norm=fdp_norm, variance_floor=variance_floor),
-        ).to(device)
-        self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(device)
-        self.teacher_head, self.head_steps = teacher_head, head_steps
+            FeatureDistributionPrediction(
+                width,
+                context.num_classes,
+                form=fdp,
+                norm=settings.fdp_norm,
+                variance_floor=settings.variance_floor,
+            ),
+        ).to(context.device)
+        student_channels = [shape[0] for shape in context.student_shapes]
+        self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(context.device)
+        self.teacher_head = settings.teacher_head
+        self.head_steps = settings.head_steps or min(1000, context.total_steps)
         self._head_settings = {
-            "steps": head_steps,
-            "learning_rate": head_learning_rate,
-            "fusion": fusion,
-            "gate": gate,
-            "upsample": upsample,
-            "norm": norm,
-            "fdp_norm": fdp_norm,
-            "variance_floor": variance_floor,
-            # Not the form that all caches had which were made before there were two.
-            **({"fdp": fdp} if fdp != "projected" else {}),
+            "steps": self.head_steps,
+            "learning_rate": _HEAD_LEARNING_RATE,
+            "fdp": fdp,
+            **{key: getattr(settings, key) for key in _OF_THE_HEAD},
         }
-        self.trainer = HeadTrainer(self.head, learning_rate=head_learning_rate)
-        if teacher_head == "literal":
+        self.trainer = HeadTrainer(self.head, learning_rate=_HEAD_LEARNING_RATE)
+        if settings.teacher_head == "literal":
             self.companion: nn.Module | None = self.head
-        self.alpha = Ramp(alpha, epochs=alpha_ramp_epochs, device=device)
+        ramp_epochs = context.ramp(settings.alpha_ramp_epochs)
+        self.alpha = Ramp(settings.alpha, epochs=ramp_epochs, device=context.device)
         self.objective = partial(
             unikd_loss,
-            beta=beta,
-            temperature=temperature,
-            scale_by_t2=scale_by_t2,
-            feature_reduction=feature_reduction,
-            label_smoothing=label_smoothing,
-            impl=impl,
+            beta=settings.beta,
+            temperature=settings.temperature,
+            scale_by_t2=settings.scale_by_t2,
+            feature_reduction=settings.feature_reduction,
+            label_smoothing=self.label_smoothing,
+            impl=self.impl,
         )
 
     def prepare(self, batches: Iterable[Features]) -> None:
@@ -306,17 +313,15 @@ class UniKD(Method):
         if self.teacher_head == "prefit":
             return None
         return (
-            f"with distill.teacher_head = {self.teacher_head!r} the teacher's head changes with every step and needs "
-            "the teacher's feature levels, not only its outputs; with 'prefit' it does not"
+            f"with distill.unikd.teacher_head = {self.teacher_head!r} the teacher's head changes with every step and "
+            "needs the teacher's feature levels, not only its outputs; with 'prefit' it does not"
         )
 
     @property
     def uncapturable(self) -> str | None:
         if self.teacher_head != "anchored":
             return None
-        return (
-            "with distill.teacher_head = 'anchored' an optimiser of its own, which counts on the host, trains the head"
-        )
+        return "with distill.unikd.teacher_head = 'anchored' the head's own optimiser counts on the host"
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:

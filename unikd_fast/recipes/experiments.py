@@ -78,7 +78,7 @@ def recipe(name: str) -> dict[str, Any]:
 
     Example:
         >>> recipe("cifar100/kd/resnet56-resnet20")["distill"]
-        {'method': 'kd', 'ce_weight': 0.1, 'beta': 0.9, 'temperature': 4.0}
+        {'method': 'kd', 'kd': {'ce_weight': 0.1, 'beta': 0.9, 'temperature': 4.0}}
     """
     found = _recipes()
     if name not in found:
@@ -239,7 +239,7 @@ def _distill_on_digits(method: str, pair: Pair) -> dict[str, Any]:
     section = _without_ramps(METHODS[method].distill(pair))
     methods = section["method"] if isinstance(section["method"], list) else [section["method"]]
     if "unikd" in methods:
-        section["head_steps"] = _DIGITS_HEAD_STEPS
+        section["unikd"] = {**section["unikd"], "head_steps": _DIGITS_HEAD_STEPS}
     if "crd" in methods:
         section["crd"] = {**section["crd"], "negatives": _DIGITS_NEGATIVES}
     return section

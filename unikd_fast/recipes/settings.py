@@ -51,8 +51,8 @@ def _none(pair: Pair) -> dict[str, Any]:
 
 def _kd(pair: Pair) -> dict[str, Any]:
     if _on_imagenet(pair):
-        return {"method": "kd", "ce_weight": 0.5, "beta": 0.5, "temperature": 1.0}
-    return {"method": "kd", "ce_weight": 0.1, "beta": 0.9, "temperature": 4.0}
+        return {"method": "kd", "kd": {"ce_weight": 0.5, "beta": 0.5, "temperature": 1.0}}
+    return {"method": "kd", "kd": {"ce_weight": 0.1, "beta": 0.9, "temperature": 4.0}}
 
 
 def _dkd_section(pair: Pair) -> dict[str, Any]:
@@ -118,8 +118,9 @@ def _crd(pair: Pair) -> dict[str, Any]:
 
 
 def _kd_crd(pair: Pair) -> dict[str, Any]:
-    """Use RepDistiller's weights of a sum: 1 for the cross-entropy and for KD, where KD alone has 0.1 and 0.9."""
-    return {**_sum(_kd, _crd)(pair), "beta": 1.0}
+    """RepDistiller's weights of a sum: 1 for the cross-entropy and for KD, where KD alone has 0.1 and 0.9."""
+    merged = _sum(_kd, _crd)(pair)
+    return {**merged, "kd": {**merged["kd"], "beta": 1.0}}
 
 
 def _mlkd(pair: Pair) -> dict[str, Any]:
@@ -138,16 +139,17 @@ def _nkd(pair: Pair) -> dict[str, Any]:
 
 def _unikd(pair: Pair) -> dict[str, Any]:
     temperature, ramp = (1.0, 1.0) if _on_imagenet(pair) else (4.0, 20.0)
-    return {"method": "unikd", "alpha": 4.0, "temperature": temperature, "alpha_ramp_epochs": ramp}
+    return {"method": "unikd", "unikd": {"alpha": 4.0, "temperature": temperature, "alpha_ramp_epochs": ramp}}
 
 
 def _unikd_without_aff(pair: Pair) -> dict[str, Any]:
-    return {**_unikd(pair), "fusion": "last"}
+    return {"method": "unikd", "unikd": {**_unikd(pair)["unikd"], "fusion": "last"}}
 
 
 def _unikd_without_both(pair: Pair) -> dict[str, Any]:
-    """Return what is left of Eq. 7 without L_FL: L_CE + beta L_L."""
-    return {"method": "kd", "ce_weight": 1.0, "beta": 1.0, "temperature": 1.0 if _on_imagenet(pair) else 4.0}
+    """What is left of Eq. 7 without L_FL: L_CE + beta L_L."""
+    section = {"ce_weight": 1.0, "beta": 1.0, "temperature": 1.0 if _on_imagenet(pair) else 4.0}
+    return {"method": "kd", "kd": section}
 
 
 def _blockwise(pair: Pair) -> dict[str, Any]:
@@ -166,7 +168,8 @@ def _sum(*parts: Callable[[Pair], dict[str, Any]]) -> Callable[[Pair], dict[str,
         merged: dict[str, Any] = {}
         for part in parts:
             merged |= part(pair)
-        merged.pop("ce_weight", None)
+        if "kd" in merged:
+            merged["kd"] = {key: value for key, value in merged["kd"].items() if key != "ce_weight"}
         return {**merged, "method": [part(pair)["method"] for part in parts]}
 
     return distill

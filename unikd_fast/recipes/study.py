@@ -95,14 +95,14 @@ CHANGES: dict[str, Change] = {
 
 
 def _unikd(choice: Choice) -> dict[str, Any]:
-    section = {"method": "unikd", "temperature": 4.0, "alpha": choice.alpha, "teacher_head": choice.head}
-    return {**section, "gate": choice.gate, "width": choice.width, "norm": None}
+    section = {"temperature": 4.0, "alpha": choice.alpha, "teacher_head": choice.head}
+    return {"method": "unikd", "unikd": {**section, "gate": choice.gate, "width": choice.width, "norm": None}}
 
 
 def _changed(row: str) -> dict[str, Any]:
     if row not in CHANGES:
         return _unikd(MIDDLE)
-    return {**_changed(CHANGES[row].base), **CHANGES[row].keys}
+    return {"method": "unikd", "unikd": {**_changed(CHANGES[row].base)["unikd"], **CHANGES[row].keys}}
 
 
 def _title(row: str) -> str:
@@ -112,7 +112,7 @@ def _title(row: str) -> str:
 
 
 def _kd(ce_weight: float, beta: float) -> dict[str, Any]:
-    return {"method": "kd", "ce_weight": ce_weight, "beta": beta, "temperature": 4.0}
+    return {"method": "kd", "kd": {"ce_weight": ce_weight, "beta": beta, "temperature": 4.0}}
 
 
 def _dkd(alpha: float, beta: float) -> dict[str, Any]:

@@ -92,15 +92,16 @@ def method_name(method: Any) -> str:
 def _row(method: Any, distill: dict[str, Any]) -> str:
     """The paper's row; its ablation (Table 6) is UniKD with less, without both KD at the weights of Eq. 7."""
     name = method_name(method)
-    if name == "dkd" and (distill.get("dkd") or {}).get("standardized"):
+    own = distill.get(name) or {}
+    if name == "dkd" and own.get("standardized"):
         return "logit_standardisation"
-    if name == "kd" and (distill.get("ce_weight"), distill.get("beta")) == (1.0, 1.0):
+    if name == "kd" and (own.get("ce_weight"), own.get("beta")) == (1.0, 1.0):
         return "unikd without fdp and aff"
     if name != "unikd":
         return name
-    if distill.get("alpha") == 0:
+    if own.get("alpha") == 0:
         return "unikd without fdp and aff"
-    return "unikd without aff" if distill.get("fusion") == "last" else "unikd"
+    return "unikd without aff" if own.get("fusion") == "last" else "unikd"
 
 
 def _dataset(config: dict[str, Any]) -> str | None:

@@ -1,0 +1,129 @@
+"""What a method may know of the run that it is built for: networks, data, length."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int]
+Block = Callable[[Tensor], Tensor]
+T = TypeVar("T")
+
+
+class FeatureNetwork(Protocol):
+    """What a method may ask of a network that returns its features; `unikd_fast.models.FeatureExtractor` is one."""
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """Module whose output is each level, fine to coarse."""
+        ...
+
+    @property
+    def level_shapes(self) -> tuple[Shape, ...]:
+        """(C_l, H_l, W_l) of each level."""
+        ...
+
+    @property
+    def embedding_width(self) -> int | None:
+        """D of the vector that the classifier sees; None where it is not returned."""
+        ...
+
+    @property
+    def classifier_weight(self) -> Tensor:
+        """(K, D) of the last linear layer."""
+        ...
+
+    @property
+    def norms_before_activation(self) -> tuple[str | None, ...]:
+        """BatchNorm that gives each level before its activation; None where there is none."""
+        ...
+
+    @property
+    def plain(self) -> nn.Module:
+        """The network itself."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a run knows before its method is built.
+
+    Attributes:
+        student, teacher: the networks as built, with the features that the method needs; None where it needs none.
+            The teacher's weights are whole, in fp32 and not folded.
+        teacher_blocks: returns the teacher cut at its levels: the i-th block maps level i to level i + 1, the last one
+            to the logits.
+        num_classes: number of classes.
+        sample_ids, sample_labels: (M,) int64 on the CPU: the training samples; a subset keeps the ids of the whole.
+        device: device of the method's own tensors.
+        total_steps, steps_per_epoch: optimiser steps of the run.
+        label_smoothing: label smoothing of the cross-entropy.
+        impl: implementation of the losses, see `unikd_loss`.
+    """
+
+    student: FeatureNetwork | None = None
+    teacher: FeatureNetwork | None = None
+    teacher_blocks: Callable[[], Sequence[Block]] | None = None
+    num_classes: int = 0
+    sample_ids: Tensor | None = None
+    sample_labels: Tensor | None = None
+    device: torch.device | str = "cpu"
+    total_steps: int = 1000
+    steps_per_epoch: int = 1
+    label_smoothing: float = 0.0
+    impl: str = "auto"
+
+    @property
+    def student_shapes(self) -> tuple[Shape, ...]:
+        """(C_l, H_l, W_l) of the student's levels, fine to coarse."""
+        return _asked(self.student).level_shapes
+
+    @property
+    def teacher_shapes(self) -> tuple[Shape, ...]:
+        """(C_l, H_l, W_l) of the teacher's levels, fine to coarse."""
+        return _asked(self.teacher).level_shapes
+
+    @property
+    def student_width(self) -> int:
+        """D of the student's embedding."""
+        return _asked(_asked(self.student).embedding_width)
+
+    @property
+    def teacher_width(self) -> int:
+        """D of the teacher's embedding."""
+        return _asked(_asked(self.teacher).embedding_width)
+
+    @property
+    def teacher_norms(self) -> list[nn.BatchNorm2d]:
+        """The BatchNorm that gives each level of the teacher before its activation, not folded yet.
+
+        Raises:
+            ValueError: a level has none.
+        """
+        network = _asked(self.teacher)
+        for level, norm in zip(network.level_names, network.norms_before_activation, strict=True):
+            if norm is None:
+                raise ValueError(
+                    f"teacher level {level!r} of {type(network.plain).__name__} is not given by a BatchNorm before its "
+                    "activation; take another teacher, or other levels (teacher.feature_nodes)"
+                )
+        found = [network.plain.get_submodule(str(norm)) for norm in network.norms_before_activation]
+        norms = [norm for norm in found if isinstance(norm, nn.BatchNorm2d)]
+        assert len(norms) == len(found), "they are folded: read them when the method is built"
+        return norms
+
+    @property
+    def classifier_weight(self) -> Tensor:
+        """(K, D): a copy of the teacher's last weights."""
+        return _asked(self.teacher).classifier_weight.detach().to(self.device, copy=True)
+
+    def ramp(self, epochs: float | None, *, usual: float = 20.0) -> float:
+        """Return the epochs of a warm-up: as set, or those of the literature, but then at most 8 % of the run."""
+        return min(usual, 0.08 * self.total_steps / self.steps_per_epoch) if epochs is None else epochs
+
+
+def _asked(found: T | None) -> T:
+    assert found is not None, "what a method does not need it cannot ask for"
+    return found

@@ -1,0 +1,36 @@
+"""Settings of components: frozen dataclasses beside the component, with a range and a docstring a field.
+
+The configuration, its schema and its reference page are made of these classes, and pydantic validates them there. The
+component itself needs no pydantic.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, TypeVar, dataclass_transform
+
+from annotated_types import Ge, Gt, Le
+
+PositiveInt = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Positive = Annotated[float, Gt(0.0)]
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass of keyword fields that a configuration validates strictly.
+
+    Example:
+        >>> @settings
+        ... class Ramp:
+        ...     epochs: NonNegative = 20.0
+        >>> Ramp(epochs=5.0)
+        Ramp(epochs=5.0)
+    """
+    cls.__pydantic_config__ = {  # type: ignore[attr-defined]
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+        "allow_inf_nan": False,
+    }
+    return dataclass(frozen=True, kw_only=True)(cls)
