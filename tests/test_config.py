@@ -111,7 +111,7 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("distill.method=kd", ["compare.runs['student alone']", "--set compare=null"]),
         ("data.name.x=1", ["data.name is a value ('digits')"]),
         ("train.total_epochs", ["expected section.key=value"]),
-        ('compare.runs={"a": {"distill.alhpa": 1}}', ["unknown key 'distill.alhpa'", "'distill.unikd.alpha'"]),
+        ('compare.runs={"a": {"distill.unikd.alhpa": 1}}', ["unknown key 'distill.unikd.alhpa'", "'distill.unikd.alpha'"]),
         ('compare.runs={"a b": {}, "A-b": {}}', ["compare.runs['A-b']", "'a-b', is also that of compare.runs['a b']"]),
         ('compare.runs={"Teacher": {}}', ["'teacher', is also that of the teacher's training"]),
         ('compare.runs={"../.": {}}', ["compare.runs['../.']", "would be empty"]),
@@ -243,7 +243,7 @@ def test_an_experiment_keeps_its_name_when_methods_are_added(monkeypatch: pytest
     more = create_model("More", __base__=schema.DistillConfig, other=(KDSettings | None, None))
     monkeypatch.setattr(load, "Config", create_model("WithMore", __base__=Config, distill=(more, more())))
     assert config_hash(load_config(DIGITS)) == before
-    assert config_hash(load_config(DIGITS, ["distill.kd.beta=2"])) != before
+    assert config_hash(load_config(DIGITS, ["distill.kd.temperature=2"])) != before
     assert config_hash(load_config(DIGITS, ["data.second_view.policy=rand"])) != before
 
 

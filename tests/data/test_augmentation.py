@@ -72,7 +72,7 @@ def test_the_central_window_is_torchvisions(height: int, width: int) -> None:
 def test_windows_lie_within_the_image_and_rows_agree(augmentation: Augmentation, height: int, width: int) -> None:
     views = draw(augmentation, np.arange(300))
     boxes = views.crop_boxes(height, width)
-    margin = 2 * augmentation.padding
+    margin = 2 * (augmentation.padding or 0)
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] >= 1).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= np.array((height, width)) + margin).all()

@@ -92,7 +92,8 @@ def method_name(method: Any) -> str:
 def _row(method: Any, distill: dict[str, Any]) -> str:
     """The paper's row; its ablation (Table 6) is UniKD with less, without both KD at the weights of Eq. 7."""
     name = method_name(method)
-    own = distill.get(name) or {}
+    section = distill.get(name)
+    own = section if isinstance(section, dict) else {}
     if name == "dkd" and own.get("standardized"):
         return "logit_standardisation"
     if name == "kd" and (own.get("ce_weight"), own.get("beta")) == (1.0, 1.0):
