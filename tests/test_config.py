@@ -111,7 +111,10 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("distill.method=kd", ["compare.runs['student alone']", "--set compare=null"]),
         ("data.name.x=1", ["data.name is a value ('digits')"]),
         ("train.total_epochs", ["expected section.key=value"]),
-        ('compare.runs={"a": {"distill.unikd.alhpa": 1}}', ["unknown key 'distill.unikd.alhpa'", "'distill.unikd.alpha'"]),
+        (
+            'compare.runs={"a": {"distill.unikd.alhpa": 1}}',
+            ["unknown key 'distill.unikd.alhpa'", "'distill.unikd.alpha'"],
+        ),
         ('compare.runs={"a b": {}, "A-b": {}}', ["compare.runs['A-b']", "'a-b', is also that of compare.runs['a b']"]),
         ('compare.runs={"Teacher": {}}', ["'teacher', is also that of the teacher's training"]),
         ('compare.runs={"../.": {}}', ["compare.runs['../.']", "would be empty"]),
