@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import unikd_fast
 from unikd_fast import cli
 from unikd_fast.config.schema import Config
+from unikd_fast.methods import METHODS
 from unikd_fast.recipes.experiments import read_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -169,3 +170,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     helpers = {name for name in drop_ins if name.startswith("_")} | {"conformance", "patching", "presets"}
     pages = set(re.findall(r"^::: unikd_fast\.compat\.(\w+)$", TEXTS["docs/api/compat.md"], flags=re.MULTILINE))
     assert drop_ins - helpers - {"torchdistill_register"} == pages
+
+
+def test_every_method_is_in_the_reference() -> None:
+    for name, method in METHODS.items():
+        assert f"::: {method.__module__}\n" in TEXTS["docs/api/methods.md"], name
+        assert f"`{name}`" in TEXTS["README.md"] and f"| `{name}` |" in TEXTS["docs/methods.md"], name
