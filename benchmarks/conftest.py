@@ -1,4 +1,4 @@
-"""Settings of the benchmarks: OpenMP must not spin for long (see launch_distill.py), and what was found is printed."""
+"""Settings of the benchmarks: OpenMP must not spin for long (see unikd_fast/cli.py), and what was found is printed."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Before torch and the kernels are loaded: OpenMP's threads must not spin for long, see launch_distill.py.
+"""Before torch and the kernels are loaded: OpenMP's threads must not spin for long, see unikd_fast/cli.py.
 
 Without a GPU the kernels run interpreted, which Triton decides when a kernel is defined.
 """

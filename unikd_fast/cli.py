@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from unikd_fast.command import run_command
 from unikd_fast.errors import CacheError, ConfigError, RunError
-from unikd_fast.recipes.command import add_arguments
-from unikd_fast.recipes.command import run as reproduce
+from unikd_fast.recipes import command as reproduce
 from unikd_fast.recipes.experiments import add_experiment_arguments, read_experiment
 
 if TYPE_CHECKING:
@@ -44,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # process shares the cores, that costs two orders of magnitude (two runs on 2 cores: 1 s instead of 9 ms for a
     # forward pass).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(given)
+    options = _parser().parse_args(arguments)
     return run_command(options.command, lambda: options.function(options), extra=options.extra)
 
 
@@ -58,11 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_data(commands)
     _add_report(commands)
-    add_arguments(
-        _add_command(
-            commands, "reproduce", reproduce, extra="train,report", help="run what is missing of the papers' tables"
-        )
-    )
+    _add_reproduce(commands)
     return parser
 
 
@@ -410,6 +404,11 @@ def _report(options: argparse.Namespace) -> int:
     refuse_target(options.to, force=options.force)
     print(write_report(find_runs(options.runs), options.to, title=options.title, force=options.force))
     return 0
+
+
+def _add_reproduce(commands: Any) -> None:
+    text = "run what is missing of the papers' tables"
+    reproduce.add_arguments(_add_command(commands, "reproduce", reproduce.run, extra="train,report", help=text))
 
 
 def _check_paths(configs: "Sequence[Config]") -> None:
