@@ -133,14 +133,16 @@ def test_refusals_come_before_anything_slow_is_loaded(tmp_path: Path) -> None:
             "teacher.weights is '${UNIKD_TEST_UNSET}/teacher.pth' and UNIKD_TEST_UNSET is not set",
         ),
         ("export", tmp_path, "--to", "a.pt"): ("export", f"{tmp_path} is not a run folder"),
-        ("report", tmp_path, "--to", tmp_path / "r.html"): ("report", f"{tmp_path} is not a run folder"),
         ("reproduce", "table6", "--data", "digits", "--methods", "kd"): ("reproduce", "--methods kd: "),
     }
-    slow = ("torch", "numpy", "matplotlib", "PIL", "datasets", "deepspeed", "torchvision")
+    slow = ("torchvision", "timm", "deepspeed", "sklearn", "datasets", "PIL", "matplotlib")
     said, loaded = called(list(refusals), unwanted=slow)
     for (name, part), (code, out, err) in zip(refusals.values(), said, strict=True):
         assert (code, out) == (2, ""), (name, err)
         assert err.startswith(f"unikd {name}: error: ") and part in err, err
+    assert loaded == []
+    said, loaded = called([("report", tmp_path, "--to", tmp_path / "r.html")], unwanted=(*slow, "torch", "numpy"))
+    assert said == [(2, "", said[0][2])] and f"{tmp_path} is not a run folder" in said[0][2]
     assert loaded == []
     assert list(tmp_path.iterdir()) == []
 

@@ -115,7 +115,7 @@ def _train(options: argparse.Namespace) -> int:
         print(config.model_dump_json(by_alias=True, indent=2))
         return 0
     _check_paths([config])
-    # Only now torch and DeepSpeed: a wrong configuration or a missing folder is refused within a second.
+    # Only now torchvision and DeepSpeed: a wrong configuration or a missing folder is refused before.
     from unikd_fast.engine.run import launch
 
     launch(config, resume=options.resume == "auto", dry_run=options.dry_run)
@@ -338,7 +338,7 @@ def _cache_folders(options: argparse.Namespace) -> "list[CacheFolder]":
 
 
 def _start_processes() -> "Processes":
-    # Only now torch and DeepSpeed. What DeepSpeed prints must not stand among our lines.
+    # Only now DeepSpeed. What it prints must not stand among our lines.
     with redirect_stdout(sys.stderr):
         from unikd_fast.engine.distributed import start_processes
 

@@ -1,6 +1,7 @@
 """The experiment's configuration: schema, loading, overrides and error messages.
 
-A leaf: it imports pydantic and nothing of torch, so a wrong configuration is refused before anything slow is loaded.
+It is made of the settings of the components, and imports nothing of theirs that is slower than torch, so a wrong
+configuration is refused before torchvision, DeepSpeed and the data set are loaded.
 """
 
 from unikd_fast.config.load import config_hash, load_config, parse_config, run_configs

@@ -381,7 +381,7 @@ class RunConfig(Section):
     """Epochs between two evaluations on the validation split; the last epoch is always evaluated."""
     test_logits: bool = True
     """Write the logits of the last student, and of a teacher that was given, over the test split to
-    test_logits.safetensors, two bytes each: what unikd-report draws distributions and correlations of."""
+    test_logits.safetensors, two bytes each: what `unikd report` draws distributions and correlations of."""
     probe: bool = True
     """At every evaluation, τ² KL from the teacher to the student at τ = 4 on the validation split (probe_kl), which
     compares methods whose own losses do not. The teacher sees the split once; where its outputs are cached, there is no

@@ -48,7 +48,7 @@ def export_run(
     """
     config = read_run(run)
     _refuse(run, target, force=force)
-    # Only now torch and DeepSpeed. What DeepSpeed prints must not stand before our line.
+    # Only now torchvision and DeepSpeed. What DeepSpeed prints must not stand before our line.
     with redirect_stdout(sys.stderr):
         from unikd_fast.engine.folder import BEST
         from unikd_fast.engine.inputs import refusing_misfits
