@@ -13,9 +13,9 @@ from torchvision import transforms
 
 from support.generated_images import draw_image
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.cifar100 import MEAN, STD
+from unikd_fast.data.sets.in_memory import MEAN, STD
+from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.splits import DataSplits, TensorImages
-from unikd_fast.data.synthetic import load_synthetic
 from unikd_fast.values import Batch
 
 HEIGHT, WIDTH, QUALITY = 400, 500, 90

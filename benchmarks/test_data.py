@@ -34,9 +34,9 @@ from timing import interleaved_medians
 
 from unikd_fast.config import load_config
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.datasets import open_data
 from unikd_fast.data.loader import Loader, LoaderKind, build_loader
 from unikd_fast.data.pack import pack_folder
+from unikd_fast.data.sets import open_data
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.distributed import start_processes

@@ -99,6 +99,19 @@ def test_kernel_references_import_torch_only() -> None:
             assert top in sys.stdlib_module_names or top == "torch" or name.startswith("unikd_fast.kernels.reference")
 
 
+def test_the_data_room_imports_nothing_slow() -> None:
+    """Each of these takes a second or more, and belongs where it is used."""
+    code = """
+import importlib, pkgutil, sys
+import unikd_fast.data
+for module in pkgutil.walk_packages(unikd_fast.data.__path__, "unikd_fast.data."):
+    importlib.import_module(module.name)
+print(sorted({"torchvision", "sklearn", "timm", "nvidia.dali", "datasets", "deepspeed"} & set(sys.modules)))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "[]\n"
+
+
 def test_the_public_names_need_torch_alone() -> None:
     """In a process where every other dependency fails to import."""
     code = """

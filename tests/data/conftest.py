@@ -7,7 +7,7 @@ import pytest
 
 from support.dali_loaders import SIZE
 from support.generated_images import write_jpegs
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits
 
 

@@ -18,12 +18,11 @@ from support.folder_images import SIZE, loader
 from support.generated_images import write_jpegs
 from support.odd_images import broken, encoded, odd
 from unikd_fast.data.arrow import load_arrow
-from unikd_fast.data.dali_probe import dali_problem
-from unikd_fast.data.datasets import open_data
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.dali import dali_problem
 from unikd_fast.data.images import StoredImage, read_rgb
-from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import ArrowImages, DataSplits, ImageFiles
+from unikd_fast.data.sets import open_data
+from unikd_fast.data.sets.image_folder import load_image_folder
+from unikd_fast.data.splits import ArrowImages, DataSplits, ImageFiles, hash_split
 from unikd_fast.errors import DataError
 
 TRAIN, VAL = 11, 5

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from support.odd_images import HEIGHT, WIDTH, animation, broken, encoded, odd, png
-from unikd_fast.data.decode import Decoder, DecodeRequest
+from unikd_fast.data.files import Decoder, DecodeRequest
 from unikd_fast.data.images import StoredImage, read_rgb
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.views import Windows
 
 
 def read(content: bytes, folder: Path, name: str = "image.jpg") -> np.ndarray:

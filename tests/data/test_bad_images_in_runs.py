@@ -12,10 +12,9 @@ import torch
 from support.folder_images import RESIZED, SIZE, write_images
 from support.odd_images import broken
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.bad_images import BadImageTally, check_bad_share, stand_ins
-from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.images import StoredImage, read_rgb
+from unikd_fast.data.images import BadImageTally, StoredImage, check_bad_share, read_rgb, stand_ins
 from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.values import Batch
 

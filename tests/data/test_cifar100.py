@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from support.processes import finished, peak_of_memory
-from unikd_fast.data.cifar100 import load_cifar100
+from unikd_fast.data.sets.in_memory import load_cifar100
 from unikd_fast.data.splits import TensorImages
 
 Writer = Callable[[Any], bytes]
@@ -203,7 +203,7 @@ def test_the_address_would_have_been_used() -> None:
 READ = """
 import sys
 from pathlib import Path
-from unikd_fast.data.cifar100 import load_cifar100
+from unikd_fast.data.sets.in_memory import load_cifar100
 try:
     load_cifar100(Path(sys.argv[1]))
 except ValueError as error:

@@ -10,8 +10,8 @@ from support.dali_loaders import RESIZED
 from support.fake_device import DEVICE, fake_device
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import build_loader
+from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.data.synthetic import load_synthetic
 
 WEAK = Augmentation(crop="pad", padding=2, flip_probability=0.5)
 STRONG = Augmentation(crop="resized", flip_probability=0.5, policy="rand", jitter=(0.4, 0.4, 0.4, 0.1))

@@ -13,7 +13,7 @@ pytest.importorskip("nvidia.dali")
 
 from support.dali_loaders import make
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.dali_probe import _try_in_a_process
+from unikd_fast.data.dali import _try_in_a_process
 from unikd_fast.data.loader import _say_once
 from unikd_fast.data.splits import DataSplits, ImageFiles
 
@@ -48,7 +48,7 @@ sys.meta_path.insert(0, Refuse())
 logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.loader import build_loader
 shared = dict(augmentation=Augmentation(), seed=0, global_batch_size=8, device="cpu", workers=0)
 splits = load_image_folder(Path(sys.argv[1]), 96)

@@ -20,14 +20,13 @@ pytest.importorskip("nvidia.dali")
 from nvidia.dali import Pipeline
 
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.dali_pipeline import Source, decoding_pipeline
-from unikd_fast.data.dali_views import decoded
-from unikd_fast.data.decode import DecodeRequest
-from unikd_fast.data.image_feed import ImageFeed, ReadBatch, ReadViews, read_image
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.dali import Source, decoding_pipeline
+from unikd_fast.data.dali_views import ImageFeed, ReadBatch, ReadViews, decoded, read_image
+from unikd_fast.data.files import DecodeRequest
 from unikd_fast.data.images import StoredImage, read_rgb
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.views import Windows
 from unikd_fast.values import Batch
 
 

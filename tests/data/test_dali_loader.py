@@ -15,8 +15,7 @@ from support.dali_loaders import CROPS, RESIZED, SHORT, SIZE, assert_close, asse
 from unikd_fast.data import dali_views
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.data.strong import strong_view
-from unikd_fast.data.view_windows import ViewWindow
+from unikd_fast.data.views import ViewWindow, strong_view
 from unikd_fast.values import Batch, Interpolation
 
 

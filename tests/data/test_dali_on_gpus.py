@@ -13,13 +13,11 @@ pytest.importorskip("nvidia.dali")
 
 from support.dali_loaders import CROPS, RESIZED, SHORT, SIZE, crops, levels, make
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.dali_pipeline import view_pipeline
-from unikd_fast.data.dali_probe import choose_decoding
-from unikd_fast.data.dali_views import cut_view
-from unikd_fast.data.decode import DecodeRequest
-from unikd_fast.data.image_feed import ImageFeed, ReadViews, read_image
+from unikd_fast.data.dali import choose_decoding, view_pipeline
+from unikd_fast.data.dali_views import ImageFeed, ReadViews, cut_view, read_image
+from unikd_fast.data.files import DecodeRequest
 from unikd_fast.data.splits import DataSplits, ImageFiles
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.views import Windows
 
 
 def encoded(splits: DataSplits, augmentation: Augmentation, second: Augmentation | None = None) -> list[ReadViews]:

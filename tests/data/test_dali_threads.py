@@ -16,15 +16,14 @@ from support.generated_images import write_jpegs
 
 pytest.importorskip("nvidia.dali")
 
-from unikd_fast.data import dali_loader
+from unikd_fast.data import dali
 from unikd_fast.data.augmentation import view_parameters
-from unikd_fast.data.dali_pipeline import decoding_pipeline
-from unikd_fast.data.dali_views import decoded
-from unikd_fast.data.decode import DecodeRequest
-from unikd_fast.data.image_feed import ImageFeed
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.dali import decoding_pipeline
+from unikd_fast.data.dali_views import ImageFeed, decoded
+from unikd_fast.data.files import DecodeRequest
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.views import Windows
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_a_failure_of_dali_ends_the_iterator_and_the_next_one_works(
         return decoding_pipeline(source, batch_size=batch_size - 1, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dali_loader, "decoding_pipeline", too_small)
+        patch.setattr(dali, "decoding_pipeline", too_small)
         failing = one.train(0)
         with pytest.raises(RuntimeError, match="batch size"):
             next(failing)

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits as load_greys
 
-from unikd_fast.data.datasets import DataSplits, ImageFiles, TensorImages, open_data
+from unikd_fast.data.sets import open_data
+from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 
 
 def digits(image_size: int = 8) -> tuple[DataSplits, list[TensorImages]]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.device_loader import DeviceLoader
+from unikd_fast.data.device import DeviceLoader
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.values import Batch
@@ -249,7 +249,7 @@ def test_says_who_makes_the_pixels(
     said = loader(splits, augmentation).pixels
     ours = "unikd_fast, separable antialiased bilinear, version 1"
     assert said == {"decoder": "none, uint8 tensors", "resize": ours if augmentation.crop == "resized" else "none"}
-    monkeypatch.setattr("unikd_fast.data.device_loader.RESIZE_VERSION", 2)
+    monkeypatch.setattr("unikd_fast.data.device.RESIZE_VERSION", 2)
     assert (loader(splits, augmentation).pixels == said) == (augmentation.crop != "resized")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unikd_fast.data.fine_grained import CLASSES_PER_FAMILY, load_fine_grained
+from unikd_fast.data.sets.fine_grained import CLASSES_PER_FAMILY, load_fine_grained
 
 
 def test_samples_depend_on_the_seed_and_not_on_their_number() -> None:

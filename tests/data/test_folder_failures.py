@@ -12,8 +12,8 @@ import torch
 from support.folder_images import RESIZED, SIZE, loader, write_images
 from support.processes import finished
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.loader import build_loader
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 from unikd_fast.errors import LoaderError
 
@@ -40,7 +40,7 @@ def test_a_killed_worker_ends_the_run_and_is_named(splits: DataSplits, batches: 
 import multiprocessing, os, signal, sys
 from pathlib import Path
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.loader import build_loader
 
 splits = load_image_folder(Path(sys.argv[1]), 16)
@@ -118,8 +118,8 @@ def test_the_report_of_a_dead_worker_names_the_remedies(
     def die(*_: object) -> None:
         raise symptom
 
-    monkeypatch.setattr("unikd_fast.data.decoding_workers._WORD_OF_DEATH_S", 0.0)
-    monkeypatch.setattr("unikd_fast.data.decode.Decoder.__getitem__", die)
+    monkeypatch.setattr("unikd_fast.data.files._WORD_OF_DEATH_S", 0.0)
+    monkeypatch.setattr("unikd_fast.data.files.Decoder.__getitem__", die)
     with pytest.raises(RuntimeError, match=rf"process died \({type(symptom).__name__}: .* data\.workers; .*/dev/shm"):
         next(loader(splits).train(0))
 
@@ -131,7 +131,7 @@ def test_torchs_word_on_a_dead_worker_is_waited_for(splits: DataSplits, monkeypa
     def signal_arrives(_: float) -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-    monkeypatch.setattr("unikd_fast.data.decode.Decoder.__getitem__", die)
+    monkeypatch.setattr("unikd_fast.data.files.Decoder.__getitem__", die)
     monkeypatch.setattr("time.sleep", signal_arrives)
     with pytest.raises(RuntimeError, match=r"process died \(RuntimeError: .*pid 7.* killed by signal.* data\.workers"):
         next(loader(splits).train(0))
@@ -141,7 +141,7 @@ def test_other_errors_of_the_device_pass_unchanged(splits: DataSplits, monkeypat
     def die(*_: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("unikd_fast.data.pixels.Normalise.__call__", die)
+    monkeypatch.setattr("unikd_fast.data.device.Normalise.__call__", die)
     with pytest.raises(RuntimeError, match=r"^CUDA error: out of memory$"):
         next(loader(splits).train(0))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from support.folder_images import RESIZED, SIZE, loader, write_images
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 from unikd_fast.values import Batch
 

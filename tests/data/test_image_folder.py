@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from unikd_fast.data.image_folder import load_image_folder
-from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import ImageFiles
+from unikd_fast.data.sets.image_folder import load_image_folder
+from unikd_fast.data.splits import ImageFiles, hash_split
 
 
 def populate(root: Path, files: dict[str, list[str]]) -> Path:

@@ -25,7 +25,7 @@ from support.odd_images import (
     two_pictures,
 )
 from support.processes import peak_of_memory
-from unikd_fast.data.image_feed import read_image
+from unikd_fast.data.dali_views import read_image
 from unikd_fast.data.images import (
     FORMATS,
     MAX_PIXELS,

@@ -8,7 +8,7 @@ import pytest
 
 from support.generated_images import write_jpegs
 from support.processes import finished, running
-from unikd_fast.data.dali_probe import dali_problem
+from unikd_fast.data.dali import dali_problem
 
 pytestmark = pytest.mark.slow
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason="DALI does not work here")
@@ -17,11 +17,12 @@ kinds = pytest.mark.parametrize("kind", ["torchvision", pytest.param("dali", mar
 LOADER = """
 import sys
 from pathlib import Path
-from unikd_fast.data import decoding_workers
+from unikd_fast.data import files
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.loader import build_loader
-decoding_workers._GRACE_S = 60  # for how long decoding processes put SIGTERM off
+files._GRACE_S = 60  # for how long decoding processes put SIGTERM off
+del files  # a module that is held is emptied before the iterators end
 splits = load_image_folder(Path(sys.argv[1]), 224)
 settings = dict(augmentation=Augmentation(crop="resized"), kind=sys.argv[2], seed=0, device="cpu", workers=2)
 loader = build_loader(splits, global_batch_size=16, **settings)

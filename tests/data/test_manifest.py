@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from unikd_fast.data import manifest
-from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import ImageFiles, TensorImages
+from unikd_fast.data import splits
+from unikd_fast.data.splits import ImageFiles, TensorImages, hash_split
 from unikd_fast.errors import DataError
 
 NAMES = ("fox/a.jpeg", "fox/b.jpeg", "wolf/a.jpeg", "wolf/c.jpeg")
@@ -18,8 +17,8 @@ NAMES = ("fox/a.jpeg", "fox/b.jpeg", "wolf/a.jpeg", "wolf/c.jpeg")
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "_CHUNK_BYTES", 500)
-    monkeypatch.setattr(manifest, "_FILES_AT_A_TIME", 3)
+    monkeypatch.setattr(splits, "_HASHED_BYTES", 500)
+    monkeypatch.setattr(splits, "_FILES_AT_A_TIME", 3)
 
 
 def images() -> torch.Tensor:
@@ -73,8 +72,8 @@ def test_layout_and_chunks_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_pat
     pixels, folder = images(), files(tmp_path)
     expected = hash_split(tensors(pixels)), hash_split(folder)
     assert hash_split(tensors(pixels.contiguous(memory_format=torch.channels_last))) == expected[0]
-    monkeypatch.setattr(manifest, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(manifest, "_FILES_AT_A_TIME", 100)
+    monkeypatch.setattr(splits, "_HASHED_BYTES", 1)
+    monkeypatch.setattr(splits, "_FILES_AT_A_TIME", 100)
     assert (hash_split(tensors(pixels)), hash_split(folder)) == expected
 
 

@@ -20,12 +20,11 @@ from support.kills import killed_at_each_operation
 from unikd_fast.cli import main
 from unikd_fast.data import pack
 from unikd_fast.data.arrow import load_arrow
-from unikd_fast.data.dali_probe import dali_problem
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.dali import dali_problem
 from unikd_fast.data.images import StoredImage, read_rgb
-from unikd_fast.data.manifest import hash_split
 from unikd_fast.data.pack import PackError, pack_folder
-from unikd_fast.data.splits import ArrowImages, DataSplits, ImageFiles
+from unikd_fast.data.sets.image_folder import load_image_folder
+from unikd_fast.data.splits import ArrowImages, DataSplits, ImageFiles, hash_split
 from unikd_fast.errors import DataError, FileError
 
 CLASSES = ("läufer", "a b", "x" * 100)

@@ -6,7 +6,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from unikd_fast.data.pixels import Normalise, pad_crop, resized_crop
+from unikd_fast.data.device import Normalise, pad_crop, resized_crop
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from support.folder_images import SIZE, in_memory, loader, write_images
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits
 
 WEAK = Augmentation(crop="pad", padding=2, flip_probability=0.5, eval_resize=SIZE)

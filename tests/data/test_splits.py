@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from unikd_fast.data.datasets import open_data
+from unikd_fast.data.sets import open_data
 from unikd_fast.data.splits import ArrowImages, ImageFiles, Split, TensorImages
 
 Make = Callable[[NDArray, NDArray | None], Split]

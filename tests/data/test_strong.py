@@ -13,9 +13,9 @@ from torchvision.transforms import v2
 
 from support.folder_images import SIZE, in_memory, loader, write_images
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation, ViewParameters, view_parameters
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.data.strong import (
+from unikd_fast.data.views import (
     POLICY_OPERATIONS,
     SIGNED,
     drawn_operations,

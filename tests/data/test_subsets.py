@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unikd_fast.data.subsets import class_balanced_subset, stratified_split
+from unikd_fast.data.splits import class_balanced_subset, stratified_split
 
 labels_of_any_kind = st.lists(st.integers(0, 6), min_size=1, max_size=120).map(np.array)
 

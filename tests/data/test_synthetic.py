@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.splits import TensorImages
-from unikd_fast.data.synthetic import load_synthetic
 
 
 def tensors(num_samples: int, num_classes: int, image_size: int, *, seed: int = 0) -> tuple[TensorImages, ...]:
@@ -51,7 +51,7 @@ def test_samples_depend_on_the_seed_and_not_on_how_many_there_are(image_size: in
 
 def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tensors(20, 4, 16)[0].images
-    monkeypatch.setattr("unikd_fast.data.synthetic._CHUNK_BYTES", 7 * 3 * 16 * 16)
+    monkeypatch.setattr("unikd_fast.data.sets.synthetic._CHUNK_BYTES", 7 * 3 * 16 * 16)
     assert torch.equal(tensors(20, 4, 16)[0].images, whole)
 
 

@@ -10,7 +10,7 @@ import torch
 from support.odd_images import encoded
 from support.real_runs import ALONE, run, write_config
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.data.dali_probe import dali_problem
+from unikd_fast.data.dali import dali_problem
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.folder import read_result

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from support.exported_runs import STEPS, Runs, export, left_behind, resnet8, stripped
 from support.kills import killed_at_each_operation
 from support.real_runs import ROOT
-from unikd_fast.data.datasets import open_data
+from unikd_fast.data.sets import open_data
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.export import formats as export_formats
 from unikd_fast.export.formats import relative_difference

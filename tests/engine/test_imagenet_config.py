@@ -9,7 +9,7 @@ import pytest
 from support.generated_images import write_jpegs
 from support.real_runs import ROOT, run
 from unikd_fast.cli import main as unikd
-from unikd_fast.data.dali_probe import dali_problem
+from unikd_fast.data.dali import dali_problem
 
 CONFIG = ROOT / "configs" / "imagenet_r50_mbv1.json"
 TRAIN, VAL, BATCH = 40, 13, 4

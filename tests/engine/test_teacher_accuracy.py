@@ -19,7 +19,7 @@ from support.real_runs import (
     write_config,
 )
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.data.datasets import open_data
+from unikd_fast.data.sets import open_data
 from unikd_fast.engine import teacher as teacher_accuracy
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.teacher import check_teacher, judge_teacher

@@ -6,8 +6,8 @@ from typing import Any
 
 from support.odd_images import encoded
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles
 
 RESIZED = Augmentation(crop="resized", flip_probability=0.5)

@@ -17,7 +17,7 @@ from torch import nn
 
 from support.build_method import for_method
 from unikd_fast.config import Config, load_config
-from unikd_fast.data.datasets import open_data
+from unikd_fast.data.sets import open_data
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.checkpoint import find_newest, read_folder
 from unikd_fast.engine.distributed import Processes, StopSignal, join_alone

@@ -8,12 +8,12 @@ import torch
 
 from support.generated_images import draw_image
 from unikd_fast.data.arrow import load_arrow
-from unikd_fast.data.decode import Decoder
-from unikd_fast.data.image_folder import load_image_folder
+from unikd_fast.data.files import Decoder
 from unikd_fast.data.images import read_rgb
 from unikd_fast.data.pack import pack_folder
+from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.views import Windows
 
 SIZE, SHORT = 24, 29
 TRAIN, VAL = 29, 7

@@ -10,12 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.bad_images import BadImage, BadImages
-from unikd_fast.data.dali_probe import choose_decoding, dali_problem
-from unikd_fast.data.device_loader import DeviceLoader
-from unikd_fast.data.file_requests import FileRequests
-from unikd_fast.data.folder_loader import FolderLoader
-from unikd_fast.data.schedule import Schedule
+from unikd_fast.data.dali import choose_decoding, dali_problem
+from unikd_fast.data.device import DeviceLoader
+from unikd_fast.data.files import FileRequests, FolderLoader
+from unikd_fast.data.images import BadImage, BadImages
+from unikd_fast.data.sampler import Schedule
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.values import Batch
 
@@ -155,7 +154,7 @@ def build_loader(
         splits, augmentation, schedule, second=other, bad_images=bad_images, max_bad_share=max_bad_share
     )
     if kind == "dali":
-        from unikd_fast.data.dali_loader import DaliLoader  # an optional dependency
+        from unikd_fast.data.dali import DaliLoader  # an optional dependency
 
         return DaliLoader(
             splits,

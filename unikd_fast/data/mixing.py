@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unikd_fast.data.bad_images import BadImage
+from unikd_fast.data.device import to_device
+from unikd_fast.data.images import BadImage
 from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, uniforms
-from unikd_fast.data.pixels import to_device
-from unikd_fast.data.schedule import Schedule
+from unikd_fast.data.sampler import Schedule
 from unikd_fast.settings import Fraction, NonNegative, settings
 from unikd_fast.values import Batch
 

@@ -20,10 +20,9 @@ from PIL import Image, features
 from tqdm import tqdm
 
 from unikd_fast.data.arrow import UNFINISHED
-from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.images import StoredImage, open_image, to_rgb
-from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import DataSplits, ImageFiles
+from unikd_fast.data.sets.image_folder import load_image_folder
+from unikd_fast.data.splits import DataSplits, ImageFiles, hash_split
 from unikd_fast.errors import DataError, RunError
 from unikd_fast.io import is_leftover, make_folder, new_file, read_json, remove_leftovers, write_file, write_json
 

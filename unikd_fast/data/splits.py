@@ -1,13 +1,21 @@
-"""A data set as the loaders see it: splits in memory or on disk, and what belongs to all of them."""
+"""A data set as the loaders see it: its splits, parts of them, and the hash that identifies one."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, from_numpy, uint8
 
 from unikd_fast.data.images import StoredImage
+from unikd_fast.data.philox import FIRST_RESERVED_STREAM, sort_keys, uniforms
+from unikd_fast.errors import DataError
 from unikd_fast.values import Channels, Interpolation
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
@@ -202,3 +210,179 @@ def _check_numbers(kind: str, count: int, labels: NDArray, ids: NDArray | None) 
             place = int(numbers.argmin())
             # Of labels, losses leave out the negative ones without a word.
             raise ValueError(f"{kind}: {name} must be at least 0, got {numbers[place]} at position {place}; correct it")
+
+
+_SUBSET_STREAM = FIRST_RESERVED_STREAM + 1
+_SPLIT_STREAM = FIRST_RESERVED_STREAM + 2
+_CLASS_STREAM = FIRST_RESERVED_STREAM + 3
+
+
+def class_balanced_subset(labels: ArrayLike, total: int, *, seed: int) -> NDArray[np.int64]:
+    """Choose `total` samples, equally many of each class; a remainder goes to randomly chosen classes, one each.
+
+    With one seed a smaller subset is part of every larger one, so curves over the number of labels are comparable.
+
+    Args:
+        labels: (N,) class of each sample.
+        total: samples to choose, at least one per class.
+        seed: in [0, 2^64).
+
+    Returns:
+        (total,) sorted positions in `labels`.
+
+    Raises:
+        ValueError: fewer samples than classes are asked for, or a class is too small.
+
+    Example:
+        >>> class_balanced_subset([0, 0, 0, 1, 1, 1], 2, seed=0).shape
+        (2,)
+    """
+    values = np.asarray(labels)
+    classes, counts = np.unique(values, return_counts=True)
+    if not len(classes) <= total <= len(values):
+        raise ValueError(
+            f"class_balanced_subset: total must be between the {len(classes)} classes and the {len(values)} samples, "
+            f"got {total}"
+        )
+    share, remainder = divmod(total, len(classes))
+    wanted = np.full(len(classes), share)
+    wanted[sort_keys(seed, 0, np.arange(len(classes)), stream=_CLASS_STREAM).argsort(kind="stable")[:remainder]] += 1
+    if (counts < wanted).any():
+        small = int((counts < wanted).argmax())
+        raise ValueError(
+            f"class_balanced_subset: class {classes[small]} has {counts[small]} samples, "
+            f"{wanted[small]} are needed for a balanced subset of {total}; lower the total to "
+            f"{int(counts.min()) * len(classes)} or less"
+        )
+    order, rank_in_class = _shuffle_classes(values, seed, _SUBSET_STREAM)
+    return np.sort(order[rank_in_class < wanted[np.searchsorted(classes, values[order])]])
+
+
+def stratified_split(labels: ArrayLike, sizes: Sequence[int], *, seed: int) -> tuple[NDArray[np.int64], ...]:
+    """Cut a data set into disjoint parts that each hold the classes in the proportions of the whole.
+
+    Args:
+        labels: (N,) class of each sample.
+        sizes: samples of each part, in all at most N.
+        seed: in [0, 2^64).
+
+    Returns:
+        One vector of sorted positions in `labels` per part.
+
+    Raises:
+        ValueError: a part is empty, or the parts hold more than N samples.
+
+    Example:
+        >>> train, val = stratified_split([0, 1] * 10, (14, 6), seed=0)
+    """
+    values = np.asarray(labels)
+    if min(sizes, default=0) < 1 or sum(sizes) > len(values):
+        raise ValueError(
+            f"stratified_split: sizes must be positive and add up to at most {len(values)} samples, got {tuple(sizes)}"
+        )
+    # Spread each class evenly over (0, 1), at an offset of its own: any stretch of the line then holds the classes in
+    # proportion, whatever its length.
+    classes, class_of, counts = np.unique(values, return_inverse=True, return_counts=True)
+    offsets = uniforms(seed, 0, np.arange(len(classes)), 1, stream=_CLASS_STREAM)[:, 0]
+    order, rank_in_class = _shuffle_classes(values, seed, _SPLIT_STREAM)
+    places = (rank_in_class + offsets[class_of[order]]) / counts[class_of[order]]
+    line = order[places.argsort(kind="stable")]
+    ends = np.cumsum(sizes)
+    return tuple(np.sort(line[end - size : end]) for size, end in zip(sizes, ends, strict=True))
+
+
+def _shuffle_classes(labels: NDArray, seed: int, stream: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions grouped by class in random order, (N,), and the rank of each within its class, (N,)."""
+    keys = sort_keys(seed, 0, np.arange(len(labels)), stream=stream)
+    order = np.lexsort((keys, labels))
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    return order, np.arange(len(labels)) - np.repeat(starts, counts)
+
+
+# A file system over a network answers many questions at a time, each late.
+_THREADS = 32
+_FILES_AT_A_TIME = 1024
+_HASHED_BYTES = 2**24
+
+
+def hash_split(split: Split) -> str:
+    """Hash the samples of a split, their order and their ids; labels are no part of it, since no teacher sees them.
+
+    Images in memory are hashed with their shape. Of images on disk only names and sizes are: one overwritten by another
+    of the same size goes unnoticed, because to read all of ImageNet would cost as much as an epoch. Names are relative
+    to the deepest folder that holds all, so a data set may move, and a folder and the files packed from it are the same
+    data set. Pixels in Arrow files that have no names are hashed as a whole.
+
+    Args:
+        split: N samples.
+
+    Returns:
+        SHA-256, 64 hexadecimal digits.
+
+    Raises:
+        DataError: the size of a file cannot be found out; the message names it.
+
+    Example:
+        >>> len(hash_split(open_data("digits", root=None, image_size=32).train))
+        64
+    """
+    chunks: Iterator[bytes | memoryview]
+    if isinstance(split, TensorImages):
+        header, chunks = ["images", *split.images.shape], _pixels(split)
+    else:
+        header, chunks = ["files", len(split)], _files(split) if isinstance(split, ImageFiles) else _rows(split)
+    # The header says how many ids of 8 bytes, and how many images or lines, come after it.
+    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+    digest.update(split.sample_ids.astype("<i8").tobytes())
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _pixels(split: TensorImages) -> Iterator[memoryview]:
+    count = max(1, _HASHED_BYTES // max(1, split.images[:1].numel()))
+    for start in range(0, len(split), count):
+        yield split.images[start : start + count].cpu().numpy().ravel().data
+
+
+def _files(split: ImageFiles) -> Iterator[bytes]:
+    """Yield a line of JSON [folder, name, size in bytes] for each file; folders are relative to the one of them all."""
+    relative = _relative(split.paths)
+
+    def describe(paths: Sequence[str]) -> bytes:
+        return "".join(_line(relative, path, _size(path)) for path in paths).encode()
+
+    chunks = (split.paths[start : start + _FILES_AT_A_TIME] for start in range(0, len(split), _FILES_AT_A_TIME))
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash-split") as threads:
+        yield from threads.map(describe, chunks)
+
+
+def _rows(split: ArrowImages) -> Iterator[bytes]:
+    """Yield lines as `_files` does, for images in Arrow files."""
+    from unikd_fast.data.arrow import describe_rows
+
+    described = [describe_rows(path, split.column) for path in split.files]
+    taken = [described[file][row] for file, row in split.rows.tolist()]
+    relative = _relative([name for name, _ in taken])
+    for name, size in taken:
+        yield _line(relative, name, size).encode()
+
+
+def _relative(paths: Sequence[str]) -> dict[str, str]:
+    absolute = {folder: str(Path(folder).absolute()) for folder in set(map(os.path.dirname, paths))}
+    root = os.path.commonpath(absolute.values()) if absolute else ""
+    return {folder: os.path.relpath(path, root) for folder, path in absolute.items()}
+
+
+def _line(relative: dict[str, str], path: str, size: Any) -> str:
+    folder, name = os.path.split(path)
+    return json.dumps([relative[folder], name, size]) + "\n"
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116  a Path of each of a million files takes longer than its size
+    except OSError as error:
+        raise DataError(
+            f"hash_split: cannot find out the size of {path}: {error.strerror}; restore the file or remove it"
+        ) from error

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import teacher_config
-from unikd_fast.data.datasets import DataSplits
 from unikd_fast.data.loader import Loader
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.cache import OutputCache, open_output_cache
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.inputs import (

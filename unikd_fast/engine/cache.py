@@ -16,9 +16,8 @@ from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import cache_dir
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
 from unikd_fast.data.loader import Loader
-from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import DataSplits, TensorImages
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
+from unikd_fast.data.views import Windows
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.distributed import Processes, StopSignal
 from unikd_fast.engine.inputs import augmentation_of, refusing_misfits, teacher_affine, teacher_constants

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unikd_fast.config import Config
 from unikd_fast.config.schema import OWN_GRAPHS
-from unikd_fast.data.device_loader import DeviceLoader
+from unikd_fast.data.device import DeviceLoader
 from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.distributed import Processes

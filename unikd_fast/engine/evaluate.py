@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unikd_fast.data.pixels import to_device
+from unikd_fast.data.device import to_device
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.io import make_folder
 from unikd_fast.losses import softmax_kl

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.datasets import open_data
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.data.roots import expand_weights
+from unikd_fast.data.sets import open_data
 from unikd_fast.data.splits import DataSplits, TensorImages
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.views import Windows
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.errors import RunError
 from unikd_fast.models import Preprocessing, published_preprocessing, stored_preprocessing

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unikd_fast.config import Config
-from unikd_fast.data.bad_images import check_bad_share
+from unikd_fast.data.images import check_bad_share
 from unikd_fast.data.loader import Loader
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.gradients import GradientWatch

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import cache_dir
 from unikd_fast.data.loader import Loader
-from unikd_fast.data.manifest import hash_split
-from unikd_fast.data.splits import DataSplits, TensorImages
-from unikd_fast.data.view_windows import Windows
+from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
+from unikd_fast.data.views import Windows
 from unikd_fast.engine.distributed import Processes, StopSignal, average_buffers
 from unikd_fast.engine.evaluate import Outputs, evaluate, write_outputs
 from unikd_fast.engine.folder import VALIDATION, read_result, read_teacher, write_result

@@ -4,17 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from unikd_fast.data.cifar100 import IMAGE_SIZE as CIFAR_SIZE
-from unikd_fast.data.cifar100 import load_cifar100
-from unikd_fast.data.digits import load_digits
-from unikd_fast.data.fine_grained import load_fine_grained
-from unikd_fast.data.image_folder import load_image_folder
 from unikd_fast.data.roots import check_root
-from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
-from unikd_fast.data.subsets import class_balanced_subset
-from unikd_fast.data.synthetic import load_synthetic
-
-__all__ = ["DataSplits", "ImageFiles", "TensorImages", "open_data"]
+from unikd_fast.data.sets.fine_grained import load_fine_grained
+from unikd_fast.data.sets.image_folder import load_image_folder
+from unikd_fast.data.sets.in_memory import IMAGE_SIZE as CIFAR_SIZE
+from unikd_fast.data.sets.in_memory import load_cifar100, load_digits
+from unikd_fast.data.sets.synthetic import load_synthetic
+from unikd_fast.data.splits import DataSplits, class_balanced_subset
 
 
 def open_data(

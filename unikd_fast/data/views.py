@@ -1,16 +1,17 @@
-"""Strong augmentation of a view after crop, resize and flip: torchvision's operations, and no random number of its own.
+"""The making of views: which part of an image one is cut from, and what is strong about it.
 
-Every loader applies this one function to its uint8 views, on the CPU and ahead of the step that takes them: the result
-depends on nothing but the view's pixels and numbers, and no operation makes the host wait for a device.
+What is strong, beyond crop, resize and flip, is made by torchvision's operations on the CPU, in one function for every
+loader: the result depends on nothing but the view's pixels and numbers, and no operation makes the host wait for a
+device.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
-import torchvision.transforms.v2.functional as TF
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from unikd_fast.data.augmentation import (
@@ -24,13 +25,117 @@ from unikd_fast.data.augmentation import (
     Policy,
     ViewParameters,
 )
+from unikd_fast.data.images import MAX_PIXELS, StoredImage
+from unikd_fast.data.splits import DataSplits
+from unikd_fast.errors import DataError
 
-JITTERS: tuple[Callable[[Tensor, float], Tensor], ...] = (
-    TF.adjust_brightness,
-    TF.adjust_contrast,
-    TF.adjust_saturation,
-    TF.adjust_hue,
-)
+
+class Box(NamedTuple):
+    """Part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def within(self, other: "Box") -> "Box":
+        """Return this box in the coordinates of another, which holds it.
+
+        Example:
+            >>> Box(10, 20, 5, 5).within(Box(8, 20, 50, 50))
+            Box(top=2, left=0, height=5, width=5)
+        """
+        return self._replace(top=self.top - other.top, left=self.left - other.left)
+
+
+class ViewWindow(NamedTuple):
+    """How a view comes out of an image, step by step; all in pixels."""
+
+    box: Box  # cut out of the image
+    size: tuple[int, int]  # height, width it is resized to
+    cut: tuple[int, int]  # top, left of the square of the view's size that is cut out of that
+    shift: tuple[int, int]  # where in this square the view begins, black outside; other than 0 where views are padded
+    flip: bool  # left to right
+
+
+class Windows:
+    """The windows of a loader's views, whoever decodes.
+
+    Args:
+        image_size: height and width of the views in pixels.
+        short_side: length in pixels the short side is resized to before the centre is cut out.
+        squash: whether the long side is resized to that length too.
+
+    Example:
+        >>> Windows(image_size=224, short_side=256).central(400, 500).cut
+        (16, 48)
+    """
+
+    def __init__(self, image_size: int, short_side: int, *, squash: bool = False) -> None:
+        self.image_size = image_size
+        self.short_side = short_side
+        self.squash = squash
+
+    @classmethod
+    def of(cls, splits: DataSplits, augmentation: Augmentation) -> "Windows":
+        """Return the windows of a data set's views: `eval_resize` of the augmentation, else that of the data set.
+
+        Raises:
+            ValueError: `eval_resize` is too small to cut out the image size.
+        """
+        if augmentation.eval_resize is None and splits.eval_resize is not None:
+            return cls(splits.image_size, splits.eval_resize, squash=splits.squash)
+        return cls(splits.image_size, augmentation.short_side(splits.image_size))
+
+    def training(self, views: ViewParameters, i: int, height: int, width: int) -> ViewWindow:
+        """Return the window of view i of an image of this size."""
+        flip = bool(views.flip[i])
+        if views.augmentation.crop == "resized":
+            box = Box(*views.crop_box(i, height, width))
+            return ViewWindow(box, (self.image_size, self.image_size), (0, 0), (0, 0), flip)
+        central = self.central(height, width)
+        if views.augmentation.crop in (None, "none"):
+            return central._replace(flip=flip)
+        padding = views.augmentation.padding or 0
+        top, left, _, _ = views.crop_box(i, self.image_size, self.image_size)
+        return central._replace(shift=(top - padding, left - padding), flip=flip)
+
+    def central(self, height: int, width: int) -> ViewWindow:
+        """Return the window of the view for evaluation of an image of this size."""
+        short, long = sorted((height, width))
+        long_side = self.short_side if self.squash else int(self.short_side * long / short)
+        size = (self.short_side, long_side) if height <= width else (long_side, self.short_side)
+        top, left = (round((length - self.image_size) / 2) for length in size)
+        return ViewWindow(Box(0, 0, height, width), size, (top, left), (0, 0), False)
+
+    def check(self, stored: StoredImage, height: int, width: int) -> None:
+        """Refuse an image, of this size, that would fill the memory when its short side is resized.
+
+        Raises:
+            DataError: it becomes larger than `MAX_PIXELS`.
+        """
+        high, wide = self.central(height, width).size
+        if high * wide > MAX_PIXELS:
+            raise DataError(
+                f"cannot decode {stored.name}: {width} x {height} pixels become {wide} x {high} when the short side is "
+                f"resized, {MAX_PIXELS} are allowed; crop the image or remove it"
+            )
+
+
+def enclosing(boxes: list[Box]) -> Box:
+    """Return the smallest box that holds all of these.
+
+    Example:
+        >>> enclosing([Box(0, 5, 10, 10), Box(8, 0, 10, 10)])
+        Box(top=0, left=0, height=18, width=15)
+    """
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
+    return Box(top, left, bottom - top, right - left)
+
+
+JITTERS = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+"""Names of torchvision's functions."""
 
 POLICY_OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Identity": lambda image, magnitude: image,
@@ -38,15 +143,15 @@ POLICY_OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "ShearY": lambda image, magnitude: _shear(image, y=magnitude),
     "TranslateX": lambda image, magnitude: _translate(image, x=magnitude),
     "TranslateY": lambda image, magnitude: _translate(image, y=magnitude),
-    "Rotate": lambda image, magnitude: TF.rotate(image, magnitude),
-    "Brightness": lambda image, magnitude: TF.adjust_brightness(image, 1 + magnitude),
-    "Color": lambda image, magnitude: TF.adjust_saturation(image, 1 + magnitude),
-    "Contrast": lambda image, magnitude: TF.adjust_contrast(image, 1 + magnitude),
-    "Sharpness": lambda image, magnitude: TF.adjust_sharpness(image, 1 + magnitude),
-    "Posterize": lambda image, magnitude: TF.posterize(image, int(magnitude)),
-    "Solarize": lambda image, magnitude: TF.solarize(image, 255 * magnitude),
-    "AutoContrast": lambda image, magnitude: TF.autocontrast(image),
-    "Equalize": lambda image, magnitude: TF.equalize(image),
+    "Rotate": lambda image, magnitude: _functional().rotate(image, magnitude),
+    "Brightness": lambda image, magnitude: _functional().adjust_brightness(image, 1 + magnitude),
+    "Color": lambda image, magnitude: _functional().adjust_saturation(image, 1 + magnitude),
+    "Contrast": lambda image, magnitude: _functional().adjust_contrast(image, 1 + magnitude),
+    "Sharpness": lambda image, magnitude: _functional().adjust_sharpness(image, 1 + magnitude),
+    "Posterize": lambda image, magnitude: _functional().posterize(image, int(magnitude)),
+    "Solarize": lambda image, magnitude: _functional().solarize(image, 255 * magnitude),
+    "AutoContrast": lambda image, magnitude: _functional().autocontrast(image),
+    "Equalize": lambda image, magnitude: _functional().equalize(image),
 }
 """What "trivial" and "rand" draw from; names and order are torchvision's."""
 
@@ -63,8 +168,12 @@ def strong_pixels(augmentation: Augmentation) -> dict[str, str]:
         >>> strong_pixels(Augmentation(policy="trivial"))
         {'strong': 'torchvision 0.29'}
     """
+    if not augmentation.is_strong:
+        return {}
+    import torchvision
+
     major, minor, *_ = torchvision.__version__.split(".")
-    return {"strong": f"torchvision {major}.{minor}"} if augmentation.is_strong else {}
+    return {"strong": f"torchvision {major}.{minor}"}
 
 
 def strong_views(images: Tensor, views: ViewParameters) -> Tensor:
@@ -100,7 +209,7 @@ def strong_view(image: Tensor, views: ViewParameters, i: int) -> Tensor:
     # One layout for all loaders, whatever the order in which an operation sums pixels.
     image = image.contiguous()
     for change, factor in jitter_factors(views, i):
-        image = JITTERS[change](image, factor)
+        image = getattr(_functional(), JITTERS[change])(image, factor)
     height, width = image.shape[-2:]
     for name, magnitude in drawn_operations(views, i, height, width):
         image = POLICY_OPERATIONS[name](image, magnitude)
@@ -201,11 +310,37 @@ def erased_rectangle(views: ViewParameters, i: int, height: int, width: int) -> 
     return None
 
 
+def _functional() -> Any:
+    """Return torchvision's operations; to import them takes seconds, which runs without strong views need not wait."""
+    import torchvision.transforms.v2.functional as functional
+
+    return functional
+
+
 def _shear(image: Tensor, *, x: float = 0.0, y: float = 0.0) -> Tensor:
     # About the corner, by the angles whose tangents are x and y, as the published policies have it.
     angles = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-    return TF.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=angles, center=[0, 0])
+    return _functional().affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=angles, center=[0, 0])
 
 
 def _translate(image: Tensor, *, x: float = 0.0, y: float = 0.0) -> Tensor:
-    return TF.affine(image, angle=0.0, translate=[int(x), int(y)], scale=1.0, shear=[0.0, 0.0])
+    return _functional().affine(image, angle=0.0, translate=[int(x), int(y)], scale=1.0, shear=[0.0, 0.0])
+
+
+CHUNK = 16
+"""Images that one thread takes in a row."""
+
+
+def chunks(count: int) -> Iterator[range]:
+    """Share `count` images out among threads."""
+    return (range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
+
+
+def compute_alone() -> None:
+    """Keep a thread of a loader from opening a team of OpenMP's for every operation; the first call of a thread.
+
+    OpenMP, which then counts more threads than cores, would put those of the training to sleep between operations: a
+    step on 2 cores took half as long again.
+    """
+    torch.get_num_threads()  # torch sets the number of a thread the first time it is used there
+    threadpool_limits(1, user_api="openmp")

@@ -1,0 +1,497 @@
+"""The loader of image files: worker processes decode them with Pillow, the device normalises."""
+
+import atexit
+import logging
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import PIL
+import torch
+from numpy.typing import NDArray
+from PIL import Image, features
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
+from unikd_fast.data.device import Normalise
+from unikd_fast.data.images import BadImage, BadImages, BadImageTally, StoredImage, read_rgb, stand_ins
+from unikd_fast.data.sampler import Schedule
+from unikd_fast.data.splits import DataSplits, Split, StoredImages
+from unikd_fast.data.views import ViewWindow, Windows, strong_pixels, strong_views
+from unikd_fast.errors import DataError, LoaderError
+from unikd_fast.values import Batch, Interpolation
+
+OnBad = Literal["raise", "replace", "leave_out"]
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+_WORD_OF_DEATH_S = 1.0
+
+_GRACE_S = 10
+
+# torch's iterators that have workers and are still there, and the queues through which the workers are told to end:
+# Python closes those first where it collects them and the iterator as one cycle of garbage.
+_with_workers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+_logger = logging.getLogger("unikd_fast")
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """One micro-batch to decode."""
+
+    images: tuple[StoredImage, ...]
+    labels: NDArray[np.int64]  # (N,)
+    sample_ids: NDArray[np.int64]  # (N,)
+    views: ViewParameters | None  # None: the view for evaluation
+    second: ViewParameters | None = None  # of another view of the same images
+    on_bad: OnBad = "raise"  # where an image cannot be decoded
+
+
+class DecodedBatch(NamedTuple):
+    """What became of a request: M images, of which M = N unless bad ones are left out."""
+
+    images: Tensor  # (M, 3, image_size, image_size) uint8, channels_last
+    labels: Tensor  # (M,) int64
+    sample_ids: Tensor  # (M,) int64
+    second: Tensor | None  # as images, another view of them
+    bad: Sequence[BadImage]  # those replaced or left out
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decode requests; indexed by them, as a torch DataLoader wants its data set.
+
+    Args:
+        windows: of the views.
+        interpolation: of every resize.
+
+    Example:
+        >>> images, labels, sample_ids, second, bad = Decoder(Windows(image_size=224, short_side=256))[request]
+    """
+
+    windows: Windows
+    interpolation: Interpolation = "bilinear"
+
+    def __getitem__(self, request: DecodeRequest) -> DecodedBatch:
+        """Decode a batch; the request says whether a bad file is an error, is left out, or is replaced.
+
+        In its place is then the next good sample of the batch, with its image, label and id.
+
+        Raises:
+            DataError: a file cannot be decoded, or none of a batch; the message names it.
+        """
+        bad: dict[int, BadImage] = {}
+        size = self.windows.image_size
+        shown = [request.views] if request.second is None else [request.views, request.second]
+        pixels = np.empty((len(shown), len(request.images), size, size, 3), np.uint8)
+        for i, stored in enumerate(request.images):
+            try:
+                image = self._read(stored)
+            except DataError as error:
+                if request.on_bad == "raise":
+                    raise
+                bad[i] = BadImage(stored.name, int(request.sample_ids[i]), str(error))
+                continue
+            for levels, views in zip(pixels, shown, strict=True):
+                view = self.central_view(image) if views is None else self.training_view(image, views, i)
+                levels[i] = np.asarray(view)
+        images, *second = (
+            batch if views is None else strong_views(batch, views)
+            for batch, views in zip(torch.from_numpy(pixels).permute(0, 1, 4, 2, 3), shown, strict=True)
+        )
+        labels, sample_ids = torch.from_numpy(request.labels), torch.from_numpy(request.sample_ids)
+        batch = DecodedBatch(images, labels, sample_ids, second[0] if second else None, list(bad.values()))
+        return _without_bad(batch, list(bad), request.on_bad) if bad else batch
+
+    def _read(self, stored: StoredImage) -> Image.Image:
+        image = read_rgb(stored)
+        self.windows.check(stored, image.height, image.width)
+        return image
+
+    def central_view(self, image: Image.Image) -> Image.Image:
+        """Resize the short side, then cut out the centre, as torchvision's Resize and CenterCrop do."""
+        return self._cut(image, self.windows.central(image.height, image.width))
+
+    def training_view(self, image: Image.Image, views: ViewParameters, i: int) -> Image.Image:
+        """Apply view i: crop, resize where the crop asks for it, flip."""
+        return self._cut(image, self.windows.training(views, i, image.height, image.width))
+
+    def _cut(self, image: Image.Image, window: ViewWindow) -> Image.Image:
+        # Crop first: given as `box`, PIL would let the filter reach outside the window.
+        top, left, height, width = window.box
+        image = _crop(image, top, left, height, width)
+        if window.size != (height, width):
+            image = image.resize(window.size[::-1], _RESAMPLING[self.interpolation])
+        for top, left in (window.cut, window.shift):
+            image = _crop(image, top, left, self.windows.image_size, self.windows.image_size)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else image
+
+
+def _crop(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
+    """Cut a window out, black outside of the image; the image itself if it is all of it, without a copy."""
+    if (top, left, height, width) == (0, 0, image.height, image.width):
+        return image
+    return image.crop((left, top, left + width, top + height))
+
+
+def _without_bad(batch: DecodedBatch, places: Sequence[int], on_bad: OnBad) -> DecodedBatch:
+    """Return a batch in which the samples at these places are replaced or left out."""
+    good = np.ones(len(batch.labels), np.bool_)
+    good[places] = False
+    if on_bad == "replace" and not good.any():
+        raise DataError(
+            f"Decoder: none of the {len(good)} images of a batch can be decoded, so none can stand in for the others; "
+            f"the first: {batch.bad[0].reason}"
+        )
+    taken = torch.from_numpy(stand_ins(good) if on_bad == "replace" else np.flatnonzero(good))
+    images, labels, sample_ids, second, bad = batch
+    return DecodedBatch(images[taken], labels[taken], sample_ids[taken], None if second is None else second[taken], bad)
+
+
+class Requested(NamedTuple):
+    """The requests of one pass, in order, and where its bad files are counted."""
+
+    requests: Iterator[DecodeRequest]
+    tally: BadImageTally
+
+    def say_what_is_missing(self, split: str, samples: int) -> None:
+        """Log how many samples an evaluation went without, if any."""
+        if self.tally.images:
+            _logger.warning("%s: evaluated without %d of %d samples", split, len(self.tally.images), samples)
+
+
+class FileRequests:
+    """Turn what this rank takes of a data set of files into requests for a decoder, whoever that is.
+
+    Args:
+        splits: the data set, all files.
+        augmentation: the views to train on and the resize for evaluation.
+        schedule: what this rank takes.
+        second: the views of each batch's second images; None: it has none.
+        bad_images, max_bad_share: what to do about files that cannot be decoded; see `build_loader`.
+
+    Raises:
+        ValueError: a split is not of files.
+
+    Example:
+        >>> requests, tally = FileRequests(splits, Augmentation(), schedule).training(epoch=0)
+        >>> next(requests).images[0].name
+        'n01440764_10026.JPEG'
+    """
+
+    def __init__(
+        self,
+        splits: DataSplits,
+        augmentation: Augmentation,
+        schedule: Schedule,
+        *,
+        second: Schedule | None = None,
+        bad_images: BadImages = "error",
+        max_bad_share: float = 0.001,
+    ) -> None:
+        self._train_files = _files(splits.train)
+        self._held_out = {"val": _files(splits.val), "test": _files(splits.test)}
+        self.augmentation = augmentation
+        self.schedule = schedule
+        self._second = second
+        self._skip_bad = bad_images == "skip"
+        self._max_bad_share = max_bad_share
+        self._logged: set[str] = set()
+        self._trained = self._new_tally("training", 0)
+
+    @property
+    def bad_samples(self) -> tuple[BadImage, ...]:
+        """Samples of the latest training pass that others stand in for; see `Loader.bad_samples`."""
+        return self._trained.images
+
+    def training(self, epoch: int, start_step: int = 0, stream: int = 0, *, view_epoch: int | None = None) -> Requested:
+        """Return the requests for this rank's micro-batches of an epoch; see `Loader.train`.
+
+        Raises:
+            ValueError: the epoch has no such step.
+        """
+        micro_batches = self.schedule.training(epoch, start_step, stream, view_epoch=view_epoch)
+        shown, others, other_stream = epoch if view_epoch is None else view_epoch, self._second, stream + SECOND_VIEWS
+        on_bad: OnBad = "replace" if self._skip_bad else "raise"
+        requests = (
+            self._request(rows, views, None if others is None else others.views(rows, shown, other_stream), on_bad)
+            for rows, views in micro_batches
+        )
+        self._trained = self._new_tally("training", self.schedule.samples_per_epoch)
+        return Requested(requests, self._trained)
+
+    def views(self, asked: Iterable[tuple[NDArray[np.int64], int]]) -> Requested:
+        """Return the requests for these views; see `Loader.views`.
+
+        Nothing can stand in for a sample that was asked for, so a bad file is an error in any case.
+        """
+        requests = (self._request(rows, self.schedule.views(rows, epoch)) for rows, epoch in asked)
+        return Requested(requests, self._new_tally("views", 0))
+
+    def evaluation(self, split: Literal["val", "test"]) -> tuple[Requested, int]:
+        """Return the requests for this rank's share of a split, and the samples of all; see `Loader.evaluate`."""
+        files = self._held_out[split]
+        sample_ids = files.sample_ids
+        on_bad: OnBad = "leave_out" if self._skip_bad else "raise"
+        requests = (
+            DecodeRequest(
+                files.images(range(part.start, part.stop)), files.labels[part], sample_ids[part], None, on_bad=on_bad
+            )
+            for part in self.schedule.evaluation(len(files))
+        )
+        return Requested(requests, self._new_tally(split, len(files))), len(files)
+
+    def _request(
+        self,
+        rows: NDArray[np.int64],
+        views: ViewParameters,
+        second: ViewParameters | None = None,
+        on_bad: OnBad = "raise",
+    ) -> DecodeRequest:
+        files = self._train_files
+        return DecodeRequest(files.images(rows), files.labels[rows], files.sample_ids[rows], views, second, on_bad)
+
+    def _new_tally(self, purpose: str, samples: int) -> BadImageTally:
+        return BadImageTally(purpose, samples=samples, max_share=self._max_bad_share, logged=self._logged)
+
+
+def _files(split: Split) -> StoredImages:
+    if not isinstance(split, StoredImages):
+        raise ValueError(f"FileRequests: the data set must be image files, got {type(split).__name__}; use 'device'")
+    return split
+
+
+def started(loader: DataLoader) -> Any:
+    """Return an iterator over what a loader's workers make, who begin at once and will end with this process.
+
+    Raises:
+        LoaderError: its workers died since they were last used.
+    """
+    try:
+        batches: Any = iter(loader)
+    except RuntimeError as error:  # persistent workers may have died since the last epoch
+        if "DataLoader worker" not in str(error):
+            raise
+        raise dead_worker(error) from error
+    if loader.num_workers:
+        _with_workers[batches] = batches._index_queues
+        # The last to be registered is the first to be called. Of the others, torch's keep it from ending its workers or
+        # wait for them, and multiprocessing's sends them SIGTERM, which they put off, and waits too.
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
+    return batches
+
+
+def _end_workers() -> None:
+    for batches in tuple(_with_workers):
+        batches.__del__()
+
+
+def dead_worker(cause: Exception) -> LoaderError:
+    """Return what to raise when a worker has died of this."""
+    return LoaderError(
+        f"FolderLoader: a decoding process died ({type(cause).__name__}: {cause}); short of memory, lower "
+        "data.workers; short of shared memory, enlarge /dev/shm (docker run --shm-size); "
+        "workers 0 shows where it happens"
+    )
+
+
+def cause_of_death(broken_connection: Exception) -> Exception:
+    """Return what torch has to say of the death of a worker, or else how it was noticed.
+
+    torch raises from a signal handler, a moment after the connection breaks and wherever this process is by then. Wait
+    for it here, where it can be told; later it could strike while the error is being printed.
+    """
+    try:
+        time.sleep(_WORD_OF_DEATH_S)
+    except RuntimeError as error:
+        return error
+    return broken_connection
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """Keep a worker, which calls this first, alive through Ctrl-C and what terminals and launchers send to all.
+
+    It must serve until the run has finished its step and saved. But SIGTERM is also how Python ends it at exit, so that
+    is put off and not ignored.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
+
+
+class FolderLoader:
+    """Serve image files through worker processes; made by `build_loader`, which documents the methods.
+
+    The training workers live as long as the loader and serve one iterator at a time: a new `train` takes them over.
+    Each evaluation has workers of its own and may run in the middle of an epoch.
+
+    Args:
+        splits: the data set.
+        files: what to decode of it.
+        device: where the batches go.
+        workers: decoding processes; 0 decodes in this one.
+        channels_last: layout of the images.
+
+    Raises:
+        ValueError: workers is negative.
+
+    Example:
+        >>> loader = build_loader(splits, augmentation=Augmentation(), seed=0, global_batch_size=64, device="cuda")
+    """
+
+    def __init__(
+        self,
+        splits: DataSplits,
+        files: FileRequests,
+        *,
+        device: torch.device,
+        workers: int = 2,
+        channels_last: bool = False,
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"FolderLoader: workers must be at least 0, got {workers}")
+        self._files = files
+        self._device = device
+        self._workers = workers
+        self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
+        self._decoder = Decoder(Windows.of(splits, files.augmentation), splits.interpolation)
+        self._requests = _Requests()
+        self._train_workers = self._data_loader(self._requests, persistent=workers > 0)
+        self._latest_train = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch, the same on every rank."""
+        return self._files.schedule.steps_per_epoch
+
+    @property
+    def schedule(self) -> Schedule:
+        """What this rank takes."""
+        return self._files.schedule
+
+    @property
+    def pixels(self) -> dict[str, str]:
+        """What decides a view's pixels besides its numbers; see `Loader.pixels`."""
+        # Versions of libjpeg differ in how they round; the other formats have one decoding.
+        turbo = features.version("libjpeg_turbo")
+        library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
+        major = PIL.__version__.partition(".")[0]
+        resize = f"pillow {major}, {self._decoder.interpolation}, antialiased"
+        return {"decoder": f"pillow, {library}", "resize": resize, **strong_pixels(self._files.augmentation)}
+
+    @property
+    def bad_samples(self) -> tuple[BadImage, ...]:
+        """Samples of the latest `train` that others stand in for; see `Loader.bad_samples`."""
+        return self._files.bad_samples
+
+    def train(
+        self, epoch: int, start_step: int = 0, *, stream: int = 0, view_epoch: int | None = None
+    ) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of an epoch, decoded ahead; see `Loader.train`.
+
+        Raises:
+            LoaderError: a worker died.
+            RuntimeError: the iterator is used after a newer `train` took over the workers.
+        """
+        requests, tally = self._files.training(epoch, start_step, stream, view_epoch=view_epoch)
+        self._requests.pending = requests
+        self._latest_train += 1
+        return self._train_batches(started(self._train_workers), tally, self._latest_train)
+
+    def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
+        """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
+
+        Nothing can stand in for a sample that was asked for, so a bad file is an error in any case.
+
+        Raises:
+            LoaderError: a worker died.
+        """
+        queue = _Requests()
+        queue.pending, tally = self._files.views(requests)
+        return self._batches(started(self._data_loader(queue, persistent=False)), tally)
+
+    def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
+        """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`.
+
+        Raises:
+            LoaderError: a worker died.
+        """
+        asked, samples = self._files.evaluation(split)
+        requests = list(asked.requests)
+        if requests:
+            yield from self._batches(started(self._data_loader(requests, persistent=False)), asked.tally)
+        asked.say_what_is_missing(split, samples)
+
+    def _train_batches(self, decoded: Iterator[DecodedBatch], tally: BadImageTally, ticket: int) -> Iterator[Batch]:
+        batches = self._batches(decoded, tally)
+        while True:
+            if ticket != self._latest_train:
+                raise RuntimeError(
+                    "FolderLoader.train: this iterator ended when a newer call of train took over the workers; "
+                    "build a second loader to train from two iterators at once"
+                )
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _batches(self, decoded: Iterator[DecodedBatch], tally: BadImageTally) -> Iterator[Batch]:
+        try:
+            for images, labels, sample_ids, second, bad in decoded:
+                tally.add(bad)
+                if not len(images):
+                    continue
+                on_device = (part.to(self._device, non_blocking=True) for part in (images, labels, sample_ids))
+                pixels, labels, sample_ids = on_device
+                other = None if second is None else self._normalise(second.to(self._device, non_blocking=True))
+                yield Batch(self._normalise(pixels), labels, sample_ids, other)
+        except DataError as error:
+            # torch has put the worker's traceback into the message, whose end is what is wrong with the file. Its frame
+            # here holds the error and is held by the traceback; without one the workers end now and not at some garbage
+            # collection.
+            error.args = (str(error).rpartition("DataError: ")[2].rstrip(),)
+            raise error.with_traceback(None)  # noqa: B904
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise dead_worker(error) from error
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            # Files that cannot be read are DataErrors, so this is a batch whose maker is no longer there to hand over
+            # its memory.
+            cause = cause_of_death(error)
+            raise dead_worker(cause) from cause
+
+    def _data_loader(self, requests: Iterable[DecodeRequest], *, persistent: bool) -> DataLoader:
+        return DataLoader(
+            self._decoder,  # type: ignore[arg-type]
+            sampler=requests,
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_as_decoded,
+            pin_memory=self._device.type == "cuda",
+            persistent_workers=persistent,
+            worker_init_fn=outlive_stop_signals,
+            # Without a generator a DataLoader draws from the global one, and a resumed run would see other numbers.
+            generator=torch.Generator(),
+        )
+
+
+class _Requests:
+    """The queue of the training workers: a long-lived DataLoader asks anew for its sampler's items at each epoch."""
+
+    def __init__(self) -> None:
+        self.pending: Iterator[DecodeRequest] = iter(())
+
+    def __iter__(self) -> Iterator[DecodeRequest]:
+        return self.pending
+
+
+def _as_decoded(decoded: Any) -> Any:
+    return decoded
