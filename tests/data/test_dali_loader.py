@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("nvidia.dali")
 
 from support.dali_loaders import CROPS, RESIZED, SHORT, SIZE, assert_close, assert_same, by_id, crops, levels, make
-from unikd_fast.data import dali_views
+from unikd_fast.data import dali, dali_views
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.views import ViewWindow, strong_view
@@ -68,12 +68,15 @@ def test_strong_views_are_made_of_the_same_pixels(splits: DataSplits) -> None:
         assert torch.equal(levels(image, splits), strong_view(levels(weak_image, splits), numbers, i))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"dali_threads": 1}, {"dali_threads": 5}, {"dali_prefetch": 1}, {"dali_prefetch": 7}]
-)
-def test_threads_and_prefetch_change_nothing(splits: DataSplits, changes: dict[str, int]) -> None:
-    assert_same(list(make(splits, **changes).train(1)), list(make(splits).train(1)))
-    assert_same(list(make(splits, **changes).evaluate("test")), list(make(splits).evaluate("test")))
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 2), (5, 2), (2, 1), (2, 7)])
+def test_threads_and_prefetch_change_nothing(
+    splits: DataSplits, monkeypatch: pytest.MonkeyPatch, threads: int, prefetch: int
+) -> None:
+    expected = [[*make(splits).train(1)], [*make(splits).evaluate("test")]]
+    monkeypatch.setattr(dali, "PREFETCH", prefetch)
+    other = make(splits, dali_threads=threads)
+    assert_same(list(other.train(1)), expected[0])
+    assert_same(list(other.evaluate("test")), expected[1])
 
 
 @crops
@@ -150,10 +153,11 @@ def test_views_are_those_of_training_in_batches_of_any_size(splits: DataSplits) 
     assert all(torch.equal(image, expected[i]) for i, image in by_id(shown).items())
 
 
-def test_batches_are_the_callers_to_keep(splits: DataSplits) -> None:
+def test_batches_are_the_callers_to_keep(splits: DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
     """DALI's memory is under none of them, neither while its pipeline goes on nor after it ended."""
+    monkeypatch.setattr(dali, "PREFETCH", 3)
     kept, copies = [], []
-    for batch in make(splits, dali_prefetch=3).train(0):
+    for batch in make(splits).train(0):
         kept.append(batch)
         copies.append(Batch(*(None if part is None else part.clone() for part in batch)))
     assert_same(kept, copies)

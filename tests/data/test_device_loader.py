@@ -74,7 +74,7 @@ def test_pixels_are_torchvisions_under_the_views_of_the_samples(splits: DataSpli
     levels = denormalised(batch.images, splits)
     assert views.flip.any()
     for i, sample_id in enumerate(batch.sample_ids.tolist()):
-        image = TF.pad(splits.train.images[sample_id], [augmentation.padding])
+        image = TF.pad(splits.train.images[sample_id], [augmentation.padding or 0])
         image = TF.resized_crop(image, *views.crop_box(i, SIZE, SIZE), size=[SIZE, SIZE], antialias=True)
         image = TF.hflip(image) if views.flip[i] else image
         tolerance = 1 if augmentation.crop == "resized" else 0

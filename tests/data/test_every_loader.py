@@ -137,7 +137,7 @@ def test_a_view_depends_on_neither_batch_size_nor_helpers(
     batch_size: int,
     helpers: int,
 ) -> None:
-    loader = make(forms[form], kind, batch_size, workers=helpers, dali_threads=helpers, dali_prefetch=helpers)
+    loader = make(forms[form], kind, batch_size, workers=helpers, dali_threads=helpers)
     shown = by_id(loader.train(EPOCH))
     assert len(shown) == TRAIN // batch_size * batch_size
     assert_shown(shown, expected[kind])

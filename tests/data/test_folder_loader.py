@@ -50,7 +50,7 @@ def test_training_pixels_are_torchvisions(splits: DataSplits, augmentation: Augm
     for i, sample_id in enumerate(batch.sample_ids.tolist()):
         image = Image.open(splits.train.paths[sample_id])
         if augmentation.crop != "resized":
-            image = TF.pad(TF.center_crop(TF.resize(image, [20]), [SIZE]), [augmentation.padding])
+            image = TF.pad(TF.center_crop(TF.resize(image, [20]), [SIZE]), [augmentation.padding or 0])
         height, width = (SIZE, SIZE) if augmentation.crop == "pad" else (image.height, image.width)
         image = TF.resized_crop(image, *views.crop_box(i, height, width), size=[SIZE, SIZE])
         image = TF.hflip(image) if views.flip[i] else image
@@ -226,7 +226,7 @@ def test_agrees_with_the_device_loader_on_images_of_the_final_size(tmp_path: Pat
 
     val = in_memory(files.val)
     tensors = DataSplits(in_memory(files.train), val, val, 3, None, files.mean, files.std, SIZE)
-    same_size = Augmentation(augmentation.crop, augmentation.padding, flip_probability=0.5, eval_resize=SIZE)
+    same_size = replace(augmentation, flip_probability=0.5, eval_resize=SIZE)
     loaders = [loader(data, same_size, global_batch_size=3) for data in (files, tensors)]
     batches, expected = (list(one.train(1)) for one in loaders)
     if augmentation.crop == "resized":

@@ -264,7 +264,9 @@ def test_both_loaders_show_the_same_pixels(files: DataSplits, policy: str, worke
     augmentation = replace(EVERYTHING, policy=policy)
     decoded = list(loader(files, augmentation, workers=workers).train(3, stream=1))
     resident = list(loader(in_memory(files), augmentation).train(3, stream=1))
-    plain = by_id(loader(files, Augmentation("pad", 2, flip_probability=0.5, eval_resize=SIZE)).train(3, stream=1))
+    plain = by_id(
+        loader(files, Augmentation(crop="pad", padding=2, flip_probability=0.5, eval_resize=SIZE)).train(3, stream=1)
+    )
     for batch, other in zip(decoded, resident, strict=True):
         assert torch.equal(batch.sample_ids, other.sample_ids)
         assert torch.equal(batch.images, other.images)

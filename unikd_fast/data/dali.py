@@ -41,6 +41,9 @@ nvImageCodec 0.9 was reported to crash where a GPU decodes parts (its issue 55),
 own. Neither way on a GPU has run on one yet.
 """
 
+PREFETCH = 2
+"""Micro-batches that are under way in DALI at a time."""
+
 _TIMEOUT_S = 120
 _SIZE = 64
 _MAX_MEAN_DIFFERENCE = 8.0  # in levels: chroma is smoothed differently, a broken decoder is farther off
@@ -314,11 +317,10 @@ class DaliLoader:
         device: where the batches go.
         decoding: who decodes; see `Decoding`.
         threads: of DALI on the CPU, and as many that read files and, on a CPU, resize.
-        prefetch: batches under way in DALI at a time.
         channels_last: layout of the images.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: threads is below 1.
 
     Example:
         >>> loader = build_loader(splits, augmentation=Augmentation(), kind="dali", seed=0, global_batch_size=64,
@@ -333,17 +335,14 @@ class DaliLoader:
         device: torch.device,
         decoding: Decoding,
         threads: int = 2,
-        prefetch: int = 2,
         channels_last: bool = False,
     ) -> None:
-        for name, value in (("threads", threads), ("prefetch", prefetch)):
-            if value < 1:
-                raise ValueError(f"DaliLoader: {name} must be at least 1, got {value}")
+        if threads < 1:
+            raise ValueError(f"DaliLoader: threads must be at least 1, got {threads}")
         self._files = files
         self._device = device
         self._decoding = decoding
         self._number_of_threads = threads
-        self._prefetch = prefetch
         self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
         self._windows = Windows.of(splits, files.augmentation)
         self._interpolation = splits.interpolation
@@ -422,7 +421,7 @@ class DaliLoader:
             self._number_of_threads, thread_name_prefix="unikd-dali-loader", initializer=compute_alone
         )
         try:
-            feed = ImageFeed(requests, self._windows, threads, ahead=self._prefetch + 1, for_pil=self._for_pil)
+            feed = ImageFeed(requests, self._windows, threads, ahead=PREFETCH + 1, for_pil=self._for_pil)
             if self._decoding == "cpu":
                 yield from cpu_views(feed, pipeline_of, threads, self._windows.image_size, self._interpolation)
             else:
@@ -434,7 +433,7 @@ class DaliLoader:
         shared: dict[str, Any] = {
             "batch_size": len(first.images),
             "threads": self._number_of_threads,
-            "prefetch": self._prefetch,
+            "prefetch": PREFETCH,
         }
         if self._decoding == "cpu":
             return lambda source: decoding_pipeline(source, **shared)
