@@ -31,7 +31,7 @@ from unikd_fast.data.images import (
     MAX_PIXELS,
     StoredImage,
     is_plain_jpeg,
-    naming_broken,
+    naming_bad_file,
     open_image,
     read_rgb,
     to_rgb,
@@ -193,7 +193,7 @@ def test_another_decoder_sees_a_plain_jpeg_alike(kind: str) -> None:
 
 def test_a_lack_of_memory_and_a_dead_process_are_not_the_files_fault() -> None:
     for error in (MemoryError("no memory"), RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")):
-        with pytest.raises(type(error), match=str(error)[:9]), naming_broken(FILE):
+        with pytest.raises(type(error), match=str(error)[:9]), naming_bad_file(FILE):
             raise error
-    with pytest.raises(ValueError, match=r"cannot decode some/file\.jpg: anything else"), naming_broken(FILE):
+    with pytest.raises(ValueError, match=r"cannot decode some/file\.jpg: anything else"), naming_bad_file(FILE):
         raise RuntimeError("anything else")

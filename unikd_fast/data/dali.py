@@ -27,7 +27,7 @@ from unikd_fast.data.files import DecodeRequest, FileRequests, Requested
 from unikd_fast.data.images import BadImage, StoredImage
 from unikd_fast.data.sampler import Schedule
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.data.views import Box, ViewWindow, Windows, compute_alone, strong_pixels
+from unikd_fast.data.views import Box, ViewWindow, Windows, limit_to_one_thread, strong_pixels
 from unikd_fast.values import Batch, Interpolation
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def view_pipeline(
         interpolation: of every resize.
         padded: whether views are shifted.
         by_parts: decode the parts that are asked for and not whole images.
-        device_id: the GPU that decodes and resizes; None: the CPU does, which serves to check the graph.
+        device_id: number of the GPU that decodes and resizes. If None, the CPU does, to check the graph.
         threads: of DALI on the CPU.
         prefetch: batches under way at a time.
 
@@ -385,7 +385,7 @@ class DaliLoader:
         """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`."""
         asked, samples = self._files.evaluation(split)
         yield from self._batches(asked)
-        asked.say_what_is_missing(split, samples)
+        asked.log_missing(split, samples)
 
     def _batches(self, asked: Requested) -> Iterator[Batch]:
         requests, tally = asked
@@ -418,7 +418,7 @@ class DaliLoader:
     def _views(self, first: DecodeRequest, requests: Iterator[DecodeRequest]) -> Generator[ViewBatch, None, None]:
         pipeline_of = self._pipeline_of(first)
         threads = ThreadPoolExecutor(
-            self._number_of_threads, thread_name_prefix="unikd-dali-loader", initializer=compute_alone
+            self._number_of_threads, thread_name_prefix="unikd-dali-loader", initializer=limit_to_one_thread
         )
         try:
             feed = ImageFeed(requests, self._windows, threads, ahead=PREFETCH + 1, for_pil=self._for_pil)

@@ -45,7 +45,7 @@ class ReadViews(NamedTuple):
         return self.content.ndim == 3
 
     def decoded_part(self) -> NDArray[np.uint8]:
-        """The part of a decoded image, (H, W, 3)."""
+        """Return the part of a decoded image, (H, W, 3)."""
         top, left, height, width = self.part
         return self.content[top : top + height, left : left + width]
 
@@ -217,7 +217,7 @@ def decoded(
         feed: of the batches.
         pipeline_of: builds the pipeline; again after a failure, because DALI's do not survive one.
         encoded_only: leave out images that are decoded already.
-        stream: that the outputs are to be ready on; None: they are ready when they are yielded.
+        stream: CUDA stream on which the outputs are used. If None, they are ready when they are yielded.
 
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
@@ -458,7 +458,7 @@ def gpu_views(
         feed: of the batches.
         pipeline_of: builds the pipeline of views.
         threads: that make strong views.
-        stream: of torch, on which they are used; None where the pipeline runs on a CPU.
+        stream: torch's stream on which the views are used. If None, the pipeline runs on a CPU.
 
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.

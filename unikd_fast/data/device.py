@@ -15,7 +15,7 @@ from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParamet
 from unikd_fast.data.images import BadImage
 from unikd_fast.data.sampler import Schedule
 from unikd_fast.data.splits import DataSplits, Split, TensorImages
-from unikd_fast.data.views import chunks, compute_alone, strong_pixels, strong_view
+from unikd_fast.data.views import chunks, limit_to_one_thread, strong_pixels, strong_view
 from unikd_fast.values import Batch
 
 # Resampling weights are whole multiples of 1 / 2^11. With 8-bit pixels every partial sum is then a whole number that
@@ -159,7 +159,7 @@ class DeviceLoader:
         schedule: what this rank takes.
         device: where the data set and the batches live.
         channels_last: layout of the images.
-        second: the views of each batch's second images; None: it has none.
+        second: views of the second images of each batch. If None, batches have none.
 
     Raises:
         ValueError: a split is not in memory.
@@ -213,7 +213,7 @@ class DeviceLoader:
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
-        """None: there are no files to be bad."""
+        """Empty, since there are no files."""
         return ()
 
     def train(
@@ -224,7 +224,7 @@ class DeviceLoader:
 
     @property
     def unplanned(self) -> str | None:
-        """Why batches cannot be made from `plans`; None: they can."""
+        """Why batches cannot be made from `plans`, None if they can."""
         augmentations = [self._augmentation, *([] if self._second is None else [self._second.augmentation])]
         if not any(augmentation.is_strong for augmentation in augmentations):
             return None
@@ -270,7 +270,9 @@ class DeviceLoader:
         """Yield the batches; where views are strong, threads make those of the next batches meanwhile."""
         strong = any(schedule.augmentation.is_strong for schedule in self._shown)
         ahead = _AHEAD if strong and self._device.type != "cpu" else 0
-        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="unikd-device-loader", initializer=compute_alone)
+        threads = ThreadPoolExecutor(
+            _THREADS, thread_name_prefix="unikd-device-loader", initializer=limit_to_one_thread
+        )
         started: deque[tuple[Tensor, list[Callable[[], Tensor]]]] = deque()
         try:
             for rows, *views in shown:

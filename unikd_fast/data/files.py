@@ -30,7 +30,7 @@ OnBad = Literal["raise", "replace", "leave_out"]
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
-_WORD_OF_DEATH_S = 1.0
+_SIGNAL_WAIT_S = 1.0
 
 _GRACE_S = 10
 
@@ -160,7 +160,7 @@ class Requested(NamedTuple):
     requests: Iterator[DecodeRequest]
     tally: BadImageTally
 
-    def say_what_is_missing(self, split: str, samples: int) -> None:
+    def log_missing(self, split: str, samples: int) -> None:
         """Log how many samples an evaluation went without, if any."""
         if self.tally.images:
             _logger.warning("%s: evaluated without %d of %d samples", split, len(self.tally.images), samples)
@@ -173,7 +173,7 @@ class FileRequests:
         splits: the data set, all files.
         augmentation: the views to train on and the resize for evaluation.
         schedule: what this rank takes.
-        second: the views of each batch's second images; None: it has none.
+        second: views of the second images of each batch. If None, batches have none.
         bad_images, max_bad_share: what to do about files that cannot be decoded; see `build_loader`.
 
     Raises:
@@ -267,7 +267,7 @@ def _files(split: Split) -> StoredImages:
     return split
 
 
-def started(loader: DataLoader) -> Any:
+def start_workers(loader: DataLoader) -> Any:
     """Return an iterator over what a loader's workers make, who begin at once and will end with this process.
 
     Raises:
@@ -278,7 +278,7 @@ def started(loader: DataLoader) -> Any:
     except RuntimeError as error:  # persistent workers may have died since the last epoch
         if "DataLoader worker" not in str(error):
             raise
-        raise dead_worker(error) from error
+        raise worker_died(error) from error
     if loader.num_workers:
         _with_workers[batches] = batches._index_queues
         # The last to be registered is the first to be called. Of the others, torch's keep it from ending its workers or
@@ -293,7 +293,7 @@ def _end_workers() -> None:
         batches.__del__()
 
 
-def dead_worker(cause: Exception) -> LoaderError:
+def worker_died(cause: Exception) -> LoaderError:
     """Return what to raise when a worker has died of this."""
     return LoaderError(
         f"FolderLoader: a decoding process died ({type(cause).__name__}: {cause}); short of memory, lower "
@@ -302,14 +302,14 @@ def dead_worker(cause: Exception) -> LoaderError:
     )
 
 
-def cause_of_death(broken_connection: Exception) -> Exception:
+def worker_failure(broken_connection: Exception) -> Exception:
     """Return what torch has to say of the death of a worker, or else how it was noticed.
 
     torch raises from a signal handler, a moment after the connection breaks and wherever this process is by then. Wait
     for it here, where it can be told; later it could strike while the error is being printed.
     """
     try:
-        time.sleep(_WORD_OF_DEATH_S)
+        time.sleep(_SIGNAL_WAIT_S)
     except RuntimeError as error:
         return error
     return broken_connection
@@ -403,7 +403,7 @@ class FolderLoader:
         requests, tally = self._files.training(epoch, start_step, stream, view_epoch=view_epoch)
         self._requests.pending = requests
         self._latest_train += 1
-        return self._train_batches(started(self._train_workers), tally, self._latest_train)
+        return self._train_batches(start_workers(self._train_workers), tally, self._latest_train)
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
@@ -415,7 +415,7 @@ class FolderLoader:
         """
         queue = _Requests()
         queue.pending, tally = self._files.views(requests)
-        return self._batches(started(self._data_loader(queue, persistent=False)), tally)
+        return self._batches(start_workers(self._data_loader(queue, persistent=False)), tally)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`.
@@ -426,8 +426,8 @@ class FolderLoader:
         asked, samples = self._files.evaluation(split)
         requests = list(asked.requests)
         if requests:
-            yield from self._batches(started(self._data_loader(requests, persistent=False)), asked.tally)
-        asked.say_what_is_missing(split, samples)
+            yield from self._batches(start_workers(self._data_loader(requests, persistent=False)), asked.tally)
+        asked.log_missing(split, samples)
 
     def _train_batches(self, decoded: Iterator[DecodedBatch], tally: BadImageTally, ticket: int) -> Iterator[Batch]:
         batches = self._batches(decoded, tally)
@@ -461,12 +461,12 @@ class FolderLoader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise dead_worker(error) from error
+            raise worker_died(error) from error
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             # Files that cannot be read are DataErrors, so this is a batch whose maker is no longer there to hand over
             # its memory.
-            cause = cause_of_death(error)
-            raise dead_worker(cause) from cause
+            cause = worker_failure(error)
+            raise worker_died(cause) from cause
 
     def _data_loader(self, requests: Iterable[DecodeRequest], *, persistent: bool) -> DataLoader:
         return DataLoader(

@@ -60,7 +60,7 @@ class StoredImage(NamedTuple):
         """Return the encoded image, or (H, W, 3) pixels where these are stored.
 
         Raises:
-            DataError: the file is missing or unreadable, or the row holds no image; names it.
+            DataError: the file is missing or unreadable, or the row holds no image.
 
         Example:
             >>> StoredImage("n01440764_10026.JPEG").read()[:2].hex()
@@ -110,7 +110,7 @@ def open_image(content: bytes, stored: StoredImage) -> Image.Image:
     Raises:
         DataError: it is empty, no image, too large, or cut off and filled up with zeros.
     """
-    with naming_broken(stored):
+    with naming_bad_file(stored):
         if not content:
             raise ValueError("the file is empty")
         try:
@@ -152,12 +152,12 @@ def is_plain_jpeg(image: Image.Image, content: bytes) -> bool:
 
 def to_rgb(image: Image.Image, stored: StoredImage) -> Image.Image:
     """Decode an opened image as `read_rgb` does, which lists the errors."""
-    with naming_broken(stored):
+    with naming_bad_file(stored):
         return _converted(image)
 
 
 @contextmanager
-def naming_broken(stored: StoredImage) -> Iterator[None]:
+def naming_bad_file(stored: StoredImage) -> Iterator[None]:
     """Turn what is raised over a broken file into a DataError that names it.
 
     Pillow has no errors of its own for this; its readers raise whatever their code meets. What is not the file's fault

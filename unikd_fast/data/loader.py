@@ -105,7 +105,7 @@ def build_loader(
         splits: the data set.
         augmentation: the views to train on.
         second: of another view of each training sample, in `Batch.second`, with numbers of its own; for methods that
-            compare a weak and a strong one. None: batches have none.
+            compare a weak and a strong one. If None, batches have none.
         kind: "device" for data in memory; "dali" or "torchvision" for image files; "auto" for the one that fits, which
             for files is "dali" where it works.
         seed: in [0, 2^64), of order and views.

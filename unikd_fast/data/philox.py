@@ -64,7 +64,7 @@ def words(seed: int, epoch: int, sample_ids: ArrayLike, stream: int, count: int)
 
     Raises:
         ValueError: an argument is outside its range.
-        TypeError: an argument is no integer.
+        TypeError: an argument is not an integer.
 
     Example:
         >>> words(0, 0, [7, 8], 0, 6).shape
@@ -115,7 +115,7 @@ def check_below(name: str, value: int, limit: int) -> int:
 
     Raises:
         ValueError: it does not.
-        TypeError: it is no integer.
+        TypeError: it is not an integer.
 
     Example:
         >>> check_below("seed", 3, 2**64)

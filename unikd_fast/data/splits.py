@@ -29,7 +29,7 @@ class TensorImages:
     Args:
         images: (N, 3, H, W) uint8.
         labels: (N,) int64.
-        ids: (N,) position of each sample in the published split it comes from; None if the split is whole. Views and
+        ids: (N,) position of each sample in the published split it comes from. If None, the split is whole. Views and
             caches are keyed on these, so they stay valid when a run takes part of a data set.
 
     Raises:
@@ -97,7 +97,7 @@ class ImageFiles:
         return ImageFiles([self.paths[i] for i in positions], self.labels[positions], self.sample_ids[positions])
 
     def images(self, positions: Iterable[int]) -> tuple[StoredImage, ...]:
-        """Where the images at these positions lie."""
+        """Return where the images at these positions lie."""
         return tuple(StoredImage(self.paths[i]) for i in positions)
 
 
@@ -141,7 +141,7 @@ class ArrowImages:
         return ArrowImages(self.files, self.column, rows, labels, ids)
 
     def images(self, positions: Iterable[int]) -> tuple[StoredImage, ...]:
-        """Where the images at these positions lie."""
+        """Return where the images at these positions lie."""
         places = (self.rows[i].tolist() for i in positions)
         return tuple(StoredImage(self.files[file], row, self.column) for file, row in places)
 

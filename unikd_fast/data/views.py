@@ -336,7 +336,7 @@ def chunks(count: int) -> Iterator[range]:
     return (range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
 
 
-def compute_alone() -> None:
+def limit_to_one_thread() -> None:
     """Keep a thread of a loader from opening a team of OpenMP's for every operation; the first call of a thread.
 
     OpenMP, which then counts more threads than cores, would put those of the training to sleep between operations: a

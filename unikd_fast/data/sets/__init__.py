@@ -33,7 +33,7 @@ def open_data(
         num_classes: number of classes; decides for synthetic (10 if None), fine_grained (50 if None) and plain numbers
             as labels of arrow (one more than the largest if None), for the others it is checked.
         train_samples: train on a class-balanced subset of this many samples; they keep their ids, and mean and
-            deviation stay those of the whole. None is all of them.
+            deviation stay those of the whole. If None, on all of them.
         val_samples: samples of the train split of cifar100 held out for validation.
         synthetic_samples: images of the train split of synthetic and fine_grained.
         seed: of the subset and of the images of these two. It is one of the data set, to be kept while the seed of the

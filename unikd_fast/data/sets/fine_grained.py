@@ -94,14 +94,14 @@ def _make(classes: Tensor, count: int, image_size: int, source: np.random.Philox
 
 
 def _smooth(source: np.random.Philox, count: int) -> Tensor:
-    """(count, 3, 16, 16) random fields of standard deviation 1."""
+    """Return (count, 3, 16, 16) random fields of standard deviation 1."""
     coarse = _normal(source, count * 3 * _COARSE**2).view(count, 3, _COARSE, _COARSE)
     fields = nn.functional.interpolate(coarse, size=(_SIDE, _SIDE), mode="bilinear", align_corners=True)
     return fields / fields.std(dim=(1, 2, 3), keepdim=True)
 
 
 def _normal(source: np.random.Philox, count: int) -> Tensor:
-    """(count,) normal numbers by Box and Muller, from the raw words, which numpy promises to keep."""
+    """Return (count,) normal numbers by Box and Muller, from the raw words, which numpy promises to keep."""
     words: NDArray[np.uint64] = source.random_raw(2 * -(-count // 2)).reshape(2, -1)
     uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1)
     radius, angle = np.sqrt(-2 * np.log(uniform[0])), 2 * np.pi * uniform[1]
