@@ -8,12 +8,12 @@ import pytest
 
 from support.report_runs import config, write_result, write_run_folder
 from unikd_fast.report.accuracy import accuracy_rows, accuracy_section, single_runs_section, spread
-from unikd_fast.report.runs import Group, find_runs, group_runs
+from unikd_fast.report.runs import RunGroup, find_runs, group_runs
 
 
 def groups_of(
     folder: Path, content: dict[str, Any], *, method: Any = "unikd", model: str = "cifar/resnet20", **result: Any
-) -> list[Group]:
+) -> list[RunGroup]:
     """Two seeds of one student, whose best epochs score 70 and 72 and last ones 69 and 70."""
     content["compare"] = {"seeds": [0, 1], "runs": {"it": {}}}
     write_run_folder(folder, content)
@@ -23,7 +23,7 @@ def groups_of(
     return group_runs(find_runs([folder]).runs)
 
 
-def test_a_spread_is_the_mean_and_the_sample_standard_deviation() -> None:
+def test_spread_is_mean_and_sample_standard_deviation() -> None:
     found = spread([70.0, 72.0, 77.0])
     assert found.mean == 73.0
     assert found.deviation == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
@@ -31,7 +31,7 @@ def test_a_spread_is_the_mean_and_the_sample_standard_deviation() -> None:
     assert spread([70.0]).text() == "70.00"
 
 
-def test_a_row_has_both_epochs_and_what_is_printed(tmp_path: Path) -> None:
+def test_a_row_has_both_epochs_and_the_printed_figures(tmp_path: Path) -> None:
     (row,) = accuracy_rows(groups_of(tmp_path / "r", config()))
     assert (row.best.text(), row.last.text(), row.best.seeds) == ("71.00 ± 1.41", "69.50 ± 0.71", 2)
     assert [(one.value, one.tables) for one in row.printed] == [(73.01, (1, 5))]
@@ -60,14 +60,14 @@ def test_the_row_of_a_method_and_of_the_ablations(
     assert [one.value for one in row.printed] == ([] if value is None else [value])
 
 
-def test_cross_entropy_and_kd_at_equal_weights_are_the_ablation_without_both(tmp_path: Path) -> None:
+def test_ce_and_kd_at_equal_weights_are_an_ablation(tmp_path: Path) -> None:
     teacher = {"model": "cifar/wrn_40_2"}
     content = config(teacher=teacher, distill={"kd": {"ce_weight": 1.0, "beta": 1.0}})
     (row,) = accuracy_rows(groups_of(tmp_path / "r", content, method="kd", model="cifar/ShuffleV1"))
     assert [(one.value, one.tables) for one in row.printed] == [(75.21, (6,))]
 
 
-def test_a_student_without_any_teacher_is_that_of_all_its_pairs(tmp_path: Path) -> None:
+def test_a_student_without_a_teacher_matches_all_its_pairs(tmp_path: Path) -> None:
     def printed(model: str, method: str) -> list[tuple[float, tuple[int, ...]]]:
         content = config(teacher=None, student={"model": model})
         groups = groups_of(tmp_path / model.replace("/", "-") / method, content, method=method, model=model)
@@ -79,7 +79,7 @@ def test_a_student_without_any_teacher_is_that_of_all_its_pairs(tmp_path: Path) 
     assert printed("cifar/resnet14", "none") == []
 
 
-def test_a_teacher_has_the_printed_figure_of_teachers(tmp_path: Path) -> None:
+def test_a_teacher_gets_the_printed_teacher_figure(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     write_run_folder(folder)
     write_result(folder, "student")
@@ -98,7 +98,7 @@ def test_a_teacher_has_the_printed_figure_of_teachers(tmp_path: Path) -> None:
         ({"name": "imagenet"}, True),
     ],
 )
-def test_only_the_papers_data_sets_have_printed_figures(tmp_path: Path, data: dict[str, Any], printed: bool) -> None:
+def test_only_data_sets_of_the_paper_have_printed_figures(tmp_path: Path, data: dict[str, Any], printed: bool) -> None:
     content = config(data=data, teacher={"model": "torchvision/resnet34"}, train={"total_epochs": 100})
     groups = groups_of(tmp_path / "r", content, model="torchvision/resnet18")
     top1, top5 = accuracy_rows(groups), accuracy_rows(groups, "top5")
@@ -112,15 +112,15 @@ def test_cifar_100_pairs_have_no_figure_on_other_data(tmp_path: Path) -> None:
     assert row.printed == ()
 
 
-def test_what_was_done_otherwise_than_in_the_recipe_is_said(tmp_path: Path) -> None:
+def test_deviations_from_the_recipe_are_remarked(tmp_path: Path) -> None:
     content = config(data={"name": "cifar100", "train_samples": 5000}, train={"total_epochs": 24, "max_steps": 1000})
     (row,) = accuracy_rows(groups_of(tmp_path / "r", content, test_is_val=False))
     text = "; ".join(row.remarks)
-    for expected in ("5,000 samples", "24 epochs, the usual recipe has 240", "1,000 steps", "on a validation split"):
+    for expected in ("5,000 samples", "24 epochs; the usual recipe has 240", "1,000 steps", "on a validation split"):
         assert expected in text
 
 
-def test_the_section_shows_both_figures_and_the_differences_to_them(tmp_path: Path) -> None:
+def test_the_section_shows_printed_figures_and_differences(tmp_path: Path) -> None:
     content = config(teacher={"model": "cifar/wrn_40_2"})
     groups = groups_of(tmp_path / "r", content, model="cifar/wrn_40_1")
     section = accuracy_section(groups, ["x is not finished."])
@@ -143,7 +143,7 @@ def test_the_section_shows_both_figures_and_the_differences_to_them(tmp_path: Pa
     assert "maximum on the test split" in section.parts[0]
 
 
-def test_without_a_printed_figure_the_section_says_for_what_there_is_none(tmp_path: Path) -> None:
+def test_the_section_names_what_has_no_printed_figure(tmp_path: Path) -> None:
     section = accuracy_section(groups_of(tmp_path / "r", config(data={"name": "digits"})), [])
     table = section.parts[1]
     assert table.header == ("", "model", "seeds", "best epoch", "last epoch")

@@ -6,7 +6,7 @@ from support.report_runs import evaluation, training
 from unikd_fast.report.run_data import course, keys_with, line_over_seeds, loss_terms
 
 
-def test_a_course_takes_the_records_of_its_kind_and_the_last_of_an_epoch() -> None:
+def test_a_course_keeps_the_last_record_of_each_epoch() -> None:
     records = [
         evaluation(1, ce=3.0),
         training(1.0, ce=9.0),
@@ -19,7 +19,7 @@ def test_a_course_takes_the_records_of_its_kind_and_the_last_of_an_epoch() -> No
     assert course(records, "evaluation", "ce") == {1.0: 3.0, 2.0: 1.5}
 
 
-def test_a_line_is_the_mean_with_the_lowest_and_highest_seed_where_all_have_a_value() -> None:
+def test_a_line_has_mean_and_range_over_shared_epochs() -> None:
     line = line_over_seeds("a", [{1.0: 4.0, 2.0: 1.0, 3.0: 0.5}, {2.0: 3.0, 1.0: 2.0}, {1.0: 9.0, 2.0: 2.0}])
     assert line is not None
     np.testing.assert_array_equal(line.x, [1.0, 2.0])
@@ -29,12 +29,12 @@ def test_a_line_is_the_mean_with_the_lowest_and_highest_seed_where_all_have_a_va
     assert line.seeds == 3
 
 
-def test_seeds_without_a_common_epoch_have_no_line() -> None:
+def test_seeds_without_a_shared_epoch_have_no_line() -> None:
     assert line_over_seeds("a", [{1.0: 4.0}, {2.0: 3.0}]) is None
     assert line_over_seeds("a", []) is None
 
 
-def test_loss_terms_stand_before_the_learning_rate_and_are_not_always_zero() -> None:
+def test_loss_terms_exclude_zeros_and_later_keys() -> None:
     records = [
         training(1.0, feature_kl=0.0, logit_kl=0.0, anchor=0.0),
         training(2.0, feature_kl=0.5, logit_kl=0.0, review=1.0),
@@ -43,6 +43,6 @@ def test_loss_terms_stand_before_the_learning_rate_and_are_not_always_zero() -> 
     assert loss_terms(records) == ["feature_kl", "review"]
 
 
-def test_keys_are_found_in_the_order_of_their_appearance() -> None:
+def test_keys_come_in_order_of_appearance() -> None:
     records = [evaluation(1, head_b=1.0, ce=2.0), evaluation(2, head_a=1.0, head_text="x"), training(2.0, head_c=1.0)]
     assert keys_with(records, "evaluation", lambda key: key.startswith("head_")) == ["head_b", "head_a"]

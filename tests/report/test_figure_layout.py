@@ -104,7 +104,7 @@ def figures(names: list[str]) -> dict[str, Draw]:
 @pytest.mark.parametrize("kind", ["curves", "one panel", "heatmaps", "dots", "bars"])
 @pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_every_text_has_its_own_place_in_the_figure(name: str, count: int, kind: str) -> None:
+def test_texts_do_not_overlap(name: str, count: int, kind: str) -> None:
     found: list[str] = []
     drawing = figures([name.format(place) for place in range(count)])[kind]
 
@@ -117,7 +117,7 @@ def test_every_text_has_its_own_place_in_the_figure(name: str, count: int, kind:
     assert found == []
 
 
-def test_a_text_that_is_out_of_place_is_noticed() -> None:
+def test_the_check_notices_a_misplaced_text() -> None:
     """Otherwise the test above could not fail."""
     figure = Figure(figsize=(4, 3), layout="constrained")
     first, second = figure.subplots(1, 2)

@@ -58,13 +58,13 @@ def seen(colour: str, vision: str) -> np.ndarray:
     return np.array(TO_LAB) @ np.cbrt(cones)
 
 
-def test_the_measure_of_contrast() -> None:
+def test_contrast_ratio() -> None:
     assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
-def test_text_and_lines_stand_out_from_the_page(theme: Theme) -> None:
+def test_text_and_lines_contrast_with_the_page(theme: Theme) -> None:
     assert contrast(theme.ink, theme.surface) >= 7
     assert contrast(theme.muted, theme.surface) >= 4.5
     assert min(contrast(colour, theme.surface) for colour in theme.series) >= 3
@@ -72,14 +72,14 @@ def test_text_and_lines_stand_out_from_the_page(theme: Theme) -> None:
 
 @pytest.mark.parametrize("vision", VISION)
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
-def test_series_stay_apart_whoever_looks(theme: Theme, vision: str) -> None:
+def test_series_differ_for_colour_blind_readers(theme: Theme, vision: str) -> None:
     pairs = itertools.combinations(theme.series, 2)
     nearest = min(float(np.linalg.norm(seen(a, vision) - seen(b, vision))) for a, b in pairs)
     assert nearest >= APART
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
-def test_colour_maps_go_one_way_in_lightness(theme: Theme) -> None:
+def test_colour_maps_are_monotonic_in_lightness(theme: Theme) -> None:
     """So that they read in grey as well; a diverging one does so to both sides."""
     steps = np.diff([seen(colour, "normal")[0] for colour in theme.sequential])
     assert (steps < 0).all() or (steps > 0).all()
@@ -90,7 +90,7 @@ def test_colour_maps_go_one_way_in_lightness(theme: Theme) -> None:
     assert all(away * step > 0 for step in np.diff(lightness[middle::-1]))
 
 
-def test_no_two_of_24_lines_look_alike() -> None:
+def test_24_line_styles_are_distinct() -> None:
     styles = [str(sorted(LIGHT.line_style(index).items())) for index in range(24)]
     assert len(set(styles)) == 24
 
@@ -101,7 +101,7 @@ def draw(theme: Theme) -> Figure:
     return figure
 
 
-def test_a_figure_is_the_same_every_time_and_names_no_address_to_fetch() -> None:
+def test_figures_are_reproducible_and_contain_no_urls() -> None:
     first = render(draw, LIGHT, "svg")
     assert render(draw, LIGHT, "svg") == first
     assert first.startswith(b"<svg")
@@ -112,7 +112,7 @@ def test_a_figure_is_the_same_every_time_and_names_no_address_to_fetch() -> None
     assert DARK.surface.encode() in render(draw, DARK, "svg")
 
 
-def test_settings_of_the_user_change_nothing_and_are_left_alone() -> None:
+def test_user_matplotlib_settings_are_ignored_and_kept() -> None:
     import matplotlib
 
     expected = render(draw, LIGHT, "svg")

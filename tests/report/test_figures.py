@@ -43,7 +43,7 @@ def test_lines_are_the_means_and_bands_the_seeds() -> None:
     assert len(second.lines) == 1
 
 
-def test_a_group_has_the_colour_of_its_place_on_the_page() -> None:
+def test_a_group_has_one_colour_in_all_figures() -> None:
     names = ["x", "a", "y", "b"]
     figure = draw_curves([Panel("one", "epoch", "nats", (B,)), Panel("two", "epoch", "%", (A, B))], DARK, names)
     assert [to_hex(drawn.get_color()) for drawn in figure.axes[1].lines] == [DARK.series[1], DARK.series[3]]
@@ -51,14 +51,14 @@ def test_a_group_has_the_colour_of_its_place_on_the_page() -> None:
     assert legend_of(figure) == ["a", "b"]
 
 
-def test_limits_are_kept() -> None:
+def test_axis_limits_are_applied() -> None:
     (axes,) = draw_curves([Panel("one", "x", "y", (A,), (0.0, 5.0), (0.0, None))], LIGHT, ["a"]).axes
     assert axes.get_xlim() == (0.0, 5.0)
     assert axes.get_ylim()[0] == 0.0
     assert axes.get_ylim()[1] >= 5.0
 
 
-def test_names_are_taken_as_they_are() -> None:
+def test_names_are_not_parsed_as_markup() -> None:
     names = ["_hidden", r"costs $\5 $6", "a" * 50 + "1", "a" * 50 + "2"]
     lines = tuple(line(name, X, np.array([[float(place)] * 3])) for place, name in enumerate(names))
     figure = draw_curves([Panel("p", "x", "y", lines)], LIGHT, names)
@@ -69,7 +69,7 @@ def test_names_are_taken_as_they_are() -> None:
     render(lambda theme: draw_curves([Panel("p", "x", "y", lines)], theme, names), LIGHT, "svg")
 
 
-def test_heatmaps_hold_their_matrices_on_one_scale() -> None:
+def test_heatmaps_share_one_colour_scale() -> None:
     first, second = np.array([[0.0, 1.0], [0.5, 0.0]]), np.array([[0.0, 4.0], [np.nan, 0.0]])
     figure = draw_heatmaps(
         [Matrix("a", first), Matrix("b", second)],
@@ -99,7 +99,7 @@ def test_diverging_heatmaps_are_centred_at_zero() -> None:
     assert figure.axes[0].images[0].get_clim() == (-3.0, 3.0)
 
 
-def test_heatmaps_of_nothing_but_zeros_can_be_drawn() -> None:
+def test_all_zero_heatmaps_can_be_drawn() -> None:
     def draw(theme: object) -> Figure:
         return draw_heatmaps(
             [Matrix("a", np.zeros((3, 3)))], LIGHT, kind="sequential", color_label="", x_label="", y_label=""
@@ -108,7 +108,7 @@ def test_heatmaps_of_nothing_but_zeros_can_be_drawn() -> None:
     assert render(draw, LIGHT, "svg")
 
 
-def test_large_matrices_become_means_of_squares() -> None:
+def test_large_matrices_are_averaged_in_squares() -> None:
     values = np.arange(25.0).reshape(5, 5)
     values[0, 0] = np.nan
     # Squares of 2 classes; the last row and column of squares are cut off.
@@ -118,7 +118,7 @@ def test_large_matrices_become_means_of_squares() -> None:
     assert np.isnan(shrink(np.full((4, 4), np.nan), 2)).all()
 
 
-def test_dots_are_means_with_lines_from_the_lowest_seed_to_the_highest() -> None:
+def test_dots_are_means_with_lines_over_the_seed_range() -> None:
     groups = [
         Dots("a", {"all": (70.0, 60.0, 80.0), "right": (90.0, 90.0, 90.0)}),
         Dots("b", {"all": (50.0, 40.0, 55.0), "right": (75.0, 70.0, 80.0)}),
@@ -131,7 +131,7 @@ def test_dots_are_means_with_lines_from_the_lowest_seed_to_the_highest() -> None
     assert axes.lines[0].get_ydata()[0] > axes.lines[0].get_ydata()[1]  # the first on top
 
 
-def test_bars_are_stacked_in_order_and_end_at_their_sums() -> None:
+def test_bars_are_stacked_in_order_with_their_sums() -> None:
     bars = [Bar("a", {"data": 1.0, "loss": 2.0}), Bar("b", {"data": 0.5, "loss": 4.0})]
     figure = draw_bars(bars, LIGHT, x_label="ms")
     (axes,) = figure.axes

@@ -55,7 +55,7 @@ def changed(content: Any, way: tuple[Any, ...], value: Any) -> Any:
 @pytest.mark.parametrize(
     "file", ["config.json", "environment.json", "seed-0/KD/result.json", "seed-0/KD/metrics.jsonl"]
 )
-def test_forged_files_are_named_errors(comparison: Path, file: str, share: float) -> None:
+def test_malformed_files_raise_errors_that_name_them(comparison: Path, file: str, share: float) -> None:
     path = comparison / file
     lines = path.suffix == ".jsonl"
     content = [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
@@ -85,7 +85,7 @@ def test_forged_files_are_named_errors(comparison: Path, file: str, share: float
         ("config.json", ("train",), "x", "train must be an object, got 'x'"),
     ],
 )
-def test_what_a_run_does_not_write_is_said(
+def test_malformed_values_name_file_and_key(
     comparison: Path, file: str, way: tuple[Any, ...], value: Any, said: str
 ) -> None:
     path = comparison / file

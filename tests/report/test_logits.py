@@ -43,13 +43,13 @@ def test_accuracy_and_agreement_by_hand() -> None:
     assert compare_logits(STUDENT, TEACHER, np.array([0, 1, 0, 0])).agreement_where_right == 100.0
 
 
-def test_agreement_where_the_teacher_is_never_right_is_undefined() -> None:
+def test_agreement_is_undefined_if_the_teacher_is_never_right() -> None:
     found = compare_logits(STUDENT, TEACHER, np.array([1, 0, 0, 1]))
     assert math.isnan(found.agreement_where_right)
     assert found.agreement == 75.0
 
 
-def test_the_distribution_of_differences_by_hand() -> None:
+def test_difference_cdf_by_hand() -> None:
     # |z_s - z_t|: 1 0 0 | 0 0 0.5 | 0 1 2 | 1 0 2: six zeros, one 0.5, three ones, two twos.
     grid = np.array([0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
     expected = np.array([6, 6, 7, 10, 10, 12, 12]) / 12
@@ -77,7 +77,7 @@ def test_a_class_without_samples_has_no_mean() -> None:
     assert np.isfinite(means[[0, 2]]).all()
 
 
-def test_the_probe_by_hand() -> None:
+def test_probe_kl_by_hand() -> None:
     # Two classes at τ = 4: logits (4 ln 3, 0) are odds of 3 to 1, (0, 0) are even ones.
     teacher, student = np.array([[4 * math.log(3.0), 0.0]]), np.zeros((1, 2))
     expected = 16 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
@@ -87,12 +87,12 @@ def test_the_probe_by_hand() -> None:
     assert probe_kl(teacher + 7.0, teacher) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_the_probe_survives_logits_that_overflow_when_exponentiated() -> None:
+def test_probe_kl_is_finite_for_large_logits() -> None:
     teacher, student = np.array([[6e4, 0.0, -6e4]]), np.array([[0.0, 6e4, 0.0]])
     assert probe_kl(student, teacher) == pytest.approx(16 * 6e4 / 4)
 
 
-def test_correlations_are_those_of_numpy() -> None:
+def test_correlations_match_numpy() -> None:
     logits, _ = some_logits(200, 6, noise=1.0, seed=0)
     kept = logits.astype(np.float16)
     np.testing.assert_allclose(correlation(kept), np.corrcoef(kept.astype(np.float64).T), rtol=0, atol=1e-12)
@@ -108,21 +108,21 @@ def test_correlations_by_hand() -> None:
     assert np.isnan(found[:, 3]).all()
 
 
-def test_the_difference_of_correlations_is_the_students_less_the_teachers() -> None:
+def test_correlation_difference_is_student_minus_teacher() -> None:
     found = compare_logits(STUDENT, TEACHER, LABELS).correlation_difference
     np.testing.assert_allclose(found, np.corrcoef(STUDENT.T) - np.corrcoef(TEACHER.T), atol=1e-12)
     assert abs(found[0, 2]) > 0.1
 
 
-def test_the_logits_are_left_as_they_were() -> None:
+def test_compare_logits_leaves_its_inputs_unchanged() -> None:
     student, teacher = STUDENT.copy(), TEACHER.copy()
     compare_logits(student, teacher, LABELS)
     np.testing.assert_array_equal(student, STUDENT)
     np.testing.assert_array_equal(teacher, TEACHER)
 
 
-def test_what_does_not_belong_together_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"one shape, got \(4, 3\) and \(4, 2\)"):
+def test_mismatched_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the same shape, got \(4, 3\) and \(4, 2\)"):
         compare_logits(STUDENT, TEACHER[:, :2], LABELS)
     with pytest.raises(ValueError, match=r"labels must be \(4,\), got \(3,\)"):
         compare_logits(STUDENT, TEACHER, LABELS[:3])

@@ -59,7 +59,7 @@ def page_of(text: str) -> str:
     )
 
 
-def test_names_from_files_are_text_wherever_they_stand() -> None:
+def test_names_from_files_are_escaped() -> None:
     tree = Tree(page_of(NASTY))
     assert tree.all("script") == []
     assert [image["alt"] for image in tree.all("img")] == [NASTY]
@@ -67,7 +67,7 @@ def test_names_from_files_are_text_wherever_they_stand() -> None:
     assert tree.text.count(NASTY) >= 10
 
 
-def test_the_page_needs_nothing_but_itself() -> None:
+def test_the_page_is_self_contained() -> None:
     page = page_of("plain")
     tree = Tree(page)
     addresses = [
@@ -90,7 +90,7 @@ def test_pictures_come_in_both_colour_schemes() -> None:
         assert base64.b64decode(content) == render(draw, theme, "svg")
 
 
-def test_the_page_is_made_of_what_readers_of_the_page_expect() -> None:
+def test_the_page_is_accessible_html() -> None:
     tree = Tree(page_of("plain"))
     assert tree.all("html") == [{"lang": "en-GB"}]
     assert len(tree.all("h1")) == len(tree.all("main")) == 1
@@ -104,5 +104,5 @@ def test_the_page_is_made_of_what_readers_of_the_page_expect() -> None:
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
-def test_the_page_and_its_figures_have_one_background(theme: Theme) -> None:
+def test_page_and_figures_share_one_background(theme: Theme) -> None:
     assert f"--surface: {theme.surface};" in page_of("plain")

@@ -50,12 +50,12 @@ SUMS = {
 
 
 @pytest.mark.parametrize("table", SUMS)
-def test_every_row_of_a_table_has_its_sum(table: int) -> None:
+def test_row_sums_of_the_tables(table: int) -> None:
     found = {row: sum(printed(table, row, pair).value for pair in pairs(table)) for row in rows(table)}
     assert found == pytest.approx(SUMS[table], abs=1e-9)
 
 
-def test_the_columns_of_the_other_tables_have_their_sums() -> None:
+def test_column_sums_of_the_other_tables() -> None:
     by_column = {
         (3, "top1", R34_R18): 642.53,
         (3, "top5", R34_R18): 813.17,
@@ -91,7 +91,7 @@ def test_cells(table: int, method: str, pair: tuple[str, str], value: float) -> 
     assert printed(table, method, pair).value == value
 
 
-def test_table_7_is_the_mean_of_table_1_but_for_three_rows_whose_notes_have_the_true_mean() -> None:
+def test_table_7_is_the_mean_of_table_1_except_three_noted_rows() -> None:
     means = {
         row: sum(printed(1, row, pair).value for pair in pairs(1)) / 6
         for row in ("fitnet", "crd", "at", "kr", "dkd", "logit_standardisation", "unikd")
@@ -109,7 +109,7 @@ def test_table_7_is_the_mean_of_table_1_but_for_three_rows_whose_notes_have_the_
     assert "76.03" in printed(7, "unikd", MEAN).note
 
 
-def test_doubtful_cells_say_so_and_sound_ones_do_not() -> None:
+def test_only_doubtful_cells_have_notes() -> None:
     assert "swapped" in printed(1, "none", WRN_40_1).note
     assert "swapped" in printed(1, "kd", ("cifar/vgg13", "cifar/vgg8")).note
     assert "59.40" in printed(2, "at", ("cifar/vgg13", "cifar/MobileNetV2")).note
@@ -122,13 +122,13 @@ def test_doubtful_cells_say_so_and_sound_ones_do_not() -> None:
         assert sound.note == ""
 
 
-def test_tables_that_disagree_give_both_figures() -> None:
+def test_disagreeing_tables_give_both_figures() -> None:
     found = printed_anywhere("unikd", WRN_40_1)
     assert [(one.value, one.tables) for one in found] == [(75.35, (1,)), (76.35, (5,))]
     assert all("unresolved" in one.note for one in found)
 
 
-def test_tables_that_agree_give_one_figure() -> None:
+def test_agreeing_tables_give_one_figure() -> None:
     found = printed_anywhere("unikd", ("cifar/resnet110", "cifar/resnet32"))
     assert found == [(75.36, "", (1, 5, 6))]
     assert printed_anywhere("unikd", ("cifar/resnet8", "cifar/resnet8")) == []
@@ -148,12 +148,12 @@ def test_the_nkd_of_the_tables_is_not_nkd_proper() -> None:
     assert printed_anywhere("nkd", R56_R20) == []
 
 
-def test_what_a_table_has_not_is_refused_with_what_it_has() -> None:
-    with pytest.raises(ValueError, match="no Table 4 here, only 1, 2, 3, 5, 6, 7"):
+def test_missing_cells_are_refused_with_the_available_ones() -> None:
+    with pytest.raises(ValueError, match="no Table 4 here; there are 1, 2, 3, 5, 6, 7"):
         printed(4, "unikd", R56_R20)
-    with pytest.raises(ValueError, match="Table 1 has no row 'flg', only teacher"):
+    with pytest.raises(ValueError, match="Table 1 has no row 'flg'; it has teacher"):
         printed(1, "flg", R56_R20)
-    with pytest.raises(ValueError, match="Table 2 has no pair cifar/resnet56 -> cifar/resnet20, only cifar/resnet32x4"):
+    with pytest.raises(ValueError, match="no pair cifar/resnet56 -> cifar/resnet20; it has cifar/resnet32x4"):
         printed(2, "unikd", R56_R20)
     with pytest.raises(ValueError, match="Table 1 has no top5"):
         printed(1, "unikd", R56_R20, "top5")

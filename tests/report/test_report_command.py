@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_page_and_its_pictures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_and_its_png_files_are_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "out" / "my.html"
     assert main(["report", str(run), "--to", str(target), "--title", "Mine & yours"]) == 0
     page = target.read_text()
@@ -53,7 +53,7 @@ def test_a_page_and_its_pictures(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith(f"{target}: 2 runs, 7 figures")
 
 
-def test_what_is_missing_is_said_on_the_page(tmp_path: Path) -> None:
+def test_the_page_states_what_is_missing(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path / "run", config(data={"name": "digits"}))
     write_result(folder, "student")
     assert main(["report", str(folder), "--to", str(tmp_path / "r.html")]) == 0
@@ -64,7 +64,7 @@ def test_what_is_missing_is_said_on_the_page(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.png")) == []
 
 
-def test_names_that_are_no_english_words(tmp_path: Path) -> None:
+def test_names_with_special_characters_are_escaped(tmp_path: Path) -> None:
     label = '<b>$x_1$</b> "quoted" & _more_'
     folder = write_run_folder(tmp_path / "run & <i>", config(compare={"seeds": [0], "runs": {label: {}}}))
     home = write_result(folder / "seed-0" / "x", label)
@@ -84,7 +84,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return captured.err
 
 
-def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_files_are_kept_without_force(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "r.html"
     picture = tmp_path / "r-agreement.png"
     picture.write_text("mine")
@@ -108,7 +108,7 @@ def test_a_page_is_not_written_through_a_link(run: Path, tmp_path: Path) -> None
     assert target.read_text().startswith("<!doctype html>") and not target.is_symlink()
 
 
-def test_arguments_that_do_not_fit(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "r.html"
     assert "is not a run folder, it has no config.json" in refused(capsys, tmp_path, "--to", target)
     assert "does not exist" in refused(capsys, run, tmp_path / "nowhere", "--to", target)
@@ -120,17 +120,13 @@ def test_arguments_that_do_not_fit(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert list(tmp_path.glob("r*.html")) == []
 
 
-def test_a_damaged_file_of_figures_leaves_no_page(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_leaves_no_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "test_logits.safetensors").write_bytes(b"short")
     assert "test_logits.safetensors cannot be read" in refused(capsys, run, "--to", tmp_path / "r.html")
     assert list(tmp_path.glob("r*.html")) == []
 
 
-def test_a_disk_that_cannot_be_written_ends_with_1(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_write_error_exits_with_1(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["report", str(run), "--to", str(tmp_path / "file" / "r.html")]) == 1
     assert "unikd report: error:" in capsys.readouterr().err
@@ -140,7 +136,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_page_needs_no_torch(run: Path, tmp_path: Path) -> None:
+def test_the_report_does_not_import_torch(run: Path, tmp_path: Path) -> None:
     done = python(
         "import sys; sys.modules['torch'] = None; from unikd_fast.cli import main; "
         f"raise SystemExit(main(['report', '{run}', '--to', '{tmp_path}/r.html']))"
@@ -148,7 +144,7 @@ def test_a_page_needs_no_torch(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_many_runs_of_one_environment_are_not_listed_one_by_one(tmp_path: Path) -> None:
+def test_runs_with_one_environment_share_a_table(tmp_path: Path) -> None:
     folders = []
     for seed in range(9):
         folder = write_run_folder(tmp_path / "all" / f"s{seed}", config(run={"seed": seed}))
@@ -158,9 +154,9 @@ def test_many_runs_of_one_environment_are_not_listed_one_by_one(tmp_path: Path) 
     few, many = tmp_path / "few.html", tmp_path / "many.html"
     assert main(["report", *map(str, folders[:2]), "--to", str(few)]) == 0
     assert f"Run folders: {folders[0]}, {folders[1]}<" in few.read_text()
-    assert f"Environment of {folders[0]} and another, which differ in time and command alone" in few.read_text()
+    assert f"Environment of {folders[0]} and another, which differ only in time and command" in few.read_text()
     assert main(["report", *map(str, folders), "--to", str(many)]) == 0
     page = many.read_text()
     assert f"9 run folders in {tmp_path / 'all'}<" in page
-    assert f"Environment of {folders[0]} and 7 others, which differ in time and command alone" in page
+    assert f"Environment of {folders[0]} and 7 others, which differ only in time and command" in page
     assert f"Environment of {folders[8]}<" in page

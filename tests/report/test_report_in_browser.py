@@ -63,7 +63,7 @@ def rgb(colour: str) -> str:
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
-def test_the_page_opens_without_a_word_and_without_the_network(browser: Browser, page: Path, theme: Theme) -> None:
+def test_the_page_opens_without_errors_or_requests(browser: Browser, page: Path, theme: Theme) -> None:
     browser.open(page, scheme=theme.name)
     assert browser.complaints == []
     assert browser.requests == [page.resolve().as_uri()]
@@ -71,7 +71,7 @@ def test_the_page_opens_without_a_word_and_without_the_network(browser: Browser,
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
-def test_every_picture_is_there_in_the_colours_of_the_scheme(browser: Browser, page: Path, theme: Theme) -> None:
+def test_every_figure_is_shown_in_the_colour_scheme(browser: Browser, page: Path, theme: Theme) -> None:
     browser.open(page, scheme=theme.name)
     widths = browser.evaluate("[...document.images].map(image => image.naturalWidth * image.complete)")
     assert len(widths) == 7
@@ -89,7 +89,7 @@ def test_every_picture_is_there_in_the_colours_of_the_scheme(browser: Browser, p
         assert drawn > 0.02
 
 
-def test_print_is_light_whatever_the_screen_is(browser: Browser, page: Path) -> None:
+def test_printing_uses_the_light_theme(browser: Browser, page: Path) -> None:
     browser.open(page, scheme="dark", media="print")
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == rgb(LIGHT.surface)
     assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
@@ -98,7 +98,7 @@ def test_print_is_light_whatever_the_screen_is(browser: Browser, page: Path) -> 
 
 
 @pytest.mark.parametrize("width", [360, 1000, 1600])
-def test_the_page_itself_never_scrolls_sideways(browser: Browser, page: Path, width: int) -> None:
+def test_the_page_never_scrolls_sideways(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width=width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -116,7 +116,7 @@ def test_the_page_itself_never_scrolls_sideways(browser: Browser, page: Path, wi
     ],
     ids=["console", "exception", "missing picture", "refused script"],
 )
-def test_a_page_that_is_not_sound_is_noticed(browser: Browser, tmp_path: Path, body: str, said: str) -> None:
+def test_the_check_notices_a_broken_page(browser: Browser, tmp_path: Path, body: str, said: str) -> None:
     """Otherwise the tests above could not fail."""
     path = tmp_path / "bad.html"
     path.write_text(f"<!doctype html><html lang='en'><head><link rel='icon' href='data:,'></head><body>{body}</body>")
@@ -124,7 +124,7 @@ def test_a_page_that_is_not_sound_is_noticed(browser: Browser, tmp_path: Path, b
     assert any(said in complaint for complaint in browser.complaints), browser.complaints
 
 
-def test_a_request_is_noticed(browser: Browser, tmp_path: Path) -> None:
+def test_the_check_notices_a_request(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "asks.html"
     path.write_text("<!doctype html><img src='http://127.0.0.1:9/a.png' alt='x'>")
     browser.open(path)

@@ -33,7 +33,7 @@ def single(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def test_a_comparison_has_its_runs_in_the_order_of_its_configuration(tmp_path: Path) -> None:
+def test_runs_of_a_comparison_are_in_configuration_order(tmp_path: Path) -> None:
     found = find_runs([comparison(tmp_path / "c")])
     groups = group_runs(found.runs)
     assert [(group.name, [run.seed for run in group.runs]) for group in groups] == [
@@ -50,7 +50,7 @@ def test_a_comparison_has_its_runs_in_the_order_of_its_configuration(tmp_path: P
             assert run.source == tmp_path / "c"
 
 
-def test_each_run_has_the_configuration_of_its_own(tmp_path: Path) -> None:
+def test_each_run_has_its_own_configuration(tmp_path: Path) -> None:
     unikd, kd = group_runs(find_runs([comparison(tmp_path / "c")]).runs)[1:]
     assert (unikd.runs[0].config["distill"]["method"], unikd.runs[0].config["teacher"]["model"]) == (
         "unikd",
@@ -59,7 +59,7 @@ def test_each_run_has_the_configuration_of_its_own(tmp_path: Path) -> None:
     assert (kd.runs[0].config["distill"]["method"], kd.runs[0].config["teacher"]["model"]) == ("kd", "t")
 
 
-def test_a_given_teacher_of_a_comparison_stands_beside_the_seeds(tmp_path: Path) -> None:
+def test_a_given_teacher_lies_next_to_the_seed_folders(tmp_path: Path) -> None:
     folder = comparison(tmp_path / "c")
     for seed in (0, 10):
         (folder / f"seed-{seed}" / "teacher" / "result.json").unlink()
@@ -80,14 +80,14 @@ def test_a_single_run_and_its_teacher(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_takes_no_teacher_from_outside_of_its_folder(tmp_path: Path) -> None:
+def test_a_run_ignores_teachers_outside_its_folder(tmp_path: Path) -> None:
     folder = single(tmp_path / "one")
     (folder / "teacher" / "result.json").unlink()
     write_result(tmp_path / "teacher", "teacher")
     assert [run.teacher for run in find_runs([folder]).runs] == [None]
 
 
-def test_a_part_of_a_comparison_comes_with_its_teacher(tmp_path: Path) -> None:
+def test_a_subfolder_of_a_comparison_includes_its_teacher(tmp_path: Path) -> None:
     folder = comparison(tmp_path / "c")
     found = find_runs([folder / "seed-10" / "a-KD"])
     assert [(run.label, run.seed) for run in found.runs] == [("a KD", 10), ("teacher", 10)]
@@ -100,7 +100,7 @@ def test_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
     assert len(find_runs([folder, folder / ".", folder]).runs) == 2
 
 
-def test_single_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
+def test_runs_that_differ_only_in_the_seed_are_one_group(tmp_path: Path) -> None:
     folders = [single(tmp_path / f"s{seed}", seed=seed) for seed in (3, 1)]
     groups = group_runs(find_runs(folders).runs)
     assert [(group.name, [run.seed for run in group.runs]) for group in groups] == [
@@ -109,7 +109,7 @@ def test_single_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path)
     ]
 
 
-def test_single_runs_that_differ_in_more_are_told_apart_by_folder(tmp_path: Path) -> None:
+def test_groups_with_one_label_are_named_by_folder(tmp_path: Path) -> None:
     folders = [
         single(tmp_path / "a"),
         single(tmp_path / "b", distill={"method": "unikd", "unikd": {"alpha": 8.0}}),
@@ -118,7 +118,7 @@ def test_single_runs_that_differ_in_more_are_told_apart_by_folder(tmp_path: Path
     assert [group.name for group in groups] == ["teacher (a)", "teacher (b)", "student (a)", "student (b)"]
 
 
-def test_groups_of_different_models_are_told_apart_by_them(tmp_path: Path) -> None:
+def test_groups_of_different_models_are_named_by_model(tmp_path: Path) -> None:
     folders = [single(tmp_path / "a"), single(tmp_path / "b", teacher={"model": "cifar/resnet110", "weights": None})]
     write_result(folders[1] / "teacher", "teacher", method="given", model="cifar/resnet110")
     groups = group_runs(find_runs(folders).runs)
@@ -136,33 +136,33 @@ def test_one_seed_run_twice_is_not_averaged(tmp_path: Path) -> None:
     assert [group.name for group in groups] == [f"student ({tmp_path}/{part}/again)" for part in "xy"]
 
 
-def test_what_is_not_finished_is_named_and_left_out(tmp_path: Path) -> None:
+def test_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:
     folder = comparison(tmp_path / "c", leave_out=("a KD", 10))
     found = find_runs([folder])
     assert found.unfinished == (f"a KD, seed 10 of {folder} is not finished (no result.json) and is left out.",)
     assert [run.seed for run in found.runs if run.label == "a KD"] == [0]
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+def test_folders_that_are_not_run_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFileError, match="does not exist; give a run folder"):
         find_runs([tmp_path / "nowhere"])
     with pytest.raises(RunFileError, match=r"is not a run folder, it has no config\.json"):
         find_runs([tmp_path])
     folder = comparison(tmp_path / "c")
-    with pytest.raises(RunFileError, match=f"seed-0 is a part of the run folder {folder} .*; give {folder}"):
+    with pytest.raises(RunFileError, match=f"seed-0 is part of the run folder {folder} .*; give {folder}"):
         find_runs([folder / "seed-0"])
     with pytest.raises(RunFileError, match=r"holds no finished run \(no result\.json\); let it finish"):
         find_runs([write_run_folder(tmp_path / "empty")])
 
 
-def test_a_result_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_result_is_refused(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path / "one")
     (folder / "result.json").write_text('{"label": "student", "seed": 0, "model": "m", "method": "kd"}')
     with pytest.raises(RunFileError, match="lacks test_is_val, best, last"):
         find_runs([folder])
 
 
-def test_settings_go_into_their_sections_and_leave_the_original(tmp_path: Path) -> None:
+def test_applied_settings_leave_the_original_unchanged(tmp_path: Path) -> None:
     original = config(teacher=None)
     changed = apply_settings(original, {"distill.unikd.alpha": 2.0, "teacher.model": "x", "compare": None})
     assert changed["distill"] == {"method": "unikd", "unikd": {"alpha": 2.0, "fusion": "aff"}}

@@ -19,7 +19,7 @@ def result(label: str, seed: int, best: float, last: float, *, test_is_val: bool
     }
 
 
-def test_rows_are_means_and_deviations_over_seeds_teacher_first() -> None:
+def test_rows_are_statistics_over_seeds_with_the_teacher_first() -> None:
     results = [result("student", 0, 90.0, 80.0), result("teacher", 0, 99.0, 98.0), result("student", 1, 92.0, 84.0)]
     lines = [line for line in results_table(results).splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -28,7 +28,7 @@ def test_rows_are_means_and_deviations_over_seeds_teacher_first() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_the_caption_says_how_the_best_epoch_was_chosen() -> None:
+def test_the_caption_states_how_the_best_epoch_was_chosen() -> None:
     assert "chosen on the validation split" in results_table([result("a", 0, 1.0, 1.0)])
     assert "maximum on the test split" in results_table([result("a", 0, 1.0, 1.0, test_is_val=True)])
 

@@ -1,4 +1,4 @@
-"""The accuracy table: mean and deviation over seeds, beside what the paper prints, and every single run."""
+"""The accuracy table: mean and deviation over seeds, next to the paper's figures, and every single run."""
 
 import math
 import statistics
@@ -7,24 +7,24 @@ from typing import Any, NamedTuple
 
 from unikd_fast.report.page import Missing, Part, Section, Table
 from unikd_fast.report.printed import Metric, Pair, Printed, printed_alone, printed_anywhere
-from unikd_fast.report.runs import Group, Run
+from unikd_fast.report.runs import Run, RunGroup
 from unikd_fast.report.table import TEACHER
 
 _CIFAR100 = "cifar100"
 _IMAGE_FOLDERS = ("image_folder", "arrow")
 _EPOCHS = {_CIFAR100: 240, "imagenet": 100}
-"""Of the recipes that the paper's figures come from."""
+"""Epochs of the recipes behind the paper's figures."""
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation of some values; the deviation of a single one is NaN."""
+    """Mean and sample standard deviation of some values; the deviation of a single value is NaN."""
 
     mean: float
     deviation: float
     seeds: int
 
     def text(self, digits: int = 2) -> str:
-        """``73.01 ± 0.20``, or the mean alone."""
+        """Return ``73.01 ± 0.20``, or the mean alone."""
         mean = f"{self.mean:.{digits}f}"
         return mean if math.isnan(self.deviation) else f"{mean} ± {self.deviation:.{digits}f}"
 
@@ -33,11 +33,11 @@ class AccuracyRow(NamedTuple):
     """One group's accuracy on the test split, in percent.
 
     Args:
-        name: of the group.
-        model: of its network.
-        best, last: of the epoch that was chosen, and of the last one.
-        printed: what the paper prints; several figures where its tables disagree.
-        remarks: what makes the comparison with the printed figure unlike.
+        name: name of the group.
+        model: name of its network.
+        best, last: accuracy at the best and at the last epoch.
+        printed: figures the paper prints; several if its tables disagree.
+        remarks: what limits the comparison with the printed figure.
     """
 
     name: str
@@ -49,13 +49,13 @@ class AccuracyRow(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The mean of at least one value, and their sample standard deviation."""
+    """Return the mean of at least one value, and the sample standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return Spread(statistics.mean(values), deviation, len(values))
 
 
-def accuracy_rows(groups: Sequence[Group], metric: Metric = "top1") -> list[AccuracyRow]:
-    """A row a group. With ``top5`` only the groups of which the paper prints it."""
+def accuracy_rows(groups: Sequence[RunGroup], metric: Metric = "top1") -> list[AccuracyRow]:
+    """Return one row per group; for ``top5``, only groups whose top-5 accuracy the paper prints."""
     key = "accuracy" if metric == "top1" else "top5"
     rows = []
     for group in groups:
@@ -68,8 +68,8 @@ def accuracy_rows(groups: Sequence[Group], metric: Metric = "top1") -> list[Accu
     return rows
 
 
-def printed_for(group: Group, metric: Metric = "top1") -> list[Printed]:
-    """What the paper prints for a group's method and pair; nothing for data sets and pairs that it has not."""
+def printed_for(group: RunGroup, metric: Metric = "top1") -> list[Printed]:
+    """Return what the paper prints for a group's method and pair; nothing for data sets and pairs it does not cover."""
     run = group.runs[0]
     config = run.config
     if _dataset(config) is None:
@@ -85,12 +85,12 @@ def printed_for(group: Group, metric: Metric = "top1") -> list[Printed]:
 
 
 def method_name(method: Any) -> str:
-    """The method of a result; the parts of a hybrid joined by a plus."""
+    """Return the method of a result; the parts of a hybrid are joined by a plus."""
     return "+".join(map(str, method)) if isinstance(method, list) else str(method)
 
 
 def _row(method: Any, distill: dict[str, Any]) -> str:
-    """The paper's row; its ablation (Table 6) is UniKD with less, without both KD at the weights of Eq. 7."""
+    """Return the paper's row. Its ablation (Table 6) is UniKD with parts left out, without KD, weighted as in Eq. 7."""
     name = method_name(method)
     section = distill.get(name)
     own = section if isinstance(section, dict) else {}
@@ -106,7 +106,7 @@ def _row(method: Any, distill: dict[str, Any]) -> str:
 
 
 def _dataset(config: dict[str, Any]) -> str | None:
-    """cifar100, imagenet, or None. Folders of images with 1000 classes count as ImageNet's."""
+    """Return cifar100, imagenet, or None. Image folders with 1000 classes count as ImageNet."""
     data = config.get("data") or {}
     name = data.get("name")
     if name in _EPOCHS:
@@ -114,24 +114,24 @@ def _dataset(config: dict[str, Any]) -> str | None:
     return "imagenet" if name in _IMAGE_FOLDERS and data.get("num_classes") == 1000 else None
 
 
-def _remarks(group: Group) -> list[str]:
+def _remarks(group: RunGroup) -> list[str]:
     config = group.runs[0].config
     dataset = _dataset(config)
     assert dataset is not None
     data, train = config["data"], config.get("train") or {}
     remarks = []
     if data["name"] in _IMAGE_FOLDERS:
-        remarks.append(f"taken for ImageNet: data.name = {data['name']} with 1000 classes")
+        remarks.append(f"assumed to be ImageNet: data.name = {data['name']} with 1000 classes")
     if group.is_teacher:
         return remarks
     if data.get("train_samples"):
         remarks.append(f"trained on {data['train_samples']:,} samples")
     if train.get("total_epochs") != _EPOCHS[dataset]:
-        remarks.append(f"trained for {train.get('total_epochs')} epochs, the usual recipe has {_EPOCHS[dataset]}")
+        remarks.append(f"trained for {train.get('total_epochs')} epochs; the usual recipe has {_EPOCHS[dataset]}")
     if train.get("max_steps"):
         remarks.append(f"stopped after {train['max_steps']:,} steps")
     if not group.runs[0].result["test_is_val"]:
-        remarks.append("best epoch chosen on a validation split, where the literature chooses on the test split")
+        remarks.append("best epoch chosen on a validation split; the literature chooses on the test split")
     return remarks
 
 
@@ -139,8 +139,8 @@ _MINUS, _NONE = "\u2212", "–"
 _METRICS: tuple[tuple[Metric, str], ...] = (("top1", "top-1"), ("top5", "top-5"))
 
 
-def accuracy_section(groups: Sequence[Group], unfinished: Sequence[str]) -> Section:
-    """The first section: what the runs came to."""
+def accuracy_section(groups: Sequence[RunGroup], unfinished: Sequence[str]) -> Section:
+    """Build the first section: the accuracy of every group."""
     parts: list[Part] = [_how_chosen([run for group in groups for run in group.runs])]
     remarks: dict[str, dict[str, None]] = {}
     for metric, title in _METRICS:
@@ -155,17 +155,17 @@ def accuracy_section(groups: Sequence[Group], unfinished: Sequence[str]) -> Sect
             parts.append(Missing(_nothing_printed(groups)))
     if remarks:
         lines = tuple((name, "; ".join(found)) for name, found in remarks.items())
-        parts.append(Table("On the printed figures and how far they compare", ("", "remarks"), lines, numbers=False))
+        parts.append(Table("Notes on the printed figures and the comparison", ("", "remarks"), lines, numbers=False))
     parts += [Missing(sentence) for sentence in unfinished]
     return Section("accuracy", "Accuracy", tuple(parts))
 
 
-def single_runs_section(groups: Sequence[Group]) -> Section:
-    """Every run by itself."""
+def single_runs_section(groups: Sequence[RunGroup]) -> Section:
+    """Build the table of every single run."""
     names = ("run", "seed", "method", "model", "best epoch", "top-1", "last epoch", "top-1", "top-5", "cross-entropy")
-    header = tuple(name.replace("top-", "top\u2011") for name in names)  # a hyphen that does not break
+    header = tuple(name.replace("top-", "top\u2011") for name in names)  # a non-breaking hyphen
     rows = tuple(_single(group.name, run) for group in groups for run in group.runs)
-    caption = "Every run on the test split: top-1 (%) of both epochs, top-5 (%) and cross-entropy (nats) of the last."
+    caption = "Every run on the test split: top-1 (%) at both epochs, top-5 (%) and cross-entropy (nats) at the last."
     return Section("runs", "Single runs", (Table(caption, header, rows),))
 
 
@@ -195,7 +195,7 @@ def _each(printed: Sequence[Printed], write: Callable[[Printed], str]) -> str:
 
 
 def _notes(printed: Sequence[Printed]) -> list[str]:
-    """Each note with the figures it is about."""
+    """List each note with the figures it applies to."""
     about: dict[str, list[str]] = {}
     for one in printed:
         if one.note:
@@ -229,13 +229,13 @@ def _how_chosen(runs: Sequence[Run]) -> str:
     return chosen if on_test == {False} else f"{chosen} Runs without a validation split chose it on the test split."
 
 
-def _nothing_printed(groups: Sequence[Group]) -> str:
+def _nothing_printed(groups: Sequence[RunGroup]) -> str:
     found: dict[str, None] = {}
     for run in (run for group in groups for run in group.runs if not run.is_teacher):
         teacher = (run.config.get("teacher") or {}).get("model", "no teacher")
         found[f"{(run.config.get('data') or {}).get('name')} with {teacher} to {run.result['model']}"] = None
     return (
-        f"The paper prints nothing for {'; '.join(found)}. Printed figures appear for its pairs of networks on "
+        f"The paper prints nothing for {'; '.join(found)}. Its figures appear for its own network pairs on "
         "cifar100 and imagenet."
     )
 

@@ -1,4 +1,4 @@
-"""What `unikd report` does: write the page of finished runs, with its figures."""
+"""What `unikd report` does: write the page about finished runs, with its figures."""
 
 import os
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ _LISTED = 8
 
 
 class ReportError(RunError, ValueError):
-    """The arguments do not fit; the message says what to change."""
+    """An invalid argument; the message says what to change."""
 
     exit_code = 2
 
 
 def write_report(found: Found, target: Path, *, title: str | None = None, force: bool = False) -> str:
-    """Write the page of these runs, and return what was written in a line.
+    """Write the page about these runs, and return a one-line summary of what was written.
 
     Args:
-        found: runs and unfinished ones.
-        target: HTML file; the figures are written beside it.
-        title: title of the page. If None, the data sets and students.
-        force: whether to replace a page that exists, and its figures.
+        found: finished and unfinished runs.
+        target: HTML file; the figures are written next to it.
+        title: title of the page. If None, the data sets and students are named.
+        force: whether to replace an existing page and its figures.
 
     Raises:
-        ReportError: the target is not a page, or exists.
+        ReportError: the target is not an HTML file, or exists.
         RunFileError: a file of a run is damaged.
     """
     refuse_target(target, force=force)
@@ -78,8 +78,8 @@ def _sections(found: Found) -> "list[Section]":
     from unikd_fast.report.sections import (
         collapse_section,
         convergence_section,
+        environment_section,
         logit_sections,
-        making_section,
         step_time_section,
     )
 
@@ -92,7 +92,7 @@ def _sections(found: Found) -> "list[Section]":
         collapse_section(students),
         step_time_section(students),
         single_runs_section(groups),
-        making_section(list(dict.fromkeys(run.source for run in found.runs))),
+        environment_section(list(dict.fromkeys(run.source for run in found.runs))),
     ]
 
 

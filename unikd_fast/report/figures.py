@@ -1,4 +1,4 @@
-"""The figures: how they look on a light page and on a dark one, names that keep their place, and the drawings."""
+"""The figures: themes for a light and a dark page, labels that fit, and the drawing functions."""
 
 import io
 from bisect import bisect_right
@@ -24,13 +24,13 @@ WIDTH = 9.0
 
 
 class Theme(NamedTuple):
-    """Colours of a page and of the figures on it, as #rrggbb.
+    """Colours of a page and of its figures, as #rrggbb.
 
     Args:
-        surface, ink, muted, grid: background, text, lesser text and axes, grid lines.
-        series: of lines and bars, in this order.
-        sequential: steps of a colour map from nothing to much.
-        diverging: steps from less, through nothing, to more.
+        surface, ink, muted, grid: colours of the background, text, secondary text and axes, and grid lines.
+        series: colours of lines and bars, in order.
+        sequential: colour map from low to high.
+        diverging: colour map from negative through zero to positive.
     """
 
     name: Literal["light", "dark"]
@@ -43,12 +43,12 @@ class Theme(NamedTuple):
     diverging: tuple[str, ...]
 
     def line_style(self, index: int) -> dict[str, Any]:
-        """Colour and dashes of the line at ``index``; no two of the first 24 have both in common."""
+        """Return colour and dashes of the line at ``index``; the first 24 all differ in one or the other."""
         rounds, place = divmod(index, len(self.series))
         return {"color": self.series[place], "linestyle": _DASHES[(place + rounds) % len(_DASHES)]}
 
     def color_map(self, kind: Literal["sequential", "diverging"]) -> Colormap:
-        """Cells without a value take the colour of the grid."""
+        """Return a colour map; cells without a value take the colour of the grid."""
         colours = self.sequential if kind == "sequential" else self.diverging
         made = LinearSegmentedColormap.from_list(f"{kind}-{self.name}", list(colours))
         return made.with_extremes(bad=self.grid)
@@ -81,12 +81,12 @@ Draw = Callable[[Theme], Figure]
 
 
 def render(draw: Draw, theme: Theme, file_format: Literal["svg", "png"]) -> bytes:
-    """Draws a figure and encodes it; the same figure always gives the same bytes.
+    """Draw a figure and encode it; the same figure always gives the same bytes.
 
     Args:
-        draw: makes the figure.
-        theme: its colours.
-        file_format: svg with letters as outlines, or png at 200 dots an inch.
+        draw: function that makes the figure.
+        theme: colours of the figure.
+        file_format: "svg" with text as outlines, or "png" at 200 dots per inch.
     """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
@@ -98,7 +98,7 @@ def render(draw: Draw, theme: Theme, file_format: Literal["svg", "png"]) -> byte
         metadata = {"Date": None} if file_format == "svg" else {"Software": None}
         figure.savefig(file, format=file_format, dpi=200, facecolor=theme.surface, metadata=metadata)
     content = file.getvalue()
-    # Without the XML prologue and its document type, which names an address.
+    # Without the XML prologue and its doctype, which contains a URL.
     return content[content.index(b"<svg") :] if file_format == "svg" else content
 
 
@@ -135,19 +135,19 @@ def _settings(theme: Theme) -> dict[str, Any]:
 LONGEST_NAME = 40
 _LONGEST_TITLE = 80
 _MOST_COLUMNS = 6
-_POINTS = 72.0  # an inch
+_POINTS = 72.0  # per inch
 _SUBPIXELS = 64.0  # FreeType's unit
 
 
 def shorten(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name of at most ``longest`` letters; one that is longer loses its middle, since the end may tell it apart."""
+    """Return a name of at most ``longest`` letters; a longer one loses its middle, as names often differ at the end."""
     tail = longest // 2
     shown = name if len(name) <= longest else f"{name[: longest - tail - 1]}…{name[-tail:]}"
     return f"\u2009{shown}" if shown.startswith("_") else shown  # a legend leaves out what starts with an underscore
 
 
 def fit(title: str, width: float, longest: int = _LONGEST_TITLE) -> str:
-    """A title in one line, or two, of at most ``width`` inches each; one with too many letters is shortened.
+    """Return a title in one or two lines of at most ``width`` inches each; a longer title is shortened.
 
     Example:
         >>> fit("student with KD and warm-up", 1.5)
@@ -160,16 +160,16 @@ def fit(title: str, width: float, longest: int = _LONGEST_TITLE) -> str:
         if whole <= width:
             return shown
         first = bisect_right([_width(shown[:end]) for end in range(1, len(shown))], width)
-        # At a space, unless that leaves too much for the second line.
+        # Break at a space, unless that leaves too much for the second line.
         for end in (shown.rfind(" ", 0, first + 1), first):
             if end > 0 and _width(shown[end:].lstrip()) <= width:
                 return f"{shown[:end]}\n{shown[end:].lstrip()}"
-        letters -= max(1, int(letters * (1 - 2 * width / whole)))  # two lines hold no more than that
+        letters -= max(1, int(letters * (1 - 2 * width / whole)))  # two lines hold at most this many
     return title[:1]
 
 
 def add_legend(figure: Figure, drawn: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend below everything, in as many columns as the figure is wide for; the figure grows by its height."""
+    """Add a legend below the axes, with as many columns as fit; the figure grows by its height."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     for columns in range(min(_MOST_COLUMNS, len(drawn)), 0, -1):
         legend = figure.legend(drawn, names, loc="outside lower left", ncols=columns)
@@ -183,7 +183,7 @@ def add_legend(figure: Figure, drawn: Sequence[Any], names: Sequence[str]) -> No
 
 
 def _width(text: str) -> float:
-    """Inches of a line of a title, as its font says."""
+    """Return the width of a title's line in inches, as measured by its font."""
     properties = FontProperties(size=matplotlib.rcParams["axes.titlesize"])
     font = get_font(findfont(properties))
     font.set_size(properties.get_size_in_points(), _POINTS)
@@ -200,16 +200,16 @@ _PAD = 0.09
 """Inches around the axes: a title must not touch the label of the axis above it."""
 _TITLE_ROW = 0.19
 _NAMES = 2.9
-"""Inches for the names beside rows; the rest of the width is for what they name."""
+"""Inches for the row names; the rest of the width is for the bars or marks."""
 
 
 class Panel(NamedTuple):
-    """One pair of axes with a line a group.
+    """One pair of axes with one line per group.
 
     Args:
-        title, x_label, y_label: the labels with their units.
-        lines: to draw; a group has the same colour in every panel of a figure.
-        x_limits, y_limits: of the axes; None: as the lines need.
+        title, x_label, y_label: labels, with units.
+        lines: lines to draw; a group has the same colour in every panel of a figure.
+        x_limits, y_limits: limits of the axes. If None, they fit the lines.
     """
 
     title: str
@@ -228,26 +228,26 @@ class Matrix(NamedTuple):
 
 
 class Dots(NamedTuple):
-    """One group's shares in percent: for each measure the mean, the lowest and the highest seed."""
+    """One group's percentages: for each measure the mean, the lowest and the highest seed."""
 
     name: str
     measures: dict[str, tuple[float, float, float]]
 
 
 class Bar(NamedTuple):
-    """One group's parts, in the order they are stacked."""
+    """One group's bar: its parts in the order they are stacked."""
 
     name: str
     parts: dict[str, float]
 
 
 def draw_curves(panels: Sequence[Panel], theme: Theme, names: Sequence[str]) -> Figure:
-    """Panels in two columns, one legend; the band spans the seeds.
+    """Draw panels in two columns with one legend; the band spans the seeds.
 
     Args:
-        panels: at least one.
-        theme: the colours.
-        names: of all groups of a page, so that each has one colour in all its figures.
+        panels: at least one panel.
+        theme: colours of the figure.
+        names: names of all groups on the page, so that each has one colour in all its figures.
     """
     shown = {line.name for panel in panels for line in panel.lines}
     listed = [name for name in names if name in shown]
@@ -273,7 +273,7 @@ def draw_heatmaps(
     x_label: str,
     y_label: str,
 ) -> Figure:
-    """Square heatmaps on one colour scale; more than 256 classes are averaged in square cells."""
+    """Draw square heatmaps on one colour scale; more than 256 classes are averaged in square cells."""
     cells = [shrink(matrix.values) for matrix in matrices]
     classes = matrices[0].values.shape[0]
     finite = np.concatenate([np.abs(cell[np.isfinite(cell)]).ravel() for cell in cells])
@@ -310,7 +310,7 @@ def draw_heatmaps(
 
 
 def draw_dots(groups: Sequence[Dots], theme: Theme, *, x_label: str) -> Figure:
-    """A row a group, a marker a measure, with a line from the lowest to the highest seed."""
+    """Draw one row per group and one marker per measure, with a line from the lowest to the highest seed."""
     measures = list(dict.fromkeys(measure for group in groups for measure in group.measures))
     figure = _figure(0.8 * WIDTH, 0.95 + 0.42 * len(groups))
     place = figure.subplots()
@@ -335,7 +335,7 @@ def draw_dots(groups: Sequence[Dots], theme: Theme, *, x_label: str) -> Figure:
 
 
 def draw_bars(bars: Sequence[Bar], theme: Theme, *, x_label: str) -> Figure:
-    """Horizontal stacked bars with their sums at the end."""
+    """Draw horizontal stacked bars, each with its sum at the end."""
     parts = list(dict.fromkeys(part for bar in bars for part in bar.parts))
     figure = _figure(WIDTH, 0.95 + 0.5 * len(bars))
     place = figure.subplots()
@@ -364,7 +364,7 @@ def draw_bars(bars: Sequence[Bar], theme: Theme, *, x_label: str) -> Figure:
 
 
 def shrink(values: Floats, most: int = _MOST_CELLS) -> Floats:
-    """A matrix of at most ``most`` cells a side: means of squares, NaN not counted."""
+    """Return a matrix of at most ``most`` cells per side: means over squares, ignoring NaN."""
     size = len(values)
     side = -(-size // most)
     if side == 1:
@@ -379,12 +379,12 @@ def shrink(values: Floats, most: int = _MOST_CELLS) -> Floats:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, whose parts are laid out beside each other."""
+    """Return an empty figure of this size in inches, whose axes are laid out without overlap."""
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=_PAD, w_pad=_PAD))
 
 
 def _draw_panel(place: Axes, panel: Panel, names: Sequence[str], theme: Theme, width: float) -> dict[str, Any]:
-    """Draws it and returns the drawn line of each group; a title of more than ``width`` inches takes two lines."""
+    """Draw a panel and return the drawn line of each group; titles wider than ``width`` inches take two lines."""
     drawn: dict[str, Any] = {}
     for line in panel.lines:
         style = theme.line_style(names.index(line.name))

@@ -1,4 +1,4 @@
-"""The page: sections of paragraphs, tables and pictures as one HTML file, without script and without the network."""
+"""The page: sections of text, tables and figures in one HTML file, without scripts and without network access."""
 
 import base64
 import html
@@ -12,10 +12,10 @@ class Table(NamedTuple):
     """A table whose first column names its rows.
 
     Args:
-        caption: what the figures are.
-        header: one cell a column.
-        rows: one cell a column each; a line break in a cell stays one.
-        numbers: whether the columns after the first are numbers, which stand to the right.
+        caption: what the table shows.
+        header: one cell per column.
+        rows: one cell per column each; line breaks are kept.
+        numbers: whether the columns after the first are numbers, to be right-aligned.
     """
 
     caption: str
@@ -28,10 +28,10 @@ class Picture(NamedTuple):
     """A figure.
 
     Args:
-        name: of its PNG file, after the page's own.
-        caption: what it shows.
-        alt: what a reader who does not see it must know: the figures it ends at.
-        draw: draws it in the colours of a theme.
+        name: suffix of its PNG file, after the page's own name.
+        caption: what the figure shows.
+        alt: alternative text, with the final values.
+        draw: function that draws it in the colours of a theme.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Picture(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A sentence in the place of something that cannot be shown: what would make it appear."""
+    """A sentence in place of something that cannot be shown; it says what would make it appear."""
 
     text: str
 
@@ -50,14 +50,14 @@ Part = str | Table | Picture | Missing
 
 
 class Section(NamedTuple):
-    """A heading and what stands under it; ``anchor`` is its id."""
+    """A heading and the content under it; ``anchor`` is its id."""
 
     anchor: str
     title: str
     parts: tuple[Part, ...]
 
 
-# Nothing is fetched and nothing runs, whatever a name in a run folder may hold.
+# Nothing is fetched and no script runs, whatever a name in a run folder contains.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _STYLE = """
@@ -95,11 +95,11 @@ figcaption { color: var(--muted); font-size: .92rem; margin-top: .5rem; max-widt
 
 
 def write_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page as a text.
+    """Return the page as HTML.
 
     Args:
-        title, subtitle: of the page.
-        sections: in their order; an empty one is left out.
+        title, subtitle: heading of the page and the line below it.
+        sections: sections in order; empty ones are left out.
     """
     shown = [section for section in sections if section.parts]
     links = "".join(f'<li><a href="#{_text(s.anchor)}">{_text(s.title)}</a></li>' for s in shown)

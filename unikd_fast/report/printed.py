@@ -1,7 +1,7 @@
-"""The figures that the UniKD paper prints (Huang et al., ECCV 2024), as data, with what is doubtful about them.
+"""The figures printed in the UniKD paper (Huang et al., ECCV 2024), as data, with what is doubtful about them.
 
-Rows bear our method names, pairs our model names, teacher first. Some cells of the paper are wrong, lost in the text it
-was transcribed from, or at odds with each other: these have a note, and the page shows it beside the figure.
+Rows have our method names, pairs our model names, teacher first. Some cells of the paper are wrong, missing from the
+text it was transcribed from, or inconsistent: these have a note, which the page shows next to the figure.
 """
 
 from typing import Literal, NamedTuple
@@ -12,12 +12,12 @@ Metric = Literal["top1", "top5"]
 
 
 class Printed(NamedTuple):
-    """One printed accuracy, in percent.
+    """An accuracy printed in the paper, in percent.
 
     Args:
-        value: as printed.
+        value: value as printed.
         note: what is doubtful about it; empty if nothing is.
-        tables: the paper's tables that print it.
+        tables: numbers of the paper's tables that print it.
     """
 
     value: float
@@ -50,7 +50,7 @@ _R50_MV1 = ("torchvision/resnet50", "timm/mobilenetv1_100")
 _WRN_40_1, _VGG8 = _HOMOGENEOUS[4], _HOMOGENEOUS[5]
 
 MEAN: Pair = ("mean of six pairs", "mean of six pairs")
-"""Stands for a pair in Table 7, whose figures are means over the pairs of Table 1."""
+"""The pair of Table 7, whose figures are means over the pairs of Table 1."""
 
 # The columns of each table.
 _COLUMNS: dict[int, tuple[Pair, ...]] = {
@@ -135,12 +135,12 @@ _TOP5: dict[int, dict[str, tuple[float, ...]]] = {
     }
 }
 
-_ELSEWHERE = "lost in the text at hand; filled from other papers' tables of the same row, unverified"
+_ELSEWHERE = "missing from the text at hand; filled in from other papers' tables of the same row, unverified"
 _UNRESOLVED = "Table 1 prints 75.35, Table 5 prints 76.35; which is right is unresolved"
 _SWAPPED = "71.98 and 72.98 are swapped in Table 1: {} is {}"
 _CITED = "the row cites logit standardisation with DKD and equals that paper's"
 _REPEATS_KR = "repeats the figure of KR"
-# Of single cells, then of whole rows.
+# First for single cells, then for whole rows.
 _NOTES: dict[tuple[int, str, Pair, Metric], str] = {
     (1, "none", _WRN_40_1, "top1"): _SWAPPED.format("this student", "71.98"),
     (1, "kd", _VGG8, "top1"): _SWAPPED.format("KD of VGG8", "72.98"),
@@ -161,7 +161,7 @@ _NOTES: dict[tuple[int, str, Pair, Metric], str] = {
 }
 _ROW_NOTES: dict[str, str] = {"logit_standardisation": _CITED}
 
-# Other names of rows: the paper's, and usual ones.
+# Other names of rows: the paper's, and common ones.
 _SAME = {
     "student": "none",
     "nkd*": "logit_standardisation",
@@ -172,32 +172,32 @@ _SAME = {
 
 
 def row_name(method: str) -> str:
-    """The name of a method's row: ``review_kd`` is ``kr``, and the parts of a hybrid are in alphabetical order."""
+    """Return the name of a method's row: ``review_kd`` is ``kr``, and the parts of a hybrid are sorted."""
     parts = [part.strip() for part in method.lower().split("+")]
     return "+".join(sorted(_SAME.get(part, part) for part in parts))
 
 
 def rows(table: int) -> tuple[str, ...]:
-    """The rows of a table: methods, "teacher", and "none" for the student alone."""
+    """Return the rows of a table: methods, "teacher", and "none" for the student alone."""
     return tuple(_TOP1[_known(table)])
 
 
 def pairs(table: int) -> tuple[Pair, ...]:
-    """The columns of a table; Table 7's only one is MEAN."""
+    """Return the columns of a table; the only one of Table 7 is MEAN."""
     return _COLUMNS[_known(table)]
 
 
 def printed(table: int, method: str, pair: Pair, metric: Metric = "top1") -> Printed:
-    """The figure that a table prints.
+    """Return the figure printed in a table.
 
     Args:
-        table: 1, 2, 3, 5, 6 or 7.
+        table: number of the table: 1, 2, 3, 5, 6 or 7.
         method: one of ``rows(table)``, or another name of it.
         pair: one of ``pairs(table)``.
-        metric: top5 is in Table 3 alone.
+        metric: "top1" or "top5"; only Table 3 has top5.
 
     Raises:
-        ValueError: the table has no such cell; names those it has.
+        ValueError: the table has no such cell; the message names those it has.
 
     Example:
         >>> printed(1, "unikd", ("cifar/resnet56", "cifar/resnet20"))
@@ -205,21 +205,21 @@ def printed(table: int, method: str, pair: Pair, metric: Metric = "top1") -> Pri
     """
     cells = (_TOP1 if metric == "top1" else _TOP5).get(_known(table))
     if cells is None:
-        raise ValueError(f"printed: Table {table} has no {metric}, only Table 3 has")
+        raise ValueError(f"printed: Table {table} has no {metric}; only Table 3 has it")
     row = row_name(method)
     if row not in cells:
-        raise ValueError(f"printed: Table {table} has no row {method!r}, only {', '.join(cells)}")
+        raise ValueError(f"printed: Table {table} has no row {method!r}; it has {', '.join(cells)}")
     if pair not in _COLUMNS[table]:
         known = ", ".join(" -> ".join(each) for each in _COLUMNS[table])
-        raise ValueError(f"printed: Table {table} has no pair {' -> '.join(pair)}, only {known}")
+        raise ValueError(f"printed: Table {table} has no pair {' -> '.join(pair)}; it has {known}")
     note = _NOTES.get((table, row, pair, metric), _ROW_NOTES.get(row, ""))
     return Printed(cells[row][_COLUMNS[table].index(pair)], note, (table,))
 
 
 def printed_anywhere(method: str, pair: Pair, metric: Metric = "top1") -> list[Printed]:
-    """Every different figure that the paper prints for a method and a pair, in the order of its tables.
+    """Return every distinct figure the paper prints for a method and a pair, in the order of its tables.
 
-    Several, where the tables disagree; none, where it prints nothing.
+    There are several if the tables disagree, and none if the paper prints nothing.
     """
     found: dict[float, Printed] = {}
     row = row_name(method)
@@ -232,7 +232,7 @@ def printed_anywhere(method: str, pair: Pair, metric: Metric = "top1") -> list[P
 
 
 def printed_alone(student: str, metric: Metric = "top1") -> list[Printed]:
-    """Every different figure that the paper prints for a student without a teacher, whatever pair it stands with."""
+    """Return every distinct figure the paper prints for a student without a teacher, in whatever pair."""
     found: dict[float, Printed] = {}
     for pair in dict.fromkeys(pair for pairs in _COLUMNS.values() for pair in pairs):
         if pair[1] == student:
@@ -245,5 +245,5 @@ def printed_alone(student: str, metric: Metric = "top1") -> list[Printed]:
 
 def _known(table: int) -> int:
     if table not in _TOP1:
-        raise ValueError(f"printed: there is no Table {table} here, only {', '.join(map(str, _TOP1))}")
+        raise ValueError(f"printed: no Table {table} here; there are {', '.join(map(str, _TOP1))}")
     return table

@@ -1,4 +1,4 @@
-"""The files of a run folder, read for the report: JSON, the records of metrics.jsonl, test logits and step times."""
+"""Readers and writers of a run folder's files: JSON, records of metrics.jsonl, test logits and step times."""
 
 import json
 import math
@@ -25,20 +25,20 @@ _SETTINGS: dict[str, type] = {
     "train.total_epochs": int,
 }
 _FIGURES = ("accuracy", "top5", "ce")
-_OPTIONAL = ("top5",)  # of more than five classes
+_OPTIONAL = ("top5",)  # missing for five classes or fewer
 
 
 class RunFileError(RunError, ValueError):
-    """A file of a run folder is damaged, or of another kind; the message says which and what to do."""
+    """A file of a run folder is damaged or of another kind; the message says which one and what to do."""
 
     exit_code = 2
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, none if there is no such file; a last line that a kill cut off is left out.
+    """Return the records of metrics.jsonl, or none if there is no such file; a last line cut off by a kill is dropped.
 
     Raises:
-        RunFileError: a line before the last is not a record, or has something else where a number belongs.
+        RunFileError: a line before the last is not a record, or does not hold a number where one belongs.
     """
     path = folder / METRICS
     records = read_lines(path)
@@ -50,7 +50,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file that has one a line; see `read_records`."""
+    """Return the objects in a file with one JSON object per line; see `read_records`."""
     if not path.exists():
         return []
     records = []
@@ -60,15 +60,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise RunFileError(f"{path}: line {number} is no JSON: {error}") from error
+            raise RunFileError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise RunFileError(f"{path}: line {number} is no record, got {line.strip()[:80].decode()}")
+            raise RunFileError(f"{path}: line {number} is not a record, got {line.strip()[:80].decode()}")
         records.append(record)
     return records
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         RunFileError: it cannot be read or parsed, or is not an object.
@@ -85,16 +85,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The result of a finished run.
+    """Return the result of a finished run.
 
     Raises:
-        RunFileError: it cannot be read, or does not hold what a run writes.
+        RunFileError: it cannot be read, or is not the result of a run.
         FileNotFoundError: it is missing.
     """
     result = read_json(path)
     kinds = {"label": str, "seed": int, "method": object, "model": str, "test_is_val": bool, "best": dict, "last": dict}
     if missing := [key for key in kinds if key not in result]:
-        raise RunFileError(f"{path} lacks {', '.join(missing)}; is it of this version of unikd_fast?")
+        raise RunFileError(f"{path} lacks {', '.join(missing)}; was it written by this version of unikd_fast?")
     for key, kind in kinds.items():
         _require(path, key, result[key], kind)
     for which in ("best", "last"):
@@ -111,10 +111,10 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of a run, of which a report reads some sections.
+    """Return the configuration of a run, of which a report reads some sections.
 
     Raises:
-        RunFileError: it cannot be read, or a section is something else than an object.
+        RunFileError: it cannot be read, or a section is not an object.
         FileNotFoundError: it is missing.
     """
     config = read_json(path)
@@ -137,7 +137,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of JSON is a number; true and false are not.
+    """Return whether a JSON value is a number; true and false are not.
 
     Example:
         >>> is_number(0.5), is_number(True), is_number("1")
@@ -158,12 +158,12 @@ _STEP_PARTS = ("data_ms", "teacher_ms", "student_forward_ms", "loss_ms", "backwa
 
 
 class TestLogits(NamedTuple):
-    """A network's outputs over a split, in its order.
+    """A network's outputs on a split, in the order of its samples.
 
     Args:
         logits: (N, K), fp16 or fp32.
         labels: (N,), int64, the true classes.
-        split: its name, "test" or "val".
+        split: name of the split, "test" or "val".
     """
 
     logits: "NDArray[Any]"
@@ -172,7 +172,7 @@ class TestLogits(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """Where a training step's time goes, in milliseconds, and on what hardware."""
+    """Where the time of a training step goes, in milliseconds, and on what hardware."""
 
     data_ms: float
     teacher_ms: float
@@ -184,13 +184,13 @@ class StepTime(NamedTuple):
 
 
 def write_test_logits(folder: Path, logits: "NDArray[Any]", labels: "NDArray[Any]", *, split: str = "test") -> Path:
-    """Writes test_logits.safetensors: ``logits`` (N, K) in fp16, ``labels`` (N,) in int64; returns its path.
+    """Write test_logits.safetensors, ``logits`` (N, K) in fp16 and ``labels`` (N,) in int64, and return its path.
 
-    Where a logit is beyond the range of fp16 (65,504) all are kept in fp32: a run must not fail at its very end.
+    If a logit is beyond the range of fp16 (65,504), all are kept in fp32, so that a run does not fail at its very end.
 
     Raises:
-        ValueError: the shapes do not belong together, or the labels are no integers.
-        FileError: the disk is full, or cannot be written to.
+        ValueError: the shapes do not match, or the labels are not integers.
+        FileError: the disk is full or cannot be written to.
     """
     import numpy as np
     from safetensors.numpy import save
@@ -210,10 +210,10 @@ def write_test_logits(folder: Path, logits: "NDArray[Any]", labels: "NDArray[Any
 
 
 def read_test_logits(folder: Path) -> TestLogits | None:
-    """The test logits in ``folder``; None if it has none.
+    """Return the test logits in ``folder``, or None if it has none.
 
     Raises:
-        RunFileError: the file is cut off, or its tensors do not belong together.
+        RunFileError: the file is cut off, or its tensors do not match.
     """
     import numpy as np
     from safetensors import SafetensorError, safe_open
@@ -236,17 +236,17 @@ def read_test_logits(folder: Path) -> TestLogits | None:
 
 
 def write_step_time(folder: Path, times: StepTime) -> Path:
-    """Writes step_time.json and returns its path."""
+    """Write step_time.json and return its path."""
     path = folder / STEP_TIME
     write_json(path, times._asdict())
     return path
 
 
 def write_whole_step_time(folder: Path, *, data_ms: float, step_ms: float, hardware: str) -> Path:
-    """Writes the step_time.json of steps captured in one CUDA graph, whose parts nobody sees; returns its path."""
+    """Write step_time.json for steps captured in one CUDA graph, which cannot be broken down; return its path."""
     path = folder / STEP_TIME
     content = {
-        "captured": "the step is one CUDA graph (train.cuda_graph): only its whole is known",
+        "captured": "the step is one CUDA graph (train.cuda_graph): only its total is known",
         "data_ms": data_ms,
         "step_ms": step_ms,
         "hardware": hardware,
@@ -256,10 +256,10 @@ def write_whole_step_time(folder: Path, *, data_ms: float, step_ms: float, hardw
 
 
 def read_step_time(folder: Path) -> StepTime | None:
-    """The step times in ``folder``; None if it has none, or those of captured steps, which have no parts.
+    """Return the step times in ``folder``, or None if it has none or those of captured steps, which have no parts.
 
     Raises:
-        RunFileError: a part is missing, or is no time.
+        RunFileError: a part is missing or is not a duration.
     """
     path = folder / STEP_TIME
     if not path.exists():

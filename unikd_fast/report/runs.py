@@ -1,7 +1,7 @@
-"""Run folders as the engine writes them: the networks that were trained in them, and which are seeds of one another.
+"""Run folders as the engine writes them: the networks trained in them, and which ones are seeds of one experiment.
 
-A single run has result.json beside config.json, its teacher in ``teacher/``. A comparison has ``seed-<n>/<label>/`` and
-``seed-<n>/teacher/``, or ``teacher/`` if that was given rather than trained.
+A single run has result.json beside config.json and its teacher in ``teacher/``. A comparison has
+``seed-<n>/<label>/`` and ``seed-<n>/teacher/``, or ``teacher/`` if the teacher was given rather than trained.
 """
 
 import copy
@@ -17,14 +17,14 @@ _CONFIG, _RESULT = "config.json", "result.json"
 
 
 class Run(NamedTuple):
-    """One trained network, or a teacher that was given.
+    """A trained network, or a teacher that was given.
 
     Args:
-        folder: with its result.json.
-        source: the run folder it is part of, with config.json.
-        config: of this run alone, the comparison's settings put in; of a teacher the experiment's own.
-        result: what result.json holds.
-        teacher: the folder of the teacher's outputs and figures; None where there is none.
+        folder: folder of its result.json.
+        source: run folder it belongs to, with config.json.
+        config: configuration of this run alone, overrides of the comparison applied; for a teacher, the experiment's.
+        result: contents of result.json.
+        teacher: folder of the teacher's outputs and metrics. If None, there is no teacher.
     """
 
     folder: Path
@@ -46,8 +46,8 @@ class Run(NamedTuple):
         return self.label == TEACHER
 
 
-class Group(NamedTuple):
-    """The seeds of one experiment, in ascending order; ``name`` tells it from the other groups of a report."""
+class RunGroup(NamedTuple):
+    """The seeds of one experiment, in ascending order; ``name`` is unique within a report."""
 
     name: str
     runs: tuple[Run, ...]
@@ -58,17 +58,17 @@ class Group(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the folders hold: the finished runs, and a sentence for each one that is not finished."""
+    """The finished runs found in the folders, and one sentence for each run that is not finished."""
 
     runs: tuple[Run, ...]
     unfinished: tuple[str, ...]
 
 
 def find_runs(folders: Sequence[Path]) -> Found:
-    """The runs in the given run folders, each once.
+    """Return the runs in the given run folders, each once.
 
     Args:
-        folders: run folders, or parts of them that have a result.json.
+        folders: run folders, or subfolders of them that have a result.json.
 
     Raises:
         RunFileError: a folder is not a run folder, holds no finished run, or has a damaged file.
@@ -82,10 +82,10 @@ def find_runs(folders: Sequence[Path]) -> Found:
     return Found(tuple(runs.values()), tuple(unfinished))
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Runs of one label whose configurations differ in nothing but the seed, teachers first.
+def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
+    """RunGroup runs that have one label and differ only in the seed, teachers first.
 
-    A label that several groups bear is told apart by the model, else by the folder, and so are two runs of one seed.
+    Groups with the same label are named by their model as well, or by their folder if that is the same too.
     """
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -101,13 +101,13 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     groups = []
     for index, part in enumerate(parts):
         name = next((names[index] for names in (labels, models) if names.count(names[index]) == 1), folders[index])
-        groups.append(Group(name, tuple(sorted(part, key=lambda run: run.seed))))
+        groups.append(RunGroup(name, tuple(sorted(part, key=lambda run: run.seed))))
     return groups
 
 
 def _find(folder: Path) -> Found:
     if not folder.exists():
-        raise RunFileError(f"{folder} does not exist; give a run folder, as run.dir names it")
+        raise RunFileError(f"{folder} does not exist; give a run folder (run.dir)")
     if (folder / _CONFIG).exists():
         return _find_whole(folder)
     if (folder / _RESULT).exists():
@@ -117,8 +117,8 @@ def _find(folder: Path) -> Found:
                 return Found(_read_parts(parent, parts, read_config(parent / _CONFIG)), ())
     for parent in folder.resolve().parents[:2]:
         if (parent / _CONFIG).exists():
-            raise RunFileError(f"{folder} is a part of the run folder {parent} and holds no result.json; give {parent}")
-    raise RunFileError(f"{folder} is not a run folder, it has no {_CONFIG}; give the folder that run.dir names")
+            raise RunFileError(f"{folder} is part of the run folder {parent} and has no result.json; give {parent}")
+    raise RunFileError(f"{folder} is not a run folder, it has no {_CONFIG}; give the folder in run.dir")
 
 
 def _find_whole(source: Path) -> Found:
@@ -162,7 +162,7 @@ def _read_parts(source: Path, parts: Iterable[Path], config: dict[str, Any]) -> 
 
 
 def apply_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with values put in at dotted keys, such as ``distill.method``; its sections are not changed."""
+    """Return a copy of a configuration with dotted keys, such as ``distill.method``, set to new values."""
     changed = copy.deepcopy(config)
     for key, value in settings.items():
         *path, last = key.split(".")
@@ -176,14 +176,14 @@ def apply_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str
 
 
 def _identity(run: Run) -> str:
-    """Everything of the configuration that two seeds of one experiment have in common."""
+    """Return what two seeds of one experiment have in common in their configuration."""
     left_out = ("run", "compare", "$schema", *(("student", "distill") if run.is_teacher else ()))
     kept = {key: value for key, value in run.config.items() if key not in left_out}
     return json.dumps([kept, run.result["method"], run.result["model"]], sort_keys=True)
 
 
 def _distinct_seeds(members: list[Run]) -> list[list[Run]]:
-    """One part, or one per source where a seed was run more than once."""
+    """Split the runs by source if a seed was run more than once."""
     if len({run.seed for run in members}) == len(members):
         return [members]
     sources: dict[Path, list[Run]] = {}
@@ -193,7 +193,7 @@ def _distinct_seeds(members: list[Run]) -> list[list[Run]]:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or all of it where that does not tell two of them apart."""
+    """Return the last part of each path, or the whole path where two would have the same name."""
     resolved = [folder.resolve() for folder in folders]
     names: dict[str, set[Path]] = {}
     for path in resolved:

@@ -1,4 +1,4 @@
-"""Further sections of the page: curves over the epochs, what the test logits show, speed and environment."""
+"""Further sections of the page: curves over epochs, what the test logits show, step time and environment."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from unikd_fast.report.figures import Bar, Dots, Matrix, Panel, draw_bars, draw_
 from unikd_fast.report.page import Missing, Part, Picture, Section, Table
 from unikd_fast.report.run_data import (
     DIFFERENCES,
+    GroupData,
     Line,
     LogitComparison,
-    Material,
     course,
     keys_with,
     line,
@@ -34,40 +34,34 @@ _INDICATORS = {
 }
 
 
-def convergence_section(materials: Sequence[Material]) -> Section:
-    """Fig 3: cross-entropy, the common probe, and each method's own loss terms."""
-    split, names = _split(materials), [material.name for material in materials]
+def convergence_section(groups: Sequence[GroupData]) -> Section:
+    """Build Fig 3: cross-entropy, the common probe, and each method's own loss terms."""
+    split, names = _split(groups), [group.name for group in groups]
     parts: list[Part] = []
     panels = [
-        Panel(f"Cross-entropy, {split}", _EPOCH, "nats a sample", _lines(materials, "evaluation", "ce")),
-        Panel(
-            f"Common probe, {split}", _EPOCH, "τ² KL, τ = 4 (nats a sample)", _lines(materials, "evaluation", _PROBE)
-        ),
+        Panel(f"Cross-entropy, {split}", _EPOCH, "nats per sample", _lines(groups, "evaluation", "ce")),
+        Panel(f"Common probe, {split}", _EPOCH, "τ² KL, τ = 4 (nats per sample)", _lines(groups, "evaluation", _PROBE)),
     ]
-    terms = dict.fromkeys(
-        term for material in materials for seed in material.seeds for term in loss_terms(seed.records)
-    )
-    panels += [Panel(f"{term}, training", _EPOCH, "loss term", _term_lines(materials, term)) for term in terms]
+    terms = dict.fromkeys(term for group in groups for seed in group.seeds for term in loss_terms(seed.records))
+    panels += [Panel(f"{term}, training", _EPOCH, "loss term", _term_lines(groups, term)) for term in terms]
     shown = tuple(panel for panel in panels if panel.lines)
     if shown:
         parts.append(
             Picture(
                 "convergence",
-                "Fig 3. Cross-entropy and the common probe on data that is not trained on, then each method's own loss "
-                f"terms in training, as it logs them.{_band(materials)} Own terms of different methods do not "
-                "compare; the probe is the same measure for all.",
+                "Fig 3. Cross-entropy and the common probe on held-out data, then each method's own loss "
+                f"terms in training, as it logs them.{_band(groups)} Loss terms of different methods are not "
+                "comparable; the probe is the same measure for all.",
                 _alt(shown),
                 lambda theme: draw_curves(shown, theme, names),
             )
         )
     else:
         parts.append(
-            Missing("The course of training appears once the run folders hold metrics.jsonl with evaluation records.")
+            Missing("The training curves appear once the run folders hold metrics.jsonl with evaluation records.")
         )
     probed = {line.name for line in panels[1].lines}
-    taught = [
-        m for m in materials if m.group.runs[0].teacher is not None and m.group.runs[0].result["method"] != "none"
-    ]
+    taught = [m for m in groups if m.seeds[0].run.teacher is not None and m.seeds[0].run.result["method"] != "none"]
     lacking = [m.name for m in taught if m.name not in probed]
     if lacking:
         parts.append(
@@ -79,18 +73,18 @@ def convergence_section(materials: Sequence[Material]) -> Section:
     return Section("convergence", "Convergence", tuple(parts))
 
 
-def collapse_section(materials: Sequence[Material]) -> Section:
-    """The head_* indicators over the epochs, and where they end."""
+def collapse_section(groups: Sequence[GroupData]) -> Section:
+    """Build the head_* indicators over the epochs, and their final values."""
     keys = dict.fromkeys(
         key
-        for material in materials
-        for seed in material.seeds
+        for group in groups
+        for seed in group.seeds
         for key in keys_with(seed.records, "evaluation", lambda key: key.startswith("head_"))
     )
-    found = {key: lines for key in keys if (lines := _lines(materials, "evaluation", key))}
+    found = {key: lines for key in keys if (lines := _lines(groups, "evaluation", key))}
     if not found:
         text = (
-            "No run has indicators of a teacher's head. Methods that have one (UniKD) write head_* at every evaluation."
+            "No run has indicators of a teacher head. Methods that have one (UniKD) write head_* at every evaluation."
         )
         return Section("collapse", "Collapse indicators", (Missing(text),))
     panels = tuple(_indicator_panel(key, lines) for key, lines in found.items())
@@ -101,36 +95,36 @@ def collapse_section(materials: Sequence[Material]) -> Section:
         "collapse",
         "Collapse indicators",
         (
-            "Trained through the feature loss alone, the teacher's side of UniKD can shrink to nothing, and the loss "
-            "with it. That shows as a spread of the means that goes to 0 and an accuracy at chance.",
+            "Trained by the feature loss alone, UniKD's teacher projection can shrink to zero, and the loss "
+            "with it. It shows as a standard deviation of the means that goes to 0 and an accuracy at chance level.",
             Picture(
                 "collapse",
-                f"The teacher's head at every evaluation, on the {_split(materials)}.{_band(materials)}",
+                f"The teacher head at every evaluation, on the {_split(groups)}.{_band(groups)}",
                 _alt(panels),
-                lambda theme: draw_curves(panels, theme, [material.name for material in materials]),
+                lambda theme: draw_curves(panels, theme, [group.name for group in groups]),
             ),
             Table("The same at the last evaluation, mean over seeds.", header, rows),
         ),
     )
 
 
-def _term_lines(materials: Sequence[Material], term: str) -> tuple[Line, ...]:
-    """Of the groups whose loss has the term; others may log zeros for it."""
-    having = [m for m in materials if any(term in loss_terms(seed.records) for seed in m.seeds)]
+def _term_lines(groups: Sequence[GroupData], term: str) -> tuple[Line, ...]:
+    """Return the lines of the groups whose loss has the term; others may log zeros for it."""
+    having = [m for m in groups if any(term in loss_terms(seed.records) for seed in m.seeds)]
     return _lines(having, "train", term)
 
 
-def _lines(materials: Sequence[Material], kind: str, key: str) -> tuple[Line, ...]:
+def _lines(groups: Sequence[GroupData], kind: str, key: str) -> tuple[Line, ...]:
     lines = []
-    for material in materials:
-        courses = [found for seed in material.seeds if (found := course(seed.records, kind, key))]
-        if (line := line_over_seeds(material.name, courses)) is not None:
+    for group in groups:
+        courses = [found for seed in group.seeds if (found := course(seed.records, kind, key))]
+        if (line := line_over_seeds(group.name, courses)) is not None:
             lines.append(line)
     return tuple(lines)
 
 
 def _indicator_panel(key: str, lines: tuple[Line, ...]) -> Panel:
-    """From zero, so that what looks like a fall is one; of an indicator that is not known, as its lines need."""
+    """Start at zero, so that a decline looks like one; for an unknown indicator, scale to the lines."""
     if key not in _INDICATORS:
         return Panel(key, _EPOCH, "indicator", lines)
     highest = max((float(line.high.max()) for line in lines if np.isfinite(line.high).all()), default=1.0)
@@ -143,28 +137,28 @@ def _last_value(lines: Sequence[Line], name: str) -> str:
     return next((f"{line.mean[-1]:.4g}" for line in lines if line.name == name), "–")
 
 
-def _split(materials: Sequence[Material]) -> str:
-    """What an evaluation during training is on: the test split where there is no other."""
-    on_test = {bool(run.result["test_is_val"]) for material in materials for run in material.group.runs}
+def _split(groups: Sequence[GroupData]) -> str:
+    """Return the name of the split that training evaluates on: the test split if there is no validation split."""
+    on_test = {bool(seed.run.result["test_is_val"]) for group in groups for seed in group.seeds}
     return {frozenset({True}): "test split", frozenset({False}): "validation split"}.get(
         frozenset(on_test), "validation or test split"
     )
 
 
-def _band(materials: Sequence[Material]) -> str:
-    several = any(len(material.seeds) > 1 for material in materials)
+def _band(groups: Sequence[GroupData]) -> str:
+    several = any(len(group.seeds) > 1 for group in groups)
     return " Lines are means over seeds, bands reach from the lowest seed to the highest." if several else ""
 
 
 def _alt(panels: Sequence[Panel], last: Callable[[Line], str] = lambda line: f"{line.mean[-1]:.4g}") -> str:
-    """Where each line ends, panel by panel."""
+    """List where each line ends, panel by panel."""
     ends = (f"{panel.title}: {', '.join(f'{line.name} {last(line)}' for line in panel.lines)}" for panel in panels)
     return f"Line charts. Last values: {'; '.join(ends)}."
 
 
 _ALMOST_ALL = 0.999
 _ANCHORS = (("differences", "Logit differences"), ("classes", "Class structure"), ("agreement", "Agreement"))
-# Title, digits, and the figure of a comparison.
+# Title, digits, and the value in a comparison.
 _MEASURES: tuple[tuple[str, int, Callable[[LogitComparison], float]], ...] = (
     ("agreement (%)", 2, lambda one: one.agreement),
     ("agreement where the teacher is right (%)", 2, lambda one: one.agreement_where_right),
@@ -174,33 +168,31 @@ _MEASURES: tuple[tuple[str, int, Callable[[LogitComparison], float]], ...] = (
 )
 
 
-def logit_sections(materials: Sequence[Material]) -> list[Section]:
-    """Three sections; one that says what is missing if no run has test logits."""
-    usable = [material for material in materials if material.compared]
+def logit_sections(groups: Sequence[GroupData]) -> list[Section]:
+    """Build three sections, or one that says what is missing if no run has test logits."""
+    usable = [group for group in groups if group.compared]
     reasons: dict[str, list[str]] = {}
-    for material in materials:
-        for seed in material.seeds:
+    for group in groups:
+        for seed in group.seeds:
             if seed.without:
-                reasons.setdefault(seed.without, []).append(material.name_of(seed))
+                reasons.setdefault(seed.without, []).append(group.name_of(seed))
     left_out = ". ".join(f"{'; '.join(names)}: {reason}" for reason, names in reasons.items())
     missing = Missing(
-        f"Left out are {left_out}. The logits' figures appear for runs of which the student's folder and the "
-        f"teacher's both hold {TEST_LOGITS}."
+        f"Left out: {left_out}. The logit figures appear for runs whose student folder and teacher "
+        f"folder both hold {TEST_LOGITS}."
     )
     if not usable:
         return [Section("differences", "Logits", (missing,))]
-    figures = (_differences(usable, [material.name for material in materials]), _classes(usable), _agreement(usable))
+    figures = (_differences(usable, [group.name for group in groups]), _classes(usable), _agreement(usable))
     doubts = [Missing(f"{m.name_of(seed)}: {seed.doubt}") for m in usable for seed in m.seeds if seed.doubt]
     first: list[Part] = [*figures[0], *([missing] if reasons else []), *doubts]
     parts = (tuple(first), figures[1], figures[2])
     return [Section(anchor, title, own) for (anchor, title), own in zip(_ANCHORS, parts, strict=True)]
 
 
-def _differences(materials: Sequence[Material], names: Sequence[str]) -> tuple[Part, ...]:
-    """Fig 4; ``names`` are of all groups of the page."""
-    lines = tuple(
-        line(material.name, DIFFERENCES, np.stack([one.cdf for one in material.compared])) for material in materials
-    )
+def _differences(groups: Sequence[GroupData], names: Sequence[str]) -> tuple[Part, ...]:
+    """Build Fig 4; ``names`` are those of all groups on the page."""
+    lines = tuple(line(group.name, DIFFERENCES, np.stack([one.cdf for one in group.compared])) for group in groups)
     everywhere = np.min([one.low for one in lines], axis=0) >= _ALMOST_ALL
     end = float(DIFFERENCES[np.argmax(everywhere)]) if everywhere.any() else float(DIFFERENCES[-1])
     panel = Panel(
@@ -213,8 +205,8 @@ def _differences(materials: Sequence[Material], names: Sequence[str]) -> tuple[P
     )
     medians = ", ".join(f"{one.name} {_median(one.mean)}" for one in lines)
     caption = (
-        "Fig 4. Empirical distribution of |z_s − z_t| over all test samples and classes; the further to the left a "
-        "curve rises, the nearer the student is to its teacher. A shift that softmax does not see counts as well."
+        "Fig 4. Empirical distribution of |z_s − z_t| over all test samples and classes; the further left a "
+        "curve rises, the closer the student is to its teacher. A shift that softmax cancels counts as well."
     )
     beyond = [f"{one.name} {100 * (1 - one.mean[-1]):.2g} %" for one in lines if one.mean[-1] < _ALMOST_ALL]
     if beyond:
@@ -227,22 +219,20 @@ def _median(cdf: np.ndarray) -> str:
     return f"{DIFFERENCES[np.argmax(cdf >= 0.5)]:.2f}" if cdf[-1] >= 0.5 else f"above {DIFFERENCES[-1]:g}"
 
 
-def _classes(materials: Sequence[Material]) -> tuple[Part, ...]:
-    means = [Matrix(material.name, material.compared[0].class_difference) for material in materials]
-    correlations = [Matrix(material.name, material.compared[0].correlation_difference) for material in materials]
-    several = any(len(material.seeds) > 1 for material in materials)
-    seed = " Of the first seed." if several else ""
+def _classes(groups: Sequence[GroupData]) -> tuple[Part, ...]:
+    means = [Matrix(group.name, group.compared[0].class_difference) for group in groups]
+    correlations = [Matrix(group.name, group.compared[0].correlation_difference) for group in groups]
+    several = any(len(group.seeds) > 1 for group in groups)
+    seed = " First seed only." if several else ""
     size = len(means[0].values)
     if any(len(matrix.values) != size for matrix in means):
-        return (
-            Missing("The class structure is left out: the runs differ in their number of classes; report them apart."),
-        )
-    cells = " Each cell is the mean of a square of classes." if size > 256 else ""
+        return (Missing("No class structure: the runs differ in their number of classes; report them separately."),)
+    cells = " Each cell is the mean over a square of classes." if size > 256 else ""
     return (
         Picture(
             "class-means",
-            "Fig 5. |M_s − M_t|: how far the student's mean logits for each true class are from the teacher's, the "
-            f"diagonal set to zero. One scale for all.{cells}{seed}",
+            "Fig 5. |M_s − M_t|: how far the student's mean logits for each true class are from the teacher's, with "
+            f"the diagonal set to zero. All share one scale.{cells}{seed}",
             f"Heatmaps of {size} x {size} classes. Mean difference in logits: {_averages(means)}.",
             lambda theme: draw_heatmaps(
                 means,
@@ -255,8 +245,8 @@ def _classes(materials: Sequence[Material]) -> tuple[Part, ...]:
         ),
         Picture(
             "correlations",
-            "Fig 5, as correlations: the correlation coefficients between the student's logits less those between the "
-            f"teacher's. One scale for all, the same to both sides.{cells}{seed}",
+            "Fig 5, as correlations: the correlation coefficients between the student's logits minus those between the "
+            f"teacher's. All share one symmetric scale.{cells}{seed}",
             f"Heatmaps of {size} x {size} classes. Mean absolute difference: {_averages(correlations)}.",
             lambda theme: draw_heatmaps(
                 correlations,
@@ -271,7 +261,7 @@ def _classes(materials: Sequence[Material]) -> tuple[Part, ...]:
 
 
 def _averages(matrices: Sequence[Matrix]) -> str:
-    """The mean absolute value of each off the diagonal, where there is one."""
+    """List the mean absolute value of each matrix off the diagonal."""
     shown = []
     for matrix in matrices:
         off = np.abs(matrix.values[~np.eye(len(matrix.values), dtype=bool)])
@@ -280,17 +270,17 @@ def _averages(matrices: Sequence[Matrix]) -> str:
     return ", ".join(shown)
 
 
-def _agreement(materials: Sequence[Material]) -> tuple[Part, ...]:
+def _agreement(groups: Sequence[GroupData]) -> tuple[Part, ...]:
     rows = []
     dots = []
-    for material in materials:
-        values = [[of(one) for one in material.compared] for _, _, of in _MEASURES]
+    for group in groups:
+        values = [[of(one) for one in group.compared] for _, _, of in _MEASURES]
         texts = (spread(value).text(digits) for value, (_, digits, _) in zip(values, _MEASURES, strict=True))
-        rows.append((material.name, *("–" if text.startswith("nan") else text for text in texts)))
+        rows.append((group.name, *("–" if text.startswith("nan") else text for text in texts)))
         shown = {"all samples": values[0], "samples the teacher gets right": values[1]}
         if not any(math.isnan(one) for value in shown.values() for one in value):
             measures = {name: (sum(value) / len(value), min(value), max(value)) for name, value in shown.items()}
-            dots.append(Dots(material.name, measures))
+            dots.append(Dots(group.name, measures))
     table = Table(
         "Student and teacher on the test split, mean ± sample standard deviation over seeds; τ² KL is the common probe "
         "on the stored logits.",
@@ -302,8 +292,8 @@ def _agreement(materials: Sequence[Material]) -> tuple[Part, ...]:
     ends = ", ".join(f"{one.name} {one.measures['all samples'][0]:.2f} %" for one in dots)
     picture = Picture(
         "agreement",
-        "How often the student gives its teacher's class. Marks are means over seeds, lines reach from the lowest "
-        "seed to the highest.",
+        "How often the student predicts the same class as its teacher. Marks are means over seeds, lines span the "
+        "lowest to the highest seed.",
         f"Dot plot of agreement on all test samples: {ends}.",
         lambda theme: draw_dots(dots, theme, x_label="samples with the same top-1 class (%)"),
     )
@@ -322,29 +312,29 @@ _NAMES = {
 }
 
 
-def step_time_section(materials: Sequence[Material]) -> Section:
-    """Where a step's time goes, where that was measured, and the pace of all runs."""
+def step_time_section(groups: Sequence[GroupData]) -> Section:
+    """Build the breakdown of a step where it was measured, and the throughput of all runs."""
     parts: list[Part] = []
-    times = {material.name: [seed.step_time for seed in material.seeds if seed.step_time] for material in materials}
+    times = {group.name: [seed.step_time for seed in group.seeds if seed.step_time] for group in groups}
     measured = {name: found for name, found in times.items() if found}
     if measured:
         parts += _breakdown(measured)
-    lacking = [material.name for material in materials if material.name not in measured]
+    lacking = [group.name for group in groups if group.name not in measured]
     if lacking:
         text = f"The breakdown of a step is missing for {', '.join(lacking)}"
-        how = f"it appears once the run's folder holds {STEP_TIME}, which a run of 20 steps writes"
-        parts.append(Missing(f"{text}; {how}. Steps captured in a CUDA graph (train.cuda_graph) have no parts."))
-    rows = tuple(row for material in materials if (row := _pace(material)) is not None)
+        how = f"it appears once the run folder holds {STEP_TIME}, which a run of at least 20 steps writes"
+        parts.append(Missing(f"{text}; {how}. Steps captured in a CUDA graph (train.cuda_graph) have no breakdown."))
+    rows = tuple(row for group in groups if (row := _pace(group)) is not None)
     if rows:
-        caption = "Pace in training: medians over the log lines of all seeds, without the first of each run."
+        caption = "Training throughput: medians over the log lines of all seeds, without the first of each run."
         parts.append(Table(caption, ("", "images per second", "share of time spent waiting for data (%)"), rows))
     return Section("step-time", "Step time", tuple(parts))
 
 
-def making_section(sources: Sequence[Path]) -> Section:
-    """The environment of each run folder, and what was another at a later start.
+def environment_section(sources: Sequence[Path]) -> Section:
+    """Build the environment of each run folder, and what changed at a later start.
 
-    Those that differ in time and command alone stand together.
+    Run folders that differ only in time and command share a table.
     """
     tables: list[Part] = []
     missing: list[Part] = []
@@ -362,14 +352,14 @@ def making_section(sources: Sequence[Path]) -> Section:
         alike.setdefault(compared, []).append((source, found))
     for (source, found), *others in alike.values():
         more = f" and {len(others)} others" if len(others) > 1 else " and another" if others else ""
-        caption = f"Environment of {source}{more}{', which differ in time and command alone' if others else ''}"
+        caption = f"Environment of {source}{more}{', which differ only in time and command' if others else ''}"
         rows = tuple((key, _plain(value)) for key, value in found.items())
         tables.append(Table(caption, ("", "value"), rows, numbers=False))
-    return Section("environment", "How these were made", (*tables, *missing))
+    return Section("environment", "Environment", (*tables, *missing))
 
 
 def _changes(first: dict[str, Any], start: dict[str, Any]) -> str:
-    """What a later start had that the first had not; empty where nothing of it matters."""
+    """List what a later start changed; empty if nothing relevant did."""
     changed = {key: value for key, value in start.items() if key not in _OWN and value != first.get(key)}
     versions, before = changed.get("versions"), first.get("versions")
     if isinstance(versions, dict) and isinstance(before, dict):
@@ -411,18 +401,18 @@ def _breakdown(measured: dict[str, list[StepTime]]) -> list[Part]:
     ]
 
 
-def _pace(material: Material) -> tuple[str, str, str] | None:
+def _pace(group: GroupData) -> tuple[str, str, str] | None:
     rates: list[float] = []
     waits: list[float] = []
-    for seed in material.seeds:
+    for seed in group.seeds:
         lines = [r for r in seed.records if r.get("kind") == "train" and "images_per_s" in r and "data_wait_share" in r]
-        # The first has the start of the loader and the first call of every kernel.
+        # The first line includes starting the loader and the first call of every kernel.
         for record in lines[1:] or lines:
             rates.append(record["images_per_s"])
             waits.append(record["data_wait_share"])
     if not rates:
         return None
-    return material.name, f"{statistics.median(rates):,.0f}", f"{100 * statistics.median(waits):.1f}"
+    return group.name, f"{statistics.median(rates):,.0f}", f"{100 * statistics.median(waits):.1f}"
 
 
 def _plain(value: Any) -> str:

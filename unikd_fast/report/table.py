@@ -1,4 +1,4 @@
-"""Results of runs as a table: mean and standard deviation over seeds, best and last epoch."""
+"""Results of runs as a table: mean and standard deviation over seeds, at the best and the last epoch."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ HEADER = ("", "model", "best epoch", "last epoch", "seeds")
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of test top-1 accuracy, one row a label; reads well on a terminal too.
+    """Return a Markdown table of test top-1 accuracy, one row per label, aligned for terminals too.
 
     Args:
-        results: result.json contents; several with one label are seeds of one run.
+        results: contents of result.json files; several with one label are seeds of one run.
     """
     rows = [_row(label, group) for label, group in _by_label(results).items()]
     return f"{_caption(results)}\n\n{markdown_table(HEADER, rows)}"
@@ -27,7 +27,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
-    """report.md: the table, every single run, and what the columns mean."""
+    """Return report.md: the table, every single run, and what the columns mean."""
     data, train = config["data"], config["train"]
     singles = [
         f"| {r['label']} | {r['seed']} | {_epoch(r['best'])} | {r['best']['test']['accuracy']:.2f} | "
