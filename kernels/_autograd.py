@@ -30,19 +30,18 @@ Allocate = Callable[..., tuple[Tensor, list[Tensor]]]
 
 
 class FusedLoss:
-    """One loss: how it is launched, and what its inputs and outputs are.
+    """A loss whose kernel computes the gradient together with the value.
 
     Args:
-        name: of the operator, `unikd_fast::name`.
+        name: name of the operator, `unikd_fast::name`.
         inputs: names of the tensors; all but the first may be None.
-        gradient_of: for each input, the output whose gradient it gets; -1 for an input that never has one.
-        settings: schema of what else `launch` takes, by name, such as {"temperature": "float"}.
-        outputs: how many; the first `differentiable` of them carry gradients. They are 0-d, or one number per row of
-            the first input if there is a setting `per_row` and it is true.
-        launch: `launch(inputs, outputs, gradients, upstream, **settings)` fills the outputs, and of each input the
-            dense gradient, wherever there is one to fill. It is called on the inputs' device if they have any rows.
-            `upstream` holds a dense factor, or None, for each differentiable output, by which its gradients are
-            multiplied.
+        gradient_of: for each input the output that it receives a gradient from, or -1 if it never receives one.
+        settings: schema of the other arguments of `launch` by name, such as {"temperature": "float"}.
+        outputs: number of outputs, of which the first `differentiable` carry gradients. They are 0-d, or one number
+            per row of the first input if there is a setting `per_row` and it is true.
+        launch: `launch(inputs, outputs, gradients, upstream, **settings)` fills the outputs and the dense gradients of
+            the inputs, those that are not None. It is called on the inputs' device if they have any rows. `upstream`
+            holds for each differentiable output None or a dense factor to multiply its gradients by.
     """
 
     def __init__(
@@ -70,10 +69,10 @@ class FusedLoss:
         self.operator = getattr(torch.ops.unikd_fast, name)
 
     def __call__(self, tensors: Tensors, **settings: Any) -> tuple[Tensor, ...]:
-        """Return the outputs, differentiable by the inputs that require a gradient.
+        """Return the outputs, differentiable with respect to the inputs that require a gradient.
 
         Raises:
-            RuntimeError: tensors under a transform that autograd would not see, see `refuse_transforms`.
+            RuntimeError: If a tensor is under a transform that a kernel cannot see (`refuse_transforms`).
         """
         refuse_transforms(self.name, tensors)
         wanted = [
@@ -96,7 +95,7 @@ class FusedLoss:
     def compute(
         self, tensors: Tensors, wanted: Sequence[bool], upstream: Tensors | None, settings: dict[str, Any]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Return the outputs, None if there are upstream factors, and the gradients that are wanted."""
+        """Return the outputs, or None if there are upstream factors, and the wanted gradients."""
         outputs, gradients = self._buffers(tensors, wanted, upstream, settings)
         first = tensors[0]
         assert first is not None
@@ -109,7 +108,7 @@ class FusedLoss:
         return outputs, gradients
 
     def _main_inputs(self, tensors: Tensors) -> list[Tensor]:
-        """Return those that may have a gradient: if all of them are empty, there is nothing to launch."""
+        """Return the inputs that may receive a gradient: if all are empty, there is nothing to launch."""
         return [x for x, output in zip(tensors, self.gradient_of, strict=True) if output >= 0 and x is not None]
 
     def _buffers(
@@ -146,7 +145,7 @@ class FusedLoss:
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         tensors, ctx.computed, _, ctx.settings = self._split(inputs)
         ctx.save_for_backward(*tensors, *output[self.outputs :])
-        ctx.set_materialize_grads(False)  # an output that nobody used has no gradient, not one of 0 times what it is
+        ctx.set_materialize_grads(False)  # an unused output has no gradient, rather than one of 0
 
     def _operator_backward(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         n = len(self.inputs)
@@ -170,7 +169,7 @@ class FusedLoss:
 
 
 class _Call(NamedTuple):
-    """What backward of one output needs to know of the launch."""
+    """What the backward pass of one output needs from the launch."""
 
     loss: FusedLoss
     settings: dict[str, Any]
@@ -178,15 +177,15 @@ class _Call(NamedTuple):
     gradients: list[Tensor | None]
     value: Tensor | None
     output: int
-    members: list[int]  # the inputs that get the gradient of this output
+    members: list[int]  # the inputs that receive a gradient from this output
 
 
 class _GradientInForward(torch.autograd.Function):
-    """One differentiable output of a launch: each has a node, and so a backward pass, of its own."""
+    """One differentiable output of a launch: each has its own node, and so its own backward pass."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor | None:
-        # What is not an input here must not keep the graph alive that it came from.
+        # Tensors that are not inputs here must not keep their graph alive.
         others = [None if x is None else x.detach() for x in call.tensors]
         for i, x in zip(call.members, inputs, strict=True):
             others[i] = x
@@ -212,7 +211,7 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:
-    """Which gradients forward computes: not those in fp16."""
+    """Tell which gradients are computed in forward: all but those in fp16."""
     return [bool(w and x is not None and x.dtype != torch.float16) for x, w in zip(tensors, wanted, strict=True)]
 
 
@@ -221,16 +220,15 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 class FusedFunction:
-    """One operation on a list of tensors.
+    """An operation on a list of tensors with a backward pass of its own.
 
     Args:
-        name: of the operators, `unikd_fast::name` and `unikd_fast::name_backward`.
-        settings: schema of what else the operation takes, by name, such as {"upsample": "str"}.
-        allocate: `allocate(tensors, **settings)` gives empty buffers: the output, and what backward needs besides the
-            tensors. It launches nothing, and runs on fake tensors too.
+        name: name of the operators, `unikd_fast::name` and `unikd_fast::name_backward`.
+        settings: schema of the other arguments by name, such as {"upsample": "str"}.
+        allocate: `allocate(tensors, **settings)` returns empty buffers: the output, and those that backward needs
+            besides the tensors. It launches nothing and works on fake tensors.
         forward: `forward(tensors, output, saved, **settings)` fills them.
-        backward: `backward(tensors, saved, upstream, grads, **settings)` fills the gradients; None for one that is
-            not wanted.
+        backward: `backward(tensors, saved, upstream, grads, **settings)` fills the gradients that are not None.
     """
 
     def __init__(
@@ -336,7 +334,7 @@ class _Eager(torch.autograd.Function):
 def refuse_transforms(function: str, tensors: Sequence[Tensor | None]) -> None:
     """Raise RuntimeError for a tensor under forward-mode differentiation, `torch.vmap` or `torch.func`.
 
-    A launch sees the numbers alone: a tangent would be lost, and a batched tensor has no numbers to see.
+    A launch sees plain numbers only: a tangent would be lost, and a batched tensor has none.
     """
     transform = transform_of(*tensors)
     if transform is not None:
@@ -347,7 +345,7 @@ def refuse_transforms(function: str, tensors: Sequence[Tensor | None]) -> None:
 
 
 def once(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """Let a second derivative fail where one is prepared (create_graph=True): as a constant it would be silently 0."""
+    """Make a second derivative raise if one is prepared (create_graph=True): of a constant it would silently be 0."""
     if gradient is None or x is None or not torch.is_grad_enabled():
         return gradient
     result: Tensor = _Once.apply(gradient.detach(), x)
@@ -355,7 +353,7 @@ def once(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient as a function of the input, whose own derivative is refused."""
+    """A gradient as a function of the input that cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:

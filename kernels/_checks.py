@@ -1,7 +1,8 @@
-"""What the losses refuse: each message names the function, what was wrong, both values, and the remedy.
+"""Argument checks of the losses: each message names the function, the problem, both values and the remedy.
 
-All but one of the checks look at shapes, types and devices alone: no synchronisation with a GPU, and nothing left of
-them under torch.compile. `check_labels` reads the labels where that is free, on the CPU outside of a compiled graph.
+They look at shapes, types and devices only, without synchronising with a GPU, and leave nothing in a compiled graph.
+Values are checked where that is free, on the CPU outside of compiled graphs: labels, and the indices and probabilities
+of top-k logits.
 """
 
 import importlib.util
@@ -20,14 +21,14 @@ _IMPLS = ("auto", "reference", "fused")
 
 
 def choose_impl(function: str, impl: str, *tensors: Tensor) -> str:
-    """Return the implementation that runs for `impl`, "fused" or "reference"; "fused" never falls back."""
+    """Return the implementation to run for `impl`, "fused" or "reference"; "fused" never falls back."""
     check_impl(function, impl)
     if impl == "reference":
         return impl
     device, transform = tensors[0].device, transform_of(*tensors)
     reason = ""
     if transform is not None:
-        reason = f"is differentiated by autograd in reverse mode alone, got tensors under {transform}; use impl='auto'"
+        reason = f"supports autograd in reverse mode only, got tensors under {transform}; use impl='auto'"
     elif device.type not in ("cuda", "cpu"):
         reason = f"needs a GPU, got tensors on {device}; move them to one or use impl='auto'"
     elif any(x.dtype == torch.float64 for x in tensors):
@@ -44,12 +45,12 @@ def choose_impl(function: str, impl: str, *tensors: Tensor) -> str:
 
 
 def without_teacher_gradient(function: str, impl: str, teacher: Tensor | QuantizedLogits | TopKLogits) -> str:
-    """Return the `impl` for a loss whose kernel takes the teacher's logits as a constant."""
+    """Return the `impl` for a loss whose kernel treats the teacher's logits as a constant."""
     if impl == "reference" or not (isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled()):
         return impl
     if impl == "fused":
         raise ValueError(
-            f"{function}: impl='fused' takes the teacher's logits as a constant, got logits that require a gradient; "
+            f"{function}: impl='fused' treats the teacher's logits as a constant, got logits that require a gradient; "
             f"detach them, or use impl='reference'"
         )
     return "reference"
@@ -70,7 +71,7 @@ def check_feature_reduction(function: str, feature_reduction: str) -> None:
 def check_temperature(function: str, temperature: float | Tensor) -> None:
     if isinstance(temperature, Tensor):
         raise TypeError(f"{function}: temperature must be a number, got a tensor; pass temperature.item()")
-    if not 0 < temperature < float("inf"):  # says no to NaN too, and unlike math.isfinite yes to a symbolic float
+    if not 0 < temperature < float("inf"):  # rejects NaN too and, unlike math.isfinite, accepts a symbolic float
         raise ValueError(
             f"{function}: temperature must be finite and above 0, got {temperature}; 4.0 is usual on CIFAR"
         )
@@ -92,9 +93,7 @@ def check_divergence(function: str, divergence: str, beta: float) -> None:
 
 def check_standardizable(function: str, logits: Tensor) -> None:
     if logits.shape[-1] < 2:
-        raise ValueError(
-            f"{function}: standardized=True needs at least 2 classes, got {logits.shape[-1]}; leave it out"
-        )
+        raise ValueError(f"{function}: standardized=True needs at least 2 classes, got {logits.shape[-1]}; omit it")
 
 
 def check_two_classes(function: str, logits: Tensor) -> None:
@@ -103,7 +102,7 @@ def check_two_classes(function: str, logits: Tensor) -> None:
 
 
 def check_weight(function: str, name: str, weight: float | Tensor, logits: Tensor) -> None:
-    """Refuse a tensor that is not a constant 0-d one on the logits' device."""
+    """Raise unless a weight is a number or a constant 0-d tensor on the logits' device."""
     if not isinstance(weight, Tensor):
         return
     if weight.ndim != 0:
@@ -128,7 +127,7 @@ def check_normalizer(function: str, normalizer: float | Tensor | None, logits: T
 
 
 def check_teacher(function: str, student: Tensor, teacher: Tensor | QuantizedLogits | TopKLogits) -> None:
-    """Refuse a teacher that does not fit the student's logits, whatever the form it is stored in."""
+    """Raise if the teacher's logits, in whatever form they are stored, do not match the student's."""
     if isinstance(teacher, Tensor):
         _check_same(function, "student and teacher logits", "student logits", student, "teacher logits", teacher)
         return
@@ -190,7 +189,7 @@ def check_anchor(function: str, anchor: tuple[Tensor, Tensor], teacher: Tensor |
 
 
 def check_gaussians(function: str, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> None:
-    """Refuse what is not two pairs (mean, log_var) of four tensors of one shape (..., K)."""
+    """Raise unless both are pairs (mean, log_var) and all four tensors have one shape (..., K)."""
     for role, pair in (("student", student), ("teacher", teacher)):
         if len(pair) != 2:
             raise ValueError(f"{function}: {role} must be a pair (mean, log_var), got {len(pair)} items")
@@ -210,7 +209,7 @@ def check_mask(function: str, mask: Tensor | None, logits: Tensor) -> None:
 
 
 def check_labels(function: str, labels: Tensor, logits: Tensor, ignore_index: int, *, soft: bool = False) -> None:
-    """Refuse labels that are neither class indices (...,) nor, where `soft`, weights of the classes (..., K)."""
+    """Raise unless labels are class indices (...,) or, if `soft`, class weights (..., K)."""
     if soft and labels.is_floating_point() and labels.shape == logits.shape:
         if labels.device != logits.device:
             raise ValueError(
@@ -226,7 +225,7 @@ def check_labels(function: str, labels: Tensor, logits: Tensor, ignore_index: in
     _check_rows(function, "labels", labels, logits)
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or transform_of(labels) is not None:
         return
-    classes, values = logits.shape[-1], labels.long()  # small integers would be compared in their own type, wrapped
+    classes, values = logits.shape[-1], labels.long()  # in their own type small integers would wrap around
     wrong = values[(values != ignore_index) & ((values < 0) | (values >= classes))]
     if wrong.numel() > 0:
         raise ValueError(
@@ -275,13 +274,13 @@ def _check_topk(function: str, student: Tensor, teacher: TopKLogits) -> None:
     if low < 0 or high >= classes:
         raise ValueError(
             f"{function}: the teacher's indices must lie in [0, {classes}), got {low if low < 0 else high}; check that "
-            f"teacher and student have as many classes"
+            f"teacher and student have the same classes"
         )
     excess = (values.double().logsumexp(-1) - teacher.log_sum_exp.double()).max().item()
     if excess > 1e-2:
         raise ValueError(
             f"{function}: the teacher's stored probabilities must sum to at most 1, got {math.exp(excess):.4f}; "
-            f"log_sum_exp is that of all of the teacher's logits at temperature 1"
+            f"log_sum_exp must span all of the teacher's logits at temperature 1"
         )
 
 

@@ -1,7 +1,7 @@
-"""Launch sizes, and what a launch needs besides its tensors: the device, the partial sums, strides.
+"""Launch sizes, and what a launch needs besides its tensors: device, partial sums, strides.
 
-The sizes are fixed rules, one per bucket of K, so that the same input gives the same bits; no autotuning. They were
-chosen from the registers that compilation reports and from bytes in flight; no GPU has confirmed them yet.
+The sizes follow fixed rules, one per bucket of K, so that the same input gives the same bits; nothing is autotuned.
+They were chosen from the registers that compilation reports and from bytes in flight; no GPU has confirmed them yet.
 """
 
 import contextlib
@@ -13,27 +13,27 @@ import torch
 import triton
 from torch import Tensor
 
-# Classes of a row that a tile holds on chip without spilling registers; longer rows are read block by block, twice.
+# Number of classes that a tile holds without spilling registers; longer rows are read twice, block by block.
 LARGEST_SINGLE_BLOCK = 8192
 MAX_PROGRAMS = 2048
 
 
 class Launch(NamedTuple):
-    """Size of a launch over rows of K classes."""
+    """The size of a launch over rows of K classes."""
 
     rows: int  # rows of a tile
     block_k: int  # classes of a tile
     single: bool  # whether a tile holds the whole row
     num_warps: int
-    programs: int  # at most so many; each takes tiles in turn
+    programs: int  # at most; each takes tiles in turn
     amd: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Triton takes beside the arguments.
+        """Triton's compilation options.
 
-        Its default for the fusion of products and sums is about to change. Without a bound the assemblers spill
-        registers to keep more threads resident than these launches have.
+        Its default for fusing products and sums is about to change. Without a register bound the assemblers spill to
+        keep more threads resident than these launches have.
         """
         options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         if self.amd:
@@ -42,7 +42,7 @@ class Launch(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What the sizes depend on."""
+    """The properties of a device that the sizes depend on."""
 
     multiprocessors: int
     warp_size: int
@@ -55,15 +55,15 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = Fa
 
     Args:
         classes: K.
-        row_bytes: of all logits read for one row.
-        device: where.
-        heavy: a kernel that keeps many numbers per class: a quarter of the classes on chip.
+        row_bytes: bytes of all logits read for one row.
+        device: properties of the device.
+        heavy: whether the kernel keeps many numbers per class, so that a quarter of the classes fit on chip.
     """
     block = max(16, triton.next_power_of_2(classes))
     if block <= LARGEST_SINGLE_BLOCK // (4 if heavy else 1):
         rows = max(1, 2048 // block)
         return Launch(rows, block, True, _warps(rows * block, 8 if heavy else 16, device), MAX_PROGRAMS, device.amd)
-    # The second reading finds in the L2 what was read before if few rows are under way: two a multiprocessor, or one.
+    # The second reading hits the L2 if few rows are in flight: two a multiprocessor, or one.
     resident = 2 if 2 * device.multiprocessors * row_bytes <= device.l2_bytes else 1
     block = 2048 if heavy else 4096
     warps = _warps(block, 8, device)
@@ -78,12 +78,12 @@ def elementwise_launch(classes: int, device: Device) -> Launch:
 
 
 def _warps(elements: int, per_thread: int, device: Device) -> int:
-    # At most half of the threads a block can have, which leaves each 128 registers.
+    # At most half of the threads of a block, which leaves 128 registers for each.
     return min(max(elements // (device.warp_size * per_thread), 1), 512 // device.warp_size)
 
 
 def row_launch_for(student: Tensor, teacher: Tensor, *, heavy: bool = False) -> Launch:
-    """Return `row_launch` for two tensors (N, K) where they are."""
+    """Return `row_launch` for two tensors (N, K) on their device."""
     classes = student.shape[-1]
     row_bytes = classes * (student.element_size() + teacher.element_size())
     return row_launch(classes, row_bytes, describe(student.device), heavy=heavy)
@@ -94,14 +94,14 @@ def elementwise_launch_for(x: Tensor) -> Launch:
 
 
 def programs_for(launch: Launch, rows: int, device: torch.device) -> int:
-    """Return how many programs run: no more than there are tiles, and on the CPU few, so that each takes several."""
+    """Return the number of programs: at most one a tile, and on the CPU few, so that each takes several tiles."""
     limit = launch.programs if device.type == "cuda" else 3
     return max(1, min(launch.programs, limit, math.ceil(rows / launch.rows)))
 
 
 @functools.cache
 def describe(device: torch.device) -> Device:
-    """Return the sizes of a device; of an H200 for the CPU, where kernels are interpreted or compiled but not timed."""
+    """Return the properties of a device; for the CPU, where nothing is timed, those of an H200."""
     if device.type != "cuda":
         return Device(132, 32, 50 * 2**20)
     p = torch.cuda.get_device_properties(device)
@@ -110,7 +110,7 @@ def describe(device: torch.device) -> Device:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launch on the tensor's device, which need not be the current one."""
+    """Make the tensor's device current for a launch."""
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
@@ -122,22 +122,22 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def strides(x: Tensor) -> tuple[int, int]:
-    """(row stride, class stride) of (N, K); that of an axis of one entry is arbitrary, and here always the same."""
+    """Return (row stride, class stride) of (N, K); of an axis of one entry, whose stride is arbitrary, a fixed one."""
     rows, classes = x.shape
     return (x.stride(0) if rows > 1 else classes, x.stride(1) if classes > 1 else 1)
 
 
 def flat(x: Tensor | None) -> Tensor | None:
-    """Return (...,) as a dense (N,): an upstream gradient may be an expanded number."""
+    """Return (...,) as a dense (N,): an upstream gradient may be an expanded scalar."""
     return None if x is None else x.reshape(-1).contiguous()
 
 
 def partial_sums(loss: Tensor | None, sums: int = MAX_PROGRAMS) -> Tensor | None:
-    """Return what programs need to form one number together: a sum for each, and the ticket, 0, behind them.
+    """Return the buffer in which programs form one number: a partial sum for each, then the ticket, 0.
 
-    They live as long as the call. A ticket that is kept, 0 before and after each launch, would spare the filling, one
-    short launch; but it lies in whatever memory pool was current when it was made, and where that is a CUDA graph's,
-    the graph is refused or left with memory that belongs to somebody else.
+    It lives as long as the call. A persistent ticket, 0 before and after each launch, would save the fill, one short
+    launch; but it would lie in the memory pool that was current when it was made, and if that is a CUDA graph's, the
+    graph is rejected or left with memory that it does not own.
     """
     if loss is None or loss.ndim > 0:
         return None
@@ -147,9 +147,9 @@ def partial_sums(loss: Tensor | None, sums: int = MAX_PROGRAMS) -> Tensor | None
 def normalizer_of(
     logits: Tensor, reduction: str, ignore_mask: Tensor | None, normalizer: float | Tensor | None
 ) -> tuple[float, Tensor | None]:
-    """Return what the sum over rows is divided by: a number, or a 0-d tensor that takes its place.
+    """Return the divisor of the sum over rows: a number, or a 0-d tensor that replaces it.
 
-    0 is the number of rows: to read it here would make it a constant of a compiled graph.
+    0 stands for the number of rows: reading that here would make it a constant of a compiled graph.
     """
     if reduction in ("none", "sum"):
         return 1.0, None
@@ -163,5 +163,5 @@ def normalizer_of(
 
 
 def normalizer_or_rows(number: float, tensor: Tensor | None, rows: int) -> float | Tensor:
-    """Return what a kernel divides by, of a `normalizer_of`."""
+    """Return what a kernel divides by, from the result of `normalizer_of`."""
     return (number or float(max(rows, 1))) if tensor is None else tensor

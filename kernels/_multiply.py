@@ -1,4 +1,4 @@
-"""The upstream gradient times gradients that were computed in forward: one launch, in place, without a host read."""
+"""Multiplies gradients computed in forward by the upstream gradient: in place, in one launch, without a host read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def multiply_in_place(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def multiplied(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Return what `multiply_in_place` leaves, out of place and in plain PyTorch, for compiled graphs."""
+    """Return the result of `multiply_in_place`, out of place and in plain PyTorch, for compiled graphs."""
     x = gradient.float()  # a 0-d factor would be rounded to the gradient's dtype before the product
     product = x * (factor[..., None] if factor.ndim else factor)
     return torch.where(x == 0, 0.0, product).to(gradient.dtype)
@@ -78,7 +78,7 @@ def _multiply_rows(
             cols = start + tl.arange(0, BLOCK_K)
             inside = live[:, None] & (cols < K)[None, :]
             x = tl.load(tile_pointers(row_ptrs, cols, 1), mask=inside, other=0.0).to(tl.float32)
-            # A row that was left out stays left out: 0 · inf is NaN.
+            # An ignored row stays 0: 0 · inf is NaN.
             store_tile(row_ptrs, cols, live, tl.where(x == 0.0, 0.0, x * factors), K)
 
 

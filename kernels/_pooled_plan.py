@@ -1,4 +1,4 @@
-"""What the launches of `pooled_fusion` need to know of the levels: sizes, layouts, and where each part lies."""
+"""What the launches of `pooled_fusion` need to know about the levels: sizes, layouts and offsets."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ _NORM_BLOCK = 64
 
 
 class Plan(NamedTuple):
-    """What the launches need to know of the levels; nothing of it depends on the number of images."""
+    """Arguments of the launches; none depends on the number of images."""
 
     layout: Geometry
     parts: int  # numbers that the parts of ∂M take
@@ -161,5 +161,5 @@ def plan_of(
 
 
 def _power_of_two(size: int) -> int:
-    """Return the least size of a tile that holds `size`; a product of tiles needs 16."""
+    """Return the smallest tile that holds `size`; a product of tiles needs 16."""
     return max(16, triton.next_power_of_2(size))

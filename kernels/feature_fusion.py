@@ -66,7 +66,7 @@ def fused_blend(
 
 
 class BlendPlan(NamedTuple):
-    """Sizes and constants of the kernels that see both levels; nothing of it depends on the number of images."""
+    """Sizes and constants of the kernels that see both levels; none depends on the number of images."""
 
     blocks: int  # of fine pixels
     constants: dict[str, Any]
@@ -119,7 +119,7 @@ def _strides(level: Level) -> tuple[int, int]:
 
 
 def _laid_out_as(x: Tensor, upstream: Tensor) -> Tensor:
-    """Return a gradient in the layout of `x`; that of an average, for example, is expanded and has none."""
+    """Return a gradient in the layout of `x`; that of an average, for example, is expanded."""
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     return upstream.contiguous(memory_format=layout)
 

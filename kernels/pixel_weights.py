@@ -27,7 +27,7 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 class Geometry(NamedTuple):
-    """Where each level lies in the buffers of one image: constants of the kernel, nothing on a device."""
+    """The layout of the levels in the buffers of one image: constants of the kernel, nothing on a device."""
 
     heights: tuple[int, ...]
     widths: tuple[int, ...]
@@ -54,9 +54,9 @@ class Axis(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def axis_of(coarse: int, fine: int, upsample: str) -> Axis:
-    """Return what `_resize_device` needs to know of an axis, from what PyTorch makes of the unit vectors.
+    """Return what `_resize_device` needs to know about an axis, from PyTorch's interpolation of the unit vectors.
 
-    A first position may be one too early, where the two differ by a rounding: its weight is 0.
+    A first position may be one too early where the two round differently: its weight is 0.
     """
     unit_vectors = torch.eye(coarse, dtype=torch.float32, device="cpu")[None, None]
     used = resize(unit_vectors, (fine, coarse), upsample)[0, 0] != 0  # (fine, coarse); columns stay as they are
@@ -98,7 +98,7 @@ def geometry(sizes: Sizes, upsample: str) -> Geometry:
 
 
 def map_sizes(areas: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return what each level takes in the buffers of one image, given its pixels: one map, `seen`, `own`, Z."""
+    """Return the size of each level in the buffers of one image, given its pixels: one map, `seen`, `own`, Z."""
     gates = len(areas) - 1
     seen = [TAPS * level * area for level, area in enumerate(areas)]
     own = [TAPS * area if level < gates else 0 for level, area in enumerate(areas)]
@@ -108,7 +108,7 @@ def map_sizes(areas: Sequence[int]) -> tuple[list[int], list[int], list[int], li
 
 
 def offsets(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """Return where each part begins in a buffer of all, and the size of the buffer."""
+    """Return the offset of each part in a common buffer, and the size of the buffer."""
     ends = list(itertools.accumulate(sizes, initial=0))
     return tuple(ends[:-1]), ends[-1]
 
@@ -140,7 +140,7 @@ def _constants(layout: Geometry, upsample: str, where: torch.device, *, backward
 
 
 class ScalarMaps(NamedTuple):
-    """What backward needs of the gates, one row an image."""
+    """What backward needs from the gates, one row per image."""
 
     seen: Tensor  # (N, seen_size)
     gates: Tensor  # (N, pixel_size), 1 at the coarsest level

@@ -73,12 +73,12 @@ def fused_pool(
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return (N, C, H, W) in one of the two layouts that the kernels read."""
+    """Return (N, C, H, W) in one of the two layouts that the kernels support."""
     return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 class _Norm(NamedTuple):
-    """What kernels add to or take from a feature, (Σ C_l + L,) each."""
+    """What kernels subtract from or add to a feature, (Σ C_l + L,) each."""
 
     mean: Tensor | None
     slope: Tensor | None = None
@@ -89,7 +89,7 @@ _NO_NORM = _Norm(None)
 
 
 def _split(tensors: Sequence[Tensor], normalised: bool) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
-    """Return the matrix, the gates' biases, means and scales if there are any, and the features."""
+    """Return the matrix, the gates' biases, the means and scales or None, and the features."""
     return tensors[0], tensors[1], tensors[2] if normalised else None, tensors[3 if normalised else 2 :]
 
 
@@ -130,7 +130,7 @@ def project(
     mean: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Launch: fill `seen` with what the taps of the finer gates see, and give the same of the own gates."""
+    """Launch: fill `seen` with what the taps of the finer gates see, and return what those of the own gates see."""
     images = len(seen)
     own = seen.new_empty(images, plan.layout.own_size)
     matrix = composite if scale is None else composite * scale

@@ -41,16 +41,17 @@ def softmax_kl(
         student_logits: (..., K).
         teacher_logits: (..., K).
         temperature: τ > 0.
-        reduction: over rows: "none" (...,); "sum"; "batchmean" divides by the rows kept; "mean" by rows kept times K.
-        scale_by_t2: whether the factor τ² is there. Eq. 1 prints none; it keeps the gradient's size independent of τ.
-        ignore_mask: (...,) bool, True for a row to leave out: loss 0 and gradient 0 whatever the row holds.
+        reduction: reduction over rows: "none" (...,); "sum"; "batchmean" divides by the number of rows kept, "mean" by
+            that number times K.
+        scale_by_t2: whether to multiply by τ², which Eq. 1 does not; it keeps the gradient's size independent of τ.
+        ignore_mask: (...,) bool, True for rows to leave out: loss 0 and gradient 0 whatever the row holds.
         divergence: "forward" as above, "reverse" or "jsd", see `divergence_rows`.
         beta: weight of the teacher in "jsd".
-        standardized: whether each row of logits is standardised first, gradient included.
-        normalizer: what "batchmean" and "mean" divide by in place of the number of rows kept.
+        standardized: whether to standardise each row of logits first, gradient included.
+        normalizer: what "batchmean" and "mean" divide by instead of the number of rows kept.
 
     Returns:
-        A scalar, or (...,). No rows at all give 0. A class at -inf in both adds 0, in the student alone +inf.
+        A scalar, or (...,); 0 if there are no rows. A class at -inf in both adds 0, in the student alone +inf.
 
     Example:
         >>> softmax_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, float("-inf")]]))
@@ -77,9 +78,9 @@ def softmax_kl(
 
 
 def _textbook_kl(log_p: Tensor, log_q: Tensor, *, per_row: bool) -> Tensor | None:
-    """Return Σ p (ln p - ln q) where looking at it is free and shows that nothing was lost, else None.
+    """Return Σ p (ln p - ln q) if reading its value is free and shows that it is accurate, else None.
 
-    It is known to about ε, so it will do unless it is small; and it is a third of the work.
+    Its error is about ε, so it is accurate unless it is small; and it is a third of the work.
     """
     if log_p.device.type != "cpu" or torch.compiler.is_compiling() or log_p.numel() == 0:
         return None
@@ -104,18 +105,18 @@ def topk_kl(
     ignore_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Return the divergence from a teacher of whom the k largest logits and the log-sum-exp of all are known, τ = 1.
+    """Return the divergence from a teacher given by its k largest logits and the log-sum-exp of all, τ = 1.
 
         Σ_{j in top k} p_j ln( p_j / q_j ) + r_t ln( r_t / r_s ),    r = 1 - Σ_{j in top k} p_j,    p_j = e^{z_j - lse}
 
-    The KL divergence with all other classes taken as one: never above the full one (data-processing inequality),
-    equal to it where the student spreads r as the teacher does, and it says nothing about classes nobody stored.
+    This is the KL divergence with all other classes merged into one: never above the full one (data-processing
+    inequality), and equal to it if the student spreads r as the teacher does.
 
     Args:
         student_logits: (..., K).
-        values: (..., k) the teacher's largest logits, k <= K.
-        indices: (..., k) their classes, distinct.
-        log_sum_exp: (...,) of all K of the teacher's logits, so that the stored probabilities sum to at most one.
+        values: the teacher's largest logits (..., k), k <= K.
+        indices: their classes (..., k), distinct.
+        log_sum_exp: log-sum-exp (...,) of all K of the teacher's logits; the stored probabilities sum to at most one.
         reduction, ignore_mask, normalizer: as in `softmax_kl`.
     """
     student, top, lse = at_least_fp32(student_logits), at_least_fp32(values), at_least_fp32(log_sum_exp)
@@ -159,10 +160,10 @@ def dkd(
         labels: (...,) integer.
         alpha, beta: weights, numbers or 0-d tensors.
         temperature: τ > 0.
-        reduction: over rows: as in `softmax_kl`.
+        reduction: reduction over rows, as in `softmax_kl`.
         ignore_index: label of the rows to leave out.
-        standardized: whether each row of logits is standardised first.
-        normalizer: what "batchmean" and "mean" divide by in place of the number of rows kept.
+        standardized: whether to standardise each row of logits first.
+        normalizer: what "batchmean" and "mean" divide by instead of the number of rows kept.
     """
     student, teacher = at_least_fp32(student_logits), at_least_fp32(teacher_logits)
     ignored = is_ignored(labels, ignore_index)
@@ -197,16 +198,16 @@ def gaussian_kl(
 
         L_FL = KL( q_s || q_t ) = 1/2 Σ_k [ v_s/v_t + (m_t - m_s)² / v_t - 1 + ln( v_t / v_s ) ]
 
-    Note the direction, opposite to Eq. 1: the paper has it so. All in d = ln v_s - ln v_t: v_s/v_t - 1 = eᵈ - 1.
+    The direction is opposite to that of Eq. 1, as in the paper. In terms of d = ln v_s - ln v_t: v_s/v_t - 1 = eᵈ - 1.
 
     Args:
         student_mean: m_s (..., K).
         student_log_var: ln v_s (..., K).
         teacher_mean: m_t (..., K).
         teacher_log_var: ln v_t (..., K).
-        reduction: over rows: "none" (...,); "sum"; "batchmean" and "mean" divide by the rows.
-        feature_reduction: over k: "sum" as in Eq. 6, or "mean", which keeps the weight α meaningful across K.
-        normalizer: what "batchmean" and "mean" divide by in place of the number of rows.
+        reduction: reduction over rows: "none" (...,); "sum"; "batchmean" and "mean" divide by the number of rows.
+        feature_reduction: reduction over k: "sum" as in Eq. 6, or "mean", so that α keeps its meaning across K.
+        normalizer: what "batchmean" and "mean" divide by instead of the number of rows.
 
     Returns:
         A scalar, or (...,).
@@ -221,7 +222,7 @@ def gaussian_kl(
     d = log_var_s - log_var_t
     terms = 0.5 * (torch.expm1(d) - d + (mean_t - mean_s).square() * torch.exp(-log_var_t))
     rows = terms.mean(dim=-1) if feature_reduction == "mean" else terms.sum(dim=-1)
-    # The class axis has been dealt with, so "mean" has no K left to divide by.
+    # The class axis is reduced already, so "mean" has no K left to divide by.
     return reduce_rows(rows, reduction, classes=1, normalizer=normalizer)
 
 
@@ -240,7 +241,7 @@ def cross_entropy(
         labels: (...,) integer, or (..., K) floating-point weights of the classes, as mixup makes them.
         label_smoothing: share of the target spread evenly over the K classes, in [0, 1].
         ignore_index: label of the rows to leave out.
-        normalizer: what the sum over rows is divided by in place of the number of labelled rows.
+        normalizer: what the sum over rows is divided by instead of the number of labelled rows.
 
     Example:
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
@@ -260,7 +261,7 @@ def cross_entropy(
 def gaussian_anchor(
     teacher_logits: Tensor, mean: Tensor, log_var: Tensor, *, normalizer: float | Tensor | None = None
 ) -> Tensor:
-    """Return the loss that holds the predicted Gaussian to the teacher's own logits, so that the head cannot collapse.
+    """Return the loss that fits the predicted Gaussian to the teacher's own logits, so that the head cannot collapse.
 
         L_anchor = 1/2 mean_k[ (y - m)² / v + ln v ],    y = ( z - mean_k z ) / sqrt( var_k z + 1e-5 )
 
@@ -272,7 +273,7 @@ def gaussian_anchor(
         teacher_logits: z (..., K), before the temperature.
         mean: m (..., K), predicted from the teacher's features.
         log_var: ln v (..., K), likewise.
-        normalizer: what the sum over rows is divided by in place of their number.
+        normalizer: what the sum over rows is divided by instead of their number.
 
     Returns:
         A scalar, which may be negative.
@@ -283,7 +284,7 @@ def gaussian_anchor(
         tensor(0.5000)
     """
     logits, mean, log_var = at_least_fp32(teacher_logits), at_least_fp32(mean), at_least_fp32(log_var)
-    # Rows whose squares could overflow are taken in a unit of their own, in which eps is nothing.
+    # Rows whose squares could overflow are scaled by a unit of their own, in which eps is negligible.
     unit = unit_of(logits)
     is_large = unit > 2.0**40
     rows = torch.where(is_large, logits / unit, 0)
@@ -375,9 +376,9 @@ def reduce_rows(
 
 
 def transform_of(*tensors: object) -> str | None:
-    """Name what one of the tensors is under beside autograd, None for nothing: then its values can be looked at.
+    """Name the transform other than autograd that one of the tensors is under, or None: then its values can be read.
 
-    A compiled graph answers None: there nothing is looked at anyway.
+    In a compiled graph it is None: no values are read there.
     """
     if torch.compiler.is_compiling():
         return None
@@ -391,7 +392,7 @@ def transform_of(*tensors: object) -> str | None:
 
 
 def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
-    """Tell which labels are `ignore_index`; compared in the labels' own type, uint8 say, -100 would wrap to 156."""
+    """Tell which labels are `ignore_index`, in int64: compared as uint8, for example, -100 would wrap to 156."""
     return labels.long() == ignore_index
 
 
@@ -400,7 +401,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Switch autocast off for products that belong in full precision; the losses need none of this, they have none."""
+    """Switch autocast off for products that need full precision; the losses contain no such products."""
     # The meta device has no autocast. Asking torch whether a device has breaks a compiled graph in torch 2.11.
     if device.type == "meta":
         return contextlib.nullcontext()

@@ -37,7 +37,7 @@ def fuse_stagewise(
         upsample: "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
 
     Returns:
-        F_R (N, D, H_1, W_1), in the dtype of the features, or of autocast where that is on.
+        F_R (N, D, H_1, W_1) in the dtype of the features, or of autocast if it is enabled.
 
     Example:
         >>> features = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)]
@@ -72,13 +72,13 @@ def blend(
         gate_weight: of the 3x3 convolution, (1, 2D, 3, 3) or (D, 2D, 3, 3).
         gate_bias: its bias, (1,) or (D,).
         upsample: "nearest" or "bilinear" (align_corners=False).
-        pool: give the mean of R_l over its pixels instead.
+        pool: whether to return the mean of R_l over its pixels instead.
 
     Returns:
         R_l (N, D, H, W) in the dtype of `fine`; or (N, D) in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: If the shapes do not match.
     """
     check_blend(fine, coarse, gate_weight, gate_bias)
     coarse = resize(coarse, fine.shape[-2:], upsample)
@@ -114,7 +114,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def check_blend(fine: Tensor, coarse: Tensor, gate_weight: Tensor, gate_bias: Tensor) -> None:
-    """Raise ValueError for shapes that do not fit each other."""
+    """Raise ValueError if the shapes do not match."""
     if fine.ndim != 4 or coarse.shape[:2] != fine.shape[:2] or coarse.ndim != 4:
         raise ValueError(
             f"blend: fine and coarse must be (N, D, H, W) of one N and D, got {tuple(fine.shape)} and "
@@ -133,13 +133,13 @@ def check_blend(fine: Tensor, coarse: Tensor, gate_weight: Tensor, gate_bias: Te
         )
     if gate_bias.shape != gate_weight.shape[:1]:
         raise ValueError(
-            f"blend: gate_bias must be ({len(gate_weight)},) as gate_weight has as many outputs, got "
+            f"blend: gate_bias must be ({len(gate_weight)},) to match the outputs of gate_weight, got "
             f"{tuple(gate_bias.shape)}"
         )
 
 
 def resize(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
-    """Return Up(x): `x` (N, C, h, w) at the size (H, W); the same size costs nothing."""
+    """Return Up(x), `x` (N, C, h, w) at the size (H, W); no copy if the size is the same."""
     return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=tuple(size), mode=upsample)
 
 
@@ -157,6 +157,6 @@ def resize_adjoint(x: Tensor, size: Sequence[int], upsample: str) -> Tensor:
 
 
 def _resize_matrix(small: int, large: int, like: Tensor, upsample: str) -> Tensor:
-    """Return the matrix (large, small) by which Up acts on one axis: what it makes of the unit vectors."""
+    """Return the matrix (large, small) by which Up acts on one axis, from the unit vectors."""
     unit_vectors = torch.eye(small, dtype=like.dtype, device=like.device)[None, None]
     return resize(unit_vectors, (large, small), upsample)[0, 0]

@@ -17,10 +17,10 @@ from unikd_fast.kernels.reference import autocast_off
 
 
 def projected_moments(feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance over N, H and W of ``F.conv2d(feature, weight, bias)``.
+    """Return the mean and biased variance over N, H and W of ``F.conv2d(feature, weight, bias)``.
 
     Args:
-        feature: (N, C, H, W), of at least two pixels in all.
+        feature: (N, C, H, W), at least two pixels in total.
         weight: (D, C, 1, 1).
         bias: (D,).
 
@@ -28,7 +28,7 @@ def projected_moments(feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
         Two (D,) in fp32, or fp64 if an argument is fp64, under autocast too; differentiable in all arguments.
 
     Raises:
-        ValueError: there is one pixel, whose variance says nothing.
+        ValueError: If there is one pixel, which has no variance.
 
     Example:
         >>> feature, weight, bias = torch.randn(2, 4, 8, 8), torch.randn(5, 4, 1, 1), torch.randn(5)
@@ -57,18 +57,18 @@ class ChannelStatistics(NamedTuple):
 
 @torch.no_grad()
 def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each channel over N, H and W, as numbers that no gradient goes through.
+    """Return the mean and biased variance of each channel over N, H and W, without a gradient.
 
-    What normalises with them has the gradient of the normalisation as a whole (`reference_readings`).
+    The gradient through them belongs to the normalisation that uses them (`reference_readings`).
 
     Args:
-        feature: (N, C, H, W), of at least two pixels in all.
+        feature: (N, C, H, W), at least two pixels in total.
 
     Returns:
         Two (C,) in fp32, or fp64 for fp64.
 
     Raises:
-        ValueError: there is one pixel, whose variance says nothing.
+        ValueError: If there is one pixel, which has no variance.
 
     Example:
         >>> mean, variance = channel_moments(torch.tensor([[[[1.0, 3.0]]]]))
@@ -76,20 +76,20 @@ def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([2.]), tensor([1.]))
     """
     _check_pixels(feature)
-    if torch.compiler.is_compiling():  # which cannot take the operator below, and makes one loop of this
+    if torch.compiler.is_compiling():  # the operator below is not supported there, and this becomes one loop
         variance, mean = torch.var_mean(feature.to(_exact(feature)), (0, 2, 3), correction=0)
         return mean, variance
     if feature.device.type == "cpu" and feature.is_contiguous() and feature.dtype == _exact(feature):
         return _moments_by_image(feature)
-    # Batch normalisation's own sums take a tenth of `var_mean`'s time on a CPU. With running statistics of a type the
-    # results are of that type, and not rounded to half precision.
+    # Batch normalisation's own sums take a tenth of `var_mean`'s time on a CPU. The results have the dtype of the
+    # running statistics, so they are not rounded to half precision.
     unused = feature.new_zeros((2, feature.shape[1]), dtype=_exact(feature))
     mean, variance = torch.ops.aten.batch_norm_update_stats(feature, unused[0], unused[1], 0.0)
     return mean, variance
 
 
 def _moments_by_image(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """By those of each image, which instance normalisation gives: faster, although it writes its result too."""
+    """Combine the moments of each image, from instance normalisation: faster, although that writes its result too."""
     images, channels, height, width = feature.shape
     _, means, rstds = torch.native_group_norm(feature, None, None, images, channels, height * width, channels, 0.0)
     means = means.double()
@@ -105,6 +105,6 @@ def _exact(feature: Tensor) -> torch.dtype:
 def _check_pixels(feature: Tensor) -> None:
     if feature.numel() < 2 * feature.shape[1]:
         raise ValueError(
-            f"batch statistics need two pixels or more, got a feature of {tuple(feature.shape)}; use a larger batch, "
+            f"batch statistics need two pixels or more, got a feature of {tuple(feature.shape)}; use a larger batch "
             f"or eval mode"
         )

@@ -35,7 +35,7 @@ def pool_collapsed(
     upsample: str = "nearest",
     statistics: Sequence[ChannelStatistics] | None = None,
 ) -> Tensor:
-    """Return the mean over H_1 x W_1 of `fuse_stagewise`, for spatial gates; the formula stands above.
+    """Return the mean over H_1 x W_1 of `fuse_stagewise`, for spatial gates, by the formula above.
 
     Args:
         features: L tensors (N, C_l, H_l, W_l), fine to coarse, contiguous or channels_last.
@@ -44,8 +44,8 @@ def pool_collapsed(
         gate_weights: weights of the 3x3 convolutions of the gates, (1, 2D, 3, 3).
         gate_biases: their biases, (1,).
         upsample: "nearest" or "bilinear" (align_corners=False).
-        statistics: those of each level's features as they are given, to normalise them with. The gradient goes through
-            them as if they were computed here.
+        statistics: batch statistics of each level's features to normalise them with. If None, the features are used as
+            they are. The gradient flows through the statistics as if they were computed here.
 
     Returns:
         (N, D) in fp32, or fp64 if a feature is fp64, under autocast too. Features in half precision are multiplied
@@ -109,7 +109,7 @@ def pixel_weights(projections: Sequence[Tensor], gate_biases: Sequence[Tensor], 
 
 
 def _gates(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: str) -> list[Tensor]:
-    """Run Eq. 4 on the projections (N, 9 * gates, H_l, W_l) alone and give the gates g_l (N, 1, H_l, W_l).
+    """Return the gates g_l (N, 1, H_l, W_l) of Eq. 4, from the projections (N, 9 * gates, H_l, W_l) alone.
 
     Projection commutes with Up and with a spatial gate, so the taps of R_l obey the recursion that R_l obeys.
     """
@@ -128,7 +128,7 @@ def _gates(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: st
 def _sum_taps(taps: Tensor) -> Tensor:
     """Finish a zero-padded 3x3 convolution from what its taps saw, (N, 9, H, W): shift each and add, (N, 1, H, W).
 
-    Rows first, then columns. `fold` says the same in one call, but compiles to atomic adds: not the same twice.
+    Rows first, then columns. `fold` does the same in one call, but compiles to atomic adds, which are not reproducible.
     """
     h, w = taps.shape[-2:]
     padded = F.pad(taps.unflatten(1, (3, 3)), (1, 1, 1, 1))

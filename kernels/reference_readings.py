@@ -28,17 +28,17 @@ _COMPILES_HANDLES = torch.__version__ >= "2.15"
 
 
 def takes_handles() -> bool:
-    """Whether here, in eager mode or while compiling, gradients travel by handles."""
+    """Tell whether gradients travel by handles here, in eager mode or while compiling."""
     return _COMPILES_HANDLES or not torch.compiler.is_compiling()
 
 
 def project(feature: Tensor, rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor | None]:
-    """Return M x̂, (N, R, P), and the handle that `average` takes.
+    """Return M x̂, (N, R, P), and the handle for `average`.
 
     Args:
         feature: x, (N, C, H, W).
         rows: M, (R, C).
-        moments: to normalise x with; None twice where there are no handles, which the caller sees to.
+        moments: moments to normalise x with; the caller passes (None, None) where there are no handles.
     """
     if takes_handles():
         seen, handle = _Project.apply(feature, rows, *moments)

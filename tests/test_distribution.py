@@ -51,7 +51,7 @@ def test_equals_the_formula(norm: str, floor: float, form: str) -> None:
     torch.testing.assert_close(tuple(gaussian), by_hand(x, fdp.state_dict(), floor), rtol=1e-12, atol=1e-12)
 
 
-def test_the_direct_form_grows_with_the_number_of_classes_alone() -> None:
+def test_direct_form_is_linear_in_the_classes() -> None:
     def parameters(form: str, classes: int) -> int:
         with torch.device("meta"):
             fdp = FeatureDistributionPrediction(256, classes, form=form)
@@ -76,7 +76,7 @@ def test_gradients(norm: str, form: str) -> None:
 
 @given(st.floats(-1e4, 1e4), st.sampled_from([0.1, 1e-3]))
 @settings(max_examples=40, deadline=None)
-def test_variance_stays_above_the_floor_and_finite(scale: float, floor: float) -> None:
+def test_variance_is_finite_and_above_the_floor(scale: float, floor: float) -> None:
     fdp = module(norm="none", variance_floor=floor)
     mean, log_var = fdp(scale * pooled())
     assert mean.isfinite().all()
@@ -84,7 +84,7 @@ def test_variance_stays_above_the_floor_and_finite(scale: float, floor: float) -
     assert (log_var.exp() >= floor * (1 - 1e-6)).all()  # ln and exp in fp32
 
 
-def test_layer_norm_makes_it_blind_to_the_scale_of_the_feature() -> None:
+def test_layer_norm_removes_the_scale() -> None:
     """Which is what keeps it stable while the AFF in front of it grows."""
     x = pooled()
     for norm, blind in (("layer", True), ("none", False)):
@@ -93,7 +93,7 @@ def test_layer_norm_makes_it_blind_to_the_scale_of_the_feature() -> None:
         assert (relative_error(other, mean) < 1e-4) == blind  # 1e-5 is added to a variance of 4
 
 
-def test_fp32_under_autocast_and_from_half_inputs() -> None:
+def test_autocast_and_half_inputs_give_fp32() -> None:
     fdp, x = module(), pooled()
     expected = fdp(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -116,7 +116,7 @@ def test_half_weights_are_used_in_fp32() -> None:
         assert relative_error(part, value) < 1e-5  # roundings of fp32 and not of bf16, 3.9e-3
 
 
-def test_no_worse_than_the_layers_called_one_by_one() -> None:
+def test_no_worse_than_separate_layers() -> None:
     fdp = module()
 
     def one_by_one(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def test_no_worse_than_the_layers_called_one_by_one() -> None:
     assert_no_worse_than_eager(lambda x: tuple(fdp.float()(x)), one_by_one, [pooled(64).requires_grad_()])
 
 
-def test_detached_weights_still_pass_the_gradient_to_the_feature() -> None:
+def test_detached_weights_pass_the_gradient_on() -> None:
     """How the student uses the shared module: through its numbers, without touching them."""
     fdp, x = module(), pooled().requires_grad_()
     frozen = {name: value.detach() for name, value in fdp.named_parameters()}
@@ -158,12 +158,12 @@ def test_compiles_into_one_graph() -> None:
         ({"variance_floor": float("nan")}, "variance_floor must be finite and above 0, got nan"),
     ],
 )
-def test_refuses_options(options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"FeatureDistributionPrediction: {message}"):
         FeatureDistributionPrediction(**{"width": D, "num_classes": K, **options})
 
 
 @pytest.mark.parametrize("shape", [(4, D + 1), (4, D, 1, 1), (D,)])
-def test_refuses_what_is_not_pooled(shape: tuple[int, ...]) -> None:
+def test_features_must_be_pooled(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"pooled must be \(N, 12\), got .*; average F_R over its pixels first"):
         module()(torch.zeros(shape))

@@ -85,7 +85,7 @@ class TestModule:
             torch.testing.assert_close(gradient, value, rtol=1e-10, atol=1e-12)  # float64 in another order
 
     @pytest.mark.parametrize("norm", ["input", "batch"])
-    def test_batch_statistics_are_those_of_training(self, norm: str) -> None:
+    def test_statistics_move_in_training_only(self, norm: str) -> None:
         fusion, features = module(norm=norm), features_of(SIZES, CHANNELS)
         before = [norm.running_mean.clone() for norm in fusion.norms]
         fusion.train().pooled(features)
@@ -95,7 +95,7 @@ class TestModule:
         assert all(torch.equal(norm.running_mean, old) for norm, old in zip(fusion.norms, before, strict=True))
 
     @pytest.mark.parametrize("norm", ["input", "batch"])
-    def test_running_statistics_follow_those_of_the_batch(self, norm: str) -> None:
+    def test_running_statistics_match_batch_norm(self, norm: str) -> None:
         """Collapsed as stage by stage, over several batches whose mean is large against their deviation."""
         collapsed, stagewise = (module(norm=norm, path=path).train() for path in ("collapsed", "stagewise"))
         for scale in (1.0, 3.0, 0.5):
@@ -114,20 +114,20 @@ class TestModule:
             fusion.pooled([torch.zeros(1, 3, 1, 1)])
 
     @pytest.mark.parametrize("norm", ["input", "batch"])
-    def test_a_converted_sync_batch_norm_folds_too(self, norm: str) -> None:
+    def test_sync_batch_norm_is_folded(self, norm: str) -> None:
         fusion, features = module(norm=norm).eval(), features_of(SIZES, CHANNELS)
         expected = fusion.pooled(features)
         converted = nn.SyncBatchNorm.convert_sync_batchnorm(fusion)
         assert torch.equal(converted.pooled(features), expected)
 
-    def test_the_scale_of_the_features_does_not_matter_behind_the_input_norm(self) -> None:
+    def test_input_norm_removes_scale_and_shift(self) -> None:
         """Nor their shift: the same function of features measured in other units, channel by channel."""
         fusion, features = module(norm="input").double(), [x.double() for x in features_of(SIZES, CHANNELS)]
         expected = fusion.pooled(features)
         others = [x * torch.linspace(3, 9, x.shape[1])[:, None, None] - 5 for x in features]
         assert relative_error(fusion.pooled(others), expected) < 1e-4  # eps, against the variance
 
-    def test_state_dict_does_not_depend_on_the_path(self) -> None:
+    def test_state_dict_is_independent_of_the_path(self) -> None:
         states = [module(path=path).state_dict() for path in ("auto", "collapsed", "stagewise")]
         for state in states[1:]:
             assert list(state) == list(states[0])
@@ -139,7 +139,7 @@ class TestModule:
             **{f"gates.{level}.bias": (1,) for level in range(2)},
         }
 
-    def test_starts_with_gates_near_one_half(self) -> None:
+    def test_initial_gates_are_near_one_half(self) -> None:
         torch.manual_seed(0)
         fusion = AdaptiveFeatureFusion([64, 128], 256)
         assert all(torch.equal(m.bias, torch.zeros_like(m.bias)) for m in (*fusion.expanders, *fusion.gates))
@@ -170,7 +170,7 @@ class TestModule:
         assert relative_error(of_half, expected) < 0.02  # some roundings of bf16, 3.9e-3 each
         assert relative_error(pooled, expected) < 0.02
 
-    def test_forward_under_autocast_and_on_half_features(self) -> None:
+    def test_forward_in_half_precision(self) -> None:
         fusion, features = module(), features_of(SIZES, CHANNELS)
         expected = fusion(features)
         with torch.autocast("cpu", torch.bfloat16):
@@ -183,12 +183,12 @@ class TestModule:
     @pytest.mark.parametrize(
         ("options", "training"),
         [
-            ({}, False),
-            ({"norm": "batch"}, True),
-            ({"norm": "input"}, False),
+            ({"upsample": "bilinear"}, False),
             ({"norm": "input"}, True),
             ({"path": "stagewise"}, False),
-            ({"upsample": "bilinear"}, False),
+            pytest.param({}, False, marks=pytest.mark.long),
+            pytest.param({"norm": "batch"}, True, marks=pytest.mark.long),
+            pytest.param({"norm": "input"}, False, marks=pytest.mark.long),
         ],
         ids=str,
     )
@@ -212,16 +212,21 @@ class TestModule:
         for compiled, eager in zip(*results, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)  # fp32, other decompositions
 
-    def test_compiled_for_a_changing_batch_and_size(self) -> None:
-        """The last batch of an epoch, images of another size: bilinear, as its operators are the pickier ones."""
+    @pytest.mark.parametrize(
+        ("upsample", "batches"),
+        [("nearest", ((4, 1), (3, 1))), pytest.param("bilinear", ((4, 1), (3, 1), (5, 2)), marks=pytest.mark.long)],
+        ids=["batch", "batch and size"],
+    )
+    def test_compiled_for_a_changing_batch_and_size(self, upsample: str, batches: tuple[tuple[int, int], ...]) -> None:
+        """The last batch of an epoch, and images of another size."""
         torch._dynamo.reset()
-        fusion = module(upsample="bilinear")
+        fusion = module(upsample=upsample)
         compiled = torch.compile(fusion.pooled, fullgraph=True, backend="aot_eager")
-        for batch, scale in ((4, 1), (3, 1), (5, 2)):
+        for batch, scale in batches:
             features = features_of([(scale * h, scale * w) for h, w in SIZES], CHANNELS, batch=batch)
             torch.testing.assert_close(compiled(features), fusion.pooled(features), rtol=1e-5, atol=1e-6)  # fp32
 
-    def test_says_once_which_path_runs_and_why(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_logs_the_path_once(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.DEBUG, logger="unikd_fast"):
             for options in ({}, {"gate": "channel"}, {"norm": "batch"}, {"path": "stagewise"}):
                 fusion = module(**options)
@@ -230,10 +235,10 @@ class TestModule:
         messages = [record.getMessage() for record in caplog.records if record.name == "unikd_fast"]
         assert len(messages) == 4
         reasons = (
-            "collapsed: with spatial gates",
+            "collapsed: exact with spatial gates",
             "stage-wise: a gate per channel",
-            "batch norm folds into",
-            "as asked for",
+            "batch norm is folded into",
+            "as requested",
         )
         for message, reason in zip(messages, reasons, strict=True):
             assert reason in message
@@ -258,7 +263,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"AdaptiveFeatureFusion: .*{message}"):
             AdaptiveFeatureFusion(**{"in_channels": CHANNELS, "width": 6, **options})
 
-    def test_collapsed_is_refused_where_it_is_not_exact(self) -> None:
+    def test_inexact_collapse_is_rejected(self) -> None:
         fusion, features = module(norm="batch", path="collapsed"), features_of(SIZES, CHANNELS)
         converted = nn.SyncBatchNorm.convert_sync_batchnorm(fusion)
         with pytest.raises(ValueError, match=r"got SyncBatchNorm in training mode.*use path='auto' or \.eval\(\)"):
@@ -272,7 +277,7 @@ class TestErrors:
             (features_of(SIZES[:2], CHANNELS[:2]), "expected one feature per entry of in_channels, 3, got 2"),
             (features_of(SIZES, [3, 5, 8]), r"must have in_channels \(3, 5, 7\), fine to coarse, got \(3, 5, 8\)"),
             ([x.flatten(2) for x in features_of(SIZES, CHANNELS)], r"must be \(N, C, H, W\), got \[\(2, 3, 64\)"),
-            ([*features_of(SIZES[:2], CHANNELS[:2]), torch.zeros(3, 7, 2, 2)], "must be of one batch"),
+            ([*features_of(SIZES[:2], CHANNELS[:2]), torch.zeros(3, 7, 2, 2)], "must have one batch size"),
             (features_of(SIZES[::-1], CHANNELS), r"from fine to coarse, got \(2, 2\) before \(4, 4\)"),
         ],
     )

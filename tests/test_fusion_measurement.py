@@ -82,7 +82,7 @@ def test_bytes_of_the_cases() -> None:
     assert percent_of_floor(4_000_000_000, None, 4000.0) is None
 
 
-def test_each_case_has_its_own_name_and_targets_that_its_row_can_reach(without_a_gpu: None) -> None:
+def test_cases_have_unique_names_and_valid_targets(without_a_gpu: None) -> None:
     assert len({str(case) for case in fusion_cases.CASES}) == len(fusion_cases.CASES)
     rows = {}
     for small in (POOLED, replace(POOLED, backward=False), BLENDED):
@@ -113,7 +113,7 @@ def test_a_case_from_end_to_end(without_a_gpu: None, case: Case) -> None:
     assert ours["peak_percent_of_features"] == round(100 * beyond / case.feature_bytes, 2)
 
 
-@pytest.mark.parametrize("case", [POOLED, BLENDED], ids=str)
+@pytest.mark.parametrize("case", [POOLED, pytest.param(BLENDED, marks=pytest.mark.long)], ids=str)
 def test_the_kernels_from_end_to_end(without_a_gpu: None, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     if case.form == "blend":
         pytest.importorskip("unikd_fast.kernels.feature_fusion")
@@ -132,7 +132,7 @@ def test_a_wrong_result_is_not_measured(without_a_gpu: None, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("failing", ["eager", "compile", "collapsed"])
-def test_a_peer_that_fails_says_why(without_a_gpu: None, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_failing_peer_is_reported(without_a_gpu: None, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     real = fusion_measurement.variants
 
     def out_of_memory(*_: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def test_parts_of_the_images_add_up(case: Case) -> None:
     assert all(error == pytest.approx(1.0) for error in doubled.values())
 
 
-def test_without_gradients_the_ends_of_the_batch_are_checked() -> None:
+def test_without_gradients_batch_ends_are_checked() -> None:
     case = replace(POOLED, batch=40, backward=False)
     inputs, upstream = make_inputs(case, device="cpu"), make_upstream(case, device="cpu")
     plain = FORMS["pooled"].plain
@@ -176,7 +176,7 @@ def test_without_gradients_the_ends_of_the_batch_are_checked() -> None:
     }
 
 
-def test_no_more_is_queued_than_the_driver_takes_and_long_calls_are_sampled_less() -> None:
+def test_queued_calls_and_samples_are_bounded() -> None:
     assert [queued_calls(launches) for launches in (0, 1, 50, 150, 800, 5000)] == [16, 16, 16, 5, 1, 1]
     assert [samples_for(us) for us in (10.0, 12_500.0, 25_000.0, 1e6)] == [40, 40, 20, 8]
 

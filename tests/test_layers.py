@@ -112,7 +112,7 @@ print(sorted({"torchvision", "sklearn", "timm", "nvidia.dali", "datasets", "deep
     assert said == "[]\n"
 
 
-def test_the_public_names_need_torch_alone() -> None:
+def test_public_names_need_torch_alone() -> None:
     """In a process where every other dependency fails to import."""
     code = """
 import sys

@@ -126,7 +126,7 @@ class TestErrors:
         with pytest.raises(error, match=message):
             call()
 
-    def test_mixed_precision_of_the_two_sides_is_fine(self) -> None:
+    def test_mixed_precision_of_student_and_teacher(self) -> None:
         student, teacher = randn(N, K, seed=1), randn(N, K, seed=2)
         mixed = softmax_kl(student.float(), teacher.bfloat16())
         # The teacher is rounded to 8 bits; the loss moves by the rounding of the logits times the gradient, not more.

@@ -30,13 +30,13 @@ def test_bytes_and_rates() -> None:
     assert bandwidth(1, 0.4, ROOFS, launch_bound=True)["percent_of_copy_roof"] is None
 
 
-def test_inputs_are_three_times_the_cache_and_never_one_set_alone() -> None:
+def test_inputs_exceed_the_cache() -> None:
     assert copies_beyond_cache(4_000_000, 60_000_000) == 45
     assert copies_beyond_cache(1_000_000_000, 60_000_000) == 2
     assert copies_beyond_cache(1, 60_000_000) == 64
 
 
-def test_targets_are_judged_and_what_was_not_measured_is_not_reached() -> None:
+def test_unmeasured_targets_are_not_reached() -> None:
     targets = (Target("launches", "at_most", 2), Target("ratio_eager", "at_least", 4.0), Target("gb_s", "at_least", 1))
     judged = judge_all(targets, {"launches": 2, "ratio_eager": 3.9, "gb_s": None})
     assert [target["reached"] for target in judged] == [True, False, False]
@@ -45,7 +45,7 @@ def test_targets_are_judged_and_what_was_not_measured_is_not_reached() -> None:
     raise_if_missed("a case", judged[:1])
 
 
-def test_ratios_leave_out_a_peer_that_did_not_run() -> None:
+def test_ratios_omit_a_failed_peer() -> None:
     rows = [
         {"variant": "ours", "median_ms": 0.4, "call_us": 410.0},
         {"variant": "eager", "median_ms": 2.0, "call_us": 820.0},
@@ -58,7 +58,7 @@ def test_ratios_leave_out_a_peer_that_did_not_run() -> None:
 
 
 @pytest.mark.parametrize("loss", loss_cases.LOSSES)
-def test_the_peers_formulas_are_ours_and_errors_add_up_over_parts(loss: str) -> None:
+def test_peers_agree_and_errors_combine_over_parts(loss: str) -> None:
     case = loss_cases.Case(loss, 7, 12, dtype=torch.float32)
     inputs = loss_cases.make_inputs(case, device="cpu")
     results = {}

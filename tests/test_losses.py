@@ -135,7 +135,7 @@ class TestCompile:
             results.append([*terms[:4], leaf.grad])
         torch.testing.assert_close(*results, rtol=1e-13, atol=1e-15)  # a decomposition may sum in another order
 
-    def test_softmax_kl_with_mask_and_a_changing_batch(self) -> None:
+    def test_softmax_kl_with_mask_and_changing_batch(self) -> None:
         compiled = torch.compile(softmax_kl, fullgraph=True, backend="eager", dynamic=True)
         for rows in (4, 7, 9):
             student, teacher, mask = randn(rows, K, seed=1), randn(rows, K, seed=2), torch.arange(rows) % 2 == 0
@@ -159,7 +159,7 @@ class TestCompile:
 
 
 class TestModules:
-    def test_are_the_functions_with_their_settings(self) -> None:
+    def test_modules_equal_the_functions(self) -> None:
         student, teacher, labels, gaussian_s, gaussian_t = arguments()
         mask = torch.tensor([True, False] * 3)
         logits_loss = SoftmaxKL(temperature=3.0, reduction="sum", scale_by_t2=False)
@@ -181,13 +181,13 @@ class TestModules:
         whole = UniKDLoss(**settings)(student, teacher, labels, gaussian_s, gaussian_t)
         assert whole == unikd_loss(student, teacher, labels, gaussian_s, gaussian_t, **settings)
 
-    def test_weights_of_a_call_replace_the_modules(self) -> None:
+    def test_call_weights_override_the_module(self) -> None:
         inputs = arguments()
         loss = UniKDLoss(alpha=2.0, beta=3.0)
         assert torch.equal(loss(*inputs, alpha=0.0).total, unikd_loss(*inputs, alpha=0.0, beta=3.0).total)
         assert torch.equal(loss(*inputs, beta=0.0).total, unikd_loss(*inputs, alpha=2.0, beta=0.0).total)
 
-    def test_refuse_bad_settings_when_built(self) -> None:
+    def test_bad_settings_are_rejected(self) -> None:
         with pytest.raises(ValueError, match="SoftmaxKL: temperature must be finite and above 0, got -1"):
             SoftmaxKL(temperature=-1)
         with pytest.raises(ValueError, match="GaussianKL: feature_reduction must be one of mean, sum, got 'max'"):

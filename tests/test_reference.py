@@ -37,7 +37,7 @@ class TestSoftmaxKL:
         expected = torch.tensor(softmax_kl_loop(student, teacher, temperature), dtype=torch.float64)
         torch.testing.assert_close(rows, expected, **EXACT)
 
-    def test_is_the_divergence_of_torch_distributions(self) -> None:
+    def test_equals_torch_distributions(self) -> None:
         student, teacher = randn(6, 11, seed=1), randn(6, 11, seed=2)
         expected = kl_divergence(Categorical(logits=teacher), Categorical(logits=student))
         torch.testing.assert_close(reference.softmax_kl(student, teacher, reduction="none"), expected, **EXACT)
@@ -72,7 +72,7 @@ class TestSoftmaxKL:
         expected = 4.0 * ((student / 4).softmax(-1) - (teacher / 4).softmax(-1)) / 4
         torch.testing.assert_close(student.grad, expected.detach(), **EXACT)
 
-    def test_teacher_gets_no_gradient_unless_it_asks(self) -> None:
+    def test_teacher_gets_no_gradient_by_default(self) -> None:
         student, teacher = randn(2, 3, seed=1, grad=True), randn(2, 3, seed=2)
         reference.softmax_kl(student, teacher).backward()
         assert teacher.grad is None
@@ -126,7 +126,7 @@ class TestSoftmaxKL:
         assert student.grad is not None
         assert torch.equal(student.grad[0], torch.tensor([1.0, -1.0, 0.0], dtype=dtype))
 
-    def test_a_class_that_the_teacher_all_but_excludes(self) -> None:
+    def test_class_almost_excluded_by_the_teacher(self) -> None:
         """p = 6e-42 and p_s / p = 1e41: the ratio overflows fp32, and yet the class adds p_s alone."""
         student, teacher = torch.tensor([[0.0, 0.0]], requires_grad=True), torch.tensor([[-95.0, 0.0]])
         loss = reference.softmax_kl(student, teacher)
@@ -134,7 +134,7 @@ class TestSoftmaxKL:
         torch.testing.assert_close(loss.item(), math.log(2), rtol=1e-6, atol=0)  # fp32
         assert torch.equal(student.grad, torch.tensor([[0.5, -0.5]]))
 
-    def test_student_close_to_teacher_is_not_lost_to_cancellation(self) -> None:
+    def test_student_close_to_its_teacher(self) -> None:
         """p_y = 0.999 and logits apart by a rounding of bf16: the plain formula in fp32 is wrong by its own size."""
         teacher = 0.1 * randn(16, 1000, seed=1)
         teacher[:, 0] += 14
@@ -173,7 +173,7 @@ class TestSoftmaxKL:
             assert torch.equal(gradient, torch.zeros(rows, 4, dtype=torch.float64))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_more_exact_than_the_plain_formula_in_every_dtype(self, dtype: torch.dtype) -> None:
+    def test_more_accurate_than_the_plain_formula(self, dtype: torch.dtype) -> None:
         def plain(s: Tensor, t: Tensor) -> Tensor:
             s, t = (x if x.dtype == torch.float64 else x.float() for x in (s, t))
             return 16 * F.kl_div((s / 4).log_softmax(-1), (t / 4).log_softmax(-1), log_target=True, reduction="sum")
@@ -188,7 +188,7 @@ class TestSoftmaxKL:
         st.sampled_from([0.5, 1.0, 4.0]),
     )
     @settings(max_examples=60, deadline=None)
-    def test_is_never_negative_and_its_gradient_sums_to_zero(
+    def test_nonnegative_with_gradients_summing_to_zero(
         self, pairs: list[tuple[float, float]], temperature: float
     ) -> None:
         student = torch.tensor([[s for s, _ in pairs]], requires_grad=True)

@@ -189,7 +189,7 @@ class TestCollapsed:
 
     @given(st.data())
     @settings(max_examples=25, deadline=None)
-    def test_equals_stagewise_for_any_pyramid(self, data: st.DataObject) -> None:
+    def test_equals_stagewise_for_any_sizes(self, data: st.DataObject) -> None:
         sizes = [(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))]
         for _ in range(data.draw(st.integers(0, 3))):
             h, w = sizes[0]
@@ -242,7 +242,7 @@ class TestCollapsed:
             x.requires_grad_(i in selected)
         self.assert_equal(inputs, "nearest")
 
-    def test_backward_twice_with_different_upstream_gradients(self) -> None:
+    def test_backward_twice(self) -> None:
         inputs = problem(PYRAMIDS["halving"])
         output, expected = collapsed("nearest")(*inputs), stagewise_average("nearest")(*inputs)
         for seed in range(2):
@@ -251,7 +251,7 @@ class TestCollapsed:
             values = torch.autograd.grad(expected, inputs, upstream, retain_graph=True)
             assert max(map(relative_error, gradients, values)) < 1e-11
 
-    def test_differentiating_twice_is_refused(self) -> None:
+    def test_second_derivatives_are_rejected(self) -> None:
         inputs = problem([(4, 4), (2, 2)])
         output = collapsed("nearest")(*inputs)
         (gradient,) = torch.autograd.grad(output.sum(), inputs[0], create_graph=True)
@@ -277,7 +277,7 @@ class TestPrecision:
     @pytest.mark.parametrize("seed", [0, 1, 2])
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_collapsed_is_more_exact_in_half_precision(self, dtype: torch.dtype, mode: str, seed: int) -> None:
+    def test_collapsed_is_more_accurate_in_half_precision(self, dtype: torch.dtype, mode: str, seed: int) -> None:
         exact = problem([(16, 16), (8, 8), (4, 4)], width=64, channels=[64, 128, 256], batch=4, seed=seed)
         # Half features, fp32 parameters: what autocast and a half-precision teacher hand over.
         inputs = [x.detach().to(dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(exact)]

@@ -17,7 +17,7 @@ class TestGaussianKL:
     def parameters(self, *shape: int) -> list[Tensor]:
         return [randn(*shape, seed=seed) for seed in range(4)]
 
-    def test_is_the_divergence_of_torch_distributions_in_the_direction_of_eq_6(self) -> None:
+    def test_equals_torch_distributions_in_direction_of_eq_6(self) -> None:
         mean_s, log_var_s, mean_t, log_var_t = parameters = self.parameters(5, 7)
         student, teacher = Normal(mean_s, (log_var_s / 2).exp()), Normal(mean_t, (log_var_t / 2).exp())
         expected = kl_divergence(student, teacher).sum(-1)
@@ -107,7 +107,7 @@ class TestCrossEntropy:
 
 
 class TestGaussianAnchor:
-    def test_is_the_negative_log_likelihood_of_standardised_logits(self) -> None:
+    def test_equals_the_negative_log_likelihood(self) -> None:
         logits, mean, log_var = 3 + 5 * randn(4, 6), randn(4, 6, seed=1), randn(4, 6, seed=2)
         target = torch.stack([(z - z.mean()) / (z.var(unbiased=False) + 1e-5).sqrt() for z in logits])
         expected = -Normal(mean, (log_var / 2).exp()).log_prob(target).mean() - 0.5 * math.log(2 * math.pi)
@@ -121,7 +121,7 @@ class TestGaussianAnchor:
         standardised = F.layer_norm(logits, (5,))
         assert F.cosine_similarity(gradient.flatten(), standardised.flatten(), dim=0).abs() > 1 - 1e-12
 
-    def test_ignores_the_scale_and_shift_of_the_logits(self) -> None:
+    def test_invariant_to_scale_and_shift(self) -> None:
         logits, mean, log_var = randn(3, 5), randn(3, 5, seed=1), randn(3, 5, seed=2)
         loss = reference.gaussian_anchor(logits, mean, log_var)
         other = reference.gaussian_anchor(10 * logits - 7, mean, log_var)

@@ -27,14 +27,14 @@ def test_channel_moments(shift: float, dtype: torch.dtype, channels_last: bool) 
     assert (variance >= 0).all()
 
 
-def test_no_gradient_goes_through_them() -> None:
+def test_moments_have_no_gradient() -> None:
     mean, variance = channel_moments(torch.randn(2, 3, 4, 4, requires_grad=True))
     assert not mean.requires_grad
     assert not variance.requires_grad
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_spoils_its_own_channel_alone(value: float) -> None:
+def test_nonfinite_values_stay_in_their_channel(value: float) -> None:
     feature = torch.randn(2, 3, 4, 4)
     clean = channel_moments(feature)
     feature[1, 1, 2, 2] = value
@@ -43,6 +43,6 @@ def test_what_is_not_finite_spoils_its_own_channel_alone(value: float) -> None:
         torch.testing.assert_close(spoilt[[0, 2]], before[[0, 2]])
 
 
-def test_one_pixel_is_refused() -> None:
+def test_one_pixel_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"two pixels or more, got a feature of \(1, 3, 1, 1\)"):
         channel_moments(torch.zeros(1, 3, 1, 1))

@@ -226,7 +226,7 @@ def test_compiled_is_eager() -> None:
 
 
 class TestRefusals:
-    def test_fused_is_refused_by_name(self) -> None:
+    def test_fused_is_rejected_by_name(self) -> None:
         student, *stored = inputs_for(3, 5, 2)
         with pytest.raises(ValueError, match="softmax_kl: impl='fused' has no kernel for TopKLogits; use impl='auto'"):
             plain(student, *stored, impl="fused")
@@ -257,7 +257,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"indices must lie in \[0, 10\)"):
             plain(student, *(x[:, :5] if x.ndim == 2 else x for x in stored))
 
-    def test_probabilities_that_sum_to_more_than_one(self) -> None:
+    def test_probabilities_summing_to_more_than_one(self) -> None:
         student, values, indices, lse = inputs_for(7, 20, 5)
         with pytest.raises(ValueError, match="stored probabilities must sum to at most 1, got"):
             plain(student, values, indices, lse - 1)

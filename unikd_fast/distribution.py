@@ -1,4 +1,4 @@
-"""Feature Distribution Prediction (FDP), section 3.2 of the UniKD paper: the Gaussian a pooled feature stands for."""
+"""Feature Distribution Prediction (FDP), section 3.2 of the UniKD paper: the Gaussian of a pooled feature."""
 
 import torch
 import torch.nn.functional as F
@@ -9,26 +9,26 @@ from unikd_fast.values import Gaussian
 
 
 class FeatureDistributionPrediction(nn.Module):
-    """Predicts the mean and variance of the class-wise Gaussian that a pooled, fused feature stands for.
+    """Predicts the mean and variance of the class-wise Gaussian of a pooled, fused feature.
 
         h = W_p norm(x) + b_p                              projection to the K classes
         m = W_m h + b_m,    v = softplus(W_v h + b_v) + floor
 
-    That is ``form="projected"``, the paper's, with 2 K² weights in m and v. For many classes ``form="direct"`` leaves
-    the projection out: m and v are two layers D -> K on norm(x).
+    This is ``form="projected"``, the paper's, with 2 K² weights in m and v. For many classes use ``form="direct"``,
+    which omits the projection: m and v are two layers D -> K on norm(x).
 
-    Shared by teacher and student. The norm and the floor are not in the paper: without them training diverges at the
-    learning rates of its recipes, because a small v_t multiplies the error of the mean in Eq. 6 without limit.
+    Teacher and student share the module. The norm and the floor are not in the paper: without them training diverges
+    at the learning rates of its recipes, because a small v_t multiplies the error of the mean in Eq. 6 without limit.
 
     Args:
-        width: D, of the pooled feature.
-        num_classes: K.
+        width: D, the width of the pooled feature.
+        num_classes: K, the number of classes.
         form: "projected" or "direct".
-        norm: "layer" for layer normalisation of the pooled feature, or "none".
-        variance_floor: > 0, the least variance.
+        norm: "layer" to apply layer normalisation to the pooled feature, or "none".
+        variance_floor: lower bound of the variance, > 0.
 
     Raises:
-        ValueError: a size below 1, an unknown form or norm, a floor that is not above 0.
+        ValueError: If an argument is not valid.
 
     Example:
         >>> mean, log_var = FeatureDistributionPrediction(32, 10)(torch.randn(4, 32))
@@ -58,7 +58,7 @@ class FeatureDistributionPrediction(nn.Module):
         if not 0 < variance_floor < float("inf"):
             raise ValueError(
                 f"FeatureDistributionPrediction: variance_floor must be finite and above 0, got {variance_floor}; "
-                f"without one softplus underflows to a variance of 0"
+                f"without a floor softplus underflows to a variance of 0"
             )
         self.width, self.num_classes, self.variance_floor = width, num_classes, variance_floor
         self.norm = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
@@ -77,7 +77,7 @@ class FeatureDistributionPrediction(nn.Module):
             pooled: (N, D), the global average of F_R.
 
         Raises:
-            ValueError: a pooled feature that is not (N, D).
+            ValueError: If pooled is not (N, D).
         """
         if pooled.ndim != 2 or pooled.shape[1] != self.width:
             raise ValueError(
@@ -99,5 +99,5 @@ class FeatureDistributionPrediction(nn.Module):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply the layer in the dtype of `x`: an engine may keep the weights in half precision."""
+    """Apply the layer in the dtype of `x`: an engine may keep its weights in half precision."""
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

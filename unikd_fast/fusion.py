@@ -1,13 +1,14 @@
 """Adaptive Features Fusion (AFF), section 3.1 of the UniKD paper, as a module: F_R by stages, its average collapsed.
 
-Batch normalisation beside a 1x1 convolution E folds into it, without forming a normalised map, in training neither:
+Batch normalisation next to a 1x1 convolution E is folded into it, so that no normalised map is formed, even in
+training:
 
     after E:    γ (W F + b - μ) / sqrt(σ² + ε) + β,    μ, σ² of E(F)
     before E:   W (F - μ) / sqrt(σ² + ε) + b,          μ, σ² of F
 
-The exception is batch statistics of what lies before E, whose gradient is one with that of the features
-(`reference_readings`). In training the statistics are those of the batch, and the running ones follow them as torch's
-modules have it.
+The exception are batch statistics before E, whose gradient is computed with that of the features
+(`reference_readings`). In training the statistics are those of the batch, and the running statistics are updated as in
+torch's modules.
 """
 
 import itertools
@@ -26,19 +27,19 @@ from unikd_fast.kernels.reference_pooled import pool_collapsed
 _logger = logging.getLogger("unikd_fast")
 
 _GATE_STD = 0.25
-"""Of the weights of new gates: their logits then vary by a quarter of the features."""
+"""Standard deviation of the weights of new gates, whose logits then vary by a quarter of the features."""
 
 
 class AdaptiveFeatureFusion(nn.Module):
-    """Fuses the feature levels of one network, coarse to fine: each gate weighs a level against what lies above it.
+    """Fuses the feature levels of one network, coarse to fine: each gate weighs a level against the coarser ones.
 
         R_L = E_L(F_L)
         g_l = sigmoid( conv3x3( E_l(F_l) ⊕ Up(R_{l+1}) ) )                   l = L-1 .. 1
         R_l = g_l ⊙ E_l(F_l) + (1 - g_l) ⊙ Up(R_{l+1}),    F_R = R_1         (Eq. 4)
 
-    `forward` gives F_R and `pooled` its global average, which is all that UniKD reads. Where the average can be
-    collapsed it costs a fraction: the features are projected and averaged, and no D-channel map is ever formed. A
-    teacher and its student have one AFF each. The parameters, and so the state dict, do not depend on the path.
+    `forward` returns F_R and `pooled` its global average, which is all that UniKD uses. Where the average can be
+    collapsed it costs a fraction: the features are projected and averaged, and no D-channel map is formed. Teacher and
+    student have one AFF each. The parameters, and so the state dict, do not depend on the path.
 
     A gate's kernel is its weight divided by the root of the number of its inputs, 18 D: the 3x3 convolution of Eq. 4,
     trained at a rate that suits it. With the kernel itself as the parameter a step of any optimiser moves a gate's
@@ -48,16 +49,17 @@ class AdaptiveFeatureFusion(nn.Module):
     Args:
         in_channels: C_l of each level, fine to coarse.
         width: D, the fused width.
-        gate: "spatial" for one map per gate, broadcast over D, or "channel" for D maps.
+        gate: "spatial" for one map per gate, broadcast over D, or "channel" for D maps, always in plain PyTorch.
         upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
-        norm: None for E as the paper has it, a 1x1 convolution; "input" for batch normalisation of each level before
-            it, without scale and shift; "batch" for batch normalisation after it.
-        path: of `pooled`. "auto" is collapsed where that is exact; "collapsed" raises where it is not; "stagewise".
-        impl: "auto" takes the kernels on a GPU and plain PyTorch elsewhere; "reference" plain PyTorch; "fused" the
-            kernels or an error. Of either path; the expanders are PyTorch's in both.
+        norm: batch normalisation next to E: "input" before it, without scale and shift, or "batch" after it. If None,
+            E is a 1x1 convolution alone, as in the paper.
+        path: how `pooled` is computed: "auto" collapses it where that is exact, "collapsed" raises where it is not,
+            "stagewise" never collapses it.
+        impl: "auto" uses the kernels on a GPU and plain PyTorch elsewhere, "reference" always plain PyTorch; "fused"
+            uses the kernels or raises. It applies to both paths; the expanders are always PyTorch's.
 
     Raises:
-        ValueError: no level, a size below 1, an unknown option, or path="collapsed" with gate="channel".
+        ValueError: If an argument is not valid, or path="collapsed" or impl="fused" with gate="channel".
 
     Example:
         >>> fusion = AdaptiveFeatureFusion([64, 128, 256], 32)
@@ -105,11 +107,11 @@ class AdaptiveFeatureFusion(nn.Module):
                 "AdaptiveFeatureFusion: path='collapsed' needs gate='spatial', got gate='channel': a gate per channel "
                 "cannot be pulled out of the projections; use path='auto'"
             )
-        # Said here and not at the first call, which may be inside of a compiled graph.
+        # Logged here and not at the first call, which may be inside a compiled graph.
         _logger.debug("AdaptiveFeatureFusion of %s to %d: %s", self.in_channels, width, self._path_and_reason())
 
     def reset_parameters(self) -> None:
-        """Draw new parameters: expanders that keep the size of the features, gates near 1/2 whatever D."""
+        """Initialise the parameters: expanders that keep the scale of the features, gates near 1/2 for any D."""
         for expander in _convolutions(self.expanders):
             nn.init.kaiming_uniform_(expander.weight, a=1)
         for gate in _convolutions(self.gates):
@@ -121,35 +123,35 @@ class AdaptiveFeatureFusion(nn.Module):
             norm.reset_parameters()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Return F_R, Eq. 4, stage by stage.
+        """Return F_R (Eq. 4), computed stage by stage.
 
         Args:
-            features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
+            features: L tensors (N, C_l, H_l, W_l), fine to coarse, with any ratio of sizes, 1 included.
 
         Returns:
-            (N, D, H_1, W_1) in the dtype of the features, or of autocast where that is on.
+            (N, D, H_1, W_1) in the dtype of the features, or of autocast if it is enabled.
 
         Raises:
-            ValueError: features that do not fit the module or each other.
+            ValueError: If the features do not match the module or each other.
         """
         return self._stagewise(features, pool=False)
 
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
-        """Return the mean of F_R over H_1 x W_1, collapsed where that is exact.
+        """Return the mean of F_R over H_1 x W_1, collapsed where that is exact: with spatial gates.
 
-        It is exact with spatial gates. Batch normalisation takes no map of its own: in training its statistics are
-        those of the batch, before E of each channel, after it from the features' covariance (`projected_moments`).
+        Batch normalisation needs no map of its own: in training its statistics are those of the batch, per channel
+        before E, from the features' covariance after it (`projected_moments`).
 
         Args:
-            features: L tensors (N, C_l, H_l, W_l), fine to coarse; any ratio of sizes, equal ones too.
+            features: L tensors (N, C_l, H_l, W_l), fine to coarse, with any ratio of sizes, 1 included.
 
         Returns:
             (N, D) in fp32 (fp64 for fp64 features), whatever the features' dtype and autocast: what follows is small
-            and wants the precision. Collapsed or by the kernels, it can be differentiated once.
+            and needs the precision. If collapsed or computed by the kernels, it is differentiable once.
 
         Raises:
-            ValueError: features that do not fit, or path="collapsed" with SyncBatchNorm in training mode, or with
-                norms some of which are in training mode and some not.
+            ValueError: If the features do not match, or path="collapsed" with SyncBatchNorm in training mode or with
+                some norms in training mode and some not.
         """
         if self._collapses():
             self._check(features)
@@ -165,15 +167,15 @@ class AdaptiveFeatureFusion(nn.Module):
             return pool_collapsed(features, *parameters, upsample=self.upsample, statistics=statistics)
         if self.path == "collapsed":
             raise ValueError(
-                "AdaptiveFeatureFusion: path='collapsed' needs statistics of this process's batch at all levels or at "
-                "none, got SyncBatchNorm in training mode, where they are those of all processes, or norms of which "
-                "some are in eval mode; use path='auto' or .eval()"
+                "AdaptiveFeatureFusion: path='collapsed' needs batch statistics of this process at all levels or at "
+                "none, got SyncBatchNorm in training mode, whose statistics span all processes, or some norms in eval "
+                "mode; use path='auto' or .eval()"
             )
         return self._stagewise(features, pool=True)
 
     @property
     def gate_kernels(self) -> list[Tensor]:
-        """The convolutions of Eq. 4 of each gate, fine to coarse: L - 1 times (1 or D, 2 D, 3, 3)."""
+        """Kernels of the gates' convolutions in Eq. 4, fine to coarse: L - 1 of (1 or D, 2 D, 3, 3)."""
         scale = (9 * 2 * self.width) ** -0.5
         return [gate.weight * scale for gate in _convolutions(self.gates)]
 
@@ -207,15 +209,15 @@ class AdaptiveFeatureFusion(nn.Module):
 
     def _path_and_reason(self) -> str:
         if self.path == "stagewise":
-            return "pooled() runs stage-wise, as asked for"
+            return "pooled() runs stage-wise, as requested"
         if self.gate == "channel":
             return "pooled() runs stage-wise: a gate per channel has no collapsed form"
         if self.norm:
-            return "pooled() runs collapsed: with spatial gates that is exact, and batch norm folds into what is read"
-        return "pooled() runs collapsed: with spatial gates and no norm that is exact"
+            return "pooled() runs collapsed: exact with spatial gates; batch norm is folded into E"
+        return "pooled() runs collapsed: exact with spatial gates"
 
     def _folded_expanders(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return E_l with its batch normalisation folded in, but for batch statistics of what lies before E_l."""
+        """Return E_l with its batch normalisation folded in, except for batch statistics before E_l."""
         weights, biases = _weights(self.expanders), _biases(self.expanders)
         for level, norm in enumerate(_batch_norms(self.norms)):
             given = weights[level], biases[level]
@@ -230,17 +232,17 @@ class AdaptiveFeatureFusion(nn.Module):
         if len(shapes) != len(self.in_channels):
             raise ValueError(
                 f"AdaptiveFeatureFusion: expected one feature per entry of in_channels, {len(self.in_channels)}, got "
-                f"{len(shapes)}; build it with the channels of the network that is read"
+                f"{len(shapes)}; build it with the channels of the network"
             )
         if any(len(shape) != 4 for shape in shapes):
             raise ValueError(f"AdaptiveFeatureFusion: features must be (N, C, H, W), got {shapes}; unflatten tokens")
         if tuple(shape[1] for shape in shapes) != self.in_channels:
             raise ValueError(
                 f"AdaptiveFeatureFusion: features must have in_channels {self.in_channels}, fine to coarse, got "
-                f"{tuple(shape[1] for shape in shapes)}; build it with the channels of the network that is read"
+                f"{tuple(shape[1] for shape in shapes)}; build it with the channels of the network"
             )
         if any(shape[0] != shapes[0][0] for shape in shapes):  # a set would make the batch size a constant of a graph
-            raise ValueError(f"AdaptiveFeatureFusion: features must be of one batch, got {shapes}")
+            raise ValueError(f"AdaptiveFeatureFusion: features must have one batch size, got {shapes}")
         for fine, coarse in itertools.pairwise(shapes):
             if fine[2] < coarse[2] or fine[3] < coarse[3]:
                 raise ValueError(
@@ -272,11 +274,11 @@ def _biases(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _fold_after(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a convolution that does ``norm(F.conv2d(feature, weight, bias))``.
+    """Return the weight and bias of a convolution that computes ``norm(F.conv2d(feature, weight, bias))``.
 
     Args:
-        norm: of D channels. In training mode its running statistics move.
-        feature: (N, C, H, W), read in training mode alone.
+        norm: batch normalisation of D channels. In training mode its running statistics are updated.
+        feature: (N, C, H, W), used in training mode only.
         weight: (D, C, 1, 1).
         bias: (D,).
 
@@ -284,21 +286,21 @@ def _fold_after(norm: _BatchNorm, feature: Tensor, weight: Tensor, bias: Tensor)
         (D, C, 1, 1) and (D,), differentiable in all arguments.
 
     Raises:
-        ValueError: one pixel in training mode, whose variance says nothing.
+        ValueError: If there is one pixel in training mode, which has no variance.
     """
     mean, variance = _running_moments(norm)
     if norm.training:
         mean, variance = projected_moments(feature, weight, bias)
-        _follow(norm, mean, variance, feature)
+        _update_running(norm, mean, variance, feature)
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
     return weight * scale[:, None, None, None], (bias - mean) * scale + norm.bias
 
 
 def _fold_before(norm: _BatchNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a convolution that does ``F.conv2d(norm(feature), weight, bias)`` in eval mode.
+    """Return the weight and bias of a convolution that computes ``F.conv2d(norm(feature), weight, bias)`` in eval mode.
 
     Args:
-        norm: of C channels, without parameters of its own, which E would make redundant.
+        norm: batch normalisation of C channels without parameters, which E makes redundant.
         weight: (D, C, 1, 1).
         bias: (D,).
     """
@@ -308,18 +310,18 @@ def _fold_before(norm: _BatchNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor
 
 
 def _batch_statistics(norm: _BatchNorm, feature: Tensor) -> ChannelStatistics:
-    """Return what `norm` normalises `feature` (N, C, H, W) with in training; its running statistics move.
+    """Return the statistics that `norm` applies to `feature` (N, C, H, W) in training; update its running statistics.
 
     Raises:
-        ValueError: one pixel, whose variance says nothing.
+        ValueError: If there is one pixel, which has no variance.
     """
     mean, variance = channel_moments(feature)
-    _follow(norm, mean, variance, feature)
+    _update_running(norm, mean, variance, feature)
     return ChannelStatistics(mean, torch.rsqrt(variance + norm.eps), norm.eps)
 
 
 def _batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    """Return them typed; conversion to SyncBatchNorm leaves another subclass here."""
+    """Return the modules typed; conversion to SyncBatchNorm leaves another subclass here."""
     return [module for module in modules if isinstance(module, _BatchNorm)]
 
 
@@ -331,8 +333,8 @@ def _running_moments(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _follow(norm: _BatchNorm, mean: Tensor, variance: Tensor, feature: Tensor) -> None:
-    """Move the running statistics as batch normalisation in training does, which keeps the unbiased variance."""
+def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor, feature: Tensor) -> None:
+    """Update the running statistics as batch normalisation does in training, with the unbiased variance."""
     running_mean, running_var = _running_moments(norm)
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None

@@ -62,7 +62,7 @@ def test_difference(other: Any, expected: tuple[float, float | None]) -> None:
         assert one.relative_gradient == pytest.approx(expected[1], rel=1e-9, abs=1e-15)
 
 
-def test_rounding_is_told_from_disagreement() -> None:
+def test_rounding_is_no_disagreement() -> None:
     target = PRESETS["rep_distiller"].targets[0]
     between, ours, theirs = compare(
         load(target.replacement), _published.DistillKL, target._replace(cases=target.cases[:2]), torch.bfloat16, "cpu"
@@ -80,7 +80,7 @@ def test_a_row_of_the_table() -> None:
     )
 
 
-def test_the_document_has_a_line_for_each_loss_and_dtype() -> None:
+def test_document_has_a_line_per_loss_and_dtype() -> None:
     lines = (ROOT / "docs/conformance.md").read_text().splitlines()
     for name, preset in PRESETS.items():
         for target in preset.targets:
@@ -90,7 +90,7 @@ def test_the_document_has_a_line_for_each_loss_and_dtype() -> None:
                 assert len(found) == 1 and "inf" not in found[0], f"{name} {loss} {dtype}: run make conformance"
 
 
-def test_the_table_is_not_written_without_the_packages() -> None:
+def test_missing_packages_leave_the_table_unwritten() -> None:
     code = "import sys; sys.modules['trl'] = None; from unikd_fast.compat import conformance; conformance.main()"
     hidden = (
         f"import importlib.util as u; f = u.find_spec; u.find_spec = lambda n: None if n == 'trl' else f(n); {code}"
@@ -99,7 +99,7 @@ def test_the_table_is_not_written_without_the_packages() -> None:
     assert done.returncode == 1 and "trl" in done.stderr and done.stdout == ""
 
 
-def test_importing_the_drop_ins_imports_no_codebase() -> None:
+def test_drop_ins_import_no_codebase() -> None:
     code = """
 import pkgutil, sys
 import unikd_fast.compat as compat
@@ -113,7 +113,7 @@ assert not tops & {"torchdistill", "timm", "trl", "liger_kernel", "modelopt", "m
     assert done.returncode == 0, done.stderr
 
 
-def test_every_loss_sees_the_same_inputs_and_each_seed_others() -> None:
+def test_inputs_depend_on_the_seed_alone() -> None:
     seen = []
 
     def loss(s: Tensor, t: Tensor) -> Tensor:

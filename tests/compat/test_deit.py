@@ -38,12 +38,12 @@ def test_distillation_loss(kind: str) -> None:
     assert_same(ours, oracle, randn(N, K, seed=1), randn(N, K, seed=2))
 
 
-def test_a_student_with_one_output_is_refused() -> None:
+def test_a_student_with_one_output_is_rejected() -> None:
     loss = DistillationLoss(CRITERION, nn.Identity(), "soft", ALPHA, TAU)
     with pytest.raises(ValueError, match="'soft' needs outputs to be a pair of logits, got one tensor"):
         loss(torch.zeros(N, K), torch.zeros(N, K), LABELS)
 
 
-def test_an_unknown_type_is_refused() -> None:
+def test_an_unknown_type_is_rejected() -> None:
     with pytest.raises(ValueError, match="distillation_type must be one of none, soft, hard, got 'both'"):
         partial(DistillationLoss, CRITERION, nn.Identity(), "both")(ALPHA, TAU)

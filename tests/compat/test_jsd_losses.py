@@ -39,7 +39,7 @@ class TestLigerKL:
             target if log_target else target.exp(),
         )
 
-    def test_the_default_divides_by_rows_times_classes(self) -> None:
+    def test_default_divides_by_rows_times_classes(self) -> None:
         log_q, p = unnormalised(1), unnormalised(2).exp()
         assert LigerKLDIVLoss()(log_q, p).item() == pytest.approx((p * (p.log() - log_q)).mean().item(), rel=1e-12)
 
@@ -49,7 +49,7 @@ class TestLigerKL:
         assert loss.item() == pytest.approx(1e-3 * math.log(1e-2), rel=1e-12)
         assert LigerKLDIVLoss()(log_q, torch.tensor([[1.0, 0.0]]).double()).item() == 0
 
-    def test_the_gradient_is_that_of_free_log_probabilities(self) -> None:
+    def test_gradient_of_free_log_probabilities(self) -> None:
         """-p / N by ln q, where softmax_kl gives (q - p) / N; by the logits before the log_softmax the two agree."""
         logits, p = randn(N, K, seed=1, grad=True), randn(N, K, seed=2).softmax(-1)
         log_q = logits.log_softmax(-1)
@@ -74,7 +74,7 @@ class TestLigerJSD:
         loss = LigerJSD(beta, ignore_index=7)
         assert_same(lambda log_q, log_p: loss(log_q, log_p, labels), oracle, unnormalised(1), unnormalised(2))
 
-    def test_what_is_ignored_may_be_nan(self) -> None:
+    def test_ignored_tokens_may_be_nan(self) -> None:
         log_q = unnormalised(1)
         log_q[1] = math.nan
         log_q.requires_grad_()
@@ -92,7 +92,7 @@ class TestLigerJSD:
         assert torch.equal(LigerJSD()(log_q, log_p, labels.to(torch.uint8)), LigerJSD()(log_q, log_p, labels))
 
     @pytest.mark.parametrize("beta", [0.0, 0.5])
-    def test_a_class_that_is_impossible_for_both_adds_0(self, beta: float) -> None:
+    def test_class_impossible_for_both_adds_0(self, beta: float) -> None:
         log_q = torch.tensor([[0.0, 1.0, -math.inf]]).double().log_softmax(-1).requires_grad_()
         log_p = torch.tensor([[1.0, 0.0, -math.inf]]).double().log_softmax(-1)
         loss = LigerJSD(beta)(log_q, log_p)
@@ -133,7 +133,7 @@ class TestTRL:
         assert torch.equal(small, generalized_jsd_loss(s, t, labels))
 
     @pytest.mark.parametrize("beta", BETAS)
-    def test_without_labels_the_batch_divides_and_not_the_tokens(self, beta: float) -> None:
+    def test_without_labels_divides_by_the_batch(self, beta: float) -> None:
         self.check(lambda terms: terms.sum() / 2, beta)
 
     @pytest.mark.parametrize("beta", BETAS)
@@ -141,7 +141,7 @@ class TestTRL:
         self.check(lambda terms: terms[[0, 2, 5]].sum() / 3, beta, labels=self.LABELS)
 
     @pytest.mark.parametrize("beta", BETAS)
-    def test_num_items_in_batch_goes_before_the_reduction(self, beta: float) -> None:
+    def test_num_items_in_batch_overrides_the_reduction(self, beta: float) -> None:
         for items in (7, torch.tensor(7)):
             self.check(
                 lambda terms: terms[[0, 2, 5]].sum() / 7,
@@ -167,6 +167,6 @@ class TestTRL:
             loss.backward()
             assert loss.item() == 0 and s.grad is not None and (s.grad == 0).all()
 
-    def test_beta_out_of_range_is_refused(self) -> None:
+    def test_beta_out_of_range_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="beta must lie in"):
             generalized_jsd_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), beta=1.5)

@@ -24,14 +24,14 @@ def pair(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", [ROWS, MAPS])
-def test_mdistiller_averages_over_everything_but_the_classes(shape: tuple[int, ...]) -> None:
+def test_mdistiller_averages_all_but_classes(shape: tuple[int, ...]) -> None:
     assert_same(
         lambda s, t: mdistiller.kd_loss(s, t, T), lambda s, t: kl_of_rows(s, t, T, dim=1).mean() * T**2, *pair(shape)
     )
 
 
 @pytest.mark.parametrize("shape", [ROWS, MAPS])
-def test_rep_distiller_divides_by_the_batch_alone(shape: tuple[int, ...]) -> None:
+def test_rep_distiller_divides_by_the_batch(shape: tuple[int, ...]) -> None:
     assert_same(
         rep_distiller.DistillKL(T),
         lambda s, t: kl_of_rows(s, t, T, dim=1).sum() * T**2 / shape[0],
@@ -93,7 +93,7 @@ def test_mmrazor(reduction: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def test_mmrazor_refuses_an_unknown_reduction() -> None:
+def test_mmrazor_rejects_an_unknown_reduction() -> None:
     with pytest.raises(
         ValueError, match="KLDivergence: reduction must be one of none, batchmean, sum, mean, got 'avg'"
     ):
@@ -177,7 +177,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_is_computed_and_returned_in_fp32(name: str) -> None:
+def test_half_precision_is_computed_in_fp32(name: str) -> None:
     s, t = (x.bfloat16() for x in pair(ROWS))
     loss, exact = LOSSES[name](s, t), LOSSES[name](s.double(), t.double())
     assert loss.dtype == torch.float32

@@ -19,7 +19,7 @@ PLACES = [
 ]
 
 
-def test_every_binding_is_replaced_and_comes_back(tmp_path: Path) -> None:
+def test_every_binding_is_replaced_and_restored(tmp_path: Path) -> None:
     with importable(tmp_path, MDISTILLER):
         kd, other, package = (import_module(f"mdistiller.distillers{x}") for x in (".KD", ".other", ""))
         original, original_dkd = kd.kd_loss, package.dkd_loss
@@ -74,7 +74,7 @@ def test_classes_and_registries(tmp_path: Path) -> None:
         assert registry.MODELS._module_dict["KLDivergence"].__module__ == "mmrazor.models.losses.kl_divergence"
 
 
-def test_codebases_that_are_folders_of_scripts(tmp_path: Path) -> None:
+def test_codebases_of_loose_scripts(tmp_path: Path) -> None:
     with importable(tmp_path, FLAT):
         with patch("rep_distiller", device="cpu"):
             assert import_module("distiller_zoo").DistillKL is rep_distiller.DistillKL
@@ -95,7 +95,7 @@ def test_codebases_that_are_folders_of_scripts(tmp_path: Path) -> None:
         ("p = torch.softmax(logits_teacher", "p = torch.softmax(logits_teacher.detach()"),
     ],
 )  # fmt: skip
-def test_a_difference_is_refused_and_nothing_replaced(tmp_path: Path, published: str, changed: str) -> None:
+def test_a_differing_original_is_not_replaced(tmp_path: Path, published: str, changed: str) -> None:
     assert published in KD
     with importable(tmp_path, MDISTILLER | {"mdistiller/distillers/KD.py": KD.replace(published, changed)}):
         kd, dkd = (import_module(f"mdistiller.distillers.{x}") for x in ("KD", "DKD"))
@@ -105,7 +105,7 @@ def test_a_difference_is_refused_and_nothing_replaced(tmp_path: Path, published:
         assert (kd.kd_loss, dkd.dkd_loss) == originals
 
 
-def test_a_later_target_that_differs_leaves_the_earlier_ones(tmp_path: Path) -> None:
+def test_a_failing_later_target_undoes_nothing_earlier(tmp_path: Path) -> None:
     files = MDISTILLER | {"mdistiller/distillers/DKD.py": DKD.replace("beta * nckd", "nckd")}
     with importable(tmp_path, files):
         kd = import_module("mdistiller.distillers.KD")
@@ -115,7 +115,7 @@ def test_a_later_target_that_differs_leaves_the_earlier_ones(tmp_path: Path) -> 
         assert kd.kd_loss is original
 
 
-def test_the_fork_is_told_from_mdistiller(tmp_path: Path) -> None:
+def test_fork_differs_from_mdistiller(tmp_path: Path) -> None:
     fork = KD.replace("temperature):", "temperature, logit_stand):")
     with (
         importable(tmp_path, MDISTILLER | {"mdistiller/distillers/KD.py": fork}),
@@ -149,13 +149,13 @@ def test_a_module_that_is_missing(tmp_path: Path) -> None:
         patch("mmrazor")
 
 
-def test_what_the_package_itself_fails_to_import_is_not_hidden(tmp_path: Path) -> None:
+def test_import_errors_of_the_package_itself_surface(tmp_path: Path) -> None:
     files = MDISTILLER | {"mdistiller/distillers/base.py": "import yacs_that_is_not_here"}
     with importable(tmp_path, files), pytest.raises(ModuleNotFoundError, match="yacs_that_is_not_here"):
         patch("mdistiller")
 
 
-def test_twice_is_an_error(tmp_path: Path) -> None:
+def test_patching_twice_is_an_error(tmp_path: Path) -> None:
     with (
         importable(tmp_path, MDISTILLER),
         patch("mdistiller", device="cpu"),
@@ -164,7 +164,7 @@ def test_twice_is_an_error(tmp_path: Path) -> None:
         patch("mdistiller", device="cpu")
 
 
-def test_an_original_that_cannot_run_is_an_error(tmp_path: Path) -> None:
+def test_a_failing_original_is_an_error(tmp_path: Path) -> None:
     files = MDISTILLER | {"mdistiller/distillers/KD.py": KD.replace("log_q = ", "log_q = no_gpu; ")}
     with importable(tmp_path, files), pytest.raises(RuntimeError, match="KD:kd_loss failed on cpu for τ = 1") as error:
         patch("mdistiller", device="cpu")

@@ -38,7 +38,7 @@ def test_with_labels(alpha: float, beta: float | None, expected_beta: float) -> 
     ("targets", "settings"),
     [(None, {"alpha": 0.3}), (LABELS, {"alpha": 0}), (LABELS, {"alpha": None, "beta": 5.0}), (LABELS, {})],
 )
-def test_without_alpha_or_labels_there_is_no_factor(targets: Tensor | None, settings: dict[str, Any]) -> None:
+def test_no_factor_without_alpha_or_labels(targets: Tensor | None, settings: dict[str, Any]) -> None:
     assert_same(
         lambda s, t: call(s, t, targets, **settings), lambda s, t: kl_of_rows(s, t, T, dim=1).mean(), *pair(6, 5)
     )
@@ -48,7 +48,7 @@ def test_maps_are_divided_by_the_batch_alone() -> None:
     assert_same(lambda s, t: call(s, t, None), lambda s, t: kl_of_rows(s, t, T, dim=1).sum() / 3, *pair(3, 5, 2, 4))
 
 
-def test_reduction_and_the_rest_reach_both_terms() -> None:
+def test_settings_reach_both_terms() -> None:
     def oracle(s: Tensor, t: Tensor) -> Tensor:
         kept = LABELS != 1
         return 0.3 * cross_entropy(s[kept], LABELS[kept]) * kept.sum() + 0.7 * T**2 * kl_of_rows(s, t, T, dim=1).sum()
@@ -63,13 +63,13 @@ def test_none_gives_terms() -> None:
     torch.testing.assert_close(terms.sum(1), kl_of_rows(s, t, T, dim=1))
 
 
-def test_it_is_what_torchdistill_looks_for() -> None:
+def test_torchdistill_finds_the_drop_in() -> None:
     loss = KDLoss("fc", "output", "fc", "output", T, 0.3)
     assert isinstance(loss, nn.KLDivLoss)
     assert (loss.temperature, loss.alpha, loss.beta, loss.reduction) == (T, 0.3, 0.7, "batchmean")
 
 
-def test_registering_needs_torchdistill_and_gives_it_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_with_torchdistill(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the registry; tests_compat builds the loss through the real one."""
     registered: dict[str, Any] = {}
     registry = ModuleType("torchdistill.losses.registry")

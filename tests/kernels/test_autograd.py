@@ -11,15 +11,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from support.kernel_inputs import DEVICE, DTYPES, LOSSES, compare, leaves_of, quiet, randn
+from support.kernel_inputs import (
+    DEVICE,
+    DTYPES,
+    LOSSES,
+    compare,
+    every_dtype,
+    every_loss,
+    leaves_of,
+    long,
+    quiet,
+    randn,
+)
 from support.numerics import relative_error
 from unikd_fast import SoftmaxKL, dkd_loss, softmax_kl
 from unikd_fast.kernels import _autograd
 from unikd_fast.kernels._multiply import MOST_BUFFERS, multiplied, multiply_in_place
 
 pytestmark = quiet
-every_loss = pytest.mark.parametrize("name", LOSSES)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def results_of(name: str, inputs: list[Tensor], *, factor: float = 1.0, **settings: Any) -> list[Tensor]:
@@ -85,7 +94,7 @@ class TestBackwardTwice:
 
 @every_loss
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_second_derivatives_are_refused(name: str, factor: float) -> None:
+def test_second_derivatives_are_rejected(name: str, factor: float) -> None:
     """A penalty on the gradient must not drop out of a sum unnoticed, whatever the loss is multiplied by."""
     inputs = LOSSES[name].make(5, 11, torch.float32)
     weight = torch.tensor(factor, device=DEVICE, requires_grad=factor != 1)
@@ -110,21 +119,21 @@ class TestTransforms:
         return lambda x: LOSSES[name].compute(x, *rest, impl=impl), first
 
     @pytest.mark.parametrize("wanted", [False, True])
-    def test_forward_mode_over_a_kernel_is_refused(self, name: str, wanted: bool) -> None:
+    def test_forward_mode_of_a_kernel_is_rejected(self, name: str, wanted: bool) -> None:
         """With and without requires_grad, where the tangent was lost without a word."""
         f, x = self.loss_of(name, "fused")
         with pytest.raises(RuntimeError, match=r"got tensors under forward-mode differentiation; use impl='auto'"):
             tangent_of(f, x.requires_grad_(wanted), torch.ones_like(x))
 
-    def test_functional_transforms_over_a_kernel_are_refused(self, name: str) -> None:
+    def test_transforms_of_a_kernel_are_rejected(self, name: str) -> None:
         f, x = self.loss_of(name, "fused")
         transforms = torch.func.grad(f), torch.func.jacfwd(f), torch.func.hessian(f), lambda x: torch.vmap(f)(x[None])
         for transform in transforms:
             with pytest.raises(RuntimeError, match=r"got tensors under torch\.vmap or another .*; use impl='auto'"):
                 transform(x)
 
-    @pytest.mark.parametrize("impl", ["auto", "reference"])
-    def test_over_the_plain_loss_they_work(self, name: str, impl: str) -> None:
+    @pytest.mark.parametrize("impl", ["auto", long("reference")])
+    def test_transforms_of_the_plain_loss(self, name: str, impl: str) -> None:
         f, x = self.loss_of(name, impl)
         gradient = torch.autograd.grad(f(x.requires_grad_()), x)[0]
         x, direction = x.detach(), randn(5, 11, seed=9)
@@ -150,7 +159,7 @@ class TestTransforms:
         torch.testing.assert_close(batched, compute(*inputs).expand(2), rtol=1e-4, atol=1e-6)
 
 
-def test_a_batched_weight_of_a_kernel_is_refused() -> None:
+def test_batched_weight_is_rejected() -> None:
     """By the operator itself: it is not among the tensors that choose the implementation."""
     student, teacher, labels = LOSSES["dkd_loss"].make(5, 11, torch.float32)
     with pytest.raises(RuntimeError, match=r"dkd: the kernel can .* got a tensor under torch\.vmap .*impl='reference'"):
@@ -159,7 +168,7 @@ def test_a_batched_weight_of_a_kernel_is_refused() -> None:
 
 @every_loss
 @every_dtype
-def test_an_input_changed_in_between_is_seen(name: str, dtype: torch.dtype) -> None:
+def test_in_place_change_of_an_input_is_detected(name: str, dtype: torch.dtype) -> None:
     inputs = LOSSES[name].make(5, 11, dtype)
     inputs[0] = inputs[0].detach().clone().requires_grad_() * 1  # no leaf, so it may change in place
     loss = LOSSES[name].compute(*inputs, impl="fused")
@@ -235,7 +244,7 @@ class TestWhatIsComputed:
         assert len(launches.wanted) == (3 if at_once else 4)
         assert [x for x in launches.buffers if x() is not None] == []
 
-    def test_buffers_go_with_the_loss(self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_buffers_end_with_the_loss(self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         launches = Launches(monkeypatch)
         loss = LOSSES[name].compute(*LOSSES[name].make(5, 11, dtype), impl="fused")
         del loss
@@ -247,7 +256,7 @@ class TestMixedPrecision:
     """Case 16."""
 
     @every_loss
-    @pytest.mark.parametrize("factor", [1.0, 65536.0, 2.0**24])
+    @pytest.mark.parametrize("factor", [long(1.0), 65536.0, 2.0**24])
     def test_scaled_fp16_gradients(self, name: str, factor: float) -> None:
         """4096 rows make gradients of 1e-8, which fp16 does not hold before they are scaled; 2^24 overflows some."""
         loss = LOSSES[name]
@@ -311,15 +320,15 @@ class TestMixedPrecision:
 
 
 class TestMultiplyInPlace:
-    def test_by_one_nothing_is_written(self) -> None:
+    def test_multiplying_by_one_writes_nothing(self) -> None:
         x = randn(5, 11, seed=1)
         x[0, 0] = float("nan")  # times 1 would be another NaN, perhaps
         before = x.clone()
         multiply_in_place([(x, torch.ones((), device=DEVICE))])
         assert torch.equal(x.view(torch.int32), before.view(torch.int32))
 
-    @every_dtype
-    def test_by_a_number_and_by_one_for_each_row(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_scalar_and_per_row_factors(self, dtype: torch.dtype) -> None:
         for rows, classes in ((1, 1), (67, 11), (3, 5000)):
             for factor_dtype in (torch.float32, dtype):
                 for factor in (torch.tensor(-2.5, device=DEVICE), randn(rows, seed=2), torch.ones(rows, device=DEVICE)):
@@ -331,13 +340,13 @@ class TestMultiplyInPlace:
                     assert relative_error(x, expected) <= torch.finfo(dtype).eps
                     assert torch.equal(outside, expected.float().to(dtype))
 
-    @every_dtype
-    def test_a_factor_is_not_rounded_to_the_gradients_dtype(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_factor_is_not_rounded(self, dtype: torch.dtype) -> None:
         x, factor = torch.ones(2, 3, dtype=dtype, device=DEVICE), torch.tensor(1 + 2**-9 + 2**-12, device=DEVICE)
         x[1] = 1.5
         assert torch.equal(multiplied(x, factor), (x.double() * factor.double()).to(dtype))
 
-    @every_dtype
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_zero_times_infinity_is_zero(self, dtype: torch.dtype) -> None:
         """A row that was left out stays left out."""
         x = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=dtype, device=DEVICE)
@@ -355,7 +364,7 @@ class TestMultiplyInPlace:
         assert torch.equal(x, expected)
 
     @pytest.mark.parametrize("buffers", [1, MOST_BUFFERS, MOST_BUFFERS + 1, 2 * MOST_BUFFERS + 3])
-    def test_many_of_all_sizes(self, buffers: int) -> None:
+    def test_many_buffers(self, buffers: int) -> None:
         pairs, expected = [], []
         for i in range(buffers):
             x = randn(1 + 7 * i % 40, 1 + 13 * i % 90, seed=i, dtype=DTYPES[i % 3])
@@ -366,7 +375,7 @@ class TestMultiplyInPlace:
         for (x, _), y in zip(pairs, expected, strict=True):
             torch.testing.assert_close(x, y)
 
-    def test_of_no_rows_and_of_nothing(self) -> None:
+    def test_multiplying_nothing(self) -> None:
         multiply_in_place([])
         multiply_in_place([(torch.empty(0, 5, device=DEVICE), torch.tensor(2.0, device=DEVICE))])
         multiply_in_place([(torch.empty(0, 5, device=DEVICE), torch.empty(0, device=DEVICE))])
@@ -381,7 +390,7 @@ def process_group(tmp_path: Any) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_distributed_data_parallel(process_group: None, dtype: torch.dtype) -> None:
     """Two steps, so that the buckets are rebuilt; the gradients are those without it."""
     network = nn.Linear(7, 11).to(DEVICE, dtype)

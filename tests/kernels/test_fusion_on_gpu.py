@@ -70,7 +70,7 @@ def test_cuda_graph(name: str) -> None:
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @every_form
-def test_a_graph_replayed_after_many_other_sizes(name: str, upsample: str) -> None:
+def test_graph_replay_after_many_other_sizes(name: str, upsample: str) -> None:
     """More than any cache of plans holds: what the graph reads is its own, and is not freed with them."""
     fusion, features = make(name, 4)
     fusion.upsample = upsample
@@ -126,7 +126,7 @@ def test_same_bits_twenty_times(name: str) -> None:
 
 
 @every_form
-def test_an_image_does_not_depend_on_its_neighbours(name: str) -> None:
+def test_images_are_independent(name: str) -> None:
     """Eight images at once and each alone: another grid, the same numbers."""
     fusion, features = make(name, 8)
     fusion.eval()  # batch statistics are those of all neighbours
@@ -157,7 +157,7 @@ def test_more_than_2_to_the_31_elements() -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)  # the products around them are cuBLAS's
 
 
-def test_memory_of_the_collapsed_form() -> None:
+def test_memory_of_collapsed_form() -> None:
     """Scalar maps in fp32 and nothing with D channels."""
     fusion, features = make("collapsed", 64, width=256)
     step("collapsed", fusion, features)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.kernel_inputs import BACKEND, DEVICE, Graphs
+from support.kernel_inputs import BACKEND, DEVICE, Graphs, long
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels import _autograd
 
@@ -39,11 +39,8 @@ FORMS: dict[str, tuple[dict[str, str], str]] = {
     "stagewise": ({"upsample": "bilinear"}, "forward"),
 }
 every_form = pytest.mark.parametrize("name", FORMS)
-# With dynamic shapes tracing takes long, and one form of each operator is enough.
-TRACED = ("collapsed", "stagewise")
-traced_forms = pytest.mark.parametrize(
-    "name", [name if name in TRACED else pytest.param(name, marks=pytest.mark.long) for name in FORMS]
-)
+# Interpreted, tracing and repeated backward passes take seconds: in the quick round those of one operator.
+traced_forms = pytest.mark.parametrize("name", ["collapsed", long("normalised"), long("stagewise")])
 
 
 def form(name: str) -> tuple[AdaptiveFeatureFusion, Compute]:
@@ -89,7 +86,7 @@ def test_opcheck(name: str) -> None:
 
 
 @every_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, long(torch.bfloat16)])
 def test_compiled_is_eager(name: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     module, compute = form(name)
@@ -111,7 +108,7 @@ def test_one_graph_for_all_batch_sizes(name: str) -> None:
     graphs = Graphs()
     compiled = torch.compile(compute, fullgraph=True, backend=graphs, dynamic=True)
     counts = []
-    for images in (6, 7, 8):  # none of them the size of another axis, which would count as the same
+    for images in (6, 7):  # neither the size of another axis, which would count as the same
         levels = features(images)
         results = []
         for f in (compiled, compute):
@@ -119,10 +116,10 @@ def test_one_graph_for_all_batch_sizes(name: str) -> None:
             results.append([y, *torch.autograd.grad(y.sum(), levels)])
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
         counts.append(graphs.count)
-    assert counts == [counts[0]] * 3
+    assert counts[1] == counts[0]
 
 
-@every_form
+@traced_forms
 def test_backward_of_a_compiled_graph_twice(name: str) -> None:
     torch._dynamo.reset()
     _, compute = form(name)
@@ -133,7 +130,7 @@ def test_backward_of_a_compiled_graph_twice(name: str) -> None:
     assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_are_rejected() -> None:
     torch._dynamo.reset()
     _, compute = form("collapsed")
     levels = features()

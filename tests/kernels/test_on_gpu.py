@@ -9,14 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.kernel_inputs import DTYPES, LOSSES, capture, compare, leaves_of, rows_for, softmax_kl
+from support.kernel_inputs import (
+    LOSSES,
+    capture,
+    compare,
+    every_dtype,
+    every_loss,
+    leaves_of,
+    rows_for,
+    softmax_kl,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-every_loss = pytest.mark.parametrize("name", LOSSES)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def step(name: str, inputs: list[Tensor], factor: Tensor | None = None) -> list[Tensor]:
@@ -33,7 +40,7 @@ def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_synchronisation_would_be_seen(no_synchronisation: None) -> None:
+def test_synchronisation_is_detected(no_synchronisation: None) -> None:
     with pytest.raises(RuntimeError, match="synchronizing"):
         torch.ones((), device="cuda").item()
 

@@ -1,5 +1,6 @@
 """The kernels of the collapsed AFF against the stage-wise form, values and every gradient."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support.kernel_inputs import drawn, long
 from support.numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels.pixel_weights import empty_maps, geometry, pixel_weights_forward
@@ -30,8 +31,13 @@ PYRAMIDS = {
     "odd": ((3, 20, 33), ((7, 9), (4, 5), (3, 2))),
     "equal and one pixel": ((17, 70, 8, 4), ((6, 6), (6, 6), (3, 3), (1, 1))),
     "five": ((2, 3, 4, 5, 6), ((9, 7), (7, 7), (7, 5), (3, 4), (1, 2))),
-    "many pixels": ((4, 5), ((40, 30), (7, 9))),  # more than a block of them
+    "many pixels": ((2, 3), ((33, 32), (17, 16))),  # more than a block of them
+    "many pixels, large ratios": ((4, 5), ((40, 30), (7, 9))),
 }
+
+
+MODES = ("nearest", "bilinear")
+some_pyramids = pytest.mark.parametrize("pyramid", ["ratio 2", long("odd")])
 
 
 def inputs(
@@ -141,14 +147,22 @@ def assert_no_worse(
         assert error <= allowance + units * eps, f"gradients of kind {kind}: {error:.1e}, plain {allowance:.1e}"
 
 
-@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
-@pytest.mark.parametrize("pyramid", PYRAMIDS)
+@pytest.mark.parametrize(
+    ("pyramid", "upsample"),
+    [
+        *((pyramid, upsample) for pyramid in ("one level", "ratio 2") for upsample in MODES),
+        ("odd", "nearest"),
+        ("many pixels", "nearest"),
+        *(long(*x) for x in itertools.product(("odd", "many pixels"), ("bilinear",))),
+        *(long(*x) for x in itertools.product(("equal and one pixel", "five", "many pixels, large ratios"), MODES)),
+    ],
+)
 def test_no_worse_than_stagewise(pyramid: str, upsample: str) -> None:
-    assert_no_worse(inputs(pyramid), upsample=upsample)
+    assert_no_worse(inputs(pyramid, images=1 if pyramid == "many pixels" else 2), upsample=upsample)
 
 
 @pytest.mark.parametrize(("dtype", "upsample"), [(torch.bfloat16, "bilinear"), (torch.float16, "nearest")], ids=str)
-@pytest.mark.parametrize("pyramid", ["one level", "odd", "equal and one pixel"])
+@pytest.mark.parametrize("pyramid", ["one level", "ratio 2", long("odd"), long("equal and one pixel")])
 def test_no_worse_than_stagewise_in_half_precision(pyramid: str, dtype: torch.dtype, upsample: str) -> None:
     assert_no_worse(inputs(pyramid, dtype=dtype, channels_last=dtype == torch.bfloat16), upsample=upsample)
 
@@ -162,7 +176,7 @@ def test_no_worse_than_stagewise_in_half_precision(pyramid: str, dtype: torch.dt
         pytest.param(plain_normalised, torch.bfloat16, 1.0, id="plain-bf16"),
     ],
 )
-@pytest.mark.parametrize("pyramid", ["one level", "odd"])
+@pytest.mark.parametrize("pyramid", ["one level", "ratio 2", long("odd")])
 def test_normalised_no_worse_than_stagewise(
     pyramid: str, form: Callable[..., Tensor], dtype: torch.dtype, mean: float
 ) -> None:
@@ -176,16 +190,23 @@ def test_normalised_no_worse_than_stagewise(
 
 
 @pytest.mark.long
-def test_normalised_with_more_than_a_block_of_pixels() -> None:
-    assert_no_worse(inputs("many pixels"), tested=fused_normalised, plain=stagewise_normalised)
+def test_normalised_with_many_pixels() -> None:
+    assert_no_worse(inputs("many pixels, large ratios"), tested=fused_normalised, plain=stagewise_normalised)
 
 
+@pytest.mark.parametrize(
+    ("tested", "plain"), [(fused, stagewise), (fused_normalised, stagewise_normalised)], ids=["as it is", "normalised"]
+)
 @pytest.mark.parametrize("frozen", ["features", "parameters"])
-def test_normalised_only_what_asks_for_a_gradient_gets_one(frozen: str) -> None:
-    x = inputs("odd")
+@some_pyramids
+def test_gradients_only_where_required(
+    pyramid: str, frozen: str, tested: Callable[..., Tensor], plain: Callable[..., Tensor]
+) -> None:
+    x = inputs(pyramid)
+    levels = len(groups(x)[0])
     for i, t in enumerate(x):
-        t.requires_grad_((i < 3) != (frozen == "features"))
-    assert_no_worse(x, tested=fused_normalised, plain=stagewise_normalised)
+        t.requires_grad_((i < levels) != (frozen == "features"))
+    assert_no_worse(x, tested=tested, plain=plain)
 
 
 def test_more_accurate_than_stagewise_in_bf16() -> None:
@@ -194,8 +215,8 @@ def test_more_accurate_than_stagewise_in_bf16() -> None:
     assert 2 * relative_error(fused(*x), exact) < relative_error(stagewise(*x), exact)
 
 
-@pytest.mark.parametrize(("images", "width"), [(1, 1), (1, 6), (40, 1)])  # 40: more images than groups of ∂M
-def test_one_image_one_width_many_images(images: int, width: int) -> None:
+@pytest.mark.parametrize(("images", "width"), [(1, 1), (1, 6), (10, 1)])  # 10: more images than groups of ∂M
+def test_number_of_images_and_width(images: int, width: int) -> None:
     assert_no_worse(inputs("ratio 2", width, images=images))
 
 
@@ -217,17 +238,10 @@ def test_non_contiguous_features() -> None:
     assert_no_worse([wide, *strided[1:]])
 
 
-@pytest.mark.parametrize("frozen", ["features", "parameters"])
-def test_only_what_asks_for_a_gradient_gets_one(frozen: str) -> None:
-    x = inputs("odd")
-    for i, t in enumerate(x):
-        t.requires_grad_((i < 3) != (frozen == "features"))
-    assert_no_worse(x)
-
-
+@some_pyramids
 @pytest.mark.parametrize("bias", [-1e4, 1e4])
-def test_saturated_gates(bias: float) -> None:
-    x = inputs("odd")
+def test_saturated_gates(bias: float, pyramid: str) -> None:
+    x = inputs(pyramid)
     with torch.no_grad():
         for gate in groups(x)[4]:
             gate.fill_(bias)
@@ -235,7 +249,7 @@ def test_saturated_gates(bias: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_reaches_its_own_image_alone(value: float) -> None:
+def test_nonfinite_values_stay_in_their_image(value: float) -> None:
     x = [t.detach() for t in inputs("odd")]
     clean = fused(*x)
     x[1][1, 0, 2, 2] = value
@@ -244,8 +258,9 @@ def test_what_is_not_finite_reaches_its_own_image_alone(value: float) -> None:
     assert not spoilt[1].isfinite().any()
 
 
-def test_same_bits_twice_and_a_second_backward_pass() -> None:
-    x = inputs("odd", dtype=torch.bfloat16)
+@some_pyramids
+def test_same_bits_twice_and_a_second_backward_pass(pyramid: str) -> None:
+    x = inputs(pyramid, dtype=torch.bfloat16)
     runs = []
     for _ in range(2):
         y = fused(*x)
@@ -270,14 +285,15 @@ def test_pixel_weights_sum_to_one(upsample: str) -> None:
         torch.testing.assert_close(w, expected)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=3),
-    st.sampled_from(["nearest", "bilinear"]),
-    st.integers(0, 2**16),
-)
-def test_any_sizes(corners: list[tuple[int, int]], upsample: str, seed: int) -> None:
+@pytest.mark.parametrize("examples", [6, long(30)])
+def test_any_sizes(examples: int) -> None:
+    drawn(compare_any_sizes, examples)
+
+
+def compare_any_sizes(data: st.DataObject) -> None:
     """Sizes that shrink by any ratio, from the sums of what is drawn."""
+    corners = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=3))
+    upsample, seed = data.draw(st.sampled_from(MODES)), data.draw(st.integers(0, 2**16))
     sizes = [(sum(h for h, _ in corners[i:]), sum(w for _, w in corners[i:])) for i in range(len(corners))]
     generator = torch.Generator().manual_seed(seed)
     projections = [
@@ -291,7 +307,7 @@ def test_any_sizes(corners: list[tuple[int, int]], upsample: str, seed: int) -> 
 
 
 class TestModule:
-    def test_fused_is_what_pooled_gives(self) -> None:
+    def test_pooled_takes_the_kernel(self) -> None:
         torch.manual_seed(0)
         modules = [AdaptiveFeatureFusion([4, 6], 5, impl=impl).to(DEVICE) for impl in ("fused", "reference")]
         modules[0].load_state_dict(modules[1].state_dict())
@@ -310,7 +326,7 @@ class TestModule:
             ),
         )
 
-    def test_fused_without_a_gpu_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_fused_without_a_gpu_is_rejected(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         fusion = AdaptiveFeatureFusion([4], 5, impl="fused")
         with pytest.raises(RuntimeError, match="AdaptiveFeatureFusion: impl='fused' needs a GPU, got tensors on cpu"):

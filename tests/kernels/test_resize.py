@@ -57,7 +57,7 @@ def test_every_pair_of_sizes(upsample: str) -> None:
             assert torch.equal(weights, matrix)
 
 
-def test_what_is_known_of_an_axis() -> None:
+def test_ratio_and_reach_of_an_axis() -> None:
     """Copies by whole ratios need no look at the positions; a coarse position of ratio 2 is seen by four bilinearly."""
     assert [axis_of(7, size, "nearest") for size in (7, 14, 21)] == [(1, 1), (2, 2), (3, 3)]
     assert axis_of(7, 14, "bilinear") == (0, 4)

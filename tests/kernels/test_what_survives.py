@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from support.kernel_inputs import DEVICE, LOSSES, leaves_of, quiet
+from support.kernel_inputs import DEVICE, LOSSES, leaves_of, long, quiet
 from unikd_fast import AdaptiveFeatureFusion
 from unikd_fast.kernels import _launch, _pooled_plan, pixel_weights, softmax_kl
 
@@ -25,7 +25,8 @@ FUSIONS: dict[str, tuple[dict[str, str], str]] = {
     "collapsed": ({}, "pooled"),
     "collapsed bilinear": ({"upsample": "bilinear"}, "pooled"),
     "normalised": ({"norm": "input"}, "pooled"),
-    "spatial": ({"upsample": "bilinear"}, "forward"),
+    "stagewise": ({}, "forward"),
+    "stagewise bilinear": ({"upsample": "bilinear"}, "forward"),
 }
 
 
@@ -78,15 +79,15 @@ def fuse(name: str, make: Callable[..., Tensor], sizes: Sequence[int]) -> tuple[
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_of_a_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watched, inputs = Watched(monkeypatch, launch=True), LOSSES[name].make(5, 11, torch.float32)
     step(name, inputs)
     assert len(watched.seen) > 3
     assert watched.survivors(inputs) == set()
 
 
-@pytest.mark.parametrize("name", FUSIONS)
-def test_of_a_fusion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [long(name) if "bilinear" in name else name for name in FUSIONS])
+def test_fusion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sizes that no other test has, so that nothing is there from before."""
     watched = Watched(monkeypatch, launch=True)
     run, kept = fuse(name, lambda *shape: torch.zeros(shape, device=DEVICE), (11, 6, 2))
@@ -108,7 +109,7 @@ def absent_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_of_a_loss_on_an_absent_gpu(name: str, absent_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_on_an_absent_gpu(name: str, absent_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, launch=False)
     real = [(x.shape, x.dtype, x.requires_grad) for x in LOSSES[name].make(5, 11, torch.float32)]
     inputs = [torch.empty(s, dtype=d, device=absent_gpu).requires_grad_(g) for s, d, g in real]

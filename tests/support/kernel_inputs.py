@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from support.numerics import assert_no_worse_than_eager
@@ -29,9 +31,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of a result where the kernel adds K terms tile by tile and eager PyTorch in an order of its own: either is
 # within a few ε of the truth, and either may by luck be nearer.
 UNITS = 8
-# The launch sizes depend on K: many rows a tile, one row, odd rows, and more blocks than one. 1000 is not a multiple of
-# 16; from 4097 on (16385 for the plain forward divergence) a row takes several blocks.
-SIZES = (2, 10, 100, 1000, 1003, 5000, 21841, 50257, 128256, 262144)
 # Which of the four parameters of `gaussians` want a gradient.
 OF_STUDENT, ALL_FOUR = (True, True, False, False), (True,) * 4
 
@@ -123,6 +122,11 @@ def without_gaussians(student: Tensor, teacher: Tensor, labels: Tensor, **settin
     return unikd_loss(student, teacher, labels, **settings)[:4]
 
 
+def long(*values: Any) -> Any:
+    """Leave a set of parameters to the long rounds."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss as a function of tensors: `compute(*make(rows, classes, dtype), impl=..., **settings)`."""
@@ -148,12 +152,24 @@ def _unikd(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
     return [*_dkd(rows, classes, dtype), *_gaussian(rows, classes, dtype)]
 
 
-LOSSES = {
+LOSSES: dict[str, Loss] = {
     "softmax_kl": Loss(softmax_kl, _softmax),
     "gaussian_kl": Loss(gaussian_kl, _gaussian),
     "dkd_loss": Loss(dkd_loss, _dkd),
     "unikd_loss": Loss(total, _unikd, reduces=False),
 }
+
+
+# One loss for each way in which `FusedLoss` is used: with a result a row, and with two that carry gradients.
+some_losses = pytest.mark.parametrize("name", ["softmax_kl", "unikd_loss", long("gaussian_kl"), long("dkd_loss")])
+every_loss = pytest.mark.parametrize("name", LOSSES)
+# Gradients in bf16 take the way of those in fp32, in forward; those in fp16 are computed in backward.
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, long(torch.bfloat16), torch.float16])
+
+
+def drawn(check: Callable[[Any], None], examples: int) -> None:
+    """Call `check(data)` on so many examples, the same ones each time."""
+    settings(max_examples=examples, deadline=None, derandomize=True)(given(data=st.data())(check))()
 
 
 def leaves_of(inputs: Sequence[Tensor]) -> list[Tensor]:

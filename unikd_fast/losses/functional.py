@@ -15,14 +15,14 @@ GaussianPair = Gaussian | tuple[Tensor, Tensor]
 class LossTerms(NamedTuple):
     """The terms of Eq. 7: 0-d tensors on the device, fp32 (fp64 for fp64 inputs). All but `total` are unweighted.
 
-    `total` and `anchor` carry gradients; the others are for the log.
+    `total` and `anchor` carry gradients; the others are for logging.
     """
 
     total: Tensor  # L
     ce: Tensor  # L_CE
     feature_kl: Tensor  # L_FL
     logit_kl: Tensor  # L_L
-    anchor: Tensor | None = None  # L_anchor, where the teacher's head trains along
+    anchor: Tensor | None = None  # L_anchor, if an anchor was passed
 
 
 def softmax_kl(
@@ -43,33 +43,34 @@ def softmax_kl(
 
         L_L = τ² KL( softmax(z_t / τ) || softmax(z_s / τ) )
 
-    Both sides are logits. Probabilities passed by mistake cannot be told from logits; they give a loss, a wrong one.
+    Pass logits, not probabilities: the two cannot be told apart, and probabilities yield a wrong loss without an error.
 
     Args:
-        student_logits: z_s (..., K); every axis before the classes counts rows.
-        teacher_logits: z_t (..., K); its dtype may differ, and it gets a gradient only if it asks for one. Or what a
-            cache stores: `QuantizedLogits`, or `TopKLogits`, whose other classes count as one (`topk_kl`; τ = 1 and
-            the forward divergence alone).
+        student_logits: z_s (..., K); all axes before the class axis count rows.
+        teacher_logits: z_t (..., K); its dtype may differ, and it receives a gradient only if it requires one. Or the
+            stored forms of a cache: `QuantizedLogits`, or `TopKLogits`, whose other classes count as one
+            (`reference.topk_kl`; only for τ = 1 and the forward divergence, always in plain PyTorch).
         temperature: τ > 0.
-        reduction: over rows: "batchmean" divides by the rows kept, "mean" by rows kept times K, "sum", "none" (...,).
-        scale_by_t2: whether the factor τ² is there.
-        ignore_mask: (...,) bool, True for a row to leave out.
+        reduction: reduction over rows: "batchmean" divides by the number of rows kept, "mean" by that number times K;
+            "sum"; "none" returns (...,).
+        scale_by_t2: whether to multiply by τ².
+        ignore_mask: (...,) bool, True for rows to leave out.
         divergence: "forward" KL(p_t || p_s), "reverse" KL(p_s || p_t), or "jsd", the generalised Jensen-Shannon
             divergence β KL(p_t || m) + (1 - β) KL(p_s || m), m = β p_t + (1 - β) p_s (Agarwal et al. 2024).
         beta: β of "jsd", in (0, 1).
-        standardized: logit standardisation (Sun et al. 2024): each row to mean 0 and standard deviation 1 first.
-        normalizer: number or 0-d tensor that "batchmean" and "mean" divide by in place of the rows kept: the rows of
-            the whole batch, when it is accumulated from unequal micro-batches.
-        impl: "auto" takes the kernel on a GPU and plain PyTorch elsewhere, "reference" plain PyTorch, "fused" the
-            kernel or an error.
+        standardized: whether to standardise each row of logits first, to mean 0 and deviation 1 (Sun et al. 2024).
+        normalizer: number or 0-d tensor that "batchmean" and "mean" divide by instead of the number of rows kept: the
+            rows of the whole batch when it is accumulated from unequal micro-batches.
+        impl: "auto" uses the kernel on a GPU and plain PyTorch elsewhere, "reference" always plain PyTorch; "fused"
+            uses the kernel or raises.
 
     Returns:
-        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs) under autocast too. No rows kept give 0.
+        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs), under autocast too; 0 if no row is kept.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: shapes or devices that differ, a bad temperature, an unknown reduction or impl.
-        RuntimeError: impl="fused" where no kernel can run.
+        TypeError: If a tensor has the wrong dtype.
+        ValueError: If shapes or devices differ, or a setting is not valid.
+        RuntimeError: If impl="fused" and the kernel cannot run.
 
     Example:
         >>> softmax_kl(torch.zeros(8, 10), torch.randn(8, 10), temperature=4.0) > 0
@@ -127,23 +128,23 @@ def dkd_loss(
 
     Args:
         student_logits: (..., K), K >= 2; logits, not probabilities.
-        teacher_logits: (..., K), or `QuantizedLogits`. The kernel takes it as a constant: where it asks
-            for a gradient "auto" is plain PyTorch and "fused" an error.
-        labels: (...,) integer. Out of range is an error on the CPU. On a GPU, where looking would cost a
-            synchronisation, the fused kernel answers NaN, loss and gradient of that row.
+        teacher_logits: (..., K), or `QuantizedLogits`. The kernel treats it as a constant: if it requires a gradient,
+            "auto" uses plain PyTorch and "fused" raises.
+        labels: (...,) integer. A label out of range raises on the CPU. On a GPU, where checking would synchronise, the
+            fused kernel returns NaN for the loss and the gradient of that row.
         alpha, beta: weights of the two terms, numbers or 0-d tensors.
         temperature: τ > 0.
         reduction: as in `softmax_kl`.
-        ignore_index: label of rows to leave out.
+        ignore_index: label of the rows to leave out.
         standardized, normalizer, impl: as in `softmax_kl`.
 
     Returns:
         A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs).
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: shapes or devices that differ, labels out of range, a bad setting.
-        RuntimeError: impl="fused" where no kernel can run.
+        TypeError: If a tensor has the wrong dtype.
+        ValueError: If shapes or devices differ, a label is out of range, or a setting is not valid.
+        RuntimeError: If impl="fused" and the kernel cannot run.
 
     Example:
         >>> dkd_loss(torch.zeros(8, 10), torch.randn(8, 10), torch.arange(8)) > 0
@@ -198,17 +199,18 @@ def gaussian_kl(
         student_log_var: ln v_s (..., K).
         teacher_mean: m_t (..., K).
         teacher_log_var: ln v_t (..., K).
-        reduction: over rows: "batchmean" and "mean" divide by the rows, "sum", "none" (...,).
-        feature_reduction: over k: "mean", so that α keeps its meaning across K, or "sum" as Eq. 6 has it.
+        reduction: reduction over rows: "batchmean" and "mean" divide by the number of rows; "sum"; "none" returns
+            (...,).
+        feature_reduction: reduction over k: "mean", so that α keeps its meaning across K, or "sum" as in Eq. 6.
         normalizer, impl: as in `softmax_kl`.
 
     Returns:
-        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs) under autocast too. No rows give 0.
+        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs), under autocast too; 0 if there are no rows.
 
     Raises:
-        TypeError: a tensor that is not floating point.
-        ValueError: shapes or devices that differ, an unknown reduction, feature_reduction or impl.
-        RuntimeError: impl="fused" where no kernel can run.
+        TypeError: If a tensor is not floating point.
+        ValueError: If shapes or devices differ, or a setting is not valid.
+        RuntimeError: If impl="fused" and the kernel cannot run.
 
     Example:
         >>> mean, log_var = torch.randn(8, 10), torch.zeros(8, 10)
@@ -258,36 +260,36 @@ def unikd_loss(
 
     Args:
         student_logits: z_s (..., K); logits, not probabilities.
-        teacher_logits: z_t (..., K), or what a cache stores, as in `softmax_kl`.
-        labels: (...,) integer, or (..., K) floating-point weights of the classes. An integer out of range is an error
-            on the CPU. On a GPU, where looking would cost a synchronisation, the fused kernel answers NaN: the
-            loss, and the gradient of that row.
-        student: (mean, log_var) of the student's features, each (N, K). With neither Gaussian there is no L_FL: plain
-            distillation of logits.
+        teacher_logits: z_t (..., K), or a stored form of it, as in `softmax_kl`. The kernel treats it as a constant:
+            if it requires a gradient, "auto" uses plain PyTorch and "fused" raises.
+        labels: (...,) integer, or (..., K) floating-point class weights. An integer out of range raises on the CPU. On
+            a GPU, where checking would synchronise, the fused kernel returns NaN for the loss and the gradient of that
+            row.
+        student: (mean, log_var) of the student's features, each (N, K). If None, there is no L_FL: plain distillation
+            of logits.
         teacher: (mean, log_var) of the teacher's features, each (N, K).
-        alpha: weight of L_FL, a number or a 0-d tensor: a tensor can ramp without synchronisation or recompilation.
+        alpha: weight of L_FL, a number or a 0-d tensor, which can be ramped without synchronisation or recompilation.
         beta: weight of L_L, likewise.
         ce_weight: weight of L_CE.
         temperature: τ > 0 of L_L.
-        scale_by_t2: whether L_L carries τ².
-        feature_reduction: "mean" or "sum" over k in L_FL.
-        label_smoothing: of L_CE, in [0, 1].
-        ignore_index: label of rows without one. They are left out of L_CE alone: distillation needs no labels.
-        anchor: (mean, log_var), each (N, K), to be held to the teacher's logits (`reference.gaussian_anchor`), which
-            must be (N, K) and not top-k. The term is not part of `total`.
-        normalizer: number or 0-d tensor every sum over rows is divided by in place of the number of rows (of labelled
+        scale_by_t2: whether to multiply L_L by τ².
+        feature_reduction: reduction over k in L_FL, "mean" or "sum".
+        label_smoothing: label smoothing of L_CE, in [0, 1].
+        ignore_index: label of unlabelled rows. They are left out of L_CE only: distillation needs no labels.
+        anchor: (mean, log_var), each (N, K), to fit to the teacher's logits (`reference.gaussian_anchor`), which must
+            be (N, K) and not top-k. The term is not part of `total`.
+        normalizer: number or 0-d tensor that sums over rows are divided by instead of the number of rows (labelled
             rows in L_CE), for batches accumulated from unequal micro-batches.
         impl: "auto", "reference" or "fused", as in `softmax_kl`.
 
     Returns:
-        The terms; `total` and `anchor` carry gradients. The kernel takes the teacher's logits as a constant: where they
-        ask for a gradient "auto" is plain PyTorch and "fused" an error.
+        The terms; `total` and `anchor` carry gradients.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: shapes or devices that differ, student or teacher no pair, labels out of range (looked at on the
-            CPU), a bad setting.
-        RuntimeError: impl="fused" where no kernel can run.
+        TypeError: If a tensor has the wrong dtype.
+        ValueError: If shapes or devices differ, `student` or `teacher` is not a pair, a label is out of range, or a
+            setting is not valid.
+        RuntimeError: If impl="fused" and the kernel cannot run.
 
     Example:
         >>> logits, labels = torch.randn(8, 10, requires_grad=True), torch.arange(8)
@@ -305,7 +307,9 @@ def unikd_loss(
     checks.check_weight(name, "beta", beta, student_logits)
     if (student is None) != (teacher is None):
         missing = "student" if student is None else "teacher"
-        raise ValueError(f"{name}: student and teacher Gaussians come together, got no {missing}; pass both or neither")
+        raise ValueError(
+            f"{name}: the student's and the teacher's Gaussian go together, got no {missing}; pass both or neither"
+        )
     pairs: tuple[Tensor, ...] = ()
     if student is not None and teacher is not None:
         checks.check_gaussians(name, student, teacher)

@@ -1,4 +1,4 @@
-"""The losses as modules: settings fixed and checked once, tensors at each call."""
+"""The losses as modules: settings are fixed and checked once, tensors are passed at each call."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from unikd_fast.values import QuantizedLogits, TopKLogits
 
 
 class _Loss(nn.Module):
-    """Settings that are passed on at each call."""
+    """A loss whose settings are checked once and passed to the function at each call."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Loss(nn.Module):
 
 
 class SoftmaxKL(_Loss):
-    """`softmax_kl` with its settings fixed.
+    """`softmax_kl` with fixed settings.
 
     Example:
         >>> SoftmaxKL(temperature=4.0)(torch.randn(8, 10), torch.randn(8, 10)).shape
@@ -72,7 +72,7 @@ class SoftmaxKL(_Loss):
 
 
 class DKDLoss(_Loss):
-    """`dkd_loss` with its settings fixed; the weights can be given anew at each call, for a ramp.
+    """`dkd_loss` with fixed settings; the weights can be overridden at each call, for a ramp.
 
     Example:
         >>> DKDLoss(beta=2.0)(torch.randn(8, 10), torch.randn(8, 10), torch.arange(8)).shape
@@ -114,7 +114,7 @@ class DKDLoss(_Loss):
 
 
 class GaussianKL(_Loss):
-    """`gaussian_kl` with its settings fixed.
+    """`gaussian_kl` with fixed settings.
 
     Example:
         >>> mean, log_var = torch.randn(8, 10), torch.zeros(8, 10)
@@ -133,7 +133,7 @@ class GaussianKL(_Loss):
 
 
 class UniKDLoss(_Loss):
-    """`unikd_loss` with its settings fixed; the weights can be given anew at each call, for a ramp.
+    """`unikd_loss` with fixed settings; the weights can be overridden at each call, for a ramp.
 
     Example:
         >>> pair = (torch.randn(8, 10), torch.zeros(8, 10))
@@ -179,7 +179,7 @@ class UniKDLoss(_Loss):
         beta: float | Tensor | None = None,
         anchor: GaussianPair | None = None,
     ) -> LossTerms:
-        """Return the terms of Eq. 7; `alpha` and `beta` replace the module's own for this call."""
+        """Return the terms of Eq. 7; `alpha` and `beta` override the module's own for this call."""
         settings = _replaced(self.settings, alpha, beta)
         return unikd_loss(student_logits, teacher_logits, labels, student, teacher, anchor=anchor, **settings)
 

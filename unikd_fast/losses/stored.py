@@ -1,4 +1,4 @@
-"""A teacher's logits in fewer bytes, as a cache stores them, and what the losses read of them."""
+"""A teacher's logits in fewer bytes, as a cache stores them, and as the losses read them."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ def quantize_logits(logits: Tensor, dtype: torch.dtype = torch.uint8) -> Quantiz
 
     Args:
         logits: (..., K).
-        dtype: torch.uint8 (an error of at most (max - min) / 510 in a row) or torch.float16 (10 bits of mantissa).
+        dtype: torch.uint8, with an error of at most (max - min) / 510 in a row, or torch.float16.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: inf or NaN in logits for uint8, which has no code for them (this looks at the values).
+        TypeError: If dtype is neither.
+        ValueError: If uint8 logits are not finite; checking this reads the values.
 
     Example:
         >>> quantize_logits(torch.tensor([[0.0, 255.0]])).values
@@ -24,7 +24,7 @@ def quantize_logits(logits: Tensor, dtype: torch.dtype = torch.uint8) -> Quantiz
     if dtype not in (torch.uint8, torch.float16):
         raise TypeError(f"quantize_logits: dtype must be torch.uint8 or torch.float16, got {dtype}")
     if dtype == torch.uint8 and not bool(logits.isfinite().all()):
-        raise ValueError("quantize_logits: uint8 holds finite logits only, got inf or NaN; use torch.float16")
+        raise ValueError("quantize_logits: uint8 needs finite logits, got inf or NaN; use torch.float16")
     rows = logits.detach().float()
     if dtype == torch.uint8:
         low, high = rows.amin(dim=-1), rows.amax(dim=-1)
@@ -38,14 +38,14 @@ def quantize_logits(logits: Tensor, dtype: torch.dtype = torch.uint8) -> Quantiz
 
 
 def top_k_logits(logits: Tensor, k: int) -> TopKLogits:
-    """Keep the k largest logits of each row, and the log-sum-exp of all.
+    """Keep the k largest logits of each row and the log-sum-exp of all.
 
     Args:
         logits: (..., K).
-        k: how many, at most K.
+        k: number of logits to keep, at most K.
 
     Raises:
-        ValueError: k outside of [1, K].
+        ValueError: If k is not in [1, K].
 
     Example:
         >>> top_k_logits(torch.tensor([[1.0, 3.0, 2.0]]), k=1).indices
@@ -53,7 +53,7 @@ def top_k_logits(logits: Tensor, k: int) -> TopKLogits:
     """
     classes = logits.shape[-1]
     if not 1 <= k <= classes:
-        raise ValueError(f"top_k_logits: k must lie in [1, {classes}], got {k}")
+        raise ValueError(f"top_k_logits: k must be in [1, {classes}], got {k}")
     rows = logits.detach().float()
     values, indices = rows.topk(k, dim=-1)
     return TopKLogits(values.to(logits.dtype), indices.to(torch.int32), rows.logsumexp(dim=-1))
@@ -68,10 +68,10 @@ def dense_logits(teacher: Tensor | QuantizedLogits) -> Tensor:
 
 
 def stored_rows(teacher: Tensor | QuantizedLogits) -> tuple[Tensor, Tensor | None]:
-    """Return what a kernel reads: values (..., K) and scale (...,). A softmax does not see the offset."""
+    """Return the values (..., K) and scale (...,) that a kernel reads; a softmax does not depend on the offset."""
     return (teacher.values, teacher.scale) if isinstance(teacher, QuantizedLogits) else (teacher, None)
 
 
 def tensors_of(teacher: Tensor | QuantizedLogits) -> tuple[Tensor, ...]:
-    """Return what a teacher is stored in."""
+    """Return the tensors that hold a teacher's logits."""
     return (teacher,) if isinstance(teacher, Tensor) else tuple(teacher)
