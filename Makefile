@@ -6,7 +6,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-faults test-compat conformance lint docs bench gpu-check gpu-wheels schema clean
+.PHONY: help setup distill test test-all test-compat conformance lint docs bench gpu-check gpu-wheels schema clean
 
 help: ## list the tasks
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -31,7 +31,7 @@ TESTERS ?= 2
 test: setup ## the test suite; TESTERS=2 processes
 	$(RUN) pytest tests -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
-test-faults: setup ## the long rounds of faults and combinations, an hour or more
+test-all: test ## the test suite, then the long rounds of faults and combinations
 	$(RUN) pytest tests -m long -n $(TESTERS) --dist loadfile
 
 # The codebases that the drop-ins stand in for bring many packages along. They go into an environment on top of .venv.
