@@ -1,4 +1,4 @@
-"""Where there is a GPU these tests run on it, and `pytest -m gpu` takes them along."""
+"""Where there is a GPU the kernels' tests run on it, and `pytest -m gpu` selects them."""
 
 from pathlib import Path
 
@@ -10,5 +10,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         return
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent) and item.path.name != "test_compile.py":
+        on_cpu = item.path.name.startswith(("test_compile", "test_reference"))
+        if item.path.is_relative_to(Path(__file__).parent) and not on_cpu:
             item.add_marker("gpu")
