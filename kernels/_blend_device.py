@@ -1,4 +1,4 @@
-"""Device code of `feature_fusion`: what reads and writes maps of D channels, R = g E + (1 - g) Up(R'), and back.
+"""Device code of `feature_fusion` on maps of D channels: R = g E + (1 - g) Up(R'), forward and backward.
 
 Maps are (N, C, P) with strides (C P, SC, SP), as in `_pooled_device`; gates are (N, GATE_N), the finer level's first.
 """
@@ -16,7 +16,7 @@ def sources(
     H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """The coarse pixels that Up at (y, x) is made of, and their weights; nearest has the first alone."""
+    """The coarse pixels that Up at (y, x) combines, and their weights; nearest uses the first only."""
     if NEAREST:
         q = nearest_at(y, x, H, W, SMALL_H, SMALL_W, RY, RX)
         one = tl.where(mask, 1.0, 0.0)
@@ -30,7 +30,7 @@ def resample(
     ptr, c, q00, q01, q10, q11, w00, w01, w10, w11, mask,
     SC: tl.constexpr, SP: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """Up of a tile of channels at the pixels whose `sources` are given, in fp32; 0 where masked."""
+    """Up of a tile of channels at the pixels with the given `sources`, in fp32; 0 where masked."""
     at = ptr + c[:, None].to(tl.int64) * SC
     x = tl.load(at + q00[None, :].to(tl.int64) * SP, mask=mask, other=0.0).to(tl.float32)
     if NEAREST:

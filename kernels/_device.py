@@ -13,7 +13,7 @@ JSD = tl.constexpr(2)
 
 @triton.jit
 def scalar(value, IS_POINTER: tl.constexpr):
-    """A number given as such, or in a 0-d tensor."""
+    """A number, passed by value or in a 0-d tensor."""
     if IS_POINTER:
         return tl.load(value).to(tl.float32)
     else:
@@ -82,18 +82,18 @@ def mean_std(
 
 @triton.jit
 def standardization_share(dot, std, K: tl.constexpr):
-    """What the standardised z' takes from its gradient, as a factor of z': dot is Σ gradient z'.
+    """The factor of z' that standardisation subtracts from the gradient of z', where dot is Σ gradient z'.
 
-    The mean takes nothing from a gradient that sums to 0, the deviation its share; a constant row has none.
+    The mean subtracts nothing from a gradient that sums to 0, the deviation this share; in a constant row it is 0.
     """
     return tl.where(std == 0, 0.0, dot / ((K - 1) * tl.where(std == 0, 1.0, std)))
 
 
 @triton.jit
 def exp(x):
-    """eˣ to 3 ulp, wherever x is: `tl.exp` on a GPU is 2^(x log2 e) of the rounded product, and off by |x| / 3 ulp.
+    """eˣ to 3 ulp for any x: `tl.exp` on a GPU is 2^(x log2 e) of the rounded product, and off by |x| / 3 ulp.
 
-    What the product and log2 e lose in rounding is a factor of the result; past 2^±150 that is 0 or inf by itself.
+    What the product and log2 e lose to rounding is a factor of the result; past 2^±150 the result is 0 or inf anyway.
     """
     high = x * 1.4426950216293335  # log2 e in fp32, and what it lacks
     low = tl.fma(x, 1.925963033500e-08, tl.fma(x, 1.4426950216293335, -high))
@@ -131,10 +131,10 @@ def phi(u):
 
 @triton.jit
 def online_max_sum(top, count, rest, x, factor):
-    """Carry the maximum of x, how often it occurs, and Σ exp(factor (x - maximum)) of all else over one more tile.
+    """Update the maximum of x, its count, and Σ exp(factor (x - maximum)) of the other entries by one more tile.
 
-    Σ exp = count + rest. Kept apart, because where one class dominates rest is small, and added to 1 its digits are
-    lost, and with them the difference of two such sums. factor > 0 is (ROWS, 1).
+    Σ exp = count + rest. The two are kept apart because rest is small where one class dominates: added to 1 its digits
+    would be lost, and with them the difference of two such sums. factor > 0 is (ROWS, 1).
     """
     new = tl.maximum(top, tl.max(x, axis=1)[:, None])
     at = tl.where(new == -float("inf"), 0.0, new)  # -inf - -inf is NaN
@@ -153,7 +153,7 @@ def log_sum(count, rest):
 
 @triton.jit
 def log_ratio_of(n_s, rest_s, n_t, rest_t):
-    """ln(n_s + rest_s) - ln(n_t + rest_t), from what the sums differ by: of each logarithm only ε ln K is known."""
+    """ln(n_s + rest_s) - ln(n_t + rest_t), from the difference of the sums: each logarithm has an error of ε ln K."""
     difference = (n_s - n_t) + (rest_s - rest_t)
     distance = log1p(tl.abs(difference) / tl.minimum(n_s + rest_s, n_t + rest_t))
     return tl.where(difference < 0, -distance, distance)
@@ -185,16 +185,16 @@ def kl_terms(p, q, u):
 
 @triton.jit
 def shift_terms(p, q, u):
-    """Terms that sum to e^δ - 1 over all classes, δ what u = ln q - ln p is off by in all of a row.
+    """Terms that sum to e^δ - 1 over all classes, δ the common error of u = ln q - ln p in a row.
 
-    That much of the logarithm of the sums is lost where both sides are nearly uniform: there it exceeds u.
+    It is the error of the logarithm of the sums; where both sides are nearly uniform it exceeds u.
     """
     return tl.where((p > 0) & (tl.abs(u) < 0.5), p * (u + phi_near(u)), q - p)
 
 
 @triton.jit
 def without_shift(divergence, shift, beta, KIND: tl.constexpr):
-    """The divergence of a row less what δ has added to it, δ²/2 in each KL: Σ p φ(u + δ) = Σ p φ(u) + φ(δ)."""
+    """The divergence of a row without the contribution of δ, δ²/2 in each KL: Σ p φ(u + δ) = Σ p φ(u) + φ(δ)."""
     added = 0.5 * shift * shift
     if KIND == JSD:
         added *= beta * (1 - beta)
@@ -204,7 +204,7 @@ def without_shift(divergence, shift, beta, KIND: tl.constexpr):
 
 @triton.jit
 def mixture_log_ratios(u, beta):
-    """ln m - ln p and ln m - ln q, m = beta p + (1 - beta) q; of u = ln q - ln p alone, so nothing is lost in ln m."""
+    """ln m - ln p and ln m - ln q, m = beta p + (1 - beta) q; from u = ln q - ln p alone, so ln m loses nothing."""
     near = log1p((1 - beta) * expm1(tl.where(tl.abs(u) < 0.5, u, 0.0)))
     a = tl.exp(-tl.abs(u))
     far = tl.log(tl.where(u >= 0, (1 - beta) + beta * a, beta + (1 - beta) * a))
@@ -228,7 +228,7 @@ def divergence_terms(u, p, q, beta, KIND: tl.constexpr):
 
 @triton.jit
 def student_slope(u, q, beta, KIND: tl.constexpr):
-    """What the student's gradient is q times, less its own mean under q; 0 where there is no such form."""
+    """s in the student's gradient q (s - Σ q s); 0 where the gradient has another form."""
     if KIND == FORWARD:
         return 0.0 * q
     elif KIND == REVERSE:
@@ -240,7 +240,7 @@ def student_slope(u, q, beta, KIND: tl.constexpr):
 
 @triton.jit
 def teacher_slope(u, p, beta, KIND: tl.constexpr):
-    """The same of the teacher, under p."""
+    """The same for the teacher, under p."""
     if KIND == FORWARD:
         return -tl.where(p > 0, u, 0.0)
     elif KIND == REVERSE:
@@ -254,8 +254,8 @@ def teacher_slope(u, p, beta, KIND: tl.constexpr):
 def student_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
     """Derivative of the divergence by the student's scaled logits; centre is Σ q `student_slope`.
 
-    That is the divergence itself, but summed like this it takes along what u is off by in all of a row, and the
-    difference does not see it: where the temperature is high that is all there is.
+    That is the divergence itself, but summed like this it contains the common error of u in a row, which cancels in
+    the difference: at a high temperature that error is all there is.
     """
     if KIND == FORWARD:
         return difference(p, q, u)
@@ -273,15 +273,15 @@ def teacher_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
 
 @triton.jit
 def block_sum(x):
-    """One number of a (ROWS, 1) column."""
+    """The sum of a (ROWS, 1) column."""
     return tl.sum(tl.sum(x, axis=1), axis=0)
 
 
 @triton.jit
 def last_to_arrive(partial_ptr, SUMS: tl.constexpr):
-    """Whether this program is the last one of the launch; then it sees what all the others stored before.
+    """Whether this program is the last of the launch; if so, it sees all that the others stored before.
 
-    An integer ticket behind the partial sums, 0 at the start, and not a lock: nobody waits.
+    It takes an integer ticket, stored after the partial sums and 0 at the start. It is not a lock: no program waits.
     """
     tl.debug_barrier()
     ticket_ptr = (partial_ptr + SUMS).to(tl.pointer_type(tl.int32), bitcast=True)
@@ -290,7 +290,7 @@ def last_to_arrive(partial_ptr, SUMS: tl.constexpr):
 
 @triton.jit
 def sum_of_partials(partial_ptr, MAX_PROGRAMS: tl.constexpr):
-    """Sum over programs in one fixed order, past the L1 cache, which may be older than the other programs' stores."""
+    """Sum over programs in a fixed order, bypassing the L1 cache, which may be older than other programs' stores."""
     programs = tl.arange(0, MAX_PROGRAMS)
     x = tl.load(partial_ptr + programs, mask=programs < tl.num_programs(0), other=0.0, cache_modifier=".cg")
     return tl.sum(x, axis=0)
@@ -298,7 +298,7 @@ def sum_of_partials(partial_ptr, MAX_PROGRAMS: tl.constexpr):
 
 @triton.jit
 def store_total(loss_ptr, partial_ptr, accumulated, MAX_PROGRAMS: tl.constexpr):
-    """Store the sum over programs of what each has accumulated; the last program does."""
+    """Let the last program store the sum over programs of what each has accumulated."""
     tl.store(partial_ptr + tl.program_id(0), accumulated)
     if last_to_arrive(partial_ptr, MAX_PROGRAMS):
         tl.store(loss_ptr, sum_of_partials(partial_ptr, MAX_PROGRAMS))

@@ -1,6 +1,6 @@
 """Device code of `pixel_weights`: the gates' recursion and the weights' recursion on the maps of one image, and back.
 
-A program takes one image through all levels. What one thread stores and another loads lies on two sides of a barrier.
+A program takes one image through all levels. A barrier separates what one thread stores from what another loads.
 """
 
 import triton
@@ -14,7 +14,7 @@ def _tap(
     own, above, y, x, mask, tap, FINER: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """What one tap of the 3x3 gates at (y, x) sees of its own level and of the upsampled one."""
+    """What one tap of the 3x3 gates at (y, x) sees of its own and of the upsampled level."""
     ty = y + (tap // 3 - 1)
     tx = x + (tap % 3 - 1)
     inside = mask & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
@@ -59,7 +59,7 @@ def _what_remains(
     H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     REACH_Y: tl.constexpr, REACH_X: tl.constexpr, NEAREST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Upᵀ of what the finer level's gates left over, at the coarse pixels p."""
+    """Upᵀ of what the finer level's gates leave over, at the coarse pixels p."""
     left = tl.zeros([BLOCK], tl.float32)
     y = p // SMALL_W
     x = p % SMALL_W
@@ -72,7 +72,7 @@ def _what_remains(
             weight = reach_weight(y, x, fy, fx, inside, H, W, SMALL_H, SMALL_W, RY, RX, NEAREST)
             gate = tl.load(gates + fy * W + fx, mask=inside, other=1.0)
             above = tl.load(remaining + fy * W + fx, mask=inside, other=0.0)
-            # Where this pixel is not looked at, what is there must not reach it: 0 · inf.
+            # A fine pixel that does not look here must not contribute: 0 · inf is NaN.
             left += tl.where(weight != 0.0, weight * (1.0 - gate) * above, 0.0)
     return left
 

@@ -1,10 +1,10 @@
-"""Device code of `pooled_fusion`: what reads the features, all levels in one launch.
+"""Device code of `pooled_fusion` that reads the features, all levels in one launch.
 
 A level's feature is (N, C, P) with strides (C P, SC, SP). The composite matrix (18 G, COLUMNS) has the taps of the G
 gates as rows, first those that look at Up(R), gate by gate, then those that look at the gate's own level; its columns
 are the channels of all levels and then the expanders' biases, one a level. So level i is seen by the rows 0 .. 9i and,
-if it has a gate, by nine more; `row_of` maps their running number to the row. Of features that are normalised the
-kernels read what is left when the channel's mean is taken away; the scale is in the matrix, and in what comes out.
+if it has a gate, by nine more; `row_of` maps their running number to the row. From normalised features the kernels
+subtract the channel's mean as they read; the scale is in the matrix and is applied to the result.
 """
 
 import triton
@@ -23,7 +23,7 @@ def load_feature(ptr, c, p, C, P, SC: tl.constexpr, SP: tl.constexpr, EXACT: tl.
 
 @triton.jit
 def load_centred(ptr, mean, c, p, C, P, SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr, EXACT: tl.constexpr):
-    """The same less the channels' means, if there are any; at pixels outside it is not 0 then."""
+    """The same minus the channels' means, if given; pixels outside are then not 0."""
     x = load_feature(ptr, c, p, C, P, SC, SP, EXACT)
     if mean is not None:
         x = (x.to(tl.float32) - tl.load(mean + COLUMN + c, mask=c < C, other=0.0)[:, None]).to(x.dtype)

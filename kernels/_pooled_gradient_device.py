@@ -2,9 +2,9 @@
 
     ∂F(p) = w(p) ∂A + Mᵀ ∂S(p),    ∂M = Σ ∂S(p) F(p)ᵀ
 
-Where two levels were blended and not averaged, w ∂A is what comes back through the blend (`_blend_device`). Where the
-features were normalised, x̂ = (x - μ) r, this is r ∂x̂ and Σ ∂S (x - μ)ᵀ, and the norm's own part comes in a second pass,
-when its two sums a channel are known:
+If two levels were blended and not averaged, w ∂A is replaced by the gradient through the blend (`_blend_device`). If
+the features were normalised, x̂ = (x - μ) r, this is r ∂x̂ and Σ ∂S (x - μ)ᵀ, and the norm's own part is added in a
+second pass, when its two sums per channel are known:
 
     ∂x = r ∂x̂ + slope (x - μ) + offset,    slope = -r² Σ ∂x̂ x̂ / n,    offset = -r Σ ∂x̂ / n
 
@@ -25,13 +25,13 @@ from unikd_fast.kernels._pooled_device import load_centred, row_of
 
 @triton.jit
 def groups_of(N, LARGEST: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """How many programs share the pixels of a level."""
+    """The number of programs that share the pixels of a level."""
     return tl.minimum(N * ((P + BLOCK_P - 1) // BLOCK_P), LARGEST)
 
 
 @triton.jit
 def _seen_gradient(grad_seen, grad_a, r, p, LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
-    """∂S at the pixels p, (rows, pixels): the own gate's taps have that of a, shifted back."""
+    """∂S at the pixels p, (rows, pixels): for the own gate's taps it is ∂a, shifted back."""
     P: tl.constexpr = H * W
     total = tl.zeros([r.shape[0], p.shape[0]], tl.float32)
     if LEVEL > 0:

@@ -1,8 +1,8 @@
-"""Device code of resizing: Up at fine pixels, and whom Upᵀ reaches from coarse ones.
+"""Device code of resizing: Up at fine pixels, and the fine pixels that Upᵀ collects at coarse ones.
 
-Sources and weights are computed as PyTorch's interpolation does, of H x W from SMALL_H x SMALL_W. No tables: a captured
-graph would read them long after the call that made them. RY and RX are r where the fine position i is a copy of the
-coarse i // r, else 0 (`pixel_weights.axis_of`).
+Sources and weights are those of PyTorch's interpolation of SMALL_H x SMALL_W to H x W. They are not kept in tables: a
+captured graph would read these long after the call that made them. RY and RX are r where the fine position i is a copy
+of the coarse i // r, else 0 (`pixel_weights.axis_of`).
 """
 
 import triton
@@ -20,7 +20,7 @@ def _nearest(fine, SIZE: tl.constexpr, SMALL: tl.constexpr, RATIO: tl.constexpr)
 
 @triton.jit
 def _between(fine, SIZE: tl.constexpr, SMALL: tl.constexpr):
-    """The two coarse positions around a fine one along one axis, and the weight of the second; one where that is 0."""
+    """The two coarse positions around a fine one along one axis, equal if the second's weight is 0; that weight."""
     at = tl.maximum((fine.to(tl.float32) + 0.5) * (SMALL / SIZE) - 0.5, 0.0)
     first = tl.minimum(at.to(tl.int32), SMALL - 1)
     weight = tl.where(first == SMALL - 1, 0.0, at - first.to(tl.float32))
@@ -67,7 +67,7 @@ def up(
 
 @triton.jit
 def _first(small, SIZE: tl.constexpr, SMALL: tl.constexpr, RATIO: tl.constexpr, NEAREST: tl.constexpr):
-    """The first fine position that looks at a coarse one along one axis, as `pixel_weights.axis_of` has it."""
+    """The first fine position that looks at a coarse one along one axis (`pixel_weights.axis_of`)."""
     if RATIO > 0:
         return small * RATIO
     elif NEAREST:
@@ -87,7 +87,7 @@ def first_reached(
 
 @triton.jit
 def _along(small, fine, SIZE: tl.constexpr, SMALL: tl.constexpr, NEAREST: tl.constexpr):
-    """With what weight the fine positions look at the coarse ones along one axis."""
+    """The weights of the coarse positions at the fine ones along one axis."""
     if NEAREST:
         return tl.where(_nearest(fine, SIZE, SMALL, 0) == small, 1.0, 0.0)
     else:
@@ -101,7 +101,7 @@ def reach_weight(
     H: tl.constexpr, W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """With what weight the fine pixels (fy, fx) look at the coarse ones (y, x), 0 outside."""
+    """The weights of the coarse pixels (y, x) at the fine ones (fy, fx); 0 outside."""
     weight = tl.where(inside, 1.0, 0.0)
     if RY == 0:
         weight *= _along(y, fy, H, SMALL_H, NEAREST)

@@ -30,7 +30,7 @@ def _labelled_rows(labels_ptr, N, ignore_index):
     count = 0
     for start in range(0, N, 1024):
         at = start + tl.arange(0, 1024)
-        # Nothing but 0 may stand in for a label: -100 would wrap round in the type of small ones.
+        # Pad with 0: -100 would wrap around in small integer types.
         label = tl.load(labels_ptr + at, mask=at < N, other=0).to(tl.int64)
         count += tl.sum(((at < N) & (label != ignore_index)).to(tl.int32), axis=0)
     return tl.maximum(count, 1).to(tl.float32)
@@ -40,7 +40,7 @@ def _labelled_rows(labels_ptr, N, ignore_index):
 def _class_weights(
     labels_ptr, rows, target, cols, live, smoothing, SOFT: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr
 ):
-    """What cross-entropy weighs each class with, (ROWS, BLOCK_K); 0 past the last class."""
+    """The class weights of the cross-entropy, (ROWS, BLOCK_K); 0 past the last class."""
     inside = (cols < K)[None, :]
     if SOFT:
         ptrs = tile_pointers(row_pointers(labels_ptr, rows, K), cols, 1)
@@ -237,7 +237,7 @@ def unikd_kernel(
                 w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
                 ce_rows += row_sum(tl.where(w != 0, w * (log_sum_1 - d), 0.0))
                 g = (tl.exp(d) / sum_1 * weight_sum - w) * ce_scale
-                # A row without a label may hold what it likes in the cross-entropy.
+                # In the cross-entropy an unlabelled row may hold anything.
                 g = tl.where(labelled[:, None], g, 0.0)
                 if SINGLE:
                     t = t0

@@ -4,8 +4,8 @@
 
     ∂L/∂z_y = τ α (q_y - p_y),    ∂L/∂z_k = τ ( β (q̂_k - p̂_k) - α (q_y - p_y) q̂_k )
 
-p_y comes from the log-odds z_y/τ - lse of the others, so that neither p_y nor 1 - p_y loses digits near 0 or 1. Bytes
-moved: 3 N K size; the second reading of a row finds it in the cache.
+p_y is computed from the log-odds z_y/τ - lse of the others, so that neither p_y nor 1 - p_y loses digits near 0 or 1.
+Bytes moved: 3 N K size; the second reading of a row hits the cache.
 """
 
 import triton
@@ -76,21 +76,21 @@ def _sigmoids(top, total, odds):
 
 @triton.jit
 def _far_log_ratio(odds_s, odds_t, delta, tail):
-    """ln σ(odds_s) - ln σ(odds_t); tail is what ln(1 + e^-|odds|) differ by, delta what the odds do, better known."""
+    """ln σ(odds_s) - ln σ(odds_t); tail is the difference of ln(1 + e^-|odds|), delta that of the odds, more exact."""
     both = (odds_s < 0) & (odds_t < 0)
     return tl.where(both, delta, tl.minimum(odds_s, 0.0) - tl.minimum(odds_t, 0.0)) - tail
 
 
 @triton.jit
 def _log_ratio(p, moved, far):
-    """ln((p + moved) / p), from what moved where that is little."""
+    """ln((p + moved) / p), from moved itself where it is small."""
     near = (p > 0) & (tl.abs(moved) < 0.5 * p)
     return tl.where(near, log1p(moved / tl.where(near, p, 1.0)), far)
 
 
 @triton.jit
 def _kl_term(p, moved, u):
-    """`kl_terms` of two classes: what the one gains is what the other loses, and in their sum it is nothing."""
+    """`kl_terms` of two classes: one gains what the other loses, so that `moved` cancels in the sum."""
     u = tl.where(p > 0, u, 1.0)
     return tl.where(tl.abs(u) < 0.5, p * phi_near(u), moved - p * u)
 
@@ -164,7 +164,7 @@ def _dkd_kernel(
         in_s, out_s, tail_s = _sigmoids(top_s, sum_s, odds_s)
         in_t, out_t, tail_t = _sigmoids(top_t, sum_t, odds_t)
         tail = tail_s - tail_t
-        # σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b - a)), from the difference of the odds, which is known better than either.
+        # σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b - a)), from the difference of the odds, more accurate than either.
         delta = (top_s - top_t) - log_ratio
         moved = tl.where(delta >= 0, -in_s * out_t * expm1(-delta), in_t * out_s * expm1(delta))
         moved = tl.where(((in_s == 0) & (in_t == 0)) | ((out_s == 0) & (out_t == 0)), 0.0, moved)  # delta may be NaN

@@ -3,7 +3,7 @@
     L = 1/2 Σ_k [ v_s/v_t - 1 - ln( v_s/v_t ) + (m_t - m_s)² / v_t ] = 1/2 Σ_k [ φ(d) + (m_t - m_s)² e^(-l_t) ]
 
 m the means, l = ln v the log-variances, d = l_s - l_t, φ(d) = eᵈ - 1 - d. Bytes moved: four parameters read and the
-gradients asked for written, two or four.
+wanted gradients written, two or four.
 """
 
 import triton

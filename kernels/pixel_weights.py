@@ -4,10 +4,10 @@
     Z_l = Up(Z_{l+1}) + g_l (S_l - Up(Z_{l+1})),    Z_L = S_L
     w_l = g_l r_l,    r_1 = 1 / (H_1 W_1),    r_{l+1} = Upᵀ( (1 - g_l) r_l ),    g_L = 1
 
-S_l is what the taps of the gates see of level l, in two buffers: `own` what its own gate's see, which backward does
-not need, and `seen` what those of the finer gates see. Z_l is the same of the fused map R_l. All of it are scalar
-maps; a program takes one image through all levels, and levels wait for each other at a barrier. Bytes moved: S read
-and g, r, Z written, a tenth of the features of a ResNet-50 in bf16.
+S_l is what the taps of the gates see of level l, in two buffers: `own` for the taps of its own gate, which backward
+does not need, and `seen` for those of the finer gates. Z_l is the same of the fused map R_l. All maps are scalar; a
+program takes one image through all levels, with a barrier between levels. Bytes moved: S read and g, r, Z written, a
+tenth of the features of a ResNet-50 in bf16.
 """
 
 import functools

@@ -8,11 +8,11 @@
     ∂w_l(p) = ∂A_l · F_l(p) + ∂(Σ w_l),    ∂F_l(p) = w_l(p) ∂A_l + M_lᵀ ∂S_l(p),    ∂M_l = Σ ∂S_l F_lᵀ
 
 Three launches forward and four backward, whatever the number of levels. Bytes moved: the features twice forward, twice
-backward and their gradient written once; the second reading begins with the images read last, which the L2 still has.
-Nothing with D channels is ever stored, and every sum over images or pixels is taken in a fixed order.
+backward and their gradient written once; the second reading begins with the images read last, which are still in the
+L2. Nothing with D channels is stored, and every sum over images or pixels is taken in a fixed order.
 
-Features that are normalised with their batch's statistics are read less their means, and their scale is in M. Their
-gradient takes two launches more and one more reading: the norm's part of it needs ∂M, the sum over the batch
+For features that are normalised with batch statistics the kernels subtract the means as they read, and the scale is in
+M. Their gradient takes two more launches and one more reading: the norm's part needs ∂M, the sum over the batch
 (`norm_gradient_kernel`).
 """
 

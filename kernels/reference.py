@@ -2,8 +2,8 @@
 
 Letters: N rows (samples, or positions of samples), K classes, τ temperature; p the teacher's and q the student's
 probabilities; φ(u) = eᵘ - 1 - u. The class axis is the last one and every axis before it counts rows. Everything is
-computed in fp32, or in fp64 for fp64 inputs, whatever autocast says; nothing is detached: a tensor gets a gradient if
-it asks for one. The reductions and the rules for ignored rows are written here once; the fused kernels follow them.
+computed in fp32, or in fp64 for fp64 inputs, also under autocast; nothing is detached: a tensor receives a gradient if
+it requires one. The fused kernels follow the reductions and the rules for ignored rows that are defined here.
 
 Every divergence is written as sums of p φ(u): because p and q both sum to one that is the textbook form, and as every
 term is positive nothing cancels when the student is close to its teacher.

@@ -41,7 +41,7 @@ def projected_moments(feature: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
         _check_pixels(feature)
         pixels = feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1]).to(exact)
         mean = pixels.mean(0)
-        centred = pixels - mean  # E[x²] - E[x]² would lose what the mean is large against
+        centred = pixels - mean  # E[x²] - E[x]² cancels where the mean is large
         covariance = centred.t() @ centred / len(pixels)
         rows = weight.flatten(1).to(exact)
         return rows @ mean + bias.to(exact), ((rows @ covariance) * rows).sum(1)

@@ -1,8 +1,8 @@
 """The collapsed AFF in plain PyTorch: the global average of F_R without a single D-channel map.
 
-The features' distribution is predicted from the average of F_R (section 3.2), and with spatial gates F_R is, once the
-gates are known, linear in the features. So each level is read twice, once to be projected on the taps of the gates,
-once to be averaged with the weight its pixels have in F_R, and everything between is scalar maps:
+The features' distribution is predicted from the average of F_R (section 3.2), and with spatial gates F_R is linear in
+the features once the gates are known. So each level is read twice, once to project it on the taps of the gates and once
+to average it with the weights of its pixels in F_R; everything in between is scalar maps:
 
     pooled = 1/(H_1 W_1) Σ_l [ E_l ( Σ_p w_l(p) F_l(p) ) + bias_l Σ_p w_l(p) ]
     w_l = g_l ⊙ remaining_l,    remaining_1 = 1,    remaining_{l+1} = Upᵀ( (1 - g_l) ⊙ remaining_l ),    g_L = 1

@@ -1,16 +1,16 @@
-"""The two products that read a level of features, plain or normalised, with one that writes its gradient.
+"""The two products that read a level of features, plain or normalised, and the one that writes its gradient.
 
 Autograd would write that gradient three times: once for each product and once for the sum. The gradient of the average
-is an outer product, so instead its two factors travel from `_Average` to `_Project`, as the "gradient" of a tensor that
-exists for that alone, the handle, and `_Project` writes ∂x = Mᵀ ∂S + ∂A wᵀ in one product.
+is an outer product, so its two factors are passed from `_Average` to `_Project` instead, as the "gradient" of a tensor
+made for this purpose, the handle, and `_Project` writes ∂x = Mᵀ ∂S + ∂A wᵀ in one product.
 
 Features may be normalised with their batch's statistics, x̂ = (x - μ) r with r = 1 / sqrt(σ² + ε). No x̂ is formed:
 projections and averages are those of x, shifted and scaled, and with that ∂x̂
 
     ∂x = r ( ∂x̂ - mean(∂x̂) - x̂ mean(∂x̂ x̂) ),    Σ ∂x̂ = Σ_n ∂A Σ_p w + Mᵀ Σ ∂S,    Σ ∂x̂ x̂ = Σ_n ∂A A + diag( Mᵀ ∂M )
 
-where the sums are over the channel's pixels in the batch, M the rows that are projected on and S = M x̂. What this
-needs besides, Σ_n ∂A A, travels along.
+where the sums are over the channel's pixels in the batch, M are the rows to project on and S = M x̂. Σ_n ∂A A, which
+this needs as well, is passed in the same way.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 Moments = tuple[Tensor | None, Tensor | None]
 """μ and r of a level's channels, (C,) each, or None twice."""
 
-# Compiled by torch 2.11 that gradient does not arrive: what the handle brings is lost. 2.15 was seen to do it right.
+# Compiled by torch 2.11 the gradient of the handle is lost; by 2.15 it arrives.
 _COMPILES_HANDLES = torch.__version__ >= "2.15"
 
 

@@ -3,9 +3,9 @@
     L = τ² D( softmax(z_t / τ), softmax(z_s / τ) ),    ∂L/∂z_s = τ ( p_s - p_t )  for the forward KL
 
 D is one of `reference.divergence_rows`, the logits standardised first on request. Bytes moved: z_s and z_t read, the
-gradient written: 3 N K size while a row fits on chip; beyond, the rows are read once more, backwards, so that the tail
-of the first reading is still in the L2. Reverse KL, JSD, standardisation and the teacher's gradient read a longer row
-more often, since each needs a sum over the whole row before the next.
+gradient written: 3 N K size while a row fits on chip. Longer rows are read once more, backwards, so that the tail of
+the first reading is still in the L2; for reverse KL, JSD, standardisation and the teacher's gradient more often, since
+each needs a sum over the whole row first.
 """
 
 import triton
@@ -82,7 +82,7 @@ def _softmax_kl_kernel(
 ):
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     WANT_GRAD: tl.constexpr = student_grad_ptr is not None or teacher_grad_ptr is not None
-    # Then the gradient does not need the row's loss, and both come from one pass.
+    # The gradient does not depend on the row's loss, so that both come from one pass.
     FUSED_PASS: tl.constexpr = KIND == 0 and not STANDARDIZED and teacher_grad_ptr is None
     per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
     accumulated = 0.0

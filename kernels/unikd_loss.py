@@ -2,11 +2,11 @@
 
     L = w L_CE + α L_FL + β L_L
 
-The first programs take rows of logits: cross-entropy and softmax KL share the reading of the student's row. The others
-take rows of Gaussians: L_FL, and on request L_anchor of the teacher's head. Each program keeps sums of its own; the
-last one to finish adds them up in a fixed order and forms the total. Bytes moved: two logits read and a gradient
-written; four parameters read and two to four gradients written. At 512 x 1000 that is nothing: there only launches
-count, one forward, after a fill of 64 KB for the sums, and one backward.
+The first programs take rows of logits: cross-entropy and softmax KL read the student's row once. The others take rows
+of Gaussians: L_FL and, on request, L_anchor. Each program keeps its own sums; the last one to finish adds them in a
+fixed order and forms the total. Bytes moved: two logits read and a gradient written; four parameters read and two to
+four gradients written. At 512 x 1000 that is negligible and only launches count: one forward, after a fill of 64 KB for
+the sums, and one backward.
 """
 
 from torch import Tensor

@@ -139,8 +139,8 @@ class AdaptiveFeatureFusion(nn.Module):
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
         """Return the mean of F_R over H_1 x W_1, collapsed where that is exact: with spatial gates.
 
-        Batch normalisation needs no map of its own: in training its statistics are those of the batch, per channel
-        before E, from the features' covariance after it (`projected_moments`).
+        Batch normalisation needs no map either: in training its statistics are those of the batch, per channel before
+        E, from the features' covariance after it (`projected_moments`).
 
         Args:
             features: L tensors (N, C_l, H_l, W_l), fine to coarse, with any ratio of sizes, 1 included.
@@ -257,7 +257,7 @@ def _check_option(name: str, value: str | None, allowed: tuple[str | None, ...])
 
 
 def _norm_of(norm: str, channels: int, width: int) -> nn.BatchNorm2d:
-    # Before E, scale and shift of its own would be E's once more.
+    # Before E a scale and shift would be redundant with E's.
     return nn.BatchNorm2d(channels, affine=False) if norm == "input" else nn.BatchNorm2d(width)
 
 

@@ -1,6 +1,6 @@
 """Drop-in losses for other distillation codebases: their signatures, values and gradients, on `unikd_fast.losses`.
 
-One module a codebase. Nothing of the codebases is imported until it is asked for.
+One module per codebase. No codebase is imported until it is needed.
 
     unikd_fast.compat.mdistiller              kd_loss, dkd_loss
     unikd_fast.compat.logit_standardization   kd_loss, dkd_loss                         the fork of mdistiller
@@ -14,7 +14,7 @@ One module a codebase. Nothing of the codebases is imported until it is asked fo
     unikd_fast.compat.trl                     generalized_jsd_loss
 
 `patch` puts them into an installed codebase, after comparing the two. `python -m unikd_fast.compat.conformance` writes
-docs/conformance.md, which says how closely each agrees with what.
+docs/conformance.md, the table of how closely each agrees with its original.
 """
 
 from unikd_fast.compat.patching import Patch, patch

@@ -19,22 +19,22 @@ def kl_div(
     dim: int = -1,
     scale_by_t2: bool = True,
 ) -> Tensor:
-    """Return KL( softmax(z_t / τ) || softmax(z_s / τ) ) as `torch.nn.functional.kl_div` reduces it.
+    """Return KL( softmax(z_t / τ) || softmax(z_s / τ) ), reduced like `torch.nn.functional.kl_div`.
 
-    "batchmean" divides by the first axis alone, whatever comes after it, "mean" by the number of elements. No rows
-    give 0, where PyTorch gives NaN.
+    "batchmean" divides by the first axis only, "mean" by the number of elements. Without rows it is 0, where PyTorch
+    returns NaN.
 
     Args:
         student_logits: (N, ..., K), or with the classes along `dim`.
         teacher_logits: the same shape.
         temperature: τ > 0.
         reduction: "batchmean", "mean", "sum", or "none": the terms of the sum, of the logits' shape. These are computed
-            in plain PyTorch, for the kernel never holds them.
+            in plain PyTorch, since the kernel never holds them.
         dim: the class axis.
-        scale_by_t2: whether the factor τ² is there.
+        scale_by_t2: whether to multiply by τ².
 
     Raises:
-        ValueError: an unknown reduction, and what `softmax_kl` refuses.
+        ValueError: If the reduction is unknown, or `softmax_kl` raises it.
     """
     if reduction == "none":
         log_q = F.log_softmax(at_least_fp32(student_logits) / temperature, dim=dim)

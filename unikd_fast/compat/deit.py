@@ -17,7 +17,7 @@ class DistillationLoss(nn.Module):
         soft: τ² / (N K) Σ p ( ln p - ln q ),    p = softmax_1(z_t / τ),  q = softmax_1(z_s / τ)
         hard: CE(z_s, argmax_1 z_t)
 
-    The soft term is divided by the number of elements, classes included, as DeiT has it: K times less than "batchmean".
+    The soft term is divided by the number of elements, classes included, as in DeiT: K times less than "batchmean".
     It is computed in fp32 and returned so, where DeiT keeps the dtype of the logits. The teacher runs under no_grad.
 
     Args:

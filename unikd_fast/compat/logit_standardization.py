@@ -20,7 +20,7 @@ def kd_loss(logits_student_in: Tensor, logits_teacher_in: Tensor, temperature: f
     Args:
         logits_student_in: z_s (N, K). Of (N, K, H, W) the fork standardises the last axis, W, and takes the softmax
             over K; so does this, in plain PyTorch up to the softmax.
-        logits_teacher_in: z_t, the same shape; it gets a gradient if it asks for one.
+        logits_teacher_in: z_t, the same shape; it receives a gradient if it requires one.
         temperature: τ > 0, a number.
         logit_stand: whether to standardise.
 

@@ -16,7 +16,7 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 
     Args:
         logits_student: z_s (N, K) or (N, K, H, W), where n runs over N·H·W.
-        logits_teacher: z_t, the same shape; it gets a gradient if it asks for one.
+        logits_teacher: z_t, the same shape; it receives a gradient if it requires one.
         temperature: τ > 0, a number.
 
     Raises:
@@ -36,7 +36,7 @@ def dkd_loss(
 
     Args:
         logits_student: (N, K).
-        logits_teacher: (N, K); it gets a gradient if it asks for one, where mdistiller's is NaN (0 ln 0).
+        logits_teacher: (N, K); it receives a gradient if it requires one, where mdistiller's is NaN (0 ln 0).
         target: (N,) integer, or any shape of N elements.
         alpha: weight of TCKD.
         beta: weight of NCKD.

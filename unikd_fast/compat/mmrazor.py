@@ -25,7 +25,7 @@ class KLDivergence(nn.Module):
 
     Args:
         tau: τ > 0.
-        reduction: as `torch.nn.functional.kl_div` has it: "batchmean" divides by N alone, "mean" by the number of
+        reduction: as in `torch.nn.functional.kl_div`: "batchmean" divides by N alone, "mean" by the number of
             elements; "none" gives the terms of the sum, in plain PyTorch.
         loss_weight: λ.
         teacher_detach: whether the teacher is a constant; if False, it gets a gradient.

@@ -1,4 +1,4 @@
-"""The drop-ins: what each stands in for, and where the original is found."""
+"""The drop-ins: what each replaces, and where the original is found."""
 
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Preset(NamedTuple):
     """The drop-ins for one codebase."""
 
     package: str  # the top-level name it is imported by
-    distribution: str | None  # what pip calls the version that is compared with; None where there is none
+    distribution: str | None  # name on the package index; None if there is none
     targets: tuple[Target, ...]
 
 

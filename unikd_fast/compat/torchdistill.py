@@ -17,7 +17,7 @@ class KDLoss(nn.KLDivLoss):
 
         L = α CE(z_s, y) + β τ² KL( softmax_1(z_t / τ) || softmax_1(z_s / τ) ),    β = 1 - α unless given
 
-    Where alpha is None or 0, or there are no targets, it is the divergence alone: no τ², no β, as torchdistill has it.
+    Where alpha is None or 0, or there are no targets, it is the divergence alone, without τ² and β, as in torchdistill.
     The divergence is computed in fp32 and returned so, where torchdistill keeps the dtype of the logits; nothing is
     detached. torchdistill 1.1.5 raises TypeError for alpha=None without beta; here that is the divergence alone, too.
 

@@ -33,7 +33,7 @@ def generalized_jsd_loss(
         reduction: "batchmean" divides by the tokens kept if there are labels and by N if there are none, as in TRL;
             "mean" by the tokens kept times K; "sum"; anything else gives the terms of the sum, of the tokens kept,
             in plain PyTorch.
-        num_items_in_batch: if given, what the sum is divided by, whatever the reduction.
+        num_items_in_batch: if not None, divisor of the sum for any reduction.
 
     Raises:
         ValueError: what `softmax_kl` refuses: beta outside of [0, 1], where TRL gives NaN, among them.
