@@ -34,9 +34,10 @@ from timing import interleaved_medians
 
 from unikd_fast.config import load_config
 from unikd_fast.data.augmentation import Augmentation, view_parameters
-from unikd_fast.data.loader import Loader, LoaderKind, build_loader
+from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.pack import pack_folder
 from unikd_fast.data.sets import open_data
+from unikd_fast.data.settings import DataSettings, LoaderKind
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.distributed import start_processes
@@ -81,16 +82,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def files_loader(splits: DataSplits, device: str, kind: LoaderKind = "auto") -> Loader:
-    return build_loader(
-        splits,
-        augmentation=RESIZED,
-        kind=kind,
-        seed=0,
-        global_batch_size=BATCH[device],
-        device=device,
-        workers=WORKERS,
-        dali_threads=THREADS,
-    )
+    data = DataSettings(name="image_folder", loader=kind, augmentation=RESIZED, workers=WORKERS, dali_threads=THREADS)
+    return build_loader(splits, data, seed=0, global_batch_size=BATCH[device], device=device)
 
 
 def run_through(batches: Callable[[], Iterable[Any]]) -> None:
@@ -132,7 +125,7 @@ def report(
 def test_dali_over_pil_in_processes(
     benchmark: Any, record_property: Record, photos: Callable[[str], Path], device: str
 ) -> None:
-    splits = open_data("image_folder", root=photos(device), image_size=224)
+    splits = open_data(DataSettings(name="image_folder", root=str(photos(device)), image_size=224))
     dali, pil = (files_loader(splits, device, kind) for kind in ("dali", "torchvision"))
     assert_every_id_once(dali.train(0), splits, count=IMAGES[device])
     assert_near(dali.train(0), pil.train(0), splits)
@@ -155,11 +148,11 @@ def test_dali_over_pil_in_processes(
 def test_packed_raw_over_decoding(
     benchmark: Any, record_property: Record, photos: Callable[[str], Path], tmp_path: Path, device: str
 ) -> None:
-    folder = open_data("image_folder", root=photos(device), image_size=224)
+    folder = open_data(DataSettings(name="image_folder", root=str(photos(device)), image_size=224))
     loaders = {"folder": files_loader(folder, device)}
     for name, size in STORED.items():
         pack_folder(photos(device), tmp_path / name, raw=size)
-        stored = open_data("arrow", root=tmp_path / name, image_size=224)
+        stored = open_data(DataSettings(name="arrow", root=str(tmp_path / name), image_size=224))
         loaders[name] = files_loader(stored, device)
         # Stored at their own size the images are those that were decoded; shrunk ones give other views.
         whole = name == "raw_whole" and device == "cpu"

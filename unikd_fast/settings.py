@@ -5,10 +5,21 @@ component itself needs no pydantic.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from annotated_types import Ge, Gt, Le
 
+
+class _NotBlank:
+    """A string that says something: an unset variable of a shell must not pass for "none"."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.str_schema(pattern=r"\S")
+
+
+Text = Annotated[str, _NotBlank()]
 PositiveInt = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 NonNegative = Annotated[float, Ge(0.0)]

@@ -22,6 +22,7 @@ from unikd_fast.data.dali import dali_problem
 from unikd_fast.data.images import StoredImage, read_rgb
 from unikd_fast.data.sets import open_data
 from unikd_fast.data.sets.image_folder import load_image_folder
+from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import ArrowImages, DataSplits, ImageFiles, hash_split
 from unikd_fast.errors import DataError
 
@@ -105,7 +106,10 @@ def in_layout(layout: str, folder: Path, root: Path) -> Path:
 @pytest.mark.parametrize("layout", ["save_to_disk", "parquet", "imagefolder", "webdataset cls", "webdataset json"])
 def test_each_layout_opens_by_its_path(folder: Path, tmp_path: Path, layout: str) -> None:
     root = in_layout(layout, folder, tmp_path / "set")
-    splits, expected = open_data("arrow", root=root, image_size=SIZE), load_image_folder(folder, SIZE)
+    splits, expected = (
+        open_data(DataSettings(name="arrow", root=str(root), image_size=SIZE)),
+        load_image_folder(folder, SIZE),
+    )
     assert splits.num_classes == 3
     assert splits.class_names == (None if layout.startswith("webdataset") else tuple(NAMES))
     assert splits.test_is_val
@@ -115,9 +119,9 @@ def test_each_layout_opens_by_its_path(folder: Path, tmp_path: Path, layout: str
         assert files.sample_ids.tolist() == list(range(len(found)))
     # As the names of files are kept or not.
     assert (hash_split(splits.train) == hash_split(expected.train)) == (layout == "imagefolder")
-    again = open_data("arrow", root=root, image_size=SIZE)
+    again = open_data(DataSettings(name="arrow", root=str(root), image_size=SIZE))
     assert hash_split(again.train) == hash_split(splits.train)
-    few = open_data("arrow", root=root, image_size=SIZE, train_samples=6, num_classes=3)
+    few = open_data(DataSettings(name="arrow", root=str(root), image_size=SIZE, train_samples=6, num_classes=3))
     assert np.bincount(few.train.labels).tolist() == [2, 2, 2]
     assert isinstance(few.train, ArrowImages)
     every = arrow_splits(splits)[0].images(range(TRAIN))
@@ -211,7 +215,7 @@ def test_columns_are_found_by_type_and_then_by_name(folder: Path, tmp_path: Path
     assert images_of(splits)[0] == [image["bytes"] for image in columns["train"]["image"]]
     assert splits.num_classes == 4
     with pytest.raises(ValueError, match="arrow has 4 classes, got num_classes 3; set it to 4"):
-        open_data("arrow", root=root, image_size=SIZE, num_classes=3)
+        open_data(DataSettings(name="arrow", root=str(root), image_size=SIZE, num_classes=3))
 
 
 def test_plain_numbers_have_the_classes_that_are_asked_for(folder: Path, tmp_path: Path) -> None:
@@ -350,4 +354,4 @@ def test_what_cannot_be_opened_is_named_with_the_remedy(folder: Path, tmp_path: 
     with pytest.raises(ValueError, match="tars cannot be opened by datasets"):
         load_arrow(tars, SIZE)
     with pytest.raises(FileNotFoundError, match=r"the root of data set arrow, .*gone, is missing; it must"):
-        open_data("arrow", root=tmp_path / "gone", image_size=SIZE)
+        open_data(DataSettings(name="arrow", root=str(tmp_path / "gone"), image_size=SIZE))

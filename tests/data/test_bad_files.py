@@ -13,10 +13,11 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from support.generated_images import write_jpegs
+from support.loaders import build_loader
 from support.odd_images import bomb, encoded, two_pictures
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali import dali_problem
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import Loader
 from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.errors import DataError

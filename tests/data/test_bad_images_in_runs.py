@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from support.folder_images import RESIZED, SIZE, write_images
+from support.loaders import build_loader
 from support.odd_images import broken
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.images import BadImageTally, StoredImage, check_bad_share, read_rgb, stand_ins
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import Loader
 from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.values import Batch

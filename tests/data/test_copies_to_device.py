@@ -8,8 +8,8 @@ import torch
 
 from support.dali_loaders import RESIZED
 from support.fake_device import DEVICE, fake_device
+from support.loaders import build_loader
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.loader import build_loader
 from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.splits import DataSplits
 

@@ -49,7 +49,8 @@ logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.sets.image_folder import load_image_folder
-from unikd_fast.data.loader import build_loader
+import sys; sys.path.insert(0, "tests")
+from support.loaders import build_loader
 shared = dict(augmentation=Augmentation(), seed=0, global_batch_size=8, device="cpu", workers=0)
 splits = load_image_folder(Path(sys.argv[1]), 96)
 print(type(build_loader(splits, **shared)).__name__)

@@ -10,11 +10,12 @@ from PIL import Image
 from sklearn.datasets import load_digits as load_greys
 
 from unikd_fast.data.sets import open_data
+from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 
 
 def digits(image_size: int = 8) -> tuple[DataSplits, list[TensorImages]]:
-    splits = open_data("digits", root=None, image_size=image_size)
+    splits = open_data(DataSettings(name="digits", image_size=image_size))
     parts = [part for part in (splits.train, splits.val, splits.test) if isinstance(part, TensorImages)]
     return splits, parts
 
@@ -63,12 +64,12 @@ def test_digits_are_grey_enlarged_and_learnable() -> None:
 
 def test_digits_refuse_to_shrink() -> None:
     with pytest.raises(ValueError, match="at least the 8 pixels of the originals, got 7"):
-        open_data("digits", root=None, image_size=7)
+        open_data(DataSettings(name="digits", image_size=7))
 
 
 def test_train_samples_is_a_balanced_subset_with_its_ids() -> None:
-    whole = open_data("digits", root=None, image_size=8)
-    few = open_data("digits", root=None, image_size=8, train_samples=50, seed=1)
+    whole = open_data(DataSettings(name="digits", image_size=8))
+    few = open_data(DataSettings(name="digits", image_size=8, train_samples=50, seed=1))
     assert isinstance(whole.train, TensorImages)
     assert isinstance(few.train, TensorImages)
     assert np.bincount(few.train.labels).tolist() == [5] * 10
@@ -76,7 +77,7 @@ def test_train_samples_is_a_balanced_subset_with_its_ids() -> None:
     assert torch.equal(few.train.images, whole.train.images[torch.from_numpy(ids)])
     assert np.array_equal(few.train.labels, whole.train.labels[ids])
     assert (few.mean, few.std, len(few.test)) == (whole.mean, whole.std, len(whole.test))
-    other = open_data("digits", root=None, image_size=8, train_samples=50, seed=2)
+    other = open_data(DataSettings(name="digits", image_size=8, train_samples=50, seed=2))
     assert not np.array_equal(ids, other.train.sample_ids)
 
 
@@ -92,34 +93,34 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["image_folder", "imagenet"])
 def test_image_folders_open_by_both_names(folder: Path, name: str) -> None:
-    splits = open_data(name, root=folder, image_size=8, num_classes=2, train_samples=2)
+    splits = open_data(DataSettings(name=name, root=str(folder), image_size=8, num_classes=2, train_samples=2))
     assert isinstance(splits.train, ImageFiles)
     assert splits.train.labels.tolist() == [0, 1]
-    whole = open_data(name, root=str(folder), image_size=8).train
+    whole = open_data(DataSettings(name=name, root=str(folder), image_size=8)).train
     assert isinstance(whole, ImageFiles)
     assert list(splits.train.paths) == [whole.paths[i] for i in splits.train.sample_ids]
 
 
 def test_synthetic_takes_its_numbers() -> None:
-    splits = open_data("synthetic", root=None, image_size=12, num_classes=7, synthetic_samples=28, seed=3)
+    splits = open_data(DataSettings(name="synthetic", image_size=12, num_classes=7, synthetic_samples=28, seed=3))
     assert (splits.num_classes, len(splits.train), splits.image_size) == (7, 28, 12)
-    assert open_data("synthetic", root=None, image_size=12).num_classes == 10
+    assert open_data(DataSettings(name="synthetic", image_size=12)).num_classes == 10
 
 
 def test_refuses_arguments_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(ValueError, match="digits has 10 classes, got num_classes 100; set it to 10"):
-        open_data("digits", root=None, image_size=8, num_classes=100)
+        open_data(DataSettings(name="digits", image_size=8, num_classes=100))
     with pytest.raises(ValueError, match=r"val_samples is for cifar100, imagenet .* got 5"):
-        open_data("imagenet", root=folder, image_size=8, val_samples=5)
+        open_data(DataSettings(name="imagenet", root=str(folder), image_size=8, val_samples=5))
     with pytest.raises(ValueError, match=r"data set must be one of .* got 'mnist'"):
-        open_data("mnist", root=None, image_size=8)
+        open_data(DataSettings(name="mnist", image_size=8))
     with pytest.raises(FileNotFoundError, match="gone"):
-        open_data("imagenet", root=folder / "gone", image_size=8)
+        open_data(DataSettings(name="imagenet", root=str(folder / "gone"), image_size=8))
     for part in ("train", "test", "meta"):
         (folder / "cifar-100-python").mkdir(exist_ok=True)
         (folder / "cifar-100-python" / part).touch()
     with pytest.raises(ValueError, match="images of cifar100 have 32 pixels, got image_size 224"):
-        open_data("cifar100", root=folder, image_size=224)
+        open_data(DataSettings(name="cifar100", root=str(folder), image_size=224))
 
 
 def test_splits_check_their_arrays() -> None:

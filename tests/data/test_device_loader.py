@@ -10,9 +10,10 @@ import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.loaders import build_loader
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.device import DeviceLoader
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.values import Batch
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.loaders import build_loader
 from support.processes import finished
 from support.same_images import LABELS, SHORT, SIZE, TRAIN, VAL, write_every_form
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali import dali_problem
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import Loader
 from unikd_fast.data.sampler import EpochSampler
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.values import Batch

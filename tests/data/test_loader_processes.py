@@ -20,7 +20,8 @@ from pathlib import Path
 from unikd_fast.data import files
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.sets.image_folder import load_image_folder
-from unikd_fast.data.loader import build_loader
+import sys; sys.path.insert(0, "tests")
+from support.loaders import build_loader
 files._GRACE_S = 60  # for how long decoding processes put SIGTERM off
 del files  # a module that is held is emptied before the iterators end
 splits = load_image_folder(Path(sys.argv[1]), 224)

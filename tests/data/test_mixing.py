@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from support.build_method import build
+from support.loaders import build_loader
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.loader import build_loader
 from unikd_fast.data.mixing import Mix, MixedLoader, Mixing, apply_mix, draw_mix
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.methods import KD, StudentAlone, UniKD

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from unikd_fast.data.sets import open_data
+from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import ArrowImages, ImageFiles, Split, TensorImages
 
 Make = Callable[[NDArray, NDArray | None], Split]
@@ -36,7 +37,7 @@ def test_numbers_below_zero_are_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["train", "val", "test"])
 def test_labels_beyond_the_classes_are_refused(name: str) -> None:
-    splits = open_data("synthetic", root=None, image_size=16, num_classes=4, synthetic_samples=12)
+    splits = open_data(DataSettings(name="synthetic", image_size=16, num_classes=4, synthetic_samples=12))
     split = getattr(splits, name)
     labels = split.labels.copy()
     labels[2] = 4

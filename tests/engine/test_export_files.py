@@ -20,6 +20,7 @@ from support.exported_runs import STEPS, Runs, export, left_behind, resnet8, str
 from support.kills import killed_at_each_operation
 from support.real_runs import ROOT
 from unikd_fast.data.sets import open_data
+from unikd_fast.data.settings import DataSettings
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.export import formats as export_formats
 from unikd_fast.export.formats import relative_difference
@@ -69,7 +70,7 @@ def test_onnx_computes_what_the_plain_network_computes(
 
 
 def test_every_format_says_how_its_images_are_made(runs: Runs, tmp_path: Path) -> None:
-    splits = open_data("digits", root=None, image_size=16)
+    splits = open_data(DataSettings(name="digits", image_size=16))
     expected = Preprocessing(splits.mean, splits.std, "bilinear", 1.0, False, 16)
     for name in ("student.safetensors", "checkpoints/best.safetensors"):  # as the run wrote them
         assert stored_preprocessing(runs.averaged / name) == expected

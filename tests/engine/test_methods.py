@@ -14,7 +14,6 @@ from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.describe import describe
-from unikd_fast.engine.inputs import augmentation_of, second_augmentation_of
 from unikd_fast.engine.networks import StudentSide
 from unikd_fast.engine.step import train_step
 from unikd_fast.methods import (
@@ -203,13 +202,13 @@ def test_second_views_are_read_for_methods_that_need_them_alone(tmp_path: Path, 
 
 def test_the_second_view_is_the_strong_one_of_the_literature_or_as_told(tmp_path: Path) -> None:
     weak = load_config(write_config(tmp_path))
-    strong, first = second_augmentation_of(weak), augmentation_of(weak)
+    strong, first = weak.data.second_augmentation, weak.data.first_augmentation
     assert (strong.crop, strong.padding, strong.flip_probability) == (first.crop, first.padding, first.flip_probability)
     assert (strong.policy, strong.rand_ops, strong.rand_magnitude, strong.erase_probability) == ("rand", 2, 10, 1.0)
     assert strong.erase_scale == (0.25, 0.25)
     told = load_config(write_config(tmp_path, data={"second_view": {"policy": "trivial", "crop": "none"}}))
-    assert second_augmentation_of(told).policy == "trivial"
-    assert (second_augmentation_of(told).crop, augmentation_of(told).crop) == ("none", "pad")
+    assert told.data.second_augmentation.policy == "trivial"
+    assert (told.data.second_augmentation.crop, told.data.first_augmentation.crop) == ("none", "pad")
 
 
 NEEDS = {

@@ -20,6 +20,7 @@ from support.real_runs import (
 )
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.sets import open_data
+from unikd_fast.data.settings import DataSettings
 from unikd_fast.engine import teacher as teacher_accuracy
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.teacher import check_teacher, judge_teacher
@@ -31,7 +32,7 @@ ASKS = {"min_accuracy": None}
 def knowing(source: Path, target: Path, images: int) -> float:
     """The network of a file with a last layer fitted to that many of the digits; its accuracy on their validation."""
     network = build_model("cifar/resnet8", num_classes=10, weights=str(source)).eval()
-    splits = open_data("digits", root=None, image_size=16)
+    splits = open_data(DataSettings(name="digits", image_size=16))
     mean, std = (torch.tensor(values)[:, None, None] for values in (splits.mean, splits.std))
     fc, network.fc = network.fc, torch.nn.Identity()
     with torch.no_grad():

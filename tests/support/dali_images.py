@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from support.loaders import build_loader
 from support.odd_images import encoded
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import Loader
 from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles
 

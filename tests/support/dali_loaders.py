@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.loaders import build_loader
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.values import Batch
 

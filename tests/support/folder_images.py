@@ -8,8 +8,9 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
+from support.loaders import build_loader
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.loader import Loader, build_loader
+from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits, ImageFiles, TensorImages
 
 SIZE = 16

@@ -18,6 +18,7 @@ from torch import nn
 from support.build_method import for_method
 from unikd_fast.config import Config, load_config
 from unikd_fast.data.sets import open_data
+from unikd_fast.data.settings import DataSettings
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.checkpoint import find_newest, read_folder
 from unikd_fast.engine.distributed import Processes, StopSignal, join_alone
@@ -192,7 +193,7 @@ def save_teacher(path: Path, model: str = "cifar/resnet8", seed: int = 0, sharpn
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # averages over all batches
-    splits = open_data("digits", root=None, image_size=16)
+    splits = open_data(DataSettings(name="digits", image_size=16))
     mean, std = (torch.tensor(values)[:, None, None] for values in (splits.mean, splits.std))
     with torch.no_grad():
         network.train()((splits.train.images[:256] / 255 - mean) / std)

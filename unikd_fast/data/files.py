@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
 from unikd_fast.data.device import Normalise
-from unikd_fast.data.images import BadImage, BadImages, BadImageTally, StoredImage, read_rgb, stand_ins
+from unikd_fast.data.images import BadImage, BadImageTally, StoredImage, read_rgb, stand_ins
 from unikd_fast.data.sampler import Schedule
+from unikd_fast.data.settings import BadImages
 from unikd_fast.data.splits import DataSplits, Split, StoredImages
 from unikd_fast.data.views import ViewWindow, Windows, strong_pixels, strong_views
 from unikd_fast.errors import DataError, LoaderError

@@ -4,7 +4,7 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ MAX_PIXELS = 89_478_485
 """More pixels are taken for a decompression bomb: a small file that would fill the memory. Pillow warns from there
 on."""
 
-BadImages = Literal["error", "skip"]
 
 END_OF_JPEG = b"\xff\xd9"
 # What begins the pixels of a whole file, and what ends them.

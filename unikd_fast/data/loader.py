@@ -1,9 +1,9 @@
 """What a loader offers to the engine, and which loader a data set gets."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali import choose_decoding, dali_problem
 from unikd_fast.data.device import DeviceLoader
 from unikd_fast.data.files import FileRequests, FolderLoader
-from unikd_fast.data.images import BadImage, BadImages
+from unikd_fast.data.images import BadImage
+from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.data.sampler import Schedule
+from unikd_fast.data.settings import DataSettings, LoaderKind
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.values import Batch
-
-LoaderKind = Literal["auto", "device", "dali", "torchvision"]
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -80,21 +80,16 @@ class Loader(Protocol):
 
 def build_loader(
     splits: DataSplits,
+    data: DataSettings,
     *,
-    augmentation: Augmentation,
-    second: Augmentation | None = None,
-    kind: LoaderKind = "auto",
     seed: int,
     global_batch_size: int,
     accumulation_steps: int = 1,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str,
-    workers: int = 2,
-    dali_threads: int = 2,
     channels_last: bool = False,
-    bad_images: BadImages = "error",
-    max_bad_share: float = 0.001,
+    second_view: bool = False,
 ) -> Loader:
     """Return a loader for a data set.
 
@@ -103,55 +98,76 @@ def build_loader(
 
     Args:
         splits: the data set.
-        augmentation: the views to train on.
-        second: of another view of each training sample, in `Batch.second`, with numbers of its own; for methods that
-            compare a weak and a strong one. If None, batches have none.
-        kind: "device" for data in memory; "dali" or "torchvision" for image files; "auto" for the one that fits, which
-            for files is "dali" where it works.
-        seed: in [0, 2^64), of order and views.
+        data: how it is read, changed and mixed.
+        seed: seed of order, views and mixing, in [0, 2^64).
         global_batch_size: samples per optimiser step, over all ranks and micro-steps.
         accumulation_steps: micro-batches per optimiser step.
         rank, world_size: this process among all.
         device: where the batches go.
-        workers: decoding processes of "torchvision"; 0 decodes in this one.
-        dali_threads: of "dali", that decode, and as many that read files and, on a CPU, resize.
         channels_last: layout of the images.
-        bad_images: "error": a file that cannot be decoded ends the run. "skip": in training the next good sample of
-            its micro-batch takes its place, with its image, label and id; evaluation goes without it.
-        max_bad_share: share of the samples of an epoch, or of an evaluated split, that may be skipped.
+        second_view: make another view of each training sample, in `Batch.second`, with numbers of its own, for methods
+            that compare a weak and a strong one.
 
     Raises:
-        ValueError: an argument is out of range, the kind does not fit the data or does not work here, the batch does
-            not divide evenly or is larger than the train split.
+        ValueError: a setting does not fit the data or does not work here, the batch does not divide evenly or is larger
+            than the train split.
 
     Example:
-        >>> splits = open_data("digits", root=None, image_size=32)
-        >>> loader = build_loader(splits, augmentation=Augmentation(), seed=0, global_batch_size=64, device="cpu")
+        >>> data = DataSettings(name="digits", image_size=32)
+        >>> loader = build_loader(open_data(data), data, seed=0, global_batch_size=64, device="cpu")
         >>> next(loader.train(epoch=0)).images.shape
         torch.Size([64, 3, 32, 32])
     """
-    if kind not in get_args(LoaderKind):
-        raise ValueError(f"build_loader: kind must be one of {get_args(LoaderKind)}, got {kind!r}")
-    kind = _fitting_kind(kind, splits)
-    follow = partial(
-        Schedule,
-        splits.train.sample_ids,
+    inner = _build_unmixed(
+        splits,
+        data,
+        partial(
+            Schedule,
+            splits.train.sample_ids,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            accumulation_steps=accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+        ),
+        device=torch.device(device),
+        channels_last=channels_last,
+        second_view=second_view,
+    )
+    if not data.mixing.is_on:
+        return inner
+    return MixedLoader(
+        inner,
+        data.mixing,
+        splits.num_classes,
         seed=seed,
-        global_batch_size=global_batch_size,
         accumulation_steps=accumulation_steps,
         rank=rank,
         world_size=world_size,
     )
-    if bad_images not in get_args(BadImages):
-        raise ValueError(f"build_loader: bad_images must be one of {get_args(BadImages)}, got {bad_images!r}")
-    if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"build_loader: max_bad_share must be in [0, 1], got {max_bad_share}")
-    schedule, other = follow(augmentation), None if second is None else follow(second)
-    where = torch.device(device)
+
+
+def _build_unmixed(
+    splits: DataSplits,
+    data: DataSettings,
+    follow: Callable[[Augmentation], Schedule],
+    *,
+    device: torch.device,
+    channels_last: bool,
+    second_view: bool,
+) -> Loader:
+    augmentation = data.first_augmentation
+    kind = _fitting_kind(data.loader, splits)
+    schedule, other = follow(augmentation), follow(data.second_augmentation) if second_view else None
     if kind == "device":
-        return DeviceLoader(splits, augmentation, schedule, device=where, channels_last=channels_last, second=other)
+        return DeviceLoader(splits, augmentation, schedule, device=device, channels_last=channels_last, second=other)
     files = FileRequests(
-        splits, augmentation, schedule, second=other, bad_images=bad_images, max_bad_share=max_bad_share
+        splits,
+        augmentation,
+        schedule,
+        second=other,
+        bad_images=data.bad_images,
+        max_bad_share=data.max_bad_share,
     )
     if kind == "dali":
         from unikd_fast.data.dali import DaliLoader  # an optional dependency
@@ -159,12 +175,12 @@ def build_loader(
         return DaliLoader(
             splits,
             files,
-            device=where,
-            decoding=choose_decoding(where),
-            threads=dali_threads,
+            device=device,
+            decoding=choose_decoding(device),
+            threads=data.dali_threads,
             channels_last=channels_last,
         )
-    return FolderLoader(splits, files, device=where, workers=workers, channels_last=channels_last)
+    return FolderLoader(splits, files, device=device, workers=data.workers, channels_last=channels_last)
 
 
 def _fitting_kind(kind: LoaderKind, splits: DataSplits) -> LoaderKind:

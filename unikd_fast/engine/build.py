@@ -14,7 +14,6 @@ from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.cache import OutputCache, open_output_cache
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.inputs import (
-    augmentation_of,
     build_data,
     build_data_loader,
     refusing_misfits,
@@ -84,7 +83,7 @@ def _build(config: Config, processes: Processes) -> Experiment:
     splits = build_data(config, processes)
     check_classes(config, needs, splits.num_classes)
     if processes.is_first:
-        say_inputs(config, splits, augmentation_of(config))
+        say_inputs(config, splits, config.data.first_augmentation)
     loader = build_data_loader(config, splits, processes, second_view=needs.second_view)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = config.train.total_epochs * steps_per_epoch

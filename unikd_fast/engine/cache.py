@@ -20,7 +20,7 @@ from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.distributed import Processes, StopSignal
-from unikd_fast.engine.inputs import augmentation_of, refusing_misfits, teacher_affine, teacher_constants
+from unikd_fast.engine.inputs import refusing_misfits, teacher_affine, teacher_constants
 from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.teacher import (
@@ -84,7 +84,7 @@ def outputs_key(
             **loader.pixels,
         },
         "views": {
-            **_views(augmentation_of(config), splits),
+            **_views(config.data.first_augmentation, splits),
             "version": AUGMENTATION_VERSION,
             "seed": config.run.seed,
         },

@@ -16,7 +16,6 @@ from pathlib import Path
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import Loader, build_loader
-from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.data.roots import expand_weights
 from unikd_fast.data.sets import open_data
 from unikd_fast.data.splits import DataSplits, TensorImages
@@ -156,71 +155,25 @@ def refusing_misfits() -> Iterator[None]:
 
 
 def build_data(config: Config, processes: Processes) -> DataSplits:
-    """Opens the data set; images of files are made as the networks' weights ask for. All processes must call it."""
-    data = config.data
-    splits = open_data(
-        data.name,
-        root=data.root,
-        image_size=data.image_size,
-        num_classes=data.num_classes,
-        train_samples=data.train_samples,
-        val_samples=data.val_samples,
-        synthetic_samples=data.synthetic_samples,
-        seed=data.seed,
-    )
+    """Open the data set; images of files are made as the networks' weights ask for. All processes must call it."""
+    splits = open_data(config.data)
     if isinstance(splits.train, TensorImages):
         return splits
     # Of the first process: where outputs are cached, others may not have the teacher's file.
     return follow(splits, processes.from_first(lambda: followed_preprocessing(config)))
 
 
-def augmentation_of(config: Config) -> Augmentation:
-    """Return the views to train on."""
-    return config.data.augmentation.for_data(config.data.name)
-
-
-def second_augmentation_of(config: Config) -> Augmentation:
-    """Return the second views of a method that compares two: the first's crop and flip, then RandAugment and cutout."""
-    given = config.data.second_view or replace(
-        config.data.augmentation,
-        policy="rand",
-        rand_ops=2,
-        rand_magnitude=10,
-        erase_probability=1.0,
-        erase_scale=(0.25, 0.25),
-        erase_ratio=(1.0, 1.0),
-    )
-    return given.for_data(config.data.name)
-
-
 def build_data_loader(config: Config, splits: DataSplits, processes: Processes, *, second_view: bool = False) -> Loader:
-    """This process's loader; with ``second_view`` of two views of each training sample."""
-    loader = build_loader(
+    """Return this process's loader; with ``second_view`` of two views of each training sample."""
+    return build_loader(
         splits,
-        augmentation=augmentation_of(config),
-        second=second_augmentation_of(config) if second_view else None,
-        kind=config.data.loader,
+        config.data,
         seed=config.run.seed,
         global_batch_size=config.train.global_batch_size,
         accumulation_steps=config.train.accumulation_steps,
         rank=processes.rank,
         world_size=processes.world_size,
         device=processes.device,
-        workers=config.data.workers,
-        dali_threads=config.data.dali_threads,
         channels_last=config.train.channels_last,
-        bad_images=config.data.bad_images,
-        max_bad_share=config.data.max_bad_share,
-    )
-    mixing = config.data.mixing
-    if not mixing.is_on:
-        return loader
-    return MixedLoader(
-        loader,
-        mixing,
-        splits.num_classes,
-        seed=config.run.seed,
-        accumulation_steps=config.train.accumulation_steps,
-        rank=processes.rank,
-        world_size=processes.world_size,
+        second_view=second_view,
     )

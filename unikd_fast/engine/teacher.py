@@ -20,7 +20,7 @@ from unikd_fast.data.views import Windows
 from unikd_fast.engine.distributed import Processes, StopSignal, average_buffers
 from unikd_fast.engine.evaluate import Outputs, evaluate, write_outputs
 from unikd_fast.engine.folder import VALIDATION, read_result, read_teacher, write_result
-from unikd_fast.engine.inputs import augmentation_of, build_data, build_data_loader, refusing_misfits, teacher_affine
+from unikd_fast.engine.inputs import build_data, build_data_loader, refusing_misfits, teacher_affine
 from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.zero import autocast_dtype, local_batch_size
@@ -391,7 +391,7 @@ def _test_images(config: Config, splits: DataSplits) -> str:
     samples = hash_split(splits.test)
     if isinstance(splits.test, TensorImages):
         return samples
-    windows = Windows.of(splits, augmentation_of(config))
+    windows = Windows.of(splits, config.data.first_augmentation)
     return f"{samples}, {'both sides' if windows.squash else 'short side'} {windows.short_side}"
 
 
