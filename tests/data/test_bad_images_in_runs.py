@@ -230,11 +230,3 @@ def test_a_tally_logs_through_what_it_is_given(caplog: pytest.LogCaptureFixture)
     check_bad_share(29, ["a"], "training", samples=100, max_share=0.29)  # 0.29 * 100 is less than 29
     with pytest.raises(ValueError, match=r"6 of 5000 .* share of 0\.0012, .* allows 0\.001: a, b, \.\.\.; repair"):
         check_bad_share(6, ["a", "b"], "training", samples=5000, max_share=0.001)
-
-
-def test_refuses_unknown_policies(whole: DataSplits) -> None:
-    with pytest.raises(ValueError, match=r"bad_images must be one of \('error', 'skip'\), got 'ignore'"):
-        make(whole, bad_images="ignore")
-    for share in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=rf"max_bad_share must be in \[0, 1\], got {share}"):
-            make(whole, max_bad_share=share)
