@@ -183,6 +183,19 @@ def test_arrays_are_shown_as_images_of_them_are(tmp_path: Path, form: str) -> No
     assert len({hash_split(splits.train) for splits in opened.values()}) == 3
 
 
+def test_arrays_with_names_are_told_apart_by_these(tmp_path: Path) -> None:
+    """And by their heights: to read them all would take as long as an epoch."""
+    pixels = list(np.zeros((3, 20, 24, 3), np.uint8))
+    types = {"image": datasets.Array3D((None, 24, 3), "uint8"), "path": datasets.Value("string")}
+    hashes = set()
+    for number, (image, third) in enumerate(((pixels[0], "c"), (pixels[0], "d"), (pixels[0][1:], "c"))):
+        columns = {"image": [*pixels[:2], image], "path": ["a", "b", third], "label": [0, 1, 2]}
+        parts = {"train": columns, "test": columns}
+        root = saved(tmp_path / str(number), parts, **types, label=datasets.ClassLabel(names=NAMES))
+        hashes.add(hash_split(load_arrow(root, SIZE).train))
+    assert len(hashes) == 3
+
+
 def test_columns_are_found_by_type_and_then_by_name(folder: Path, tmp_path: Path) -> None:
     columns = as_columns(folder)
     plain = {

@@ -120,13 +120,16 @@ def name_row(stored: StoredImage) -> str:
 def describe_rows(path: str, column: str) -> list[tuple[str, Any]]:
     """Return of each row of an Arrow file the name of its image, and what tells it from another of that name.
 
-    That is the size in bytes of an encoded image, and the shape of pixels; of pixels without a name also their CRC-32.
+    That is the size in bytes of an encoded image and the height of pixels; of pixels without a name, all of them count.
     """
     table = _table(path)
     images = table.column(column)
     if _is_array(images.type):
-        names = table.column("path").to_pylist() if "path" in table.column_names else [""] * len(images)
-        return [(name, _trait(StoredImage(path, row, column), bool(name))) for row, name in enumerate(names)]
+        if "path" in table.column_names:
+            stored = [getattr(chunk, "storage", chunk) for chunk in images.chunks]  # of an extension type, as Array3D
+            heights = [height for chunk in stored for height in pc.list_value_length(chunk).to_pylist()]
+            return [(name or "", height) for name, height in zip(table["path"].to_pylist(), heights, strict=True)]
+        return [("", _checksum(StoredImage(path, row, column))) for row in range(len(images))]
     if not pa.types.is_struct(images.type):
         return [("", size) for size in pc.binary_length(images).to_pylist()]
     names = pc.struct_field(images, "path").to_pylist()
@@ -137,13 +140,13 @@ def describe_rows(path: str, column: str) -> list[tuple[str, Any]]:
     ]
 
 
-def _trait(stored: StoredImage, named: bool) -> list[int] | None:
+def _checksum(stored: StoredImage) -> list[int] | None:
     try:
         pixels = read_row(stored)
     except DataError:
         return None
     assert isinstance(pixels, np.ndarray)
-    return [*pixels.shape[:2], *([] if named else [crc32(pixels.tobytes())])]
+    return [*pixels.shape, crc32(pixels.tobytes())]
 
 
 @cache
@@ -168,8 +171,11 @@ def _pixels(value: Any, stored: StoredImage) -> NDArray[np.uint8]:
     nested = value.values
     shape = [len(nested)]
     while not pa.types.is_uint8(nested.type):
-        lengths = np.unique(nested.value_lengths())
-        shape.append(int(lengths[0]) if len(lengths) == 1 else -len(lengths))
+        if pa.types.is_fixed_size_list(nested.type):
+            shape.append(nested.type.list_size)
+        else:
+            lengths = np.diff(nested.offsets)
+            shape.append(int(lengths[0]) if len(lengths) and lengths.min() == lengths.max() else -len(lengths))
         nested = nested.flatten()
     if min(shape) < 1 or shape[2:] not in ([], [1], [3]):
         found = " x ".join(str(length) if length >= 0 else "varying" for length in shape)
