@@ -55,7 +55,7 @@ def test_one_line_and_the_exit_code(
     assert capfd.readouterr() == ("", f"unikd x: error: {message}\n")
 
 
-def test_a_fault_of_ours_keeps_its_traceback() -> None:
+def test_internal_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command("unikd x", lambda: 1 // 0)
 
@@ -104,7 +104,7 @@ def test_os_errors_name_their_paths() -> None:
         pytest.param(KeyboardInterrupt(), [], None, id="never"),
     ],
 )
-def test_the_first_process_speaks_for_all(
+def test_errors_are_printed_once_across_processes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
@@ -119,7 +119,7 @@ def test_the_first_process_speaks_for_all(
     assert capsys.readouterr().err == ("" if said is None else f"unikd x: error: {said}\n")
 
 
-def test_ctrl_c_while_the_first_is_waited_for(
+def test_ctrl_c_while_waiting_for_the_first_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(_: float) -> None:
@@ -140,7 +140,7 @@ def start(text: str, stdout: int) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize("lines", [1, 10**5])
-def test_nothing_is_said_where_nobody_reads(lines: int) -> None:
+def test_a_closed_output_is_not_an_error(lines: int) -> None:
     read, write = os.pipe()
     os.close(read)
     done = start(f"print('line\\n' * {lines})", write)

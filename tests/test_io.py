@@ -90,7 +90,7 @@ def test_a_file_that_stays_open_is_not_a_link(tmp_path: Path, kind: str) -> None
     assert precious.read_text() == "kept"
 
 
-def test_own_files_are_read_and_appended_to(tmp_path: Path) -> None:
+def test_own_files_can_be_read_and_appended_to(tmp_path: Path) -> None:
     with open_own(tmp_path / "log", append=True) as log:
         log.write(b"one\n")
     with open_own(tmp_path / "log", append=True) as log:
@@ -110,7 +110,7 @@ def test_a_full_disk_keeps_the_old_content(tmp_path: Path) -> None:
     assert path.read_text() == "old" and names(tmp_path) == {"state"}
 
 
-def test_an_error_inside_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_error_in_the_block_leaves_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "state"
     write_file(path, "old")
     with pytest.raises(ZeroDivisionError), new_file(path) as file:
@@ -122,11 +122,11 @@ def test_an_error_inside_leaves_what_was_there(tmp_path: Path) -> None:
     assert path.read_text() == "old" and names(tmp_path) == {"state"}
 
 
-def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_created_are_named(tmp_path: Path) -> None:
     write_file(tmp_path / "file", "")
-    with pytest.raises(FileError, match=r"file/run cannot be written: Not a directory; a part of its path is a file"):
+    with pytest.raises(FileError, match=r"file/run cannot be written: Not a directory; part of its path is a file"):
         make_folder(tmp_path / "file" / "run")
-    with pytest.raises(FileError, match=r"file cannot be written: File exists; a file of that name is there"):
+    with pytest.raises(FileError, match=r"file cannot be written: File exists; a file of that name exists"):
         make_folder(tmp_path / "file")
     with pytest.raises(FileError, match=r"File name too long; choose a shorter name"):
         make_folder(tmp_path / ("x" * 300))
@@ -140,9 +140,9 @@ def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
     assert long.exists()
 
 
-def test_an_error_has_the_class_and_advice_asked_for(tmp_path: Path) -> None:
+def test_errors_have_the_requested_class_and_advice(tmp_path: Path) -> None:
     path = tmp_path / "gone" / "file"
-    refused = pytest.raises(ConfigError, match=r"its folder is missing; make it; set run.dir$")
+    refused = pytest.raises(ConfigError, match=r"its folder is missing; create it; set run.dir$")
     with refused, naming(path, ConfigError, advice="set run.dir"):
         path.write_text("")
     with pytest.raises(ConfigError, match=r"^as it is$"), naming(path):
@@ -167,14 +167,14 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes, said: str) -> Non
         read_json(path)
 
 
-def test_missing_json_is_for_the_caller_to_judge(tmp_path: Path) -> None:
+def test_missing_json_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "result.json")
     with pytest.raises(FileError, match="cannot be read: Is a directory"):
         read_json(tmp_path)
 
 
-def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     write_file(tmp_path / "kept", "")
     (tmp_path / ".kept.tmp").write_text("of another program")
     script = (
@@ -204,7 +204,7 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_a_line_without_room_leaves_no_half(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     append_line(log, "x" * 1000)
     with pytest.raises(FileError, match=r"log cannot be written: File too large, .*make room"):

@@ -1,7 +1,7 @@
 """unikd_fast: a fast, exact engine for knowledge distillation.
 
-The public names are loaded on first use: ``import unikd_fast`` needs torch alone, and reading a configuration needs
-not even that.
+The public names are loaded on first use: ``import unikd_fast`` needs only torch, and reading a configuration not even
+that.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What ends a run with a message instead of a traceback, and with which exit code; and the signals that stop it."""
+"""Errors that end a run with a message instead of a traceback, their exit codes, and the signals that stop a run."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ class RunError(Exception):
 
 
 class ConfigError(RunError, ValueError):
-    """The configuration is not usable; the message says what to change."""
+    """The configuration is invalid; the message says what to change."""
 
     exit_code = 2
 
@@ -23,35 +23,35 @@ class NonFiniteLoss(RunError):
 
 
 class FileError(RunError, OSError):
-    """A file cannot be written, or what it holds is damaged; names it and the remedy."""
+    """A file cannot be written, or its contents are damaged; the message names it and the remedy."""
 
 
 class CacheError(RunError):
-    """The teacher's output cache is damaged, incomplete or of another run; the message says what to do."""
+    """The cache of the teacher's outputs is damaged, incomplete or of another run; the message says what to do."""
 
     exit_code = 4
 
 
 class DataError(RunError, ValueError):
-    """A file of the data set cannot be read or decoded, or more of them than may be skipped; names them."""
+    """Files of the data set cannot be read or decoded, more than may be skipped; the message names them."""
 
     exit_code = 5
 
 
 class LoaderError(RunError, RuntimeError):
-    """The data set's loader broke down, for a reason outside of the files; the message says what to look at."""
+    """The data loader failed for a reason other than the files; the message says what to check."""
 
     exit_code = 5
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written, or none that is whole can be read; the message says what to do."""
+    """A checkpoint could not be written, or none is intact; the message says what to do."""
 
     exit_code = 6
 
 
 class OutOfMemory(RunError):
-    """The memory of the device or of the host is not enough; the message says for which part, and what to lower."""
+    """The device or the host is out of memory; the message says which part needed it, and what to lower."""
 
     exit_code = 7
 
@@ -63,7 +63,7 @@ class LostProcess(RunError):
 
 
 class Interrupted(RunError):
-    """SIGTERM, SIGHUP or Ctrl-C; what could be saved is saved."""
+    """SIGTERM, SIGHUP or Ctrl-C was received; everything that could be saved is saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -71,16 +71,16 @@ class Interrupted(RunError):
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals that ask a command to save and end.
+    """Return the signals that ask a command to save and exit.
 
-    SIGHUP, which a terminal sends when it is closed, is not among them under ``nohup``.
+    SIGHUP, which a closing terminal sends, is not among them under ``nohup``.
     """
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,)))
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return the path and what the system says of it.
+    """Return the path and the system's message.
 
     Example:
         >>> describe_os_error(OSError(28, "No space left on device", "/runs/a/config.json"))

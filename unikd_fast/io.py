@@ -1,9 +1,9 @@
-"""The one way to write a file: whole under its name or not there at all, on disk when the call returns.
+"""The one way to write a file: either complete under its name or not there at all, and on disk when the call returns.
 
-What is written goes to a new file with a random name beside the target, is synced, and takes the target's place by a
-rename. So a kill or a full disk leaves the old content, a link that lies in the folder is replaced and never written
-through, and the mode is what umask gives. A kill can leave such a file behind: see `remove_leftovers`. Folders are
-written likewise; no rename replaces one, so a kill can leave the old folder under the name that `replaced` gives.
+Content goes to a new file with a random name next to the target, is synced, and replaces the target by a rename. So a
+kill or a full disk leaves the old content, a link in the folder is replaced rather than written through, and the mode
+follows umask. A kill can leave such a file behind: see `remove_leftovers`. Folders are written the same way; a rename
+cannot replace one, so a kill can leave the old folder under the name given by `replaced`.
 """
 
 import errno
@@ -29,22 +29,22 @@ _REMEDIES = {
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
     errno.EROFS: "choose a folder that is not mounted read-only",
-    errno.ENOTDIR: "a part of its path is a file; choose another",
-    errno.EEXIST: "a file of that name is there; choose another",
+    errno.ENOTDIR: "part of its path is a file; choose another",
+    errno.EEXIST: "a file of that name exists; choose another",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOENT: "its folder is missing; make it",
+    errno.ENOENT: "its folder is missing; create it",
     errno.ELOOP: "it is a link, which is not followed; remove it",
 }
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file: afterwards it holds `content`, or, if this raises, what it held before.
+    """Write a file: afterwards it holds `content`, or, if this raises, its previous content.
 
     Args:
-        content: text is encoded as UTF-8.
+        content: content of the file; text is encoded as UTF-8.
 
     Raises:
-        FileError: the disk is full or the folder cannot be written to; names the path and the remedy.
+        FileError: the disk is full or the folder cannot be written to; the message names the path and the remedy.
     """
     with new_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -57,7 +57,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that takes the place of `path` when the block ends, and is gone if it raises.
+    """Yield a file that replaces `path` when the block ends, and is removed if the block raises.
 
     Raises:
         FileError: see `write_file`.
@@ -78,7 +78,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """As `new_file`, for libraries that open a file by themselves: yield a path of the same name in a private folder.
+    """Yield a path of the same name in a private folder: `new_file` for libraries that open files themselves.
 
     Raises:
         FileError: see `write_file`.
@@ -90,7 +90,7 @@ def new_path(path: Path) -> Iterator[Path]:
             folder.mkdir(mode=0o700)
             unfinished = folder / path.name
             yield unfinished
-            # The library may have asked for another mode than umask gives; a new file shows what that is.
+            # The library may have asked for a mode other than umask's; a new file shows what that is.
             probe = folder / "mode"
             os.close(os.open(probe, _NEW, 0o666))
             unfinished.chmod(stat.S_IMODE(probe.stat().st_mode))
@@ -103,9 +103,9 @@ def new_path(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line to a file, and make it where it is missing; if this raises, the file is as it was.
+    """Append a line to a file, creating it if missing; if this raises, the file is unchanged.
 
-    A line that a kill cut off before is ended first.
+    If a kill cut off the previous line, that line is ended first.
 
     Raises:
         FileError: see `open_own`, or the disk is full.
@@ -124,9 +124,9 @@ def append_line(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` when the block ends, and is gone if it raises.
+    """Yield an empty folder that replaces `path` when the block ends, and is removed if the block raises.
 
-    Its files are made by `create_file`, which has them on disk.
+    Its files are written by `create_file`, which syncs them to disk.
 
     Raises:
         FileError: see `write_file`.
@@ -138,7 +138,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield folder
             sync_folder(folder)
             if path.exists():
-                if aside.exists():  # of a kill after the second rename below: what has its name is the newer one
+                if aside.exists():  # left by a kill after the second rename below; the folder itself is newer
                     remove_folder(aside)
                 path.rename(aside)
             try:
@@ -156,18 +156,18 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def replaced(path: Path) -> Path:
-    """Return where a folder lies while another takes its place, and stays if the process is killed at that moment."""
+    """Return where a folder is while another replaces it, and where it stays if the process is killed then."""
     return path.with_name(f".{path.name}.replaced")
 
 
 def create_file(path: Path, content: bytes) -> None:
-    """Write a file of a name that is not taken, and have its content on disk; its name is when its folder is synced."""
+    """Write a new file and sync its content to disk; its name is synced with its folder."""
     with _created(path) as file:
         file.write(content)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder as far as that is possible; under its name it is whole until it is gone."""
+    """Remove a folder as far as possible; under its own name it is complete until it is gone."""
     removed = _temporary(path)
     with suppress(OSError):
         path.rename(removed)
@@ -175,10 +175,10 @@ def remove_folder(path: Path) -> None:
 
 
 def open_own(path: Path, *, append: bool = False) -> BinaryIO:
-    """Open a file that is kept open, a lock or a log, and make it where it is missing; never through a link.
+    """Open a file that is kept open, such as a lock or a log, creating it if missing; never through a link.
 
     Args:
-        append: every write goes to the end.
+        append: whether every write goes to the end.
 
     Raises:
         FileError: it cannot be opened, or is a link (hard or symbolic) or not a regular file.
@@ -187,7 +187,7 @@ def open_own(path: Path, *, append: bool = False) -> BinaryIO:
 
 
 def own_descriptor(path: Path, *, append: bool = False) -> int:
-    """Open a file as `open_own` does; the caller closes the descriptor."""
+    """Open a file as `open_own` does, and return its descriptor, which the caller closes."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_APPEND if append else 0)
     with naming(path):
         descriptor = os.open(path, flags, 0o666)
@@ -204,12 +204,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: it is missing.
-        FileError: it cannot be read, or is empty, cut off or something else than a JSON object; names it.
+        FileError: it cannot be read, or is empty, cut off or not a JSON object; the message names it.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise  # whether a file may be missing is for the caller to say
+        raise  # whether a file may be missing is up to the caller
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
     if not content.strip(b" \t\r\n\0"):
@@ -225,11 +225,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def naming(path: Path, kind: type[RunError] = FileError, *, advice: str = "") -> Iterator[None]:
-    """Turn an OSError of writing `path` into an error that names it and the remedy.
+    """Turn an OSError while writing `path` into an error that names the path and the remedy.
 
     Args:
         kind: class of the error.
-        advice: what else to do, after the remedy.
+        advice: further advice, appended to the remedy.
     """
     try:
         yield
@@ -240,17 +240,17 @@ def naming(path: Path, kind: type[RunError] = FileError, *, advice: str = "") ->
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder with those above it, where they are missing.
+    """Create a folder and its parents, if missing.
 
     Raises:
-        FileError: a part of its path is a file, may not be written to, or has too long a name.
+        FileError: part of its path is a file, is not writable, or has too long a name.
     """
     with naming(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
+    """Sync the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -259,18 +259,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes that this user can still write on the file system of a folder."""
+    """Return the bytes this user can still write to the file system of a folder."""
     room = os.statvfs(folder)
     return room.f_bavail * room.f_frsize
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name is what a killed process left of one it wrote."""
+    """Return whether a file of this name was left behind by a killed process."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, start: str = "") -> None:
-    """Remove what killed processes left of files they wrote in a folder; the caller excludes other writers.
+    """Remove files that killed processes left behind in a folder; the caller excludes other writers.
 
     Args:
         start: beginning of the names of these files.
@@ -292,13 +292,13 @@ def _created(path: Path) -> Iterator[BinaryIO]:
 
 
 def _refuse_device(path: Path) -> None:
-    """Leave a device or a pipe where it is: root could replace /dev/null."""
+    """Refuse to replace a device or a pipe: root could replace /dev/null."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileError(f"{path} is not a regular file, and would be replaced; choose another name")
 
 
 def _temporary(path: Path) -> Path:
-    """Return a name that nobody can foresee, short enough where that of the target is."""
+    """Return an unpredictable name, short enough if the target's is."""
     start = path.name.lstrip(".").encode()[:200].decode(errors="ignore")
     return path.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
 

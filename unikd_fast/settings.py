@@ -1,7 +1,7 @@
-"""Settings of components: frozen dataclasses beside the component, with a range and a docstring a field.
+"""Settings of components: frozen dataclasses next to the component, with a range and a docstring per field.
 
-The configuration, its schema and its reference page are made of these classes, and pydantic validates them there. The
-component itself needs no pydantic.
+The configuration, its schema and its reference page are made of these classes, and validated there by pydantic. The
+component itself does not need pydantic.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Make a class a frozen dataclass of keyword fields that a configuration validates strictly.
+    """Make a class a frozen, keyword-only dataclass that a configuration validates strictly.
 
     Example:
         >>> @settings

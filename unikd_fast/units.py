@@ -1,4 +1,4 @@
-"""Bytes and seconds for people."""
+"""Human-readable bytes and seconds."""
 
 import math
 
@@ -6,7 +6,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def size(count: float) -> str:
-    """Bytes, in the largest unit that gives a number of one or more.
+    """Return bytes in the largest unit that gives a number of at least one.
 
     Example:
         >>> size(2.4 * 2**30)
@@ -17,7 +17,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, in the unit that a clock would use.
+    """Return seconds in a suitable unit.
 
     Example:
         >>> duration(600)
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits, or all before the point, and never an exponent."""
+    """Return three digits, or all before the decimal point, never with an exponent."""
     if value >= 999.5:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.3f}"

@@ -1,7 +1,7 @@
-"""The values that travel between the layers. They move down only and nobody changes them in place.
+"""The values passed between layers. They are passed downwards only, and nobody changes them in place.
 
-Named tuples rather than dataclasses: they are pytrees, so torch.compile, DistributedDataParallel, DeepSpeed and CUDA
-graphs see the tensors inside without being told.
+Named tuples rather than dataclasses, because they are pytrees: torch.compile, DistributedDataParallel, DeepSpeed and
+CUDA graphs see the tensors inside without registration.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -9,28 +9,28 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 Channels = tuple[float, float, float]
-"""A number for each of red, green and blue."""
+"""One number each for red, green and blue."""
 
 Interpolation = Literal["bilinear", "bicubic"]
-"""How images are resized; antialiased."""
+"""Interpolation used to resize images, with antialiasing."""
 
 
 class Batch(NamedTuple):
     """One micro-batch on one process."""
 
     images: Tensor  # (N, 3, H, W) float, normalised
-    labels: Tensor  # (N,) int64; (N, K) float weights of the classes where training samples are mixed
-    sample_ids: Tensor  # (N,) int64, position of the sample in its data set
-    second: Tensor | None = None  # another view of the same samples, where the loader was built to show one
+    labels: Tensor  # (N,) int64; (N, K) float class weights if training samples are mixed
+    sample_ids: Tensor  # (N,) int64, position of each sample in its data set
+    second: Tensor | None = None  # another view of the same samples, if the loader makes one
 
 
 class Features(NamedTuple):
-    """What a network says about a batch: the logits, and of the rest what it was built to return."""
+    """A network's outputs for a batch: the logits, and the features it was built to return."""
 
-    levels: tuple[Tensor, ...]  # L x (N, C_l, H_l, W_l): the end of each stage, fine to coarse
+    levels: tuple[Tensor, ...]  # L x (N, C_l, H_l, W_l): the end of each stage, from fine to coarse
     logits: Tensor  # (N, K)
     before_activation: tuple[Tensor, ...] = ()  # L x (N, C_l, H_l, W_l): the levels before their activation
-    embedding: Tensor | None = None  # (N, D): the vector that the classifier, its last linear layer, sees
+    embedding: Tensor | None = None  # (N, D): the input of the classifier, its last linear layer
 
 
 class Gaussian(NamedTuple):
@@ -41,7 +41,7 @@ class Gaussian(NamedTuple):
 
 
 class QuantizedLogits(NamedTuple):
-    """A teacher's logits in one or two bytes a class: z ≈ scale values + offset, row by row."""
+    """A teacher's logits in one or two bytes per class: z ≈ scale values + offset, row by row."""
 
     values: Tensor  # (..., K) uint8 or fp16
     scale: Tensor  # (...,) fp32
@@ -57,30 +57,30 @@ class TopKLogits(NamedTuple):
 
 
 class StudentOutput(NamedTuple):
-    """The student's side of a step."""
+    """The student's outputs in a step."""
 
     logits: Tensor  # (N, K)
-    adapted: Any = None  # what the method's adapter makes of the Features: any pytree of tensors
-    second_logits: Tensor | None = None  # (N, K) of the second view, for methods that need one
+    adapted: Any = None  # output of the method's adapter for the Features: any pytree of tensors
+    second_logits: Tensor | None = None  # (N, K) for the second view, for methods that need one
 
 
 class Target(NamedTuple):
-    """The teacher's side of a step, what the student is held to; a constant of the view unless the head learns.
+    """The teacher's outputs in a step, which the student is trained towards; constant per view unless the head learns.
 
-    The first two are what a cache stores. A method that fills another field therefore cannot be cached.
+    The first two are what a cache stores, so a method that fills another field cannot be cached.
     """
 
     logits: Tensor | QuantizedLogits | TopKLogits  # (N, K), or what a cache stores; the teacher's own, unchanged
     gaussian: Gaussian | None = None
-    second_logits: Tensor | None = None  # (N, K) of the second view
-    extra: Any = None  # whatever else a method makes of the teacher's Features: any pytree of tensors
+    second_logits: Tensor | None = None  # (N, K) for the second view
+    extra: Any = None  # whatever else a method computes from the teacher's Features: any pytree of tensors
 
 
 class Loss(NamedTuple):
-    """What a method makes of a micro-batch: 0-d tensors on the device, fp32.
+    """A method's loss on a micro-batch: 0-d tensors on the device, in fp32.
 
-    The terms are those that the method's `term_names` states, unweighted, for the log; `total` carries the gradient of
-    the student's side. A term carries one only where the method itself trains something by it (`train_head`).
+    The terms are those named in the method's `term_names`, unweighted, for the log; `total` carries the gradient of the
+    student. A term carries one only if the method trains something by it itself (`train_head`).
     """
 
     total: Tensor

@@ -159,7 +159,7 @@ def test_a_file_that_computes_something_else_is_not_left(
     monkeypatch.setitem(export_formats.FORMATS, ending, replace(good, write=write))
     assert export(runs.averaged, tmp_path / f"new{ending}") == 1
     error = capsys.readouterr().err
-    assert "went wrong" in error
+    assert "failed: " in error
     assert reason in error
     (tmp_path / f"old{ending}").write_text("good")
     assert export(runs.averaged, tmp_path / f"old{ending}", "--force") == 1

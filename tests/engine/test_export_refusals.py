@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
         (["{run}", "--to", "{there}/a.onnx", "--opset", "11"], "torch writes opset 18 and later"),
         (["{run}", "--to", "{there}/a.pt", "--checkpoint", "step-77"], "there are step-000000001, step-000000002"),
         (["{run}", "--to", "{there}/a.pt", "--checkpoint", "newest"], "there is no such path; give last, best, step-"),
-        (["{run}", "--to", "{there}/a.pt", "--checkpoint", "{run}/config.json"], "is neither a checkpoint's folder"),
+        (["{run}", "--to", "{there}/a.pt", "--checkpoint", "{run}/config.json"], "is neither a checkpoint folder"),
         (["{run}", "--to", "{run}/checkpoints/a.pt"], "the run writes that itself"),
         (["{run}", "--to", "{run}/student.safetensors", "--force"], "the run writes that itself"),
         (["{run}", "--to", "{run}/checkpoints/x/../best.safetensors", "--force"], "the run writes that itself"),

@@ -110,10 +110,10 @@ def test_the_same_command_works_after_a_full_disk(
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("file/run", "Not a directory; a part of its path is a file; choose another"),
+        ("file/run", "Not a directory; part of its path is a file; choose another"),
         ("file", "Not a directory"),
         ("x" * 300, "File name too long; choose a shorter name"),
-        ("gone/run", "File exists; a file of that name is there"),
+        ("gone/run", "File exists; a file of that name exists"),
     ],
     ids=["under a file", "a file", "a long name", "under a link to nothing"],
 )

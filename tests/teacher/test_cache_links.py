@@ -38,7 +38,7 @@ def test_a_cache_is_not_made_through_a_link(tmp_path: Path, precious: Path, name
 
 
 def test_a_folder_that_cannot_be_made_is_named(precious: Path) -> None:
-    with pytest.raises(CacheError, match=r"precious/cache cannot be written: Not a directory; a part of its path is a"):
+    with pytest.raises(CacheError, match=r"precious/cache cannot be written: Not a directory; part of its path is a"):
         make(precious / "cache")
 
 

@@ -14,7 +14,7 @@ Loss = Callable[..., Any]
 
 
 class Case(NamedTuple):
-    """One way to call a loss on student's and teacher's inputs of a shape; `call` takes the loss and the two."""
+    """One way to call a loss on a student's and a teacher's inputs; `call` takes the loss and the two."""
 
     description: str
     shape: tuple[int, ...]

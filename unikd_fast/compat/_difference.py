@@ -15,7 +15,7 @@ Measured = list[
 
 
 class Difference(NamedTuple):
-    """The largest over the entries, of the value and of the gradients: as such, and relative to the largest entry."""
+    """The largest difference over all entries of value and gradients, absolute and relative to the largest entry."""
 
     value: float = 0.0
     relative_value: float = 0.0

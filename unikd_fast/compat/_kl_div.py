@@ -75,6 +75,6 @@ def jsd_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
 
 
 def _weighted_log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a (ln a - ln b), with 0 ln 0 = 0."""
+    """Return a (ln a - ln b), with 0 ln 0 = 0."""
     a = log_a.exp()
     return a * (log_a - log_b).masked_fill(a == 0, 0.0)

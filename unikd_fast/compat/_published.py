@@ -1,7 +1,7 @@
-"""What the codebases that no package index holds compute, restated from their papers and their published behaviour.
+"""What codebases that are in no package index compute, restated from their papers and published behaviour.
 
-The conformance table compares with these where it cannot compare with the package itself. Plain PyTorch, in the dtype
-of the inputs, by way of `torch.nn.functional.kl_div` as these codebases do it. Only what a case of `presets` uses.
+The conformance table compares with these if it cannot compare with the package itself. Plain PyTorch in the dtype of
+the inputs, using `torch.nn.functional.kl_div` as these codebases do. Contains only what a case of `presets` uses.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """mdistiller: the mean over everything but the classes."""
+    """Return mdistiller's loss: the mean over everything but the classes."""
     return _terms(logits_student, logits_teacher, temperature).sum(1).mean() * temperature**2
 
 
 def dkd_loss(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """mdistiller: the target is taken out of NCKD by a logit 1000 lower."""
+    """Return mdistiller's loss: the target is removed from NCKD by a logit lower by 1000."""
     is_target = F.one_hot(target.reshape(-1), logits_student.shape[1]).to(logits_student)
     scale = temperature**2 / target.shape[0]
     p, q = (_two_classes(F.softmax(x / temperature, dim=1), is_target) for x in (logits_teacher, logits_student))
@@ -34,7 +34,7 @@ def dkd_loss(
 def standardized_kd_loss(
     logits_student_in: Tensor, logits_teacher_in: Tensor, temperature: float, logit_stand: bool
 ) -> Tensor:
-    """The fork: standardised along the last axis, softmax along the first after the batch."""
+    """Return the fork's loss: standardised along the last axis, softmax along the first after the batch."""
     student, teacher = _standardized(logit_stand, logits_student_in, logits_teacher_in)
     return kd_loss(student, teacher, temperature)
 
@@ -48,7 +48,7 @@ def standardized_dkd_loss(
     temperature: float,
     logit_stand: bool,
 ) -> Tensor:
-    """The fork."""
+    """Return the fork's loss."""
     student, teacher = _standardized(logit_stand, logits_student_in, logits_teacher_in)
     return dkd_loss(student, teacher, target, alpha, beta, temperature)
 

@@ -1,8 +1,8 @@
-"""Writes docs/conformance.md: how closely each drop-in agrees with its original, and which original that was.
+"""Writes docs/conformance.md: how closely each drop-in agrees with its original, and which version that was.
 
     python -m unikd_fast.compat.conformance docs/conformance.md
 
-It needs the packages of the extra `compat-test`, and says which is missing: a table never loses a row silently.
+It needs the packages of the extra `compat-test`, and says which one is missing: the table never silently loses a row.
 """
 
 import os

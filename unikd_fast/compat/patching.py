@@ -1,4 +1,4 @@
-"""Puts the drop-ins into an installed codebase, if they agree with what they replace."""
+"""Replaces losses of an installed codebase with the drop-ins, if they agree."""
 
 import inspect
 import sys
@@ -25,14 +25,14 @@ class _Found(NamedTuple):
 
 
 class Patch:
-    """What `patch` did; undone by `undo`, or at the end of a `with` block.
+    """The result of `patch`; undone by `undo`, or at the end of a `with` block.
 
     Attributes:
-        preset: the name given to `patch`.
-        version: of the installed package, "unknown" where pip does not know it.
-        replaced: every name that was bound to the original, "module:name", sorted.
-        difference: the largest over the inputs: value and gradient, absolute and relative.
-        tolerance: what the relative ones were held to.
+        preset: name given to `patch`.
+        version: version of the installed package, "unknown" if pip does not know it.
+        replaced: every name that was bound to the original, as "module:name", sorted.
+        difference: largest difference over the inputs: value and gradient, absolute and relative.
+        tolerance: bound on the relative differences.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Patch:
         self.replaced = sorted(name for one in found for name in _rebind(self._package, one, back=False))
 
     def undo(self) -> None:
-        """Bind the originals again, also where the package has picked up a drop-in since; twice does nothing."""
+        """Bind the originals again, also where a drop-in was picked up since; calling it twice does nothing."""
         for one in self._found:
             _rebind(self._package, one, back=True)
         self._found = []
@@ -69,26 +69,26 @@ class Patch:
 
 
 def patch(preset: str, *, tolerance: float = 1e-4, device: str | None = None) -> Patch:
-    """Replace the losses of an installed codebase by the drop-ins, everywhere the codebase itself has bound them.
+    """Replace the losses of an installed codebase with the drop-ins, everywhere in the codebase.
 
-    The original and the drop-in are compared first, in fp32, on random inputs; nothing is replaced unless all of them
-    agree. Names bound outside of the package (`from mdistiller.distillers.KD import kd_loss` in your own script) and
-    objects made before keep the original: patch first.
+    The original and the drop-in are first compared in fp32 on random inputs; nothing is replaced unless all of them
+    agree. Names bound outside the package (`from mdistiller.distillers.KD import kd_loss` in your own script) and
+    objects created earlier keep the original: patch first.
 
     Args:
-        preset: a key of `unikd_fast.compat.presets.PRESETS`, such as "mdistiller".
-        tolerance: for the largest difference of a value, and of a gradient, relative to the largest entry. fp32
-            rounding makes 1e-6 to 1e-5; another reduction or factor makes more than 1e-1.
-        device: where they are compared; a GPU if there is one.
+        preset: key of `unikd_fast.compat.presets.PRESETS`, such as "mdistiller".
+        tolerance: bound on the largest difference of a value, and of a gradient, relative to the largest entry. fp32
+            rounding gives 1e-6 to 1e-5; another reduction or factor gives more than 1e-1.
+        device: device for the comparison. If None, a GPU if there is one.
 
     Returns:
-        A report, which prints as a line, undoes itself with `undo()`, and is a context manager.
+        A report, which prints as one line, can be undone with `undo()`, and is a context manager.
 
     Raises:
-        ValueError: an unknown preset; a signature, value or gradient that differs from the drop-in's.
+        ValueError: the preset is unknown, or a signature, value or gradient differs from the drop-in's.
         ModuleNotFoundError: the package is not installed.
         AttributeError: it lacks what the drop-in replaces.
-        RuntimeError: it is patched already, or its loss cannot run on the device.
+        RuntimeError: it is already patched, or its loss cannot run on the device.
 
     Example:
         >>> with patch("torchdistill") as done:  # doctest: +SKIP
@@ -151,7 +151,7 @@ def _find(preset: Preset, target: Target) -> _Found:
 
 
 def _check_signature(found: _Found) -> None:
-    """Refuse an original that takes arguments other than the first ones of the drop-in."""
+    """Raise ValueError if the original's arguments are not the first ones of the drop-in."""
     pairs = [(found.original, found.replacement)]
     if inspect.isclass(found.original):
         forward, own_forward = (inspect.getattr_static(x, "forward") for x in (found.original, found.replacement))
@@ -192,7 +192,7 @@ def _compare(found: _Found, target: Target, tolerance: float, device: str) -> Di
 
 
 def _rebind(package: str, found: _Found, *, back: bool) -> list[str]:
-    """Swap the two wherever a loaded module of the package has one: attributes, dictionaries, MMEngine's registries."""
+    """Swap the two in every loaded module of the package: attributes, dictionaries, MMEngine's registries."""
     old, new = (found.replacement, found.original) if back else (found.original, found.replacement)
     if not isinstance(found.owner, ModuleType):
         is_static = isinstance(inspect.getattr_static(found.owner, found.name), staticmethod)

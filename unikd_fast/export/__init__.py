@@ -1,1 +1,1 @@
-"""The student of a run in files that other programs read."""
+"""Export: the student of a run in files that other programs read."""

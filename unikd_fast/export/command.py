@@ -1,4 +1,4 @@
-"""What `unikd export` does: write a student, read the file back, and compare what it computes."""
+"""What `unikd export` does: write a student, read the file back, and compare the outputs."""
 
 import os
 import sys
@@ -30,25 +30,25 @@ def export_run(
     image_size: int | None = None,
     force: bool = False,
 ) -> str:
-    """Write the student of a run to a file of its own, and return what was written in a line.
+    """Write the student of a run to a file of its own, and return a one-line summary.
 
     Args:
         run: folder of the run.
-        target: file to write, whose suffix is the format.
+        target: file to write; its suffix is the format.
         checkpoint: see `read_weights`.
         average: see `read_weights`.
-        opset: opset of ONNX. If None, torch's default.
+        opset: ONNX opset. If None, torch's default.
         image_size: height and width of the images that the file is made for. If None, those of the run.
-        force: whether to replace a file that exists.
+        force: whether to replace an existing file.
 
     Raises:
-        ConfigError: an option or the run folder is not usable.
-        CheckpointError: the checkpoint is damaged, or there is none.
-        RunError: the file cannot be made, or computes something else.
+        ConfigError: an option is invalid, or the folder is not a run folder.
+        CheckpointError: the checkpoint is damaged or missing.
+        RunError: the file cannot be written, or its outputs differ.
     """
     config = read_run(run)
     _refuse(run, target, force=force)
-    # Only now torchvision and DeepSpeed. What DeepSpeed prints must not stand before our line.
+    # Import torchvision and DeepSpeed only now. What DeepSpeed prints must not precede our line.
     with redirect_stdout(sys.stderr):
         from unikd_fast.engine.folder import BEST
         from unikd_fast.engine.inputs import refusing_misfits
@@ -62,7 +62,7 @@ def export_run(
     student = load_student(
         config.student.model, config.student.weights, weights.tensors, num_classes=config.data.num_classes
     )
-    # Whose mean and deviation may be measured on its data, which need not be here: its own file says them.
+    # The mean and deviation may be measured on the data, which need not be here: the run's own file holds them.
     with refusing_misfits():
         student = replace(student, preprocessing=stored_preprocessing(run / BEST))
     images = random_images(image_size or config.data.image_size)
@@ -75,12 +75,12 @@ def export_run(
             agreement = check(run_again, student.network, images, logits, exact=file_format.exact)
         except OSError:
             raise
-        except Exception as error:  # of one of three libraries, each with kinds of its own
+        except Exception as error:  # of one of three libraries, each with its own kinds
             raise RunError(
-                f"{target} is not written, {student.name} as {file_format.title} went wrong: {_root_cause(error)}"
+                f"{target} is not written, exporting {student.name} as {file_format.title} failed: {_root_cause(error)}"
             ) from error
         size = unfinished.stat().st_size
-        _refuse_existing(target, force=force)  # somebody else may have written it meanwhile
+        _refuse_existing(target, force=force)  # it may have been written meanwhile
     compared = (
         "which is bit for bit the plain network"
         if file_format.exact
@@ -101,14 +101,14 @@ def read_run(folder: Path) -> Config:
             first (``runs/x/teacher``).
 
     Raises:
-        ConfigError: the folder is not that of a run, or is that of several, which are named.
+        ConfigError: the folder is not a run folder, or holds several runs, which the message lists.
 
     Example:
         >>> read_run(Path("runs/digits-5cb1dd29/seed-0/unikd")).distill.method
         'unikd'
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give the folder of a run, which run.dir names")
+        raise ConfigError(f"{folder} is not a folder; give a run folder (run.dir)")
     here = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would leave a linked folder for another one
     for root in (here, *here.parents[:_DEPTH]):
         if (root / _CONFIG).is_file():
@@ -117,11 +117,11 @@ def read_run(folder: Path) -> Config:
             if name in runs:
                 return runs[name]
             raise ConfigError(_which(folder, root, runs))
-    raise ConfigError(f"{folder} is not a run folder, it has no {_CONFIG}; give the folder that run.dir names")
+    raise ConfigError(f"{folder} is not a run folder, it has no {_CONFIG}; give the folder in run.dir")
 
 
 def _runs(config: Config) -> dict[str, Config]:
-    """Return the single runs of a configuration by their folders below that of the configuration."""
+    """Return the single runs of a configuration by their folders relative to its own."""
     runs: dict[str, Config] = {}
     for label, seed, single in run_configs(config):
         home = f"seed-{seed}/" if config.compare else ""
@@ -142,7 +142,7 @@ def _which(folder: Path, root: Path, runs: Mapping[str, Config]) -> str:
 
 
 def _refuse(run: Path, target: Path, *, force: bool) -> None:
-    """Refuse a target before anything is read.
+    """Raise ConfigError for an unusable target before anything is read.
 
     Raises:
         ConfigError: the file would replace another one, or look like one of the run's own.
@@ -161,7 +161,7 @@ def _refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the first line of what was raised first; exporters wrap it in advice to their own developers."""
+    """Return the first line of the original error; exporters wrap it in advice to their own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = str(error).strip().partition("\n")[0]

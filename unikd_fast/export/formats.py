@@ -1,4 +1,4 @@
-"""The formats of an exported student: how each is written, read back by what will read it later, and compared."""
+"""The formats of an exported student: how each is written, read back as its users will read it, and compared."""
 
 import copy
 import importlib.util
@@ -18,38 +18,38 @@ from unikd_fast.errors import ConfigError, RunError
 from unikd_fast.export.student import PlainStudent
 from unikd_fast.models import preprocessing_in_words
 
-BATCHES = (2, 3, 1)  # exporters are shown two images; one is the size that they take for a constant most easily
+BATCHES = (2, 3, 1)  # exporters see two images; one is the batch size they most easily take for a constant
 
-# Another runtime folds BatchNorm and sums in another order. By how much that may change a logit depends on the network,
-# so the yardstick is what the plain network loses to fp32 itself, measured against float64: over fifteen networks of
-# all kinds ONNX Runtime differed from it by 0.6 to 1.9 times that (ResNet-152 with statistics of two batches: 1.5e-3 of
-# the logits, SqueezeNet: 7e-7). The rounding of three images is one draw, hence 8, and fp32's last bits on top: 2^-19
-# of the row's size. A wrong operation shows: GELU by its approximation changes logits by 1e-3.
+# Another runtime folds BatchNorm and orders sums differently. How much that may change a logit depends on the network,
+# so the yardstick is the plain network's own error in fp32, measured against float64: over fifteen networks of all
+# kinds ONNX Runtime differed from it by 0.6 to 1.9 times that (ResNet-152 with statistics of two batches: 1.5e-3 of the
+# logits, SqueezeNet: 7e-7). The rounding of three images is one sample, hence 8, and fp32's last bits on top: 2^-19 of
+# the row's size. A wrong operation stands out: approximate GELU changes logits by 1e-3.
 _TIMES_ROUNDING = 8.0
 _LAST_BITS = 2.0**-19
-# Of a network that does not run in float64; see `unikd_fast.teacher.unit_rounding`, whose reason it is.
+# For a network that does not run in float64; see `unikd_fast.teacher.unit_rounding` for the reason.
 _ROUNDING_UNKNOWN = 2.0**-15
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The largest difference over all batches, as a share of the size of an image's logits, and what was allowed."""
+    """The largest difference over all batches, relative to the size of an image's logits, and the tolerance."""
 
     difference: float
     allowed: float
 
 
 def random_images(size: int) -> Tensor:
-    """Return the same normalised images every time, as many as the largest batch."""
+    """Return the same normalised images every time, as many as the largest batch needs."""
     return torch.randn(max(BATCHES), 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def plain_logits(network: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """Return the logits of a plain network for the first images, by the size of the batch.
+    """Return the plain network's logits for the first images, by batch size.
 
     Raises:
-        ConfigError: the network does not take images of this size.
+        ConfigError: the network does not accept images of this size.
         RunError: the logits are not finite.
     """
     try:
@@ -67,15 +67,15 @@ def plain_logits(network: nn.Module, images: Tensor) -> dict[int, Tensor]:
 def check(
     run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, expected: dict[int, Tensor], *, exact: bool
 ) -> Agreement:
-    """Compare what was read back with the plain network, in fp32 and in several sizes of the batch.
+    """Compare what was read back with the plain network, in fp32 and for several batch sizes.
 
     Args:
-        run: what was read back: images to logits.
-        expected: logits by `plain_logits` for the same images.
-        exact: whether to allow no difference.
+        run: function read back from the file: images to logits.
+        expected: result of `plain_logits` for the same images.
+        exact: whether no difference is allowed.
 
     Raises:
-        RunError: the logits differ by more than the rounding of another order of summation.
+        RunError: the logits differ by more than reordered summation explains.
     """
     allowed = 0.0 if exact else _allowed(network, images, expected)
     worst = 0.0
@@ -97,7 +97,7 @@ def check(
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Return ‖found - expected‖ / ‖expected‖ over the logits of an image, of the worst image.
+    """Return ‖found - expected‖ / ‖expected‖ over the logits of an image, for the worst image.
 
     Example:
         >>> relative_difference(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]])) < 0.1
@@ -122,20 +122,20 @@ def _first_line(error: Exception) -> str:
 
 Run = Callable[[Tensor], Tensor]
 
-LOWEST_OPSET = 18  # of torch's exporter; it cannot write a mean over pixels for an older one
+LOWEST_OPSET = 18  # of torch's exporter, which cannot write a mean over pixels for an older one
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_ONNX_LIMIT = 2**31 - 2**24  # of one protobuf file; the graph itself takes some of it
+_ONNX_LIMIT = 2**31 - 2**24  # of one protobuf file; the graph itself takes part of it
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """A file format.
 
     Attributes:
         title: name of the format in messages.
         write: function that writes the student for images like the given ones, in batches of any size.
         read: function that opens the file as its users will: images to logits, in fp32 on the CPU.
-        exact: whether what is read back computes the very same, because it is the plain network.
+        exact: whether the outputs of the file are identical, because it holds the plain network.
     """
 
     title: str
@@ -145,10 +145,10 @@ class Format:
 
 
 def format_of(path: Path, opset: int | None) -> Format:
-    """Return the format that the ending of a file's name stands for.
+    """Return the format for a file's suffix.
 
     Raises:
-        ConfigError: the ending stands for none, the opset does not fit, or packages are missing.
+        ConfigError: the suffix is unknown, the opset does not fit, or packages are missing.
 
     Example:
         >>> format_of(Path("student.onnx"), None).title
@@ -189,8 +189,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
-    # Traced, not scripted: many networks are not written in the subset of Python that can be. What a trace may get
-    # wrong, a batch of another size, is what the check after writing looks at.
+    # Traced, not scripted: many networks are not written in the scriptable subset of Python. What a trace may get
+    # wrong, another batch size, is checked after writing.
     with torch.no_grad(), _quiet():
         traced = torch.jit.trace(student.network, images, check_trace=False)
         torch.jit.save(traced, path, preprocessing_in_words(student.preprocessing))
@@ -223,7 +223,7 @@ def _write_onnx(student: PlainStudent, path: Path, images: Tensor, opset: int | 
         found = program.model.opset_imports[""]
         if opset is not None and found != opset:
             raise RunError(f"torch cannot write this student in opset {opset}; leave --opset out")
-        # Where its code lies on this machine, line by line, concerns nobody.
+        # Leave out the source locations on this machine.
         ClearMetadataAndDocStringPass()(program.model)
         graph = program.model.graph
         for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
@@ -248,7 +248,7 @@ def _read_onnx(student: PlainStudent, path: Path) -> Run:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of much that does not concern this network; the check after writing is what counts."""
+    """Silence exporters' warnings, most of which do not concern this network; the check after writing counts."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""The student of a run: its weights in any of the run's checkpoints, and the plain network with them."""
+"""The student of a run: its weights from any of the run's checkpoints, and the plain network with them."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -32,20 +32,20 @@ Average = Literal["auto", "yes", "no"]
 
 @dataclass(frozen=True)
 class StudentWeights:
-    """A plain network's state, on the CPU, and where it was found, in words."""
+    """State of a plain network, on the CPU, and a description of where it was found."""
 
     tensors: dict[str, Tensor]
     origin: str
 
 
 def read_weights(run: Path, checkpoint: str, average: Average, *, has_average: bool) -> StudentWeights:
-    """Read the student of a run that is finished, unfinished or still going on. Nothing pickled is read.
+    """Read the student of a run that is finished, unfinished or still running. Nothing pickled is read.
 
     Args:
         run: folder of the run.
-        checkpoint: "last", the newest that is whole; "best", that of the best evaluation so far; "step-1200"; or the
-            path of a checkpoint's folder or of a plain network's .safetensors file.
-        average: whether to take the exponential average; "auto": if there is one.
+        checkpoint: "last", the newest intact checkpoint; "best", that of the best evaluation so far; "step-1200"; or
+            the path of a checkpoint folder or of a plain network's .safetensors file.
+        average: whether to use the moving average; "auto" uses it if there is one.
         has_average: whether the run has one, which is then what "best" holds.
 
     Raises:
@@ -71,7 +71,7 @@ def read_weights(run: Path, checkpoint: str, average: Average, *, has_average: b
     if path.is_file() and path.suffix == ".safetensors":
         _require_only_choice(path, average, averaged=None)
         return StudentWeights(_read_plain(path), str(path))
-    what = "is neither a checkpoint's folder nor a .safetensors file" if path.exists() else "there is no such path"
+    what = "is neither a checkpoint folder nor a .safetensors file" if path.exists() else "there is no such path"
     raise ConfigError(
         f"--checkpoint {checkpoint}: {what}; give last, best, step-<number>, the folder of a checkpoint or a "
         ".safetensors file of a plain network (pickled files are not read)"
@@ -85,7 +85,7 @@ def _newest(run: Path, average: Average) -> StudentWeights:
         except DamagedCheckpoint:
             if find_newest(run) == path:
                 raise
-            # The run goes on: it has written a newer one meanwhile, and removed this one.
+            # The run is still going: it has written a newer one meanwhile, and removed this one.
     finished = run / "student.safetensors"
     remedy = f"give --checkpoint {finished}" if finished.exists() else "none has been written yet"
     raise CheckpointError(f"no checkpoint in {run / FOLDER}; {remedy}")
@@ -119,7 +119,7 @@ def _average_of(saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _plain(state: dict[str, Tensor], of_processes: list[dict[str, Tensor]], prefix: str) -> dict[str, Tensor]:
-    """Return the plain network's part of a state, with running statistics averaged over the processes."""
+    """Return the plain network's part of a state, with running statistics averaged over processes."""
     found = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     for name in found.keys() & of_processes[0].keys():
         if found[name].is_floating_point():
@@ -137,14 +137,14 @@ def _read_plain(path: Path) -> dict[str, Tensor]:
 
 
 def _require_only_choice(path: Path, average: Average, *, averaged: bool | None) -> None:
-    """Refuse --average for a file, which holds one set of weights: an average, or not, or None if that is unknown."""
+    """Refuse --average for a file, which holds one set of weights: an average or not, or None if unknown."""
     if average != "auto" and averaged != (average == "yes"):
         known = {None: "whatever it was made from", True: "the exponential average", False: "the student itself"}
         raise ConfigError(f"--average {average}: {path} holds {known[averaged]} alone; leave --average out")
 
 
 def _best_step(run: Path) -> str:
-    """Return the step of the evaluation that the trainer counts as the best, in words, if there are metrics."""
+    """Return the step of the trainer's best evaluation, in words, if there are metrics."""
     evaluations = [record for record in read_metrics(run) if record["kind"] == "evaluation"]
     if not evaluations:
         return ""
@@ -162,8 +162,8 @@ class PlainStudent:
         name: name in a configuration, such as "torchvision/resnet18".
         num_classes: number of classes K.
         network: network with the checkpoint's tensors, bit for bit.
-        fresh: function that builds the network once more, with random weights.
-        preprocessing: preprocessing of the images. If None, it is not known.
+        fresh: function that builds the network again, with random weights.
+        preprocessing: preprocessing of the images. If None, it is unknown.
     """
 
     name: str
@@ -176,14 +176,14 @@ class PlainStudent:
 def load_student(
     name: str, started_from: str | None, tensors: Mapping[str, Tensor], *, num_classes: int | None
 ) -> PlainStudent:
-    """Build a student and load its tensors strictly; their shapes say how many classes it has.
+    """Build a student and load its tensors strictly; their shapes give the number of classes.
 
     Args:
         name: name of the network.
-        started_from: student.weights of its run. Published weights are not loaded, but may come with another input size
-            or a normalisation of their own.
+        started_from: student.weights of its run. Published weights are not loaded, but may imply another input size or
+            normalisation.
         tensors: state of the network.
-        num_classes: first guess, since the data set may know it better than the configuration. If None, 1000.
+        num_classes: first guess, since the data set may know better than the configuration. If None, 1000.
 
     Raises:
         ConfigError: there is no such network, or the tensors are not its state.
@@ -220,7 +220,7 @@ def _for_use(network: nn.Module) -> nn.Module:
 
 
 def _classes(network: nn.Module, tensors: Mapping[str, Tensor], guess: int) -> int:
-    """Return the size that the tensors have where a network of ``guess`` classes has that number."""
+    """Return the number of classes: the size the tensors have where a network of ``guess`` classes has that number."""
     sizes: set[int] = set()
     for name, expected in network.state_dict().items():
         if name in tensors and tensors[name].ndim == expected.ndim:
@@ -232,7 +232,7 @@ def _classes(network: nn.Module, tensors: Mapping[str, Tensor], guess: int) -> i
 def _build_plain(name: str, started_from: str | None, tensors: Mapping[str, Tensor], num_classes: int) -> nn.Module:
     weights = started_from
     if weights is not None:
-        with suppress(ValueError):  # a variable that is not set where the student is exported
+        with suppress(ValueError):  # a variable that is not set on the exporting machine
             weights = expand_weights("student", weights)
     try:
         return bare_model(name, num_classes=num_classes, weights=weights, state=tensors, role="student")
