@@ -98,12 +98,24 @@ def in_layout(layout: str, folder: Path, root: Path) -> Path:
             shutil.copytree(folder / "train", root / "train")
             shutil.copytree(folder / "val", root / "validation")
             return root
+        case "imagefolder metadata":
+            for name, part in columns.items():
+                (root / name).mkdir(parents=True)
+                for image in part["image"]:
+                    (root / name / image["path"]).write_bytes(image["bytes"])
+                rows = zip(part["image"], part["label"], strict=True)
+                lines = ["file_name,label", *(f"{image['path']},{NAMES[label]}" for image, label in rows)]
+                (root / name / "metadata.csv").write_text("\n".join(lines))
+            return root
         case "webdataset cls":
             return write_tars(root, columns, lambda label: ("cls", str(label)))
     return write_tars(root, columns, lambda label: ("json", json.dumps({"width": 3, "label": label})))
 
 
-@pytest.mark.parametrize("layout", ["save_to_disk", "parquet", "imagefolder", "webdataset cls", "webdataset json"])
+@pytest.mark.parametrize(
+    "layout",
+    ["save_to_disk", "parquet", "imagefolder", "imagefolder metadata", "webdataset cls", "webdataset json"],
+)
 def test_each_layout_opens_by_its_path(folder: Path, tmp_path: Path, layout: str) -> None:
     root = in_layout(layout, folder, tmp_path / "set")
     splits, expected = (
