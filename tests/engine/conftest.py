@@ -1,17 +1,14 @@
 """What the tests of cached training share, those of unikd cache, and those of unikd export."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
-from support.cache_commands import PER_SHARD, Command, Said, cached_config, make_folder
+from support.cache_commands import PER_SHARD, cached_config, command, make_folder
 from support.exported_runs import ALONE_TRAINED, SHORT, Runs, short, trained
 from support.real_runs import process_group, save_teacher
-from unikd_fast.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +36,12 @@ def copy(runs: Runs, tmp_path: Path) -> Path:
     return Path(shutil.copytree(runs.averaged, tmp_path / "copy"))
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """unikd cache in this process."""
-
-    def call(*arguments: object) -> Said:
-        capsys.readouterr()
-        with patch.dict(os.environ):  # joining a group of one process writes there
-            code = main(["cache", *map(str, arguments)])
-        return Said(code, *capsys.readouterr())
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration whose cache is built, in several shards."""
     config = cached_config(tmp_path_factory.mktemp("built"))
     make_folder(config, PER_SHARD)
-    with patch.dict(os.environ):
-        assert main(["cache", "build", "--config", str(config)]) == 0
+    assert command("build", "--config", config).returncode == 0
     return config
 
 

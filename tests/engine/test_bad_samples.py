@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support.odd_images import encoded
-from support.real_runs import ALONE, run, write_config
+from support.real_runs import ALONE, run, run_ranks, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.dali import dali_problem
 from unikd_fast.engine.distributed import Processes
@@ -56,7 +56,7 @@ def data_section(root: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_report_the_sum_and_evaluate_the_rest(tmp_path: Path) -> None:
     path = write_config(tmp_path, data=data_section(write_folder(tmp_path / "images")), train={"total_epochs": 2})
-    finished = run(path, launcher="torchrun", processes=2)
+    finished = run_ranks(path)
     assert finished.returncode == 0, finished.stderr
     records = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     # 32 samples make two steps of 16: none is left out of an epoch.

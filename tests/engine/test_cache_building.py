@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from support.ranks import Ranks
 from support.real_runs import (
     ALONE,
     cached_config,
-    kill_group,
     opened,
     run,
     start,
@@ -41,12 +40,12 @@ SLOW: dict[str, Any] = {"data": {"train_samples": 200}, "cache": {"batch_size": 
 SLOW_SHARDS = 30
 
 
-def wait_until(happened: Callable[[], bool], *processes: "subprocess.Popen[str]") -> None:
+def wait_until(happened: Callable[[], bool], *processes: Ranks) -> None:
     """While these processes run."""
     deadline = time.monotonic() + 120
     while not happened():
         for process in processes:
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -92,20 +91,20 @@ def together(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Togethe
         building = [{file for file in open_files(process) if file.suffix == ".partial"} for process in processes]
         side_by_side |= all(building) and building[0].isdisjoint(building[1])
         time.sleep(0.005)
-    outputs = tuple(process.communicate()[0] for process in processes)
+    outputs = tuple(process.said() for process in processes)
     codes = tuple(process.returncode for process in processes)
     return Together(folder, (home / "left", home / "right"), outputs, codes, side_by_side, rewritten)  # type: ignore[arg-type]
 
 
-def open_files(process: "subprocess.Popen[str]") -> set[Path]:
+def open_files(process: Ranks) -> set[Path]:
     """Of a process that may end meanwhile."""
     found: set[Path] = set()
     with suppress(OSError):
-        found.update(file.readlink() for file in Path(f"/proc/{process.pid}/fd").iterdir())
+        found.update(file.readlink() for file in Path(f"/proc/{process.pids[0]}/fd").iterdir())
     return found
 
 
-def waits_for(lock: Path, process: "subprocess.Popen[str]") -> bool:
+def waits_for(lock: Path, process: Ranks) -> bool:
     if lock not in open_files(process):
         return False
     time.sleep(0.01)
@@ -131,11 +130,10 @@ def test_a_build_that_is_killed_and_then_stopped_goes_on_where_it_was(
     process = start(config)
     wait_until(lambda: len(files(folder)) >= 4, process)
     while not begun(folder):  # the next shard, but not finished it before it was stopped
-        kill_group(process, signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         wait_until(lambda: begun(folder), process)
-        kill_group(process, signal.SIGSTOP)
-    kill_group(process, signal.SIGKILL)
-    process.wait()
+        process.send_signal(signal.SIGSTOP)
+    process.kill()
     finished = files(folder)
     assert 4 <= len(finished) < SLOW_SHARDS - 5
     (partial,) = folder.path.glob("*.partial")
@@ -144,8 +142,8 @@ def test_a_build_that_is_killed_and_then_stopped_goes_on_where_it_was(
     process = start(config, "--resume", "auto")
     wait_until(lambda: len(files(folder)) >= len(finished) + 4, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
+    assert process.wait(60) == 143, process.said()
+    output = process.said()
     assert f"stopped while teacher.cache.dir = {folder.path} was built; what is written is kept" in output
     assert "Traceback" not in output
     more = files(folder)

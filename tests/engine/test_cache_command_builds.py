@@ -11,9 +11,8 @@ import pytest
 
 from support.cache_commands import (
     PER_SHARD,
-    Command,
     cached_config,
-    ended,
+    command,
     files,
     make_folder,
     start,
@@ -23,20 +22,21 @@ from support.real_runs import run
 pytestmark = pytest.mark.slow
 
 
-def test_build_makes_the_cache_without_training_and_a_second_build_finds_it_complete(
-    tmp_path: Path, command: Command
-) -> None:
+def test_build_makes_the_cache_without_training_and_a_second_build_finds_it_complete(tmp_path: Path) -> None:
     config = cached_config(tmp_path)
-    first = ended(start("build", "--config", config))
-    assert first.code == 0, first.err
+    first = command("build", "--config", config)
+    assert first.returncode == 0, first.stderr
     line = rf"{tmp_path}/cache: 3 views x 96 samples, 22.5 KiB, built in [\d.]+ s\n"
-    assert re.fullmatch(line, first.out), first.out  # and nothing else: scripts read it
+    assert re.fullmatch(line, first.stdout), first.stdout  # and nothing else: scripts read it
     before = files(tmp_path / "cache")
     again = command("build", "--config", config)
-    assert (again.code, again.out) == (0, f"{tmp_path}/cache: 3 views x 96 samples, 22.5 KiB, already complete\n")
+    assert (again.returncode, again.stdout) == (
+        0,
+        f"{tmp_path}/cache: 3 views x 96 samples, 22.5 KiB, already complete\n",
+    )
     assert files(tmp_path / "cache") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "tiny.json"]  # no run folder
-    verified = ended(start("verify", tmp_path / "cache"))
+    verified = command("verify", tmp_path / "cache")
     assert verified == (0, f"{tmp_path}/cache: 1 of 1 shards are ok\n", "")
 
 
@@ -48,9 +48,7 @@ def test_build_makes_the_cache_without_training_and_a_second_build_finds_it_comp
         ("delete", "shard-00001.bin: not built"),
     ],
 )
-def test_a_bad_shard_is_named_discarded_and_alone_built_anew(
-    copied: Path, command: Command, damage: str, found: str
-) -> None:
+def test_a_bad_shard_is_named_discarded_and_alone_built_anew(copied: Path, damage: str, found: str) -> None:
     folder = copied.parent / "cache"
     shard, bad = folder / "shard-00001.bin", int(damage != "delete")
     content, untouched = shard.read_bytes(), files(folder)
@@ -64,17 +62,17 @@ def test_a_bad_shard_is_named_discarded_and_alone_built_anew(
         shard.unlink()
 
     verified = command("verify", "--config", copied)
-    assert verified.code == 4
-    said = verified.out.splitlines()
+    assert verified.returncode == 4
+    said = verified.stdout.splitlines()
     assert said[0] == found
     assert said[1].startswith(f"{folder}: 3 of 4 shards are ok, 1 {'bad' if bad else 'not built'}; unikd cache ")
     assert ("--repair" in said[1]) == bool(bad)
     assert len(said) == 2
 
     repaired = command("verify", folder, "--repair")
-    assert repaired.code == 0  # so that `verify --repair && build` mends a cache
-    assert repaired.out.count("discarded") == 2 * bad
-    assert "unikd cache build makes what is not there" in repaired.out
+    assert repaired.returncode == 0  # so that `verify --repair && build` mends a cache
+    assert repaired.stdout.count("discarded") == 2 * bad
+    assert "unikd cache build makes what is not there" in repaired.stdout
     assert not shard.exists()
     assert command("verify", folder) == (
         4,
@@ -83,29 +81,29 @@ def test_a_bad_shard_is_named_discarded_and_alone_built_anew(
         "",
     )
     rebuilt = command("build", "--config", copied)
-    assert rebuilt.code == 0, rebuilt.err
+    assert rebuilt.returncode == 0, rebuilt.stderr
     assert shard.read_bytes() == content
     assert {name: was for name, was in files(folder).items() if name != shard.name} == untouched
-    assert command("verify", folder).code == 0
+    assert command("verify", folder).returncode == 0
     assert command("verify", folder, "--repair") == (0, f"{folder}: 4 of 4 shards are ok\n", "")
 
 
-def test_what_belongs_to_all_shards_cannot_be_repaired(copied: Path, command: Command) -> None:
+def test_what_belongs_to_all_shards_cannot_be_repaired(copied: Path) -> None:
     head = copied.parent / "cache" / "teacher.safetensors"
     content = head.read_bytes()
     head.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     for arguments in (("verify", head.parent, "--repair"), ("info", head.parent), ("build", "--config", copied)):
         said = command(*arguments)
-        assert said.code == 4
-        assert said.err.startswith(f"unikd cache {arguments[0]}: error: {head} is damaged")
-        assert "build the cache again" in said.err
+        assert said.returncode == 4
+        assert said.stderr.startswith(f"unikd cache {arguments[0]}: error: {head} is damaged")
+        assert "build the cache again" in said.stderr
     head.unlink()
     said = command("verify", head.parent)
-    assert said.code == 4
-    assert f"{head} is missing, and the shards were made with what it held" in said.err
+    assert said.returncode == 4
+    assert f"{head} is missing, and the shards were made with what it held" in said.stderr
 
 
-def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_path: Path, command: Command) -> None:
+def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_path: Path) -> None:
     runs = {
         "alone": {"distill.method": "none"},
         "KD": {"distill.method": "kd"},
@@ -115,58 +113,60 @@ def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_p
     config = cached_config(tmp_path, dir=str(tmp_path / "cache-{method}-{seed}"), views=1)
     arguments = ("--config", config, "--set", f"compare={json.dumps({'seeds': [0, 1], 'runs': runs})}")
     said = command("build", *arguments)
-    assert said.code == 0, said.err
+    assert said.returncode == 0, said.stderr
     folders = [f"{tmp_path}/cache-{method}-{seed}" for seed in (0, 1) for method in ("kd", "unikd")]
-    assert [line.partition(":")[0] for line in said.out.splitlines()] == folders
+    assert [line.partition(":")[0] for line in said.stdout.splitlines()] == folders
     assert sorted(map(str, tmp_path.glob("cache-*"))) == sorted(folders)
-    assert command("verify", *arguments).out.splitlines() == [f"{folder}: 1 of 1 shards are ok" for folder in folders]
-    assert [json.loads(line)["folder"] for line in command("info", *arguments, "--json").out.splitlines()] == folders
+    assert command("verify", *arguments).stdout.splitlines() == [
+        f"{folder}: 1 of 1 shards are ok" for folder in folders
+    ]
+    assert [json.loads(line)["folder"] for line in command("info", *arguments, "--json").stdout.splitlines()] == folders
 
     runs["stronger"] = {"distill.unikd.gate": "channel"}
     said = command("build", "--config", config, "--set", f"compare={json.dumps({'seeds': [0], 'runs': runs})}")
-    assert said.code == 4
-    assert 'head.gate: "spatial" in the cache, "channel" now' in said.err
-    assert "teacher.cache.dir" in said.err
+    assert said.returncode == 4
+    assert 'head.gate: "spatial" in the cache, "channel" now' in said.stderr
+    assert "teacher.cache.dir" in said.stderr
 
 
-def test_several_processes_share_the_work(tmp_path: Path, command: Command) -> None:
+def test_several_processes_share_the_work(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=20)
     make_folder(config, 288)
-    two = ended(start("build", "--config", config, launcher="torchrun", processes=2))
-    assert two.code == 0, two.err
-    assert two.out.count("20 views x 96 samples") == 1
-    assert command("verify", "--config", config).code == 0
+    two = start(tmp_path, "build", "--config", config, processes=2).done()
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("20 views x 96 samples") == 1
+    assert command("verify", "--config", config).returncode == 0
 
 
-def test_independent_builds_of_one_folder_share_the_work(tmp_path: Path, command: Command) -> None:
+def test_independent_builds_of_one_folder_share_the_work(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=20)
     make_folder(config, 288)
-    for one in [start("build", "--config", config) for _ in range(2)]:
-        said = ended(one)
-        assert said.code == 0, said.err
-        assert "20 views x 96 samples" in said.out
-    assert command("verify", "--config", config).code == 0
+    for one in [start(tmp_path, "build", "--config", config) for _ in range(2)]:
+        said = one.done()
+        assert said.returncode == 0, said.stderr
+        assert "20 views x 96 samples" in said.stdout
+    assert command("verify", "--config", config).returncode == 0
 
 
-def test_sigterm_ends_a_build_with_143_and_the_next_one_goes_on(tmp_path: Path, command: Command) -> None:
+def test_sigterm_ends_a_build_with_143_and_the_next_one_goes_on(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=60)
     folder = make_folder(config, 480)  # 12 shards
-    process = start("build", "--config", config)
+    process = start(tmp_path, "build", "--config", config)
     deadline = time.monotonic() + 60
     while not (folder.path / "shard-00001.bin").exists():
-        assert process.poll() is None, ended(process)
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    stopped = ended(process)
-    assert stopped.code == 143, stopped
-    assert "what is written is kept, start it again" in stopped.err
-    assert "Traceback" not in stopped.err
+    stopped = process.done()
+    assert stopped.returncode == 143, stopped
+    assert "what is written is kept, start it again" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     kept = {name: was for name, was in files(folder.path).items() if name.endswith(".bin")}
     assert 2 <= len(kept) < 12
-    assert command("verify", folder.path).code == 4
-    assert command("build", "--config", config).code == 0
-    assert command("verify", folder.path).code == 0
+    assert command("verify", folder.path).returncode == 4
+    assert command("build", "--config", config).returncode == 0
+    assert command("verify", folder.path).returncode == 0
     assert kept.items() <= files(folder.path).items()
 
 

@@ -1,10 +1,8 @@
 """A cache of a teacher's outputs that is damaged, changed or built again: what a run says, and what it goes on with."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ from numpy.typing import NDArray
 
 from support.real_runs import (
     ALONE,
-    ROOT,
     cached_config,
-    command,
     opened,
     run,
     save_teacher,
     train_here,
 )
+from support.small_disks import small_disk
 from support.small_shards import (
     FOUR,
     delete,
@@ -56,15 +53,10 @@ def test_a_flipped_bit_ends_a_run_with_its_own_exit_code(tmp_path: Path, weights
 
 @pytest.mark.slow
 def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path, weights: Path) -> None:
-    before = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounting = ["sh", "-c", 'mount -t tmpfs -o size=128k tmpfs "$0" 2>/dev/null || exit 77; exec "$@"', str(disk)]
-    if subprocess.run([*before, *mounting, "true"], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs in a name space of its own is not allowed here")
     sections: dict[str, Any] = {"data": {"train_samples": None}, "cache": {"dir": str(disk / "cache")}}
-    config = cached_config(tmp_path, weights, name="full", **sections)
-    done = subprocess.run([*before, *mounting, *command(config)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    with small_disk(disk, kib=128):
+        done = run(cached_config(tmp_path, weights, name="full", **sections))
     assert done.returncode == 4, done.stdout + done.stderr
     needed = 3 * 1000 * 80
     said = f"unikd train: error: {disk}/cache: the shards still to build need {needed} bytes and "

@@ -26,7 +26,7 @@ from support.cached_runs import (
 from support.real_runs import (
     cached_config,
     opened,
-    run,
+    run_ranks,
     train_here,
 )
 from unikd_fast.config import load_config
@@ -151,7 +151,7 @@ def test_two_processes_with_everything_build_and_train_from_one_cache(tmp_path: 
         "deepspeed": {"zero_optimization": {"stage": 1}},
     }
     config = cached_config(tmp_path, weights, name="two", cache={"recheck": 0.001}, **sections)
-    done = run(config, launcher="torchrun", processes=2)
+    done = run_ranks(config)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(steps(tmp_path / "two")) == STEPS
     record = json.loads((tmp_path / "two" / "teacher.json").read_text())

@@ -1,7 +1,6 @@
 """Runs that come to a cache that is there: the next one, and one that was killed."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from support.cached_runs import STEPS, same_weights, state_of
 from support.real_runs import (
     cached_config,
-    kill_group,
     newest_checkpoint,
     run,
     start,
@@ -58,8 +56,7 @@ def test_a_killed_run_on_a_cache_continues_bit_for_bit(tmp_path: Path, weights: 
     cut = cached_config(tmp_path, weights, name="cut", **sections)
     process = start(cut)
     wait_for_step(tmp_path / "cut", 8, process)  # six steps an epoch: inside the second one
-    kill_group(process, signal.SIGKILL)
-    process.wait()
+    process.kill()
     saved = newest_checkpoint(tmp_path / "cut")
     assert 6 <= saved["run"]["step"] < STEPS
     done = run(cut, "--resume", "auto")

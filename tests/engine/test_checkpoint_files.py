@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.kills import killed_at_each_operation
+from support.small_disks import small_disk
 from support.written_checkpoints import PARTS, write_steps
 from unikd_fast.engine.checkpoint import CheckpointWriter, find_newest, read_folder
 from unikd_fast.engine.checkpoint import files as files_module
@@ -179,10 +179,7 @@ def test_a_step_whose_old_folder_was_left_is_written(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
+    with small_disk(disk, kib=500):
         small, large = {"student": {"w": torch.ones(50_000)}}, {"student": {"w": torch.ones(100_000)}}
         writer = CheckpointWriter(disk, keep=2, beside_training=False)
         writer.write(1, small)
@@ -197,5 +194,3 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         assert sorted(path.name for path in (disk / FOLDER).iterdir()) == [checkpoint_name(1)]
         newest = find_newest(disk)
         assert newest is not None and torch.equal(read_folder(newest)["student"]["w"], small["student"]["w"])
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -1,31 +1,38 @@
 """Checkpoints of whole runs: a full disk, damaged ones, those of DeepSpeed beside ours; and a lack of memory."""
 
 import os
+import resource
 import signal
-import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 
 from support.exported_runs import short
+from support.ranks import Ranks
 from support.real_runs import (
     ALONE,
-    ROOT,
-    command,
     merged,
     newest_checkpoint,
     run,
+    run_ranks,
     train_here,
     train_records,
     write_config,
 )
+from support.small_disks import small_disk
+from unikd_fast.cli import main
+from unikd_fast.engine import step as step_module
 from unikd_fast.engine.checkpoint import CheckpointWriter, checkpoint_name
 from unikd_fast.engine.distributed import StopSignal
+from unikd_fast.engine.step import train_step
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import Interrupted
+from unikd_fast.values import Batch
 
 pytestmark = pytest.mark.slow
 
@@ -88,23 +95,18 @@ def test_a_signal_at_a_saved_step_saves_nothing(tmp_path: Path, written: list[in
 def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path: Path) -> None:
     """The disk holds one checkpoint of 0.7 MB, and not a second one beside it."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
+    with small_disk(disk, kib=1200) as resize:
         config = small_config(disk, "run", run={"checkpoint_every_steps": 1})
         done = run(config)
         assert done.returncode == 6, done.stderr
         assert "unikd train: error: cannot write the checkpoint" in done.stderr
         assert "those before it are as they were; free at least 0." in done.stderr
         assert newest_checkpoint(disk / "run")["run"]["step"] == 1
-        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+        resize(9 << 10)
         done = run(config, "--resume", "auto")
         assert done.returncode == 0, done.stderr
         resumed = load_file(disk / "run" / "student.safetensors")
         records = train_records(disk / "run")
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # what was read is mapped
     done = run(small_config(tmp_path, "whole", run={"checkpoint_every_steps": 1}))
     assert done.returncode == 0, done.stderr
     whole = load_file(tmp_path / "whole" / "student.safetensors")
@@ -138,7 +140,7 @@ def test_a_run_passes_over_damaged_checkpoints_and_stops_if_none_is_whole(tmp_pa
     assert f"no checkpoint in {folder / 'checkpoints'} is whole: " in done.stderr
 
 
-@pytest.mark.parametrize(("stage", "processes"), [pytest.param(0, 1, marks=pytest.mark.long), (2, 2)])
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2)])
 def test_deepspeeds_own_checkpoints_hold_the_same_weights(tmp_path: Path, stage: int, processes: int) -> None:
     config = small_config(
         tmp_path,
@@ -146,7 +148,7 @@ def test_deepspeeds_own_checkpoints_hold_the_same_weights(tmp_path: Path, stage:
         run={"checkpoint_every_steps": 2, "keep_checkpoints": 2, "deepspeed_checkpoints": True},
         deepspeed={"zero_optimization": {"stage": stage}},
     )
-    done = run(config, launcher="torchrun", processes=processes)
+    done = run_ranks(config, processes=processes)
     assert done.returncode == 0, done.stderr
     native = tmp_path / "run" / "checkpoints" / "deepspeed"
     assert sorted(path.name for path in native.iterdir() if path.is_dir()) == [checkpoint_name(4), checkpoint_name(6)]
@@ -160,40 +162,31 @@ def test_deepspeeds_own_checkpoints_hold_the_same_weights(tmp_path: Path, stage:
     (tmp_path / "run" / "result.json").unlink()
     for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
         path.rename(tmp_path / path.name)
-    done = run(config, "--resume", "auto", launcher="torchrun", processes=processes)
+    done = run_ranks(config, "--resume", "auto", processes=processes)
     assert done.returncode == 0, done.stderr
     assert len([r for r in train_records(tmp_path / "run") if r["kind"] == "train"]) == 6
 
 
-# From the third step on the images are many, and the process may not grow for them.
-HUNGRY = """
-import resource, sys
-import psutil
-from unikd_fast.cli import main
-from unikd_fast.engine import steps
-whole = steps.train_step
-count = 0
-def hungry(engine, teacher, method, batch, target=None, **options):
-    global count
-    count += 1
-    if count == 3:
-        size = psutil.Process().memory_info().vms + 2**26
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        batch = batch._replace(images=batch.images.repeat(40, 1, 1, 1), labels=batch.labels.repeat(40))
-    return whole(engine, teacher, method, batch, target, **options)
-steps.train_step = hungry
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
+def hungry(config: Path) -> int:
+    """Train in a process that may not grow from the third step on, whose images are many."""
+    count = 0
+
+    def step(engine: Any, teacher: Any, method: Any, batch: Batch, target: Any = None, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            size = psutil.Process().memory_info().vms + 2**26
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
+            batch = batch._replace(images=batch.images.repeat(40, 1, 1, 1), labels=batch.labels.repeat(40))
+        return train_step(engine, teacher, method, batch, target, **options)
+
+    step_module.train_step = step
+    return main(["train", "--config", str(config)])
 
 
 @pytest.mark.parametrize(("method", "part"), [("unikd", "teacher"), ("none", "student")])
 def test_a_run_without_memory_says_which_part_and_what_to_lower(tmp_path: Path, method: str, part: str) -> None:
-    script = tmp_path / "hungry.py"
-    script.write_text(HUNGRY)
-    config = small_config(tmp_path, "run", distill={"method": method})
-    line = [str(script) if word.endswith("launch_distill.py") else word for word in command(config)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    done = Ranks(partial(hungry, small_config(tmp_path, "run", distill={"method": method})), tmp_path).done()
     assert done.returncode == 7, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert f"out of memory in the {part}'s part: " in last

@@ -26,7 +26,7 @@ from support.exported_runs import (
     stripped,
     trained,
 )
-from support.real_runs import ALONE, kill_group, start, wait_for_step
+from support.real_runs import ALONE, start, wait_for_step
 from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.engine.checkpoint.files import on_cpu, write_folder
 from unikd_fast.engine.distributed import StopSignal
@@ -140,8 +140,7 @@ def test_a_killed_run_is_exported(tmp_path: Path) -> None:
     for number in range(3):  # while it goes on, and removes its checkpoints
         assert export(tmp_path / "killed", tmp_path / f"{number}.safetensors") == 0
         resnet8(tmp_path / f"{number}.safetensors")
-    kill_group(process)
-    process.wait()
+    process.kill()
     assert export(tmp_path / "killed", tmp_path / "after.safetensors") == 0
     resnet8(tmp_path / "after.safetensors")
 
@@ -185,7 +184,7 @@ def test_one_run_of_a_comparison_is_exported(tmp_path: Path, group: None, capsys
     compare = {
         "seeds": [3],
         "runs": {
-            "A KD (τ = 4)": {"distill.method": "kd"},
+            "A KD (τ = 4)": {"distill.unikd.alpha": 2.0},
             "alone": {"distill.method": "none", "student.model": "cifar/resnet14"},
         },
     }

@@ -13,15 +13,15 @@ import pytest
 from safetensors.torch import load_file
 
 from support.real_runs import (
-    ROOT,
-    command,
     newest_checkpoint,
-    run,
+    run_ranks,
     start,
+    start_launcher,
     train_records,
     wait_for_step,
     write_config,
 )
+from unikd_fast.errors import LostProcess
 
 pytestmark = pytest.mark.slow
 
@@ -66,10 +66,24 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
+LOST = "another process of this run ended, or did not answer"
+
+
+def test_a_killed_process_ends_the_others_with_the_cause(tmp_path: Path) -> None:
+    process = start(write_config(tmp_path, name="killed", **QUICK), processes=2)
+    wait_for_step(tmp_path / "killed", 4, process)
+    process.send_signal(signal.SIGKILL, 1)
+    done = process.done(LIMIT_S)
+    assert done.returncode == LostProcess.exit_code
+    assert LOST in done.stderr and "with --resume auto" in done.stderr
+    assert newest_checkpoint(tmp_path / "killed")["run"]["step"] >= 2
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("deepspeed", 0)])
-def test_a_killed_process_ends_the_run_with_the_cause(tmp_path: Path, launcher: str, rank: int) -> None:
+def test_a_launcher_whose_process_is_killed_ends_with_the_cause(tmp_path: Path, launcher: str, rank: int) -> None:
     config = write_config(tmp_path, name="killed", **QUICK)
-    process = start(config, launcher=launcher, processes=2)
+    process = start_launcher(config, launcher=launcher, processes=2)
     try:
         wait_for_step(tmp_path / "killed", 4, process)
         trainers(process)[rank].kill()
@@ -78,7 +92,7 @@ def test_a_killed_process_ends_the_run_with_the_cause(tmp_path: Path, launcher: 
         kill_quietly(process)
     assert process.returncode not in (0, None)
     # torchrun lets the others speak; DeepSpeed's launcher ends them at once, and says itself who was killed.
-    told = "another process of this run ended, or did not answer" in output and "with --resume auto" in output
+    told = LOST in output and "with --resume auto" in output
     assert told or (launcher == "deepspeed" and "exits with return code = -9" in output)
     assert newest_checkpoint(tmp_path / "killed")["run"]["step"] >= 2
 
@@ -87,45 +101,27 @@ def test_a_killed_process_ends_the_run_with_the_cause(tmp_path: Path, launcher: 
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run(write_config(folder, name="whole", **QUICK), launcher="deepspeed", processes=2)
+    done = run_ranks(write_config(folder, name="whole", **QUICK))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "whole"
 
 
-def fault_rounds(tmp_path: Path, whole: Path, rounds: int, seed: int) -> None:
-    """Kill a random process at a random moment, again and again, until the run is through all the same."""
+@pytest.mark.parametrize(
+    ("rounds", "seed"), [(2, 1), *(pytest.param(5, seed, marks=pytest.mark.long) for seed in range(2, 6))]
+)
+def test_killed_at_random_moments_it_ends_as_if_never_interrupted(
+    tmp_path: Path, whole: Path, rounds: int, seed: int
+) -> None:
+    """A random process at a random moment, again and again, until the run is through all the same."""
     cut = write_config(tmp_path, name="cut", **QUICK)
     chance = random.Random(seed)
     for _ in range(rounds):
-        process = subprocess.Popen(
-            command(cut, "--resume", "auto", launcher="deepspeed", processes=2),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + LIMIT_S
-            while len(there := trainers(process)) < 2 and time.monotonic() < deadline and process.poll() is None:
-                time.sleep(0.05)
-            # Anywhere between its start and well into its steps, of which each ends with a checkpoint.
-            time.sleep(chance.uniform(0.0, 12.0))
-            if len(there) == 2 and process.poll() is None:
-                chance.choice(there).kill()
-            ended(process)
-        finally:
-            kill_quietly(process)
-    done = run(cut, "--resume", "auto", launcher="deepspeed", processes=2)
+        process = start(cut, "--resume", "auto", processes=2)
+        # Anywhere between its start and its end, after each of whose steps there is a checkpoint.
+        wait_for_step(tmp_path / "cut", chance.randint(1, 24), process)
+        time.sleep(chance.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL, chance.randrange(2))
+        process.wait(LIMIT_S)
+    done = run_ranks(cut, "--resume", "auto")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(whole, tmp_path / "cut")
-
-
-def test_killed_at_random_moments_it_ends_as_if_never_interrupted(tmp_path: Path, whole: Path) -> None:
-    fault_rounds(tmp_path, whole, rounds=2, seed=1)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(2, 6))
-def test_killed_at_many_random_moments_it_ends_as_if_never_interrupted(tmp_path: Path, whole: Path, seed: int) -> None:
-    fault_rounds(tmp_path, whole, rounds=5, seed=seed)

@@ -34,7 +34,7 @@ TERMS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one comparison of all the runs, so that torch is loaded once for them."""
+    """The folder of one comparison of all the runs."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "needs the interpreter"
     home = tmp_path_factory.mktemp("fused_losses")
     runs = {

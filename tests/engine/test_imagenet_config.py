@@ -42,7 +42,7 @@ def settings(root: Path, run_dir: Path, **more: str) -> list[str]:
 
 
 def test_a_folder_of_files(imagenet: Path, tmp_path: Path) -> None:
-    done = run(CONFIG, *settings(imagenet, tmp_path / "run"), launcher="deepspeed", processes=1)
+    done = run(CONFIG, *settings(imagenet, tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
     assert said.count("data.loader: image files are decoded by DALI") == 1

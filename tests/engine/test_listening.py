@@ -1,93 +1,76 @@
 """What a run listens on: nothing where it is one process, the loopback interface alone on one node."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
-from support.free_ports import free_port
-from support.real_runs import ROOT, start, wait_for_step, write_config
+from support.ranks import Ranks
+from support.real_runs import as_in_a_process, run, write_config
+from unikd_fast.engine.distributed import StopSignal, start_processes
+from unikd_fast.engine.step import train_step
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = """
-import psutil, torch, torch.distributed as dist
-from unikd_fast.engine.distributed import start_processes
-from unikd_fast.engine.distributed import StopSignal
 
-processes = start_processes(0.5)
-with StopSignal(processes) as stop:
-    stop.agreed(), stop.agreed()
-assert processes.gather(processes.rank) == list(range(processes.world_size))
-assert float(processes.sum_(torch.ones(()))) == processes.world_size
-listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
-print("listens", *listening)
-processes.barrier()
-processes.leave()
-"""
+def listening() -> list[str]:
+    connections = psutil.Process().net_connections()
+    return [each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN]
 
 
-# The group for tests as it is in torch 2.11: a reduce-scatter leaves what it is to write as it was.
-OLD_TORCH = """
-import torch.distributed as dist
-from torch.distributed import reduce_scatter_tensor
-
-def returns_nothing(output, *arguments, **options):
-    if dist.get_backend() != "fake":
-        return reduce_scatter_tensor(output, *arguments, **options)
-
-dist.reduce_scatter_tensor = returns_nothing
-"""
-
-
-def of_program(world_size: int, before: str = "") -> list[list[str]]:
-    """The addresses that each of so many processes listens on, started as DeepSpeed's launcher does."""
-    shared = {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_port())
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", before + PROGRAM],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * world_size
-    return [line.split()[1:] for text in said for line in text.splitlines() if line.startswith("listens")]
+def talk() -> int:
+    """Be one of the processes of a run, and say what it listens on."""
+    processes = start_processes(0.5)
+    with StopSignal(processes) as stop:
+        stop.agreed(), stop.agreed()
+    assert processes.gather(processes.rank) == list(range(processes.world_size))
+    assert float(processes.sum_(torch.ones(()))) == processes.world_size
+    print("listens", *listening())
+    processes.barrier()
+    processes.leave()
+    return 0
 
 
-def test_one_process_listens_on_nothing(tmp_path: Path) -> None:
+def test_one_process_opens_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole run, with DeepSpeed's engine; without a launcher."""
-    process = start(write_config(tmp_path, train={"total_epochs": 50}, deepspeed={"zero_optimization": {"stage": 2}}))
-    try:
-        wait_for_step(tmp_path / "tiny", 2, process)
-        of_run = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        connections = [connection for one in of_run for connection in one.net_connections()]
-        assert connections == []
-    finally:
-        process.kill()
-        process.communicate()
+    before = psutil.Process().net_connections()
+    opened = []
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        opened.extend(each for each in psutil.Process().net_connections() if each not in before)
+        return train_step(*arguments, **options)
+
+    monkeypatch.setattr("unikd_fast.engine.step.train_step", step)
+    done = run(write_config(tmp_path, train={"max_steps": 2}, deepspeed={"zero_optimization": {"stage": 2}}))
+    assert done.returncode == 0, done.stderr
+    assert opened == []
 
 
-def test_one_process_of_a_launcher_listens_on_nothing() -> None:
-    assert of_program(1) == [[]]
-
-
-def test_processes_of_one_node_listen_on_the_loopback() -> None:
-    addresses = of_program(2)
+def test_processes_of_one_node_listen_on_the_loopback(tmp_path: Path) -> None:
+    done = Ranks(talk, tmp_path, processes=2).done()
+    assert done.returncode == 0, done.stderr
+    addresses = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("listens")]
     assert len(addresses) == 2
     for own in addresses:
         assert own
         assert all(ip_address(address).is_loopback for address in own)
 
 
-def test_an_older_torch_listens_on_the_loopback() -> None:
-    [addresses] = of_program(1, OLD_TORCH)
-    assert addresses and all(ip_address(address).is_loopback for address in addresses)
+def test_an_older_torch_listens_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11, in whose group for tests a reduce-scatter leaves what it is to write as it was."""
+    scatter: Callable[..., Any] = dist.reduce_scatter_tensor
+
+    def returns_nothing(output: Any, *arguments: Any, **options: Any) -> Any:
+        return None if dist.get_backend() == "fake" else scatter(output, *arguments, **options)
+
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", returns_nothing)
+    before = listening()
+    with as_in_a_process():
+        talk()
+        opened = [address for address in listening() if address not in before]
+    assert opened and all(ip_address(address).is_loopback for address in opened)

@@ -2,17 +2,19 @@
 
 import json
 import math
-import os
-import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 from support.plain_engine import PlainEngine
-from support.real_runs import LAUNCHERS, ROOT, newest_checkpoint, write_config
+from support.ranks import Ranks
+from support.real_runs import in_this_process, newest_checkpoint, write_config
+from unikd_fast.cli import main
 from unikd_fast.engine.gradients import GradientWatch, LossScale
 
 
@@ -54,14 +56,10 @@ def test_gradients_are_those_of_the_loss_and_an_overflow_changes_nothing() -> No
     assert scale.value == 2.0**9 and watch.skipped_steps == 1
 
 
-# A gradient that fits fp16 with a scale of 1 does not with this one: 65504 is its largest number.
-SCRIPT = """
-import sys
-from unikd_fast.cli import main
-from unikd_fast.engine.gradients import LossScale
-LossScale.__init__.__defaults__ = (2.0**20, 3)
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
+def scaled_by_more(config: Path) -> int:
+    """Train with a first scale that makes gradients too large for fp16, whose largest number is 65504."""
+    with patch.object(LossScale.__init__, "__defaults__", (2.0**20, 3)):
+        return main(["train", "--config", str(config)])
 
 
 @pytest.mark.slow
@@ -75,12 +73,9 @@ sys.exit(main(["train", *sys.argv[1:]]))
     ],
 )
 def test_a_run_finds_its_scale_and_goes_on_with_it(tmp_path: Path, stage: int, processes: int) -> None:
-    script = tmp_path / "large_scale.py"
-    script.write_text(SCRIPT)
     settings: dict[str, Any] = {"learning_rate": 0.001, "accumulation_steps": 1, "ema_decay": None, "precision": "fp16"}
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
-    def records(name: str, steps: int, *arguments: str) -> list[dict[str, Any]]:
+    def records(name: str, steps: int) -> list[dict[str, Any]]:
         config = write_config(
             tmp_path,
             name=name,
@@ -88,8 +83,8 @@ def test_a_run_finds_its_scale_and_goes_on_with_it(tmp_path: Path, stage: int, p
             deepspeed={"zero_optimization": {"stage": stage}},
             train=settings,
         )
-        command = [*LAUNCHERS["torchrun"], str(processes), str(script), "--config", str(config), *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+        body = partial(scaled_by_more, config)
+        done = in_this_process(body) if processes == 1 else Ranks(body, tmp_path, processes=processes).done()
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found = [line for line in lines if line["kind"] == "train"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.real_runs import run, write_config
+from support.real_runs import run, run_ranks, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine import teacher as online_teacher
 from unikd_fast.engine.build import Experiment, build_experiment
@@ -122,7 +122,7 @@ def test_a_run_in_bf16_on_two_processes_records_the_pooled_figures(tmp_path: Pat
         },
         train={"total_epochs": 1, "accumulation_steps": 1},
     )
-    done = run(config, launcher="torchrun", processes=2)
+    done = run_ranks(config)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "half" / "teacher.json").read_text())
     assert (record["precision"], record["folded_batch_norms"], record["fidelity_skipped"]) == ("bf16", 9, None)

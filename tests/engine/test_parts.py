@@ -2,16 +2,16 @@
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from deepspeed.ops.op_builder.builder import MissingCUDAException
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor, nn
 
-from support.free_ports import free_port
+from support.ranks import Ranks
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.schema import TrainConfig
 from unikd_fast.engine.distributed import Processes, average_buffers
@@ -198,8 +198,9 @@ def test_without_zero_deepspeed_leaves_gradients_alone() -> None:
     assert deepspeed_config(config, ALONE)["gradient_clipping"] == 0.0
 
 
-def _two_processes(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _two_processes(folder: Path) -> int:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     own = Processes(rank, 2, rank, torch.device("cpu"))
     norm = nn.BatchNorm2d(4)
     torch.manual_seed(rank)
@@ -217,12 +218,14 @@ def _two_processes(rank: int, port: int, folder: str) -> None:
         message = ""
     except NonFiniteLoss as error:
         message = str(error)
-    torch.save({"local": local, "mean": norm.running_var, "found": found, "message": message}, f"{folder}/{rank}.pt")
+    torch.save({"local": local, "mean": norm.running_var, "found": found, "message": message}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+    return 0
 
 
 def test_two_processes_agree_on_buffers_evaluation_and_failure(tmp_path: Path) -> None:
-    mp.spawn(_two_processes, args=(free_port(), str(tmp_path)), nprocs=2)
+    done = Ranks(partial(_two_processes, tmp_path), tmp_path, processes=2).done()
+    assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.equal(a["local"], b["local"])
     assert torch.equal(a["mean"], b["mean"])

@@ -2,13 +2,12 @@
 
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.real_runs import kill_group, newest_checkpoint, run, start, wait_for_step, write_config
+from support.real_runs import newest_checkpoint, run, run_ranks, start, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
 )
 def test_more_processes_train_alike(tmp_path: Path, whole: list[tuple[int, float]], processes: int, stage: int) -> None:
     config = write_config(tmp_path, name="more", **{**SETTINGS, **sharded(processes, stage)})
-    done = run(config, launcher="torchrun", processes=processes)
+    done = run_ranks(config, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_curve(records(tmp_path / "more"), whole)
 
@@ -81,14 +80,15 @@ def test_a_run_goes_on_at_another_number_of_processes_and_stage(
     tmp_path: Path, whole: list[tuple[int, float]], before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     config = write_config(tmp_path, name="cut", **{**SETTINGS, **sharded(*before)})
-    process = start(config, launcher="torchrun", processes=before[0])
+    process = start(config, processes=before[0])
     wait_for_step(tmp_path / "cut", 5, process)  # six steps an epoch
-    kill_group(process, signal.SIGKILL)
-    process.wait()
+    process.kill()
     saved = newest_checkpoint(tmp_path / "cut")["run"]
     assert saved["world_size"] == before[0] and saved["zero_stage"] == before[1] and saved["step"] < STEPS
 
     config = write_config(tmp_path, name="cut", **{**SETTINGS, **sharded(*after)})
-    done = run(config, "--resume", "auto", launcher="torchrun", processes=after[0])
+    done = (
+        run(config, "--resume", "auto") if after[0] == 1 else run_ranks(config, "--resume", "auto", processes=after[0])
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_curve(records(tmp_path / "cut"), whole)

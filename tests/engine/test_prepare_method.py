@@ -1,16 +1,16 @@
 """The head that a method fits to the teacher before training is one head, however many processes fit it."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from support.build_method import build
-from support.free_ports import free_port
+from support.ranks import Ranks
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.teacher import prepare_method
 from unikd_fast.errors import OutOfMemory
@@ -35,22 +35,25 @@ def teacher(images: torch.Tensor) -> Features:
     return Features((images, images[:, :, ::2, ::2] * 2 + 1), images.mean((2, 3)))
 
 
-def _fits(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _fits(folder: Path) -> int:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     own: Any = Images(rank), teacher, Processes(rank, 2, rank, torch.device("cpu")), SimpleNamespace(agreed=lambda: 0)
     for norm in NORMS:
         torch.manual_seed(0)
         method = build(UniKD, [2, 3], [3, 3], 3, norm=norm, head_steps=3)
         prepare_method(method, *own, "run")
         assert method.fitted_head is not None and not method.fitted_head.training
-        torch.save(method.fitted_head.state_dict(), f"{folder}/{norm}-{rank}.pt")
+        torch.save(method.fitted_head.state_dict(), folder / f"{norm}-{rank}.pt")
     torch.distributed.destroy_process_group()
+    return 0
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fitted")
-    mp.spawn(_fits, args=(free_port(), str(folder)), nprocs=2)
+    done = Ranks(partial(_fits, folder), folder, processes=2).done()
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -65,12 +68,14 @@ class Greedy(Method):
 def test_a_lack_of_memory_names_the_head_or_the_teacher() -> None:
     own: Any = Processes(0, 1, 0, torch.device("cpu")), SimpleNamespace(agreed=lambda: 0), "run"
     loader: Any = Images(0)
-    of_method = r"^out of memory in the method's part: .*; lower distill\.width, set distill\.fdp = direct"
+    of_method = (
+        r"^out of memory in the method's part: .*; lower distill\.unikd\.width, set distill\.unikd\.fdp = direct"
+    )
     with pytest.raises(OutOfMemory, match=of_method) as caught:
-        prepare_method(Greedy(), loader, teacher, *own)  # type: ignore[arg-type]
+        prepare_method(build(Greedy), loader, teacher, *own)
     assert caught.value.exit_code == 7
     with pytest.raises(OutOfMemory, match=r"^out of memory in the teacher's part"):
-        prepare_method(Greedy(), loader, lambda images: images.new_empty(2**60), *own)  # type: ignore[arg-type]
+        prepare_method(build(Greedy), loader, lambda images: images.new_empty(2**60), *own)
 
 
 @pytest.mark.parametrize("norm", NORMS)

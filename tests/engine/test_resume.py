@@ -3,7 +3,6 @@
 Two processes killed at random moments are in `test_faults` as well, which is why those here are long.
 """
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.real_runs import kill_group, newest_checkpoint, run, start, train_records, wait_for_step, write_config
+from support.real_runs import newest_checkpoint, run_ranks, start, train_records, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 
 CASES: list[Any] = [
-    pytest.param("python", 1, 0, 3, id="one process, stage 0"),
-    pytest.param("deepspeed", 2, 0, 3, marks=pytest.mark.long, id="two processes, stage 0"),
-    pytest.param("deepspeed", 2, 1, 3, marks=pytest.mark.long, id="two processes, stage 1"),
-    pytest.param("deepspeed", 2, 2, 3, marks=pytest.mark.long, id="two processes, stage 2"),
+    pytest.param(1, 0, 3, id="one process, stage 0"),
+    pytest.param(2, 0, 3, marks=pytest.mark.long, id="two processes, stage 0"),
+    pytest.param(2, 1, 3, marks=pytest.mark.long, id="two processes, stage 1"),
+    pytest.param(2, 2, 3, marks=pytest.mark.long, id="two processes, stage 2"),
     # A step takes a second or two here: no third epoch.
-    pytest.param("deepspeed", 2, 3, 2, marks=pytest.mark.long, id="two processes, stage 3"),
+    pytest.param(2, 3, 2, marks=pytest.mark.long, id="two processes, stage 3"),
 ]
 
 
@@ -32,28 +31,27 @@ def assert_same_weights(left: Path, right: Path) -> None:
         assert torch.equal(a[name], b[name]), f"{name} differs"
 
 
-@pytest.mark.parametrize(("launcher", "processes", "stage", "epochs"), CASES)
+@pytest.mark.parametrize(("processes", "stage", "epochs"), CASES)
 def test_killed_mid_epoch_and_resumed_equals_uninterrupted(
-    tmp_path: Path, launcher: str, processes: int, stage: int, epochs: int
+    tmp_path: Path, processes: int, stage: int, epochs: int
 ) -> None:
     sections: dict[str, Any] = {
         "deepspeed": {"zero_optimization": {"stage": stage}},
         "train": {"total_epochs": epochs},
     }
     whole = write_config(tmp_path, name="whole", **sections)
-    done = run(whole, launcher=launcher, processes=processes)
+    done = run_ranks(whole, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
 
     cut = write_config(tmp_path, name="cut", **sections)
-    process = start(cut, launcher=launcher, processes=processes)
+    process = start(cut, processes=processes)
     wait_for_step(tmp_path / "cut", 8, process)  # six steps an epoch: inside the second one
-    kill_group(process, signal.SIGKILL)
-    process.wait()
+    process.kill()
     saved = newest_checkpoint(tmp_path / "cut")
     assert 6 <= saved["run"]["step"] < 6 * epochs
     assert not (tmp_path / "cut" / "result.json").exists()
 
-    done = run(cut, "--resume", "auto", launcher=launcher, processes=processes)
+    done = run_ranks(cut, "--resume", "auto", processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_weights(tmp_path / "whole" / "student.safetensors", tmp_path / "cut" / "student.safetensors")
     assert train_records(tmp_path / "whole") == train_records(tmp_path / "cut")

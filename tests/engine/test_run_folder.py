@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import stat
 from collections.abc import Callable
@@ -12,16 +11,15 @@ from typing import Any
 import pytest
 from torch import nn
 
-from support.cache_commands import Said
-from support.real_runs import ALONE, merged, write_config
-from unikd_fast.cli import main
+from support.ranks import Done
+from support.real_runs import ALONE, merged, run, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.folder import import_student, open_run_folder, read_result, read_teacher
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
 from unikd_fast.errors import ConfigError, FileError
 
-Train = Callable[..., Said]
+Train = Callable[..., Done]
 DAMAGE = {"empty": b"", "zeros": bytes(64), "cut": b'{"run": {"dir": "ru'}
 SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"image_size": 16, "synthetic_samples": 32},
@@ -32,16 +30,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def train(tmp_path: Path, group: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
-    """launch_distill in this process, on a run of one step in "run"."""
-    monkeypatch.setattr(Processes, "leave", lambda _: None)  # the group is for all of these tests
-    monkeypatch.setattr(logging.getLogger("unikd_fast"), "handlers", [])  # those of another test write to its stderr
+def train(tmp_path: Path) -> Train:
+    """`unikd train` in this process, on a run of one step in "run"."""
 
-    def call(*arguments: str, **sections: dict[str, Any]) -> Said:
-        config = write_config(tmp_path, name="run", **merged(SECTIONS, sections))
-        capfd.readouterr()
-        code = main(["train", "--config", str(config), *arguments])
-        return Said(code, *capfd.readouterr())
+    def call(*arguments: str, **sections: dict[str, Any]) -> Done:
+        return run(write_config(tmp_path, name="run", **merged(SECTIONS, sections)), *arguments)
 
     return call
 
@@ -66,11 +59,11 @@ def state(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def said_once(said: Said, message: str) -> None:
+def said_once(said: Done, message: str) -> None:
     """It is one line, and no traceback stands before it."""
-    errors = [line for line in said.err.splitlines() if line.startswith("unikd train: error: ")]
-    assert len(errors) == 1 and message in errors[0], said.err
-    assert "Traceback" not in said.err
+    errors = [line for line in said.stderr.splitlines() if line.startswith("unikd train: error: ")]
+    assert len(errors) == 1 and message in errors[0], said.stderr
+    assert "Traceback" not in said.stderr
 
 
 def test_a_full_disk_at_any_file_can_be_resumed(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +76,13 @@ def test_a_full_disk_at_any_file_can_be_resumed(tmp_path: Path, train: Train, mo
         with monkeypatch.context() as patched:
             patched.setattr("os.fsync", full_at(name))
             said = train(*([] if name in before else ["--resume", "auto"]))
-        assert said.code == 1
+        assert said.returncode == 1
         said_once(said, f"{name} cannot be written: No space left on device, ")
-        assert said.err.count("step 1/1") <= 2
+        assert said.stderr.count("step 1/1") <= 2
         if name == "student.safetensors":
             trained = (folder / "metrics.jsonl").read_bytes()
     done = train("--resume", "auto")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     assert (folder / "metrics.jsonl").read_bytes() == trained and b'"evaluation"' in trained
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
@@ -99,11 +92,11 @@ def test_the_same_command_works_after_a_full_disk(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full_at("config.json"))
-        assert train().code == 1
+        assert train().returncode == 1
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "environment.json"]
     (tmp_path / "run" / ".config.json.0123456789abcdef.tmp").write_text("of a kill")
     done = train()
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run" / "starts.jsonl").exists()
 
 
@@ -122,7 +115,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, train: Train, pla
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     for resume in ("never", "auto"):
         found = train("--resume", resume, run={"dir": str(tmp_path / place)})
-        assert found.code == 2
+        assert found.returncode == 2
         said_once(found, f"run.dir = {tmp_path / place} cannot be written: {said}")
 
 
@@ -143,44 +136,44 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_the_teachers_figures_beside_a_cache_are_named(tmp_path: Path, train: Train, content: bytes) -> None:
     cached = {"teacher": {"cache": {"mode": "read_write", "dir": str(tmp_path / "cache"), "recheck": 0.0}}}
-    assert train(**cached).code == 0
+    assert train(**cached).returncode == 0
     path = tmp_path / "cache" / "teacher_result.json"
     figures = path.read_bytes()
     path.write_bytes(content)
     found = train(**cached, run={"dir": str(tmp_path / "another")})
-    assert found.code == 1
+    assert found.returncode == 1
     said_once(found, f"{path} is ")
-    assert "remove it, and the teacher is evaluated again" in found.err
+    assert "remove it, and the teacher is evaluated again" in found.stderr
     path.unlink()
-    assert train("--resume", "auto", **cached, run={"dir": str(tmp_path / "another")}).code == 0
+    assert train("--resume", "auto", **cached, run={"dir": str(tmp_path / "another")}).returncode == 0
     assert path.read_bytes() == figures
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_configuration_is_named(tmp_path: Path, train: Train, content: bytes) -> None:
-    assert train().code == 0
+    assert train().returncode == 0
     path = tmp_path / "run" / "config.json"
     path.write_bytes(content)
     found = train("--resume", "auto")
-    assert found.code == 2
+    assert found.returncode == 2
     said_once(found, f"{path} is ")
-    assert "put the configuration that the run was started with in its place" in found.err
+    assert "put the configuration that the run was started with in its place" in found.stderr
     path.write_bytes((tmp_path / "run.json").read_bytes())
-    assert train("--resume", "auto").code == 0
+    assert train("--resume", "auto").returncode == 0
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_result_is_named(tmp_path: Path, train: Train, content: bytes) -> None:
-    assert train().code == 0
+    assert train().returncode == 0
     path = tmp_path / "run" / "result.json"
     result, trained = path.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     path.write_bytes(content)
     found = train("--resume", "auto")
-    assert found.code == 1
+    assert found.returncode == 1
     said_once(found, f"{path} is ")
-    assert "remove it and continue with --resume auto" in found.err
+    assert "remove it and continue with --resume auto" in found.stderr
     path.unlink()
-    assert train("--resume", "auto").code == 0
+    assert train("--resume", "auto").returncode == 0
     assert path.read_bytes() == result and (tmp_path / "run" / "metrics.jsonl").read_bytes() == trained
 
 
@@ -253,27 +246,27 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
 
 def test_showing_a_finished_run_changes_nothing(tmp_path: Path, train: Train) -> None:
     first = train()
-    assert first.code == 0, first.err
+    assert first.returncode == 0, first.stderr
     (tmp_path / "run" / ".lock").unlink()
     before = state(tmp_path / "run")
     shown = train("--resume", "auto")
-    assert shown.code == 0, shown.err
-    assert shown.out.splitlines()[-3:] == first.out.splitlines()[-3:]
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
     assert state(tmp_path / "run") == before
     other = train("--resume", "auto", "--set", "train.learning_rate=0.25")
-    assert other.code == 2
+    assert other.returncode == 2
     said_once(other, "train.learning_rate was 0.05, now 0.25")
     assert state(tmp_path / "run") == before
 
 
 def test_further_starts_are_appended_to_the_record(tmp_path: Path, train: Train) -> None:
-    assert train().code == 0
+    assert train().returncode == 0
     folder = tmp_path / "run"
     first = (folder / "environment.json").read_bytes()
     assert json.loads(first)["time"].endswith("+00:00") and not (folder / "starts.jsonl").exists()
     for _ in range(2):
         (folder / "report.md").unlink()
-        assert train("--resume", "auto").code == 0
+        assert train("--resume", "auto").returncode == 0
     assert (folder / "environment.json").read_bytes() == first
     starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     assert [sorted(start) for start in starts] == [["command", "commit", "time", "versions", "world_size"]] * 2
@@ -287,16 +280,16 @@ def test_links_in_the_folder_are_not_written_through(tmp_path: Path, train: Trai
     folder.mkdir()
     (folder / ".lock").symlink_to(precious)
     refused = train()
-    assert refused.code == 1
+    assert refused.returncode == 1
     said_once(refused, f"{folder / '.lock'} cannot be written: Too many levels of symbolic links; it is a link")
     (folder / ".lock").unlink()
     (folder / ".lock").hardlink_to(precious)
     refused = train()
-    assert refused.code == 1
+    assert refused.returncode == 1
     said_once(refused, f"{folder / '.lock'} has another name too (a hard link)")
     (folder / ".lock").unlink()
     (folder / "environment.json").symlink_to(precious)
-    assert train().code == 0
+    assert train().returncode == 0
     written = ["config.json", "metrics.jsonl", "result.json", "student.safetensors", "test_logits.safetensors"]
     (folder / "config.tmp").symlink_to(precious)
     for name in ("starts.jsonl", *written[2:]):
@@ -304,10 +297,10 @@ def test_links_in_the_folder_are_not_written_through(tmp_path: Path, train: Trai
         (folder / name).symlink_to(precious)
     (folder / "result.json").unlink()
     refused = train("--resume", "auto")
-    assert refused.code == 1
+    assert refused.returncode == 1
     said_once(refused, f"{folder / 'starts.jsonl'} cannot be written: Too many levels of symbolic links")
     (folder / "starts.jsonl").unlink()
-    assert train("--resume", "auto").code == 0
+    assert train("--resume", "auto").returncode == 0
     assert not any((folder / name).is_symlink() for name in written)
     assert precious.read_text() == "kept"
 
@@ -318,7 +311,7 @@ def test_every_file_has_the_mode_of_umask(tmp_path: Path, train: Train) -> None:
         done = train(run={"tensorboard": True})
     finally:
         os.umask(before)
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"student.safetensors", "test_logits.safetensors", "best.safetensors"} <= {path.name for path in files}
     assert {path.name for path in files if stat.S_IMODE(path.stat().st_mode) != 0o640} == set()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.real_runs import merged, opened, process_group, run, train_here, write_config
+from support.real_runs import merged, opened, process_group, run_ranks, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.memory import naming_part
 from unikd_fast.errors import LoaderError, OutOfMemory
@@ -59,7 +59,7 @@ def test_offloading_trains_alike_with_torchs_optimiser(tmp_path: Path, stage: in
     found = []
     for name, offload in (("device", {}), ("cpu", {"offload_optimizer": {"device": "cpu"}})):
         config = config_of(tmp_path, name, deepspeed={"zero_optimization": {"stage": stage, **offload}})
-        done = run(config, launcher="torchrun", processes=2)
+        done = run_ranks(config)
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], rel=2e-5)
@@ -95,7 +95,7 @@ def trained_losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, d
         options = json.loads(changes)
         offload = CPU_STATES if options.get("optimizer") == "cpu_adamw" and stage else {}
         config = config_of(folder, "run", train=options, deepspeed={"zero_optimization": {"stage": stage, **offload}})
-        done = run(config, launcher="torchrun", processes=2)
+        done = run_ranks(config)
         assert done.returncode == 0, done.stdout + done.stderr
         return losses(folder / "run")
 
@@ -139,7 +139,7 @@ def test_a_real_lack_of_memory_is_recognised() -> None:
 
 def test_a_method_that_is_too_large_is_named(tmp_path: Path) -> None:
     config = write_config(tmp_path, student={"model": "cifar/resnet8"}, distill={"width": 2**44})
-    with pytest.raises(OutOfMemory, match=r"^out of memory in the method's part: .*; lower distill\.width"):
+    with pytest.raises(OutOfMemory, match=r"^out of memory in the method's part: .*; lower distill\.unikd\.width"):
         opened(config)
 
 

@@ -3,13 +3,22 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from support.real_runs import ALONE, kill_group, newest_checkpoint, run, start, wait_for_step, write_config
+from support.real_runs import (
+    ALONE,
+    newest_checkpoint,
+    run_ranks,
+    start,
+    start_launcher,
+    wait_for_step,
+    write_config,
+)
 from unikd_fast.command import run_command
 from unikd_fast.engine.distributed import StopSignal
 
@@ -29,8 +38,8 @@ def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
     process = start(config)
     wait_for_step(tmp_path / "stopped", 2, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
+    assert process.wait(60) == 128 + number, process.said()
+    output = process.said()
     saved = newest_checkpoint(tmp_path / "stopped")
     assert f"stopped at step {saved['run']['step']}" in output
     assert 2 <= saved["run"]["step"] < 18
@@ -60,10 +69,9 @@ def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path,
     )
     process = start(config)
     wait_for_step(tmp_path / "files", 2, process)
-    kill_group(process, number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
-    assert "stopped at step" in output
+    process.signal_groups(number)
+    assert process.wait(60) == 128 + number, process.said()
+    assert "stopped at step" in process.said()
     assert newest_checkpoint(tmp_path / "files")["run"]["step"] >= 2
 
 
@@ -101,14 +109,29 @@ def test_a_second_ctrl_c_in_a_lock_is_one_line(capsys: pytest.CaptureFixture[str
 def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
     """torchrun and deepspeed signal one process after another; both must still save together."""
     config = write_config(tmp_path, name="stopped", run={"log_every_steps": 1, "checkpoint_every_steps": None})
-    process = start(config, launcher="deepspeed", processes=2)
+    process = start(config, processes=2)
     wait_for_step(tmp_path / "stopped", 2, process)
-    kill_group(process, signal.SIGTERM)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode != 0
-    saved = newest_checkpoint(tmp_path / "stopped")
+    process.send_signal(signal.SIGTERM, 1)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM, 0)
+    assert process.wait(90) == 143
+    assert_stopped(tmp_path / "stopped", process.said())
+    done = run_ranks(config, "--resume", "auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_stopped(folder: Path, output: str) -> None:
+    saved = newest_checkpoint(folder)
     assert f"stopped at step {saved['run']['step']}" in output
     assert len(saved["processes"]) == 2
 
-    done = run(config, "--resume", "auto", launcher="deepspeed", processes=2)
-    assert done.returncode == 0, done.stdout + done.stderr
+
+@pytest.mark.long
+def test_a_launcher_that_is_stopped_lets_its_processes_save(tmp_path: Path) -> None:
+    config = write_config(tmp_path, name="stopped", run={"log_every_steps": 1, "checkpoint_every_steps": None})
+    process = start_launcher(config, launcher="deepspeed", processes=2)
+    wait_for_step(tmp_path / "stopped", 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert_stopped(tmp_path / "stopped", output)

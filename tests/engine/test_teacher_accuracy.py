@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.cache_commands import Command
+from support.cache_commands import command
 from support.real_runs import (
     ALONE,
     CACHED,
@@ -215,11 +215,11 @@ def test_a_resumed_run_does_not_measure_again(
     assert f"the teacher names the class of {known:.2f} %" in caplog.text
 
 
-def test_no_cache_is_built_by_a_teacher_near_chance(tmp_path: Path, folder: Path, command: Command) -> None:
+def test_no_cache_is_built_by_a_teacher_near_chance(tmp_path: Path, folder: Path) -> None:
     config = cached_config(tmp_path, folder / "nothing.pth", teacher={"min_accuracy": None})
     said = command("build", "--config", config)
-    assert said.code == 2
-    assert "and chance is 10.00 %" in said.err
+    assert said.returncode == 2
+    assert "and chance is 10.00 %" in said.stderr
     assert not list((tmp_path / "outputs").glob("shard-*"))
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.real_runs import ALONE, run, write_config
+from support.real_runs import ALONE, launch, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.distributed import doubt_about
@@ -124,7 +124,7 @@ def test_a_run_says_once_what_runs_and_nothing_else(tmp_path: Path) -> None:
         train={"total_epochs": 1},
         compare={"seeds": [0], "runs": runs},
     )
-    done = run(config)
+    done = launch(config)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"launched 1 process on 1 node: \S+ \(processes 0\); CPU", done.stderr.splitlines()[0])
     assert not [line for line in (done.stderr + done.stdout).splitlines() if "WARNING" in line or "INFO" in line]

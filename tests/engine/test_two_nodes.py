@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from support.real_runs import ROOT, newest_checkpoint, run, train_records, wait_for_step, write_config
+from support.real_runs import ROOT, newest_checkpoint, run_ranks, train_records, wait_for_step, write_config
 from support.two_nodes import ADDRESSES, Nodes, missing, two_nodes
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 SETTINGS: dict[str, Any] = {
     "student": {"model": "cifar/resnet8"},
@@ -49,7 +49,7 @@ def test_two_nodes_train_as_two_processes_do(tmp_path: Path) -> None:
     assert process.returncode == 0, output
     assert "launched 2 processes on 2 nodes" in output
     one = write_config(tmp_path, name="one", **{**SETTINGS, "run": {"nodes": 1}})
-    done = run(one, launcher="deepspeed", processes=2)
+    done = run_ranks(one)
     assert done.returncode == 0, done.stdout + done.stderr
     # On nodes of their own both have all cores, and sum in another order.
     nodes_losses, one_losses = (

@@ -1,14 +1,14 @@
-"""unikd cache in processes of its own, and small caches for it."""
+"""`unikd cache` in this process and in others, and small caches for it."""
 
-import os
-import subprocess
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from support.real_runs import LAUNCHERS, ROOT, write_config
+from support.ranks import Done, Ranks
+from support.real_runs import call, write_config
+from unikd_fast.cli import main
 from unikd_fast.config import load_config
 from unikd_fast.config.load import cache_dir
 from unikd_fast.engine.build import build_experiment
@@ -20,34 +20,14 @@ PREFIT = {"method": "unikd", "teacher_head": "prefit", "head_steps": 3}
 VIEWS, SAMPLES, PER_SHARD, SHARDS = 3, 96, 80, 4  # shards of 80, 80, 80 and 48 records
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
+def command(*arguments: object) -> Done:
+    """Run `unikd cache` in this process."""
+    return call("cache", *arguments)
 
 
-Command = Callable[..., Said]
-
-
-def start(*arguments: object, launcher: str = "python", processes: int = 1) -> "subprocess.Popen[str]":
-    """The command in processes of its own, with a thread each."""
-    before = [*LAUNCHERS[launcher], str(processes)] if launcher != "python" else LAUNCHERS[launcher]
-    return subprocess.Popen(
-        [*before, "-m", "unikd_fast", "cache", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]") -> Said:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return Said(process.returncode, out, err)
+def start(folder: Path, *arguments: object, processes: int = 1) -> Ranks:
+    """Start `unikd cache` in processes that can be killed; what they say is kept in ``folder``."""
+    return Ranks(partial(main, ["cache", *map(str, arguments)]), folder, processes=processes)
 
 
 def cached_config(folder: Path, *, distill: dict[str, Any] = PREFIT, **cache: Any) -> Path:

@@ -1,21 +1,27 @@
-"""Starts real runs of launch_distill.py on tiny data, as a user would; trains in this process where that will do."""
+"""Tiny runs: in this process, in several without a launcher, and by the launchers as a user starts them."""
 
 import importlib.util
+import io
 import json
+import logging
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from support.build_method import for_method
+from support.free_ports import free_port
+from support.ranks import Done, Ranks
+from unikd_fast.cli import main
 from unikd_fast.config import Config, load_config
 from unikd_fast.data.sets import open_data
 from unikd_fast.data.settings import DataSettings
@@ -76,28 +82,90 @@ def merged(base: dict[str, Any], sections: dict[str, Any]) -> dict[str, dict[str
     return {key: {**base.get(key, {}), **sections.get(key, {})} for key in base.keys() | sections.keys()}
 
 
+def in_this_process(body: Callable[[], int]) -> Done:
+    """Run what a process would, in this one, which is afterwards as it was before."""
+    said = io.StringIO(), io.StringIO()
+    with as_in_a_process(), redirect_stdout(said[0]), redirect_stderr(said[1]):
+        try:
+            code = body()
+        except SystemExit as ended:  # of argparse
+            code = int(ended.code or 0)
+    return Done(code, *(text.getvalue() for text in said))
+
+
+def call(*arguments: object) -> Done:
+    """Run a `unikd` command to its end in this process."""
+    return in_this_process(partial(main, list(map(str, arguments))))
+
+
+def run(config: Path, *arguments: str) -> Done:
+    """Run `unikd train` to its end in this process."""
+    return call("train", "--config", config, *arguments)
+
+
+@contextmanager
+def as_in_a_process() -> Iterator[None]:
+    """Let a command believe that the process is its own: it finds no log, and what it changes is put back."""
+    logger, threads = logging.getLogger("unikd_fast"), torch.get_num_threads()
+    handlers, level = logger.handlers, logger.level
+    logger.handlers = []
+    grouped = torch.distributed.is_initialized()
+    try:
+        with (
+            patch.dict(os.environ),
+            patch.object(Processes, "leave"),  # a group is for all tests of a module
+            torch.random.fork_rng(devices=[]),
+        ):
+            yield
+    finally:
+        if torch.distributed.is_initialized() and not grouped:
+            leave_group()
+        logger.handlers, logger.level = handlers, level
+        torch.set_num_threads(threads)
+
+
+def leave_group() -> None:
+    """Take the process group down, also what DeepSpeed knows of it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        torch.distributed.destroy_process_group()
+        return
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
+
+
+def start(config: Path, *arguments: str, processes: int = 1) -> Ranks:
+    """Start `unikd train` in processes that can be killed, without a launcher."""
+    return Ranks(partial(main, ["train", "--config", str(config), *arguments]), config.parent, processes=processes)
+
+
+def run_ranks(config: Path, *arguments: str, processes: int = 2) -> Done:
+    """Run `unikd train` to its end in several processes, without a launcher."""
+    return start(config, *arguments, processes=processes).done()
+
+
 def command(config: Path, *arguments: str, launcher: str = "python", processes: int = 1) -> list[str]:
+    """Return the command line of a launcher as users type it."""
     start = LAUNCHERS[launcher] + ([] if launcher == "python" else [str(processes)])
     if launcher == "deepspeed":
-        start += ["--master_port", str(29600 + os.getpid() % 300)]
+        start += ["--master_port", str(free_port())]
     return [*start, str(ROOT / "launch_distill.py"), "--config", str(config), *arguments]
 
 
-def run(
-    config: Path, *arguments: str, launcher: str = "python", processes: int = 1
-) -> subprocess.CompletedProcess[str]:
-    """Runs to the end."""
-    return subprocess.run(
+def launch(config: Path, *arguments: str, launcher: str = "python", processes: int = 1) -> Done:
+    """Run launch_distill.py to its end by a launcher, as a user would."""
+    done = subprocess.run(
         command(config, *arguments, launcher=launcher, processes=processes),
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
-def start(config: Path, *arguments: str, launcher: str = "python", processes: int = 1) -> subprocess.Popen[str]:
-    """Starts in a process group of its own, so that the whole of it can be killed."""
+def start_launcher(config: Path, *arguments: str, launcher: str, processes: int) -> "subprocess.Popen[str]":
+    """Start launch_distill.py by a launcher in a process group of its own, so that the whole of it can be killed."""
     return subprocess.Popen(
         command(config, *arguments, launcher=launcher, processes=processes),
         cwd=ROOT,
@@ -108,17 +176,21 @@ def start(config: Path, *arguments: str, launcher: str = "python", processes: in
     )
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 120.0) -> None:
-    """Until metrics.jsonl shows the step."""
+def wait_for_step(folder: Path, step: int, process: "Ranks | subprocess.Popen[str]", timeout_s: float = 120.0) -> None:
+    """Wait until metrics.jsonl shows the step."""
     deadline = time.monotonic() + timeout_s
     path = folder / "metrics.jsonl"
     while time.monotonic() < deadline:
         if path.exists() and any(f'"step": {n}' in path.read_text() for n in range(step, step + 3)):
             return
-        assert process.poll() is None, f"ended with {process.returncode}:\n{process.communicate()[0]}"
+        assert process.poll() is None, f"ended with {process.returncode}:\n{_said(process)}"
         time.sleep(0.02)
     process.kill()
-    raise AssertionError(f"step {step} not reached in {timeout_s} s:\n{process.communicate()[0]}")
+    raise AssertionError(f"step {step} not reached in {timeout_s} s:\n{_said(process)}")
+
+
+def _said(process: "Ranks | subprocess.Popen[str]") -> str:
+    return process.said() if isinstance(process, Ranks) else process.communicate()[0]
 
 
 def newest_checkpoint(folder: Path) -> dict[str, Any]:
@@ -126,10 +198,6 @@ def newest_checkpoint(folder: Path) -> dict[str, Any]:
     newest = find_newest(folder)
     assert newest is not None, f"no checkpoint in {folder}"
     return read_folder(newest)
-
-
-def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
-    os.killpg(process.pid, number)
 
 
 def train_records(folder: Path) -> list[dict[str, float]]:
@@ -213,19 +281,16 @@ def process_group(folder: Path) -> Iterator[None]:
         yield
         return
     import deepspeed
-    import deepspeed.comm
 
-    environment = dict(os.environ)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():  # by a command that ended with an error in this process
-        deepspeed.comm.destroy_process_group()
-    join_alone("gloo")
-    try:
-        yield
-    finally:
-        deepspeed.comm.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(environment)
+        leave_group()
+    with patch.dict(os.environ):
+        join_alone("gloo")
+        try:
+            yield
+        finally:
+            leave_group()
 
 
 def train_here(config: Config, *, resume: bool = False) -> Path:

@@ -1,0 +1,127 @@
+"""Processes of one run without a launcher: forked from a server that has imported everything, so each costs its work.
+
+They are what torchrun or DeepSpeed's launcher would start: the same environment, a session each, signals and exit codes
+of their own. What the launchers themselves do, `real_runs.launch` shows.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from support.free_ports import free_port
+
+LIMIT_S = 300
+# Once for all processes: nothing of it computes, so that the server can be forked.
+_IMPORTED = ["unikd_fast.cli", "unikd_fast.engine.run", "deepspeed", "timm", "torchvision", "sklearn.datasets"]
+
+
+class Done(NamedTuple):
+    """How a run ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Ranks:
+    """Processes of one run, by rank; of several the first ends all, as a launcher would have it.
+
+    Attributes:
+        pids: process of each rank.
+    """
+
+    def __init__(
+        self,
+        body: Callable[[], int],
+        folder: Path,
+        *,
+        processes: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start the processes.
+
+        Args:
+            body: what each does, which returns its exit code; from a module, so that it can be sent to it.
+            folder: where what they say is kept.
+            processes: number of ranks.
+            environment: variables to set in addition.
+        """
+        # A server that has looked for GPUs cannot be forked.
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload(_IMPORTED)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if processes > 1 else {}
+        self._said = [folder / f".{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr")]
+        self._processes: list[Any] = []
+        for rank in range(processes):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            variables = {**os.environ, **(environment or {}), **shared}
+            if processes > 1:
+                variables |= {name: str(value) for name, value in own.items()}
+            self._processes.append(context.Process(target=_rank, args=(body, variables, self._said)))
+        for process in self._processes:
+            process.start()
+        self.pids = [process.pid for process in self._processes]
+
+    def poll(self) -> int | None:
+        """Return the exit code, which is that of the first rank that failed; None while one of them runs."""
+        codes = [process.exitcode for process in self._processes]
+        if codes[0] and None in codes:  # the launchers end the others then
+            self.send_signal(signal.SIGTERM)
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def wait(self, timeout: float = LIMIT_S) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"a run did not end within {timeout} s:\n{self.said()}")
+            time.sleep(0.02)
+        return code
+
+    def done(self, timeout: float = LIMIT_S) -> Done:
+        """Wait for the end."""
+        return Done(self.wait(timeout), *(path.read_text() for path in self._said))
+
+    def said(self) -> str:
+        """Return what they said so far, standard error last."""
+        return "".join(path.read_text() for path in self._said if path.exists())
+
+    def send_signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to these ranks alone, or to all."""
+        for rank, process in enumerate(self._processes):
+            if process.exitcode is None and (not ranks or rank in ranks):
+                os.kill(process.pid, number)
+
+    def signal_groups(self, number: int) -> None:
+        """Send a signal to all ranks and to whatever they have started."""
+        for process in self._processes:
+            if process.exitcode is None:
+                os.killpg(process.pid, number)
+
+    def kill(self) -> None:
+        """Kill all of it and wait for the end."""
+        self.signal_groups(signal.SIGKILL)
+        for process in self._processes:
+            process.join()
+
+
+def _rank(body: Callable[[], int], variables: dict[str, str], said: list[Path]) -> None:
+    os.setsid()
+    signal.alarm(LIMIT_S)  # ends it where the test was killed before it could
+    for number, path in enumerate(said, 1):
+        with path.open("a") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.exit(body())
