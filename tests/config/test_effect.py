@@ -19,7 +19,7 @@ def of(method: Any, *overrides: str) -> str | None:
     return without_effect(load_config(DIGITS, ["compare=null", f"distill.method={json.dumps(method)}", *overrides]))
 
 
-def test_what_comes_along_sets_nothing_in_vain() -> None:
+def test_shipped_configurations_set_nothing_without_effect() -> None:
     assert len(ALL) >= 6
     found = {path.name: without_effect(load_config(path)) for path in ALL}
     assert {name: said for name, said in found.items() if said} == {}
@@ -39,11 +39,11 @@ def test_what_comes_along_sets_nothing_in_vain() -> None:
         ("dkd", ["distill.dkd.alpha=2"], None),
     ],
 )
-def test_a_key_that_no_method_reads(method: Any, overrides: list[str], said: str | None) -> None:
+def test_a_key_that_no_method_reads_is_reported(method: Any, overrides: list[str], said: str | None) -> None:
     assert of(method, *overrides) == said
 
 
-def test_in_a_comparison_one_run_that_reads_it_will_do() -> None:
+def test_in_a_comparison_one_run_that_reads_a_key_suffices() -> None:
     def compared(runs: dict[str, Any], *overrides: str) -> str | None:
         return without_effect(load_config(DIGITS, [f"compare.runs={json.dumps(runs)}", *overrides]))
 
@@ -56,7 +56,7 @@ def test_in_a_comparison_one_run_that_reads_it_will_do() -> None:
     assert compared(runs) == "compare.runs['DKD']: distill.max_levels has no effect with method dkd"
 
 
-def test_a_resolved_configuration_has_all_keys_and_set_only_some() -> None:
+def test_a_resolved_configuration_reports_only_set_keys() -> None:
     def again(config: Config) -> str | None:
         return without_effect(parse_config(config.model_dump(mode="json", by_alias=True), name="again", source="again"))
 
@@ -67,7 +67,7 @@ def test_a_resolved_configuration_has_all_keys_and_set_only_some() -> None:
     assert again(dkd("distill.max_levels=1")) == "distill.max_levels has no effect with method dkd"
 
 
-def test_a_compiled_teacher_has_eager_blocks() -> None:
+def test_compile_with_blockwise_reports_eager_blocks() -> None:
     def effect(method: str, compile_mode: str) -> str | None:
         recipe = f"cifar100/{method}/vgg13-vgg8"
         return without_effect(read_experiment(None, recipe, [f"teacher.compile={compile_mode}"]))
@@ -91,7 +91,7 @@ def test_a_compiled_teacher_has_eager_blocks() -> None:
         (["train.schedule=step", "train.milestones=[2,4]"], None),
         (
             ["train.schedule=step"],
-            "train.schedule = 'step' without train.milestones: the learning rate stays as it is; set the epochs of its "
+            "train.schedule = 'step' without train.milestones: the learning rate stays constant; set the epochs of its "
             "drops",
         ),
         (
@@ -128,7 +128,7 @@ def test_a_compiled_teacher_has_eager_blocks() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_key_that_another_makes_useless(overrides: list[str], said: str | None) -> None:
+def test_a_key_that_another_makes_useless_is_reported(overrides: list[str], said: str | None) -> None:
     assert of("unikd", *overrides) == said
     resolved = load_config(DIGITS, ["compare=null", "distill.method=unikd", *overrides])
     again = parse_config(resolved.model_dump(mode="json", by_alias=True), name="digits", source="digits")

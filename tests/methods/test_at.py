@@ -21,7 +21,7 @@ def attention(level: Tensor, size: int) -> Tensor:
     return energy / (energy * energy).sum((1, 2), keepdim=True).sqrt()
 
 
-def test_loss_and_gradients_are_those_of_the_formula() -> None:
+def test_loss_and_gradients_match_the_formula() -> None:
     method = build(AT, STUDENT, TEACHER, weight=30.0)
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     inputs = [own.logits, *own.levels]
@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_those_of_the_formula() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(ce + 30.0 * expected, inputs))
 
 
-def test_only_where_a_level_is_active_counts() -> None:
+def test_only_the_direction_of_a_map_counts() -> None:
     """Not how strongly, nor in which channels, nor with which sign."""
     method = build(AT, STUDENT, STUDENT)
     own = features(STUDENT, seed=1)
@@ -47,7 +47,7 @@ def test_only_where_a_level_is_active_counts() -> None:
     assert step(method, own, features(STUDENT, seed=2)).terms["attention"] > 1e-3
 
 
-def test_weights_of_zero_leave_the_other_term() -> None:
+def test_a_zero_weight_leaves_the_other_term() -> None:
     method = build(AT, STUDENT, TEACHER, weight=0.0, label_smoothing=0.2)
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     loss = step(method, own, other)
@@ -59,7 +59,7 @@ def test_weights_of_zero_leave_the_other_term() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_squares_of_half_precision_levels_do_not_overflow(dtype: torch.dtype) -> None:
+def test_half_precision_levels_do_not_overflow(dtype: torch.dtype) -> None:
     method = build(AT, STUDENT, TEACHER)
     half = features(TEACHER, seed=2, dtype=dtype, scale=400.0)
     as_single = half._replace(levels=tuple(level.float() for level in half.levels))
@@ -68,7 +68,7 @@ def test_squares_of_half_precision_levels_do_not_overflow(dtype: torch.dtype) ->
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(maps, expected, strict=True))
 
 
-def test_a_level_without_activity_has_no_attention_and_no_gradient() -> None:
+def test_an_all_zero_level_has_no_attention_and_no_gradient() -> None:
     method = build(AT, STUDENT, TEACHER)
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     dead = Features((torch.zeros_like(own.levels[0]).requires_grad_(), *own.levels[1:]), own.logits)

@@ -89,7 +89,7 @@ WEIGHTS = {"task_weight": 0.5, "distill_weight": 2.0, "cross_weight": 3.0, "temp
     ],
     ids=["equal", "weights", "shallow student", "shallow teacher", "light", "one level"],
 )
-def test_loss_and_gradients_are_those_of_the_formula(
+def test_loss_and_gradients_match_the_formula(
     student: tuple[Shape, ...], teacher: tuple[Shape, ...], stones: int, options: dict[str, Any]
 ) -> None:
     method = build(student, teacher, **options)
@@ -103,14 +103,14 @@ def test_loss_and_gradients_are_those_of_the_formula(
     assert sum(value is None for value in expected.values()) == len(student) - stones
 
 
-def test_without_weights_the_terms_are_logged_and_train_nothing() -> None:
+def test_terms_with_zero_weight_are_logged_but_not_trained() -> None:
     found = ours(build(task_weight=0.0, distill_weight=0.0, cross_weight=0.0), STUDENT)
     assert found["total"] == 0
     assert all(found[name] > 0 for name in Blockwise.term_names.fget(build()))  # type: ignore[attr-defined]
     assert not any(value.any() for name, value in found.items() if name.startswith(("level", "connectors", "logits")))
 
 
-def test_soft_labels_are_those_of_mixed_samples() -> None:
+def test_labels_of_mixed_samples_are_soft() -> None:
     method = build()
     levels, z, target, labels = given(STUDENT)
     adapted = method.adapter(Features(tuple(levels), z))
@@ -120,7 +120,7 @@ def test_soft_labels_are_those_of_mixed_samples() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_goes_in_and_fp32_comes_out(dtype: torch.dtype) -> None:
+def test_half_precision_inputs_give_an_fp32_loss(dtype: torch.dtype) -> None:
     method = build()
     levels, z, target, labels = given(STUDENT)
     expected = ours(build(), STUDENT)
@@ -149,7 +149,7 @@ def test_half_precision_goes_in_and_fp32_comes_out(dtype: torch.dtype) -> None:
         assert error < 0.1, f"{name}: {error}"
 
 
-def test_a_hybrid_counts_the_cross_entropy_once() -> None:
+def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     alone, method = build(), build()
     expected = ours(alone, STUDENT)
     hybrid = build_method(Hybrid, {"kd": build_method(KD), "blockwise": method})
@@ -163,7 +163,7 @@ def test_a_hybrid_counts_the_cross_entropy_once() -> None:
 
 
 @pytest.mark.parametrize(("student", "teacher", "blocks"), [((), TEACHER, 4), (STUDENT, (), 0), (STUDENT, TEACHER, 3)])
-def test_a_teacher_that_is_not_cut_at_its_levels_is_refused(student: Any, teacher: Any, blocks: int) -> None:
+def test_a_teacher_without_blocks_is_refused(student: Any, teacher: Any, blocks: int) -> None:
     numbers = rf"{len(student)} levels of the student, {len(teacher)} of the teacher and {blocks} blocks"
     with pytest.raises(ValueError, match=numbers):
         build_method(Blockwise, student, teacher, [lambda level: level] * blocks)

@@ -17,7 +17,7 @@ from unikd_fast.values import StudentOutput, Target
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/vgg8", "cifar/MobileNetV2", "cifar/wrn_16_1"])
-def test_a_stone_of_the_teachers_own_levels_is_the_teacher(name: str) -> None:
+def test_stepping_stones_of_teacher_levels_equal_the_teacher(name: str) -> None:
     """In training mode the networks' own ReLUs overwrite levels; none must reach another's."""
     torch.manual_seed(0)
     extractor = extract_features(build_model(name, num_classes=CLASSES), image_size=16)
@@ -33,7 +33,7 @@ def test_a_stone_of_the_teachers_own_levels_is_the_teacher(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, features.levels, strict=True))
 
 
-def test_gradients_survive_a_teacher_in_half_precision() -> None:
+def test_gradients_survive_a_half_precision_teacher() -> None:
     """Late in training, when they are small: without a scale the finest level's is all wrong, an error of 0.98."""
     torch.manual_seed(0)
     extractor = extract_features(build_model("cifar/resnet8", num_classes=CLASSES), image_size=16)
@@ -67,7 +67,7 @@ def test_gradients_survive_a_teacher_in_half_precision() -> None:
     ],
     ids=["equal depth", "shallow teacher, ZeRO 3", "deep student, light"],
 )
-def test_a_run_draws_the_stones_to_the_teacher(
+def test_training_moves_stepping_stones_towards_the_teacher(
     tmp_path: Path, teacher: dict[str, Any], student: dict[str, Any], distill: dict[str, Any], stage: int
 ) -> None:
     from support.real_runs import (

@@ -79,7 +79,7 @@ class Published:
 
 
 @pytest.mark.parametrize("options", [{}, {"positives": "relax", "temperature": 0.2, "momentum": 0.9, "weight": 2.0}])
-def test_loss_gradients_and_banks_are_those_of_the_published_form(options: dict[str, Any]) -> None:
+def test_loss_gradients_and_banks_match_the_published_form(options: dict[str, Any]) -> None:
     method = build(**options)
     published = Published(method)
     for seed in range(4):
@@ -95,7 +95,7 @@ def test_loss_gradients_and_banks_are_those_of_the_published_form(options: dict[
     torch.testing.assert_close(method.log_z.double().exp(), torch.stack(published.z), rtol=1e-5, atol=0)
 
 
-def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_computed_in_parts_gives_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parted = build(), build()
     row = 16 * SAMPLES + 96 * whole.settings.negatives
     expected = [step(whole, seed) for seed in range(2)]
@@ -107,7 +107,7 @@ def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_no_weight_leaves_the_cross_entropy() -> None:
+def test_a_zero_weight_leaves_the_cross_entropy() -> None:
     found = step(build(weight=0.0, label_smoothing=0.1), 1)
     logits = embeddings(1)[2]
     expected = F.cross_entropy(logits, LABELS[places_of(1)], label_smoothing=0.1)
@@ -117,7 +117,7 @@ def test_no_weight_leaves_the_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_goes_in_and_fp32_comes_out(dtype: torch.dtype) -> None:
+def test_half_precision_inputs_give_an_fp32_loss(dtype: torch.dtype) -> None:
     method, whole = build(), build()
     student, teacher, logits = embeddings(1, dtype=dtype)
     with torch.autocast("cpu", dtype):
@@ -138,7 +138,7 @@ class NoHostRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing() -> None:
+def test_a_step_does_not_synchronise() -> None:
     method = build(positives="relax")
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostRead():
         torch.ones(1).sum().item()
@@ -147,7 +147,7 @@ def test_a_step_reads_nothing() -> None:
             step(method, seed, places=torch.arange(8))
 
 
-def test_a_hybrid_counts_the_cross_entropy_once_and_keeps_the_banks() -> None:
+def test_a_hybrid_adds_cross_entropy_once_and_keeps_the_banks() -> None:
     alone, part = build(), build()
     hybrid = build_method(Hybrid, {"kd": build_method(KD), "crd": part})
     assert hybrid.term_names == ("ce", "logit_kl", "crd")

@@ -13,7 +13,7 @@ from unikd_fast.methods import CRD
 from unikd_fast.methods.crd import Banks, bank_bytes, philox_4x32, uniform_integers
 
 
-def test_words_are_those_of_the_generator_of_the_data() -> None:
+def test_random_words_match_the_data_generator() -> None:
     counter = np.random.default_rng(1).integers(0, 2**32, (50, 4), dtype=np.uint32)
     seed = 0xFEDCBA9876543210
     found = philox_4x32(tuple(torch.from_numpy(counter.astype(np.int64)).unbind(1)), seed)  # type: ignore[arg-type]
@@ -21,7 +21,7 @@ def test_words_are_those_of_the_generator_of_the_data() -> None:
     assert torch.equal(found, torch.from_numpy(expected))
 
 
-def test_integers_are_uniform_and_belong_to_step_stream_and_row() -> None:
+def test_integers_are_uniform_per_step_stream_and_row() -> None:
     ids, below = torch.arange(3), torch.tensor([1, 10, 7])
     step = torch.tensor(2**33 + 5)
     found = uniform_integers(3, step, ids, 0, 20_001, below)
@@ -49,7 +49,7 @@ def classes_by_row(banks: Banks) -> Tensor:
     return found
 
 
-def test_negatives_are_of_other_classes_and_all_of_them() -> None:
+def test_negatives_cover_all_samples_of_other_classes() -> None:
     banks = build().banks
     assert torch.equal(banks.rows(IDS).sort().values, torch.arange(SAMPLES))
     places = torch.tensor([0, 1, 17, 3])
@@ -67,7 +67,7 @@ def test_negatives_are_of_other_classes_and_all_of_them() -> None:
         assert set(positives[i].tolist()) == set((classes == label).nonzero()[:, 0].tolist())
 
 
-def test_draws_do_not_depend_on_the_batch_but_on_the_step() -> None:
+def test_draws_depend_on_the_step_but_not_on_the_batch() -> None:
     banks = build().banks
     rows, labels = banks.rows(IDS), LABELS
     drawn = banks.negatives(rows, labels, 10)
@@ -78,7 +78,7 @@ def test_draws_do_not_depend_on_the_batch_but_on_the_step() -> None:
     assert not torch.equal(build(8).banks.negatives(rows, labels, 10), drawn)
 
 
-def test_a_sample_seen_twice_and_one_that_is_not_finite() -> None:
+def test_repeated_and_non_finite_samples_in_the_banks() -> None:
     banks = build().banks
     before = banks.student.clone()
     rows = torch.tensor([4, 9, 4, 11])
@@ -93,7 +93,7 @@ def test_a_sample_seen_twice_and_one_that_is_not_finite() -> None:
     assert banks.step == 1
 
 
-def test_a_restored_method_goes_on_bit_for_bit() -> None:
+def test_a_restored_method_continues_bit_for_bit() -> None:
     method = build()
     for seed in range(3):
         step(method, seed)
@@ -116,18 +116,18 @@ def test_a_state_of_other_data_is_refused() -> None:
         build(width=7).load_state_dict(method.state_dict())
     for ids, labels in ((IDS + 1, LABELS), (IDS, LABELS.roll(1))):
         other = build_method(CRD, STUDENT, TEACHER, ids, labels, CLASSES, width=WIDTH)
-        with pytest.raises(ValueError, match=r"40 samples are others, or of other classes"):
+        with pytest.raises(ValueError, match=r"40 samples, or their classes, are not those"):
             other.load_state_dict(method.state_dict())
 
 
-def test_samples_that_allow_no_draws_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"40 samples of 1 class; train on two"):
+def test_samples_without_negatives_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"40 samples of 1 class; train on at least two"):
         build_method(CRD, STUDENT, TEACHER, IDS, torch.zeros_like(LABELS), CLASSES)
     with pytest.raises(ValueError, match=r"got 40 ids \(20 of them distinct\) and 40 classes"):
         build_method(CRD, STUDENT, TEACHER, IDS[:20].repeat(2), LABELS, CLASSES)
 
 
-def test_banks_that_do_not_fit_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_banks_that_do_not_fit_are_refused_with_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bank_bytes(1_281_167, 128) == 2 * 1_281_167 * 128 * 4
     room = bank_bytes(SAMPLES, WIDTH) + 2**29
     monkeypatch.setattr("unikd_fast.methods.crd._memory_bytes", lambda device: room)

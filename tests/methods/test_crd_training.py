@@ -25,7 +25,7 @@ def _one_of_two(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_keep_one_bank_and_draw_as_one(tmp_path: Path) -> None:
+def test_two_processes_share_banks_and_draws(tmp_path: Path) -> None:
     mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = build()
@@ -50,7 +50,7 @@ CONFIG: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("precision", "stage"), [("fp32", 0), pytest.param("bf16", 0, marks=pytest.mark.long), ("bf16", 3)]
 )
-def test_a_run_learns_to_tell_samples_apart_and_resumes(tmp_path: Path, precision: str, stage: int) -> None:
+def test_a_run_learns_contrastively_and_resumes(tmp_path: Path, precision: str, stage: int) -> None:
     from support.real_runs import (
         cached_config,
         newest_checkpoint,

@@ -50,9 +50,7 @@ def parts(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor,
 
 @pytest.mark.parametrize("standardized", [False, True])
 @pytest.mark.parametrize(("dtype", "impl", "autocast"), HOW)
-def test_loss_and_gradient_are_those_of_the_formula(
-    dtype: torch.dtype, impl: str, autocast: bool, standardized: bool
-) -> None:
+def test_loss_and_gradient_match_the_formula(dtype: torch.dtype, impl: str, autocast: bool, standardized: bool) -> None:
     method = build(DKD, ce_weight=0.7, alpha=1.5, beta=6.0, temperature=3.0, standardized=standardized, impl=impl)
     method.set_progress(5.0)
 
@@ -69,7 +67,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     assert_is_the_formula(loss, formula, [logits(1, dtype, grad=True), logits(2, dtype)], autocast=autocast)
 
 
-def test_the_warm_up_is_linear_and_keeps_its_tensor() -> None:
+def test_the_warm_up_is_linear_and_in_place() -> None:
     method = build(DKD, ramp_epochs=8.0)
     student, target = StudentOutput(logits(1)), Target(logits(2))
     factor = method.ramp.value
@@ -85,7 +83,7 @@ def test_the_warm_up_is_linear_and_keeps_its_tensor() -> None:
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
-def test_a_weight_of_zero_leaves_the_others(weights: tuple[float, float, float]) -> None:
+def test_a_zero_weight_leaves_the_other_terms(weights: tuple[float, float, float]) -> None:
     ce_weight, alpha, beta = weights
     method = build(DKD, ce_weight=ce_weight, alpha=alpha, beta=beta)
     loss = method.loss(StudentOutput(logits(1)), Target(logits(2)), BATCH)
@@ -93,7 +91,7 @@ def test_a_weight_of_zero_leaves_the_others(weights: tuple[float, float, float])
     assert torch.equal(loss.total, expected)
 
 
-def test_of_two_classes_only_the_target_says_something() -> None:
+def test_with_two_classes_only_the_target_term_remains() -> None:
     student, teacher = logits(1)[:, :2], logits(2)[:, :2]
     batch = batch_of(torch.arange(N) % 2)
     terms = build(DKD).loss(StudentOutput(student), Target(teacher), batch).terms
@@ -105,7 +103,7 @@ def test_of_two_classes_only_the_target_says_something() -> None:
         )
 
 
-def test_a_students_certainty_leaves_the_loss_finite() -> None:
+def test_a_certain_student_leaves_the_loss_finite() -> None:
     """Where the published code takes the logarithm of a probability that underflows."""
     student = (300.0 * torch.nn.functional.one_hot(LABELS, K)).float().requires_grad_()
     total = build(DKD).loss(StudentOutput(student), Target(logits(2).float()), BATCH).total
@@ -114,7 +112,7 @@ def test_a_students_certainty_leaves_the_loss_finite() -> None:
     assert student.grad is not None and student.grad.isfinite().all()
 
 
-def test_takes_what_a_cache_stores() -> None:
+def test_cached_logits_are_accepted() -> None:
     student, teacher = logits(1).float(), logits(2).float()
     stored = quantize_logits(teacher, torch.uint8)
     dense = stored.values * stored.scale[:, None] + stored.offset[:, None]
@@ -122,7 +120,7 @@ def test_takes_what_a_cache_stores() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_reads_nothing_on_the_host() -> None:
+def test_a_step_does_not_synchronise() -> None:
     """A tensor on "meta" has no value to read."""
     student = torch.randn(N, K, device="meta", requires_grad=True)
     method = build(DKD, device="meta", impl="reference")
@@ -131,7 +129,7 @@ def test_reads_nothing_on_the_host() -> None:
     assert student.grad is not None
 
 
-def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
+def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     hybrid = build(Hybrid, {"kd": build(KD, beta=2.0), "dkd": build(DKD, alpha=0.5, beta=3.0, ramp_epochs=4.0)})
     assert hybrid.term_names == ("ce", "logit_kl", "dkd_target", "dkd_non_target")
     assert hybrid.needs.hard_labels and hybrid.uncacheable is None
@@ -175,7 +173,7 @@ def test_trains_from_a_cache(tmp_path: Path) -> None:
     assert falls(cached, "dkd_non_target")
 
 
-def test_the_largest_logits_alone_are_not_enough() -> None:
+def test_top_k_logits_are_refused() -> None:
     cached = ["teacher.cache.mode=read", "teacher.cache.logits=top_k", "teacher.cache.top_k=3"]
     with pytest.raises(ConfigError, match=r"'top_k' with distill\.method = 'dkd', which needs all logits"):
         load_config(DIGITS, ["compare=null", "distill.method=dkd", *cached])

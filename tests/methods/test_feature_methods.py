@@ -35,7 +35,7 @@ def built(name: str, *, seed: int = 0) -> Method:
 
 
 @each_method
-def test_autocast_and_a_half_precision_teacher_leave_the_loss_in_fp32(name: str) -> None:
+def test_the_loss_is_fp32_under_autocast(name: str) -> None:
     exact = step(built(name), features(STUDENT, seed=1), features(TEACHER, seed=2))
     method = built(name)
     assert method.adapter is not None
@@ -54,7 +54,7 @@ def test_autocast_and_a_half_precision_teacher_leave_the_loss_in_fp32(name: str)
 
 
 @each_method
-def test_channels_last_is_the_same(name: str) -> None:
+def test_channels_last_gives_the_same_loss(name: str) -> None:
     def relaid(given: Features) -> Features:
         levels, before = (
             tuple(level.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for level in some)
@@ -82,7 +82,7 @@ def test_channels_last_is_the_same(name: str) -> None:
 
 
 @each_method
-def test_nothing_is_read_by_the_host(name: str) -> None:
+def test_a_step_does_not_synchronise(name: str) -> None:
     """Meta tensors have no values, so an .item(), a branch on a value or a shape that depends on one fails."""
     method = BUILD[name](device="meta")
     assert method.adapter is not None
@@ -100,7 +100,7 @@ def test_nothing_is_read_by_the_host(name: str) -> None:
 
 
 @each_method
-def test_what_is_trained_comes_back_from_a_checkpoint(name: str) -> None:
+def test_trained_parts_are_restored_from_a_checkpoint(name: str) -> None:
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     trained, fresh = built(name), built(name, seed=1)
     assert trained.adapter is not None and fresh.adapter is not None
@@ -117,7 +117,7 @@ def test_what_is_trained_comes_back_from_a_checkpoint(name: str) -> None:
 
 
 @each_method
-def test_in_a_hybrid_its_own_term_stands_beside_the_others(name: str) -> None:
+def test_a_hybrid_adds_the_methods_own_term(name: str) -> None:
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     alone = step(built(name), own, other)
     logits = build(KD).loss(student_of(built(name), own), build(KD).target(frozen(other)), BATCH)
@@ -128,7 +128,7 @@ def test_in_a_hybrid_its_own_term_stands_beside_the_others(name: str) -> None:
     torch.testing.assert_close(loss.total, alone.total + 0.9 * logits.terms["logit_kl"])
 
 
-def test_all_of_them_are_one_sum() -> None:
+def test_all_feature_methods_combine_in_a_hybrid() -> None:
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     hybrid = build(Hybrid, {name: built(name) for name in BUILD})
     assert (hybrid.needs.levels, hybrid.needs.before_activation, hybrid.needs.embedding) == (True, True, True)
@@ -138,7 +138,7 @@ def test_all_of_them_are_one_sum() -> None:
 
 
 @each_method
-def test_mixed_labels_are_weights_of_the_classes(name: str) -> None:
+def test_mixed_labels_are_class_weights(name: str) -> None:
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
     labels: Any = torch.rand(SAMPLES, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = labels / labels.sum(1, keepdim=True)
@@ -147,7 +147,7 @@ def test_mixed_labels_are_weights_of_the_classes(name: str) -> None:
 
 
 @each_method
-def test_the_teachers_outputs_alone_are_not_enough(name: str) -> None:
+def test_feature_methods_cannot_be_cached(name: str) -> None:
     reason = built(name).uncacheable
     assert reason is not None
     assert ("its features before activation" in reason) == (name in ("ofd", "reviewkd"))

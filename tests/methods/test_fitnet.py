@@ -34,7 +34,7 @@ def by_hand(x: Tensor, weight: Tensor, bias: Tensor, *, wanted: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(8, 4), (4, 8), (8, 8), (8, 5), (9, 3)])
-def test_loss_and_gradients_are_those_of_the_formula(size: int, wanted: int) -> None:
+def test_loss_and_gradients_match_the_formula(size: int, wanted: int) -> None:
     torch.manual_seed(0)
     student, teacher = [FINEST, (4, size, size)], [FINEST, (5, wanted, wanted), (6, 2, 2)]
     method = build(FitNet, student, teacher, weight=70.0)
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_the_formula(size: int, wanted: int) -> 
     torch.testing.assert_close(found, torch.autograd.grad(ce + 70.0 * hint, inputs), atol=1e-10, rtol=1e-7)
 
 
-def test_one_level_is_compared_by_its_place_from_the_fine_end() -> None:
+def test_the_level_is_counted_from_the_fine_end() -> None:
     student, teacher = [(4, 8, 8), (4, 4, 4), (4, 2, 2)], [(5, 8, 8), (5, 8, 8), (5, 4, 4), (5, 2, 2)]
     method = build(FitNet, student, teacher, level=0)
     method.adapter.double()
@@ -68,7 +68,7 @@ def test_one_level_is_compared_by_its_place_from_the_fine_end() -> None:
     assert method.target(frozen(other)).extra.data_ptr() == other.levels[0].data_ptr()
 
 
-def test_weights_of_zero_leave_the_other_term() -> None:
+def test_a_zero_weight_leaves_the_other_term() -> None:
     shapes = [FINEST, (4, 8, 8)]
     method = build(FitNet, shapes, shapes, weight=0.0, label_smoothing=0.2)
     method.adapter.double()
@@ -83,11 +83,11 @@ def test_weights_of_zero_leave_the_other_term() -> None:
 
 
 @pytest.mark.parametrize("level", [-1, 2])
-def test_a_level_that_one_network_lacks_is_refused(level: int) -> None:
+def test_a_level_missing_in_one_network_is_refused(level: int) -> None:
     with pytest.raises(ValueError, match=rf"from 0 to 1, got {level}: the student has 3 levels and the teacher 2"):
         build(FitNet, [FINEST] * 3, [FINEST] * 2, level=level)
 
 
-def test_a_level_too_small_to_be_enlarged_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 3 x 3 and 8 x 8 at level 1; take another level"):
+def test_a_level_that_cannot_be_enlarged_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 3 x 3 and 8 x 8 at level 1; use another level"):
         build(FitNet, [FINEST, (4, 3, 3)], [FINEST, (4, 8, 8)])

@@ -57,7 +57,7 @@ def embeddings(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "impl", "autocast"), HOW)
-def test_loss_and_gradients_are_those_of_the_formula(dtype: torch.dtype, impl: str, autocast: bool) -> None:
+def test_loss_and_gradients_match_the_formula(dtype: torch.dtype, impl: str, autocast: bool) -> None:
     arithmetic = torch.promote_types(dtype, torch.float32)
     method = flg(arithmetic, ce_weight=0.6, beta=2.0, gamma=1.7, temperature=3.0, impl=impl)
     matrix = method.adapter.linear.weight
@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_the_formula(dtype: torch.dtype, impl: s
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_the_gap_is_the_second_order_of_the_divergence_it_would_cause(temperature: float) -> None:
+def test_the_gap_is_the_second_order_of_the_divergence(temperature: float) -> None:
     """Of a student with logits z_t - W Δh, for a Δh that goes to 0: what is left falls with its third power."""
     method = flg(temperature=temperature)
     _, h_t = embeddings()
@@ -96,7 +96,7 @@ def test_the_gap_is_the_second_order_of_the_divergence_it_would_cause(temperatur
     assert rest[1] < rest[0] / 6
 
 
-def test_what_the_classifier_does_not_see_costs_nothing() -> None:
+def test_directions_the_classifier_ignores_cost_nothing() -> None:
     method = flg()
     _, _, directions = torch.linalg.svd(CLASSIFIER)
     teacher = logits(2)
@@ -117,7 +117,7 @@ def test_half_precision_embeddings_do_not_overflow() -> None:
     assert loss.terms["embedding_gap"] > 65504  # which is where fp16 ends
 
 
-def test_weights_of_zero_leave_the_others() -> None:
+def test_zero_weights_leave_the_other_terms() -> None:
     h_s, h_t = embeddings()
     own, other = Features((), logits(1), embedding=h_s), Features((), logits(2), embedding=h_t)
     for name in ("ce", "logit_kl", "embedding_gap"):
@@ -128,7 +128,7 @@ def test_weights_of_zero_leave_the_others() -> None:
         assert loss.total > 0
 
 
-def test_reads_nothing_on_the_host() -> None:
+def test_a_step_does_not_synchronise() -> None:
     method = build(FLG, STUDENT, TEACHER, CLASSIFIER.float().to("meta"), impl="reference")
     own = Features(
         (), torch.randn(N, K, device="meta", requires_grad=True), embedding=torch.randn(N, STUDENT).to("meta")
@@ -148,7 +148,7 @@ def test_the_teachers_weights_are_a_copy_without_gradient() -> None:
     assert method.adapter.linear.weight.shape == (TEACHER, STUDENT)
 
 
-def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
+def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     method = flg(gamma=2.0)
     hybrid = build(Hybrid, {"flg": method, "dkd": build(DKD, alpha=1.0, beta=1.0, ramp_epochs=0.0)})
     assert hybrid.needs == Needs(embedding=True, hard_labels=True, two_classes=True)
@@ -182,7 +182,7 @@ def test_trains_with_a_teacher_of_another_width(tmp_path: Path, precision: str) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("group")
-def test_a_resumed_sum_with_dkd_is_the_whole_run(tmp_path: Path) -> None:
+def test_a_resumed_hybrid_matches_an_uninterrupted_run(tmp_path: Path) -> None:
     """The projection and its momentum come back, and the warm-up goes on where it was."""
     weights = save_teacher(tmp_path / "teacher.pt")
     settings: dict[str, Any] = {

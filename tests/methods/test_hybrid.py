@@ -94,7 +94,7 @@ def student_of(method: Method) -> StudentOutput:
     return StudentOutput(own.logits.requires_grad_(), None if method.adapter is None else method.adapter(own))
 
 
-def test_the_total_is_the_terms_with_the_cross_entropy_once() -> None:
+def test_the_total_has_the_cross_entropy_once() -> None:
     parts = {
         "kd": build(KD, ce_weight=0.1, beta=0.9),
         "hint": Hint(),
@@ -118,7 +118,7 @@ def test_the_total_is_the_terms_with_the_cross_entropy_once() -> None:
     assert loss.terms["anchor"].requires_grad
 
 
-def test_adapters_are_trained_as_by_their_own_methods() -> None:
+def test_adapters_are_trained_as_in_their_own_methods() -> None:
     hybrid = build(Hybrid, {"hint": Hint(), "unikd": unikd()})
     assert hybrid.adapter is not None
     target = hybrid.target(features(TEACHER, 2))
@@ -132,7 +132,7 @@ def test_adapters_are_trained_as_by_their_own_methods() -> None:
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-def test_needs_and_reasons_are_united() -> None:
+def test_needs_and_reasons_are_combined() -> None:
     hybrid = build(Hybrid, {"kd": build(KD), "hint": Hint()})
     assert hybrid.needs == Needs(levels=True, embedding=True)
     assert hybrid.uncacheable == ("Hint needs the teacher's feature levels and its embeddings, not only its logits")
@@ -149,7 +149,7 @@ NOT_OUTPUTS = ("teacher", "hard_labels", "two_classes", "whole_head")
 
 
 @pytest.mark.parametrize("field", [field for field in Needs._fields if field not in NOT_OUTPUTS])
-def test_whatever_is_no_output_makes_a_method_uncacheable(field: str) -> None:
+def test_needs_beyond_outputs_make_a_method_uncacheable(field: str) -> None:
     class Needing(Method[NoSettings]):
         needs = Needs(**{field: True})
 
@@ -157,7 +157,7 @@ def test_whatever_is_no_output_makes_a_method_uncacheable(field: str) -> None:
     assert build(KD).uncacheable is None
 
 
-def test_progress_preparation_figures_and_heads_reach_each_part() -> None:
+def test_calls_reach_each_part() -> None:
     hint, head = Hint(), unikd(teacher_head="prefit")
     hybrid = build(Hybrid, {"first": hint, "unikd": head})
     hybrid.set_progress(1.0)
@@ -174,7 +174,7 @@ def test_progress_preparation_figures_and_heads_reach_each_part() -> None:
     assert hint.trained[0].terms["hint"] is loss.terms["hint"]
 
 
-def test_terms_of_one_name_are_told_apart_in_both_directions() -> None:
+def test_terms_of_one_name_are_prefixed_by_their_part() -> None:
     parts = {"a": Hint(term="x"), "b": Hint(weight=5.0, term="x")}
     hybrid = build(Hybrid, parts)
     assert hybrid.term_names == ("ce", "a_x", "b_x")
@@ -184,7 +184,7 @@ def test_terms_of_one_name_are_told_apart_in_both_directions() -> None:
     assert [part.trained[0].terms["x"] for part in parts.values()] == [loss.terms["a_x"], loss.terms["b_x"]]
 
 
-def test_the_fitted_head_and_the_state_are_the_parts_own() -> None:
+def test_the_fitted_head_and_state_belong_to_the_parts() -> None:
     hybrid = build(Hybrid, {"kd": build(KD), "unikd": unikd()})
     head = hybrid.parts["unikd"]
     assert hybrid.fitted_head is head.fitted_head is not None
@@ -231,11 +231,11 @@ def test_the_second_view_reaches_the_parts() -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"kd": build(KD)}, r"two methods or more, got \['kd'\]"),
+        ({"kd": build(KD)}, r"at least two methods, got \['kd'\]"),
         ({"kd": build(KD), "none": build(StudentAlone)}, "none learns from no teacher"),
         ({"a": unikd(), "b": unikd()}, r"only one part may fit a head .* got \['a', 'b'\]"),
     ],
 )
-def test_what_makes_no_sum_is_refused(parts: dict[str, Method], message: str) -> None:
+def test_invalid_hybrids_are_refused(parts: dict[str, Method], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(Hybrid, parts)

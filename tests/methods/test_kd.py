@@ -36,7 +36,7 @@ DIGITS = Path(__file__).parents[2] / "configs" / "digits.json"
 @pytest.mark.parametrize("standardized", [False, True])
 @pytest.mark.parametrize("labels", [BATCH.labels, SOFT_LABELS], ids=["labels", "mixed"])
 @pytest.mark.parametrize(("dtype", "impl", "autocast"), HOW)
-def test_loss_and_gradient_are_those_of_the_formula(
+def test_loss_and_gradient_match_the_formula(
     dtype: torch.dtype, impl: str, autocast: bool, labels: Tensor, standardized: bool
 ) -> None:
     method = build(KD, ce_weight=0.4, beta=9.0, temperature=2.0, standardized=standardized, impl=impl)
@@ -55,7 +55,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     assert_is_the_formula(loss, formula, [logits(1, dtype, grad=True), logits(2, dtype)], autocast=autocast)
 
 
-def test_standardised_logits_have_no_scale_and_no_shift() -> None:
+def test_standardised_logits_ignore_scale_and_shift() -> None:
     method = build(KD, ce_weight=0.0, standardized=True)
     student = logits(1, grad=True)
     target = Target(2.5 * student.detach() - 7.0)
@@ -72,7 +72,7 @@ def test_standardised_logits_have_no_scale_and_no_shift() -> None:
     assert gradient.abs().max() > 1e-3
 
 
-def test_without_the_factor_it_is_divided_by_temperature_squared() -> None:
+def test_without_the_factor_the_kl_is_not_scaled() -> None:
     student, target = StudentOutput(logits(1)), Target(logits(2))
     with_it, without = (
         build(KD, temperature=3.0, scale_by_t2=scaled, standardized=True).loss(student, target, BATCH).terms["logit_kl"]
@@ -81,7 +81,7 @@ def test_without_the_factor_it_is_divided_by_temperature_squared() -> None:
     torch.testing.assert_close(with_it, 9 * without)
 
 
-def test_its_section_standardises_and_the_weights_stay_where_they_were() -> None:
+def test_standardized_does_not_change_the_weights() -> None:
     for section, expected in ((None, False), ({}, False), ({"standardized": True}, True)):
         method = built("kd", section)
         assert isinstance(method, KD)
@@ -90,11 +90,11 @@ def test_its_section_standardises_and_the_weights_stay_where_they_were() -> None
         DIGITS, ["compare=null", "distill.method=kd", "distill.kd.standardized=true", "distill.kd.temperature=2"]
     )
     assert config.distill.kd is not None and config.distill.kd.standardized and config.distill.kd.temperature == 2
-    with pytest.raises(ConfigError, match=r"distill\.kd has the settings of .* 'kd', got 'unikd'"):
+    with pytest.raises(ConfigError, match=r"distill\.kd holds settings of .* 'kd', got 'unikd'"):
         load_config(DIGITS, ["compare=null", "distill.method=unikd", "distill.kd.standardized=true"])
 
 
-def test_the_largest_logits_alone_have_no_deviation() -> None:
+def test_standardisation_refuses_top_k_logits() -> None:
     cached = [
         "teacher.cache.mode=read",
         "teacher.cache.logits=top_k",

@@ -60,7 +60,7 @@ def test_student_alone_is_cross_entropy() -> None:
     assert loss.terms == {"ce": loss.total}
 
 
-def test_kd_is_the_weighted_sum_of_the_literature() -> None:
+def test_kd_matches_the_literature() -> None:
     student, labels = features(STUDENT)
     teacher = features(TEACHER, seed=3)[0].logits
     method = build_method(KD, ce_weight=0.1, beta=0.9, temperature=4.0)
@@ -81,7 +81,7 @@ def test_kd_is_the_weighted_sum_of_the_literature() -> None:
         (7, "direct", "direct"),
     ],
 )
-def test_many_classes_take_the_direct_form_and_say_so(
+def test_many_classes_use_the_direct_form_and_log_it(
     caplog: pytest.LogCaptureFixture, classes: int, asked: str, form: str
 ) -> None:
     caplog.set_level("INFO", "unikd_fast")
@@ -109,7 +109,7 @@ def test_prefit_fits_the_head_then_freezes_it(fdp: str) -> None:
     assert not any(p.requires_grad for p in method.head.parameters())
 
 
-def test_prepare_takes_exactly_its_batches() -> None:
+def test_prepare_takes_exactly_the_batches_it_needs() -> None:
     method = build(teacher_head="prefit", head_steps=3)
     batches = stream()
     method.prepare(batches)
@@ -118,7 +118,7 @@ def test_prepare_takes_exactly_its_batches() -> None:
 
 @pytest.mark.parametrize("fdp", ["projected", "direct"])
 @pytest.mark.parametrize("teacher_head", ["prefit", "anchored"])
-def test_the_students_loss_trains_the_student_and_not_the_head(teacher_head: str, fdp: str) -> None:
+def test_the_student_loss_does_not_train_the_head(teacher_head: str, fdp: str) -> None:
     method = build(fdp=fdp, teacher_head=teacher_head)
     output, batch = student_output(method)
     loss = method.loss(output, method.target(features(TEACHER, seed=5)[0]), batch)
@@ -138,7 +138,7 @@ def test_the_literal_head_is_trained_by_the_total_loss(fdp: str) -> None:
     assert all(p.grad is not None for p in method.head.parameters())
 
 
-def test_anchored_trains_the_head_alone_and_accumulates() -> None:
+def test_anchored_trains_only_the_head_and_accumulates() -> None:
     # Without the norm, whose statistics are those of each half.
     method, whole = (build(teacher_head="anchored", norm=None) for _ in range(2))
     teacher = features(TEACHER, 12, seed=5)[0]
@@ -161,7 +161,7 @@ def test_anchored_trains_the_head_alone_and_accumulates() -> None:
     assert all(p.grad is None for p in method.adapter.parameters())
 
 
-def test_a_step_that_is_left_out_leaves_the_anchored_head_as_it_was() -> None:
+def test_a_skipped_step_leaves_the_anchored_head_unchanged() -> None:
     method = build(teacher_head="anchored", norm="batch")
     found = []
     for index, factor in enumerate((1.0, float("nan"), 1.0)):
@@ -177,7 +177,7 @@ def test_a_step_that_is_left_out_leaves_the_anchored_head_as_it_was() -> None:
     assert not any(torch.equal(found[1][name], found[2][name]) for name in found[0] if "running" in name)
 
 
-def test_alpha_ramps_linearly_without_replacing_its_tensor() -> None:
+def test_alpha_ramps_linearly_in_place() -> None:
     method = build(alpha=4.0, alpha_ramp_epochs=2.0)
     tensor = method.alpha.value
     seen = []
@@ -194,7 +194,7 @@ def test_alpha_ramps_linearly_without_replacing_its_tensor() -> None:
     torch.testing.assert_close(loss.total, terms["ce"] + 1.0 * terms["feature_kl"] + terms["logit_kl"])
 
 
-def test_the_ablation_uses_the_coarsest_level_alone() -> None:
+def test_the_ablation_uses_only_the_coarsest_level() -> None:
     method = build(fusion="last", norm=None)
     student, _ = features(STUDENT, seed=5)
     changed = student._replace(levels=(torch.zeros_like(student.levels[0]), student.levels[1]))
@@ -203,7 +203,7 @@ def test_the_ablation_uses_the_coarsest_level_alone() -> None:
     torch.testing.assert_close(method.adapter(student), pooled)
 
 
-def test_state_comes_back_and_a_prefit_head_stays_frozen() -> None:
+def test_state_is_restored_and_a_prefit_head_stays_frozen() -> None:
     method, other = build(teacher_head="prefit", head_steps=2), build(teacher_head="prefit")
     method.prepare(stream())
     other.load_state_dict(method.state_dict())
@@ -233,18 +233,18 @@ LITERATURE: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_without_a_section_settings_are_the_literatures(name: str) -> None:
+def test_default_settings_are_the_literatures(name: str) -> None:
     settings = DistillConfig(method=name).settings[name]
     assert {key: getattr(settings, key) for key in LITERATURE[name]} == LITERATURE[name]
 
 
-def test_a_ramp_is_at_most_a_share_of_the_run() -> None:
+def test_a_ramp_is_limited_to_a_share_of_the_run() -> None:
     for epochs, steps, expected in ((None, 1000, 8.0), (None, 10_000, 20.0), (30.0, 1000, 30.0), (0.0, 1000, 0.0)):
         method = build_method(DKD, ramp_epochs=epochs, total_steps=steps, steps_per_epoch=10)
         assert method.ramp.epochs == expected
 
 
-def test_a_method_has_the_smoothing_and_the_losses_of_its_run() -> None:
+def test_a_method_uses_the_runs_smoothing_and_losses() -> None:
     method = build_method(KD, label_smoothing=0.1, impl="reference")
     student, labels = features(STUDENT)
     teacher = features(TEACHER, seed=3)[0].logits

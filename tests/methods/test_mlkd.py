@@ -88,7 +88,7 @@ def published(views: tuple[Tensor, ...], labels: Tensor = LABELS, *, standard: b
 
 @pytest.mark.parametrize("standard", [False, True])
 @pytest.mark.parametrize(("dtype", "impl", "autocast"), HOW)
-def test_by_default_it_is_the_published_code(dtype: torch.dtype, impl: str, autocast: bool, standard: bool) -> None:
+def test_the_default_matches_the_published_code(dtype: torch.dtype, impl: str, autocast: bool, standard: bool) -> None:
     method = build(MLKD, standardized=standard, impl=impl)
     assert_is_the_formula(
         lambda *views: run(method, views),
@@ -99,7 +99,7 @@ def test_by_default_it_is_the_published_code(dtype: torch.dtype, impl: str, auto
 
 
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS.double()], ids=["labels", "mixed"])
-def test_without_its_accidents_it_is_the_sum_over_views_and_temperatures(labels: Tensor) -> None:
+def test_without_masks_it_sums_over_views_and_temperatures(labels: Tensor) -> None:
     at = (1.0, 2.5, 4.0)
     method = build(
         MLKD, ce_weight=0.3, second_ce_weight=0.2, weight=0.7, temperatures=at, first_view_temperatures=(), masks=False
@@ -117,7 +117,7 @@ def test_without_its_accidents_it_is_the_sum_over_views_and_temperatures(labels:
 
 
 @pytest.mark.parametrize("n", [1, 5, 7])
-def test_of_an_odd_number_of_samples_the_median_one_is_kept(n: int) -> None:
+def test_the_median_of_an_odd_number_is_kept(n: int) -> None:
     views = tuple(views_of(n=n))
     total, _ = run(build(MLKD), views, LABELS[:n])
     torch.testing.assert_close(total, published(views, LABELS[:n])[0])
@@ -129,7 +129,7 @@ def test_of_an_odd_number_of_samples_the_median_one_is_kept(n: int) -> None:
     torch.testing.assert_close(found, expected + 3 / 5 * terms["class_gram"] + terms["second_logit_kl"])
 
 
-def test_samples_as_confident_as_the_median_are_kept_too() -> None:
+def test_ties_with_the_median_are_kept() -> None:
     views = views_of()
     views[2] = views[2][:1].expand(N, K).clone()  # a teacher that says the same of all
     method = build(
@@ -140,14 +140,14 @@ def test_samples_as_confident_as_the_median_are_kept_too() -> None:
     torch.testing.assert_close(found, kept)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
     student, second, *_ = views_of()
     total, terms = run(build(MLKD), (student, second, student.detach(), second.detach()))
     assert max(value.abs() for name, value in terms.items() if not name.endswith("ce")) < 1e-25
     torch.testing.assert_close(total, 0.1 * terms["ce"] + 0.1 * terms["second_ce"])
 
 
-def test_the_gram_terms_grow_with_the_samples_as_stated() -> None:
+def test_the_gram_terms_grow_with_the_batch_size() -> None:
     """Twice the same micro-batch: the classes' products double, the samples' are there four times and divided by 2N."""
     once = run(build(MLKD), tuple(views_of()))[1]
     twice = run(build(MLKD), tuple(torch.cat([view, view]) for view in views_of()), torch.cat([LABELS, LABELS]))[1]
@@ -157,14 +157,14 @@ def test_the_gram_terms_grow_with_the_samples_as_stated() -> None:
         torch.testing.assert_close(twice[name], once[name])
 
 
-def test_reads_nothing_on_the_host() -> None:
+def test_a_step_does_not_synchronise() -> None:
     views = [torch.randn(N, K, device="meta", requires_grad=seed < 2) for seed in range(4)]
     total, _ = run(build(MLKD, impl="reference"), tuple(views), LABELS.to("meta"))
     total.backward()
     assert views[0].grad is not None and views[1].grad is not None
 
 
-def test_in_a_hybrid_only_the_first_views_cross_entropy_is_counted_elsewhere() -> None:
+def test_a_hybrid_keeps_the_strong_views_cross_entropy() -> None:
     hybrid = build(Hybrid, {"mlkd": build(MLKD), "kd": build(KD, beta=2.0)})
     assert hybrid.needs == Needs(second_view=True)
     assert hybrid.uncacheable == "MLKD needs its logits for a second view, not only its logits"

@@ -44,9 +44,7 @@ def parts(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor,
 
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS], ids=["labels", "mixed"])
 @pytest.mark.parametrize(("dtype", "impl", "autocast"), HOW)
-def test_loss_and_gradient_are_those_of_the_formula(
-    dtype: torch.dtype, impl: str, autocast: bool, labels: Tensor
-) -> None:
+def test_loss_and_gradient_match_the_formula(dtype: torch.dtype, impl: str, autocast: bool, labels: Tensor) -> None:
     method = build(NKD, ce_weight=0.8, gamma=3.5, temperature=3.0, impl=impl)
 
     def loss(student: Tensor, teacher: Tensor) -> Found:
@@ -60,7 +58,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     assert_is_the_formula(loss, formula, [logits(1, dtype, grad=True), logits(2, dtype)], autocast=autocast)
 
 
-def test_the_non_targets_do_not_see_the_target() -> None:
+def test_the_non_target_term_ignores_the_target() -> None:
     student, teacher = logits(1), logits(2)
     moved = student.scatter_add(1, LABELS[:, None], torch.full((N, 1), 5.0, dtype=torch.float64))
     before, after = (build(NKD).loss(StudentOutput(z), Target(teacher), BATCH).terms for z in (student, moved))
@@ -68,7 +66,7 @@ def test_the_non_targets_do_not_see_the_target() -> None:
     assert after["nkd_target"] < before["nkd_target"]
 
 
-def test_of_two_classes_the_only_other_one_is_certain() -> None:
+def test_with_two_classes_the_non_target_term_is_zero() -> None:
     student, teacher, labels = logits(1)[:, :2], logits(2)[:, :2], torch.arange(N) % 2
     terms = build(NKD, temperature=2.0).loss(StudentOutput(student), Target(teacher), batch_of(labels)).terms
     assert terms["nkd_non_target"] == 0
@@ -87,7 +85,7 @@ def test_a_certain_teacher_leaves_the_loss_finite() -> None:
     assert loss.terms["nkd_target"] == 0
 
 
-def test_takes_what_a_cache_stores() -> None:
+def test_cached_logits_are_accepted() -> None:
     student, teacher = logits(1).float(), logits(2).float()
     stored = quantize_logits(teacher, torch.uint8)
     dense = stored.values * stored.scale[:, None] + stored.offset[:, None]
@@ -95,14 +93,14 @@ def test_takes_what_a_cache_stores() -> None:
     torch.testing.assert_close(found.terms, expected.terms)
 
 
-def test_reads_nothing_on_the_host() -> None:
+def test_a_step_does_not_synchronise() -> None:
     student = torch.randn(N, K, device="meta", requires_grad=True)
     batch = batch_of(LABELS.to("meta"))
     build(NKD, impl="reference").loss(StudentOutput(student), Target(student.detach()), batch).total.backward()
     assert student.grad is not None
 
 
-def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
+def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     hybrid = build(
         Hybrid, {"nkd": build(NKD, gamma=2.0), "dkd": build(DKD, alpha=0.0, beta=3.0, temperature=1.0, ramp_epochs=0.0)}
     )
@@ -115,7 +113,7 @@ def test_in_a_hybrid_the_cross_entropy_counts_once() -> None:
     torch.testing.assert_close(hybrid.loss(StudentOutput(student), Target(teacher), BATCH).total, expected)
 
 
-def test_with_the_weights_at_zero_the_target_remains() -> None:
+def test_zero_weights_leave_the_target_term() -> None:
     loss = build(NKD, ce_weight=0.0, gamma=0.0).loss(StudentOutput(logits(1)), Target(logits(2)), BATCH)
     torch.testing.assert_close(loss.total, parts(logits(1), logits(2), 1.0)[0])
     assert kl(softmax(logits(2)), softmax(logits(1))).mean() != loss.total

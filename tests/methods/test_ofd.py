@@ -36,14 +36,14 @@ def mean_below_zero(mean: float, std: float) -> float:
     return float((x * density).sum() / density.sum())
 
 
-def test_margins_are_the_mean_of_what_is_negative() -> None:
+def test_margins_are_means_of_negative_values() -> None:
     pairs = [(1.0, 0.0), (0.5, 1.2), (2.0, -3.0), (-0.7, 0.4), (0.1, -5.0), (1.0, 3.0)]
     found = negative_mean(norm_of([s for s, _ in pairs], [m for _, m in pairs]))
     expected = [mean_below_zero(m, abs(s)) for s, m in pairs]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)  # as fine as the grid
 
 
-def test_margins_where_next_to_nothing_is_negative() -> None:
+def test_margins_of_rarely_negative_channels() -> None:
     # Φ(-3.09) = 0.0010008 and Φ(-3.1) = 0.00097: the rule of the published code changes between them.
     found = negative_mean(norm_of([1.0, 1.0, -2.0, 0.0, 0.0], [3.09, 3.1, 80.0, 0.5, -0.5]))
     assert found[0] == pytest.approx(mean_below_zero(3.09, 1.0), rel=1e-4)
@@ -59,7 +59,7 @@ def by_cases(s: float, t: float, m: float) -> float:
     return (wanted - s) ** 2 if s > wanted else 0.0
 
 
-def test_partial_l2_in_each_case() -> None:
+def test_partial_l2_case_by_case() -> None:
     values = [-2.0, -1.0, -0.6, -0.5, -0.4, 0.0, 0.3, 2.0]
     pairs = [(s, t) for s in values for t in values]
     student, teacher = (torch.tensor(x).reshape(-1, 1, 1, 1) for x in zip(*pairs, strict=True))
@@ -82,7 +82,7 @@ def partial_of(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     return loss.mean(0).sum()
 
 
-def test_loss_and_gradients_are_those_of_the_formula() -> None:
+def test_loss_and_gradients_match_the_formula() -> None:
     """The last three of four levels; the teacher's are averaged down, and repeated where they are the smaller."""
     torch.manual_seed(0)
     method = build(OFD, STUDENT, TEACHER, norms(), weight=0.02)
@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_those_of_the_formula() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(ce + 0.02 * expected, inputs))
 
 
-def test_weights_of_zero_leave_the_other_term() -> None:
+def test_a_zero_weight_leaves_the_other_term() -> None:
     method = build(OFD, STUDENT, TEACHER, norms(), weight=0.0, label_smoothing=0.2)
     method.adapter.double()
     own, other = features(STUDENT, seed=1), features(TEACHER, seed=2)
@@ -121,7 +121,7 @@ def test_weights_of_zero_leave_the_other_term() -> None:
     torch.testing.assert_close(step(weighted, own, other).total, 2.0 * loss.terms["partial_l2"])
 
 
-def test_half_precision_is_left_before_anything_is_squared_or_summed() -> None:
+def test_half_precision_is_cast_before_squaring_and_summing() -> None:
     method = build(OFD, TEACHER, TEACHER, norms())
     half = frozen(features(TEACHER, seed=2, dtype=torch.float16, scale=400.0))
     target = method.target(half)
@@ -140,6 +140,6 @@ def test_connectors_start_as_published() -> None:
     assert convolution.bias is None
 
 
-def test_norms_that_are_not_the_teachers_are_refused() -> None:
+def test_norms_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got widths \[2, 6, 7\] for levels of \[2, 6, 7, 8\] channels"):
         build(OFD, STUDENT, TEACHER, norms()[:3])

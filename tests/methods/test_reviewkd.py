@@ -76,7 +76,7 @@ def loss_by_hand(method: ReviewKD, levels: Sequence[Tensor], embedding: Tensor, 
 
 
 @pytest.mark.parametrize("before_activation", [False, True])
-def test_loss_and_gradients_are_those_of_the_formula(before_activation: bool) -> None:
+def test_loss_and_gradients_match_the_formula(before_activation: bool) -> None:
     method = method_of(weight=5.0, width=4, student_before_activation=before_activation)
     own, other = features(STUDENT, width=9, seed=1), features(TEACHER, width=11, seed=2)
     levels = own.before_activation if before_activation else own.levels
@@ -96,20 +96,20 @@ def test_loss_and_gradients_are_those_of_the_formula(before_activation: bool) ->
     ("size", "weights"),
     [(8, {8: 8, 4: 4, 2: 2, 1: 1}), (4, {4: 4, 2: 2, 1: 1}), (2, {2: 2, 1: 1}), (1, {1: 1})],
 )
-def test_the_context_is_weighted_by_the_sizes_that_there_are(size: int, weights: dict[int, int]) -> None:
+def test_context_weights_depend_on_the_level_size(size: int, weights: dict[int, int]) -> None:
     student, teacher = torch.randn(2, 2, 3, size, size, generator=torch.Generator().manual_seed(0)).double()
     means = {s: (averaged(student, s) - averaged(teacher, s)).square().mean() for s in weights}
     expected = sum(weight * means[s] for s, weight in weights.items()) / sum(weights.values())
     torch.testing.assert_close(hierarchical_context_loss(student, teacher), expected)
 
 
-def test_half_precision_is_left_before_anything_is_squared() -> None:
+def test_half_precision_is_cast_before_squaring() -> None:
     student, teacher = torch.full((2, 3, 8, 8), 400.0).half(), torch.full((2, 3, 8, 8), -400.0).half()
     found = hierarchical_context_loss(student, teacher)
     torch.testing.assert_close(found, torch.tensor(640000.0))
 
 
-def test_the_weight_rises_linearly_without_replacing_its_tensor() -> None:
+def test_the_weight_rises_linearly_in_place() -> None:
     method = method_of(weight=8.0, ramp_epochs=4.0)
     own, other = features(STUDENT, width=9, seed=1), features(TEACHER, width=11, seed=2)
     tensor, seen = method.weight.value, []
@@ -121,7 +121,7 @@ def test_the_weight_rises_linearly_without_replacing_its_tensor() -> None:
     assert method.weight.value is tensor
 
 
-def test_weights_of_zero_leave_the_other_term() -> None:
+def test_a_zero_weight_leaves_the_other_term() -> None:
     method = method_of(weight=0.0, label_smoothing=0.2)
     own, other = features(STUDENT, width=9, seed=1), features(TEACHER, width=11, seed=2)
     loss = step(method, own, other)
@@ -130,7 +130,7 @@ def test_weights_of_zero_leave_the_other_term() -> None:
     assert float(step(method, own, other).total) == 0.0
 
 
-def test_fusions_are_as_wide_as_the_embedding_up_to_512() -> None:
+def test_fusion_width_is_the_embedding_up_to_512() -> None:
     def width(student_width: int, **options: int) -> int:
         fusion = build(ReviewKD, [(3, 4, 4)], [(2, 4, 4)], student_width, 3, **options).adapter.fusions[0]
         assert isinstance(fusion, AttentionFusion)
@@ -139,7 +139,7 @@ def test_fusions_are_as_wide_as_the_embedding_up_to_512() -> None:
     assert (width(64), width(1280), width(1280, width=24)) == (64, 512, 24)
 
 
-def test_one_sample_can_be_evaluated() -> None:
+def test_a_single_sample_can_be_evaluated() -> None:
     method = method_of()
     one = features(STUDENT, width=9)
     assert one.embedding is not None
@@ -148,7 +148,7 @@ def test_one_sample_can_be_evaluated() -> None:
     assert len(student_of(method, one).adapted) == 4
 
 
-def test_the_teachers_features_are_passed_as_they_are() -> None:
+def test_teacher_features_are_passed_unchanged() -> None:
     """Half precision stays half until the loss; nothing is copied."""
     method = method_of()
     teacher = frozen(features(TEACHER, width=11, dtype=torch.float16))

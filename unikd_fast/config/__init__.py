@@ -1,6 +1,6 @@
 """The experiment's configuration: schema, loading, overrides and error messages.
 
-It is made of the settings of the components, and imports nothing of theirs that is slower than torch, so a wrong
+It is made of the settings of the components and imports nothing of theirs that is slower than torch, so an invalid
 configuration is refused before torchvision, DeepSpeed and the data set are loaded.
 """
 

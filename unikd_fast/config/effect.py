@@ -1,4 +1,4 @@
-"""What a configuration sets and no run of it reads: no error, for runs share keys, but worth a word."""
+"""Settings that no run of a configuration reads: not an error, since runs share keys, but worth a warning."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -18,7 +18,7 @@ class _Rule(NamedTuple):
     keys: tuple[str, ...]
     read: Callable[[Config], bool]
     why: Callable[[Config], str]
-    """Follows "has no effect"."""
+    """Text that follows "has no effect"."""
 
 
 def _with_data(config: Config) -> str:
@@ -80,10 +80,9 @@ _RULES = (
 
 
 def without_effect(config: Config) -> str | None:
-    """What was set and does nothing, in a line; None: nothing was.
+    """Describe the settings that have no effect, in one line, or return None if there are none.
 
-    A key is read by some run, or it is of no use. A run of a comparison must read itself what it sets.
-
+    A key must be read by some run. A run of a comparison must itself read what it sets.
     Example:
         >>> without_effect(load_config("configs/cifar100.json", ["distill.method=dkd", "distill.max_levels=2"]))
         'distill.max_levels has no effect with method dkd'
@@ -106,7 +105,7 @@ def _uses_levels(config: Config) -> bool:
 
 
 def _explicit(section: Any) -> list[str]:
-    """Return the keys that a file sets; of settings that do not remember, those that are not as by default."""
+    """Return the keys that a file sets; for settings that do not record this, those that differ from the default."""
     if not isinstance(section, BaseModel):
         return [field.name for field in fields(section) if getattr(section, field.name) != field.default]
     given, known = section.model_fields_set, type(section).model_fields
@@ -135,11 +134,11 @@ def _useless(where: str, rule: _Rule, keys: list[str], singles: list[Config]) ->
 
 
 def _rate(train: TrainConfig) -> list[str]:
-    """What a schedule does not get to. `train.max_steps` is not looked at: it cuts a run short for a trial."""
+    """Describe schedule settings that are never reached. `train.max_steps` is ignored: it shortens trial runs."""
     found = []
     if train.schedule == "step" and not train.milestones:
         found.append(
-            "train.schedule = 'step' without train.milestones: the learning rate stays as it is; set the epochs of its "
+            "train.schedule = 'step' without train.milestones: the learning rate stays constant; set the epochs of its "
             "drops"
         )
     late = [milestone for milestone in train.milestones if milestone >= train.total_epochs]
@@ -164,5 +163,5 @@ def _compiled(singles: Iterable[Config]) -> str:
         return ""
     return (
         f"teacher.compile = {modes[0]!r} compiles the teacher's own pass alone: with method blockwise its blocks "
-        "inside the student's stones run eagerly"
+        "inside the stepping stones run eagerly"
     )

@@ -1,4 +1,4 @@
-"""Violations of the schema as sentences, and the schema as a page of Markdown."""
+"""Schema violations as sentences, and the schema as a Markdown page."""
 
 import difflib
 import json
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from unikd_fast.config.schema import Config
 from unikd_fast.errors import ConfigError
 
-# What other programs call a key, and what it is here: of the same section, or anywhere.
+# Names that other programs use for a key, and ours: in the same section, or anywhere.
 _NAMES_ELSEWHERE = {
     "amp": "train.precision",
     "arch": "model",
@@ -37,7 +37,7 @@ _NAMES_ELSEWHERE = {
 
 
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:
-    """Rewrites every violation of a pydantic error in the terms of the configuration file."""
+    """Rewrite every violation in a pydantic error in the terms of the configuration file."""
     lines = [f"{source}: {_explain_one(item, model)}" for item in error.errors()]
     return ConfigError("\n".join(dict.fromkeys(lines)))
 
@@ -50,11 +50,11 @@ def _explain_one(item: Any, model: type[BaseModel]) -> str:
     if kind in ("dataclass_type", "model_type"):
         return f"{path} = {value!r} is not a section; set its keys"
     if kind == "missing":
-        return f"{path} is required and not set"
+        return f"{path} is required but not set"
     if kind == "value_error":
         return str(context.get("error", item["msg"]))
     if kind == "string_pattern_mismatch":
-        return f"{path} = {value!r} is empty, perhaps by a variable that is not set; give a value, or leave the key out"
+        return f"{path} = {value!r} is empty, perhaps from an unset variable; give a value, or remove the key"
     allowed = item["msg"].replace("Input should be", "allowed:").replace("Input should", "it should")
     return f"{path} = {value!r} is not valid; {allowed}"
 
@@ -64,20 +64,20 @@ def _where_mixing_is(path: str) -> str:
         return ""
     return (
         "; Mixup and CutMix are set in data.mixing, and not together with a cache of the teacher's outputs "
-        "(teacher.cache), which could not key a mixed view by its sample"
+        "(teacher.cache), which cannot key a mixed view by its sample"
     )
 
 
 def _is_union_tag(part: object) -> bool:
-    # pydantic adds the member of a union it tried ("int", "literal['auto']") to the path.
-    # Our own tags of a union are of two words, which no key is.
+    # pydantic adds the union member it tried ("int", "literal['auto']") to the path.
+    # Our own union tags have two words, which no key has.
     return isinstance(part, str) and (
         part in {"int", "float", "str"} or part.startswith(("literal[", "constrained-")) or " " in part
     )
 
 
 def nearest_key(path: str, model: type[BaseModel]) -> str:
-    """A hint with the nearest valid key: by its name elsewhere, in the same section, then anywhere."""
+    """Return a hint with the nearest valid key: by its name elsewhere, in the same section, then anywhere."""
     known = list(all_keys(model))
     head, _, leaf = path.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == head}
@@ -98,7 +98,7 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _walk(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
-    """Yield key, JSON schema and, of a section, that of the section, for every key of a schema."""
+    """Yield every key of a schema with its JSON schema and, for a section, the section's own."""
     whole = model.model_json_schema(by_alias=True)
 
     def inside(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
@@ -121,7 +121,7 @@ Written by `make schema` from `unikd_fast/config/schema.py`. Every key can be se
 
 
 def reference() -> str:
-    """Return one table a section: key, default, allowed values, meaning."""
+    """Return one table per section: key, default, allowed values, meaning."""
     about = {"top level": Config.__doc__ or ""}
     rows: dict[str, list[str]] = {"top level": []}
     for key, schema, section in _walk(Config):

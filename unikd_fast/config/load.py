@@ -1,4 +1,4 @@
-"""From a JSON file and ``--set`` overrides to a frozen Config, and to its single runs."""
+"""Loading: from a JSON file and ``--set`` overrides to a frozen Config and its single runs."""
 
 import copy
 import hashlib
@@ -41,10 +41,10 @@ _MAY_CHANGE: Any = {
 
 
 def config_hash(config: Config) -> str:
-    """Eight hex digits that identify the experiment: everything that its result depends on but for rounding.
+    """Return eight hex digits that identify the experiment: everything its result depends on, apart from rounding.
 
-    A run may be resumed with all the rest changed: where and how often it writes, who reads its data and how far ahead,
-    and how many micro-batches and shards its steps are cut into.
+    A run may be resumed with everything else changed: where and how often it writes, how its data is read, and how many
+    micro-batches and shards its steps are split into.
     """
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
     # An experiment keeps its name when a method is added whose section it does not have.
@@ -53,7 +53,7 @@ def config_hash(config: Config) -> str:
 
 
 def run_path(config: Config, label: str, seed: int) -> str:
-    """Where one of the runs of :func:`run_configs` writes, below the folder of the experiment.
+    """Return where one of the runs of :func:`run_configs` writes, relative to the experiment's folder.
 
     Example:
         >>> run_path(comparison, "UniKD, FDP only", 0)
@@ -65,7 +65,7 @@ def run_path(config: Config, label: str, seed: int) -> str:
 
 
 def cache_dir(config: Config) -> Path:
-    """The folder of the teacher's outputs of a single run.
+    """Return the folder of the teacher's outputs of a single run.
 
     Example:
         >>> cache_dir(load_config("configs/digits_cached.json"))
@@ -79,7 +79,7 @@ def cache_dir(config: Config) -> Path:
     return Path(folder)
 
 
-# What the schema states itself, and where: DeepSpeed must not be told twice.
+# Keys that the schema itself has; DeepSpeed must not be given them twice.
 OWNED_BY_US = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.global_batch_size",
@@ -112,8 +112,8 @@ def validate(raw: dict[str, Any], source: str) -> Config:
     unused = config.distill.unused_sections(chain(*(compared or [config.distill.methods])))
     if unused:
         raise ConfigError(
-            f"{source}: distill.{unused[0]} has the settings of distill.method = {unused[0]!r}, got "
-            f"{config.distill.method!r}; remove it, or use the method"
+            f"{source}: distill.{unused[0]} holds settings of distill.method = {unused[0]!r}, got "
+            f"{config.distill.method!r}; remove them, or use the method"
         )
     single = config.compare is None and config.distill.method != "none"
     cache = config.teacher.cache if config.teacher is not None and single else None
@@ -121,8 +121,8 @@ def validate(raw: dict[str, Any], source: str) -> Config:
         _check_top_k(config, source)
     if cache is not None and cache.mode != "off" and config.data.bad_images == "skip":
         raise ConfigError(
-            f"{source}: teacher.cache.mode = {cache.mode!r} with data.bad_images = 'skip': the cache holds an output "
-            "for every sample, also for one that cannot be decoded; remove the bad files and set "
+            f"{source}: teacher.cache.mode = {cache.mode!r} with data.bad_images = 'skip': the cache needs an output "
+            "for every sample, even one that cannot be decoded; remove the bad files and set "
             "data.bad_images=error, or set teacher.cache.mode=off"
         )
     mixing = config.data.mixing
@@ -136,7 +136,7 @@ def validate(raw: dict[str, Any], source: str) -> Config:
 
 
 def methods_of(config: Config, settings: dict[str, Any]) -> tuple[str, ...]:
-    """Of a run of a comparison, as far as they can be told before its settings are validated."""
+    """Return the methods of a run of a comparison, as far as they are known before its settings are validated."""
     method = settings.get("distill.method", config.distill.method)
     return method_names(method) if isinstance(method, str | list | tuple) else ()
 
@@ -146,7 +146,7 @@ def _check_top_k(config: Config, source: str) -> None:
         if getattr(settings, "standardized", False):
             raise ConfigError(
                 f"{source}: teacher.cache.logits = 'top_k' with distill.{name}.standardized = true, which needs all "
-                "logits for their mean and deviation; set teacher.cache.logits=uint8 or fp16"
+                "logits for their mean and standard deviation; set teacher.cache.logits=uint8 or fp16"
             )
         if not METHODS[name].accepts_top_k:
             raise ConfigError(
@@ -162,7 +162,7 @@ def _check_top_k(config: Config, source: str) -> None:
 
 
 def _check_run_names(config: Config, source: str) -> None:
-    """Every run of a comparison has a folder of its own, none of which is the teacher's."""
+    """Check that every run of a comparison has a folder of its own, different from the teacher's."""
     if config.compare is None:
         return
     seeds = config.compare.seeds
@@ -174,17 +174,17 @@ def _check_run_names(config: Config, source: str) -> None:
         if not name or name in taken:
             used = f"is also that of {taken[name]}" if name else "would be empty"
             raise ConfigError(
-                f"{source}: compare.runs[{label!r}] would write to a folder whose name, {name!r}, {used}; it is made "
-                "of the label's letters a to z and digits; choose another label"
+                f"{source}: compare.runs[{label!r}] would write to a folder named {name!r}, which {used}; the name is "
+                "made of the label's letters a to z and digits; choose another label"
             )
         taken[name] = f"compare.runs[{label!r}]"
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """The key and the value of a ``--set``."""
+    """Parse a ``--set`` into key and value."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise ConfigError(f"--set {text}: expected section.key=value, for example --set train.total_epochs=2")
+        raise ConfigError(f"--set {text}: expected section.key=value, such as --set train.total_epochs=2")
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:
@@ -212,7 +212,7 @@ def override(config: Config, settings: dict[str, Any], source: str) -> Config:
 
 
 def run_configs(config: Config) -> Iterator[tuple[str, int, Config]]:
-    """The single runs of a comparison as (label, seed, config), or the one run itself."""
+    """Yield the single runs of a comparison as (label, seed, config), or the one run itself."""
     if config.compare is None:
         yield "student", config.run.seed, config
         return
@@ -223,7 +223,7 @@ def run_configs(config: Config) -> Iterator[tuple[str, int, Config]]:
 
 
 def teacher_config(config: Config) -> Config:
-    """The run that trains the teacher of ``config``: the teacher's model as a student that learns alone."""
+    """Return the run that trains the teacher of ``config``: the teacher's model as a student without a teacher."""
     assert config.teacher is not None
     assert config.teacher.training is not None
     training = config.teacher.training
@@ -246,11 +246,11 @@ def teacher_config(config: Config) -> Config:
 
 
 def _without_sections(config: Config, methods: tuple[str, ...]) -> dict[str, Any]:
-    """Settings that take away the sections of other methods."""
+    """Return settings that remove the sections of other methods."""
     return {f"distill.{name}": None for name in config.distill.unused_sections(methods)}
 
 
-# With what is asked of a Config once it is loaded.
+# Together with what is asked of a Config once it is loaded.
 __all__ = [
     "cache_dir",
     "config_hash",
@@ -266,14 +266,14 @@ __all__ = [
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads, overrides and validates a configuration.
+    """Read, override and validate a configuration.
 
     Args:
-        path: a JSON file.
-        overrides: ``"section.key=value"``; the value is JSON, or a plain string if it is not.
+        path: JSON file.
+        overrides: list of ``"section.key=value"``; a value is JSON, otherwise a plain string.
 
     Raises:
-        ConfigError: with the path, the value and the remedy of everything that is wrong.
+        ConfigError: the configuration is invalid; the message gives path, value and remedy of every error.
 
     Example:
         >>> config = load_config("configs/digits.json", ["train.total_epochs=2"])
@@ -282,13 +282,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(raw: dict[str, Any], overrides: Sequence[str] = (), *, name: str, source: str) -> Config:
-    """As ``load_config``, from the content of a file.
+    """Parse the content of a configuration file, as ``load_config`` does.
 
     Args:
-        raw: is left as it is.
-        overrides: as of ``load_config``.
-        name: takes the place of {name} in folders.
-        source: what an error names.
+        raw: content of the file; left unchanged.
+        overrides: overrides, as in ``load_config``.
+        name: replacement of {name} in folders.
+        source: name of the source in errors.
     """
     raw = copy.deepcopy(raw)
     settings = dict(parse_override(text) for text in overrides)
@@ -313,13 +313,13 @@ def read_stored(path: Path) -> Config:
     """Read the config.json of a run folder.
 
     Raises:
-        ConfigError: it is damaged, or of another version.
+        ConfigError: it is damaged, or was written by another version.
         FileNotFoundError: it is missing.
     """
     try:
         return Config.model_validate(read_json(path))
     except FileError as error:
-        raise ConfigError(f"{error}; put the configuration that the run was started with in its place") from error
+        raise ConfigError(f"{error}; restore the configuration that the run was started with") from error
     except ValidationError as error:
         raise explain(error, Config, str(path)) from None
 
@@ -364,7 +364,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _drop_sections_of_other_methods(raw: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Where ``--set`` chooses another method, what the file says of its own is not an error."""
+    """Drop the sections of the file's method if ``--set`` chooses another one."""
     if "distill.method" not in settings or not isinstance(raw["distill"].get("method"), str | list):
         return
     given = {key.split(".")[1] for key in settings if key.startswith("distill.")}
@@ -377,6 +377,6 @@ def _check_collisions(config: Config, settings: dict[str, Any]) -> None:
         for key in own:
             if key in settings:
                 raise ConfigError(
-                    f"--set {key}: compare.runs[{label!r}] sets {key} to {own[key]!r} itself; add --set compare=null "
+                    f"--set {key}: compare.runs[{label!r}] itself sets {key} to {own[key]!r}; add --set compare=null "
                     "for a single run"
                 )

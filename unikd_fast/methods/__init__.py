@@ -1,4 +1,4 @@
-"""Distillation methods: one file each, one shape (:class:`Method`), with its settings in it. `METHODS` is the table."""
+"""Distillation methods: one file per method, with its settings; all have the form of :class:`Method`."""
 
 from functools import reduce
 from typing import Any
@@ -58,14 +58,14 @@ METHODS: dict[str, type[Method[Any]]] = {
     "blockwise": Blockwise,
     "none": StudentAlone,
 }
-"""Every method by its name in a configuration, where its settings stand under that name too."""
+"""Every method by its name in a configuration, which is also the section of its settings."""
 
 
 def needs_of(settings: dict[str, Any]) -> Needs:
-    """Return what a method, or the sum of several, needs before any of them is built.
+    """Return what a method, or the sum of several, needs, before any of them is built.
 
     Args:
-        settings: settings by the name of the method.
+        settings: settings by name of the method.
     """
     return reduce(Needs.union, (METHODS[name].needs_of(own) for name, own in settings.items()))
 
@@ -73,7 +73,7 @@ def needs_of(settings: dict[str, Any]) -> Needs:
 def build_method(settings: dict[str, Any], context: RunContext) -> Method[Any]:
     """Build a method, or the sum of several.
 
-    Args:
+    settings: settings by name of the method.
         settings: settings by the name of the method.
         context: what the run knows.
     """

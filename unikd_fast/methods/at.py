@@ -1,4 +1,4 @@
-"""Attention transfer: where a level is active in the student as in the teacher (Zagoruyko and Komodakis 2017)."""
+"""Attention transfer: the student's attention maps are matched to the teacher's (Zagoruyko and Komodakis 2017)."""
 
 from collections.abc import Sequence
 
@@ -15,20 +15,20 @@ from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 @settings
 class ATSettings:
-    """Maps of attention of the student's levels held to the teacher's."""
+    """Attention maps of the student's levels are matched to the teacher's."""
 
     weight: NonNegative = 1000.0
-    """w, the weight of the mean squared differences, summed over levels."""
+    """w, weight of the mean squared differences, summed over levels."""
 
 
 class AT(Method[ATSettings]):
-    """L = L_CE + w Σ_l mean( (a_s - a_t)² ), a = m / |m|, m = mean_c F²: a map (H, W) of each level and sample.
+    """L = L_CE + w Σ_l mean( (a_s - a_t)² ), a = m / |m|, m = mean_c F²: a map (H, W) for each level and sample.
 
-    The larger of a pair of levels is averaged to the size of the smaller one first.
+    The larger of two paired levels is first averaged to the size of the smaller.
 
-    The paper has half the norm of a_s - a_t. RepDistiller and mdistiller have the mean of its squares over samples and
-    pixels, to which the w = 1000 of the literature belongs; so have we. They pair the levels from the fine end, but
-    their networks have equally many; we pair the last min(L_s, L_t).
+    The paper uses half the norm of a_s - a_t. RepDistiller and mdistiller use the mean of its squares over samples and
+    pixels, which the literature's w = 1000 belongs to; so do we. They pair levels from the fine end, but their networks
+    have equally many; we pair the last min(L_s, L_t).
     """
 
     settings_class = ATSettings
@@ -58,10 +58,10 @@ class AT(Method[ATSettings]):
 
 
 class AttentionMaps(nn.Module):
-    """A network's Features -> a of its last levels, (N, size²) each, in fp32; has no parameters.
+    """Maps a network's Features to a of its last levels, (N, size²) each, in fp32; has no parameters.
 
     Args:
-        sizes: height and width of each map, fine to coarse.
+        sizes: height and width of each map, from fine to coarse.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -74,7 +74,7 @@ class AttentionMaps(nn.Module):
 
 
 def _attention(level: Tensor, size: int) -> Tensor:
-    level = at_least_fp32(level)  # the squares of half-precision features overflow
+    level = at_least_fp32(level)  # squares of half-precision features overflow
     if level.shape[-1] != size:
         level = F.adaptive_avg_pool2d(level, size)
     return F.normalize(level.square().mean(1).flatten(1))

@@ -16,10 +16,10 @@ from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 
 class Connector(nn.Module):
-    """A student's level (N, C_s, H_s, W_s) -> (N, C_t, H_t, W_t): pooled, a 1x1 convolution, BatchNorm, upsampled.
+    """Maps a student's level (N, C_s, H_s, W_s) to (N, C_t, H_t, W_t): pooling, 1x1 convolution, BatchNorm, upsampling.
 
     Args:
-        student, teacher: (C, H, W) of the levels.
+        student, teacher: shapes (C, H, W) of the levels.
     """
 
     def __init__(self, student: Shape, teacher: Shape) -> None:
@@ -38,11 +38,12 @@ class Connector(nn.Module):
 
 
 class Connectors(nn.Module):
-    """The student's Features -> its last levels, coarsest last, each in the shape of the teacher's level.
+    """Maps the student's Features to its last levels, coarsest last, each in the shape of the teacher's level.
 
     Args:
-        student_shapes, teacher_shapes: (C, H, W) of the levels, fine to coarse; the last min of both are aligned.
-        light: the coarsest level alone.
+        student_shapes, teacher_shapes: shapes (C, H, W) of the levels, from fine to coarse; the last min of both are
+            paired.
+        light: whether to use only the coarsest level.
     """
 
     def __init__(self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, light: bool) -> None:
@@ -58,18 +59,18 @@ class Connectors(nn.Module):
 
 @settings
 class BlockwiseSettings:
-    """The student up to a level, continued by the teacher's frozen blocks: stepping stones between the two."""
+    """The student up to a level, continued by the teacher's frozen blocks, as stepping stones between the two."""
 
     task_weight: NonNegative = 1.0
-    """a, the weight of the cross-entropies, of the student and of the stones."""
+    """a, weight of the cross-entropies of the student and the stepping stones."""
     distill_weight: NonNegative = 1.0
-    """b, the weight of the softened KL to the teacher, likewise."""
+    """b, weight of their softened KL to the teacher."""
     cross_weight: NonNegative = 1.0
-    """c, the weight of the softened KL to the mean of the stones, likewise."""
+    """c, weight of their softened KL to the mean of the stepping stones."""
     temperature: Positive = 4.0
-    """Softmax temperature τ of both."""
+    """Softmax temperature τ of both KL terms."""
     light: bool = False
-    """The last stone alone, of the student's last level and the teacher's classifier."""
+    """Use only the last stepping stone, made of the student's last level and the teacher's classifier."""
 
 
 class Blockwise(Method[BlockwiseSettings]):
@@ -81,19 +82,19 @@ class Blockwise(Method[BlockwiseSettings]):
         L_cross = d(S, Y) + Σ_i w_i d(N_i, Y),          Y = 1/n Σ_i N_i, no gradient
 
     d(A, B) = τ² KL( softmax(B / τ) || softmax(A / τ) ). N_i is the student up to its level i, a connector C_i and the
-    rest of the frozen teacher, in eval mode: gradients pass through its blocks to the student's features, so the
-    features are aligned by what the teacher makes of them. The connectors are trained with the student and dropped
-    with the stones after training.
+    rest of the frozen teacher in eval mode: gradients pass through its blocks to the student's features, which are thus
+    aligned by what the teacher makes of them. The connectors are trained with the student and dropped, with the
+    stepping stones, after training.
 
     The authors published no code that we know of; formula and weights follow descriptions of the paper. What these
-    leave open is ours: C_i (`Connector`: no activation, although the teacher's levels are rectified), τ = 4, a = b =
-    c = 1, and Y of the stones alone. With networks of different numbers of levels the last n = min are aligned.
+    leave open is our choice: C_i (`Connector`: no activation, although the teacher's levels are rectified), τ = 4,
+    a = b = c = 1, and Y over the stepping stones alone. If the numbers of levels differ, the last n = min are paired.
 
-    The teacher's blocks may compute in fp16, where gradients of a batch's mean are too small for numbers: the
-    gradient inside them is larger by a power of two, taken off again where it leaves.
+    The teacher's blocks may run in fp16, in which gradients of a batch mean underflow: inside them the gradient is
+    multiplied by a power of two, and divided by it where it leaves.
 
     Raises:
-        ValueError: no levels, or not as many blocks as the teacher has levels.
+        ValueError: there are no levels, or not as many blocks as the teacher has levels.
     """
 
     settings_class = BlockwiseSettings
@@ -108,7 +109,7 @@ class Blockwise(Method[BlockwiseSettings]):
             raise ValueError(
                 f"Blockwise: student and teacher need levels, and the teacher a block after each, got "
                 f"{len(student_shapes)} levels of the student, {len(teacher_shapes)} of the teacher and {len(blocks)} "
-                "blocks; cut the teacher at its levels (split_at_levels)"
+                "blocks; split the teacher at its levels (split_at_levels)"
             )
         self.adapter: Connectors = Connectors(student_shapes, teacher_shapes, light=settings.light).to(context.device)
         self.blocks = list(blocks[-self.adapter.count :])
@@ -116,12 +117,12 @@ class Blockwise(Method[BlockwiseSettings]):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """ce and logit_kl of the student, the sums over its stones, and L_cross."""
+        """Return ce and logit_kl of the student, their sums over its stepping stones, and L_cross."""
         return ("ce", "logit_kl", "stone_ce", "stone_kl", "cross_kl")
 
     @property
     def stone_weights(self) -> list[float]:
-        """w_i, fine to coarse."""
+        """Return w_i, from fine to coarse."""
         count = self.adapter.count
         return [2.0 ** (i - count) for i in range(1, count + 1)]
 
@@ -158,15 +159,15 @@ class Blockwise(Method[BlockwiseSettings]):
         return Loss(total + self.settings.cross_weight * cross, dict(zip(self.term_names, terms, strict=True)))
 
     def inside(self, student: StudentOutput) -> tuple[Tensor, ...]:
-        """(N, K) logits of N_1 .. N_n; see ``stones``."""
+        """Return the logits (N, K) of N_1 .. N_n; see ``stones``."""
         return self.stones(student.adapted)
 
     def stones(self, connected: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(N, K) logits of N_1 .. N_n, for what the connectors gave.
+        """Return the logits (N, K) of N_1 .. N_n, given the connectors' outputs.
 
-        Each block runs once, for all stones that have come this far: in eval mode no sample sees another.
+        Each block runs once for all stepping stones that have reached it: in eval mode samples are independent.
         """
-        # A student in fp16 has a loss scale already, which finds its own size.
+        # A student in fp16 already has a loss scale, which adjusts itself.
         half = connected[0].dtype == torch.float16
         scale = 1.0 if half else 64.0 * 2 ** math.ceil(math.log2(len(connected[0])))
         levels: list[Tensor] = [_ScaledGradient.apply(level, 1 / scale) for level in connected]
@@ -178,7 +179,7 @@ class Blockwise(Method[BlockwiseSettings]):
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The same value, with its gradient times a number."""
+    """The identity, with its gradient multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a method may know of the run that it is built for: networks, data, length."""
+"""What a method can know about its run: networks, data, length."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,31 +13,31 @@ T = TypeVar("T")
 
 
 class FeatureNetwork(Protocol):
-    """What a method may ask of a network that returns its features; `unikd_fast.models.FeatureExtractor` is one."""
+    """The interface of a network that returns its features; `unikd_fast.models.FeatureExtractor` has it."""
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        """Module whose output is each level, fine to coarse."""
+        """Names of the modules whose outputs are the levels, from fine to coarse."""
         ...
 
     @property
     def level_shapes(self) -> tuple[Shape, ...]:
-        """(C_l, H_l, W_l) of each level."""
+        """Shape (C_l, H_l, W_l) of each level."""
         ...
 
     @property
     def embedding_width(self) -> int | None:
-        """D of the vector that the classifier sees; None where it is not returned."""
+        """Width D of the classifier's input, None if it is not returned."""
         ...
 
     @property
     def classifier_weight(self) -> Tensor:
-        """(K, D) of the last linear layer."""
+        """Weight (K, D) of the last linear layer."""
         ...
 
     @property
     def norms_before_activation(self) -> tuple[str | None, ...]:
-        """BatchNorm that gives each level before its activation; None where there is none."""
+        """Path of the BatchNorm that computes each level's pre-activation, None if there is none."""
         ...
 
     @property
@@ -51,14 +51,14 @@ class RunContext:
     """What a run knows before its method is built.
 
     Attributes:
-        student, teacher: the networks as built, with the features that the method needs; None where it needs none.
-            The teacher's weights are whole, in fp32 and not folded.
-        teacher_blocks: returns the teacher cut at its levels: the i-th block maps level i to level i + 1, the last one
-            to the logits.
+        student, teacher: networks as built, with the features that the method needs; None if it needs none. The
+            teacher's weights are in fp32 and its BatchNorms not folded.
+        teacher_blocks: function that returns the teacher split at its levels: the i-th block maps level i to level
+            i + 1, the last one to the logits.
         num_classes: number of classes.
-        sample_ids, sample_labels: (M,) int64 on the CPU: the training samples; a subset keeps the ids of the whole.
+        sample_ids, sample_labels: training samples, (M,) int64 on the CPU; a subset keeps its ids in the full set.
         device: device of the method's own tensors.
-        total_steps, steps_per_epoch: optimiser steps of the run.
+        total_steps, steps_per_epoch: number of optimiser steps.
         label_smoothing: label smoothing of the cross-entropy.
         impl: implementation of the losses, see `unikd_loss`.
     """
@@ -77,27 +77,27 @@ class RunContext:
 
     @property
     def student_shapes(self) -> tuple[Shape, ...]:
-        """(C_l, H_l, W_l) of the student's levels, fine to coarse."""
+        """Shapes (C_l, H_l, W_l) of the student's levels, from fine to coarse."""
         return _asked(self.student).level_shapes
 
     @property
     def teacher_shapes(self) -> tuple[Shape, ...]:
-        """(C_l, H_l, W_l) of the teacher's levels, fine to coarse."""
+        """Shapes (C_l, H_l, W_l) of the teacher's levels, from fine to coarse."""
         return _asked(self.teacher).level_shapes
 
     @property
     def student_width(self) -> int:
-        """D of the student's embedding."""
+        """Width D of the student's embedding."""
         return _asked(_asked(self.student).embedding_width)
 
     @property
     def teacher_width(self) -> int:
-        """D of the teacher's embedding."""
+        """Width D of the teacher's embedding."""
         return _asked(_asked(self.teacher).embedding_width)
 
     @property
     def teacher_norms(self) -> list[nn.BatchNorm2d]:
-        """The BatchNorm that gives each level of the teacher before its activation, not folded yet.
+        """Return the BatchNorms that compute the teacher's levels before their activation, not folded.
 
         Raises:
             ValueError: a level has none.
@@ -106,24 +106,24 @@ class RunContext:
         for level, norm in zip(network.level_names, network.norms_before_activation, strict=True):
             if norm is None:
                 raise ValueError(
-                    f"teacher level {level!r} of {type(network.plain).__name__} is not given by a BatchNorm before its "
-                    "activation; take another teacher, or other levels (teacher.feature_nodes)"
+                    f"teacher level {level!r} of {type(network.plain).__name__} is not computed by a BatchNorm before "
+                    "its activation; use another teacher, or other levels (teacher.feature_nodes)"
                 )
         found = [network.plain.get_submodule(str(norm)) for norm in network.norms_before_activation]
         norms = [norm for norm in found if isinstance(norm, nn.BatchNorm2d)]
-        assert len(norms) == len(found), "they are folded: read them when the method is built"
+        assert len(norms) == len(found), "the BatchNorms are folded: read them when the method is built"
         return norms
 
     @property
     def classifier_weight(self) -> Tensor:
-        """(K, D): a copy of the teacher's last weights."""
+        """Return a copy of the teacher's last weight, (K, D)."""
         return _asked(self.teacher).classifier_weight.detach().to(self.device, copy=True)
 
     def ramp(self, epochs: float | None, *, usual: float = 20.0) -> float:
-        """Return the epochs of a warm-up: as set, or those of the literature, but then at most 8 % of the run."""
+        """Return the warm-up in epochs: as set, otherwise the literature's, limited to 8 % of the run."""
         return min(usual, 0.08 * self.total_steps / self.steps_per_epoch) if epochs is None else epochs
 
 
 def _asked(found: T | None) -> T:
-    assert found is not None, "what a method does not need it cannot ask for"
+    assert found is not None, "a method can only use what it declares in `needs`"
     return found

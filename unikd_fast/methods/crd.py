@@ -1,4 +1,4 @@
-"""Contrastive representation distillation (Tian et al., ICLR 2020), and the banks of embeddings that it draws from."""
+"""Contrastive representation distillation (Tian et al., ICLR 2020), with its memory banks of embeddings."""
 
 import math
 import os
@@ -23,11 +23,11 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> Tensor:
-    """Give the four random words of each counter.
+    """Return the four random words of each counter.
 
     Args:
-        counter: four words in [0, 2^32), int64 tensors that broadcast to one shape (...).
-        seed: in [0, 2^64), the key.
+        counter: four words in [0, 2^32), int64 tensors that broadcast to a shape (...).
+        seed: key in [0, 2^64).
 
     Returns:
         (..., 4) int64 in [0, 2^32).
@@ -39,7 +39,7 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> Te
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = seed & _WORD, seed >> _BITS
     for _ in range(_ROUNDS):
-        # A product of two words fills the 64 bits with its sign: both of its halves are right all the same.
+        # A product of two words may overflow into the sign bit; both of its halves are correct all the same.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> _BITS) & _WORD) ^ c1 ^ k0,
@@ -52,18 +52,18 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> Te
 
 
 def uniform_integers(seed: int, step: Tensor, ids: Tensor, stream: int, count: int, below: Tensor) -> Tensor:
-    """Give integers in [0, below), uniform to within below / 2^32; asking for more leaves the first ones as they are.
+    """Return integers in [0, below), uniform to within below / 2^32; a larger count keeps the first ones.
 
     Args:
-        seed: in [0, 2^64).
-        step: 0-d int64.
-        ids: (N,) int64 in [0, 2^32), tells the rows apart.
-        stream: in [0, 2^16), tells apart what the numbers are for.
-        count: K, at most 2^18.
-        below: (N,) int64 in [1, 2^31].
+        seed: seed in [0, 2^64).
+        step: step number, 0-d int64.
+        ids: ids (N,) int64 in [0, 2^32), one per row.
+        stream: number in [0, 2^16) of the purpose of these integers.
+        count: number of integers per row, at most 2^18.
+        below: upper bounds (N,) int64 in [1, 2^31].
 
     Returns:
-        (N, K) int64.
+        (N, count) int64.
     """
     blocks = torch.arange((count + 3) // 4, device=ids.device) + (stream << 16)
     high, low = (step >> _BITS) & _WORD, step & _WORD
@@ -76,7 +76,7 @@ _NEGATIVES, _POSITIVES = 0, 1  # streams
 
 
 def bank_bytes(samples: int, width: int) -> int:
-    """Bytes of both banks: 2 M D numbers in fp32.
+    """Return the bytes of both banks: 2 M D numbers in fp32.
 
     Example:
         >>> bank_bytes(50_000, 128) / 2**20
@@ -86,26 +86,26 @@ def bank_bytes(samples: int, width: int) -> int:
 
 
 class Banks:
-    """An embedding (D,) of each of M samples on both sides, and draws among them.
+    """An embedding (D,) of each of M samples for student and teacher, and draws among them.
 
-    The rows are sorted by class, so that the samples of other classes than c are all rows but one interval. What a draw
-    gives depends on the seed, the step and the sample, and not on the batch or the process that asks.
+    The rows are sorted by class, so that the samples of classes other than c are all rows but one interval. A draw
+    depends on the seed, the step and the sample, but not on the batch or the process.
 
     Args:
-        sample_ids: (M,) integers, each once.
-        labels: (M,) classes in [0, K).
-        num_classes: K.
-        width: D.
-        seed: of the first embeddings and of the draws, in [0, 2^63).
-        working_bytes: what a step needs besides, for the refusal.
-        device: where the banks are.
+        sample_ids: distinct integers (M,).
+        labels: classes (M,) in [0, K).
+        num_classes: number of classes K.
+        width: width D of the embeddings.
+        seed: seed of the first embeddings and of the draws, in [0, 2^63).
+        working_bytes: further bytes that a step needs, for the check that the banks fit.
+        device: device of the banks.
 
     Raises:
-        ValueError: ids that are not distinct, a single class, or banks that do not fit the memory of the device.
+        ValueError: ids are not distinct, there is a single class, or the banks do not fit into the device's memory.
 
     Attributes:
-        student, teacher: (M, D) fp32.
-        step: 0-d int64, how often was drawn.
+        student, teacher: banks (M, D) in fp32.
+        step: number of draws so far, 0-d int64.
     """
 
     def __init__(
@@ -123,14 +123,14 @@ class Banks:
         sample_ids, labels = sample_ids.long(), labels.long()
         if len(labels) != samples or len(sample_ids.unique()) != samples:
             raise ValueError(
-                f"CRD: each sample has one id of its own and one class, got {samples} ids ({len(sample_ids.unique())} "
-                f"of them distinct) and {len(labels)} classes; number the samples anew"
+                f"CRD: each sample needs one id of its own and one class, got {samples} ids "
+                f"({len(sample_ids.unique())} of them distinct) and {len(labels)} classes; renumber the samples"
             )
         present = len(labels.unique())
         if present < 2:
             raise ValueError(
-                f"CRD: negatives are samples of other classes, got {samples} samples of {present} class; train on two "
-                "classes or more, or use another method"
+                f"CRD: negatives are samples of other classes, got {samples} samples of {present} class; train on at "
+                "least two classes, or use another method"
             )
         _require_room(samples, width, working_bytes, device)
         order = labels.argsort(stable=True)
@@ -138,11 +138,11 @@ class Banks:
         self.seed = seed
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self._counts = counts.to(device)  # (K,)
-        self._starts = (counts.cumsum(0) - counts).to(device)  # (K,), first row of a class
+        self._starts = (counts.cumsum(0) - counts).to(device)  # (K,), first row of each class
         ids, by_id = sample_ids[order].sort()
         self._ids = ids.to(device)  # (M,), sorted
-        self._row_of = by_id.to(device)  # (M,), the row of each
-        # As published: uniform in a cube, of norm 1 in the mean square.
+        self._row_of = by_id.to(device)  # (M,), row of each
+        # As published: uniform in a cube, with a mean squared norm of 1.
         bound = math.sqrt(3 / width)
         generator = torch.Generator().manual_seed(seed)
         both = (torch.empty(samples, width).uniform_(-bound, bound, generator=generator).to(device) for _ in range(2))
@@ -157,25 +157,25 @@ class Banks:
         return self.student.shape[1]
 
     def rows(self, sample_ids: Tensor) -> Tensor:
-        """(N,) rows of samples by their ids (N,), which must be among those of the banks."""
+        """Return the rows (N,) of samples by their ids (N,), which must be among those of the banks."""
         return self._row_of[torch.searchsorted(self._ids, sample_ids).clamp(max=len(self) - 1)]
 
     def negatives(self, rows: Tensor, labels: Tensor, count: int) -> Tensor:
-        """(N, count) rows, uniform over the samples of other classes, drawn with replacement."""
+        """Return rows (N, count), uniform over the samples of other classes, drawn with replacement."""
         own = self._counts[labels]
         drawn = uniform_integers(self.seed, self.step, rows, _NEGATIVES, count, len(self) - own)
         return torch.where(drawn < self._starts[labels][:, None], drawn, drawn + own[:, None])
 
     def same_class(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """(N,) rows, uniform over the samples of the same class."""
+        """Return rows (N,), uniform over the samples of the same class."""
         drawn = uniform_integers(self.seed, self.step, rows, _POSITIVES, 1, self._counts[labels])
         return drawn[:, 0] + self._starts[labels]
 
     def remember(self, rows: Tensor, student: Tensor, teacher: Tensor, *, momentum: float) -> None:
-        """Moves the embeddings of rows (N,) towards new ones (N, D): normalise(μ old + (1 - μ) new); counts a step.
+        """Move the embeddings of rows (N,) towards new ones (N, D), normalise(μ old + (1 - μ) new), and count a step.
 
-        A sample that occurs twice takes the first of its embeddings, whatever the order of writing. One that is not
-        finite is left out: it would otherwise be among the negatives for good.
+        A sample that occurs twice gets the first of its embeddings, whatever the order of writes. Non-finite embeddings
+        are skipped, as they would stay among the negatives for good.
         """
         first = (rows[:, None] == rows[None, :]).int().argmax(1)
         for bank, new in ((self.student, student), (self.teacher, teacher)):
@@ -195,7 +195,7 @@ class Banks:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave.
+        """Restore what ``state_dict`` returned.
 
         Raises:
             ValueError: the state is of other samples, or of another width.
@@ -203,12 +203,12 @@ class Banks:
         if state["student"].shape != self.student.shape:
             raise ValueError(
                 f"CRD: the banks are {tuple(self.student.shape)}, the checkpoint's {tuple(state['student'].shape)}; "
-                "resume with the data and the distill.crd.width that it was written with"
+                "resume with the data and the distill.crd.width it was written with"
             )
         if not (torch.equal(state["ids"], self._ids.cpu()) and torch.equal(state["rows"], self._row_of.cpu())):
             raise ValueError(
-                f"CRD: the checkpoint's {len(self)} samples are others, or of other classes, than the {len(self)} of "
-                "the data; resume with the data that it was written with"
+                f"CRD: the checkpoint's {len(self)} samples, or their classes, are not those of the {len(self)} in "
+                "the data; resume with the data it was written with"
             )
         self.student.copy_(state["student"])
         self.teacher.copy_(state["teacher"])
@@ -222,13 +222,13 @@ def _require_room(samples: int, width: int, working_bytes: int, device: torch.de
         raise ValueError(
             f"CRD: the embeddings of {samples:,} training samples take 2 x {samples:,} x {width} x 4 bytes = "
             f"{banks / _GIB:.2f} GiB, and a step up to {working_bytes / _GIB:.2f} GiB, but {device} has "
-            f"{room / _GIB:.2f} GiB left; lower distill.crd.width ({width}), train on fewer samples, or take a larger "
+            f"{room / _GIB:.2f} GiB left; lower distill.crd.width ({width}), train on fewer samples, or use a larger "
             "device"
         )
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """Of a GPU what is free, otherwise all of the machine's, which cannot be said to be free or not."""
+    """Return the free memory of a GPU, otherwise the machine's total, as its free memory is not well defined."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -238,10 +238,10 @@ _WORKING_BYTES = 2**29
 
 
 class Embed(nn.Linear):
-    """(N, D_in) -> unit vectors (N, D): a linear layer, normalised in fp32.
+    """Maps (N, D_in) to unit vectors (N, D): a linear layer, normalised in fp32.
 
-    Not an nn.Linear alone: under autocast DeepSpeed exchanges the weights of these in half precision, and the teacher's
-    is called outside of autocast.
+    A subclass of nn.Linear: under autocast DeepSpeed exchanges weights of nn.Linear itself in half precision, but the
+    teacher's is called outside autocast.
     """
 
     def forward(self, embedding: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class Embed(nn.Linear):
 
 
 class StudentEmbed(nn.Module):
-    """The student's Features -> unit vectors (N, D)."""
+    """Maps the student's Features to unit vectors (N, D)."""
 
     def __init__(self, inside: int, width: int) -> None:
         super().__init__()
@@ -262,55 +262,56 @@ class StudentEmbed(nn.Module):
 
 @settings
 class CRDSettings:
-    """A sample's embeddings told from those of other classes, between student and teacher."""
+    """A sample's embeddings in student and teacher are contrasted with those of other classes."""
 
     weight: NonNegative = 0.8
-    """b, the weight of the contrastive loss."""
+    """b, weight of the contrastive loss."""
     width: PositiveInt = 128
-    """D, the width of the embeddings that are compared; 8 bytes of it are kept for each training sample."""
+    """D, width of the compared embeddings; the banks take 8 D bytes per training sample."""
     negatives: Annotated[int, Ge(1), Le(2**18)] = 16384
-    """K, the samples of other classes that each sample is told from."""
+    """K, number of negatives per sample: samples of other classes."""
     temperature: Positive = 0.07
-    """τ, the temperature of the similarities."""
+    """τ, temperature of the similarities."""
     momentum: Annotated[float, Ge(0.0), Lt(1.0)] = 0.5
-    """μ, the share of the old embedding of a sample that its bank keeps when it sees the sample again."""
+    """μ, momentum of the banks: the share of a sample's old embedding that is kept when it is seen again."""
     positives: Literal["exact", "relax"] = "exact"
-    """What is told from them: exact: the sample itself; relax: any of its class."""
+    """Positives: exact: the sample itself; relax: any sample of its class."""
 
 
 class CRD(Method[CRDSettings]):
-    """L = w L_CE + b (L_s + L_t): which of K + 1 samples is the anchor's, asked of student and teacher in turn.
+    """L = w L_CE + b (L_s + L_t): which of K + 1 samples is the anchor's, for student and teacher in turn.
 
         L_s = -1/N Σ_n [ ln h(v_n, u_n) + Σ_k ln( 1 - h(v_n, u_nk) ) ],    h(v, u) = e / ( e + K / M ),
         e = exp( v·u / τ ) / Z
 
-    v is the student's embedding: the vector that its classifier sees, through a linear layer to D numbers,
-    normalised. u_n is the sample's own and u_nk are K other samples' in a bank of the teacher's embeddings of all M
-    training samples. L_t is the same with the sides exchanged: the teacher's embedding, whose linear layer is trained
-    along, against a bank of the student's. After each step both banks move towards the batch's own embeddings, μ old +
-    (1 - μ) new, normalised. Z is M times the mean exp(v·u / τ) of the first batch, one for each side.
+    v is the student's embedding: its classifier's input, mapped by a linear layer to D numbers and normalised. u_n is
+    the sample's own entry and u_nk are those of K other samples in a bank of the teacher's embeddings of all M training
+    samples. L_t is the same with the roles exchanged: the teacher's embedding, whose linear layer is trained too,
+    against a bank of the student's. After each step both banks move towards the batch's embeddings: μ old + (1 - μ)
+    new, normalised. Z is M times the mean exp(v·u / τ) of the first batch, one for each side.
 
-    As the published code (HobbitLong/RepDistiller, and megvii-research/mdistiller after it), with these differences:
+    Differences to the published code (HobbitLong/RepDistiller, and megvii-research/mdistiller after it):
 
     - The paper allows negatives of the same class; the published recipe draws them from the other classes, and so do
-      we. ``positives`` is its mode: "exact", the sample itself, with which the published figures were made, or
-      "relax", any sample of its class.
-    - Negatives are drawn uniformly with replacement. The code draws without where there are K others, and otherwise
-      with; its alias method, for samples of any class, is with replacement and with equal weights, which is uniform.
-    - A negative that was drawn c times counts c times, and scores are taken against the whole bank at once: the same
-      sum, without K embeddings of D numbers for each row of the batch (half a GiB at 64 rows of 16384).
-    - The code adds 1e-7 to e + K / M against a division by zero. The logarithms here are those of a sigmoid, which
-      need nothing.
-    - With several processes the code would keep other banks, and other Z, in each. Here the embeddings of all
-      processes are gathered, so the banks stay the same everywhere.
+      we. ``positives`` is its mode: "exact", the sample itself, which the published figures use, or "relax", any
+      sample of its class.
+    - Negatives are drawn uniformly with replacement. The code draws without replacement if there are K
+      others, otherwise with; its alias method, for samples of any class, is with replacement and equal weights, which
+      is uniform.
+    - A negative drawn c times counts c times, and scores are computed against the whole bank at once: the same sum,
+      without K embeddings of D numbers for each row of the batch (half a GiB for 64 rows of 16384).
+    - The code adds 1e-7 to e + K / M to avoid a division by zero. The logarithms here are those of a sigmoid, which
+      do not need it.
+    - With several processes the code would keep separate banks, and a separate Z, in each. Here the embeddings of all
+      processes are gathered, so the banks are the same everywhere.
 
-    A step takes up to half a GiB, and the banks 8 M D bytes (49 MiB on CIFAR, 1.2 GiB on ImageNet); the method refuses
-    a device that has less. A draw is a function of (seed, step, sample), so that a resumed run draws the same.
+    A step takes up to half a GiB, and the banks 8 M D bytes (49 MiB on CIFAR, 1.2 GiB on ImageNet); a device with less
+    memory is refused. A draw is a function of (seed, step, sample), so a resumed run draws the same.
 
-    The seed of the draws comes from torch's generator, which stands at the same place in all processes of a run.
+    The seed of the draws comes from torch's generator, which is in the same state in all processes of a run.
 
     Raises:
-        ValueError: samples that allow no negatives, or banks that do not fit the device.
+        ValueError: the samples allow no negatives, or the banks do not fit the device.
     """
 
     settings_class = CRDSettings
@@ -349,19 +350,19 @@ class CRD(Method[CRDSettings]):
         return Loss(self.ce_weight * ce + self.settings.weight * crd, {"ce": ce.detach(), "crd": crd.detach()})
 
     def device_bytes(self, batch: int) -> int:
-        """The banks, and the scores and draws of as many rows as are taken at once."""
+        """Return the bytes of the banks, and of the scores and draws of the rows computed at once."""
         rows = min(batch, self._rows_at_once)
         return bank_bytes(len(self.banks), self.banks.width) + rows * self._bytes_of_a_row
 
     def _contrast(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """L_s + L_t for embeddings (N, D); the banks remember them."""
+        """Return L_s + L_t for embeddings (N, D), and update the banks."""
         rows = self.banks.rows(batch.sample_ids)
         positive = rows if self.settings.positives == "exact" else self.banks.same_class(rows, batch.labels)
         sides = [(student, self.banks.teacher), (teacher, self.banks.student)]
         own = [(anchors * bank[positive]).sum(1) / self.settings.temperature for anchors, bank in sides]
         if not self._knows_z:
             self._find_z(sides, own, rows, batch.labels)
-        # ln of e M / K, so that h is its sigmoid.
+        # ln(e M / K), so that h is its sigmoid.
         shifts = self.log_z + math.log(self.settings.negatives / len(self.banks))
         total = F.softplus(shifts[:, None] - torch.stack(own)).sum()
         for part in self._parts(len(rows)):
@@ -376,8 +377,8 @@ class CRD(Method[CRDSettings]):
 
     @torch.no_grad()
     def _find_z(self, sides: list[tuple[Tensor, Tensor]], own: list[Tensor], rows: Tensor, labels: Tensor) -> None:
-        """From the first batch of all processes; the host knows which that is."""
-        top = 1 / self.settings.temperature  # about the largest score, taken off so that none overflows
+        """Compute Z from the first batch of all processes; the host knows which batch is first."""
+        top = 1 / self.settings.temperature  # about the largest score, subtracted to avoid overflow
         sums = torch.stack([(scores - top).exp().sum() for scores in own])
         for part in self._parts(len(rows)):
             counts = self._counts(rows[part], labels[part])
@@ -389,21 +390,21 @@ class CRD(Method[CRDSettings]):
 
     @property
     def _bytes_of_a_row(self) -> int:
-        """A few numbers per sample and per draw."""
+        """Return the bytes of a few numbers per sample and per draw."""
         return 16 * len(self.banks) + 96 * self.settings.negatives
 
     @property
     def _rows_at_once(self) -> int:
-        """As many as memory allows."""
+        """Return how many rows fit in memory."""
         return max(1, _WORKING_BYTES // self._bytes_of_a_row)
 
     def _parts(self, rows: int) -> list[slice]:
-        """Slices of a batch, each as large as memory allows."""
+        """Return slices of a batch, each as large as memory allows."""
         size = self._rows_at_once
         return [slice(start, start + size) for start in range(0, rows, size)]
 
     def _counts(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """(N, M) fp32, how often each sample is drawn for each row: whole numbers, whose sums have no order."""
+        """Return (N, M) fp32, how often each sample is drawn for each row: whole numbers, whose sums are exact."""
         drawn = self.banks.negatives(rows, labels, self.settings.negatives)
         counts = torch.zeros(len(rows), len(self.banks), device=rows.device)
         return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))
@@ -418,7 +419,7 @@ class CRD(Method[CRDSettings]):
 
 
 class _Negatives(torch.autograd.Function):
-    """Σ_nm c_nm softplus( v_n·u_m / τ - shift ), with the gradient of v formed along: what is kept is (N, D)."""
+    """Σ_nm c_nm softplus( v_n·u_m / τ - shift ), computing the gradient of v along the way: only (N, D) is saved."""
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, bank: Tensor, counts: Tensor, shift: Tensor, temperature: float) -> Tensor:
@@ -434,7 +435,7 @@ class _Negatives(torch.autograd.Function):
 
 
 def _from_all(own: Tensor) -> Tensor:
-    """The rows (N, ...) of all processes, in their order."""
+    """Return the rows (N, ...) of all processes, in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return own.detach()
     found = [torch.empty_like(own) for _ in range(dist.get_world_size())]

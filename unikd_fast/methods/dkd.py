@@ -10,20 +10,20 @@ from unikd_fast.values import Batch, Loss, StudentOutput, Target, TopKLogits
 
 @settings
 class DKDSettings:
-    """Decoupled distillation (Zhao et al. 2022): the target class and the others by themselves."""
+    """Decoupled distillation (Zhao et al. 2022): separate terms for the target class and the other classes."""
 
     ce_weight: NonNegative = 1.0
-    """w, the weight of the cross-entropy; a hybrid counts its own."""
+    """w, weight of the cross-entropy. In a hybrid it is counted once."""
     alpha: NonNegative = 1.0
-    """Weight of the target class against the others."""
+    """Weight of TCKD, the target class against the others."""
     beta: NonNegative = 8.0
-    """Weight of the others among themselves: 2 to 8 in the CIFAR literature, by pair of networks."""
+    """Weight of NCKD, the other classes among themselves: 2 to 8 in the CIFAR literature, depending on the networks."""
     temperature: Positive = 4.0
     """Softmax temperature τ: 4 on CIFAR, 1 on ImageNet."""
     ramp_epochs: NonNegative | None = None
-    """Epochs over which r rises linearly from 0; null: 20, but at most 8 % of the run."""
+    """Warm-up: epochs over which r rises linearly from 0. If null, 20, but at most 8 % of the run."""
     standardized: bool = False
-    """Logit standardisation, as in kd. Published with temperature 2, and alpha and beta of 9 times the usual."""
+    """Logit standardisation, as in kd. Published with temperature 2, and alpha and beta 9 times their usual values."""
 
 
 class DKD(Method[DKDSettings]):
@@ -31,9 +31,9 @@ class DKD(Method[DKDSettings]):
 
         TCKD = KL( (p_y, 1 - p_y) || (q_y, 1 - q_y) ),    NCKD = KL( p without y || q without y, both renormalised )
 
-    for the teacher's p, the student's q and the label y, at temperature τ. Where the published code (mdistiller)
-    differs: its r is that of the epoch, 1/20 in the first, ours that of the step, from 0; it takes y out of NCKD by
-    a logit 1000 lower, here it is left out; its ln(1 - q_y) is -inf where 1 - q_y underflows, here it is finite.
+    for the teacher's p, the student's q and the label y, at temperature τ. Differences to the published code
+    (mdistiller): its r is that of the epoch, 1/20 in the first, ours that of the step, from 0; it removes y from NCKD
+    by a logit lower by 1000, here y is left out; its ln(1 - q_y) is -inf where 1 - q_y underflows, here it is finite.
     """
 
     settings_class = DKDSettings
@@ -54,7 +54,7 @@ class DKD(Method[DKDSettings]):
         assert target is not None
         assert not isinstance(target.logits, TopKLogits), "all logits are needed"
         ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
-        # Each part by itself, so that the log can tell them apart.
+        # Computed separately for the log.
         of_target, of_others = (
             dkd_loss(
                 student.logits,

@@ -15,27 +15,27 @@ from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 @settings
 class FitNetSettings:
-    """One level of the student regressed onto the teacher's."""
+    """One level of the student is regressed onto the teacher's."""
 
     weight: NonNegative = 100.0
-    """w, the weight of the mean squared difference."""
+    """w, weight of the mean squared difference."""
     level: Annotated[int, Ge(0)] = 1
-    """The level of each network, from 0, its finest."""
+    """Index of the level in each network, 0 for the finest."""
 
 
 class FitNet(Method[FitNetSettings]):
-    """L = L_CE + w mean( (r(F_s) - F_t)² ), r a convolution with BatchNorm and ReLU.
+    """L = L_CE + w mean( (r(F_s) - F_t)² ), where r is a convolution with BatchNorm and ReLU.
 
-    The convolution brings the student's level to the teacher's size: 3x3 with stride 2 from twice the size, a
-    transposed 4x4 with stride 2 from half of it, else without padding and 1 + H_s - H_t wide.
+    The convolution maps the student's level to the teacher's size: 3x3 with stride 2 from twice the size, a transposed
+    4x4 with stride 2 from half of it, otherwise without padding and 1 + H_s - H_t wide.
 
-    The paper trains the student up to the level by this term alone first, and then by KD alone. mdistiller, whose
-    figures the literature cites, trains by the sum from the start, at the second stage after the stem, after its
-    ReLU; so do we. As there, the level is counted from the fine end of each network's own, however many they have.
+    The paper first trains the student up to the level by this term alone, and then by KD alone. mdistiller, which the
+    figures of the literature come from, trains by the sum from the start, at the second stage after the stem, after its
+    ReLU; so do we. As there, levels are counted from the fine end of each network, however many it has.
 
     Raises:
-        ValueError: one of the networks has no such level, or the student's is smaller than the teacher's by another
-            factor than 2.
+        ValueError: a network has no such level, or the student's is smaller than the teacher's by a factor other than
+            2.
     """
 
     settings_class = FitNetSettings
@@ -49,7 +49,7 @@ class FitNet(Method[FitNetSettings]):
         if not 0 <= level < fewest:
             raise ValueError(
                 f"FitNet: level must be from 0 to {fewest - 1}, got {level}: the student has {len(student_shapes)} "
-                f"levels and the teacher {len(teacher_shapes)}; take a finer one"
+                f"levels and the teacher {len(teacher_shapes)}; set a smaller distill.fitnet.level"
             )
         self.adapter: Regressor = Regressor(student_shapes[level], teacher_shapes[level], level=level)
 
@@ -63,13 +63,13 @@ class FitNet(Method[FitNetSettings]):
     def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         assert target is not None
         ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
-        # The squares of half-precision features overflow.
+        # Squares of half-precision features overflow.
         hint = F.mse_loss(at_least_fp32(student.adapted), at_least_fp32(target.extra))
         return Loss(self.ce_weight * ce + self.settings.weight * hint, {"ce": ce.detach(), "hint": hint.detach()})
 
 
 class Regressor(nn.Module):
-    """The student's Features -> its level in the teacher's shape, (N, C_t, H_t, W_t)."""
+    """Maps the student's Features to its level in the teacher's shape, (N, C_t, H_t, W_t)."""
 
     def __init__(self, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int], *, level: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Regressor(nn.Module):
         else:
             raise ValueError(
                 f"FitNet: a level of the student must be half as large as the teacher's, or not smaller, got {size} x "
-                f"{size} and {wanted} x {wanted} at level {level}; take another level, or name levels that fit "
+                f"{size} and {wanted} x {wanted} at level {level}; use another level, or name levels that fit "
                 "(feature_nodes)"
             )
         self.norm = nn.BatchNorm2d(channels)

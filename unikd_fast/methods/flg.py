@@ -1,4 +1,4 @@
-"""FLG: distillation of logits with a term of the embeddings, weighted by what they do to the logits. A form of ours."""
+"""FLG: logit distillation with a term for the embeddings, weighted by their effect on the logits. Our own form."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,23 +16,23 @@ class FLGSettings:
     """KL of the logits, and the embedding's gap as the teacher's classifier sees it."""
 
     ce_weight: NonNegative = 1.0
-    """w, the weight of the cross-entropy; a hybrid counts its own."""
+    """w, weight of the cross-entropy. In a hybrid it is counted once."""
     beta: NonNegative = 1.0
     """Weight of the KL of the logits."""
     gamma: NonNegative = 1.0
     """Weight of the embedding's gap."""
     temperature: Positive = 4.0
-    """Softmax temperature τ of both."""
+    """Softmax temperature τ of both terms."""
 
 
 class FLG(Method[FLGSettings]):
-    """L = w L_CE + beta τ² KL(p(τ) || q(τ)) + 1/2 gamma Δhᵀ Wᵀ (diag p - p pᵀ) W Δh, the last a batch mean.
+    """L = w L_CE + beta τ² KL(p(τ) || q(τ)) + 1/2 gamma Δhᵀ Wᵀ (diag p - p pᵀ) W Δh, the last averaged over the batch.
 
-    Δh = h_t - A h_s between the embeddings of both; A (D_t, D_s) is trained with the student, W (K, D_t) are the
-    teacher's last weights, p = p(τ) its probabilities. The original formula was not found; this one is ours. The last
-    term is the second order in Δh of τ² KL(p || p'), p' of the logits z_t - W Δh: directions of the embedding that the
-    teacher's classifier does not see cost nothing, nor do classes that it rules out. It is half the variance of the
-    classes' u = W Δh under p, and computed as such.
+    Δh = h_t - A h_s is the difference of the embeddings; A (D_t, D_s) is trained with the student, W (K, D_t) is the
+    teacher's last weight, p = p(τ) its probabilities. The original formula was not found; this one is ours. The last
+    term is the second order in Δh of τ² KL(p || p'), p' from the logits z_t - W Δh: directions of the embedding that
+    the teacher's classifier ignores cost nothing, nor do classes that it rules out. It is half the variance over
+    classes of u = W Δh under p, and computed as such.
     """
 
     settings_class = FLGSettings
@@ -68,11 +68,11 @@ class FLG(Method[FLGSettings]):
         return Loss(found.total + self.settings.gamma * gap, terms)
 
     def device_bytes(self, batch: int) -> int:
-        """W."""
+        """Return the bytes of W."""
         return self.classifier_weight.nbytes
 
     def _gap(self, delta: Tensor, teacher_logits: Tensor) -> Tensor:
-        """1/2 Var_p(W Δh), batch mean, for Δh (N, D_t)."""
+        """Return 1/2 Var_p(W Δh), averaged over the batch, for Δh (N, D_t)."""
         p = (at_least_fp32(teacher_logits) / self.settings.temperature).softmax(dim=-1)
         with autocast_off(delta.device):
             moved = F.linear(delta, self.classifier_weight.to(delta.dtype))
@@ -81,7 +81,7 @@ class FLG(Method[FLGSettings]):
 
 
 class Projection(nn.Module):
-    """A: the student's embedding (N, D_s) -> (N, D_t), in fp32 under autocast too."""
+    """A: maps the student's embedding (N, D_s) to (N, D_t), in fp32 under autocast too."""
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
         super().__init__()

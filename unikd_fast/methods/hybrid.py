@@ -1,4 +1,4 @@
-"""Several methods at once: their terms summed, the cross-entropy counted once."""
+"""Several methods at once: their terms are summed, and the cross-entropy is counted once."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,23 +14,23 @@ from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 
 class Hybrid(Method[NoSettings]):
-    """L = L_CE + Σ_m (L_m - w_m L_CE), w_m the method's own weight of the cross-entropy.
+    """L = L_CE + Σ_m (L_m - w_m L_CE), where w_m is the method's own weight of the cross-entropy.
 
-    The sum is that of the first view's logits. Each part sees adapted features and a `Target.extra` of its own;
-    terms and figures keep their names, with the part's name before them where two parts have the same.
+    The cross-entropy is that of the first view's logits. Each part gets its own adapted features and `Target.extra`;
+    terms and metrics keep their names, prefixed by the part's name if two parts have the same.
 
     Args:
         parts: methods by name; their ``ce_weight`` is set to 0.
         context: what the run knows.
 
     Raises:
-        ValueError: fewer than two parts, one without a teacher, or two that fit a head beforehand.
+        ValueError: there are fewer than two parts, one needs no teacher, or two fit a head beforehand.
     """
 
     def __init__(self, parts: Mapping[str, Method[Any]], context: RunContext) -> None:
         super().__init__(NoSettings(), context)
         if len(parts) < 2:
-            raise ValueError(f"Hybrid: a hybrid has two methods or more, got {list(parts)}; use the method itself")
+            raise ValueError(f"Hybrid: a hybrid needs at least two methods, got {list(parts)}; use the method itself")
         for name, part in parts.items():
             if not part.needs.teacher:
                 raise ValueError(f"Hybrid: {name} learns from no teacher and adds nothing to a hybrid; leave it out")
@@ -55,7 +55,7 @@ class Hybrid(Method[NoSettings]):
         return ("ce", *(public for names in self._public.values() for public in names.values()))
 
     def prepare(self, batches: Iterable[Features]) -> None:
-        batches = iter(batches)  # each part goes on where the one before it stopped
+        batches = iter(batches)  # each part continues where the previous one stopped
         for part in self.parts.values():
             part.prepare(batches)
 
@@ -66,7 +66,7 @@ class Hybrid(Method[NoSettings]):
     def target(self, teacher: Features, second: Features | None = None) -> Target:
         found = {name: part.target(teacher, second) for name, part in self.parts.items()}
         gaussians = [target.gaussian for target in found.values() if target.gaussian is not None]
-        assert len(gaussians) <= 1, "a target, as a cache, has room for one"
+        assert len(gaussians) <= 1, "a target holds one Gaussian, as does a cache"
         extra = {name: target.extra for name, target in found.items() if target.extra is not None}
         whole = super().target(teacher, second)
         return whole._replace(gaussian=gaussians[0] if gaussians else None, extra=extra or None)
@@ -142,7 +142,7 @@ class Hybrid(Method[NoSettings]):
 
 
 class _Adapters(nn.Module):
-    """The student's Features -> what each part's adapter makes of them, by its name."""
+    """Maps the student's Features to a dictionary of each part's adapter output."""
 
     def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -153,6 +153,6 @@ class _Adapters(nn.Module):
 
 
 def _without_clashes(own: Mapping[str, list[str]]) -> dict[str, dict[str, str]]:
-    """Public names of each part's own: these, or with the part's before it where another part has the same."""
+    """Return public names for each part's own names, prefixed by the part if another part has the same."""
     count = Counter(name for names in own.values() for name in names)
     return {part: {name: name if count[name] == 1 else f"{part}_{name}" for name in own[part]} for part in own}

@@ -12,13 +12,13 @@ class KDSettings:
     """Knowledge distillation of the logits (Hinton et al. 2015)."""
 
     ce_weight: NonNegative = 0.1
-    """w, the weight of the cross-entropy: 0.1 in the CIFAR literature, 0.5 on ImageNet. A hybrid counts its own."""
+    """w, weight of the cross-entropy: 0.1 in the CIFAR literature, 0.5 on ImageNet. In a hybrid it is counted once."""
     beta: NonNegative = 0.9
     """Weight of the KL: 0.9 in the CIFAR literature, 0.5 on ImageNet."""
     temperature: Positive = 4.0
     """Softmax temperature τ: 4 on CIFAR, 1 on ImageNet."""
     scale_by_t2: bool = True
-    """Multiply the KL by τ². Eq. 1 of the UniKD paper prints no τ²; without it the gradient shrinks as 1/τ²."""
+    """Multiply the KL by τ². Eq. 1 of the UniKD paper has no τ²; without it the gradient shrinks as 1/τ²."""
     standardized: bool = False
     """Logit standardisation (Sun et al. 2024): each sample's logits to mean 0 and standard deviation 1 before the KL.
     Published with ce_weight 1, beta 9 and temperature 2."""
@@ -27,9 +27,9 @@ class KDSettings:
 class KD(Method[KDSettings]):
     """L = w L_CE + beta τ² KL(p_t(τ) || p_s(τ)).
 
-    With logit standardisation (Sun et al., CVPR 2024) the KL is that of (z - mean z) / (std z + 1e-7) in place of the
-    logits z, on both sides, each row by itself, std unbiased, with the gradient through mean and std; the cross-entropy
-    sees z. Published weights on CIFAR: w = 1, beta = 9, τ = 2 or 3.
+    With logit standardisation (Sun et al., CVPR 2024) the logits z in the KL are replaced by (z - mean z) / (std z +
+    1e-7), for student and teacher, row by row, with the unbiased std and with gradients through mean and std; the
+    cross-entropy uses z. Published weights on CIFAR: w = 1, beta = 9, τ = 2 or 3.
     """
 
     settings_class = KDSettings
@@ -37,7 +37,7 @@ class KD(Method[KDSettings]):
 
     @classmethod
     def needs_of(cls, settings: KDSettings) -> Needs:
-        """Return what it needs: a row of one class has no standard deviation."""
+        """Return what the method needs: a row of one class has no standard deviation."""
         return cls.needs._replace(two_classes=settings.standardized)
 
     @property

@@ -17,45 +17,46 @@ from unikd_fast.values import Batch, Loss, StudentOutput, Target
 
 @settings
 class MLKDSettings:
-    """Multi-level distillation (Jin et al. 2023) of a weak and a strong view, which data.second_view makes."""
+    """Multi-level distillation (Jin et al. 2023) of a weak and a strong view; needs data.second_view."""
 
     ce_weight: NonNegative = 0.1
-    """w, the weight of the weak view's cross-entropy; a hybrid counts its own."""
+    """w, weight of the weak view's cross-entropy. In a hybrid it is counted once."""
     second_ce_weight: NonNegative = 0.1
-    """w_2, the weight of the strong view's cross-entropy, in a hybrid too."""
+    """w_2, weight of the strong view's cross-entropy, also in a hybrid."""
     weight: NonNegative = 0.9
-    """v, the weight of the KL and Gram terms."""
+    """v, weight of the KL and Gram terms."""
     temperatures: Annotated[tuple[Positive, ...], MinLen(1)] = (3.0, 4.0, 5.0)
-    """T, softmax temperatures of both views. The published code has these; its paper's are 2 to 6."""
+    """T, softmax temperatures of both views, as in the published code; the paper has 2 to 6."""
     first_view_temperatures: tuple[Positive, ...] = (2.0, 6.0)
-    """F, temperatures of the weak view alone, whose KL counts twice, as in the published code."""
+    """F, further temperatures of the weak view, whose KL counts twice, as in the published code."""
     masks: bool = True
-    """Weaken the weak view's terms by the shares of samples and of classes in which the teacher is at most as confident
-    as in the median one, about 1/2: what the masks of the published code come to."""
+    """Scale the weak view's terms by the shares of samples and of classes for which the teacher is at most as confident
+    as the median, about 1/2: the effect of the masks in the published code."""
     standardized: bool = False
-    """Logit standardisation of the KL terms, as in kd, and, as its authors do, not of the Gram terms. Published with CE
+    """Logit standardisation of the KL terms, as in kd, but not of the Gram terms, as its authors do. Published with CE
     weights 1, weight 9, temperatures 2, 3, 5."""
 
 
 class MLKD(Method[MLKDSettings]):
-    """Distillation of weak and strong views at several temperatures T, and of another few, F, of the weak view alone.
+    """Distillation of a weak and a strong view at temperatures T, and of the weak view alone at further temperatures F.
 
         L = w CE(weak) + w_2 CE(strong) + v [ Σ_{T,F} m KL_τ(weak) + Σ_T KL_τ(strong) + Σ_F KL_τ(weak)
                                               + Σ_{T,F} m ‖P Pᵀ - Q Qᵀ‖² / N + Σ_{T,F} c ‖Pᵀ P - Qᵀ Q‖² / K ]
 
-    KL_τ = τ² KL(p(τ) || q(τ)), batch mean; P and Q (N, K) are the teacher's and the student's probabilities of the weak
-    view at τ; ‖·‖² sums squares. Temperatures are summed, not averaged. This is what the published code
-    (Multi-Level-Logit-Distillation, KD_ours) computes, with w = w_2 = 0.1, v = 0.9, T = (3, 4, 5), F = (2, 6), and
+    KL_τ = τ² KL(p(τ) || q(τ)), averaged over the batch; P and Q (N, K) are the teacher's and the student's
+    probabilities of the weak view at τ; ‖·‖² sums squares. Terms are summed over temperatures, not averaged. This is
+    what the published code (Multi-Level-Logit-Distillation, KD_ours) computes, with w = w_2 = 0.1, v = 0.9, T = (3, 4,
+    5), F = (2, 6). About that code:
 
-    - m and c stand for its masks: of samples whose teacher is at most as confident as the median one, and of classes
-      whose probabilities, summed over the batch, are at most the median. It multiplies sums that are reduced already
-      with these masks and takes the mean, so they select nothing: they are factors, m and c the shares of samples and
-      of classes kept, 1/2 but for ties and odd numbers.
-    - The strong view's KL at τ = 2 and 6 is called with the weak view's logits, so F counts the weak view once more.
-    - It computes Gram terms of the strong view too, and leaves them out of the loss.
+    - m and c stand for its masks: of samples whose teacher is at most as confident as the median, and of classes whose
+      probabilities, summed over the batch, are at most the median. It multiplies already reduced sums by these masks
+      and takes the mean, so they select nothing: they are factors, m and c the shares of samples and of classes kept,
+      1/2 apart from ties and odd numbers.
+    - The strong view's KL at τ = 2 and 6 is computed from the weak view's logits, so F counts the weak view once more.
+    - It also computes Gram terms of the strong view, but leaves them out of the loss.
 
-    Its strong view is weaker than ours by default (``data.second_view``): two operations, each at a random magnitude
-    whatever it calls "10", and a grey square cut out at any place, of a random side up to half the image's.
+    Its strong view is weaker than our default (``data.second_view``): two operations, each at a random magnitude,
+    although it is given as "10", and a grey square at any place, with a random side up to half the image's.
 
     The formula without those accidents has T = (2, 3, 4, 5, 6), no F and m = c = 1 (``masks=False``). ‖Pᵀ P - Qᵀ Q‖²
     grows with the number of samples squared: both Gram terms are of the micro-batch of one process (64 as published).
@@ -66,7 +67,7 @@ class MLKD(Method[MLKDSettings]):
 
     @classmethod
     def needs_of(cls, settings: MLKDSettings) -> Needs:
-        """Return what it needs: a row of one class has no standard deviation."""
+        """Return what the method needs: a row of one class has no standard deviation."""
         return cls.needs._replace(two_classes=settings.standardized)
 
     @property
@@ -96,7 +97,7 @@ class MLKD(Method[MLKDSettings]):
         return Loss(total, {name: value.detach() for name, value in zip(self.term_names, values, strict=True)})
 
     def _divergence(self, student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
-        """Σ τ² KL over these temperatures; 0 for none."""
+        """Return Σ τ² KL over these temperatures, 0 if there are none."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         for temperature in temperatures:
             total = total + softmax_kl(
@@ -105,7 +106,7 @@ class MLKD(Method[MLKDSettings]):
         return total
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        """(T, N, K) at all the temperatures."""
+        """Return (T, N, K) for all temperatures."""
         rows = at_least_fp32(logits)
         return torch.stack(
             [
@@ -115,7 +116,7 @@ class MLKD(Method[MLKDSettings]):
         ).softmax(dim=-1)
 
     def _shares_kept(self, teacher: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """m of the samples and c of the classes."""
+        """Return m of the samples and c of the classes."""
         if not self.settings.masks:
             return 1.0, 1.0
         p = at_least_fp32(teacher).softmax(dim=-1)
@@ -123,10 +124,10 @@ class MLKD(Method[MLKDSettings]):
 
 
 def _gram_gap(p: Tensor, q: Tensor) -> Tensor:
-    """Σ ‖p pᵀ - q qᵀ‖² / M over matrices (T, M, ·)."""
+    """Return Σ ‖p pᵀ - q qᵀ‖² / M over matrices (T, M, ·)."""
     return (p @ p.mT - q @ q.mT).square().sum() / p.shape[-2]
 
 
 def _share_up_to_the_median(values: Tensor) -> Tensor:
-    """Share of values (M,) that are at most their median, the middle between the two middle ones of an even number."""
+    """Return the share of values (M,) at or below their median, the mean of the two middle values if M is even."""
     return (values <= values.quantile(0.5)).to(values.dtype).mean()

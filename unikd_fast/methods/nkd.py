@@ -1,4 +1,4 @@
-"""NKD, knowledge distillation with a normalised loss of the non-targets (Yang et al., ICCV 2023)."""
+"""NKD, knowledge distillation with a normalised loss of the non-target classes (Yang et al., ICCV 2023)."""
 
 import torch
 from torch.nn import functional as F
@@ -17,20 +17,20 @@ class NKDSettings:
     """Normalised distillation (Yang et al. 2023): the teacher's target probability, and the others renormalised."""
 
     ce_weight: NonNegative = 1.0
-    """w, the weight of the cross-entropy; a hybrid counts its own."""
+    """w, weight of the cross-entropy. In a hybrid it is counted once."""
     gamma: NonNegative = 1.5
-    """Weight of the classes that are not the label."""
+    """Weight of the non-target classes."""
     temperature: Positive = 1.0
-    """Softmax temperature τ of these."""
+    """Softmax temperature τ of the non-target classes."""
 
 
 class NKD(Method[NKDSettings]):
-    """L = w L_CE - p_y ln q_y - gamma τ² Σ_{k != y} p'_k ln q'_k, means over the batch.
+    """L = w L_CE - p_y ln q_y - gamma τ² Σ_{k != y} p'_k ln q'_k, averaged over the batch.
 
-    p and q are the teacher's and the student's probabilities at τ = 1; p' and q' theirs at τ among the classes other
-    than the label y, renormalised. As in the published code (cls_KD), p_y and q_y stay at τ = 1 whatever τ is, and the
-    label of a mixed sample is its heaviest class. The published gamma and τ are 1.5 and 1 on ImageNet, 3.5 and 3 on
-    CIFAR-100 (ResNet-34 to ResNet-18). Tables that call logit standardisation "NKD" mean another method, see `KD`.
+    p and q are the teacher's and the student's probabilities at τ = 1; p' and q' those at τ over the classes other than
+    the label y, renormalised. As in the published code (cls_KD), p_y and q_y stay at τ = 1 whatever τ is, and the label
+    of a mixed sample is its heaviest class. The published gamma and τ are 1.5 and 1 on ImageNet, 3.5 and 3 on CIFAR-100
+    (ResNet-34 to ResNet-18). Tables that call logit standardisation "NKD" mean another method, see `KD`.
     """
 
     settings_class = NKDSettings
@@ -45,7 +45,7 @@ class NKD(Method[NKDSettings]):
         assert not isinstance(target.logits, TopKLogits), "all logits are needed"
         labels = batch.labels.argmax(dim=-1) if batch.labels.is_floating_point() else batch.labels
         ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
-        # The cross-entropy of p' and q' is the divergence, which is fused, and the entropy of p', a constant.
+        # The cross-entropy of p' and q' is the divergence, which is fused, plus the entropy of p', a constant.
         divergence = dkd_loss(
             student.logits,
             target.logits,

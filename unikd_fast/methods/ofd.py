@@ -13,39 +13,40 @@ from unikd_fast.methods.method import Method, Needs
 from unikd_fast.settings import NonNegative, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
-_RARELY_NEGATIVE = 0.001  # share of negative values below which their mean is no longer taken from the normal
+_RARELY_NEGATIVE = 0.001  # share of negative values below which the normal's conditional mean is not used
 
 
 @settings
 class OFDSettings:
-    """Levels before activation held to the teacher's, where a ReLU would show the difference."""
+    """Levels before activation are matched to the teacher's, where a ReLU would pass the difference on."""
 
     weight: NonNegative = 1e-3
-    """w, the weight of the partial squared differences, summed over channels and pixels; 1e-4 on ImageNet."""
+    """w, weight of the partial squared differences, summed over channels and pixels; 1e-4 on ImageNet."""
     teacher_batch_statistics: bool = False
-    """Let the teacher's BatchNorms normalise by each batch, as the authors' code, which keeps the teacher in training
+    """Let the teacher's BatchNorms use batch statistics, like the authors' code, which keeps the teacher in training
     mode; needs teacher.fold_batch_norm = false."""
 
 
 class OFD(Method[OFDSettings]):
     """L = L_CE + w Σ_l 2^-(n-l-1) (1/N) Σ d_p( max(F_t, m), r(F_s) ), l = 0 .. n-1, n levels before activation.
 
-    d_p(t, s) is the partial (t - s)²: nothing where s <= t <= 0, because the ReLU after it hides the difference. m is
-    the mean of a channel's negative values, of a normal with the shift and scale of the teacher's BatchNorm. r is a
-    1x1 convolution with BatchNorm.
+    d_p(t, s) is the partial (t - s)²: zero if s <= t <= 0, because the ReLU after it hides the difference. m is the
+    mean of a channel's negative values, for a normal with the shift and scale of the teacher's BatchNorm. r is a 1x1
+    convolution with BatchNorm.
 
-    The sum is over channels and pixels, the mean over the samples, as in the code of the authors, whose masked form of
-    d_p is used; mdistiller's is the same wherever m < 0. From mdistiller, where the authors' networks have one size
-    and number of levels: the teacher's level is averaged to the student's size (repeated, where that is the larger),
-    and the last min(L_s, L_t) levels are compared.
+    The sum is over channels and pixels, the mean over samples, as in the authors' code, whose masked form of d_p is
+    used; mdistiller's is the same if m < 0. Two rules come from mdistiller, as the authors' networks always match in
+    size and number of levels: the teacher's level is averaged to the student's size (or repeated, if that is larger),
+    and the
+    last min(L_s, L_t) levels are compared.
 
-    The authors' code keeps the teacher in training mode, so that F_t is normalised by the statistics of each batch, and
-    a sample's features depend on the others of it: the distillation term differs by 5 % and its gradient by 6 %. Ours,
-    as mdistiller's, is in eval mode unless ``teacher_batch_statistics`` asks for theirs, which a teacher with folded
-    BatchNorms cannot have. The margins m are the same in both.
+    The authors' code keeps the teacher in training mode, so that F_t is normalised by batch statistics, and a sample's
+    features depend on the rest of its batch: the distillation term differs by 5 % and its gradient by 6 %. Ours, like
+    mdistiller's, is in eval mode unless ``teacher_batch_statistics`` is set, which a teacher with folded BatchNorms
+    does not support. The margins m are the same in both.
 
     Raises:
-        ValueError: a level of the teacher is not given by a BatchNorm, or by one of another width.
+        ValueError: a level of the teacher is not computed by a BatchNorm, or by one of another width.
     """
 
     settings_class = OFDSettings
@@ -58,8 +59,8 @@ class OFD(Method[OFDSettings]):
         widths, channels = [norm.num_features for norm in teacher_norms], [shape[0] for shape in teacher_shapes]
         if widths != channels:
             raise ValueError(
-                f"OFD: there must be a BatchNorm for each level of the teacher, got widths {widths} for levels of "
-                f"{channels} channels; pass those that give the levels before their activation"
+                f"OFD: each level of the teacher needs a BatchNorm, got widths {widths} for levels of "
+                f"{channels} channels; pass those that compute the levels before their activation"
             )
         count = min(len(student_shapes), len(teacher_shapes))
         self.sizes = [size for _, size, _ in student_shapes[-count:]]
@@ -68,7 +69,7 @@ class OFD(Method[OFDSettings]):
 
     @classmethod
     def needs_of(cls, settings: OFDSettings) -> Needs:
-        """Return what it needs, which is more where the teacher is to be as in training."""
+        """Return what the method needs, which is more if the teacher is to use batch statistics."""
         return cls.needs._replace(teacher_batch_statistics=settings.teacher_batch_statistics)
 
     @property
@@ -90,10 +91,10 @@ class OFD(Method[OFDSettings]):
 
 
 class Connectors(nn.Module):
-    """The student's Features -> r of its last levels before activation, with the teacher's channels.
+    """Maps the student's Features to r of its last levels before activation, with the teacher's channels.
 
     Args:
-        student_channels, teacher_channels: of each level, fine to coarse.
+        student_channels, teacher_channels: channels of each level, from fine to coarse.
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
@@ -107,11 +108,11 @@ class Connectors(nn.Module):
 
 
 def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
-    """(1/N) Σ d_p( max(t, m), s ) in fp32.
+    """Return (1/N) Σ d_p( max(t, m), s ) in fp32.
 
     Args:
-        student, teacher: (N, C, H, W) before activation.
-        margin: m < 0, (C, 1, 1).
+        student, teacher: levels (N, C, H, W) before activation.
+        margin: margin m < 0, (C, 1, 1).
 
     Example:
         >>> one = torch.ones(1, 1, 1, 1)
@@ -125,7 +126,7 @@ def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
 
 
 def negative_mean(norm: nn.BatchNorm2d) -> Tensor:
-    """m of each channel, (C,) fp32: E[x | x < 0], x normal with mean b and standard deviation s = |scale|.
+    """Return m of each channel, (C,) fp32: E[x | x < 0], x normal with mean b and standard deviation s = |scale|.
 
         m = b - s φ(b/s) / Φ(-b/s),    but -3 s where Φ(-b/s) <= 0.001
 

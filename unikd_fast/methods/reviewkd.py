@@ -1,4 +1,4 @@
-"""ReviewKD (KR): each level of the student, with what lies above it, against the teacher's (Chen et al. 2021)."""
+"""ReviewKD (KR): each level of the student, fused with the coarser ones, against the teacher's (Chen et al. 2021)."""
 
 from collections.abc import Sequence
 
@@ -17,32 +17,32 @@ _CONTEXTS = (4, 2, 1)  # sizes that HCL averages to
 
 @settings
 class ReviewKDSettings:
-    """The student's levels, each with what lies above it, held to the teacher's."""
+    """The student's levels, each fused with the coarser ones, are matched to the teacher's."""
 
     weight: NonNegative = 1.0
-    """w, the weight of the hierarchical context loss; from 0.6 to 8 in the literature, by the pair of networks."""
+    """w, weight of the hierarchical context loss: 0.6 to 8 in the literature, depending on the networks."""
     ramp_epochs: NonNegative | None = None
-    """T, epochs over which the weight rises linearly from 0; null: 20, but at most 8 % of the run."""
+    """T, epochs over which the weight rises linearly from 0. If null, 20, but at most 8 % of the run."""
     width: PositiveInt | None = None
-    """Channels inside of the fusions; null: the width of the student's embedding, but at most 512."""
+    """Channels inside the fusion modules. If null, the width of the student's embedding, but at most 512."""
     student_before_activation: bool = False
-    """Take the student's levels before their activation, as the teacher's are; false in the literature on CIFAR, true
-    on ImageNet."""
+    """Use the student's levels before their activation, like the teacher's: false in the literature on CIFAR, true on
+    ImageNet."""
 
 
 class ReviewKD(Method[ReviewKDSettings]):
     """L = L_CE + w min(1, t / T) Σ_l HCL( G_l, F_l ), after t epochs.
 
-    F_l are the teacher's levels before activation and its embedding, G_l what the student's ABF (`Review`) makes of
-    its own levels and embedding, from the coarsest on. The last min(L_s, L_t) levels and the embedding are compared.
+    F_l are the teacher's levels before activation and its embedding; G_l is computed by the student's ABF (`Review`)
+    from its own levels and embedding, starting from the coarsest. The last min(L_s, L_t) levels and the embedding are
+    compared.
 
-    The student's levels are those after activation, as in the authors' code for CIFAR and in mdistiller, which takes
-    them before it on ImageNet. HCL, as there, halves the weight for each size that it does average to: 1/2, 1/4, 1/8
-    for 4, 2, 1 on levels above 4 x 4, and 1/2, 1/4 for 2, 1 on a level of 4 x 4. There t counts whole epochs; ours has
-    fractions.
+    The student's levels are those after activation, as in the authors' code for CIFAR and in mdistiller, which uses
+    those before it on ImageNet. As there, HCL halves the weight for each size it averages to: 1/2, 1/4, 1/8 for 4, 2, 1
+    on levels above 4 x 4, and 1/2, 1/4 for 2, 1 on a level of 4 x 4. There t counts whole epochs; ours is fractional.
 
-    The authors' code never calls ``teacher.eval()``, so its teacher normalises by the statistics of each batch; ours is
-    in eval mode, as mdistiller's.
+    The authors' code never calls ``teacher.eval()``, so its teacher uses batch statistics; ours is in eval mode, like
+    mdistiller's.
     """
 
     settings_class = ReviewKDSettings
@@ -62,7 +62,7 @@ class ReviewKD(Method[ReviewKDSettings]):
 
     @classmethod
     def needs_of(cls, settings: ReviewKDSettings) -> Needs:
-        """Return what it needs, which is more where the student's levels are taken before their activation."""
+        """Return what the method needs, which is more if the student's levels are used before their activation."""
         return cls.needs._replace(before_activation=settings.student_before_activation)
 
     @property
@@ -85,13 +85,13 @@ class ReviewKD(Method[ReviewKDSettings]):
 
 
 class Review(nn.Module):
-    """The student's Features -> G_l of its last levels and of its embedding, in the shapes of the teacher's.
+    """Maps the student's Features to G_l of its last levels and of its embedding, in the shapes of the teacher's.
 
     Args:
-        student_channels: of each, fine to coarse, the embedding's last.
-        teacher_shapes: (C_l, H_l) of each, likewise.
-        width: channels inside.
-        before_activation: whether the levels are taken before their activation.
+        student_channels: channels of each level, from fine to coarse, then of the embedding.
+        teacher_shapes: (C_l, H_l) of each, in the same order.
+        width: channels inside the fusion modules.
+        before_activation: whether the levels are used before their activation.
     """
 
     def __init__(
@@ -123,18 +123,18 @@ class Review(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """ABF: a level blended with what was fused above it, by two maps of attention that need not sum to 1.
+    """ABF: a level blended with what was fused from the coarser ones, by two attention maps that need not sum to 1.
 
         x = N(W_1 F),    (g, h) = sigmoid( W_g (x ⊕ Up(y)) ),    z = g x + h Up(y),    G = N(W_3 z)
 
-    W_1 and W_g are 1x1, W_3 is 3x3, N is BatchNorm, Up takes the nearest. z is brought to the teacher's size, also by
-    the nearest, and is the y of the next finer level. The coarsest has no y: z = x.
+    W_1 and W_g are 1x1, W_3 is 3x3, N is BatchNorm, Up is nearest-neighbour upsampling. z is resized to the teacher's
+    size, also by nearest neighbour, and is the y of the next finer level. The coarsest has no y: z = x.
 
     Args:
-        channels: of F.
-        width: of x, y and z.
-        out_channels, size: of G, the teacher's.
-        has_above: whether there is a y.
+        channels: channels of F.
+        width: channels of x, y and z.
+        out_channels, size: channels and size of G, the teacher's.
+        has_above: whether there is a coarser level y.
     """
 
     def __init__(self, channels: int, width: int, out_channels: int, size: int, *, has_above: bool) -> None:
@@ -150,7 +150,7 @@ class AttentionFusion(nn.Module):
             nn.init.kaiming_uniform_(layer.weight, a=1)
 
     def forward(self, level: Tensor, above: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(G, z): (N, C_out, size, size) and (N, width, size, size)."""
+        """Return (G, z): (N, C_out, size, size) and (N, width, size, size)."""
         x = self.project(level)
         if self.attention is not None:
             assert above is not None
@@ -162,19 +162,19 @@ class AttentionFusion(nn.Module):
 
 
 def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """HCL: the mean squared difference as it is and averaged to 4 x 4, 2 x 2 and 1 x 1, in fp32.
+    """Return HCL: the mean squared difference at full size and averaged to 4 x 4, 2 x 2 and 1 x 1, in fp32.
 
         ( MSE + Σ_i 2^-i MSE_i ) / ( 1 + Σ_i 2^-i ),    i = 1, 2, .. over those sizes that are smaller than H
 
     Args:
-        student, teacher: (N, C, H, H).
+        student, teacher: levels (N, C, H, H).
 
     Example:
         >>> hierarchical_context_loss(torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
         tensor(1.)
     """
     assert student.shape == teacher.shape
-    # Averaging is linear: the difference is averaged once instead of both.
+    # Averaging is linear: the difference is averaged once instead of both levels.
     difference = at_least_fp32(student) - at_least_fp32(teacher)
     total, weight, weights = difference.square().mean(), 1.0, 1.0
     for size in _CONTEXTS:
@@ -186,7 +186,7 @@ def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _with_embedding(levels: Sequence[Tensor], features: Features) -> tuple[Tensor, ...]:
-    """The embedding as a coarsest level of one pixel."""
+    """Append the embedding as a coarsest level of one pixel."""
     assert features.embedding is not None
     return (*levels, features.embedding[:, :, None, None])
 

@@ -1,8 +1,8 @@
 """UniKD: feature and logit knowledge under one KL paradigm (Eq. 4-7 of the paper).
 
-Trained through L_FL alone the teacher's side, AFF_t and FDP, has a trivial optimum: a projection that goes to zero
-gives L_FL = 0 for any features. So it is fitted to describe the teacher's own logits instead (L_anchor), by an
-optimiser of its own.
+Trained by L_FL alone, the teacher head, AFF_t and FDP, has a trivial optimum: a projection that goes to zero gives
+L_FL = 0 for any features. So it is fitted to predict the teacher's own logits instead (L_anchor), by an optimiser of
+its own.
 """
 
 import itertools
@@ -27,10 +27,10 @@ from unikd_fast.values import Batch, Features, Gaussian, Loss, StudentOutput, Ta
 
 
 class PooledFusion(nn.Module):
-    """A network's Features -> AFF of its levels (Eq. 4) -> global average pool, (N, D).
+    """Maps a network's Features to AFF of its levels (Eq. 4), globally average-pooled, (N, D).
 
     Args:
-        fusion: the AFF module, of all levels or of the coarsest alone.
+        fusion: AFF module, of all levels or of the coarsest alone.
     """
 
     def __init__(self, fusion: AdaptiveFeatureFusion) -> None:
@@ -42,7 +42,7 @@ class PooledFusion(nn.Module):
 
 
 class TeacherHead(nn.Module):
-    """AFF_t and FDP: the teacher's Features -> Gaussian(mean, log_var), (N, K) each."""
+    """AFF_t and FDP: maps the teacher's Features to Gaussian(mean, log_var), (N, K) each."""
 
     def __init__(self, fusion: PooledFusion, distribution: FeatureDistributionPrediction) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class TeacherHead(nn.Module):
 
 
 class HeadTrainer:
-    """Fits a TeacherHead to the teacher's logits with AdamW, averaged over all processes.
+    """Fits a TeacherHead to the teacher's logits with AdamW, averaging gradients over all processes.
 
     L_anchor = 1/2 mean_k[ (y_t - m_t)^2 / v_t + ln v_t ], y_t = the teacher's logits standardised per sample.
 
     Args:
-        head: the module to fit.
-        learning_rate: of AdamW.
+        head: module to fit.
+        learning_rate: learning rate of AdamW.
     """
 
     def __init__(self, head: TeacherHead, *, learning_rate: float) -> None:
@@ -70,7 +70,7 @@ class HeadTrainer:
         self._keep_buffers()
 
     def predict(self, features: Features) -> Gaussian:
-        """(m_t, log v_t) with gradient to the head, synchronised over processes in its backward pass."""
+        """Return (m_t, log v_t) with gradient to the head, synchronised over processes in the backward pass."""
         if self._replicated is None:
             several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
             self._replicated = DistributedDataParallel(self.head) if several else self.head
@@ -81,7 +81,7 @@ class HeadTrainer:
         return reference.gaussian_anchor(logits, gaussian.mean, gaussian.log_var)
 
     def fit(self, batches: Iterable[Features], steps: int) -> None:
-        """Takes ``steps`` batches, one AdamW step each."""
+        """Take one AdamW step on each of ``steps`` batches."""
         for features in itertools.islice(batches, steps):
             self.backward(self.anchor(self.predict(features), features.logits))
             self.update()
@@ -90,7 +90,7 @@ class HeadTrainer:
         (anchor / accumulation_steps).backward()
 
     def update(self, *, leave_out: bool = False) -> None:
-        """One AdamW step; with ``leave_out`` none, and running statistics are those of the last update again."""
+        """Take one AdamW step; with ``leave_out``, skip it and restore the running statistics of the last update."""
         if leave_out:
             for buffer, kept in zip(self.head.buffers(), self._kept, strict=True):
                 buffer.copy_(kept)
@@ -114,7 +114,7 @@ class HeadTrainer:
 _logger = logging.getLogger("unikd_fast")
 
 MAX_PROJECTED_CLASSES = 2048
-"""Up to so many classes FDP has the paper's two layers K -> K unless asked otherwise: 8.4 million weights."""
+"""Up to this many classes FDP has the paper's two K -> K layers by default: 8.4 million weights."""
 
 
 _HEAD_LEARNING_RATE = 1e-3  # of AdamW
@@ -123,7 +123,7 @@ _OF_THE_HEAD = ("fusion", "gate", "upsample", "norm", "fdp_norm", "variance_floo
 
 @settings
 class UniKDSettings:
-    """UniKD (Huang et al. 2024): a feature distribution loss beside the logits' KL, both of one form."""
+    """UniKD (Huang et al. 2024): a feature distribution loss and a logit loss, both KL divergences."""
 
     alpha: NonNegative = 4.0
     """Weight of the feature distribution loss L_FL (Eq. 7). Unpublished; 4 with the mean over classes."""
@@ -132,26 +132,26 @@ class UniKDSettings:
     temperature: Positive = 4.0
     """Softmax temperature τ of the logit loss (Eq. 2): 4 on CIFAR, 1 on ImageNet."""
     scale_by_t2: bool = True
-    """Multiply the logit loss by τ². Eq. 1 prints no τ²; without it the gradient shrinks as 1/τ²."""
+    """Multiply the logit loss by τ². Eq. 1 has no τ²; without it the gradient shrinks as 1/τ²."""
     feature_reduction: Literal["mean", "sum"] = "mean"
-    """Over classes in Eq. 6; the mean keeps alpha's meaning across numbers of classes."""
+    """Reduction over classes in Eq. 6; with the mean, alpha has the same effect for any number of classes."""
     alpha_ramp_epochs: NonNegative | None = None
-    """Epochs over which alpha rises linearly from 0; null: 20, but at most 8 % of the run."""
+    """Warm-up: epochs over which alpha rises linearly from 0. If null, 20, but at most 8 % of the run."""
     teacher_head: Literal["prefit", "anchored", "literal"] = "prefit"
-    """What trains the teacher's side (AFF_t and FDP): fitted to the teacher's logits before the student and frozen;
-    fitted along with the student; or through the total loss, which collapses."""
+    """How the teacher head (AFF_t and FDP) is trained. prefit: fitted to the teacher's logits before the student, then
+    frozen; anchored: fitted along with the student; literal: by the total loss, which collapses."""
     head_steps: PositiveInt | None = None
-    """Batches of the prefit; null: 1000, but at most as many as the student's training has."""
+    """Batches of the prefit. If null, 1000, but at most as many as the student is trained on."""
     width: PositiveInt | Literal["auto", "deepest"] = "auto"
-    """Fused width D of both AFF modules; auto: min(256, the teacher's deepest width); deepest: that width."""
+    """Fused width D of both AFF modules. auto: min(256, the teacher's deepest width); deepest: that width."""
     fusion: Literal["aff", "last"] = "aff"
-    """aff: all levels, Eq. 4; last: the coarsest level alone (the paper's "FDP only" ablation)."""
+    """aff: all levels, Eq. 4; last: only the coarsest level (the paper's "FDP only" ablation)."""
     gate: Literal["spatial", "channel"] = "spatial"
     """One gate map for all channels, or one per channel."""
     upsample: Literal["nearest", "bilinear"] = "nearest"
     """Upsampling of the coarser level."""
     norm: Literal["input", "batch"] | None = "input"
-    """Batch normalisation at the 1x1 expanders of AFF: input, before them; batch, after them; null: none."""
+    """Batch normalisation at the 1x1 expanders of AFF. input: before them; batch: after them. If null, none."""
     fdp: Literal["auto", "projected", "direct"] = "auto"
     """Form of FDP. projected: the paper's, a layer D -> K and two K -> K; direct: two layers D -> K, for many classes;
     auto: direct above 2,048 classes."""
@@ -164,10 +164,10 @@ class UniKDSettings:
 class UniKD(Method[UniKDSettings]):
     """L = L_CE + alpha L_FL + beta L_L (Eq. 7).
 
-    Student and teacher have an AFF each; FDP is shared. ``teacher_head`` says what trains the teacher's side:
-    "prefit" (fitted to the teacher's logits first, then frozen), "anchored" (the same objective, along with the
-    student) or "literal" (through the total loss; it collapses and is kept for the record). In the first two the
-    student uses FDP with detached weights: sharing stays literal, and the student's loss cannot deform FDP.
+    Student and teacher have an AFF each; FDP is shared. ``teacher_head`` says how the teacher head is trained: "prefit"
+    (fitted to the teacher's logits first, then frozen), "anchored" (the same objective, along with the student) or
+    "literal" (by the total loss; it collapses and is kept for reference). In the first two the student uses FDP with
+    detached weights: FDP is still shared, but the student's loss cannot deform it.
     """
 
     settings_class = UniKDSettings
@@ -176,7 +176,7 @@ class UniKD(Method[UniKDSettings]):
 
     @classmethod
     def needs_of(cls, settings: UniKDSettings) -> Needs:
-        """Return what it needs: trained through the total loss, the head's weights are used whole."""
+        """Return what the method needs: trained by the total loss, the head's weights must be unsharded."""
         return cls.needs._replace(whole_head=settings.teacher_head == "literal")
 
     def __init__(self, settings: UniKDSettings, context: RunContext) -> None:
@@ -202,7 +202,7 @@ class UniKD(Method[UniKDSettings]):
             upsample=settings.upsample,
             norm=settings.norm,
         )
-        # The head first: its random weights, and so the Gaussians it is fitted to, are the same for every student.
+        # Build the head first: its random weights, and so the fitted Gaussians, are the same for every student.
         self.head = TeacherHead(
             PooledFusion(fused(teacher_channels[first:])),
             FeatureDistributionPrediction(
@@ -255,7 +255,7 @@ class UniKD(Method[UniKDSettings]):
         return Target(teacher.logits, self.head(teacher))
 
     def student_gaussian(self, pooled: Tensor) -> Gaussian:
-        """(m_s, log v_s) of the student's pooled vector, through the shared FDP."""
+        """Return (m_s, log v_s) of the student's pooled vector, through the shared FDP."""
         shared = self.head.distribution
         if self.teacher_head == "literal":
             return shared(pooled)
@@ -298,7 +298,7 @@ class UniKD(Method[UniKDSettings]):
 
     @torch.no_grad()
     def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
-        """How alive the teacher's head is; a collapse shows as std(m_t) -> 0 and accuracy at chance."""
+        """Return metrics of the teacher head; a collapse shows as std(m_t) -> 0 and accuracy at chance level."""
         training = self.head.training
         mean, log_var = self.head.eval()(teacher)
         self.head.train(training)
@@ -313,7 +313,7 @@ class UniKD(Method[UniKDSettings]):
         if self.teacher_head == "prefit":
             return None
         return (
-            f"with distill.unikd.teacher_head = {self.teacher_head!r} the teacher's head changes with every step and "
+            f"with distill.unikd.teacher_head = {self.teacher_head!r} the teacher head changes with every step and "
             "needs the teacher's feature levels, not only its outputs; with 'prefit' it does not"
         )
 
