@@ -72,6 +72,10 @@ def write_config(folder: Path, *, name: str = "tiny", **sections: dict[str, Any]
     for section, values in sections.items():
         config.setdefault(section, {}).update(values)
     config["distill"] = for_method(config["distill"])
+    runs = (config.get("compare") or {}).get("runs", {})
+    used = {"method", "max_levels", *(str(run.get("distill.method", "unikd")) for run in runs.values())}
+    if runs:
+        config["distill"] = {key: value for key, value in config["distill"].items() if key in used}
     path = folder / f"{name}.json"
     path.write_text(json.dumps(config))
     return path
