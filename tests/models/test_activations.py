@@ -81,7 +81,7 @@ def expected(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_before_activation_and_embedding_are_what_the_modules_give(name: str) -> None:
+def test_before_activation_and_embedding_match_the_modules(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(name, num_classes=10)
     side = 64 if name.startswith("torchvision") else 32
@@ -113,7 +113,7 @@ def test_before_activation_and_embedding_are_what_the_modules_give(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/wrn_16_1", "cifar/vgg8", "cifar/ShuffleV2"])
-def test_gradients_pass_through_both(name: str) -> None:
+def test_gradients_pass_through_both_features(name: str) -> None:
     model = build_model(name, num_classes=10).train().double()
     reference = copy.deepcopy(model)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
@@ -136,7 +136,7 @@ def test_gradients_pass_through_both(name: str) -> None:
         torch.testing.assert_close(found.grad, whole, rtol=1e-9, atol=1e-9)
 
 
-def test_a_norm_with_an_activation_inside_is_opened() -> None:
+def test_a_norm_with_a_built_in_activation_is_split() -> None:
     """timm's BatchNormAct2d, as in the MobileNetV1 of the ImageNet tables, is one module."""
     torch.manual_seed(0)
     model = timm.create_model("mobilenetv1_100", num_classes=10).train()
@@ -180,14 +180,14 @@ NORMS = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_the_norm_before_each_activation_is_that_of_the_main_path(name: str) -> None:
+def test_norms_before_activation_are_on_the_main_path(name: str) -> None:
     extractor = extract_features(build_model(name, num_classes=10), image_size=32, before_activation=True)
     assert list(extractor.norms_before_activation) == NORMS[name]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/wrn_16_1", "cifar/vgg8", "timm/mobilenetv1_100"])
-def test_a_folded_teacher_in_half_precision_gives_them_too(name: str, precision: str) -> None:
+def test_features_of_a_folded_half_precision_teacher(name: str, precision: str) -> None:
     torch.manual_seed(0)
     network = extract_features(
         build_model(name, num_classes=10), image_size=64, before_activation=True, embedding=True
@@ -257,12 +257,12 @@ def checkpointed() -> nn.Module:
         (torchvision.models.resnet18(), {"before_activation": True, "levels": False}, "got levels=False"),
     ],
 )
-def test_what_a_network_has_not_is_refused_by_name(model: nn.Module, arguments: dict[str, bool], message: str) -> None:
+def test_missing_features_are_refused_by_name(model: nn.Module, arguments: dict[str, bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extract_features(model, image_size=64, **arguments)  # type: ignore[arg-type]
 
 
-def test_levels_are_still_those_of_an_extractor_that_was_asked_for_nothing_more() -> None:
+def test_further_features_do_not_change_the_levels() -> None:
     """An activation in place overwrites the level, not the value before it."""
     model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=10).eval()
     images = torch.randn(2, 3, 64, 64)

@@ -30,7 +30,7 @@ def statistics(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_blocks_are_the_network(name: str) -> None:
+def test_the_blocks_compose_to_the_network(name: str) -> None:
     torch.manual_seed(0)
     side = 32 if name.startswith("cifar") else 64
     images = torch.randn(3, 3, side, side)
@@ -57,7 +57,7 @@ def test_the_blocks_are_the_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/wrn_16_1", "cifar/vgg8", "torchvision/mobilenet_v2"])
-def test_the_gradient_is_that_of_the_plain_network(name: str) -> None:
+def test_gradients_match_the_plain_network(name: str) -> None:
     """With respect to each level, by autograd through the network as it is."""
     torch.manual_seed(0)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64, requires_grad=True)
@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_the_plain_network(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
-def test_other_batches_and_modes_change_nothing() -> None:
+def test_blocks_work_for_other_batches_and_modes() -> None:
     extractor = extract_features(build_model("cifar/vgg8", num_classes=10), image_size=32)
     blocks = split_at_levels(extractor)
     before = {name: buffer.clone() for name, buffer in extractor.plain.named_buffers()}
@@ -94,7 +94,7 @@ def test_other_batches_and_modes_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_follow_a_teacher_that_is_folded_and_cast_afterwards(precision: str) -> None:
+def test_blocks_follow_later_folding_and_casting(precision: str) -> None:
     """Under an autocast of the student's, too."""
     torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 32)
@@ -131,11 +131,11 @@ class Skipping(nn.Module):
         return self.head(self.stage2(first).mean((2, 3)) + first.mean((2, 3)))
 
 
-def test_what_reads_an_earlier_value_is_refused_by_name() -> None:
+def test_a_block_that_reads_an_earlier_value_is_refused() -> None:
     extractor = extract_features(Skipping(), image_size=16, nodes=["stage1", "stage2"])
     with pytest.raises(ValueError, match=r"Skipping computes node 'mean_1' before|'relu' before 'stage2'") as caught:
         split_at_levels(extractor)
-    assert "cut it elsewhere (feature_nodes)" in str(caught.value)
+    assert "split it elsewhere (feature_nodes)" in str(caught.value)
 
 
 class Flattening(Skipping):
@@ -146,13 +146,13 @@ class Flattening(Skipping):
         return self.head(self.stage2(self.stage1(images).relu()).mean((2, 3)).view(count, 4))
 
 
-def test_the_number_of_images_is_no_constant() -> None:
+def test_the_batch_size_is_not_frozen_into_a_block() -> None:
     extractor = extract_features(Flattening(), image_size=16, nodes=["stage1", "stage2"])
     with pytest.raises(ValueError, match="computes node 'getitem' before 'stage2'"):
         split_at_levels(extractor)
 
 
-def test_a_level_that_is_overwritten_by_more_than_a_rectifier_is_refused() -> None:
+def test_a_level_overwritten_by_more_than_a_relu_is_refused() -> None:
     model = timm.create_model("test_nfnet", num_classes=10)
     model.final_act = nn.SiLU(inplace=True)
     with pytest.raises(ValueError, match="level 'final_conv' of NormFreeNet is overwritten"):
@@ -165,7 +165,7 @@ def test_a_level_that_is_overwritten_by_more_than_a_rectifier_is_refused() -> No
     assert torch.equal(features.levels[-1], named(images).levels[-1])
 
 
-def test_a_network_without_levels_cannot_be_cut() -> None:
+def test_a_network_without_levels_cannot_be_split() -> None:
     model = torchvision.models.resnet18(num_classes=10)
     with pytest.raises(ValueError, match="built without levels"):
         split_at_levels(extract_features(model, image_size=64, levels=False, embedding=True))

@@ -27,7 +27,7 @@ def test_each_source_builds_a_plain_classifier(name: str, weights: str | None) -
     assert not torch.equal(logits[0], logits[1])
 
 
-def test_random_weights_follow_the_seed() -> None:
+def test_random_weights_depend_on_the_seed() -> None:
     torch.manual_seed(3)
     first = build_model("timm/test_resnet", num_classes=5)
     torch.manual_seed(3)
@@ -36,7 +36,7 @@ def test_random_weights_follow_the_seed() -> None:
         assert torch.equal(one, other)
 
 
-def test_parameter_count_ignores_buffers_and_counts_shared_tensors_once() -> None:
+def test_parameter_count_excludes_buffers_and_repeats() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
     assert parameter_count(model) == 12 + 6 + 12
     model[2].weight = model[0].weight
@@ -55,13 +55,13 @@ def test_parameter_count_ignores_buffers_and_counts_shared_tensors_once() -> Non
         ("", "a name is one of torchvision, timm, cifar"),
     ],
 )
-def test_unknown_names_come_with_the_nearest_ones(name: str, nearest: str) -> None:
+def test_unknown_names_list_the_nearest_ones(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=r"no network .* for the student") as caught:
         build_model(name, num_classes=10, role="student")
     assert nearest in str(caught.value)
 
 
-def test_detectors_are_no_classifiers() -> None:
+def test_detectors_are_not_offered_as_classifiers() -> None:
     with pytest.raises(ValueError, match="no network"):
         build_model("torchvision/fcos_resnet50_fpn", num_classes=10)
 
@@ -175,7 +175,7 @@ def test_published_googlenet_from_a_file(tmp_path: Path, googlenet: nn.Module, e
 
 
 @pytest.mark.parametrize("auxiliary", [True, False])
-def test_inceptions_auxiliary_head_is_that_of_the_file(auxiliary: bool) -> None:
+def test_inception_gets_the_auxiliary_head_of_its_file(auxiliary: bool) -> None:
     with torch.device("meta"):
         state = torchvision.models.Inception3(10, auxiliary, init_weights=False).state_dict()
         model = bare_model("torchvision/inception_v3", num_classes=10, weights="a.pth", state=state)
@@ -184,7 +184,7 @@ def test_inceptions_auxiliary_head_is_that_of_the_file(auxiliary: bool) -> None:
 
 
 @pytest.mark.parametrize("transforms", [True, False])
-def test_an_exported_student_says_how_it_was_built(tmp_path: Path, transforms: bool) -> None:
+def test_an_exported_student_states_its_options(tmp_path: Path, transforms: bool) -> None:
     path = tmp_path / "student.safetensors"
     student = torchvision.models.GoogLeNet(10, transform_input=transforms, init_weights=False)
     export_student(student, path)
@@ -193,7 +193,7 @@ def test_an_exported_student_says_how_it_was_built(tmp_path: Path, transforms: b
     assert model.aux1 is not None
 
 
-def test_random_networks_are_torchvisions_own() -> None:
+def test_random_networks_match_torchvision() -> None:
     assert not build_model("torchvision/googlenet", num_classes=2, weights=None).transform_input
 
 
@@ -225,7 +225,7 @@ def test_files_get_the_options_of_published_weights(
             assert getattr(model, option, None) == getattr(published, option, None)
 
 
-def test_no_tag_of_timm_implies_an_option() -> None:
+def test_timm_tags_imply_no_options() -> None:
     """Of what timm takes from a pretrained configuration only the number of classes differs between tags."""
     full_names = timm.list_pretrained()
     assert len(full_names) > 1000
@@ -236,7 +236,7 @@ def test_no_tag_of_timm_implies_an_option() -> None:
         assert not tagged.get("fixed_input_size") or tagged["input_size"] == default["input_size"], full
 
 
-def test_a_tag_in_the_name_comes_with_its_configuration(tmp_path: Path) -> None:
+def test_a_tag_in_the_name_sets_its_configuration(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "a.pth")
     model = build_model("timm/test_resnet.r160_in1k", num_classes=3, weights=str(tmp_path / "a.pth"))
     assert model.pretrained_cfg["tag"] == "r160_in1k"

@@ -44,7 +44,7 @@ def trained(model: nn.Module, extracted: bool) -> tuple[Tensor, dict[str, Tensor
 
 @pytest.mark.parametrize("extracted", [False, True], ids=["logits", "levels"])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_and_buffers_are_those_without(name: str, extracted: bool) -> None:
+def test_gradients_and_buffers_match_without_checkpointing(name: str, extracted: bool) -> None:
     torch.manual_seed(0)
     plain = build_model(name, num_classes=10)
     blocks = copy.deepcopy(plain)
@@ -61,7 +61,7 @@ def test_gradients_and_buffers_are_those_without(name: str, extracted: bool) -> 
     assert own_kept < 0.6 * kept  # the stem, which is no block, is most of what is left
 
 
-def test_a_copy_computes_with_its_own_weights() -> None:
+def test_a_copy_uses_its_own_weights() -> None:
     model = build_model("cifar/resnet20", num_classes=10)
     checkpoint_blocks(model)
     other = copy.deepcopy(model)
@@ -73,7 +73,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     assert sum(isinstance(module, Checkpointed) for module in other.modules()) == 9
 
 
-def test_in_evaluation_nothing_is_computed_twice() -> None:
+def test_evaluation_recomputes_nothing() -> None:
     model = build_model("cifar/resnet20", num_classes=10)
     checkpoint_blocks(model)
     calls = []
@@ -89,5 +89,5 @@ def test_in_evaluation_nothing_is_computed_twice() -> None:
 
 
 def test_a_network_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="VGG has no blocks to compute again"):
+    with pytest.raises(ValueError, match="VGG has no blocks to recompute"):
         checkpoint_blocks(build_model("torchvision/vgg11", num_classes=10))

@@ -111,7 +111,7 @@ def _fill(model: nn.Module) -> None:
             parameter.copy_(wave / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 1 + 0.1 * wave)
 
 
-def test_every_network_of_the_literature_is_there() -> None:
+def test_all_networks_of_the_literature_exist() -> None:
     assert set(CIFAR_MODELS) == set(PARAMETERS)
 
 
@@ -122,7 +122,7 @@ def test_parameter_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_tensor_names_are_those_of_published_checkpoints(name: str) -> None:
+def test_tensor_names_match_published_checkpoints(name: str) -> None:
     with torch.device("meta"):
         state = CIFAR_MODELS[name](num_classes=100).state_dict()
     entries, shapes = LAYOUTS[name]
@@ -131,7 +131,7 @@ def test_tensor_names_are_those_of_published_checkpoints(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED_LOGITS)
-def test_logits_are_those_of_the_published_networks(name: str) -> None:
+def test_logits_match_the_published_networks(name: str) -> None:
     model = build_model(f"cifar/{name}", num_classes=100)
     _fill(model)
     images = torch.sin(0.37 * torch.arange(4 * 3 * 32 * 32, dtype=torch.float64)).reshape(4, 3, 32, 32).float()
@@ -141,13 +141,13 @@ def test_logits_are_those_of_the_published_networks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_levels_of_the_literature(name: str) -> None:
+def test_levels_match_the_literature(name: str) -> None:
     with torch.device("meta"):
         model = CIFAR_MODELS[name](num_classes=10)
     assert list(extract_features(model, image_size=32).level_shapes) == [(c, side, side) for c, side in LEVELS[name]]
 
 
-def test_global_pooling_is_the_published_pooling_at_32x32() -> None:
+def test_global_pooling_matches_published_pooling_at_32x32() -> None:
     extractor = extract_features(build_model("cifar/resnet8", num_classes=10), image_size=32).eval()
     with torch.no_grad():
         features = extractor(torch.randn(4, 3, 32, 32))
@@ -166,7 +166,7 @@ def test_other_image_sizes(name: str, side: int) -> None:
         assert not torch.allclose(model(images), model(images.flip(0)))
 
 
-def test_vgg_pools_a_fourth_time_on_64x64_only() -> None:
+def test_vgg_applies_the_fourth_pool_only_from_64x64() -> None:
     model = build_model("cifar/vgg8", num_classes=10).eval()
     assert extract_features(model, image_size=32).level_shapes[-1] == (512, 4, 4)
     extractor = extract_features(model, image_size=64)
@@ -185,12 +185,12 @@ def test_vgg_pools_a_fourth_time_on_64x64_only() -> None:
         (lambda: CifarVGG(12, num_classes=10), r"\[8, 11, 13, 16, 19\], got 12"),
     ],
 )
-def test_impossible_depths(build, message: str) -> None:
+def test_invalid_depths_are_refused(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_initialisation_keeps_the_scale_of_activations() -> None:
+def test_initialisation_preserves_the_activation_scale() -> None:
     model = build_model("cifar/resnet20", num_classes=100)
     weight = model.layer3[1].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)

@@ -66,7 +66,7 @@ def _hooked(model: nn.Module, names: tuple[str, ...], images: Tensor) -> tuple[l
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_equals_hooks_on_the_plain_network(name: str, training: bool) -> None:
+def test_features_match_hooks_on_the_plain_network(name: str, training: bool) -> None:
     build, side = NETWORKS[name]
     torch.manual_seed(0)
     model = build().train(training)
@@ -98,7 +98,7 @@ def test_equals_hooks_on_the_plain_network(name: str, training: bool) -> None:
             torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=0)
 
 
-def test_building_leaves_the_model_alone() -> None:
+def test_building_leaves_the_model_unchanged() -> None:
     model = torchvision.models.efficientnet_b0(num_classes=10, dropout=0.5).train()
     model.features[1].eval()  # frozen statistics in a part of it
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -117,7 +117,7 @@ def test_building_leaves_the_model_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_parameters_are_shared_and_keys_are_the_plain_ones() -> None:
+def test_parameters_are_shared_and_keys_unchanged() -> None:
     model = build_model("cifar/resnet8", num_classes=10)
     keys = list(model.state_dict())
     extractor = extract_features(model, image_size=16)
@@ -138,7 +138,7 @@ def test_parameters_are_shared_and_keys_are_the_plain_ones() -> None:
     assert model(images.double()).dtype == torch.float64
 
 
-def test_modes_switch_dropout_and_follow_either_handle() -> None:
+def test_modes_can_be_switched_on_extractor_or_network() -> None:
     model = torchvision.models.mobilenet_v2(num_classes=10, dropout=0.5)
     extractor = extract_features(model.eval(), image_size=32)
     images = torch.randn(2, 3, 32, 32)
@@ -150,7 +150,7 @@ def test_modes_switch_dropout_and_follow_either_handle() -> None:
     assert torch.equal(extractor(images).logits, extractor(images).logits)
 
 
-def test_auxiliary_heads_run_as_in_the_plain_network() -> None:
+def test_auxiliary_heads_match_the_plain_network() -> None:
     model = TwoHeads().train()
     reference = copy.deepcopy(model)
     extractor = extract_features(model, image_size=16)
@@ -175,7 +175,7 @@ class Standardised(nn.Module):
         return self.head(nn.functional.conv2d(images, weight).relu().mean((2, 3)))
 
 
-def test_weights_that_forward_computes_stay_alive() -> None:
+def test_weights_computed_in_forward_keep_their_gradients() -> None:
     model = Standardised()
     extractor = extract_features(model, image_size=16, nodes=["relu"])
     images = torch.randn(2, 3, 16, 16)
@@ -188,7 +188,7 @@ def test_weights_that_forward_computes_stay_alive() -> None:
     assert torch.equal(extractor(images).logits, model(images))
 
 
-def test_googlenet_answers_with_its_main_logits() -> None:
+def test_googlenet_returns_its_main_logits() -> None:
     model = torchvision.models.googlenet(num_classes=10, init_weights=False).train()
     reference = copy.deepcopy(model)
     extractor = extract_features(model, image_size=64)
@@ -213,7 +213,7 @@ def test_named_nodes_replace_the_stages() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_named_node_is_returned_before_an_activation_in_place(training: bool) -> None:
+def test_a_named_node_is_returned_before_in_place_activation(training: bool) -> None:
     model = build_model("cifar/resnet8", num_classes=10).train(training)
     reference = copy.deepcopy(model)
     extractor = extract_features(model, image_size=16, nodes=["bn1", "layer3.0.add"])
@@ -245,7 +245,7 @@ def test_compiles_without_graph_breaks() -> None:
         assert torch.equal(level, other)
 
 
-def test_a_traceback_shows_the_line_of_the_graph() -> None:
+def test_tracebacks_show_lines_of_the_graph() -> None:
     extractor = extract_features(build_model("cifar/resnet8", num_classes=10), image_size=16)
     with pytest.raises(RuntimeError) as caught:
         extractor(torch.randn(2, 4, 16, 16))
@@ -270,14 +270,14 @@ class MakesATensor(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 8, 3)), {"nodes": ["0"]}, r"must return logits \(N, K\), got \(2, 8, 14, 14\)"),
         (TwoHeads(), {"image_size": 0}, "image_size must be 1 or more, got 0"),
         (TwoHeads(), {"max_levels": 0}, "max_levels must be 1 or more, got 0"),
-        (TwoHeads(), {"nodes": []}, "one level at least"),
+        (TwoHeads(), {"nodes": []}, "at least one level"),
         (TwoHeads(), {"nodes": ["stage3"]}, "no node 'stage3'.*nearest: stage"),
         (TwoHeads(), {"nodes": ["head"]}, r"'head' gives shape \(2, 10\)"),
         (TwoHeads(), {"nodes": ["stage2", "stage1"]}, "fine to coarse, got stage2 at 4, stage1 at 8"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), {}, "does not take images of 16x16 pixels"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), {}, "does not accept images of 16x16 pixels"),
     ],
 )
-def test_errors_say_what_and_how(model: nn.Module, arguments: dict[str, object], message: str) -> None:
+def test_errors_name_cause_and_remedy(model: nn.Module, arguments: dict[str, object], message: str) -> None:
     attributes = set(vars(model))
     with pytest.raises(ValueError, match=message):
         extract_features(model, **{"image_size": 16, **arguments})

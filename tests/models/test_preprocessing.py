@@ -19,7 +19,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OWN = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", 32 / 37, False, 32)
 
 
-def test_all_weights_of_timm_are_given_what_timm_gives_them() -> None:
+def test_preprocessing_matches_timm_for_all_weights() -> None:
     names = timm.list_pretrained()
     found: Counter[str] = Counter()
     for full in names:
@@ -42,7 +42,7 @@ def test_all_weights_of_timm_are_given_what_timm_gives_them() -> None:
         assert found == {"other mean or std": 683, "0.5": 430, "bicubic": 1659, "other crop": 1398, "squash": 131}
 
 
-def test_all_of_torchvisions_are_given_their_transforms() -> None:
+def test_preprocessing_matches_torchvision_transforms() -> None:
     for name in torchvision.models.list_models(module=torchvision.models):
         for tag, entry in torchvision.models.get_model_weights(name).__members__.items():
             transform, found = entry.transforms(), published_preprocessing(f"torchvision/{name}", tag)
@@ -54,7 +54,7 @@ def test_all_of_torchvisions_are_given_their_transforms() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224.augreg_in21k", "naflexvit_base_patch16_siglip.v2_webli"])
-def test_the_crop_is_that_of_timms_transform(name: str) -> None:
+def test_the_crop_matches_timm(name: str) -> None:
     """At another size of the images too."""
     config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(name).to_dict())
     found = published_preprocessing(f"timm/{name}", "pretrained")
@@ -78,7 +78,7 @@ def test_the_crop_is_that_of_timms_transform(name: str) -> None:
         ("torchvision/efficientnet_v2_l", "teacher.pth", "IMAGENET1K_V1"),
     ],
 )
-def test_a_file_counts_as_the_default_of_its_name(name: str, weights: str, like: str) -> None:
+def test_a_file_is_treated_as_the_default_weights(name: str, weights: str, like: str) -> None:
     assert published_preprocessing(name, weights) == published_preprocessing(name.partition(".")[0], like)
 
 
@@ -92,11 +92,11 @@ def test_a_file_counts_as_the_default_of_its_name(name: str, weights: str, like:
         ("torchvision/no_such_network", "DEFAULT"),
     ],
 )
-def test_nobody_says_how(name: str, weights: str | None) -> None:
+def test_unpublished_preprocessing_is_none(name: str, weights: str | None) -> None:
     assert published_preprocessing(name, weights) is None
 
 
-def test_a_crop_for_tests_is_taken_at_its_size() -> None:
+def test_the_test_crop_is_used_at_its_size() -> None:
     crops = [published_preprocessing("timm/resnet50", "a1_in1k", image_size=size) for size in (None, 224, 288, 160)]
     assert [(crop.crop_pct, crop.image_size) for crop in crops if crop] == [
         (0.95, 224),
@@ -106,7 +106,7 @@ def test_a_crop_for_tests_is_taken_at_its_size() -> None:
     ]
 
 
-def test_what_a_file_says_of_itself_comes_first(tmp_path: Path) -> None:
+def test_metadata_in_the_file_comes_first(tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
     save_file({"weight": torch.zeros(1)}, path, preprocessing_in_words(OWN))
     assert published_preprocessing("timm/vit_base_patch16_224", str(path)) == stored_preprocessing(path) == OWN
@@ -127,7 +127,7 @@ def test_what_a_file_says_of_itself_comes_first(tmp_path: Path) -> None:
         ({"more": 1}, "unexpected keyword argument 'more'"),
     ],
 )
-def test_a_forged_file_is_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_malformed_metadata_is_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
     path = tmp_path / "student.safetensors"
     fields = json.loads(preprocessing_in_words(OWN)["preprocessing"])
     save_file({"weight": torch.zeros(1)}, path, {"preprocessing": json.dumps({**fields, **change})})

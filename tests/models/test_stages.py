@@ -73,16 +73,16 @@ def _levels(model: nn.Module, **arguments: int) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision(name: str) -> None:
+def test_stages_of_torchvision_networks(name: str) -> None:
     assert _levels(_torchvision(name), image_size=224) == TORCHVISION[name]
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm(name: str) -> None:
+def test_stages_of_timm_networks(name: str) -> None:
     assert _levels(_timm(name), image_size=224) == TIMM[name]
 
 
-def test_small_images_have_the_stages_of_large_ones() -> None:
+def test_stages_do_not_depend_on_the_image_size() -> None:
     model = _torchvision("resnet18")
     expected = [("layer1", 64, 8), ("layer2", 128, 4), ("layer3", 256, 2), ("layer4", 512, 1)]
     assert _levels(model, image_size=32) == expected
@@ -109,7 +109,7 @@ def test_token_models_have_no_stages(build) -> None:
         extract_features(build(), image_size=224)
 
 
-def test_nodes_give_a_token_model_levels() -> None:
+def test_a_token_model_gets_levels_from_nodes() -> None:
     extractor = extract_features(_torchvision("vit_b_16"), image_size=224, nodes=["conv_proj"])
     assert extractor.level_shapes == ((768, 14, 14),)
 
@@ -136,7 +136,7 @@ class Detour(nn.Module):
         return self.head(self.ends(x).mean((2, 3)).reshape(count, 6))
 
 
-def test_a_stage_ends_where_all_paths_meet() -> None:
+def test_stages_end_where_all_paths_meet() -> None:
     assert _levels(Detour(), image_size=128) == [("joined", 4, 64), ("ends", 6, 32)]
 
 
@@ -144,6 +144,6 @@ class Misnamed(Detour):
     stage_modules = ("joined", "endings")
 
 
-def test_a_wrong_class_attribute_is_an_error() -> None:
+def test_a_wrong_stage_modules_attribute_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stage_modules of Misnamed names \['endings'\]"):
         extract_features(Misnamed(), image_size=32)

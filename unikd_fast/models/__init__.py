@@ -1,4 +1,4 @@
-"""Networks by name, their weights, and the features at the end of their stages."""
+"""Networks by name, their weights, and the features at the ends of their stages."""
 
 from unikd_fast.models.build import bare_model, build_model, parameter_count
 from unikd_fast.models.checkpointing import checkpoint_blocks

@@ -1,4 +1,4 @@
-"""Found in the graph: the features of a level before its activation, and the last linear layer with what it sees."""
+"""Pre-activation features of a level and the classifier with its input, found in the graph."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,17 +26,17 @@ _SUMS = {"add", "iadd"}
 def before_activation(
     model: nn.Module, graph: fx.Graph, level: fx.Node, values: Mapping[fx.Node, NodeValue], *, name: str
 ) -> fx.Node:
-    """The node whose value is that of a level before its activation; an activation in place does not overwrite it.
+    """Return the node that holds a level before its activation; an in-place activation does not overwrite it.
 
     Args:
-        model: the network.
-        graph: of one mode of it; gets new nodes where the value is not there yet or would be overwritten.
-        level: a node of it.
-        values: what `probe` says of the nodes, in the same mode.
-        name: of the level, for the message.
+        model: network.
+        graph: graph of one mode; nodes are added if the value is missing or would be overwritten.
+        level: node of the level.
+        values: result of `probe` in the same mode.
+        name: name of the level, for messages.
 
     Raises:
-        ValueError: nothing of the above holds for the level.
+        ValueError: the level has no pre-activation value.
 
     Example:
         >>> before_activation(resnet18, traced.graph, traced.outputs["layer1"], values, name="layer1").target
@@ -55,17 +55,17 @@ def before_activation(
     if _is_linear(model, level):
         return level
     raise ValueError(
-        f"extract_features: level {name!r} of {type(model).__name__} has no value before an activation: it is given by "
-        f"{_describe(model, level)}, neither an activation, nor read by one, nor a linear bottleneck; name other "
-        "levels (feature_nodes), or keep train.activation_checkpointing off, which hides what is inside a block"
+        f"extract_features: level {name!r} of {type(model).__name__} has no value before an activation: it comes "
+        f"from {_describe(model, level)}, which is neither an activation, nor read by one, nor a linear bottleneck; "
+        "name other levels (feature_nodes), or turn off train.activation_checkpointing, which hides them inside blocks"
     )
 
 
 def norm_before(model: nn.Module, before: fx.Node) -> str | None:
-    """Path of the BatchNorm that gives the features before an activation; of a residual sum, that of the main path.
+    """Return the path of the BatchNorm that computes a pre-activation; for a residual sum, that of the main path.
 
     Args:
-        before: what `before_activation` gave.
+        before: node returned by `before_activation`.
 
     Example:
         >>> norm_before(resnet18, before_activation(resnet18, graph, layer1, values, name="layer1"))
@@ -76,13 +76,13 @@ def norm_before(model: nn.Module, before: fx.Node) -> str | None:
     if before.target is _normalise:
         return str(before.all_input_nodes[0].target)
     terms = before.all_input_nodes if _name(before) in _SUMS else [before]
-    # What other terms are computed from is the skip, and so is, by custom, the last one: a projection.
+    # A term that others are computed from is the skip; so is, by convention, the last one: a projection.
     norms = [term for term in terms if _is(model, term, _BatchNorm) and not any(_feeds(term, other) for other in terms)]
     return str(norms[0].target) if norms else None
 
 
 def kept(graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, NodeValue]) -> fx.Node:
-    """A node with the value as it is computed: the node, or a copy made before a later operation overwrites it."""
+    """Return a node with the value as computed: the node itself, or a copy made before the value is overwritten."""
     if not values[node].overwritten:
         return node
     with graph.inserting_after(node):
@@ -90,7 +90,7 @@ def kept(graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, NodeValue]) ->
 
 
 def _before(model: nn.Module, graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, NodeValue]) -> fx.Node | None:
-    """What an activation that gives this value reads, rearranged like its output; None: no activation gives it."""
+    """Return what the activation behind this value reads, rearranged like its output; None if there is none."""
     if _is_activation(model, node):
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -102,13 +102,13 @@ def _before(model: nn.Module, graph: fx.Graph, node: fx.Node, values: Mapping[fx
     inputs = {source: _before(model, graph, source, values) for source in node.all_input_nodes if source in values}
     if not any(inputs.values()):
         return None
-    # Parts of a concatenation that no activation gives directly are taken as they are.
+    # Parts of a concatenation that are not the direct output of an activation are taken as they are.
     with graph.inserting_after(node):
         return graph.node_copy(node, lambda source: inputs.get(source) or source)
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Makes of the call of a BatchNorm with an activation inside (timm) one of each part; the node is the second."""
+    """Split the call of a BatchNorm with a built-in activation (timm) in two; the node becomes the second."""
     with graph.inserting_before(node):
         module = graph.get_attr(str(node.target))
         normalised = graph.call_function(_normalise, (module, node.args[0]))
@@ -118,7 +118,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _normalise(module: nn.Module, x: Tensor) -> Tensor:
-    """A BatchNormAct2d up to its activation; after it was folded into the convolution there is nothing left to do."""
+    """Apply a BatchNormAct2d up to its activation; if it was folded into the convolution, do nothing."""
     if not isinstance(module, nn.BatchNorm2d):
         return x
     if module.training:
@@ -130,7 +130,7 @@ def _normalise(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _activate(module: nn.Module, x: Tensor) -> Tensor:
-    """The rest of it, or what was left in its place."""
+    """Apply the rest of a BatchNormAct2d, or what replaced it."""
     return module.act(module.drop(x)) if isinstance(module, BatchNormAct2d) else module(x)
 
 
@@ -146,7 +146,7 @@ def _holds_activation(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _is_linear(model: nn.Module, node: fx.Node) -> bool:
-    """Whether this is a convolution or BatchNorm without activation, or a sum of such."""
+    """Return whether this is a convolution or BatchNorm without activation, or a sum of them."""
     if _is(model, node, _LINEAR):
         return not _holds_activation(model, node)
     if _is(model, node, _PASSING) or _name(node) in _SUMS:
@@ -171,7 +171,7 @@ def _is(model: nn.Module, node: fx.Node, kinds: Any) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Of the function or method that is called; empty for modules."""
+    """Return the name of the called function or method; empty for modules."""
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
@@ -186,17 +186,17 @@ _KEEPING_EMBEDDINGS = (nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd)
 
 
 class Classifier(NamedTuple):
-    """The linear layer that gives the logits."""
+    """The linear layer that computes the logits."""
 
     embedding: fx.Node  # its input (N, D)
     weight: str  # path of its weight (K, D) in the network
 
 
 def find_classifier(model: nn.Module, traced: Trace, values: Mapping[fx.Node, NodeValue]) -> Classifier:
-    """The linear layer whose output, perhaps through an identity or a flattening, the logits are.
+    """Return the linear layer that computes the logits, apart from an identity or flattening after it.
 
     Raises:
-        ValueError: the logits come from something else, such as a 1x1 convolution.
+        ValueError: the logits come from another operation, such as a 1x1 convolution.
 
     Example:
         >>> find_classifier(resnet18, trace(resnet18, training=False), values).weight

@@ -1,4 +1,4 @@
-"""A frozen network cut at its levels: what it makes of a level, as functions that a gradient can pass through."""
+"""A frozen network split at its levels, as functions that gradients can pass through."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,18 +13,18 @@ Block = Callable[[Tensor], Tensor]
 
 
 def split_at_levels(extractor: FeatureExtractor) -> list[Block]:
-    """Cut a network at its L levels: block i maps level i to level i + 1, and the last level to the logits.
+    """Split a network at its L levels: block i maps level i to level i + 1, and the last level to the logits.
 
-    The blocks run the network's own modules, in eval mode, also after these were folded or cast: a block casts its
-    input to their dtype, and the logits to fp32. The network is frozen; gradients pass through to the input. An
-    autocast around a block does not reach inside.
+    The blocks run the network's own modules in eval mode, even after these were folded or cast: a block casts its input
+    to their dtype, and the logits to fp32. The network is frozen; gradients pass through to the input. Autocast around
+    a block does not apply inside it.
 
     Args:
-        extractor: with levels; its network is put into eval mode and frozen. What forward computes from the shape of
-            the images is that of the size it was built for.
+        extractor: extractor with levels; its network is put into eval mode and frozen. Sizes that forward computes from
+                the images' shape are those of the image size it was built for.
 
     Raises:
-        ValueError: it has no levels, or between two of them reads what was computed before the first.
+        ValueError: it has no levels, or a block reads a value from before its own level.
 
     Example:
         >>> features = extractor(images)
@@ -56,10 +56,10 @@ def _block(model: nn.Module, graph: fx.Graph, *, copies: bool, last: bool) -> Bl
     run = compiled_code(model, graph)
 
     def block(level: Tensor) -> Tensor:
-        if model.training:  # switched behind our back
+        if model.training:  # a caller switched it
             model.eval()
-        # Asked for anew: the teacher may fold and cast after it was cut. Norms, whose parameters have one axis, stay in
-        # fp32.
+        # Determined in every call: the teacher may fold and cast after it was split. Norms, whose parameters are
+        # vectors, stay in fp32.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() > 1)
         with torch.autocast(level.device.type, enabled=False):
             inside = level.to(dtype)
@@ -72,7 +72,7 @@ def _block(model: nn.Module, graph: fx.Graph, *, copies: bool, last: bool) -> Bl
 
 
 def _cut(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Graph:
-    """The part of a graph from one node to another, as a graph of its own."""
+    """Return the part of a graph between two nodes as a graph of its own."""
     from_images = _after(graph, [node for node in graph.nodes if node.op == "placeholder"])
     from_start = _after(graph, [start])
     needed: set[fx.Node] = set()
@@ -88,7 +88,7 @@ def _cut(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, known:
                 continue
             raise ValueError(
                 f"split_at_levels: {type(model).__name__} computes node {str(node)!r} before {str(start)!r} and reads "
-                f"it again between there and {str(end)!r}; cut it elsewhere (feature_nodes), or take another teacher"
+                f"it again between there and {str(end)!r}; split it elsewhere (feature_nodes), or use another teacher"
             )
         needed.add(node)
         waiting += node.all_input_nodes
@@ -108,7 +108,7 @@ def _copied(part: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, Any]) -> fx.
 
 
 def _after(graph: fx.Graph, sources: list[fx.Node]) -> set[fx.Node]:
-    """Nodes whose value depends on one of these, and these."""
+    """Return these nodes and all nodes whose value depends on one of them."""
     reached = set(sources)
     for node in graph.nodes:
         if any(source in reached for source in node.all_input_nodes):
@@ -117,12 +117,12 @@ def _after(graph: fx.Graph, sources: list[fx.Node]) -> set[fx.Node]:
 
 
 def _require_idempotent(model: nn.Module, name: str, level: fx.Node) -> None:
-    """The level is returned as overwritten, and the block computes what overwrites it once more."""
+    """Require that the operation that overwrites the level can be applied twice, as the block will repeat it."""
     for user in level.users:
         rectifies = user.op == "call_module" and isinstance(model.get_submodule(str(user.target)), nn.ReLU | nn.ReLU6)
         if rectifies or getattr(user.target, "__name__", user.target) in ("relu", "relu_", "relu6"):
             return
     raise ValueError(
-        f"split_at_levels: level {name!r} of {type(model).__name__} is overwritten by the operation after it, which "
-        "cannot be computed again; name the levels (feature_nodes)"
+        f"split_at_levels: level {name!r} of {type(model).__name__} is overwritten by the next operation, which "
+        "cannot be repeated; name the levels (feature_nodes)"
     )

@@ -21,18 +21,18 @@ def build_model(
     """Build a classifier: a plain network that maps images (N, 3, H, W) to logits (N, num_classes).
 
     Args:
-        name: "torchvision/<name>", "timm/<name>" or "cifar/<name>".
-        num_classes: K.
-        weights: None or "random"; the path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors,
-            .bin or .tar); or an identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1" or "DEFAULT",
-            a timm tag such as "a1_in1k", or "pretrained" for timm's default tag.
-        weights_key: key of the state dict in a checkpoint; None: see `load_weights`.
-        role: "teacher" or "student", for messages.
+        name: name of the network: "torchvision/<name>", "timm/<name>" or "cifar/<name>".
+        num_classes: number of classes K.
+        weights: path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors, .bin or .tar), or an
+            identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1" or "DEFAULT", a timm tag such as
+            "a1_in1k", or "pretrained" for timm's default tag. If None or "random", they are initialised at random.
+        weights_key: key of the state dict in a checkpoint. If None, see `load_weights`.
+        role: name of the network in messages, "teacher" or "student".
 
     Raises:
-        ValueError: the name or the identifier is unknown, the weights have another number of classes, or a key is given
-            for weights that are not a file.
-        FileNotFoundError: there is no such checkpoint.
+        ValueError: the name or identifier is unknown, the weights have another number of classes, or a key is given for
+            weights that are not a file.
+        FileNotFoundError: the checkpoint does not exist.
         ConnectionError: the weights could not be downloaded.
 
     Example:
@@ -42,14 +42,14 @@ def build_model(
     if weights_key is not None and not is_file:
         raise ValueError(
             f"build_model: weights_key = {weights_key!r} with weights {weights!r}, which is not a file, for the "
-            f"{role}; leave the key out"
+            f"{role}; remove the key"
         )
     if weights is None or weights == "random":
         return bare_model(name, num_classes=num_classes, role=role)
     if not is_file:
         source, model_name = _parsed(name, num_classes, role)
         return _BUILDERS[source](model_name, num_classes, weights, role)
-    _parsed(name, num_classes, role)  # an unknown network is refused before a large file is read
+    _parsed(name, num_classes, role)  # refuse an unknown network before reading a large file
     state = read_state(weights, role=role, key=weights_key)
     model = bare_model(name, num_classes=num_classes, weights=weights, state=state, role=role)
     load_state(model, state, weights, role=role)
@@ -64,12 +64,12 @@ def bare_model(
     state: Mapping[str, Tensor] | None = None,
     role: str = "model",
 ) -> nn.Module:
-    """Build the network that these weights belong to, with random ones in their place.
+    """Build the network that these weights belong to, with random weights.
 
     Args:
-        weights: as of `build_model`; nothing is loaded, and a file need not be there.
-        state: the tensors of a file, where they are known: some options of a network can be told from them.
-        name, num_classes, role: as of `build_model`.
+        weights: weights as in `build_model`; nothing is loaded, and a file need not exist.
+        state: tensors of the file, if known: some options of a network can be inferred from them.
+        name, num_classes, role: as in `build_model`.
 
     Raises:
         ValueError: the name is unknown.
@@ -93,7 +93,7 @@ def bare_model(
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of scalars in the parameters of `model`, buffers not counted, shared ones counted once.
+    """Return the number of parameters of `model`, without buffers; shared ones count once.
 
     Example:
         >>> parameter_count(build_model("cifar/resnet20", num_classes=100))
@@ -103,7 +103,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _parsed(name: str, num_classes: int, role: str) -> tuple[str, str]:
-    """The source and the network's name in it, of timm perhaps with a tag, "resnet50.a1_in1k"."""
+    """Return the source and the network's name in it, for timm possibly with a tag, "resnet50.a1_in1k"."""
     if num_classes < 1:
         raise ValueError(f"build_model: num_classes of the {role} must be 1 or more, got {num_classes}")
     source, _, model_name = name.partition("/")
@@ -173,10 +173,10 @@ def _nearest(name: str) -> str:
     known = [f"{each}/{model}" for each in _BUILDERS for model in _names(each)]
     if source in _BUILDERS:
         found = difflib.get_close_matches(name, [full for full in known if full.startswith(source + "/")], n=3)
-    else:  # the source is missing or misspelt: look for the network in all of them
+    else:  # the source is missing or misspelt: search all of them
         found = [full for full in known if full.partition("/")[2] == rest]
         found = found or difflib.get_close_matches(name, known, n=3)
-    return ", ".join(found) if found else f"none; a name is one of {', '.join(_BUILDERS)}, a slash, a network"
+    return ", ".join(found) if found else f"none; a name is one of {', '.join(_BUILDERS)}, a slash, and a network"
 
 
 def _check_class_count(source: str, name: str, count: int, num_classes: int, weights: str, role: str) -> None:
@@ -184,7 +184,7 @@ def _check_class_count(source: str, name: str, count: int, num_classes: int, wei
         return
     tensor = classifier_tensor(bare_model(f"{source}/{name}", num_classes=num_classes), num_classes)
     raise ValueError(
-        f"build_model: the {role} {source}/{name} has {count} classes in its weights {weights!r} and num_classes is "
+        f"build_model: the weights {weights!r} of the {role} {source}/{name} have {count} classes and num_classes is "
         f"{num_classes}: {tensor} would not fit; set num_classes to {count}, or pass the path of a checkpoint trained "
         f"on the {num_classes} classes"
     )
@@ -201,8 +201,8 @@ def _unknown_identifier(name: str, weights: str, role: str, valid: list[str]) ->
 def _downloaded(build: Callable[[], nn.Module], name: str, weights: str, role: str) -> nn.Module:
     try:
         return build()
-    except OSError as error:  # every failure of urllib and of the Hugging Face client derives from it
+    except OSError as error:  # base class of all errors of urllib and the Hugging Face client
         raise ConnectionError(
             f"build_model: could not download weights {weights!r} of {name} for the {role} ({error}); save them on a "
-            "machine that is connected (torch.save(model.state_dict(), path)) and pass that path"
+            "connected machine (torch.save(model.state_dict(), path)) and pass that path"
         ) from error

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks that keep what goes in, and compute the rest again when it is needed."""
+"""Activation checkpointing: blocks that keep only their inputs and recompute the rest in the backward pass."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Checkpointed(nn.Module):
-    """Mixed into the class of a block by `checkpoint_blocks`, so that its parameters keep their names."""
+    """Mixin that `checkpoint_blocks` adds to the class of a block, so that its parameters keep their names."""
 
     def forward(self, *inputs: Any) -> Any:
-        """Run the block; in training keep its inputs alone, and run it again in the backward pass."""
+        """Run the block; in training keep only its inputs, and run it again in the backward pass."""
         forward = super().forward
         if not (self.training and torch.is_grad_enabled()):
             return forward(*inputs)
@@ -25,7 +25,7 @@ class Checkpointed(nn.Module):
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """BatchNorm updates its running statistics when it runs forward; a second time would count a batch twice."""
+    """Keep BatchNorm's running statistics unchanged: the second forward pass would count the batch twice."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
@@ -36,14 +36,14 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
-    """Make the blocks of a network keep no activations but their inputs.
+    """Make the blocks of a network keep only their inputs for the backward pass.
 
-    A block is an element of an nn.Sequential or nn.ModuleList that has at least two modules with parameters, the
-    outermost such: a residual block, a Conv-BN pair, a stage of a few of them. Gradients and buffers are those of the
-    network without, bit for bit; state dicts do not change.
+    A block is an outermost element of an nn.Sequential or nn.ModuleList that has at least two modules with parameters:
+    a residual block, a Conv-BN pair, a stage of a few of them. Gradients and buffers equal those without checkpointing
+    bit for bit; state dicts do not change.
 
     Args:
-        model: changed in place.
+        model: network that is changed in place.
 
     Returns:
         The number of blocks.
@@ -58,7 +58,7 @@ def checkpoint_blocks(model: nn.Module) -> int:
     blocks = _blocks(model)
     if not blocks:
         raise ValueError(
-            f"checkpoint_blocks: {type(model).__name__} has no blocks to compute again: no element of a Sequential or "
+            f"checkpoint_blocks: {type(model).__name__} has no blocks to recompute: no element of a Sequential or "
             "ModuleList holds two modules with parameters; set train.activation_checkpointing = false"
         )
     for block in blocks:
@@ -78,7 +78,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """A Sequential of blocks, each of which is smaller than it."""
+    """Return whether this is a Sequential of blocks, each smaller than it."""
     return isinstance(module, nn.Sequential | nn.ModuleList) and any(_parameterised(child) > 1 for child in module)
 
 

@@ -1,4 +1,4 @@
-"""A network that returns features with its logits: at the end of its stages, before activation, of its classifier."""
+"""Networks that return features with the logits: stage ends, pre-activations, and the classifier's input."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,8 @@ class LogitsOnly(nn.Module):
     """Runs a network and returns `Features((), logits)`.
 
     Args:
-        plain: takes images (N, 3, H, W), returns logits (N, K), or a tuple that starts with them (auxiliary heads).
+        plain: network that maps images (N, 3, H, W) to logits (N, K), or to a tuple starting with them (auxiliary
+            heads).
 
     Example:
         >>> LogitsOnly(torchvision.models.vit_b_16())(images).levels
@@ -34,7 +35,7 @@ class LogitsOnly(nn.Module):
         return Features((), output[0] if isinstance(output, tuple) else output)
 
 
-# Below this side the last stages of ImageNet networks shrink to 1x1 and look like pooled vectors.
+# Below this size the last stages of ImageNet networks shrink to 1x1 and look like pooled vectors.
 _REFERENCE_SIZE = 128
 
 # Their outputs repeat the features before them.
@@ -57,18 +58,18 @@ class _Candidate(NamedTuple):
 def find_stages(
     model: nn.Module, traced: Trace, values: Mapping[fx.Node, NodeValue], *, image_size: int, max_levels: int
 ) -> tuple[str, ...]:
-    """Names of the modules that end the coarsest `max_levels` stages, fine to coarse.
+    """Return the names of the modules that end the coarsest `max_levels` stages, from fine to coarse.
 
-    A class may state them as `stage_modules`; timm's networks carry `feature_info`. Otherwise, among the 4-D outputs of
-    the children and of the children of containers, the last at each resolution that every path to the classifier
-    passes through. Poolings do not count, nor does a stem of one convolution where two stages remain.
+    A class may define them as `stage_modules`; timm's networks carry `feature_info`. Otherwise they are found among the
+    4-D outputs of the children and of the children of containers: the last one at each resolution that lies on every
+    path to the classifier. Pooling layers do not count, nor does a stem of one convolution if two stages remain.
 
     Args:
-        model: the network.
+        model: network.
         traced: its evaluation graph.
-        values: what its nodes give for images of image_size.
+        values: result of `probe` at image_size.
         image_size: side of the images in pixels.
-        max_levels: upper limit on the number of names.
+        max_levels: maximum number of names.
 
     Raises:
         ValueError: the network has fewer than two convolutional stages.
@@ -87,23 +88,23 @@ def find_stages(
     if len(names) < 2:
         raise ValueError(
             f"extract_features: {type(model).__name__} has no convolutional stages (4-D features N, C, H, W at two "
-            f"resolutions or more), found {names}; name its levels with nodes=[...], or take a convolutional network"
+            f"resolutions or more), found {names}; name its levels with nodes=[...], or use a convolutional network"
         )
     return tuple(names[-max_levels:])
 
 
 def check_nodes(nodes: Sequence[str], traced: Trace, values: Mapping[fx.Node, NodeValue]) -> tuple[str, ...]:
-    """The user's node names, checked: each exists, gives (N, C, H, W), and no level is finer than the one before it.
+    """Check the user's nodes: each exists, is (N, C, H, W), and no level is finer than the one before it.
 
     Raises:
-        ValueError: one of these does not hold; for an unknown name, with the nearest ones.
+        ValueError: one of these does not hold; for an unknown name, the message lists the nearest ones.
 
     Example:
         >>> check_nodes(["layer2", "layer4"], traced, probe(model, traced, image_size=64))
         ('layer2', 'layer4')
     """
     if not nodes:
-        raise ValueError("extract_features: nodes must name one level at least, got []; None lets the stages be found")
+        raise ValueError("extract_features: nodes must name at least one level, got []; None finds the stages")
     for name in nodes:
         if name not in traced.outputs:
             nearest = get_close_matches(name, traced.outputs, n=3, cutoff=0.4)
@@ -133,7 +134,7 @@ def _stated(model: nn.Module, traced: Trace) -> list[str] | None:
                 "not call; correct the class"
             )
         return list(names)
-    info = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object around one
+    info = getattr(model, "feature_info", None)  # timm: a list of dicts, or a wrapper around one
     entries = info if isinstance(info, list) else getattr(info, "info", [])
     names = [entry["module"] for entry in entries if "module" in entry]
     return names if names and all(name in traced.outputs for name in names) else None
@@ -175,7 +176,7 @@ def _shallow_modules(model: nn.Module) -> list[str]:
 
 
 def _on_every_path(traced: Trace, values: Mapping[fx.Node, NodeValue]) -> set[fx.Node]:
-    # Only tensors carry features: the size of an early tensor, used late in a reshape, is no path around a stage.
+    # Only tensors carry features: the size of an early tensor, used late in a reshape, is not a path around a stage.
     needed = {traced.logits}
     for node in reversed(traced.graph.nodes):
         if node in needed:
@@ -186,7 +187,7 @@ def _on_every_path(traced: Trace, values: Mapping[fx.Node, NodeValue]) -> set[fx
             fed.add(node)
     path = [node for node in traced.graph.nodes if node in needed and node in fed]
     position = {node: index for index, node in enumerate(path)}
-    # In order of execution a node is on every path where no edge leaps over it.
+    # In execution order, a node is on every path if no edge skips it.
     reach, result = 0, set()
     for index, node in enumerate(path):
         if reach <= index:
@@ -221,7 +222,7 @@ def _side(value: NodeValue | None) -> int | None:
 
 
 def _clearest_name(level: _Candidate, levels: Sequence[_Candidate]) -> str:
-    # "layer1" rather than "layer1.1", but "features.18" rather than "features" where other levels lie inside it.
+    # "layer1" rather than "layer1.1", but "features.18" rather than "features" if other levels lie inside it.
     others = [name for other in levels if other is not level for name in other.names]
     outer_first = sorted(level.names, key=len)
     clear = [name for name in outer_first if not any(other.startswith(f"{name}.") for other in others)]
@@ -232,14 +233,14 @@ class FeatureExtractor(nn.Module):
     """Runs a network and returns its `Features`; built by `extract_features`.
 
     Attributes:
-        plain: the network itself, the only submodule: `extractor.plain.state_dict()` is the export.
-        level_names: L modules of the network, fine to coarse; none where levels were not asked for.
-        level_shapes: (C_l, H_l, W_l) of each for images of the size given at building.
-        num_classes: K.
-        image_size: that was given at building.
+        plain: the network itself, the only submodule; `extractor.plain.state_dict()` is what is exported.
+        level_names: names of L modules of the network, from fine to coarse; empty if levels were not requested.
+        level_shapes: shape (C_l, H_l, W_l) of each level at image_size.
+        num_classes: number of classes K.
+        image_size: image size given to `extract_features`.
         returned_as_computed: whether a level that the next operation overwrites is returned as it was before.
-        norms_before_activation: path of the BatchNorm that gives each level before its activation, None where there is
-            none; empty where these features were not asked for.
+        norms_before_activation: path of the BatchNorm that computes each level's pre-activation, None if there is none;
+            empty if these features were not requested.
 
     Example:
         >>> features = extract_features(build_model("cifar/resnet20", num_classes=100), image_size=32)(images)
@@ -276,13 +277,13 @@ class FeatureExtractor(nn.Module):
 
     @property
     def classifier_weight(self) -> nn.Parameter:
-        """(K, D) of the linear layer that sees the embedding, where that was asked for."""
+        """Return the weight (K, D) of the linear layer that reads the embedding, if that was requested."""
         assert self._classifier is not None
         return self.plain.get_parameter(self._classifier)
 
     @property
     def embedding_width(self) -> int | None:
-        """D of the vector that the classifier sees; None where it was not asked for."""
+        """Return the width D of the classifier's input, or None if it was not requested."""
         return None if self._classifier is None else self.classifier_weight.shape[1]
 
     def forward(self, images: Tensor) -> Features:
@@ -302,22 +303,23 @@ def extract_features(
 ) -> FeatureExtractor:
     """Build the network that also returns features, without hooks and without copies.
 
-    The model is left as it was, buffers, modes and random state included, and shares everything with the result. A
-    level that the next operation overwrites (an activation in place) is returned as overwritten, that is activated,
-    unless the caller named it: then as the node computed it.
+    The model is left unchanged, including buffers, modes and random state, and shares all parameters with the result. A
+    level that the next operation overwrites (an in-place activation) is returned overwritten, that is activated, unless
+    the caller named it: then it is returned as the node computed it.
 
     Args:
-        model: takes images (N, 3, H, W), returns logits (N, K).
-        image_size: side of the images in pixels, for `level_shapes`; other sizes run too where the model allows.
-        max_levels: how many stages to keep, counted from the coarsest.
-        nodes: names of modules or operations to return instead of the stages, fine to coarse.
-        levels: whether to return the features at the end of the stages; without, any network will do.
-        before_activation: whether to return them before their activation as well, see `models.activations`.
-        embedding: whether to return the input of the last linear layer, which gives the logits.
+        model: network that maps images (N, 3, H, W) to logits (N, K).
+        image_size: side of the images in pixels, for `level_shapes`; other sizes work if the model allows.
+        max_levels: maximum number of stages, counted from the coarsest.
+        nodes: names of modules or operations to return instead of the stages, from fine to coarse. If None, stages are
+            found.
+        levels: whether to return the features at the ends of the stages; if not, any network will do.
+        before_activation: whether to return the levels' pre-activations as well, see `models.activations`.
+        embedding: whether to return the input of the last linear layer, which computes the logits.
 
     Raises:
-        ValueError: torch.fx cannot trace the model, it has no convolutional stages, a node is unknown or gives no
-            (N, C, H, H), the image size does not fit, or the network has not what is asked for.
+        ValueError: torch.fx cannot trace the model, it has no convolutional stages, a node is unknown or is not
+            (N, C, H, H), the image size does not fit, or the network lacks what is requested.
 
     Example:
         >>> extractor = extract_features(torchvision.models.resnet18(), image_size=224)
@@ -328,7 +330,7 @@ def extract_features(
         if operator.index(number) < 1:
             raise ValueError(f"extract_features: {argument} must be 1 or more, got {number}")
     if before_activation and not levels:
-        raise ValueError("extract_features: before_activation is of the levels, got levels=False; ask for both")
+        raise ValueError("extract_features: before_activation needs levels, got levels=False; set levels=True")
     keys = list(model.state_dict())
     training, evaluation = trace(model, training=True), trace(model, training=False)
     values = probe(model, evaluation, image_size=image_size)
@@ -350,7 +352,7 @@ def extract_features(
     def compiled(traced: Trace, mode: str) -> Forward:
         missing = [name for name in names if name not in traced.outputs]
         if missing:
-            raise ValueError(f"extract_features: {missing} are no nodes of the graph in {mode} mode; name others")
+            raise ValueError(f"extract_features: {missing} are not nodes of the graph in {mode} mode; name others")
         found = [traced.outputs[name] for name in names]
         if nodes is None and not before_activation and not embedding:
             return compile_forward(model, traced, found)

@@ -1,4 +1,4 @@
-"""A network as torch.fx graphs, one for training and one for evaluation, and what their nodes give, by shapes alone."""
+"""A network as torch.fx graphs, one for training and one for evaluation, and the shapes of their nodes."""
 
 import inspect
 import itertools
@@ -20,7 +20,7 @@ from unikd_fast.models.checkpointing import Checkpointed
 
 Forward = Callable[[nn.Module, Tensor], tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...], Tensor | None]]
 
-# Left whole but for mere sequences of layers (Conv2dNormActivation), whose activation is of interest.
+# Kept whole, except plain sequences of layers (Conv2dNormActivation), whose activation matters.
 _VISION_OPS = tuple(
     c
     for _, c in inspect.getmembers(torchvision.ops, inspect.isclass)
@@ -30,13 +30,13 @@ _SERIAL = itertools.count()
 
 
 class _OutputTracer(fx.Tracer):
-    """Traces, and notes which node holds the output of each module and of each operation.
+    """Traces, and records which node holds the output of each module and operation.
 
-    Operations are named as in torchvision's feature extraction: the path of the module that calls them, the
-    operation, and `_1`, `_2`, ... where that module calls it again (`layer1.0.relu_1`).
+    Operations are named as in torchvision's feature extraction: the path of the module that calls them, the operation,
+    and `_1`, `_2`, ... if that module calls it again (`layer1.0.relu_1`).
     """
 
-    # What forward computes from buffers alone (relative position biases) is traced too: by default torch.fx computes it
+    # Also trace what forward computes from buffers alone (relative position biases): by default torch.fx computes it
     # once and freezes the result.
     proxy_buffer_attributes = True
 
@@ -75,7 +75,7 @@ class _OutputTracer(fx.Tracer):
 
     def _note(self, name: str, node: fx.Node) -> None:
         key = name
-        while key in self.outputs:  # a module may bear the name that a second call would get
+        while key in self.outputs:  # a module may already have the name of a repeated call
             self._calls[name] += 1
             key = f"{name}_{self._calls[name]}"
         self.outputs[key] = node
@@ -83,22 +83,22 @@ class _OutputTracer(fx.Tracer):
 
 @dataclass(frozen=True)
 class Trace:
-    """The graph of one mode and the nodes that module paths and operation names stand for."""
+    """The graph of one mode, and the nodes by module path and operation name."""
 
     graph: fx.Graph
-    outputs: Mapping[str, fx.Node]  # in order of execution
+    outputs: Mapping[str, fx.Node]  # in execution order
     logits: fx.Node
 
 
 def trace(model: nn.Module, *, training: bool) -> Trace:
-    """Trace the forward pass of `model` in one mode; the model is left as it was.
+    """Trace the forward pass of `model` in one mode; the model is left unchanged.
 
     Args:
-        model: takes (N, 3, H, W) images and returns (N, K) logits, or a tuple that starts with them.
-        training: which mode.
+        model: network that maps images (N, 3, H, W) to logits (N, K), or to a tuple starting with them.
+        training: whether to trace in training mode.
 
     Raises:
-        ValueError: torch.fx cannot follow the model's forward, or it returns no tensor.
+        ValueError: torch.fx cannot trace the model's forward, or it does not return a tensor.
 
     Example:
         >>> trace(torchvision.models.resnet18(), training=False).outputs["layer1"].name
@@ -114,7 +114,7 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
                 f"extract_features: torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}); "
                 "use a model whose forward does not branch on the values of tensors"
             ) from error
-    # Otherwise a tensor that forward makes out of nothing would be frozen into the graph, on one device.
+    # Otherwise a tensor that forward creates from nothing would be frozen into the graph, on one device.
     constants = sorted(set(vars(model)) - attributes)
     if constants:
         for name in constants:
@@ -124,7 +124,7 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
             "depend on its input, which torch.fx would freeze; register them as buffers of the model"
         )
     result = next(node for node in graph.nodes if node.op == "output").args[0]
-    # Networks with auxiliary heads return (logits, auxiliary logits, ...) in training mode, maybe as a named tuple.
+    # Networks with auxiliary heads return (logits, auxiliary logits, ...) in training mode, perhaps as a named tuple.
     if isinstance(result, fx.Node) and isinstance(result.target, type) and issubclass(result.target, tuple):
         result = result.args
     logits = result[0] if isinstance(result, tuple | list) and result else result
@@ -142,13 +142,13 @@ def compile_forward(
     before_activation: Sequence[fx.Node] = (),
     embedding: fx.Node | None = None,
 ) -> Forward:
-    """Turn a trace into a function of (model, images) that returns (levels, logits, before activation, embedding).
+    """Compile a trace to a function of (model, images) that returns (levels, logits, before activation, embedding).
 
     Args:
-        model: gives the function its name in tracebacks.
-        traced: its graph gets a new output.
-        levels: the nodes to return.
-        copied: those of them that are copied as soon as they are computed, because a later operation overwrites them.
+        model: network; names the function in tracebacks.
+        traced: trace whose graph gets a new output.
+        levels: nodes to return.
+        copied: those levels that are copied as soon as they are computed, because a later operation overwrites them.
         before_activation, embedding: further nodes to return.
 
     Example:
@@ -164,18 +164,18 @@ def compile_forward(
                 node = graph.call_method("clone", (node,))
         returned.append(node)
     graph.erase_node(next(node for node in graph.nodes if node.op == "output"))
-    # Nothing is pruned: an auxiliary head keeps its BatchNorm statistics, as in the plain network.
+    # Nothing is pruned: an auxiliary head keeps updating its BatchNorm statistics, as in the plain network.
     graph.output((tuple(returned), traced.logits, tuple(before_activation), embedding))
     graph.lint()
     return compiled_code(model, graph)
 
 
 def compiled_code(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """A graph as a function of the network and the graph's inputs; tracebacks show its lines.
+    """Compile a graph to a function of the network and the graph's inputs; tracebacks show its lines.
 
     Args:
-        model: gives the function its name in tracebacks.
-        graph: of it, or a part.
+        model: network; names the function in tracebacks.
+        graph: graph of the network, or a part of it.
     """
     code = graph.python_code(root_module="self")
     filename = f"<graph {next(_SERIAL)} of {type(model).__name__}>"
@@ -187,8 +187,8 @@ def compiled_code(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in one mode, and afterwards as it was."""
-    # Module by module: frozen BatchNorm layers inside a training network keep their own flag.
+    """Put the model in one mode, and restore its modes afterwards."""
+    # Module by module: BatchNorm layers frozen inside a training network keep their own flag.
     flags = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -200,9 +200,9 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NodeValue:
-    """What one node gives for a batch: a tensor, or a tuple of tensors, and whether a later operation overwrites it."""
+    """The value of a node for a batch: a tensor, or a tuple of tensors, and whether a later operation overwrites it."""
 
-    shape: tuple[int, ...] | None  # None: a tuple
+    shape: tuple[int, ...] | None  # None for a tuple
     overwritten: bool
 
 
@@ -227,16 +227,16 @@ class _Prober(fx.Interpreter):
 
 
 def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = False) -> dict[fx.Node, NodeValue]:
-    """Shapes of all tensors in the graph for two square images, without computing anything.
+    """Return the shapes of all tensors in the graph for two square images, without computing anything.
 
     Args:
-        model: its tensors are exchanged for fake ones meanwhile, so that nothing of it changes.
-        traced: of the same mode.
+        model: network; its tensors are replaced by fake ones meanwhile, so it does not change.
+        traced: trace in the same mode.
         image_size: side of the images in pixels.
-        training: mode of the modules while probing.
+        training: whether modules are in training mode while probing.
 
     Raises:
-        ValueError: the model does not take images of this size.
+        ValueError: the model does not accept images of this size.
 
     Example:
         >>> probe(model, traced, image_size=224)[traced.logits].shape
@@ -250,10 +250,10 @@ def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = 
 
 
 def numbers(model: nn.Module, traced: Trace, *, image_size: int) -> dict[fx.Node, Any]:
-    """What forward computes from the shape of square images in eval mode: all that is no tensor, for any batch size.
+    """Return what forward computes from the shape of square images in eval mode: non-tensor values, for any batch size.
 
     Args:
-        model, traced, image_size: as for `probe`.
+        model, traced, image_size: as in `probe`.
 
     Example:
         >>> numbers(vgg8, traced, image_size=32)
@@ -273,7 +273,7 @@ def _probed(model: nn.Module, traced: Trace, image_size: int, training: bool, *,
             prober.run(torch.empty(batch, 3, image_size, image_size, device=device, dtype=dtype))
         except Exception as error:
             raise ValueError(
-                f"extract_features: {type(model).__name__} does not take images of {image_size}x{image_size} pixels "
+                f"extract_features: {type(model).__name__} does not accept images of {image_size}x{image_size} pixels "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); pass the size it was built for"
             ) from error
     return prober
@@ -281,7 +281,7 @@ def _probed(model: nn.Module, traced: Trace, image_size: int, training: bool, *,
 
 @contextmanager
 def _fake_tensors(model: nn.Module, fake: FakeTensorMode) -> Iterator[None]:
-    # In training mode BatchNorm would count a step: under FakeTensorMode alone it writes into its real counter.
+    # In training mode BatchNorm would count a step: FakeTensorMode alone writes into its real counter.
     holders: list[Any] = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
     originals = [dict(holder) for holder in holders]
     try:

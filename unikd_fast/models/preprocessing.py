@@ -1,4 +1,4 @@
-"""How images are made for a network: by the configuration its weights were published with, or that their file holds."""
+"""How images are preprocessed for a network: as published with its weights, or as stored in their file."""
 
 import json
 import math
@@ -15,22 +15,22 @@ from torchvision.transforms import InterpolationMode
 from unikd_fast.values import Channels, Interpolation
 
 METADATA_KEY = "preprocessing"
-"""Under which a safetensors file that we write holds a `Preprocessing` as JSON."""
+"""Metadata key under which the safetensors files we write hold a `Preprocessing` as JSON."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes what a network was trained on.
+    """How an image becomes an input of a network.
 
     Args:
-        mean, std: per channel, of images in [0, 1].
-        interpolation: of every resize.
-        crop_pct: share of the resized short side that the central crop keeps; timm's word.
-        squash: whether both sides are resized to that length, whatever the image's aspect ratio.
+        mean, std: statistics per channel, of images in [0, 1].
+        interpolation: interpolation of every resize.
+        crop_pct: share of the resized short side that the central crop keeps; timm's term.
+        squash: whether both sides are resized to that length, ignoring the aspect ratio.
         image_size: height and width in pixels of the images that the weights were trained on.
 
     Raises:
-        ValueError: a field is outside its range.
+        ValueError: a field is out of range.
 
     Example:
         >>> published_preprocessing("torchvision/resnet50", "IMAGENET1K_V2").short_side(224)
@@ -62,23 +62,23 @@ class Preprocessing:
             )
 
     def short_side(self, image_size: int) -> int:
-        """Return the length in pixels that the short side is resized to before `image_size` is cut out.
+        """Return the length in pixels that the short side is resized to before `image_size` is cropped.
 
-        It is timm's. Three of its weights have crop_pct 1.15, more than there is; nothing is cut off for them.
+        The rule is timm's. Three of its weights have crop_pct 1.15, more than the image; nothing is cropped for them.
         """
         return max(image_size, math.floor(round(image_size / self.crop_pct, 6)))
 
 
 def published_preprocessing(name: str, weights: str | None, *, image_size: int | None = None) -> Preprocessing | None:
-    """Return how images are made for a network with these weights; None where nobody says so.
+    """Return how images are preprocessed for a network with these weights, or None if it is not published.
 
-    A .safetensors file may hold it (`METADATA_KEY`; students that we write do). Any other file counts as the default
-    weights of the network's name, as it does for timm: for "timm/vit_base_patch16_224.augreg_in21k" those of the tag.
-    Nothing is downloaded, and what does not exist is left to `build_model` to complain about.
+    A .safetensors file may state it (`METADATA_KEY`; students that we write do). Any other file is treated like the
+    default weights of the network's name, as in timm: for "timm/vit_base_patch16_224.augreg_in21k" those of the tag.
+    Nothing is downloaded, and errors about missing weights are left to `build_model`.
 
     Args:
-        name, weights: as for `build_model`.
-        image_size: height and width of the images; where timm states a crop for tests at this size, it is taken.
+        name, weights: as in `build_model`.
+        image_size: height and width of the images; if timm states a test crop for this size, it is used.
 
     Raises:
         ValueError: see `stored_preprocessing`.
@@ -98,12 +98,12 @@ def published_preprocessing(name: str, weights: str | None, *, image_size: int |
 
 
 def preprocessing_in_words(preprocessing: Preprocessing | None) -> dict[str, str]:
-    """Return what the metadata of a file of weights is to say, for `stored_preprocessing` to read."""
+    """Return the metadata for a file of weights, to be read by `stored_preprocessing`."""
     return {} if preprocessing is None else {METADATA_KEY: json.dumps(asdict(preprocessing))}
 
 
 def stored_preprocessing(path: Path) -> Preprocessing | None:
-    """Return what a .safetensors file holds under `METADATA_KEY`; None for any other, and where there is nothing.
+    """Return what a .safetensors file holds under `METADATA_KEY`, or None if there is nothing or for other files.
 
     Raises:
         ValueError: it is damaged.
@@ -118,7 +118,7 @@ def stored_preprocessing(path: Path) -> Preprocessing | None:
         with safe_open(path, framework="pt") as file:
             stored = (file.metadata() or {}).get(METADATA_KEY)
     except (OSError, SafetensorError):
-        return None  # loading the weights says what is wrong with it
+        return None  # loading the weights reports what is wrong with the file
     if stored is None:
         return None
     try:
@@ -127,7 +127,7 @@ def stored_preprocessing(path: Path) -> Preprocessing | None:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"stored_preprocessing: the metadata {METADATA_KEY!r} of {path} cannot be used ({error}); export the "
-            "file anew, or save its tensors without metadata"
+            "file again, or save its tensors without metadata"
         ) from error
 
 
@@ -163,5 +163,5 @@ def _of_timm(model: str, weights: str, image_size: int | None) -> Preprocessing 
 def _timm_cfg(name: str) -> Any:
     try:
         return get_pretrained_cfg(name)
-    except RuntimeError:  # the network has no weights of this tag
+    except RuntimeError:  # the network has no weights with this tag
         return None

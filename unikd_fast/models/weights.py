@@ -1,4 +1,4 @@
-"""Weights from a file into a network, and the constructor options that they imply."""
+"""Loading weights from a file into a network, and the constructor options they imply."""
 
 import argparse
 import codecs
@@ -19,21 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# torchvision's two networks that were trained on images of another normalisation, and the auxiliary heads of each.
+# torchvision's two networks that were trained with another normalisation, and the auxiliary heads of each.
 _INCEPTIONS = {"googlenet": "aux1", "inception_v3": "AuxLogits"}
 _TRANSFORM = "transform_input"
 
 
 def torchvision_options(model: str, weights: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """Return the options of one of torchvision's builders: those that it sets itself when it is given weights.
+    """Return the options that a torchvision builder sets itself when it is given weights.
 
     Published weights of googlenet and inception_v3 need `transform_input`, and their files do not say so. Files are
-    taken to hold such weights or what was made of them, but for files that say otherwise (`options_in_words`).
+    assumed to hold such weights or descendants of them, unless they say otherwise (`options_in_words`).
 
     Args:
         model: name of the network.
-        weights: None or "random", the path of a file, or an identifier.
-        state: the tensors, where they are known; under any prefix.
+        weights: path of a file, an identifier, None or "random".
+        state: tensors of the file, if known, under any prefix.
 
     Example:
         >>> torchvision_options("googlenet", "teacher.pth", read_state("teacher.pth"))
@@ -43,13 +43,13 @@ def torchvision_options(model: str, weights: str | None, state: Mapping[str, Ten
     entry = None if is_random else torchvision.models.get_model_weights(model).__members__.get(str(weights))
     options: dict[str, Any] = {}
     if model in _INCEPTIONS:
-        # Which initialisation is to be said, or both print a warning; by default they take their own.
+        # Both warn unless the initialisation is given; by default they use their own.
         options["init_weights"] = is_random
         if not is_random:
             options[_TRANSFORM] = _transforms_input(str(weights))
         if state is not None:
             options["aux_logits"] = any(f".{_INCEPTIONS[model]}." in f".{name}" for name in state)
-        elif entry is not None and model == "googlenet":  # whose builder takes them away
+        elif entry is not None and model == "googlenet":  # whose builder removes them
             options["aux_logits"] = False
     elif model.startswith("vit_"):
         size = _vit_size(state) if state is not None else None if entry is None else entry.meta["min_size"][0]
@@ -60,7 +60,7 @@ def torchvision_options(model: str, weights: str | None, state: Mapping[str, Ten
 
 
 def options_in_words(network: nn.Module) -> dict[str, str] | None:
-    """Return what a safetensors file of these weights is to say of the network's options, None if nothing.
+    """Return the metadata about the network's options for a safetensors file of its weights, None if there are none.
 
     Example:
         >>> options_in_words(torchvision.models.googlenet(init_weights=False))
@@ -78,12 +78,12 @@ def _transforms_input(weights: str) -> bool:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
     except SafetensorError:
-        return True  # reading its tensors says what is wrong with it
+        return True  # loading its tensors reports what is wrong with the file
     return said.get(_TRANSFORM) != "False"
 
 
 def _vit_size(state: Mapping[str, Tensor]) -> int | None:
-    """The image size of a vision transformer: as many patches a side as it has positions, but for the class's."""
+    """Return the image size of a vision transformer: one patch per position, apart from the class token's."""
     positions = next((tensor for name, tensor in state.items() if name.endswith("encoder.pos_embedding")), None)
     patches = next((tensor for name, tensor in state.items() if name.endswith("conv_proj.weight")), None)
     if positions is None or patches is None or positions.ndim != 3 or patches.ndim != 4:
@@ -93,34 +93,34 @@ def _vit_size(state: Mapping[str, Tensor]) -> int | None:
 
 _logger = logging.getLogger("unikd_fast")
 
-# Where training scripts keep the state dict: at top level, else under one of these. An exponential average is what its
-# authors report, so it comes first, as in timm.
+# Where training scripts keep the state dict: at top level, or under one of these. An exponential moving average is
+# what its authors report, so it comes first, as in timm.
 _EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 _STATE_KEYS = ("model", "state_dict", "model_state", "student")
-# Not in checkpoints older than PyTorch 0.4.1.
+# Not in checkpoints from before PyTorch 0.4.1.
 _COUNTER = "num_batches_tracked"
 _SHOWN = 5
 
 
 def load_weights(model: nn.Module, path: str | Path, *, role: str = "model", key: str | None = None) -> None:
-    """Load a checkpoint into `model`, all of it or nothing.
+    """Load a checkpoint into `model`, completely or not at all.
 
-    Reads .safetensors and torch.save files, the latter without executing any code they hold. The state dict may lie at
-    top level or under a key: of an exponential average (`state_dict_ema`, `model_ema`, ...), which is preferred, or
-    `model`, `state_dict`, `model_state` or `student`. A prefix that all of the model's tensors have in the file, such
-    as `module.`, `backbone.` or `module.student.`, is taken off; what the model has no place for, such as counters of
-    profilers or other networks beside it, is left out. The log says what was taken.
+    Reads .safetensors and torch.save files, the latter without executing any code in them. The state dict may be at top
+    level or under a key: that of a moving average (`state_dict_ema`, `model_ema`, ...), which is preferred, or `model`,
+    `state_dict`, `model_state` or `student`. A prefix common to all of the model's tensors, such as `module.`,
+    `backbone.` or `module.student.`, is removed; tensors that the model does not have, such as profiler counters or
+    other networks, are left out. The log says what was used.
 
     Args:
-        model: gets the weights; unchanged if an error is raised.
-        path: the file.
-        role: "teacher" or "student", for messages.
-        key: the key of the state dict in the file; None: the first of those above that there is.
+        model: network that gets the weights; unchanged if an error is raised.
+        path: path of the file.
+        role: name of the network in messages, "teacher" or "student".
+        key: key of the state dict in the file. If None, the first of the above that exists.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint or is damaged, has no such key, would need code to be executed, belongs
-            to another model, has another number of classes, or holds other values than finite numbers.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a checkpoint or is damaged, lacks the key, would have to execute code, belongs to
+            another model, has another number of classes, or holds values that are not finite numbers.
 
     Example:
         >>> load_weights(model, "save/models/resnet56_vanilla/ckpt_epoch_240.pth", role="teacher")
@@ -129,7 +129,7 @@ def load_weights(model: nn.Module, path: str | Path, *, role: str = "model", key
 
 
 def read_state(path: str | Path, *, role: str = "model", key: str | None = None) -> dict[str, Tensor]:
-    """Read the state dict of a checkpoint, under the names it has there; arguments and errors as of `load_weights`.
+    """Read the state dict of a checkpoint, under its names there; arguments and errors as in `load_weights`.
 
     Example:
         >>> read_state("convnext_ema.pth", key="model_ema")["norm.weight"].shape
@@ -144,7 +144,7 @@ def read_state(path: str | Path, *, role: str = "model", key: str | None = None)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, *, role: str = "model") -> None:
-    """Load what `read_state` returned; arguments and errors as of `load_weights`.
+    """Load what `read_state` returned; arguments and errors as in `load_weights`.
 
     Example:
         >>> load_state(model, read_state("resnet56.pth"), "resnet56.pth")
@@ -154,7 +154,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
     own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     beside = [name for name in state if not name.startswith(prefix)]
     spare = [name for name, tensor in own.items() if name not in expected and not _is_of_the_body(name, tensor, model)]
-    if all(name in own or name.endswith(_COUNTER) for name in expected):  # otherwise they may be what is missing
+    if all(name in own or name.endswith(_COUNTER) for name in expected):  # otherwise these may be the missing ones
         for name in spare:
             del own[name]
     _check(model, own, path, role)
@@ -165,12 +165,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
         said.append(f"left out, as the {role} has no such tensors: {', '.join(left[:_SHOWN])}{more}")
     if said:
         _logger.info("%s: weights of %s, %s", role, path, "; ".join(said))
-    # BatchNorm counters are absent from checkpoints older than PyTorch 0.4.1; strict loading fills them in.
+    # BatchNorm counters are missing in checkpoints from before PyTorch 0.4.1; strict loading fills them in.
     model.load_state_dict(own, strict=True)
 
 
 def classifier_tensor(model: nn.Module, num_classes: int) -> str:
-    """The name of the weight that maps features to `num_classes` logits, or "the classifier" where none is found.
+    """Return the name of the weight that maps features to `num_classes` logits, or "the classifier" if none is found.
 
     Example:
         >>> classifier_tensor(torchvision.models.resnet18(num_classes=10), 10)
@@ -188,15 +188,15 @@ def _read(path: Path, role: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"load_weights: the {role}'s checkpoint {path} is not a plain one: it is damaged, or it holds Python "
-            "objects that only executing code from the file would restore, which is refused; load it where you trust "
-            "it and save model.state_dict() alone"
+            f"load_weights: the {role}'s checkpoint {path} is damaged, or it holds Python objects that can only be "
+            "restored by executing code from the file, which is refused; load it in an environment you trust and save "
+            "model.state_dict() alone"
         ) from error
     except OSError as error:
-        if error.filename is not None:  # of the file; otherwise of what it says of itself
+        if error.filename is not None:  # about the file, rather than its contents
             raise
         raise ValueError(_unreadable(path, role, error)) from error
-    except Exception as error:  # bytes that are taken for a pickle make its reader raise anything
+    except Exception as error:  # arbitrary bytes make the unpickler raise anything
         raise ValueError(_unreadable(path, role, error)) from error
 
 
@@ -207,7 +207,7 @@ def _unreadable(path: Path, role: str, error: Exception) -> str:
 
 @contextmanager
 def _published_checkpoint_types() -> Iterator[None]:
-    # Published checkpoints hold the options of their run and accuracies as numpy scalars. None of these run code.
+    # Published checkpoints hold options and accuracies as numpy scalars. None of these execute code.
     numpy_scalar = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before and since numpy 2
     dtypes = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
@@ -228,13 +228,13 @@ def _state_dict(content: Any, path: Path, role: str, key: str | None) -> dict[st
     if _is_state(content):
         if key is not None:
             raise ValueError(
-                f"load_weights: the {role}'s checkpoint {path} has its tensors at top level and weights_key is "
-                f"{key!r}; leave it out"
+                f"load_weights: the {role}'s checkpoint {path} has its tensors at top level, but weights_key is "
+                f"{key!r}; remove it"
             )
         return dict(content)
     if key is not None and key not in there:
         raise ValueError(
-            f"load_weights: the {role}'s checkpoint {path} has no state dict under weights_key = {key!r}; take "
+            f"load_weights: the {role}'s checkpoint {path} has no state dict under weights_key = {key!r}; use "
             f"{' or '.join(map(repr, there)) or 'another file, which has one'}"
         )
     found = key or next((name for name in (*_EMA_KEYS, *_STATE_KEYS) if name in there), None)
@@ -260,7 +260,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _find_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, role: str) -> str:
-    """What stands in the file before the name of every tensor of the model; of no prefix that fits, the nearest."""
+    """Return what precedes the name of every tensor of the model in the file; if no prefix fits, the nearest."""
     needed = {name for name in expected if not name.endswith(_COUNTER)}
     found: Counter[str] = Counter()
     for name in state:
@@ -284,10 +284,10 @@ def _find_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pa
 
 
 def _is_of_the_body(name: str, tensor: Tensor, model: nn.Module) -> bool:
-    """Whether a tensor without a place in the model shows that the file is of a deeper one.
+    """Return whether a tensor that the model does not have shows that the file is of a deeper network.
 
-    A resnet34 has every tensor of a resnet18, and more in the same stages. What the model does not have at all, such as
-    another head, says nothing of the kind, and neither do counters.
+    A resnet34 has every tensor of a resnet18, and more in the same stages. Modules that the model does not have at all,
+    such as another head, do not count, and neither do counters.
     """
     if tensor.numel() <= 1 or not tensor.is_floating_point():
         return False
@@ -313,7 +313,7 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, role: str)
         raise ValueError(
             f"load_weights: the {role}'s checkpoint {path} has {theirs} classes and the {role} {ours}: "
             f"{name} is {tuple(state[name].shape)} in the file and {tuple(expected[name].shape)} in the model; set "
-            f"num_classes to {theirs}, or take a checkpoint trained on the {ours} classes"
+            f"num_classes to {theirs}, or use a checkpoint trained on the {ours} classes"
         )
     in_model = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     in_file = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -329,7 +329,7 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, role: str)
 
 
 def _check_values(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, role: str) -> None:
-    """Refuse what has the right shape and would be copied, but does not hold the numbers of a network."""
+    """Raise ValueError for values that have the right shape but are not the numbers of a network."""
     for name, tensor in state.items():
         kind = "real" if expected[name].is_floating_point() else "whole"
         found = ""
@@ -337,15 +337,15 @@ def _check_values(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], p
             held = "quantised" if tensor.is_quantized else "without values" if tensor.is_meta else str(tensor.layout)
             found = f"is {held}"
         elif tensor.dtype == expected[name].dtype and kind == "whole":
-            continue  # a mask of bools, or complex frequencies, where the network has them
+            continue  # a mask of bools, or complex frequencies, if the network has them
         elif name.endswith(_COUNTER) and tensor.is_floating_point() and torch.isfinite(tensor).all():
-            continue  # an exponential average of all buffers has it so
+            continue  # a moving average over all buffers makes it so
         elif tensor.is_complex() or tensor.is_floating_point() != (kind == "real") or tensor.dtype == torch.bool:
             found = f"holds {tensor.dtype}"
         elif kind == "real" and not torch.isfinite(tensor.float()).all():
             found = "holds inf or NaN"
         if found:
             raise ValueError(
-                f"load_weights: the {role}'s checkpoint {path} cannot be used: {name} {found}, where finite {kind} "
-                f"numbers belong; save model.state_dict() of the trained network"
+                f"load_weights: the {role}'s checkpoint {path} cannot be used: {name} {found}, but finite {kind} "
+                f"numbers are needed; save model.state_dict() of the trained network"
             )

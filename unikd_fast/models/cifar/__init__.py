@@ -1,4 +1,4 @@
-"""The CIFAR networks of the distillation literature, by the names it gives them."""
+"""The CIFAR networks of the distillation literature, under its names for them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from unikd_fast.models.cifar.wrn import WideResNet
 _NARROW = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)  # the "x4" networks
 
-# Each entry takes num_classes by keyword. Adding a network is a line here.
+# Each entry takes num_classes by keyword. To add a network, add a line here.
 CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth, _NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(CifarResNet, depth, _WIDE) for depth in (8, 32)},

@@ -7,8 +7,8 @@ def init_kaiming_fan_out(model: nn.Module, *, linear_std: float | None = None) -
     """Draw convolutions from N(0, 2 / (k² C_out)) and set their biases to zero.
 
     Args:
-        model: changed in place. BatchNorm keeps PyTorch's ones and zeros.
-        linear_std: standard deviation of the linear layers' weights, with zero biases; None keeps PyTorch's default.
+        model: module that is changed in place. BatchNorm keeps PyTorch's ones and zeros.
+        linear_std: standard deviation of the linear weights, with zero biases. If None, PyTorch's default is kept.
 
     Example:
         >>> init_kaiming_fan_out(nn.Conv2d(3, 16, 3))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from unikd_fast.models.cifar.init import init_kaiming_fan_out
 
-# expansion (None: the network's), channels at width 1, blocks, stride of the first block
+# expansion (if None, the network's), channels at width 1, blocks, stride of the first block
 _STAGES: tuple[tuple[int | None, int, int, int], ...] = (
     (1, 16, 1, 1),
     (None, 24, 2, 1),
@@ -19,7 +19,7 @@ _STAGES: tuple[tuple[int | None, int, int, int], ...] = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, linear 1x1; residual where the shape stays."""
+    """1x1 expansion, depthwise 3x3, linear 1x1; residual if the shape is unchanged."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class InvertedResidual(nn.Module):
 
 
 class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 with ReLU, a stem of stride 2 and four resolutions: 16, 8, 4, 2 at 32x32.
+    """MobileNetV2 with ReLU, a stride-2 stem and four resolutions: 16, 8, 4, 2 at 32x32.
 
     Args:
-        expansion: t of the inverted residuals.
-        width: multiplies every channel count but the last, which stays at least 1280.
-        num_classes: K.
+        expansion: expansion factor t of the inverted residuals.
+        width: multiplier of every channel count except the last, which stays at least 1280.
+        num_classes: number of classes K.
 
     Example:
         >>> CifarMobileNetV2(expansion=6, width=0.5, num_classes=100)(torch.randn(2, 3, 32, 32)).shape

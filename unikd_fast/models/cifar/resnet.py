@@ -1,8 +1,8 @@
 """ResNets for 32x32 images: the three-stage family of He et al. and the four-stage ResNet18 / ResNet50.
 
-Parameter names are those of the checkpoints the distillation literature publishes, which differ between the families:
-`downsample` and `fc` in the first, `shortcut` and `linear` in the second. Pooling is global, so that images of other
-sizes pass; at 32x32 it is the literature's 8x8 (4x4) average.
+Parameter names are those of the published checkpoints, which differ between the families: `downsample` and `fc` in the
+first, `shortcut` and `linear` in the second. Pooling is global, so that other image sizes work; at 32x32 it equals the
+literature's 8x8 (4x4) average.
 """
 
 from typing import ClassVar
@@ -23,7 +23,7 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
 
 
 class DownsampleBlock(nn.Module):
-    """Two 3x3 convolutions and a residual; the projection, where there is one, is called `downsample`."""
+    """Two 3x3 convolutions and a residual; the projection, if there is one, is called `downsample`."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class CifarResNet(nn.Module):
     """Three-stage ResNet of depth 6n + 2 (He et al. 2016, section 4.2).
 
     Args:
-        depth: 8, 14, 20, ..., 110.
-        channels: of the stem and of the three stages.
-        num_classes: K.
+        depth: number of layers: 8, 14, 20, ..., 110.
+        channels: channels of the stem and of the three stages.
+        num_classes: number of classes K.
 
     Raises:
-        ValueError: depth is not 6n + 2.
+        ValueError: the depth is not 6n + 2.
 
     Example:
         >>> CifarResNet(20, (16, 16, 32, 64), num_classes=100)(torch.randn(2, 3, 32, 32)).shape
@@ -89,7 +89,7 @@ class CifarResNet(nn.Module):
 
 
 class ShortcutBlock(nn.Module):
-    """Two 3x3 convolutions and a residual; the projection is called `shortcut` and is empty where none is needed."""
+    """Two 3x3 convolutions and a residual; the projection is called `shortcut` and is empty if not needed."""
 
     expansion: ClassVar[int] = 1
 
@@ -109,7 +109,7 @@ class ShortcutBlock(nn.Module):
 
 
 class ShortcutBottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a residual; the stride is on the 3x3."""
+    """1x1, 3x3 and 1x1 convolutions and a residual; the 3x3 has the stride."""
 
     expansion: ClassVar[int] = 4
 
@@ -133,12 +133,12 @@ class ShortcutBottleneck(nn.Module):
 
 
 class CifarResNet4Stage(nn.Module):
-    """The ImageNet ResNet with a 3x3 stem of stride 1 and no pooling after it: four stages at 32, 16, 8 and 4.
+    """The ImageNet ResNet with a stride-1 3x3 stem and no max pooling: four stages at 32, 16, 8 and 4.
 
     Args:
-        block: ShortcutBlock (ResNet18) or ShortcutBottleneck (ResNet50).
-        blocks: their number in each stage.
-        num_classes: K.
+        block: block class: ShortcutBlock (ResNet18) or ShortcutBottleneck (ResNet50).
+        blocks: number of blocks in each stage.
+        num_classes: number of classes K.
 
     Example:
         >>> CifarResNet4Stage(ShortcutBlock, (2, 2, 2, 2), num_classes=100)(torch.randn(2, 3, 32, 32)).shape

@@ -20,7 +20,7 @@ def _conv1x1(in_channels: int, out_channels: int, groups: int = 1) -> nn.Conv2d:
 
 
 class ShuffleUnitV1(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; at stride 2 the pooled input is concatenated, else added."""
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; the input is added, or pooled and concatenated at stride 2."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class CifarShuffleNetV1(nn.Module):
     """ShuffleNet V1, three groups.
 
     Args:
-        num_classes: K.
-        channels: of the three stages.
-        blocks: units in each stage.
-        groups: of the 1x1 convolutions.
+        num_classes: number of classes K.
+        channels: channels of the three stages.
+        blocks: number of units in each stage.
+        groups: number of groups of the 1x1 convolutions.
 
     Example:
         >>> CifarShuffleNetV1(num_classes=100)(torch.randn(2, 3, 32, 32)).shape
@@ -90,7 +90,7 @@ class CifarShuffleNetV1(nn.Module):
 
 
 class ShuffleUnitV2(nn.Module):
-    """Half the channels pass untouched, half through 1x1, depthwise 3x3, 1x1; then concatenation and shuffle."""
+    """Half the channels pass unchanged, half go through 1x1, depthwise 3x3, 1x1; then concatenation and shuffle."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -141,9 +141,9 @@ class CifarShuffleNetV2(nn.Module):
     """ShuffleNet V2 at width 1.
 
     Args:
-        num_classes: K.
-        channels: of the three stages and of the last 1x1 convolution.
-        blocks: units in each stage after the one that halves the resolution.
+        num_classes: number of classes K.
+        channels: channels of the three stages and of the last 1x1 convolution.
+        blocks: number of units in each stage after the one that halves the resolution.
 
     Example:
         >>> CifarShuffleNetV2(num_classes=100)(torch.randn(2, 3, 32, 32)).shape

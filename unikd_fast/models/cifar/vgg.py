@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from unikd_fast.models.cifar.init import init_kaiming_fan_out
 
-# Convolutions in each of the five blocks.
+# Number of convolutions in each of the five blocks.
 VGG_DEPTHS: dict[int, tuple[int, int, int, int, int]] = {
     8: (1, 1, 1, 1, 1),
     11: (1, 1, 2, 2, 2),
@@ -20,26 +20,26 @@ VGG_DEPTHS: dict[int, tuple[int, int, int, int, int]] = {
 
 @torch.fx.wrap
 def _fourth_pool(x: Tensor, image_height: int) -> Tensor:
-    # The literature skips this pool on 32x32 images. Wrapped: a trace must keep the question, not one answer to it.
+    # The literature skips this pool on 32x32 images. A function of its own, so that a trace keeps the condition.
     return F.max_pool2d(x, 2) if image_height >= 64 else x
 
 
 class CifarVGG(nn.Module):
-    """VGG-8, 11, 13, 16 or 19; the last two blocks share one resolution on images below 64x64.
+    """VGG-8, 11, 13, 16 or 19; on images below 64x64 the last two blocks share one resolution.
 
     Args:
-        depth: 8, 11, 13, 16 or 19.
-        num_classes: K.
+        depth: number of layers: 8, 11, 13, 16 or 19.
+        num_classes: number of classes K.
 
     Raises:
-        ValueError: depth is none of these.
+        ValueError: the depth is none of these.
 
     Example:
         >>> CifarVGG(8, num_classes=100)(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 100])
     """
 
-    # The blocks end on BatchNorm, so that their keys are those of the published checkpoints; ReLUs end the stages.
+    # The blocks end with BatchNorm, so that their keys match the published checkpoints; the stages end with ReLU.
     stage_modules: ClassVar[tuple[str, ...]] = ("relu1", "relu2", "relu3", "relu4")
 
     def __init__(self, depth: int, *, num_classes: int) -> None:

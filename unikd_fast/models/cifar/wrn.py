@@ -1,7 +1,7 @@
 """Wide residual networks (Zagoruyko & Komodakis 2016) for 32x32 images.
 
-Blocks are pre-activated, so a stage ends on the sum itself and not on a ReLU; that sum is what the distillation
-literature takes as the stage's feature.
+Blocks are pre-activated, so a stage ends with the sum itself rather than a ReLU; the distillation literature takes this
+sum as the stage's feature.
 """
 
 from typing import ClassVar
@@ -12,7 +12,7 @@ from unikd_fast.models.cifar.init import init_kaiming_fan_out
 
 
 class PreActBlock(nn.Module):
-    """BN, ReLU, 3x3, BN, ReLU, 3x3 and a residual; where channels change, the projection reads the activated input."""
+    """BN, ReLU, 3x3, BN, ReLU, 3x3 and a residual; if channels change, the projection reads the activated input."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class PreActBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    """A stage; its blocks hang under `layer`, as in the published checkpoints."""
+    """A stage; its blocks are in `layer`, as in the published checkpoints."""
 
     def __init__(self, in_channels: int, channels: int, blocks: int, stride: int) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class WideResNet(nn.Module):
     """Wide ResNet of depth 6n + 4 without dropout.
 
     Args:
-        depth: 16, 40, ...
-        widen_factor: multiplies the stages' 16, 32 and 64 channels.
-        num_classes: K.
+        depth: number of layers: 16, 40, ...
+        widen_factor: multiplier of the stages' 16, 32 and 64 channels.
+        num_classes: number of classes K.
 
     Raises:
-        ValueError: depth is not 6n + 4.
+        ValueError: the depth is not 6n + 4.
 
     Example:
         >>> WideResNet(16, 2, num_classes=100)(torch.randn(2, 3, 32, 32)).shape
