@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from support.generated_images import draw_image
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.sets.in_memory import MEAN, STD
+from unikd_fast.data.sets.in_memory import CIFAR_MEAN, CIFAR_STD
 from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.splits import DataSplits, TensorImages
 from unikd_fast.values import Batch
@@ -47,7 +47,7 @@ def mean_kilobytes(root: Path) -> float:
 
 def cifar_like() -> DataSplits:
     """Return made-up images in the shape of CIFAR-100, with its mean and deviation."""
-    return replace(load_synthetic(CIFAR_SAMPLES, 100, 32), mean=MEAN, std=STD)
+    return replace(load_synthetic(CIFAR_SAMPLES, 100, 32), mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
 class PilImages(Dataset):

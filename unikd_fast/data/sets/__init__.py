@@ -7,8 +7,7 @@ from pathlib import Path
 from unikd_fast.data.roots import check_root
 from unikd_fast.data.sets.fine_grained import load_fine_grained
 from unikd_fast.data.sets.image_folder import load_image_folder
-from unikd_fast.data.sets.in_memory import IMAGE_SIZE as CIFAR_SIZE
-from unikd_fast.data.sets.in_memory import load_cifar100, load_digits
+from unikd_fast.data.sets.in_memory import CIFAR_SIZE, load_cifar100, load_digits
 from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import DataSplits, class_balanced_subset

@@ -1,11 +1,14 @@
 """Published sets that fit into memory: scikit-learn's digits and CIFAR-100.
 
 The digits are 1797 images of 8 x 8 greys, which come with the package and train in seconds. CIFAR-100 is read from its
-published python layout: pickles, by a machine of our own that calls nothing they name."""
+published python layout: pickles, by a machine of our own that calls nothing they name.
+"""
 
+import gzip
 import math
 import pickletools
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,14 @@ SPLIT_SIZES = (1000, 297, 500)
 
 # Part of the definition of the data set, like the sizes: a teacher must never have seen its student's test images.
 _SPLIT_SEED = 0
+
+CIFAR_MEAN = (0.5071, 0.4867, 0.4408)
+CIFAR_STD = (0.2675, 0.2565, 0.2761)
+CIFAR_SIZE = 32
+
+_CIFAR_CLASSES = 100
+_HOLD_OUT_SEED = 0
+_MAX_AXES = 4  # of an array in a pickle
 
 
 def load_digits(image_size: int) -> DataSplits:
@@ -38,14 +49,11 @@ def load_digits(image_size: int) -> DataSplits:
     """
     if image_size < 8:
         raise ValueError(f"load_digits: image_size must be at least the 8 pixels of the originals, got {image_size}")
-    # Imported here: other data sets do without scikit-learn, and it takes a second to import.
-    from sklearn.datasets import load_digits as load_greys
-
-    greys, targets = load_greys(return_X_y=True)  # (1797, 64) in 0..16, (1797,)
-    small = torch.from_numpy(greys).view(-1, 1, 8, 8) * (255 / 16)
+    table = _read_digits()
+    small = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 8, 8) * (255 / 16)
     large = F.interpolate(small, size=(image_size, image_size), mode="bilinear", align_corners=False)
     images = large.round().to(torch.uint8).expand(-1, 3, -1, -1)
-    labels = targets.astype(np.int64)
+    labels = table[:, -1].astype(np.int64)
     train, val, test = (
         TensorImages(images[torch.from_numpy(part)].contiguous(), labels[part])
         for part in stratified_split(labels, SPLIT_SIZES, seed=_SPLIT_SEED)
@@ -66,13 +74,16 @@ def load_digits(image_size: int) -> DataSplits:
     )
 
 
-MEAN = (0.5071, 0.4867, 0.4408)
-STD = (0.2675, 0.2565, 0.2761)
-NUM_CLASSES = 100
-IMAGE_SIZE = 32
+def _read_digits() -> NDArray[np.float64]:
+    """Return scikit-learn's table of digits, (1797, 65): greys in 0..16, then the label.
 
-_HOLD_OUT_SEED = 0
-_MAX_AXES = 4
+    It is read from the file of the installed package, because to import scikit-learn takes more than a second.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("digits come with scikit-learn, which is not installed", name="sklearn")
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        return np.loadtxt(file, delimiter=",")
 
 
 def load_cifar100(folder: Path, *, val_samples: int = 0) -> DataSplits:
@@ -102,17 +113,17 @@ def load_cifar100(folder: Path, *, val_samples: int = 0) -> DataSplits:
         kept, held_out = stratified_split(train.labels, (len(train) - val_samples, val_samples), seed=_HOLD_OUT_SEED)
         train, val = train.select(kept), train.select(held_out)
     names = _read_pickle(folder / "meta").get("fine_label_names")
-    if not isinstance(names, list) or len(names) != NUM_CLASSES or not all(map(_is_text, names)):
+    if not isinstance(names, list) or len(names) != _CIFAR_CLASSES or not all(map(_is_text, names)):
         raise ValueError(f"load_cifar100: {folder / 'meta'} must hold a list of 100 fine_label_names")
     return DataSplits(
         train=train,
         val=val,
         test=test,
-        num_classes=NUM_CLASSES,
+        num_classes=_CIFAR_CLASSES,
         class_names=tuple(_text(name) for name in names),
-        mean=MEAN,
-        std=STD,
-        image_size=IMAGE_SIZE,
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+        image_size=CIFAR_SIZE,
     )
 
 
@@ -127,7 +138,7 @@ def _read_images(path: Path) -> TensorImages:
             f"load_cifar100: `fine_labels` in {path} must be one class in [0, 100) per image, {len(pixels)} in all"
         )
     # Rows are red, green and blue planes, one after the other. The copy makes the array writable, as torch wants it.
-    images = torch.from_numpy(pixels.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE).copy())
+    images = torch.from_numpy(pixels.reshape(-1, 3, CIFAR_SIZE, CIFAR_SIZE).copy())
     return TensorImages(images, np.array(labels, np.int64))
 
 
@@ -145,7 +156,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _is_class(label: object) -> bool:
-    return isinstance(label, int) and 0 <= label < NUM_CLASSES
+    return isinstance(label, int) and 0 <= label < _CIFAR_CLASSES
 
 
 def _is_text(value: object) -> bool:
