@@ -108,9 +108,9 @@ def test_plan_shows_each_kind_of_run_once_and_needs_no_trained_teacher(tmp_path:
 def test_errors_are_one_line_with_their_exit_code(tmp_path: Path) -> None:
     config = cached_config(tmp_path)
     for arguments, code, part in [
-        (("verify", tmp_path / "nowhere"), 4, "nowhere is no cache"),
-        (("info", tmp_path / "nowhere"), 4, "nowhere is no cache"),
-        (("info", "--config", config), 4, "cache is no cache, manifest.json is missing; build the cache first"),
+        (("verify", tmp_path / "nowhere"), 4, "nowhere is not a cache"),
+        (("info", tmp_path / "nowhere"), 4, "nowhere is not a cache"),
+        (("info", "--config", config), 4, "cache is not a cache, manifest.json is missing; build the cache first"),
         (("info", tmp_path, "--set", "run.seed=1"), 2, "--set changes a configuration"),
         (("build", "--config", tmp_path / "absent.json"), 2, "no such file"),
         (("build", "--config", config, "--set", "teacher.cache.veiws=1"), 2, "'teacher.cache.views'"),

@@ -100,7 +100,7 @@ def test_what_belongs_to_all_shards_cannot_be_repaired(copied: Path) -> None:
     head.unlink()
     said = command("verify", head.parent)
     assert said.returncode == 4
-    assert f"{head} is missing, and the shards were made with what it held" in said.stderr
+    assert f"{head} is missing, but the shards were made with it" in said.stderr
 
 
 def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_path: Path) -> None:

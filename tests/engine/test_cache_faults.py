@@ -81,8 +81,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, weights: Path, group: None
     [
         pytest.param(flip, 0.0, "is not what was written, its checksum is", id="flipped, found in training"),
         pytest.param(flip, 1.0, "is not what was written, its checksum is", id="flipped, found before"),
-        pytest.param(truncate, 0.0, "has 1591 bytes and must have 1600", id="truncated, found in training"),
-        pytest.param(truncate, 1.0, "has 1591 bytes and must have 1600", id="truncated, found before"),
+        pytest.param(truncate, 0.0, "has 1591 bytes but must have 1600", id="truncated, found in training"),
+        pytest.param(truncate, 1.0, "has 1591 bytes but must have 1600", id="truncated, found before"),
         pytest.param(delete, 0.0, None, id="deleted"),
     ],
 )
@@ -153,12 +153,12 @@ def test_outputs_that_changed_behind_the_keys_back_are_not_trained_on(tmp_path: 
 
     checked(1.0)
     overwrite(folder, foreign)  # all of it: any share finds it
-    with pytest.raises(CacheError, match=r"does not hold what the teacher says: 64 of 64 outputs .* differ"):
+    with pytest.raises(CacheError, match=r"does not match the teacher: 64 of 64 recomputed outputs differ"):
         checked(0.001)
     one = own.copy()
     one[100] = foreign[100]
     overwrite(folder, one)
-    with pytest.raises(CacheError, match=r"1 of 288 outputs computed again differ, sample \d+ in view 1 by"):
+    with pytest.raises(CacheError, match=r"1 of 288 recomputed outputs differ, sample \d+ in view 1 by"):
         checked(1.0)
     overwrite(folder, np.roll(own, folder.samples, axis=0))  # the views exchanged
     with pytest.raises(CacheError, match=r"64 of 64|6\d of 64"):

@@ -114,7 +114,7 @@ def test_reading_makes_no_cache(tmp_path: Path, weights: Path) -> None:
     assert "--set teacher.cache.mode=read_write" in str(caught.value)
     assert not (tmp_path / "kd").exists()
     (tmp_path / "kd").mkdir()
-    with pytest.raises(CacheError, match=r"kd is no cache, manifest\.json is missing"):
+    with pytest.raises(CacheError, match=r"kd is not a cache, manifest\.json is missing"):
         experiment(tmp_path, weights, "kd", {"teacher.cache.mode": "read"})
     assert not list((tmp_path / "kd").iterdir())
 

@@ -40,7 +40,7 @@ def claim_and_leave(folder: CacheFolder, shard: int) -> None:
     writer.close()
 
 
-def test_tensors_and_record_come_back(tmp_path: Path) -> None:
+def test_tensors_and_record_round_trip(tmp_path: Path) -> None:
     folder = make(tmp_path)
     assert folder.attachment() is None
     attached = folder.attach(TENSORS, RECORD)
@@ -51,7 +51,7 @@ def test_tensors_and_record_come_back(tmp_path: Path) -> None:
     assert (folder.missing_shards(), folder.info().bytes_done) == (list(range(SHARDS)), 0), "it is no shard"
 
 
-def test_what_comes_back_is_no_part_of_what_was_given(tmp_path: Path) -> None:
+def test_the_attachment_read_is_a_copy(tmp_path: Path) -> None:
     head, record = torch.zeros(3), {"precision": "bf16"}
     folder = make(tmp_path)
     attached = folder.attach({"head": head, "tied": head}, record)
@@ -61,7 +61,7 @@ def test_what_comes_back_is_no_part_of_what_was_given(tmp_path: Path) -> None:
         assert same(found, {"head": torch.zeros(3), "tied": torch.zeros(3)}, {"precision": "bf16"})
 
 
-def test_a_cache_without_a_head_has_a_record_alone(tmp_path: Path) -> None:
+def test_a_cache_without_a_head_has_only_a_record(tmp_path: Path) -> None:
     folder = make(tmp_path)
     assert same(folder.attach({}, RECORD), {}, RECORD)
     assert same(folder.attachment(), {}, RECORD)
@@ -117,9 +117,7 @@ print(found.record["by"], found.tensors["head"].unique().tolist())
     assert other.communicate(timeout=300)[0] == f"{winner} [{float(winner)}]\n"
 
 
-def test_a_writer_that_is_stopped_before_the_rename_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_stopped_before_the_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(old: Path, new: Path) -> None:
         raise KeyboardInterrupt
 
@@ -133,7 +131,7 @@ def test_a_writer_that_is_stopped_before_the_rename_leaves_nothing(
 
 
 @pytest.mark.parametrize("left", [b"", b"half", bytes(100_000)], ids=["empty", "half", "longer"])
-def test_a_temporary_file_that_was_left_is_no_obstacle(tmp_path: Path, left: bytes) -> None:
+def test_a_leftover_temporary_file_is_ignored(tmp_path: Path, left: bytes) -> None:
     folder = make(tmp_path)
     temporary = tmp_path / f".{NAME}.0123456789abcdef.tmp"
     temporary.write_bytes(left)
@@ -171,7 +169,7 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
             folder.attachment()
 
 
-def test_a_damaged_attachment_is_not_taken_over_by_the_next_writer(tmp_path: Path) -> None:
+def test_the_next_writer_refuses_a_damaged_attachment(tmp_path: Path) -> None:
     folder = make(tmp_path)
     (tmp_path / NAME).write_bytes(b"")
     with pytest.raises(CacheError, match=rf"{NAME} is damaged"):
@@ -190,22 +188,22 @@ def test_an_attachment_of_another_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError) as caught:
         folder.attachment()
     assert str(caught.value) == (
-        f"{folder.path / NAME} belongs to another cache: its key is {key.digest} and the folder's {folder.key.digest}; "
+        f"{folder.path / NAME} belongs to another cache: its key is {key.digest}, the folder's is {folder.key.digest}; "
         f"delete {folder.path} and build the cache again"
     )
 
 
-def test_one_that_is_gone_while_shards_are_there_is_missed(tmp_path: Path) -> None:
+def test_a_missing_attachment_is_noticed_if_shards_exist(tmp_path: Path) -> None:
     folder = make(tmp_path)
     folder.attach(TENSORS, RECORD)
     build_shard(folder, 2)
     assert same(folder.attachment(), TENSORS, RECORD)
     (tmp_path / NAME).unlink()
-    with pytest.raises(CacheError, match=rf"{NAME} is missing, and the shards were made with what it held; restore it"):
+    with pytest.raises(CacheError, match=rf"{NAME} is missing, but the shards were made with it; restore it"):
         folder.attachment()
 
 
-def test_one_that_is_gone_while_a_shard_is_begun_is_missed(tmp_path: Path) -> None:
+def test_a_missing_attachment_is_noticed_if_a_shard_is_begun(tmp_path: Path) -> None:
     """What a build left behind would be completed with another head."""
     folder = make(tmp_path)
     folder.attach(TENSORS, RECORD)
@@ -214,14 +212,14 @@ def test_one_that_is_gone_while_a_shard_is_begun_is_missed(tmp_path: Path) -> No
         assert same(folder.attachment(), TENSORS, RECORD)
     (tmp_path / NAME).unlink()
     assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00002.partial"]
-    with pytest.raises(CacheError, match=rf"{NAME} is missing, and the shards were made with what it held; restore it"):
+    with pytest.raises(CacheError, match=rf"{NAME} is missing, but the shards were made with it; restore it"):
         folder.attachment()
     folder.discard(2)
     assert folder.attachment() is None
 
 
 @pytest.mark.parametrize("begins", [claim_and_leave, build_shard], ids=["begins", "builds"])
-def test_one_that_another_process_writes_meanwhile_is_not_missed(
+def test_an_attachment_written_meanwhile_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: Callable[[CacheFolder, int], None]
 ) -> None:
     """It attaches and goes on to its first shard while we look; that is no loss."""
@@ -241,13 +239,13 @@ def test_one_that_another_process_writes_meanwhile_is_not_missed(
     assert same(folder.attachment(), TENSORS, RECORD)
 
 
-def test_shards_whose_attachment_never_was_are_not_read_without_it(tmp_path: Path) -> None:
+def test_shards_are_not_read_without_their_attachment(tmp_path: Path) -> None:
     folder = build_all(tmp_path)
     with pytest.raises(CacheError, match=rf"{NAME} is missing"):
         folder.attachment()
 
 
-def test_a_record_that_json_cannot_hold_is_refused_and_nothing_written(tmp_path: Path) -> None:
+def test_a_record_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path)
     for record in ({"path": tmp_path}, {"error": float("nan")}):
         with pytest.raises((TypeError, ValueError)):
@@ -255,7 +253,7 @@ def test_a_record_that_json_cannot_hold_is_refused_and_nothing_written(tmp_path:
     assert folder.attachment() is None and not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_folder_that_lost_its_manifest_is_no_new_cache(tmp_path: Path) -> None:
+def test_a_folder_that_lost_its_manifest_is_refused(tmp_path: Path) -> None:
     make(tmp_path).attach(TENSORS, RECORD)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(CacheError, match=rf"holds {NAME} .* lost its manifest"):

@@ -63,7 +63,7 @@ def test_every_view_of_every_sample_once(tmp_path: Path, batch_size: int) -> Non
     assert build_cache(folder, teacher, batch_size=batch_size) == 0
 
 
-def test_goes_on_where_a_build_ended(tmp_path: Path) -> None:
+def test_a_build_resumes_where_it_ended(tmp_path: Path) -> None:
     folder, first, second = folder_in(tmp_path / "cache"), FakeTeacher(fails_after=14), FakeTeacher()
     with pytest.raises(RuntimeError, match="killed"):
         build_cache(folder, first, batch_size=4)
@@ -72,7 +72,7 @@ def test_goes_on_where_a_build_ended(tmp_path: Path) -> None:
     assert_complete(folder)
 
 
-def test_only_a_discarded_shard_is_built_again(tmp_path: Path) -> None:
+def test_only_a_discarded_shard_is_rebuilt(tmp_path: Path) -> None:
     folder, teacher = folder_in(tmp_path / "cache"), FakeTeacher()
     build_cache(folder, teacher, batch_size=4)
     folder.discard(2)  # records 20 to 29: three samples of view 0, seven of view 1
@@ -109,7 +109,7 @@ def finish(folder: CacheFolder, writer: ShardWriter) -> None:
     writer.commit()
 
 
-def test_progress_is_told_of_nothing_while_others_are_waited_for(tmp_path: Path) -> None:
+def test_progress_reports_zero_while_waiting_for_others(tmp_path: Path) -> None:
     folder, teacher, counts = folder_in(tmp_path / "cache"), FakeTeacher(), []
     held = held_shard(folder, 3)
 
@@ -124,7 +124,7 @@ def test_progress_is_told_of_nothing_while_others_are_waited_for(tmp_path: Path)
     assert_complete(folder)
 
 
-def test_what_another_process_leaves_is_built_after_waiting(tmp_path: Path) -> None:
+def test_shards_left_by_another_process_are_built_after_waiting(tmp_path: Path) -> None:
     folder, teacher, counts = folder_in(tmp_path / "cache"), FakeTeacher(), []
     held = held_shard(folder, 3)
     held.write([30], folder.codec.encode(expected(np.array([7]), 1)))
@@ -141,7 +141,7 @@ def test_what_another_process_leaves_is_built_after_waiting(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("waits", ["claim", "claim_any", "build_cache"])
-def test_whoever_waits_may_end_it(tmp_path: Path, waits: str) -> None:
+def test_idle_can_end_the_wait(tmp_path: Path, waits: str) -> None:
     """Nothing is left of the wait: the shard stays with who has it, and can be claimed after that."""
     folder = folder_in(tmp_path / "cache")
     for shard in range(6):
@@ -176,7 +176,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_without_idle_a_claim_waits_as_well(tmp_path: Path) -> None:
+def test_a_claim_waits_without_idle_too(tmp_path: Path) -> None:
     folder = folder_in(tmp_path / "cache")
     held = held_shard(folder, 6)
     timer = threading.Timer(0.2, held.close)
@@ -188,7 +188,7 @@ def test_without_idle_a_claim_waits_as_well(tmp_path: Path) -> None:
     assert folder.covers([SAMPLES * VIEWS - 1])
 
 
-def test_nobody_is_idle_who_need_not_wait(tmp_path: Path) -> None:
+def test_idle_is_not_called_without_waiting(tmp_path: Path) -> None:
     def idle() -> None:
         raise AssertionError
 
@@ -203,7 +203,7 @@ def test_nobody_is_idle_who_need_not_wait(tmp_path: Path) -> None:
     held.close()
 
 
-def test_outputs_that_do_not_fit_leave_no_shard(tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_stored_leave_no_shard(tmp_path: Path) -> None:
     folder = folder_in(tmp_path / "cache")
     with pytest.raises(CacheError, match="fp16 ends at 65504; store them as uint8"):
         build_cache(folder, FakeTeacher(spoilt=1e5), batch_size=4)

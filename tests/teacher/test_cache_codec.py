@@ -79,12 +79,12 @@ def test_round_trip(codec: Codec, rows: int, data: st.DataObject) -> None:
     ],
     ids=lambda value: value.kind if isinstance(value, Codec) else str(value),
 )
-def test_the_size_of_a_record(codec: Codec, size: int) -> None:
+def test_record_sizes(codec: Codec, size: int) -> None:
     assert codec.record_bytes == size
 
 
 @pytest.mark.parametrize("kind", ["fp16", "uint8", "top_k"])
-def test_as_many_classes_as_imagenet_21k(kind: str) -> None:
+def test_round_trip_with_imagenet_21k_classes(kind: str) -> None:
     codec = Codec(kind, 21841, top_k=100 if kind == "top_k" else None, gaussian=True)
     logits = random_logits(3, 21841)
     logits[1, 21840] = 200.0  # an index beyond int16
@@ -96,7 +96,7 @@ def test_as_many_classes_as_imagenet_21k(kind: str) -> None:
         assert found.indices[1, 0] == 21840
 
 
-def test_top_k_never_stores_more_than_all_the_mass() -> None:
+def test_top_k_probabilities_sum_to_at_most_one() -> None:
     """The log-sum-exp belongs to the rounded logits: with that of the fp32 ones, rounding up would give p > 1."""
     logits = torch.zeros(4000, 10)
     logits[:, 3] = torch.linspace(12.0, 40.0, 4000)
@@ -110,7 +110,7 @@ def test_top_k_never_stores_more_than_all_the_mass() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp16", "uint8"])
-def test_the_losses_read_what_is_decoded(kind: str) -> None:
+def test_losses_accept_decoded_outputs(kind: str) -> None:
     codec = Codec(kind, 37, gaussian=True)
     student, teacher = random_logits(5, 37, 1), random_logits(5, 37, 2)
     found, _ = codec.decode(codec.encode(teacher, Gaussian(teacher, teacher)))
@@ -120,7 +120,7 @@ def test_the_losses_read_what_is_decoded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("codec", [Codec("fp16", 9), Codec("uint8", 9, gaussian=True), Codec("top_k", 9, top_k=4)])
-def test_records_may_lie_anyhow_in_memory(codec: Codec) -> None:
+def test_records_decode_from_any_memory_layout(codec: Codec) -> None:
     logits = random_logits(6, 9)
     records = codec.encode(logits, Gaussian(logits, logits) if codec.gaussian else None)
     wide = np.zeros((6, codec.record_bytes + 5), np.uint8)
@@ -133,7 +133,7 @@ def test_records_may_lie_anyhow_in_memory(codec: Codec) -> None:
     assert_same(codec.decode(records[::-1])[0], expected(codec, logits.flip(0)))
 
 
-def test_decoding_copies_nothing_on_the_cpu() -> None:
+def test_decoding_on_the_cpu_does_not_copy() -> None:
     codec = Codec("uint8", 16, gaussian=True)
     records = codec.encode(random_logits(4, 16), Gaussian(random_logits(4, 16), random_logits(4, 16)))
     found, gaussian = codec.decode(records)
@@ -149,13 +149,13 @@ def test_encoding_takes_strided_logits() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp16", "top_k"])
-def test_logits_beyond_fp16_are_refused_with_the_largest_and_the_remedy(kind: str) -> None:
+def test_logits_beyond_fp16_are_refused(kind: str) -> None:
     codec = Codec(kind, 10, top_k=2 if kind == "top_k" else None)
     logits = random_logits(4, 10)
     logits[2, 5] = -65519.0  # rounds to -65504
     codec.encode(logits)
     logits[2, 5], logits[3, 1] = -65520.0, 70000.0
-    with pytest.raises(CacheError, match=r"logits reach 70000 \(the first in row 2\) and fp16 ends at 65504; .*uint8"):
+    with pytest.raises(CacheError, match=r"logits reach 70000 \(the first in row 2\), fp16 ends at 65504; .*uint8"):
         codec.encode(logits)
     eight_bits, _ = Codec("uint8", 10).decode(Codec("uint8", 10).encode(logits))
     assert_same(eight_bits, quantize_logits(logits))
@@ -163,7 +163,7 @@ def test_logits_beyond_fp16_are_refused_with_the_largest_and_the_remedy(kind: st
 
 @pytest.mark.parametrize("kind", ["fp16", "uint8", "top_k"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_inf_and_nan_of_the_teacher_are_refused(kind: str, value: float) -> None:
+def test_inf_and_nan_are_refused(kind: str, value: float) -> None:
     codec = Codec(kind, 10, top_k=2 if kind == "top_k" else None)
     logits = torch.full((4, 10), -3.5, dtype=torch.float16)
     logits[1, 9] = value
@@ -175,7 +175,7 @@ def test_inf_and_nan_of_the_teacher_are_refused(kind: str, value: float) -> None
 
 @pytest.mark.parametrize("name", ["mean", "log_var"])
 @pytest.mark.parametrize(("value", "message"), [(1e6, "reach 1e.06"), (float("nan"), "are inf or NaN")])
-def test_a_gaussian_that_does_not_fit_is_named(name: str, value: float, message: str) -> None:
+def test_a_gaussian_that_overflows_fp16_is_refused(name: str, value: float, message: str) -> None:
     logits = random_logits(4, 10)
     gaussian = Gaussian(logits.clone(), logits.clone())
     getattr(gaussian, name)[3, 3] = value
@@ -183,9 +183,9 @@ def test_a_gaussian_that_does_not_fit_is_named(name: str, value: float, message:
         Codec("uint8", 10, gaussian=True).encode(logits, gaussian)
 
 
-def test_a_row_whose_range_no_fp32_holds_is_refused() -> None:
+def test_a_row_that_exceeds_the_range_of_fp32_is_refused() -> None:
     logits = torch.tensor([[3e38, -3e38]])
-    with pytest.raises(CacheError, match=r"spans more than fp32 holds, up to 3e\+38"):
+    with pytest.raises(CacheError, match=r"exceeds the range of fp32, up to 3e\+38"):
         Codec("uint8", 2).encode(logits)
 
 
@@ -200,12 +200,12 @@ def test_a_row_whose_range_no_fp32_holds_is_refused() -> None:
         (("uint8", 10, 3), "top_k is for kind 'top_k', got 3 with 'uint8'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(arguments: Any, message: str) -> None:
+def test_invalid_settings_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Codec(*arguments)
 
 
-def test_settings_make_the_codec_again() -> None:
+def test_settings_reconstruct_the_codec() -> None:
     codec = Codec("top_k", 10, 3, gaussian=True)
     assert Codec(**codec.settings) == codec
 
@@ -216,13 +216,13 @@ def test_settings_make_the_codec_again() -> None:
         (False, torch.zeros(2, 9), None, r"logits must be floats of shape \(N, 10\), got \(2, 9\)"),
         (False, torch.zeros(10), None, r"logits must be floats of shape \(N, 10\), got \(10,\)"),
         (False, torch.zeros(2, 10).long(), None, r"got \(2, 10\) torch.int64"),
-        (True, torch.zeros(2, 10), None, "got no Gaussian, and records of this codec hold one"),
+        (True, torch.zeros(2, 10), None, "got no Gaussian, but records of this codec hold one"),
         (False, torch.zeros(2, 10), Gaussian(torch.zeros(2, 10), torch.zeros(2, 10)), "got a Gaussian, .* hold none"),
         (True, torch.zeros(2, 10), Gaussian(torch.zeros(2, 10), torch.zeros(2, 9)), "log_var must be floats of shape"),
         (True, torch.zeros(2, 10), Gaussian(torch.zeros(3, 10), torch.zeros(2, 10)), "3 rows"),
     ],
 )
-def test_other_shapes_are_refused(gaussian: bool, logits: Tensor, given: Gaussian | None, message: str) -> None:
+def test_wrong_shapes_are_refused(gaussian: bool, logits: Tensor, given: Gaussian | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Codec("fp16", 10, gaussian=gaussian).encode(logits, given)
 

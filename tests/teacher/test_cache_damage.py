@@ -45,7 +45,7 @@ def flip(path: Path, byte: int, bits: int = 1) -> None:
 
 @given(st.integers(0, 6 * SIZE - 1), st.integers(1, 255))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_flipped_byte_is_found_and_only_its_record_lost(tmp_path: Path, byte: int, bits: int) -> None:
+def test_a_flipped_byte_costs_only_its_record(tmp_path: Path, byte: int, bits: int) -> None:
     folder = build_all(tmp_path)
     bad = 6 + byte // SIZE
     flip(tmp_path / SHARD_1, byte, bits)
@@ -78,23 +78,23 @@ def test_a_truncated_shard(tmp_path: Path, length: int, mapped: bool) -> None:
         folder.read([6])
     os.truncate(tmp_path / SHARD_1, length)
     with pytest.raises(
-        CacheError, match=rf"{SHARD_1} has {length} bytes and must have {6 * SIZE}: record 11 .*delete th"
+        CacheError, match=rf"{SHARD_1} has {length} bytes but must have {6 * SIZE}: record 11 .*delete th"
     ):
         folder.read([11])
     assert folder.verify().shards[1].status == "truncated"
     assert torch.equal(decoded(folder, [0, 19]), logits([0, 19]))
 
 
-def test_a_shard_that_is_too_long(tmp_path: Path) -> None:
+def test_an_overlong_shard(tmp_path: Path) -> None:
     folder = build_all(tmp_path)
     os.truncate(tmp_path / SHARD_1, 6 * SIZE + 1)
-    with pytest.raises(CacheError, match=rf"{SHARD_1} has 241 bytes and must have 240"):
+    with pytest.raises(CacheError, match=rf"{SHARD_1} has 241 bytes but must have 240"):
         folder.read([6])
     assert folder.verify().shards[1].status == "too long"
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["not yet mapped", "mapped"])
-def test_a_deleted_shard_is_named_and_built_again_alone(tmp_path: Path, mapped: bool) -> None:
+def test_only_a_deleted_shard_is_named_and_rebuilt(tmp_path: Path, mapped: bool) -> None:
     folder = build_all(tmp_path)
     if mapped:
         folder.read([6])
@@ -109,7 +109,7 @@ def test_a_deleted_shard_is_named_and_built_again_alone(tmp_path: Path, mapped: 
     assert torch.equal(decoded(folder, range(6, 12)), logits(range(6, 12), build=1))
 
 
-def test_a_discarded_shard_is_built_again_alone(tmp_path: Path) -> None:
+def test_only_the_discarded_shard_is_rebuilt(tmp_path: Path) -> None:
     folder = build_all(tmp_path)
     folder.read(range(RECORDS))
     others = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin") if path.name != SHARD_1}
@@ -122,7 +122,7 @@ def test_a_discarded_shard_is_built_again_alone(tmp_path: Path) -> None:
     assert folder.verify().ok
 
 
-def test_a_begun_shard_can_be_discarded_and_one_that_never_was(tmp_path: Path) -> None:
+def test_partial_and_missing_shards_can_be_discarded(tmp_path: Path) -> None:
     folder = make(tmp_path)
     with folder.claim(0) as writer:  # type: ignore[union-attr]
         writer.write([2], CODEC.encode(logits([2])))
@@ -134,7 +134,7 @@ def test_a_begun_shard_can_be_discarded_and_one_that_never_was(tmp_path: Path) -
         folder.discard(4)
 
 
-def test_a_shard_under_the_name_of_another(tmp_path: Path) -> None:
+def test_a_shard_renamed_to_another_is_refused(tmp_path: Path) -> None:
     folder = build_all(tmp_path)
     shutil.copy(tmp_path / SHARD_1, tmp_path / "shard-00000.bin")
     with pytest.raises(
@@ -145,7 +145,7 @@ def test_a_shard_under_the_name_of_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["key", "codec"])
-def test_a_shard_of_another_cache(tmp_path: Path, other: str) -> None:
+def test_a_shard_of_another_cache_is_refused(tmp_path: Path, other: str) -> None:
     """Of the same samples and the same size, so that only its content could tell."""
     folder = build_all(tmp_path / "cache")
     key = CacheKey({"teacher": "another"}) if other == "key" else KEY
@@ -157,12 +157,12 @@ def test_a_shard_of_another_cache(tmp_path: Path, other: str) -> None:
         writer.commit()
     shutil.copy(stranger.path / SHARD_1, folder.path / SHARD_1)
     with pytest.raises(
-        CacheError, match=r"its checksum is \w{8} and its bytes give \w{8}: damaged, or of another cache"
+        CacheError, match=r"its checksum is \w{8} but its bytes give \w{8}: damaged, or of another cache"
     ):
         folder.read([6])
 
 
-def test_verify_says_what_to_do_and_how_far_it_is(tmp_path: Path) -> None:
+def test_verify_reports_remedies_and_progress(tmp_path: Path) -> None:
     folder = build_all(tmp_path)
     flip(tmp_path / "shard-00000.bin", 3 * SIZE + 20)
     flip(tmp_path / "shard-00000.bin", 5 * SIZE + 20)
@@ -183,7 +183,7 @@ def test_verify_says_what_to_do_and_how_far_it_is(tmp_path: Path) -> None:
     assert folder.verify().ok and len(folder.verify().shards) == SHARDS
 
 
-def test_forged_manifests_are_named_errors(tmp_path: Path) -> None:
+def test_malformed_manifests_raise_errors_that_name_them(tmp_path: Path) -> None:
     """The checksum fits, the content is odd: refused by name, or opened and then read like any other cache."""
     build_all(tmp_path)
     pristine = (tmp_path / MANIFEST).read_text()
@@ -209,7 +209,7 @@ def test_forged_manifests_are_named_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.long)], ids=["anew", "over a begun one"])
-def test_a_build_killed_at_any_operation_goes_on(tmp_path: Path, begun: bool) -> None:
+def test_a_build_killed_at_any_operation_resumes(tmp_path: Path, begun: bool) -> None:
     """What is there never shows a wrong value, and the same build again completes it and leaves nothing beside."""
     path, kills = tmp_path / "cache", 0
 

@@ -26,7 +26,7 @@ from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
 
 
-def test_another_key_codec_views_and_ids_are_all_named_at_once(tmp_path: Path) -> None:
+def test_every_difference_to_the_manifest_is_named(tmp_path: Path) -> None:
     build_all(tmp_path)
     fields = KEY.fields
     fields["augmentation"]["crop"] = [192, 192]
@@ -63,7 +63,7 @@ def test_a_mismatch_is_named(tmp_path: Path, change: dict[str, Any], named: str)
     make(tmp_path)
 
 
-def test_a_folder_with_more_views_than_asked_for_serves_with_all_of_them(tmp_path: Path) -> None:
+def test_a_folder_with_more_views_is_accepted(tmp_path: Path) -> None:
     build_all(tmp_path)
     folder = CacheFolder.create_or_open(tmp_path, KEY, CODEC, IDS, VIEWS - 1)
     assert (folder.views, folder.missing_shards()) == (VIEWS, [])
@@ -75,7 +75,7 @@ def test_a_folder_with_more_views_than_asked_for_serves_with_all_of_them(tmp_pat
     ]
 
 
-def test_the_first_views_need_the_shards_up_to_their_last_record(tmp_path: Path) -> None:
+def test_first_views_need_shards_up_to_their_last_record(tmp_path: Path) -> None:
     """View 0 is records 0 to 9, shards have 6: two shards, and the second has the first of view 1 too."""
     folder = make(tmp_path)
     size = 16 + 24  # of the header, and of ten logits filled up to a multiple of eight bytes
@@ -97,7 +97,7 @@ def test_views_that_end_with_a_shard_do_not_need_the_next(tmp_path: Path) -> Non
     assert [folder.missing_shards(views) for views in (1, 2, 3)] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
 
 
-def test_claims_for_the_first_views_end_with_them(tmp_path: Path) -> None:
+def test_claims_for_the_first_views_stop_after_them(tmp_path: Path) -> None:
     folder = make(tmp_path)
     claimed = []
     while (writer := folder.claim_any(wait=True, views=1)) is not None:
@@ -115,11 +115,11 @@ def test_shards_of_other_views_are_not_waited_for(tmp_path: Path) -> None:
         for shard in (0, 1):
             build_shard(folder, shard)
         assert folder.claim_any(wait=True, views=1) is None
-        with pytest.raises(CacheError, match=r"build the 2 of 4 shards that are left \(the first is 2\)"):
+        with pytest.raises(CacheError, match=r"building the last 2 of 4 shards \(the first is 2\)"):
             folder.claim_any(wait=False)
 
 
-def test_another_size_of_shards_is_no_mismatch(tmp_path: Path) -> None:
+def test_another_shard_size_is_accepted(tmp_path: Path) -> None:
     build_all(tmp_path)
     folder = CacheFolder.create_or_open(tmp_path, KEY, CODEC, IDS, VIEWS, PER_SHARD + 1)
     assert torch.equal(decoded(folder, range(RECORDS)), logits(range(RECORDS)))
@@ -136,9 +136,7 @@ def test_another_size_of_shards_is_no_mismatch(tmp_path: Path) -> None:
         ((np.array([2**63], np.uint64), 1, 6), "of uint64"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused_before_anything_is_written(
-    tmp_path: Path, arguments: Any, message: str
-) -> None:
+def test_invalid_numbers_are_refused_before_writing(tmp_path: Path, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CacheFolder.create_or_open(tmp_path / "cache", KEY, CODEC, *arguments)
     assert not (tmp_path / "cache").exists()
@@ -146,14 +144,14 @@ def test_numbers_that_cannot_be_are_refused_before_anything_is_written(
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("…")
-    with pytest.raises(CacheError, match=r"holds thesis\.tex \(1 such in all\) and no manifest\.json"):
+    with pytest.raises(CacheError, match=r"holds thesis\.tex \(1 such in all\) but no manifest\.json"):
         make(tmp_path)
-    with pytest.raises(CacheError, match=r"is no cache, manifest\.json is missing"):
+    with pytest.raises(CacheError, match=r"is not a cache, manifest\.json is missing"):
         CacheFolder.open(tmp_path)
     assert make(tmp_path / "another").missing_shards() == [0, 1, 2, 3]
 
 
-def test_a_creation_that_was_killed_is_done_again(tmp_path: Path) -> None:
+def test_a_killed_creation_is_repeated(tmp_path: Path) -> None:
     left = [f".{name}.0123456789abcdef.tmp" for name in ("sample_ids.npy", "manifest.json")]
     for name in ("create.lock", "sample_ids.npy", *left):
         (tmp_path / name).write_bytes(b"half")
@@ -162,10 +160,10 @@ def test_a_creation_that_was_killed_is_done_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"], ids=["empty", "cut", "list", "bytes"])
-def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     make(tmp_path)
     (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(CacheError, match=r"manifest\.json (is damaged|has format None, this version reads 1)"):
+    with pytest.raises(CacheError, match=r"manifest\.json (is damaged|has format None, but this version reads 1)"):
         CacheFolder.open(tmp_path)
 
 
@@ -176,10 +174,10 @@ def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
     for old, new in (('"views": 2', '"views": 3'), ("sha256:1f0c", "sha256:2f0c"), ("224", "225")):
         assert old in text
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(CacheError, match=r"is damaged or was edited: its checksum is \w{64} and .* delete"):
+        with pytest.raises(CacheError, match=r"is damaged or was edited: its checksum is \w{64} but .* delete"):
             make(tmp_path)
     path.write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(CacheError, match="has format 2, this version reads 1; build into another folder"):
+    with pytest.raises(CacheError, match="has format 2, but this version reads 1; build into another folder"):
         make(tmp_path)
     path.write_text(json.dumps(json.loads(text), sort_keys=True))
     assert make(tmp_path).key.digest == KEY.digest == json.loads(text)["key_digest"]

@@ -17,9 +17,7 @@ from support.cache_inputs import (
 from unikd_fast.errors import CacheError
 
 
-def test_the_room_of_a_shard_is_claimed_before_the_first_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_is_allocated_before_its_first_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -35,7 +33,7 @@ def test_the_room_of_a_shard_is_claimed_before_the_first_record(
     build_shard(folder, 2)
 
 
-def test_a_disk_that_fills_up_while_writing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_full_while_writing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated: copy-on-write file systems and compression break the promise of fallocate, and none is at hand."""
     write, calls = os.pwrite, 0
 
@@ -59,16 +57,16 @@ def test_a_disk_that_fills_up_while_writing_loses_nothing(tmp_path: Path, monkey
         assert writer.todo.tolist() == [2, 3, 4, 5], "60 bytes are one record and a half"
 
 
-def test_a_build_that_cannot_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_does_not_fit_on_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path)
     build_shard(folder, 0)
     folder.require_room()
     monkeypatch.setattr("unikd_fast.teacher.cache.folder.free_bytes", lambda _: 559)
-    with pytest.raises(CacheError, match=r"still to build need 560 bytes and 559 are free; make room"):
+    with pytest.raises(CacheError, match=r"still to build need 560 bytes and 559 are free; free some space"):
         folder.require_room()
 
 
-def test_other_errors_of_the_disk_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_disk_errors_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -108,7 +106,7 @@ print(torch.equal(found.float(), values[:100]))
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     before = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     if subprocess.run([*before, "true"], capture_output=True).returncode:
         pytest.skip("mount name spaces are not allowed here; the test with a limit on file sizes stands in")
@@ -125,7 +123,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
+def test_a_file_size_limit(tmp_path: Path) -> None:
     program = """
 import resource, sys
 from support.cache_inputs import make

@@ -20,7 +20,7 @@ FIELDS = st.dictionaries(st.sampled_from(["a", "b", "a.b"]), VALUES, max_size=3)
 
 @given(FIELDS, FIELDS)
 @settings(max_examples=300, deadline=None)
-def test_keys_differ_exactly_where_a_difference_is_named(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_unequal_keys_have_named_differences(one: dict[str, Any], other: dict[str, Any]) -> None:
     left, right = CacheKey(one), CacheKey(other)
     if left.digest == right.digest:
         assert left == right and hash(left) == hash(right)
@@ -33,21 +33,21 @@ def test_keys_differ_exactly_where_a_difference_is_named(one: dict[str, Any], ot
 
 @given(FIELDS)
 @settings(deadline=None)
-def test_a_key_survives_being_stored(fields: dict[str, Any]) -> None:
+def test_a_key_round_trips_through_json(fields: dict[str, Any]) -> None:
     assert CacheKey(CacheKey(fields).fields).digest == CacheKey(fields).digest
 
 
-def test_order_and_tuples_do_not_matter() -> None:
+def test_keys_ignore_order_and_tuples() -> None:
     assert CacheKey({"a": 1, "b": {"c": (1, 2), "d": "ü"}}) == CacheKey({"b": {"d": "ü", "c": [1, 2]}, "a": 1})
 
 
-def test_the_digest_is_what_other_versions_will_compare_with() -> None:
+def test_the_digest_is_stable_across_versions() -> None:
     """sha256 of {"a":[1,2.5],"b":null}, from coreutils' sha256sum."""
     digest = CacheKey({"b": None, "a": [1, 2.5]}).digest
     assert digest == "f66b2c50ccae61e3f2445d2439f42efc245581b18ed184ce5d3c22fb58eed9c4"
 
 
-def test_every_differing_field_is_named_with_both_values_and_the_remedy() -> None:
+def test_every_differing_field_is_named_with_both_values() -> None:
     asked = CacheKey({"teacher": {"weights": "new", "fold": True}, "resolution": 224, "decoder": "dali"})
     found = CacheKey({"teacher": {"weights": "old", "fold": True}, "resolution": 224.0, "seed": [1, 2]})
     with pytest.raises(CacheError) as caught:
@@ -66,18 +66,18 @@ def test_every_differing_field_is_named_with_both_values_and_the_remedy() -> Non
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"a": {"b": np.int64(1)}}, TypeError, r"a\.b must be JSON-able, got int64; pass a number"),
+        ({"a": {"b": np.int64(1)}}, TypeError, r"a\.b must be JSON-serialisable, got int64; pass a number"),
         ({"a": [{3: 1}]}, TypeError, r"names must be strings, got 3 under a\.0"),
         ({"a": float("nan")}, ValueError, r"a must be finite, got nan"),
-        ({"a": {1, 2}}, TypeError, r"a must be JSON-able, got set"),
+        ({"a": {1, 2}}, TypeError, r"a must be JSON-serialisable, got set"),
     ],
 )
-def test_what_json_cannot_hold_is_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_values_json_cannot_hold_are_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CacheKey(fields)
 
 
-def test_the_fields_of_a_key_cannot_be_changed_from_outside() -> None:
+def test_the_fields_of_a_key_are_copied() -> None:
     inner = {"crop": [1, 2]}
     key = CacheKey({"augmentation": inner})
     digest = key.digest
@@ -95,7 +95,7 @@ STATE = {
 }
 
 
-def test_a_hash_of_tensors_ignores_order_and_memory_layout() -> None:
+def test_hash_tensors_ignores_order_and_memory_layout() -> None:
     expected = hash_tensors(STATE)
     assert hash_tensors(dict(reversed(STATE.items()))) == expected
     strided = STATE["weight"].t().contiguous().t()
@@ -120,7 +120,7 @@ def test_a_hash_of_tensors_ignores_order_and_memory_layout() -> None:
     ],
     ids=["shape", "values as int", "same bytes, other dtype", "last bit", "sign of zero", "empty shape", "a name more"],
 )
-def test_a_hash_of_tensors_covers_names_dtypes_shapes_and_bytes(change: dict[str, torch.Tensor]) -> None:
+def test_hash_tensors_covers_names_dtypes_shapes_and_bytes(change: dict[str, torch.Tensor]) -> None:
     assert hash_tensors({**STATE, **change}) != hash_tensors(STATE)
 
 
@@ -131,7 +131,7 @@ def test_swapped_names_change_the_hash() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_device_does_not_matter() -> None:
+def test_hash_tensors_ignores_the_device() -> None:
     assert hash_tensors({name: tensor.cuda() for name, tensor in STATE.items()}) == hash_tensors(STATE)
 
 
@@ -139,6 +139,6 @@ def test_the_device_does_not_matter() -> None:
     ("value", "got"),
     [(torch.eye(2).to_sparse(), "torch.sparse_coo"), (torch.empty(2, device="meta"), "meta"), (3, "int")],
 )
-def test_what_has_no_bytes_is_refused(value: Any, got: str) -> None:
+def test_tensors_without_data_are_refused(value: Any, got: str) -> None:
     with pytest.raises(TypeError, match=f"hash_tensors: x must be a dense tensor with data, got .*{got}"):
         hash_tensors({"x": value})

@@ -24,7 +24,7 @@ def precious(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
 @pytest.mark.parametrize("name", ["create.lock", "sample_ids.npy", "manifest.json.tmp"])
-def test_a_cache_is_not_made_through_a_link(tmp_path: Path, precious: Path, name: str, link: Link) -> None:
+def test_a_cache_is_not_created_through_a_link(tmp_path: Path, precious: Path, name: str, link: Link) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     link(cache / name, precious)
@@ -37,7 +37,7 @@ def test_a_cache_is_not_made_through_a_link(tmp_path: Path, precious: Path, name
     assert precious.read_text() == "kept"
 
 
-def test_a_folder_that_cannot_be_made_is_named(precious: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(precious: Path) -> None:
     with pytest.raises(CacheError, match=r"precious/cache cannot be written: Not a directory; part of its path is a"):
         make(precious / "cache")
 
@@ -72,7 +72,7 @@ def test_a_link_in_place_of_a_finished_shard_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "sample_ids.npy", "teacher.safetensors"])
-def test_a_link_in_place_of_a_description_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_link_in_place_of_the_manifest_is_refused(tmp_path: Path, name: str) -> None:
     build_all(tmp_path / "cache").attach({"head": torch.ones(3)}, {"by": 1})
     path = tmp_path / "cache" / name
     path.rename(tmp_path / "elsewhere")

@@ -28,7 +28,7 @@ writer.commit()
 
 
 @pytest.mark.parametrize("last", [6, 8, 11], ids=["one record", "half", "all but the commit"])
-def test_a_killed_builder_is_resumed_without_writing_again(tmp_path: Path, last: int) -> None:
+def test_a_killed_build_resumes_without_rewriting(tmp_path: Path, last: int) -> None:
     process = start(ONE_RECORD_AT_A_TIME, tmp_path, last)
     assert process.stdout is not None
     written = [int(process.stdout.readline()) for _ in range(6, last + 1)]
@@ -47,7 +47,7 @@ def test_a_killed_builder_is_resumed_without_writing_again(tmp_path: Path, last:
     assert folder.verify().shards[1].status == "ok"
 
 
-def test_a_kill_at_any_moment_leaves_whole_records_or_none(tmp_path: Path) -> None:
+def test_a_kill_leaves_whole_records_or_none(tmp_path: Path) -> None:
     """Records of 44 KB, so that the signal may strike inside of a write."""
     program = """
 import numpy as np
@@ -123,7 +123,7 @@ def test_two_builders_share_the_shards(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_builder_that_waits_takes_over_from_one_that_dies(tmp_path: Path) -> None:
+def test_a_waiting_builder_takes_over_from_a_dead_one(tmp_path: Path) -> None:
     dying = start(ONE_RECORD_AT_A_TIME, tmp_path, 8)
     assert dying.stdout is not None
     assert [int(dying.stdout.readline()) for _ in range(3)] == [6, 7, 8]
@@ -133,7 +133,7 @@ def test_a_builder_that_waits_takes_over_from_one_that_dies(tmp_path: Path) -> N
     other.stdin.flush()
     lines = [other.stdout.readline() for _ in range(5)]
     assert lines[:4] == ["ready\n", "claimed 0 6\n", "claimed 2 6\n", "claimed 3 2\n"]
-    assert "other processes build the 1 of 4 shards that are left (the first is 1)" in lines[4]
+    assert "other processes are building the last 1 of 4 shards (the first is 1)" in lines[4]
     assert other.poll() is None
     dying.kill()
     dying.communicate()
@@ -158,7 +158,7 @@ build_cache(make(sys.argv[1]), None, batch_size=4, progress=progress)
 """
 
 
-def test_a_builder_that_waits_hears_a_signal(tmp_path: Path) -> None:
+def test_a_waiting_builder_handles_signals(tmp_path: Path) -> None:
     """Its handler only takes note, as that of a run does; the process it waits for lives on."""
     folder = make(tmp_path)
     for shard in (0, 2, 3):
@@ -176,7 +176,7 @@ def test_a_builder_that_waits_hears_a_signal(tmp_path: Path) -> None:
     assert folder.verify().ok
 
 
-def test_a_reader_beside_a_writer_sees_nothing_or_the_truth(tmp_path: Path) -> None:
+def test_a_concurrent_reader_sees_finished_records_only(tmp_path: Path) -> None:
     program = """
 from support.cache_inputs import CODEC, KEY, payloads
 from unikd_fast.teacher.cache import CacheFolder
@@ -212,7 +212,7 @@ while (writer := folder.claim_any(wait=False)) is not None:
     process.communicate(timeout=300)
 
 
-def test_folders_made_at_once_for_different_keys_are_one_of_them(tmp_path: Path) -> None:
+def test_concurrent_creation_with_different_keys_has_one_winner(tmp_path: Path) -> None:
     program = """
 from support.cache_inputs import CODEC, IDS
 from unikd_fast.errors import CacheError

@@ -33,7 +33,7 @@ from unikd_fast.teacher.cache.files import default_records_per_shard
 from unikd_fast.values import QuantizedLogits
 
 
-def test_what_is_written_is_read_in_any_order_and_repeated(tmp_path: Path) -> None:
+def test_records_are_read_in_any_order_and_repeatedly(tmp_path: Path) -> None:
     folder = build_all(tmp_path / "cache")
     assert folder.missing_shards() == []
     records = [19, 0, 5, 6, 0, 12, 11, 18]
@@ -43,7 +43,7 @@ def test_what_is_written_is_read_in_any_order_and_repeated(tmp_path: Path) -> No
     assert folder.verify().ok
 
 
-def test_a_record_is_a_view_times_the_samples_plus_a_position(tmp_path: Path) -> None:
+def test_record_indices(tmp_path: Path) -> None:
     folder = make(tmp_path)
     assert folder.records([3, 0], view=1).tolist() == [13, 10]
     assert folder.samples == SAMPLES and folder.views == VIEWS and folder.sample_ids.tolist() == IDS.tolist()
@@ -55,7 +55,7 @@ def test_a_record_is_a_view_times_the_samples_plus_a_position(tmp_path: Path) ->
         folder.read([0, 20])
 
 
-def test_only_finished_shards_are_covered(tmp_path: Path) -> None:
+def test_covers_only_finished_shards(tmp_path: Path) -> None:
     folder = make(tmp_path)
     build_shard(folder, 1)
     assert folder.missing_shards() == [0, 2, 3]
@@ -91,9 +91,9 @@ def test_records_may_be_written_in_any_order_and_pieces(tmp_path: Path) -> None:
             ValueError, match=r"shard 0 lacks 3 of 6 records, the first is record 2 \(sample id .* first"
         ):
             writer.commit()
-        with pytest.raises(ValueError, match="record 4 is written already"):
+        with pytest.raises(ValueError, match="record 4 is already written"):
             writer.write([5, 4], payloads([5, 4]))
-        with pytest.raises(ValueError, match="record 3 is written already"):
+        with pytest.raises(ValueError, match="record 3 is already written"):
             writer.write([3, 3], payloads([3, 3]))
         with pytest.raises(ValueError, match=r"shard 0 holds records \[0, 6\), got 6"):
             writer.write([5, 6], payloads([5, 6]))
@@ -102,13 +102,13 @@ def test_records_may_be_written_in_any_order_and_pieces(tmp_path: Path) -> None:
         assert writer.todo.tolist() == [2, 3, 5], "a refused call writes nothing"
         writer.write([5, 2, 3], payloads([5, 2, 3]))
         writer.commit()
-        with pytest.raises(ValueError, match="claim on shard 0 was given back"):
+        with pytest.raises(ValueError, match="claim on shard 0 was released"):
             writer.write([5], payloads([5]))
     assert torch.equal(decoded(folder, range(6)), logits(range(6)))
     assert folder.claim(0) is None
 
 
-def test_a_build_that_was_left_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_abandoned_build_resumes(tmp_path: Path) -> None:
     folder = make(tmp_path)
     with folder.claim(1) as writer:  # type: ignore[union-attr]
         writer.write([7, 9], payloads([7, 9]))
@@ -129,19 +129,19 @@ def test_a_build_that_was_left_goes_on_where_it_was(tmp_path: Path) -> None:
     assert folder.verify().shards[1].status == "ok"
 
 
-def test_a_partial_longer_than_its_shard_is_cut(tmp_path: Path) -> None:
+def test_an_overlong_partial_is_truncated(tmp_path: Path) -> None:
     folder = make(tmp_path)
     (tmp_path / "shard-00003.partial").write_bytes(bytes(1000))
     build_shard(folder, 3)
     assert (tmp_path / "shard-00003.bin").stat().st_size == 2 * 40
 
 
-def test_a_claim_is_for_one(tmp_path: Path) -> None:
+def test_a_claim_is_exclusive(tmp_path: Path) -> None:
     folder, other = make(tmp_path), make(tmp_path)
     writers = [folder.claim_any(wait=False) for _ in range(SHARDS)]
     assert [writer.shard for writer in writers if writer is not None] == [0, 1, 2, 3]
     assert other.claim(2) is None
-    with pytest.raises(CacheError, match=r"other processes build the 4 of 4 shards that are left \(the first is 0\)"):
+    with pytest.raises(CacheError, match=r"other processes are building the last 4 of 4 shards \(the first is 0\)"):
         other.claim_any(wait=False)
     with pytest.raises(CacheError, match=r"shard-00002\.partial is being built by another process; wait"):
         other.discard(2)
@@ -158,7 +158,7 @@ def test_a_claim_is_for_one(tmp_path: Path) -> None:
             writer.close()
 
 
-def test_whoever_waits_gets_the_shard_when_its_holder_gives_up(tmp_path: Path) -> None:
+def test_a_waiter_gets_the_shard_when_it_is_released(tmp_path: Path) -> None:
     folder = make(tmp_path)
     for shard in range(SHARDS - 1):
         build_shard(folder, shard)
@@ -174,7 +174,7 @@ def test_whoever_waits_gets_the_shard_when_its_holder_gives_up(tmp_path: Path) -
     got[0].close()
 
 
-def test_whoever_waits_is_told_when_all_is_done(tmp_path: Path) -> None:
+def test_a_waiter_returns_when_everything_is_built(tmp_path: Path) -> None:
     folder = make(tmp_path)
     for shard in range(SHARDS - 1):
         build_shard(folder, shard)
@@ -190,9 +190,7 @@ def test_whoever_waits_is_told_when_all_is_done(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_a_shard_committed_between_opening_and_locking_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_committed_between_open_and_lock_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path)
     holder = folder.claim(0)
     assert holder is not None
@@ -210,7 +208,7 @@ def test_a_shard_committed_between_opening_and_locking_is_left_alone(
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_more_shards_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_more_shards_than_stay_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unikd_fast.teacher.cache.shard._MAPPED_SHARDS", 2)
     folder = build_all(tmp_path)
     generator = np.random.default_rng(0)
@@ -220,7 +218,7 @@ def test_more_shards_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(folder._reader._mappings) == 2
 
 
-def test_threads_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_read_concurrently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unikd_fast.teacher.cache.shard._MAPPED_SHARDS", 1)
     folder = build_all(tmp_path)
     wrong: list[int] = []
@@ -240,13 +238,13 @@ def test_threads_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert wrong == []
 
 
-def test_a_folder_travels_to_other_processes_by_its_path(tmp_path: Path) -> None:
+def test_a_folder_is_pickled_by_its_path(tmp_path: Path) -> None:
     folder = build_all(tmp_path)
     folder.read([0])
     assert torch.equal(decoded(pickle.loads(pickle.dumps(folder)), [3]), logits([3]))
 
 
-def test_all_classes_of_imagenet_21k_and_a_batch_across_large_shards(tmp_path: Path) -> None:
+def test_large_shards_of_imagenet_21k_logits(tmp_path: Path) -> None:
     codec = Codec("uint8", 21841)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(300, 21841, generator=generator)

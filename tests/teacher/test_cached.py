@@ -18,7 +18,7 @@ BATCHES = [np.array([4, 0, 9]), np.array([7]), np.array([1, 2]), np.array([3, 5,
 
 @pytest.mark.parametrize("ahead", [1, 2, 10])
 @pytest.mark.parametrize("view", [0, 1])
-def test_the_outputs_of_a_view_come_batch_by_batch(tmp_path: Path, ahead: int, view: int) -> None:
+def test_outputs_of_a_view_come_batch_by_batch(tmp_path: Path, ahead: int, view: int) -> None:
     folder = build_all(tmp_path / "cache")
     found = list(read_ahead(folder, BATCHES, view, ahead=ahead))
     assert len(found) == len(BATCHES)
@@ -28,7 +28,7 @@ def test_the_outputs_of_a_view_come_batch_by_batch(tmp_path: Path, ahead: int, v
         assert torch.equal(values.float(), logits(positions + SAMPLES * view))
 
 
-def test_reads_no_further_than_asked(tmp_path: Path) -> None:
+def test_read_ahead_stays_within_its_limit(tmp_path: Path) -> None:
     folder, taken = build_all(tmp_path / "cache"), []
 
     def positions() -> Iterator[np.ndarray]:
@@ -43,7 +43,7 @@ def test_reads_no_further_than_asked(tmp_path: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("teacher-cache")]
 
 
-def test_damage_is_raised_where_it_would_be_used(tmp_path: Path) -> None:
+def test_damage_is_raised_when_its_batch_is_due(tmp_path: Path) -> None:
     folder = build_all(tmp_path / "cache")
     last = max(folder.path.glob("shard-*.bin"))
     last.unlink()

@@ -39,7 +39,7 @@ def trained(images: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_right_teacher_passes_in_every_precision(precision: str, trained: nn.Module, images: Tensor) -> None:
+def test_an_unchanged_teacher_passes_in_every_precision(precision: str, trained: nn.Module, images: Tensor) -> None:
     teacher = OnlineTeacher(copy.deepcopy(trained), precision=precision)
     found = measure_fidelity(teacher, trained, images.split(16))
     check_fidelity(found, teacher)
@@ -50,7 +50,7 @@ def test_a_right_teacher_passes_in_every_precision(precision: str, trained: nn.M
     assert all(0 < error < 0.1 for error in found.feature_errors)
 
 
-def test_figures_do_not_depend_on_how_the_images_are_batched(trained: nn.Module, images: Tensor) -> None:
+def test_fidelity_does_not_depend_on_batching(trained: nn.Module, images: Tensor) -> None:
     teacher = OnlineTeacher(copy.deepcopy(trained), precision="bf16")
     whole, parts = (measure_fidelity(teacher, trained, images.split(size)) for size in (64, 9))
     assert whole.relative_logit_error == pytest.approx(parts.relative_logit_error, rel=0.05)
@@ -70,7 +70,7 @@ def test_perturbed_weights_are_caught(share: float, trained: nn.Module, images: 
         check_fidelity(found, teacher)
 
 
-def test_a_value_that_is_not_finite_is_named_with_its_level(trained: nn.Module, images: Tensor) -> None:
+def test_a_non_finite_value_is_named_with_its_level(trained: nn.Module, images: Tensor) -> None:
     broken = copy.deepcopy(trained)
     with torch.no_grad():
         next(m for m in broken.plain.layer3.modules() if isinstance(m, nn.Conv2d)).weight[0] = 1e6
@@ -99,7 +99,7 @@ def rows(*leads: float) -> Tensor:
     return logits[:, None, None, :].expand(-1, 3, 1, 4)
 
 
-def test_a_tie_is_decided_by_the_references_lead_alone() -> None:
+def test_near_ties_depend_only_on_the_reference() -> None:
     bound = TIE_BOUND * unit_rounding("fp32", "cpu")
     images = rows(0.5 * bound, 0.5 * bound, 2 * bound, 1.0)
     teacher = OnlineTeacher(Table(offset=4 * bound), precision="fp32")  # puts the first three the other way round
@@ -114,7 +114,7 @@ def test_a_tie_is_decided_by_the_references_lead_alone() -> None:
         check_fidelity(found, gross)
 
 
-def test_logits_are_compared_as_a_softmax_sees_them() -> None:
+def test_logits_are_compared_up_to_a_shift() -> None:
     class Shifted(Table):
         def forward(self, images: Tensor) -> Features:
             features = super().forward(images)
@@ -124,7 +124,7 @@ def test_logits_are_compared_as_a_softmax_sees_them() -> None:
     assert found.relative_logit_error < 1e-5
 
 
-def test_the_floor_on_small_samples_counts_images() -> None:
+def test_agreement_counts_images_on_small_samples() -> None:
     teacher = OnlineTeacher(Table(), precision="fp32")
     base = Fidelity(1e-6, 1.0, (), 200, 0)
     check_fidelity(base._replace(top1_agreement=199 / 200), teacher)  # 0.995 itself is allowed
@@ -133,14 +133,14 @@ def test_the_floor_on_small_samples_counts_images() -> None:
     check_fidelity(base._replace(top1_agreement=198 / 200), teacher, min_agreement=0.99)
 
 
-def test_pooling_takes_the_worst_error_and_the_mean_agreement() -> None:
+def test_pooling_takes_worst_error_and_mean_agreement() -> None:
     a, b = Fidelity(0.1, 1.0, (0.3, 0.1), 30, 1), Fidelity(0.2, 0.5, (0.2, 0.2), 10, 2)
     assert pool_fidelity([a, b]) == Fidelity(0.2, 0.875, (0.3, 0.2), 40, 3)
     bad = pool_fidelity([a, b._replace(relative_logit_error=math.nan)])
     assert math.isnan(bad.relative_logit_error)
 
 
-def test_remedies_are_settings_that_exist(trained: nn.Module) -> None:
+def test_remedies_name_existing_settings(trained: nn.Module) -> None:
     from unikd_fast.config.explain import all_keys
     from unikd_fast.config.schema import Config
 

@@ -54,7 +54,7 @@ def relative_errors(found: Features, expected: Features) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "side", "folded", "total"), NETWORKS, ids=[row[0] for row in NETWORKS])
-def test_the_folded_network_is_the_network_to_rounding(name: str, side: int, folded: int, total: int) -> None:
+def test_folding_preserves_outputs_up_to_rounding(name: str, side: int, folded: int, total: int) -> None:
     torch.manual_seed(0)
     network = extract_features(with_statistics(build_model(name, num_classes=7)), image_size=side)
     images = torch.randn(2, 3, side, side)
@@ -80,7 +80,7 @@ def _double(features: Features) -> Features:
     return Features(tuple(level.double() for level in features.levels), features.logits.double())
 
 
-def test_logits_alone_fold_wherever_fx_can_trace(caplog: pytest.LogCaptureFixture) -> None:
+def test_logits_only_networks_fold_if_fx_can_trace_them(caplog: pytest.LogCaptureFixture) -> None:
     network = LogitsOnly(with_statistics(build_model("cifar/resnet8", num_classes=5))).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_logits_alone_fold_wherever_fx_can_trace(caplog: pytest.LogCaptureFixtur
     assert norms(branches) == 1
 
 
-def test_what_follows_the_norm_inside_timms_layer_stays() -> None:
+def test_activations_inside_timm_norm_layers_are_kept() -> None:
     model = with_statistics(timm.create_model("mobilenetv1_100", num_classes=5))
     assert isinstance(model.bn1, timm.layers.BatchNormAct2d)
     fold_batch_norm(LogitsOnly(model).eval())
@@ -174,7 +174,7 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("how", [*FORBIDDEN, "plain", "transposed", "two names"])
-def test_only_exact_pairs_fold_and_the_function_stays(how: str) -> None:
+def test_only_exact_pairs_fold_and_outputs_are_kept(how: str) -> None:
     torch.manual_seed(1)
     network = with_statistics(Pair(how)).double()
     images = torch.randn(5, 3, 6, 6, dtype=torch.float64)
@@ -184,7 +184,7 @@ def test_only_exact_pairs_fold_and_the_function_stays(how: str) -> None:
         torch.testing.assert_close(network(images), before, rtol=1e-12, atol=1e-12)
 
 
-def test_a_level_that_is_the_convolutions_own_output_keeps_its_norm() -> None:
+def test_a_level_on_a_convolution_keeps_its_norm() -> None:
     model = with_statistics(build_model("cifar/resnet20", num_classes=5))
     network = extract_features(model, image_size=32, nodes=["layer1.0.conv1", "layer2.0.bn1", "layer3"])
     images = torch.randn(2, 3, 32, 32)
@@ -195,7 +195,7 @@ def test_a_level_that_is_the_convolutions_own_output_keeps_its_norm() -> None:
         assert max(relative_errors(network(images), before)) < 1e-5
 
 
-def test_training_mode_is_refused_and_nothing_else_changes() -> None:
+def test_training_mode_is_refused_without_changes() -> None:
     network = extract_features(build_model("cifar/resnet8", num_classes=5), image_size=32)
     assert isinstance(network, FeatureExtractor)
     network.train()

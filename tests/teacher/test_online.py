@@ -29,7 +29,7 @@ from unikd_fast.values import Features
         ("fp32", "cuda", {}, "fp32"),
     ],
 )
-def test_auto_takes_what_the_device_is_fast_at(
+def test_auto_resolves_to_the_fast_precision(
     monkeypatch: pytest.MonkeyPatch, asked: str, device: str, units: dict[str, bool], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
@@ -69,7 +69,7 @@ class Loud(nn.Module):
         return Features((level,), level.mean((2, 3)))
 
 
-def test_fp16_that_overflows_becomes_bf16_cast_from_fp32(
+def test_overflowing_fp16_is_recast_to_bf16_from_fp32(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, images: Tensor
 ) -> None:
     monkeypatch.setattr(formats, "resolve_precision", lambda precision, device: "fp16")  # as on a GPU
@@ -89,13 +89,13 @@ def test_fp16_that_overflows_becomes_bf16_cast_from_fp32(
     assert kept.precision == "fp16"
 
 
-def test_the_precision_asked_for_is_never_exchanged(images: Tensor) -> None:
+def test_an_explicit_precision_is_never_replaced(images: Tensor) -> None:
     teacher = OnlineTeacher(Loud(), precision="fp16")
     teacher.settle(teacher.is_finite([images]))
     assert teacher.precision == "fp16"
 
 
-def test_autocast_around_the_teacher_changes_nothing(images: Tensor) -> None:
+def test_autocast_does_not_affect_the_teacher(images: Tensor) -> None:
     teacher = OnlineTeacher(network(), precision="fp32")
     expected = teacher(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -116,7 +116,7 @@ class Dropping(nn.Module):
 
 
 @pytest.mark.parametrize("fold", [True, False])
-def test_dropout_and_train_mode_leave_the_outputs_alone(fold: bool, images: Tensor) -> None:
+def test_train_mode_does_not_change_outputs(fold: bool, images: Tensor) -> None:
     teacher = OnlineTeacher(LogitsOnly(Dropping()).train(), precision="fp32", fold=fold)
     assert teacher.folded == fold
     expected = teacher(images)
@@ -128,7 +128,7 @@ def test_dropout_and_train_mode_leave_the_outputs_alone(fold: bool, images: Tens
     assert all(torch.equal(before[name], buffer) for name, buffer in teacher.named_buffers())
 
 
-def test_a_loss_can_go_backward_through_what_the_teacher_gave(images: Tensor) -> None:
+def test_a_loss_can_backpropagate_with_teacher_outputs(images: Tensor) -> None:
     level = OnlineTeacher(network(), precision="fp32")(images).levels[0]
     assert not level.is_inference()
     weight = torch.ones((), requires_grad=True)
@@ -160,7 +160,7 @@ def test_images_are_renormalised_before_they_are_cast(
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_batches_of_any_size_are_cut_and_padded(channels_last: bool, images: Tensor) -> None:
+def test_batches_are_split_and_padded(channels_last: bool, images: Tensor) -> None:
     plain = network()
     expected = OnlineTeacher(copy.deepcopy(plain), precision="fp32", channels_last=channels_last)(images)
     sizes = []
@@ -177,7 +177,7 @@ def test_batches_of_any_size_are_cut_and_padded(channels_last: bool, images: Ten
 # Messages
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_invalid_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="auto, fp32, bf16, fp16, got 'int8'"):
         OnlineTeacher(network(), precision="int8")
     with pytest.raises(ValueError, match=r"None or one of default, .*, got 'fast'"):

@@ -65,7 +65,7 @@ def test_nothing_recompiles_after_the_first_batch(compilations: list[int], image
     assert len(compilations) == 1
 
 
-def test_every_teacher_of_a_comparison_compiles_once(compilations: list[int], images: Tensor) -> None:
+def test_each_teacher_of_a_comparison_compiles_once(compilations: list[int], images: Tensor) -> None:
     for _ in range(torch._dynamo.config.recompile_limit + 2):
         teacher = OnlineTeacher(network(), precision="fp32", compile_mode="default")
         teacher(images)
@@ -76,7 +76,7 @@ def test_every_teacher_of_a_comparison_compiles_once(compilations: list[int], im
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_compiled_teacher_is_the_eager_one(images: Tensor) -> None:
+def test_the_compiled_teacher_matches_the_eager_one(images: Tensor) -> None:
     plain = network()
     affine = ((0.458, 0.448, 0.45), (-0.03, -0.088, -0.188))  # in the graph too
     expected = OnlineTeacher(copy.deepcopy(plain), precision="fp32", renormalise=affine)(images)
@@ -115,9 +115,7 @@ class Windows(nn.Module):
 
 
 @needs_onednn
-def test_packed_convolutions_compute_the_same_beside_the_untouched_network(
-    compilations: list[int], images: Tensor
-) -> None:
+def test_packed_convolutions_match_the_original_network(compilations: list[int], images: Tensor) -> None:
     torch.manual_seed(2)
     plain = Windows().eval()
     eager = OnlineTeacher(copy.deepcopy(plain), precision="bf16")
@@ -141,9 +139,7 @@ def test_packed_convolutions_compute_the_same_beside_the_untouched_network(
 @needs_compiler
 @needs_onednn
 @pytest.mark.slow
-def test_compiled_bf16_reorders_no_weights_and_keeps_every_level(
-    images: Tensor, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_compiled_bf16_does_not_reorder_weights(images: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = build_model("cifar/resnet20", num_classes=10)
     # Every block is a level and the next block's shortcut: a sum written in place would overwrite it.

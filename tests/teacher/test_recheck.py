@@ -28,7 +28,7 @@ from unikd_fast.values import Gaussian
 @pytest.mark.parametrize(
     "codec", [*CODECS, *WITH_GAUSSIAN], ids=lambda codec: codec.kind + "+gaussian" * codec.gaussian
 )
-def test_what_is_stored_of_an_output_does_not_differ_from_it(codec: Codec, dtype: torch.dtype) -> None:
+def test_an_output_does_not_differ_from_its_stored_form(codec: Codec, dtype: torch.dtype) -> None:
     logits, gaussian = outputs()
     same = logits.to(dtype), gaussian
     found = differences(codec, same, same)
@@ -37,7 +37,7 @@ def test_what_is_stored_of_an_output_does_not_differ_from_it(codec: Codec, dtype
 
 
 @by_kind
-def test_a_changed_logit_is_seen_by_its_size(codec: Codec) -> None:
+def test_a_changed_logit_is_measured_by_its_size(codec: Codec) -> None:
     logits, gaussian = outputs()
     changed = logits.clone()
     changed[2, 2] -= 7.0  # the largest, which every codec keeps
@@ -54,14 +54,14 @@ def test_a_changed_logit_is_seen_by_its_size(codec: Codec) -> None:
     assert float(found[2]) == pytest.approx(expected, rel=0.02)
     assert found[torch.arange(ROWS) != 2].tolist() == [0.0] * (ROWS - 1)
     for precision in PRECISIONS:
-        with pytest.raises(CacheError, match="1 of 6 outputs computed again differ, sample 14 by"):
+        with pytest.raises(CacheError, match="1 of 6 recomputed outputs differ, sample 14 by"):
             check(found, precision)
 
 
 @pytest.mark.parametrize(
     ("top_k", "changed", "by"), [(1, 0, -12.0), (5, 0, -2.0), (5, 3, -2.0), (5, 4, 4.0), (20, 3, -2.0)]
 )
-def test_of_top_k_a_changed_logit_counts_as_one_of_those_kept(top_k: int, changed: int, by: float) -> None:
+def test_a_changed_top_k_logit_is_measured_by_its_size(top_k: int, changed: int, by: float) -> None:
     """Not as one of all 200 classes, whose size it is measured against."""
     codec = Codec("top_k", CLASSES, top_k)
     logits = noise(ROWS, CLASSES)
@@ -81,7 +81,7 @@ def test_of_top_k_a_changed_logit_counts_as_one_of_those_kept(top_k: int, change
 
 
 @by_kind_with_gaussian
-def test_a_changed_mean_is_seen_by_its_size(codec: Codec) -> None:
+def test_a_changed_mean_is_measured_by_its_size(codec: Codec) -> None:
     logits, (mean, log_var) = outputs()
     changed = mean.clone()
     changed[3, 150] += 4.0
@@ -91,7 +91,7 @@ def test_a_changed_mean_is_seen_by_its_size(codec: Codec) -> None:
 
 
 @by_kind_with_gaussian
-def test_a_changed_log_variance_is_seen_by_its_root_mean_square(codec: Codec) -> None:
+def test_a_changed_log_variance_is_measured_by_its_rms(codec: Codec) -> None:
     logits, (mean, log_var) = outputs()
     changed = log_var.clone()
     changed[4, 0] += 3.0
@@ -102,34 +102,34 @@ def test_a_changed_log_variance_is_seen_by_its_root_mean_square(codec: Codec) ->
 
 @by_kind
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_another_samples_record_is_no_rounding(codec: Codec, precision: str) -> None:
+def test_another_samples_record_is_not_rounding(codec: Codec, precision: str) -> None:
     logits, gaussian = outputs()
     found = differences(codec, (logits.roll(1, 0), gaussian), (logits, gaussian))
-    with pytest.raises(CacheError, match="6 of 6 outputs"):
+    with pytest.raises(CacheError, match="6 of 6 recomputed outputs"):
         check(found, precision)
 
 
-def test_another_samples_gaussian_is_no_rounding() -> None:
+def test_another_samples_gaussian_is_not_rounding() -> None:
     """With the right logits beside it."""
     codec = WITH_GAUSSIAN[0]
     logits, (mean, log_var) = outputs()
     for other in (Gaussian(mean.roll(1, 0), log_var), Gaussian(mean, log_var.roll(1, 0))):
         found = differences(codec, (logits, other), (logits, Gaussian(mean, log_var)))
-        with pytest.raises(CacheError, match="6 of 6 outputs"):
+        with pytest.raises(CacheError, match="6 of 6 recomputed outputs"):
             check(found, "bf16")
 
 
-def test_classes_that_are_not_the_largest_do_matter() -> None:
+def test_wrong_top_k_classes_are_detected() -> None:
     """The right numbers under the wrong classes."""
     codec = Codec("top_k", CLASSES, KEPT)
     logits, _ = outputs()
     found = output_differences(codec, codec.encode(logits.roll(1, 1)), logits)
-    with pytest.raises(CacheError, match="6 of 6 outputs"):
+    with pytest.raises(CacheError, match="6 of 6 recomputed outputs"):
         check(found, "bf16")
 
 
 @by_kind
-def test_a_constant_on_all_logits_of_a_row_does_not_count(codec: Codec) -> None:
+def test_a_shift_of_all_logits_is_ignored(codec: Codec) -> None:
     logits, gaussian = outputs()
     logits = (logits * 16).round() / 16  # so that 8 more is exact in fp16
     shifted = logits + torch.tensor([8.0, -8.0, 1.0, 0.5, -4.0, 2.0])[:, None]
@@ -137,7 +137,7 @@ def test_a_constant_on_all_logits_of_a_row_does_not_count(codec: Codec) -> None:
     assert float(found.max()) < 1e-6  # of fp32: the log-sum-exp, and scale and offset of uint8
 
 
-def test_rows_without_a_size_are_equal_or_not() -> None:
+def test_constant_rows_are_compared() -> None:
     codec = Codec("fp16", 4)
     records, flat = codec.encode(torch.full((2, 4), 3.0)), torch.full((2, 4), 5.0)
     assert output_differences(codec, records, flat).tolist() == [0.0, 0.0]

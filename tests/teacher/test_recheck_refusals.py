@@ -30,7 +30,7 @@ IMAGENET_21K = 21841
 
 @by_kind
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_teacher_that_is_not_finite_now_is_refused(codec: Codec, bad: float) -> None:
+def test_a_non_finite_teacher_is_refused(codec: Codec, bad: float) -> None:
     logits, gaussian = outputs()
     again = logits.clone()
     again[1, 1] = bad
@@ -38,7 +38,7 @@ def test_a_teacher_that_is_not_finite_now_is_refused(codec: Codec, bad: float) -
         differences(codec, (logits, gaussian), (again, gaussian))
 
 
-def test_a_gaussian_that_is_not_finite_now_is_refused() -> None:
+def test_a_non_finite_gaussian_is_refused() -> None:
     codec = WITH_GAUSSIAN[0]
     logits, gaussian = outputs()
     for name in Gaussian._fields:
@@ -50,7 +50,7 @@ def test_a_gaussian_that_is_not_finite_now_is_refused() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("part", range(3), ids=["logits", "mean", "log_var"])
-def test_a_record_that_is_not_finite_is_refused(part: int, bad: float) -> None:
+def test_a_non_finite_record_is_refused(part: int, bad: float) -> None:
     codec = WITH_GAUSSIAN[0]
     logits, gaussian = outputs()
     records = codec.encode(logits, gaussian)
@@ -58,11 +58,11 @@ def test_a_record_that_is_not_finite_is_refused(part: int, bad: float) -> None:
     halves[4, part * CLASSES] = bad
     found = output_differences(codec, records, logits, gaussian)
     assert [bool(row) for row in found.isfinite()] == [True, True, True, True, False, True]
-    with pytest.raises(CacheError, match=r"1 of 6 outputs computed again differ, sample 28 by (nan|inf)"):
+    with pytest.raises(CacheError, match=r"1 of 6 recomputed outputs differ, sample 28 by (nan|inf)"):
         check(found, "bf16")
 
 
-def test_the_message_names_cache_view_both_values_and_the_remedy() -> None:
+def test_the_error_names_cache_view_values_and_remedy() -> None:
     found = torch.tensor([0.0, 0.01, 0.5, torch.nan])
     with pytest.raises(CacheError) as caught:
         check_outputs(
@@ -73,7 +73,7 @@ def test_the_message_names_cache_view_both_values_and_the_remedy() -> None:
             cache="teacher.cache.dir = caches/a",
         )
     assert str(caught.value).startswith(
-        "teacher.cache.dir = caches/a does not hold what the teacher says: 2 of 4 outputs computed again differ, "
+        "teacher.cache.dir = caches/a does not match the teacher: 2 of 4 recomputed outputs differ, "
         "sample 1 in view 2 by 0.5 of its size, and rounding explains at most 0.12; "
     )
     assert re.search(r"delete the folder and build .*--set teacher\.cache\.dir=", str(caught.value))
@@ -84,16 +84,16 @@ def test_the_message_names_cache_view_both_values_and_the_remedy() -> None:
     ("precision", "device", "units"),
     [("fp32", "cpu", 2.0**-15), ("fp32", "cuda", 2.0**-11), ("bf16", "cuda", 2.0**-8), ("fp16", "cpu", 2.0**-11)],
 )
-def test_the_bound_is_of_the_precision(precision: str, device: str, units: float) -> None:
+def test_the_bound_depends_on_the_precision(precision: str, device: str, units: float) -> None:
     bound = 32 * units
     at_the_bound = torch.tensor([0.0, bound], dtype=torch.float64)
     assert check(at_the_bound, precision, device) == Recheck(2, bound, bound)
-    with pytest.raises(CacheError, match="1 of 2 outputs computed again differ, sample 7 by"):
+    with pytest.raises(CacheError, match="1 of 2 recomputed outputs differ, sample 7 by"):
         check(at_the_bound * (1 + 1e-12), precision, device)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "uint8", "top_k"])
-def test_a_cache_of_imagenet_21k(tmp_path: Path, kind: str) -> None:
+def test_recheck_with_imagenet_21k_classes(tmp_path: Path, kind: str) -> None:
     codec = Codec(kind, IMAGENET_21K, 10 if kind == "top_k" else None, gaussian=True)
     logits, gaussian = outputs(IMAGENET_21K)
     logits[:, IMAGENET_21K - 1] = 17.0  # an index beyond int16
@@ -110,27 +110,27 @@ def test_a_cache_of_imagenet_21k(tmp_path: Path, kind: str) -> None:
     assert check(output_differences(codec, records, *taken), "fp32")[:2] == (ROWS, 0.0)
     other = output_differences(codec, records, taken[0].roll(1, 0), taken[1])
     for precision in PRECISIONS:
-        with pytest.raises(CacheError, match="6 of 6 outputs"):
+        with pytest.raises(CacheError, match="6 of 6 recomputed outputs"):
             check(other, precision)
 
 
 @pytest.mark.parametrize("top_k", [1, 10])
-def test_a_few_of_many_logits_are_enough_to_see_another_samples_record(top_k: int) -> None:
+def test_a_few_of_many_logits_identify_another_sample(top_k: int) -> None:
     """Of 21,841, where the size of the whole row says nothing of those that are kept."""
     codec = Codec("top_k", IMAGENET_21K, top_k)
     logits, _ = outputs(IMAGENET_21K)
     assert check(output_differences(codec, codec.encode(logits), logits), "fp32").worst == 0.0
     found = output_differences(codec, codec.encode(logits.roll(1, 0)), logits)
     for precision in PRECISIONS:
-        with pytest.raises(CacheError, match="6 of 6 outputs"):
+        with pytest.raises(CacheError, match="6 of 6 recomputed outputs"):
             check(found, precision)
 
 
-def test_logits_beyond_fp16_are_for_uint8() -> None:
+def test_logits_beyond_fp16_are_compared_as_uint8() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0], [70000.0, -3.0, 5.0]])
     for codec in (Codec("fp16", 3), Codec("top_k", 3, 2)):
         with pytest.raises(
-            CacheError, match=r"logits reach 70000 \(the first in row 1\) and fp16 ends at 65504; store them as uint8"
+            CacheError, match=r"logits reach 70000 \(the first in row 1\), fp16 ends at 65504; store them as uint8"
         ):
             codec.encode(logits)
     codec = Codec("uint8", 3)

@@ -26,7 +26,7 @@ from unikd_fast.values import Gaussian, TopKLogits
 
 
 @by_kind_with_gaussian
-def test_the_rounding_of_bf16_is_explained_in_bf16_alone(codec: Codec) -> None:
+def test_bf16_rounding_is_accepted_in_bf16_only(codec: Codec) -> None:
     """Every number as in bf16, half a unit off at random: 2^-8 of its size."""
     logits, (mean, log_var) = outputs()
     shaken = [value + 2.0**-8 * value * noise(*value.shape, seed=3 + i) for i, value in enumerate((logits, mean))]
@@ -36,12 +36,12 @@ def test_the_rounding_of_bf16_is_explained_in_bf16_alone(codec: Codec) -> None:
     assert 1e-3 < float(found.min()) < float(found.max()) < (0.06 if codec.kind == "top_k" else 0.02)
     assert check(found, "bf16").worst == float(found.max())
     if codec.kind != "uint8":  # whose own levels are as coarse
-        with pytest.raises(CacheError, match="6 of 6 outputs"):
+        with pytest.raises(CacheError, match="6 of 6 recomputed outputs"):
             check(found, "fp32")
 
 
 @by_kind_with_gaussian
-def test_the_last_bits_of_fp32_are_explained_where_they_cross_a_rounding(codec: Codec) -> None:
+def test_fp32_noise_across_a_rounding_boundary_is_accepted(codec: Codec) -> None:
     """Numbers that all lie on the edge between two of fp16, or between two levels, and fall to either side."""
     below = torch.arange(ROWS * CLASSES).reshape(ROWS, CLASSES) % 37 * 0.25 + 1
     edges = below + torch.from_numpy(np.spacing(below.half().numpy())).float() / 2
@@ -53,7 +53,7 @@ def test_the_last_bits_of_fp32_are_explained_where_they_cross_a_rounding(codec: 
 
 
 @by_kind
-def test_the_largest_logit_may_cross_a_rounding_alone(codec: Codec) -> None:
+def test_the_largest_logit_may_cross_a_rounding_boundary(codec: Codec) -> None:
     """It moves every stored log-probability by a unit of its own, 2^-6 at 18; the other logits have finer ones."""
     logits, gaussian = outputs()
     lower, upper = logits.clone(), logits.clone()
@@ -68,7 +68,7 @@ def test_the_largest_logit_may_cross_a_rounding_alone(codec: Codec) -> None:
 
 @by_kind
 @pytest.mark.parametrize("classes", [10, 100])
-def test_a_sharp_teacher_in_fp32_is_not_refused(codec: Codec, classes: int) -> None:
+def test_a_sharp_fp32_teacher_is_accepted(codec: Codec, classes: int) -> None:
     """One logit far above the rest, and the noise of fp32, sixteen of its units: of so many rows some cross an edge."""
     codec = Codec(codec.kind, classes, codec.top_k)
     logits = 2 * noise(MANY, classes)
@@ -81,7 +81,7 @@ def test_a_sharp_teacher_in_fp32_is_not_refused(codec: Codec, classes: int) -> N
 
 @by_kind
 @pytest.mark.parametrize("deviations", [10, 20])
-def test_an_offset_that_all_logits_share_is_no_reason_to_refuse(codec: Codec, deviations: int) -> None:
+def test_a_shared_offset_of_logits_is_accepted(codec: Codec, deviations: int) -> None:
     """It makes fp16 coarse against the logits' differences; another sample's record is seen none the less."""
     codec = Codec(codec.kind, 10, codec.top_k)
     logits = noise(MANY, 10) + deviations
@@ -90,11 +90,11 @@ def test_an_offset_that_all_logits_share_is_no_reason_to_refuse(codec: Codec, de
     assert bool((stored != computed).any())
     check(output_differences(codec, stored, again), "fp32")
     for precision in PRECISIONS:
-        with pytest.raises(CacheError, match=rf"{MANY} of {MANY} outputs"):
+        with pytest.raises(CacheError, match=rf"{MANY} of {MANY} recomputed outputs"):
             check(output_differences(codec, stored, again.roll(1, 0)), precision)
 
 
-def test_a_log_variance_may_cross_a_rounding() -> None:
+def test_a_log_variance_may_cross_a_rounding_boundary() -> None:
     """The unit at 5 is 2^-8, more than fp32 explains of ten numbers."""
     codec = Codec("fp16", 10, gaussian=True)
     logits, mean, log_var = (noise(2, 10, seed=seed) for seed in range(3))
@@ -109,7 +109,7 @@ def test_a_log_variance_may_cross_a_rounding() -> None:
 
 @by_kind_with_gaussian
 @pytest.mark.parametrize("part", ["logits", "mean", "log_var"])
-def test_a_unit_of_a_number_is_free_and_what_is_beyond_counts(codec: Codec, part: str) -> None:
+def test_only_differences_beyond_one_unit_count(codec: Codec, part: str) -> None:
     """2^-6 at 16 in fp16, and a level of uint8; one number changes, against all or, of top_k, those that are kept."""
     logits, gaussian = outputs()
     values = {"logits": logits.clamp(-6, 12), **gaussian._asdict()}
@@ -133,7 +133,7 @@ def test_a_unit_of_a_number_is_free_and_what_is_beyond_counts(codec: Codec, part
     assert changed(units).tolist() == pytest.approx(expected.tolist(), rel=0.04)
 
 
-def test_which_of_two_equal_logits_is_kept_does_not_matter() -> None:
+def test_the_choice_among_equal_logits_does_not_matter() -> None:
     codec = Codec("top_k", CLASSES, KEPT)
     logits, gaussian = outputs()
     logits[:, 100 : 100 + KEPT - 2] = 12.0

@@ -83,7 +83,7 @@ def find_runs(folders: Sequence[Path]) -> Found:
 
 
 def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
-    """RunGroup runs that have one label and differ only in the seed, teachers first.
+    """Group runs that have one label and differ only in the seed, teachers first.
 
     Groups with the same label are named by their model as well, or by their folder if that is the same too.
     """

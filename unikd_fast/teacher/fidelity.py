@@ -1,4 +1,4 @@
-"""How far a fast teacher is from the network it was made of, and from where on that is an error."""
+"""How far a fast teacher is from the network it was made from, and from what distance that is an error."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,44 +10,44 @@ from torch import Tensor, nn
 from unikd_fast.teacher.online import OnlineTeacher, unit_rounding
 from unikd_fast.values import Features
 
-# In units of `unit_rounding`, relative to the size of the logits. In bf16 and in fp16 a ResNet-18 and a ResNet-50 as
-# initialised err by 1.1 to 1.4 units, a resnet20 trained on digits by 1.6. Random weights on normalised activations
-# damp nothing: they take a ResNet-18 to 4 to 7 units and a ResNet-50 to 50 and more, where classes change. 32 lies
-# between.
+# In units of `unit_rounding`, relative to the size of the logits. In bf16 and fp16, randomly initialised ResNet-18 and
+# ResNet-50 are off by 1.1 to 1.4 units, and a resnet20 trained on digits by 1.6. Random weights on normalised
+# activations amplify errors: they take a ResNet-18 to 4 to 7 units and a ResNet-50 to 50 and more, where predicted
+# classes change. 32 lies in between.
 LOGIT_BOUND = 32.0
-# Two logits that each err by 1.6 units move against each other by 2.3 (standard deviation): a lead below 8 says little.
+# The difference of two logits that are each off by 1.6 units is off by 2.3 (one sigma): a lead below 8 is weak.
 TIE_BOUND = 8.0
 
 
 class Fidelity(NamedTuple):
-    """A teacher against its fp32 eager reference. Errors are relative: ‖teacher - reference‖ / ‖reference‖."""
+    """A teacher against its eager fp32 reference. Errors are relative: ‖teacher - reference‖ / ‖reference‖."""
 
-    relative_logit_error: float  # of logits centred over the classes, which is all that a softmax sees
-    top1_agreement: float  # share of images of one class; near ties count as agreement
+    relative_logit_error: float  # of the logits centred over classes, which is all that softmax depends on
+    top1_agreement: float  # share of images with the same class; near ties count as agreement
     feature_errors: tuple[float, ...]  # one per level
     images: int
-    near_ties: int  # images whose class differs while the reference's lead is within rounding
+    near_ties: int  # images whose class differs while the reference's lead is within rounding error
 
 
 @torch.no_grad()
 def measure_fidelity(teacher: OnlineTeacher, reference: nn.Module, batches: Iterable[Tensor]) -> Fidelity:
-    """Compare a teacher with the network it was made of, on real images.
+    """Compare a teacher with the network it was made from, on real images.
 
-    An image whose classes differ is a near tie, and no disagreement, where the reference's own lead of its class over
-    the teacher's is at most `TIE_BOUND` roundings of the teacher's precision, times the RMS of the image's centred
-    logits. This bound is fixed beforehand: what the teacher did to the logits does not widen it, and the logit error is
-    measured on all images.
+    An image whose predicted class differs is a near tie, and not a disagreement, if the reference's lead of its own
+    class over the teacher's is at most `TIE_BOUND` roundings of the teacher's precision times the RMS of the image's
+    centred logits. The bound is fixed in advance: errors of the teacher do not widen it, and the logit error covers all
+    images.
 
     Args:
-        teacher: whose outputs are to be trusted.
-        reference: the same network in fp32, run eagerly; a deep copy made before the teacher folded and cast it.
-        batches: images (N, 3, H, W) on the device of both.
+        teacher: teacher to check.
+        reference: the same network in fp32, run eagerly; a deep copy from before the teacher folded and cast it.
+        batches: images (N, 3, H, W), on the device of both.
 
     Returns:
         Errors and agreement; NaN or inf where a value is not finite.
 
     Raises:
-        ValueError: no images.
+        ValueError: there are no images.
 
     Example:
         >>> reference = copy.deepcopy(network).eval()
@@ -72,13 +72,13 @@ def measure_fidelity(teacher: OnlineTeacher, reference: nn.Module, batches: Iter
         disagreements += int((other & ~tie).sum())
         ties += int(tie.sum())
     if not images:
-        raise ValueError("measure_fidelity: there are no images to compare on; pass at least one batch")
+        raise ValueError("measure_fidelity: no images to compare on; pass at least one batch")
     *levels, logits = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
     return Fidelity(logits, 1 - disagreements / images, tuple(levels), images, ties)
 
 
 def pool_fidelity(found: Sequence[Fidelity]) -> Fidelity:
-    """One statement out of several about equal networks on different images: the worst errors, the mean agreement.
+    """Combine measurements of equal networks on different images: the worst errors, the mean agreement.
 
     Example:
         >>> pool_fidelity([Fidelity(0.1, 1.0, (), 8, 0), Fidelity(0.2, 0.5, (), 8, 1)])
@@ -95,19 +95,19 @@ def pool_fidelity(found: Sequence[Fidelity]) -> Fidelity:
 
 
 def check_fidelity(fidelity: Fidelity, teacher: OnlineTeacher, *, min_agreement: float = 0.995) -> None:
-    """Refuse a teacher that is not the network it was made of.
+    """Raise ValueError if a teacher does not reproduce the network it was made from.
 
     The largest logit error allowed is `LOGIT_BOUND` roundings of the precision: 12.5 % in bf16, 1.6 % in fp16 and
     0.1 % in fp32 (1.6 % on a GPU, with TF32).
 
     Args:
-        fidelity: measured.
-        teacher: on which it was measured.
-        min_agreement: smallest share of images on which both name the same class.
+        fidelity: measured fidelity.
+        teacher: teacher it was measured on.
+        min_agreement: smallest allowed share of images on which both predict the same class.
 
     Raises:
-        ValueError: a value is not finite, the logits are too far off, or too few classes agree; names both values and
-            the settings to change.
+        ValueError: a value is not finite, the logits are too far off, or too few classes agree; the message gives both
+            values and the settings to change.
 
     Example:
         >>> check_fidelity(measure_fidelity(teacher, reference, [images]), teacher)
@@ -130,8 +130,8 @@ def check_fidelity(fidelity: Fidelity, teacher: OnlineTeacher, *, min_agreement:
     if fidelity.top1_agreement < min_agreement - 1e-9:
         disagreeing = round((1 - fidelity.top1_agreement) * fidelity.images)
         raise ValueError(
-            f"{how}: {disagreeing} of {fidelity.images} training images get another class than from the network in "
-            f"fp32, an agreement of {fidelity.top1_agreement:.4f}, and teacher.fidelity.min_agreement is "
+            f"{how}: {disagreeing} of {fidelity.images} training images get another class than from the fp32 network, "
+            f"an agreement of {fidelity.top1_agreement:.4f}; teacher.fidelity.min_agreement is "
             f"{min_agreement}; {remedy}"
         )
 
@@ -167,7 +167,7 @@ def _worst(errors: Iterable[float]) -> float:
 
 @contextmanager
 def _exact_convolutions(device: torch.device) -> Iterator[None]:
-    """fp32 convolutions in fp32: on a GPU they would run in TF32, which rounds as coarsely as fp16."""
+    """Compute fp32 convolutions in fp32: a GPU would use TF32, which rounds as coarsely as fp16."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it: in eval mode it is a scale and a shift of every channel."""
+"""Folding BatchNorm into the preceding convolution: in eval mode it is a scale and a shift per channel."""
 
 import logging
 from collections import Counter
@@ -12,27 +12,27 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 _logger = logging.getLogger("unikd_fast")
 
-# Exactly these: a subclass may compute its weight anew in every forward pass (weight standardisation).
+# Exactly these types: a subclass may compute its weight in every forward pass (weight standardisation).
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batch_norm(network: nn.Module) -> int:
-    """Fold each BatchNorm into the convolution before it, in place, and return how many were folded.
+    """Fold each BatchNorm into the preceding convolution, in place, and return how many were folded.
 
     W' = W γ / sqrt(σ² + ε) and b' = (b - μ) γ / sqrt(σ² + ε) + β, computed in float64 by PyTorch's own
-    `fuse_conv_bn_weights` and rounded once to the dtype of W. The norm becomes an identity, or what follows it inside a
-    timm BatchNormAct2d.
+    `fuse_conv_bn_weights` and rounded once to the dtype of W. The norm becomes an identity, or what follows the
+    normalisation inside a timm BatchNormAct2d.
 
-    A norm is folded where the graph of the forward pass shows that it is the only user of the convolution's output,
-    that each of the two runs once, and that nothing else reads their weights. So this output is never a feature level
-    or anything else that the network returns. All others stay, and so does a network that torch.fx cannot trace. A norm
-    after a linear layer stays, because the graph knows no shapes: on (N, L, C) its channels are L.
+    A norm is folded if the graph of the forward pass shows that it is the only user of the convolution's output, that
+    each of the two runs once, and that nothing else reads their weights; the output folded away is therefore never a
+    feature level or anything else the network returns. All other norms stay, and so does a network that torch.fx cannot
+    trace. A norm after a linear layer stays, because the graph has no shapes: on (N, L, C) its channels are L.
 
     Args:
-        network: in eval mode, best in fp32: half-precision weights would be rounded a second time. A FeatureExtractor,
-            a LogitsOnly, or any module that takes one tensor.
+        network: network in eval mode, preferably in fp32: half-precision weights would be rounded twice. A
+            FeatureExtractor, a LogitsOnly, or any module that takes one tensor.
 
     Raises:
         ValueError: the network is in training mode, where BatchNorm uses the statistics of the batch.
@@ -48,7 +48,7 @@ def fold_batch_norm(network: nn.Module) -> int:
         return 0
     modules = dict(network.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    # Weights and statistics that the graph reads by themselves, outside the call of their module.
+    # Weights and statistics that the graph reads outside the call of their module.
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     folded = 0
@@ -67,9 +67,9 @@ def fold_batch_norm(network: nn.Module) -> int:
 
 
 class _Tracer(fx.Tracer):
-    """Opens only what may hold a pair: modules without BatchNorm are left whole, whatever their forward does."""
+    """Traces only into modules that may hold a pair; modules without BatchNorm are leaves."""
 
-    proxy_buffer_attributes = True  # so that a forward that reads running statistics shows as one
+    proxy_buffer_attributes = True  # so that a forward that reads running statistics is seen to do so
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name):
@@ -78,27 +78,27 @@ class _Tracer(fx.Tracer):
 
 
 def _graph(network: nn.Module) -> fx.Graph | None:
-    """The graph of the network's own forward, so that feature levels are among its outputs."""
+    """Return the graph of the network's own forward, which has the feature levels among its outputs."""
     attributes = set(vars(network))
     try:
         return _Tracer().trace(network)
     except Exception as error:
         _logger.warning(
-            "fold_batch_norm: torch.fx cannot trace %s (%s: %s); its BatchNorms stay, which is slower and not wrong",
+            "fold_batch_norm: torch.fx cannot trace %s (%s: %s); its BatchNorms are kept, which is slower but correct",
             type(getattr(network, "plain", network)).__name__,
             type(error).__name__,
             error,
         )
         return None
     finally:
-        for name in set(vars(network)) - attributes:  # constants that torch.fx leaves on what it traces
+        for name in set(vars(network)) - attributes:  # constants that torch.fx leaves on the traced module
             delattr(network, name)
 
 
 def _fits(layer: nn.Module, norm: _BatchNorm) -> bool:
     if type(norm) not in _NORMS and type(norm) is not BatchNormAct2d:
         return False
-    if norm.running_mean is None or norm.running_var is None:  # normalises by the batch in eval mode as well
+    if norm.running_mean is None or norm.running_var is None:  # uses batch statistics in eval mode too
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in (layer, norm)):
         return False

@@ -1,4 +1,4 @@
-"""The teacher, run on every batch: frozen, in eval mode, outside the training engine, in its own number format."""
+"""The teacher, run on every batch: frozen, in eval mode, outside the training engine, in its own precision."""
 
 import copy
 import logging
@@ -16,21 +16,22 @@ from unikd_fast.values import Channels, Features
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What torch.cpu.get_capabilities() calls the units that multiply bf16: x86 with AVX-512 or AMX, ARM.
+# What torch.cpu.get_capabilities() calls the units that multiply bf16: on x86 with AVX-512 or AMX, and on ARM.
 _CPU_BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> str:
-    """The format that "auto" stands for: fp16 on a GPU, bf16 on a CPU with bf16 units, fp32 otherwise.
+    """Return the precision that "auto" stands for: fp16 on a GPU, bf16 on a CPU with bf16 units, otherwise fp32.
 
-    fp16 before bf16, because it rounds eight times finer; where a network leaves its range, see `OnlineTeacher.settle`.
+    fp16 comes before bf16 because it rounds eight times finer; for networks that exceed its range see
+    `OnlineTeacher.settle`.
 
     Args:
-        precision: "auto", "fp32", "bf16" or "fp16"; the last three are returned as they are.
-        device: where the teacher runs.
+        precision: "auto", "fp32", "bf16" or "fp16"; the last three are returned unchanged.
+        device: device of the teacher.
 
     Raises:
-        ValueError: another precision.
+        ValueError: the precision is unknown.
 
     Example:
         >>> resolve_precision("auto", "cuda")
@@ -46,21 +47,21 @@ def resolve_precision(precision: str, device: torch.device | str) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware; without such units bf16 is slower than fp32.
+    """Return whether this processor multiplies bf16 in hardware; without such units bf16 is slower than fp32.
 
     Example:
         >>> cpu_has_bf16()
         True
     """
-    # Not in every release of PyTorch that we support; without it nothing is known, and fp32 is always right.
+    # Missing in some supported releases of PyTorch; then nothing is known, and fp32 is always right.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(unit, False) for unit in _CPU_BF16_UNITS)
 
 
 def cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the weights of `network` in `dtype`, in place; BatchNorms that are left stay in fp32.
+    """Cast the weights of `network` to `dtype` in place; remaining BatchNorms stay in fp32.
 
-    A running variance may leave fp16's range, and BatchNorm takes half-precision images with fp32 statistics.
+    A running variance may exceed fp16's range, and BatchNorm takes half-precision inputs with fp32 statistics.
 
     Example:
         >>> cast(network, torch.bfloat16)
@@ -73,11 +74,11 @@ def cast(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def unit_rounding(precision: str, device: torch.device | str) -> float:
-    """Relative rounding error that a stored value may carry in a precision.
+    """Return the relative rounding error of a stored value in a precision.
 
-    Half the spacing of bf16 (2^-8) and of fp16 (2^-11). For fp32 not the last bit counts but the order in which
-    thousands of products are summed, and what depth makes of it: 2^-15, above what random ResNet-50s showed (5e-5 of
-    the logits). On a GPU 2^-11, because convolutions run in TF32.
+    Half the spacing of bf16 (2^-8) and of fp16 (2^-11). In fp32 the last bit matters less than the order in which
+    thousands of products are summed, amplified by depth: 2^-15, above what random ResNet-50s showed (5e-5 of the
+    logits). On a GPU 2^-11, because convolutions use TF32.
 
     Example:
         >>> unit_rounding("bf16", "cpu")
@@ -93,20 +94,20 @@ _REORDER = "mkldnn_reorder_conv2d_weight"
 
 
 class PackedConv2d(nn.Conv2d):
-    """A convolution that has its weight a second time, in the blocks that oneDNN computes with."""
+    """A convolution with a second copy of its weight, in oneDNN's blocked layout."""
 
     packed: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         window = (self.padding, self.stride, self.dilation, self.groups)
-        # Inductor fuses an activation and a sum into this operator, and into aten's convolution none.
+        # Inductor fuses an activation and a sum into this operator, but nothing into aten's convolution.
         operator = torch.ops.mkldnn._convolution_pointwise
         result: Tensor = operator(input, self.packed, self.bias, *window, "none", [], "")
         return result
 
 
 def has_onednn() -> bool:
-    """Whether oneDNN itself convolves bf16 here; on ARM another library does so for it, and fuses nothing.
+    """Return whether oneDNN itself runs bf16 convolutions here; on ARM it uses another library, which fuses nothing.
 
     Example:
         >>> has_onednn()
@@ -115,27 +116,27 @@ def has_onednn() -> bool:
     mkldnn, operators = torch.backends.mkldnn, torch.ops.mkldnn
     if not (mkldnn.is_available() and mkldnn.enabled):
         return False
-    # PyTorch's own, and no promise: without one of them weights stay plain.
+    # Private to PyTorch and not guaranteed: without one of them weights stay plain.
     if not all(hasattr(operators, name) for name in _OPERATORS) or not hasattr(torch.ops.aten, _REORDER):
         return False
     return bool(operators._is_mkldnn_bf16_supported() and not operators._is_mkldnn_acl_supported())
 
 
 def pack_convolutions(network: nn.Module, batch: Tensor) -> nn.Module:
-    """Give a copy with the same tensors whose convolutions have packed weights beside their own.
+    """Return a copy that shares its tensors, and whose convolutions also have packed weights.
 
-    Plain weights are reordered in every call: 8 % of a ResNet-50 with batch 8 on two cores, and what Inductor fuses
-    into the packed operator is as much again.
+    Plain weights are reordered in every call: 8 % of a ResNet-50 at batch size 8 on two cores, and what Inductor fuses
+    into the packed operator is worth as much again.
 
     Args:
-        network: in bf16, channels_last, in eval mode; unchanged.
+        network: network in bf16, channels_last and eval mode; left unchanged.
         batch: images (N, 3, H, W); other batches must have its shape.
 
     Example:
         >>> packed = pack_convolutions(network, images)
     """
     network = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
-    shapes: dict[nn.Conv2d, torch.Size] = {}  # of what reaches each convolution: the blocks depend on it
+    shapes: dict[nn.Conv2d, torch.Size] = {}  # inputs of each convolution: the blocks depend on them
 
     def note(conv: Any, inputs: tuple[Any, ...]) -> None:
         if inputs and inputs[0].dim() == 4:
@@ -160,36 +161,37 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 Affine = tuple[Channels, Channels]
-"""Scale and shift of each channel."""
+"""Scale and shift per channel."""
 
 
 class OnlineTeacher(nn.Module):
-    """Runs a frozen network without gradients and returns its feature levels and fp32 logits.
+    """Runs a frozen network without gradients and returns its feature levels and its logits in fp32.
 
     It stays a plain module outside the DeepSpeed engine: inside, ``engine.train()`` would switch it to batch statistics
-    and its weights would enter every checkpoint. BatchNorm is folded in fp32 before the weights are cast. Outputs come
-    from no_grad, not from inference_mode: a loss can save them for its backward. A bf16 network that is compiled for a
-    CPU gets its convolution weights a second time, in oneDNN's layout: its weights are final with the first batch.
+    and its weights would be part of every checkpoint. BatchNorm is folded in fp32 before the weights are cast. Outputs
+    are made under no_grad rather than inference_mode, so a loss can save them for its backward pass. A bf16 network
+    compiled for a CPU gets a second copy of its convolution weights in oneDNN's layout, so weights must not change
+    after the first batch.
 
     Args:
-        network: maps images (N, 3, H, W) to Features; on its device, and changed in place.
-        precision: "fp32", "bf16" or "fp16": weights and activations are held in it. "auto": fp16 on a GPU, bf16 on a
-            CPU with bf16 units, fp32 otherwise; call `settle` before relying on an fp16 chosen in this way.
-        fold: fold BatchNorm into the convolutions before it, see `fold_batch_norm`.
-        compile_mode: None runs eagerly; otherwise a mode of torch.compile.
-        channels_last: NHWC memory format of images, weights and levels.
-        batch_size: images of one call of the network. Other batches are cut and padded to it, so that a compiled
-            network never sees a second shape. None: any size when run eagerly, that of the first batch when compiled.
-        renormalise: (scale, shift), each of the three channels: the network sees images * scale + shift, computed in
-            fp32, and within the compiled graph where there is one. If None, it sees the images as they are.
+        network: module that maps images (N, 3, H, W) to Features; already on its device, and changed in place.
+        precision: precision of weights and activations: "fp32", "bf16" or "fp16". "auto": fp16 on a GPU, bf16 on a
+                CPU with bf16 units, otherwise fp32; call `settle` before relying on fp16 chosen this way.
+        fold: whether to fold BatchNorm into the preceding convolutions, see `fold_batch_norm`.
+        compile_mode: mode of torch.compile. If None, the network runs eagerly.
+        channels_last: whether images, weights and levels use the NHWC memory format.
+        batch_size: images per call of the network. Other batches are split and padded to it, so that a compiled network
+            sees one shape. If None: any size when run eagerly, the size of the first batch when compiled.
+        renormalise: (scale, shift), per channel: the network's input is images * scale + shift, computed in fp32,
+            inside the compiled graph if there is one. If None, images are passed on unchanged.
 
     Attributes:
-        precision: what the network runs in; "auto" is resolved.
+        precision: precision the network runs in, with "auto" resolved.
         folded: number of BatchNorms folded.
 
     Raises:
-        ValueError: an unknown precision or mode, a batch size below 1; when called, torch.compile cannot compile the
-            network or has no compiler to do it with.
+        ValueError: the precision or mode is unknown or the batch size below 1; when called, torch.compile cannot
+            compile the network or finds no compiler.
 
     Example:
         >>> model = build_model("torchvision/resnet50", num_classes=1000, weights="IMAGENET1K_V1").cuda()
@@ -234,28 +236,28 @@ class OnlineTeacher(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and of the levels."""
+        """Dtype of the weights and the levels."""
         return formats.PRECISIONS[self.precision]
 
     def renormalised(self, images: Tensor) -> Tensor:
-        """Return images (N, 3, H, W) as the network wants them."""
+        """Return images (N, 3, H, W) as the network expects them."""
         return images if self._affine is None else _affine(images, *self._affine)
 
     def train(self, mode: bool = True) -> Self:
-        """Keeps eval mode whatever is asked: a teacher with batch statistics is another teacher."""
+        """Stay in eval mode, whatever is asked: batch statistics would make it a different teacher."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """Features in the teacher's dtype, but for the logits (N, K) in fp32, of images (N, 3, H, W)."""
-        if self.network.training:  # switched behind our back
+        """Return Features of images (N, 3, H, W) in the teacher's dtype, with logits (N, K) in fp32."""
+        if self.network.training:  # a caller switched the network itself
             self.network.eval()
-        with torch.autocast(images.device.type, enabled=False):  # its precision is its own, not the student's
+        with torch.autocast(images.device.type, enabled=False):  # the student's autocast must not apply
             features = self._in_fixed_batches(images)
         return features._replace(logits=features.logits.float())
 
     def is_finite(self, batches: Iterable[Tensor]) -> bool:
-        """Whether all features and logits of these images (N, 3, H, W) are finite; waits for the device.
+        """Return whether all features and logits of these images (N, 3, H, W) are finite; synchronises with the device.
 
         Example:
             >>> teacher.is_finite([images])
@@ -264,13 +266,13 @@ class OnlineTeacher(nn.Module):
         return all(bool(tensor.isfinite().all()) for features in map(self, batches) for tensor in _tensors(features))
 
     def settle(self, finite: bool) -> None:
-        """End the choice of "auto": where fp16 was not finite, the weights are cast to bf16, anew from fp32.
+        """Settle "auto": if fp16 outputs were not finite, cast the weights to bf16, starting again from fp32.
 
-        Once per teacher and before training; for other precisions nothing happens. Where several processes share a
-        teacher, all must pass the same answer.
+        Call it once per teacher, before training; with other precisions it does nothing. If several processes share a
+        teacher, all must pass the same value.
 
         Args:
-            finite: what `is_finite` said about real images.
+            finite: result of `is_finite` on real images.
 
         Example:
             >>> teacher.settle(teacher.is_finite([images]))
@@ -289,7 +291,7 @@ class OnlineTeacher(nn.Module):
         return [*self.network.parameters(), *self.network.buffers()]
 
     def _hold(self, precision: str) -> None:
-        """Cast and lay out; what was compiled is compiled anew with the next batch."""
+        """Cast and set the memory format; a compiled network is compiled again with the next batch."""
         self.precision = precision
         formats.cast(self.network, self.dtype)
         if self.channels_last:
@@ -308,7 +310,7 @@ class OnlineTeacher(nn.Module):
         return parts[0] if len(parts) == 1 else _map(lambda *tensors: torch.cat(tensors), *parts)
 
     def _one_batch(self, images: Tensor, size: int) -> Features:
-        # A buffer of its own: a slice or a layout given by the loader may have other strides, and would recompile.
+        # A new buffer: the loader's slices and layouts may have other strides, which would trigger a recompilation.
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         count, shape = len(images), (size, *images.shape[1:])
         batch = torch.empty(shape, dtype=self._input_dtype, device=images.device, memory_format=layout)
@@ -337,7 +339,7 @@ class OnlineTeacher(nn.Module):
                 f"OnlineTeacher: torch.compile(mode={self.compile_mode!r}) cannot compile the teacher ({reason}); run "
                 "it eagerly with --set teacher.compile=null, or install what is missing (on a CPU a C++ compiler)"
             ) from error
-        # The next replay of a CUDA graph writes into the same memory.
+        # The next replay of a CUDA graph overwrites this memory.
         return _map(torch.clone, outputs) if graphs else outputs
 
 
@@ -348,20 +350,20 @@ def _affine(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _function(
     network: nn.Module, affine: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Callable[[Tensor], Features]:
-    """The network as a function, for torch.compile."""
+    """Return the network as a function for torch.compile."""
 
     def run(images: Tensor) -> Features:
         seen = images if affine is None else _affine(images, *affine).to(dtype)
         features: Features = network(seen)
         return features
 
-    # torch.compile counts recompilations per code object, of which all teachers of a comparison would share one.
+    # torch.compile counts recompilations per code object, which all teachers of a comparison would share.
     run.__code__ = run.__code__.replace()
     return run
 
 
 def _map(function: Callable[..., Tensor], *parts: Features) -> Features:
-    """Applies a function to the tensors in each place of these."""
+    """Apply a function to the tensors at the same place in each of these."""
     levels, logits, before_activation, embeddings = zip(*parts, strict=True)
     return Features(
         tuple(map(function, *levels)),

@@ -1,6 +1,6 @@
-"""A teacher's outputs on disk: what they were made from, how they are packed, and files that survive what happens.
+"""A teacher's outputs on disk: what they were made from, how they are packed, and files that survive crashes.
 
-Nothing here knows of networks, configurations or training.
+Nothing here depends on networks, configurations or training.
 """
 
 from unikd_fast.teacher.cache.codec import Codec

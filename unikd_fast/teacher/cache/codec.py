@@ -1,4 +1,4 @@
-"""How a teacher's outputs for one view of one sample become a record's bytes, and back."""
+"""Conversion of a teacher's outputs for one view of one sample to the bytes of a record, and back."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ _ALIGNMENT = 8
 
 
 class _Part(NamedTuple):
-    """A run of equal numbers in every record."""
+    """A run of numbers of one type in every record."""
 
     name: str
     dtype: torch.dtype
@@ -33,24 +33,24 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Codec:
-    """Packs logits (N, K), and where asked a Gaussian over the classes, into N records of equal size.
+    """Packs logits (N, K), and optionally a Gaussian over the classes, into N records of equal size.
 
         fp16     logits as fp16                                                          2 K bytes
-        uint8    one byte a class, a scale and an offset                                 K + 8 bytes
+            uint8    one byte per class, a scale and an offset                               K + 8 bytes
         top_k    the k largest logits of the fp16 row, their classes, the log-sum-exp    6 k + 4 bytes; for τ = 1 only
-        gaussian mean and log-variance as fp16                                           4 K bytes more
+            gaussian mean and log-variance as fp16                                           another 4 K bytes
 
-    The log-sum-exp of top_k is that of the logits rounded to fp16, so that the stored probabilities sum to at most one.
+    The log-sum-exp of top_k is that of the logits rounded to fp16, so the stored probabilities sum to at most one.
     Records are padded to a multiple of eight bytes.
 
     Args:
-        kind: "fp16", "uint8" or "top_k".
+        kind: kind of record, "fp16", "uint8" or "top_k".
         num_classes: K.
-        top_k: k, for kind "top_k" only.
-        gaussian: whether records hold a Gaussian as well.
+        top_k: k, only for kind "top_k".
+        gaussian: whether records also hold a Gaussian.
 
     Raises:
-        ValueError: an unknown kind, K outside of [1, 2^31], k outside of [1, K], or k for another kind.
+        ValueError: the kind is unknown, K is outside [1, 2^31], k outside [1, K], or k given for another kind.
 
     Example:
         >>> codec = Codec("fp16", num_classes=1000)
@@ -77,32 +77,32 @@ class Codec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that make this codec again."""
+        """Return the arguments that construct this codec."""
         return asdict(self)
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one record."""
+        """Return the size of a record in bytes."""
         return -(-sum(part.bytes for part in self._parts()) // _ALIGNMENT) * _ALIGNMENT
 
     @torch.no_grad()
     def encode(self, logits: Tensor, gaussian: Gaussian | None = None) -> NDArray[np.uint8]:
-        """Pack a batch; the work is done where the logits are, and one copy goes to the host.
+        """Pack a batch, computing where the logits are and copying to the host once.
 
         Args:
-            logits: (N, K) floats.
-            gaussian: mean and log_var (N, K), if and only if the codec has a Gaussian.
+            logits: logits (N, K), floating point.
+            gaussian: mean and log_var (N, K), required if and only if the codec has a Gaussian.
 
         Returns:
-            (N, record_bytes).
+            Records (N, record_bytes).
 
         Raises:
-            CacheError: a value is inf or NaN, or becomes it in fp16; says the largest value and the remedy.
-            ValueError: a shape other than (N, K), or a Gaussian too few or too many.
+            CacheError: a value is inf or NaN, or overflows in fp16; the message gives the largest value and the remedy.
+            ValueError: the shape is not (N, K), or a Gaussian is missing or unexpected.
         """
         if (gaussian is not None) != self.gaussian:
             given, held = ("no Gaussian", "one") if self.gaussian else ("a Gaussian", "none")
-            raise ValueError(f"Codec.encode: got {given}, and records of this codec hold {held}; see Codec.gaussian")
+            raise ValueError(f"Codec.encode: got {given}, but records of this codec hold {held}; see Codec.gaussian")
         self._check_shape("logits", logits)
         numbers = self._encode_logits(logits)
         if gaussian is not None:
@@ -124,24 +124,25 @@ class Codec:
     def decode(
         self, records: NDArray[np.uint8], device: torch.device | str = "cpu"
     ) -> tuple[Tensor | QuantizedLogits | TopKLogits, Gaussian | None]:
-        """Give back what `encode` stored; one copy to the device, of which the results are views.
+        """Return what `encode` stored; one copy to the device, of which the results are views.
 
         Args:
             records: (N, record_bytes).
-            device: where the tensors shall be; on the CPU they share the memory of `records` if that is aligned.
+            device: device of the tensors; on the CPU they share the memory of `records` if that is aligned.
 
         Returns:
-            What the losses take: logits (N, K) fp16, QuantizedLogits or TopKLogits; and the Gaussian in fp16, or None.
+            Logits in a form the losses take, (N, K) in fp16, QuantizedLogits or TopKLogits; and the Gaussian in fp16,
+            or None.
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: the shape or dtype is wrong.
         """
         if records.dtype != np.uint8 or records.ndim != 2 or records.shape[1] != self.record_bytes:
             raise ValueError(
                 f"Codec.decode: records must be (N, {self.record_bytes}) uint8, got {records.shape} {records.dtype}"
             )
         tensor = _as_tensor(records)
-        if torch.device(device).type != "cpu":  # from pinned memory the host does not wait for the device
+        if torch.device(device).type != "cpu":  # copying from pinned memory does not block the host
             tensor = tensor.pin_memory()
         packed = tensor.to(device, non_blocking=True)
         numbers: dict[str, Tensor] = {}
@@ -157,7 +158,7 @@ class Codec:
         return TopKLogits(numbers["values"], numbers["indices"], numbers["log_sum_exp"][:, 0]), gaussian
 
     def _parts(self) -> list[_Part]:
-        # The widest numbers first: then every part starts at a multiple of its width and can be read in place.
+        # Widest numbers first, so that every part starts at a multiple of its width and can be read in place.
         if self.kind == "fp16":
             parts = [_Part("logits", torch.float16, self.num_classes)]
         elif self.kind == "uint8":
@@ -184,7 +185,7 @@ class Codec:
         numbers = quantize_logits(logits)._asdict()
         if not bool(numbers["scale"].isfinite().all()):
             raise CacheError(
-                f"Codec.encode: a row of logits spans more than fp32 holds, up to {float(logits.abs().max()):.6g}; "
+                f"Codec.encode: a row of logits exceeds the range of fp32, up to {float(logits.abs().max()):.6g}; "
                 "check the teacher's weights"
             )
         return numbers
@@ -204,7 +205,7 @@ def _to_half(values: Tensor, name: str, remedy: str) -> Tensor:
     _require_finite(values, name)
     row = int((~half.isfinite()).any(dim=1).nonzero()[0])
     raise CacheError(
-        f"Codec.encode: {name} reach {float(values.abs().max()):.6g} (the first in row {row}) and fp16 ends at 65504; "
+        f"Codec.encode: {name} reach {float(values.abs().max()):.6g} (the first in row {row}), fp16 ends at 65504; "
         f"{remedy}"
     )
 
@@ -222,7 +223,7 @@ def _require_finite(values: Tensor, name: str) -> None:
 
 def _as_tensor(records: NDArray[np.uint8]) -> Tensor:
     if len(records) == 0:
-        return torch.empty(records.shape, dtype=torch.uint8)  # numpy's has strides that cannot be viewed
+        return torch.empty(records.shape, dtype=torch.uint8)  # numpy's strides could not be viewed
     # torch.from_numpy warns about read-only memory, and a view as wider numbers needs rows at multiples of their width.
     stride, column = records.strides
     aligned = column == 1 and stride > 0 and stride % _ALIGNMENT == 0 and records.ctypes.data % _ALIGNMENT == 0

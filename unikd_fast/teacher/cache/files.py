@@ -19,7 +19,7 @@ LOCK = "create.lock"
 
 
 def allocated_bytes(path: Path) -> int:
-    """Bytes a file takes on disk; 0 if there is none."""
+    """Return the bytes a file takes on disk, 0 if there is none."""
     try:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
@@ -28,7 +28,7 @@ def allocated_bytes(path: Path) -> int:
 
 @contextmanager
 def writing(path: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written into a CacheError, with the bytes needed for it."""
+    """Turn errors while writing `path` into a CacheError that says how many bytes are needed."""
     try:
         with naming(path):
             yield
@@ -39,12 +39,12 @@ def writing(path: Path, needed_bytes: int = 0) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Exclude all other processes that ask for the same; the kernel gives the lock back if this one dies.
+    """Hold an exclusive lock on a folder; the kernel releases it if this process dies.
 
-    What a killed holder left of a file it wrote is removed.
+    Files left half-written by a holder that was killed are removed.
 
     Raises:
-        CacheError: the disk is full, or the lock's file is a link.
+        CacheError: the disk is full, or the lock file is a link.
     """
     with writing(folder / LOCK):
         file = open_own(folder / LOCK)
@@ -55,22 +55,22 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise CacheError where a file of a cache is a link or a device; FileNotFoundError where it is missing."""
+    """Raise CacheError if a file of a cache is a link or a device, FileNotFoundError if it is missing."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise CacheError(f"{path} is a link, or not a regular file; put the file itself there")
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename within a folder, and have that on disk."""
+    """Rename within a folder, and sync the folder to disk."""
     old.rename(new)
     sync_folder(new.parent)
 
 
 def reserve(descriptor: int, path: Path, total_bytes: int) -> None:
-    """Give an open file its full size and the blocks for it; what it holds stays.
+    """Grow an open file to its full size and allocate its blocks; its contents are kept.
 
     Raises:
-        CacheError: the disk has no room for it, or is broken.
+        CacheError: the disk is full or failing.
     """
     held = os.fstat(descriptor).st_blocks * 512
     with writing(path, max(total_bytes - held, 0)):
@@ -81,7 +81,7 @@ def write_at(descriptor: int, path: Path, content: memoryview, offset: int) -> N
     """Write all of `content` (flat bytes) at `offset`.
 
     Raises:
-        CacheError: the disk is full; a first part may be written.
+        CacheError: the disk is full; the beginning may have been written.
     """
     while content:
         with writing(path, len(content)):
@@ -90,7 +90,7 @@ def write_at(descriptor: int, path: Path, content: memoryview, offset: int) -> N
 
 
 def read_at(descriptor: int, length: int, offset: int) -> bytearray:
-    """Read `length` bytes at `offset`; fewer only where the file ends."""
+    """Read `length` bytes at `offset`, or fewer at the end of the file."""
     content = bytearray(length)
     view, done = memoryview(content), 0
     while done < length:
@@ -107,7 +107,7 @@ MAX_VIEWS = 2**31 - 1
 
 
 def default_records_per_shard(payload_bytes: int) -> int:
-    """How many records make a shard of about 64 MiB.
+    """Return the number of records in a shard of about 64 MiB.
 
     Example:
         >>> default_records_per_shard(2000)
@@ -117,7 +117,7 @@ def default_records_per_shard(payload_bytes: int) -> int:
 
 
 def stored_bytes(payload_bytes: int) -> int:
-    """Bytes of a record in its file, with its header.
+    """Return the bytes of a record in its file, header included.
 
     Example:
         >>> stored_bytes(2000)
@@ -127,17 +127,17 @@ def stored_bytes(payload_bytes: int) -> int:
 
 
 class Layout:
-    """The geometry of a cache folder; knows no files.
+    """The geometry of a cache folder; does not touch files.
 
     Args:
-        sample_ids: (n,) int64.
-        views: how many views of each sample.
-        payload_bytes: of one record, without its header.
-        seal: stands for the key and the codec; CRCs start from it.
-        records_per_shard: how many; the last shard holds what is left.
+        sample_ids: ids of the samples, (n,) int64.
+        views: number of views of each sample.
+        payload_bytes: size of a record without its header.
+        seal: identifies key and codec; CRCs start from it.
+        records_per_shard: number of records in a shard; the last one may hold fewer.
 
     Raises:
-        ValueError: no samples, or a number of views or records outside its range.
+        ValueError: there are no samples, or the number of views or records is out of range.
 
     Example:
         >>> layout = Layout(np.array([7, 9]), views=3, payload_bytes=8, seal=b"key", records_per_shard=4)
@@ -171,7 +171,7 @@ class Layout:
         self._crc_start = crc32(seal)
 
     def span(self, shard: int) -> range:
-        """The records of a shard.
+        """Return the records of a shard.
 
         Raises:
             ValueError: there is no such shard.
@@ -182,14 +182,14 @@ class Layout:
         return range(first, min(first + self.records_per_shard, self.records))
 
     def shard_bytes(self, shard: int) -> int:
-        """Size of a shard's file."""
+        """Return the size of a shard's file."""
         return len(self.span(shard)) * self.record_bytes
 
     def checked(self, records: ArrayLike) -> NDArray[np.int64]:
-        """Record indices as (N,) int64.
+        """Return record indices as (N,) int64.
 
         Raises:
-            ValueError: one lies outside of the cache, or they are no vector of integers.
+            ValueError: an index is out of range, or they are not a vector of integers.
         """
         array = np.asarray(records)
         if array.size == 0 and array.ndim == 1:
@@ -206,7 +206,7 @@ class Layout:
         return array.astype(np.int64)
 
     def records_of(self, positions: ArrayLike, view: int) -> NDArray[np.int64]:
-        """Indices of the records of samples at these positions (N,) in one view; see `CacheFolder.records`."""
+        """Return the record indices of samples at these positions (N,) in one view; see `CacheFolder.records`."""
         array = np.asarray(positions, np.int64)
         if array.size and (int(array.min()) < 0 or int(array.max()) >= self.samples):
             raise ValueError(
@@ -218,7 +218,7 @@ class Layout:
         return array + view * self.samples
 
     def pack(self, records: NDArray[np.int64], payloads: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Put headers before payloads (N, payload_bytes); gives (N, record_bytes)."""
+        """Put headers before payloads (N, payload_bytes); return (N, record_bytes)."""
         packed: NDArray[Any] = np.empty(len(records), self.dtype)
         packed["sample_id"] = self.sample_ids[records % self.samples]
         packed["view"] = records // self.samples
@@ -228,7 +228,7 @@ class Layout:
         return rows
 
     def intact(self, records: NDArray[np.int64], rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """(N,) which of the rows (N, record_bytes) hold these records, unharmed; rows must be contiguous."""
+        """Return (N,), which of the rows (N, record_bytes) hold these records undamaged; rows must be contiguous."""
         packed = rows.view(self.dtype)[:, 0]
         right_place = (packed["sample_id"] == self.sample_ids[records % self.samples]) & (
             packed["view"] == records // self.samples
@@ -237,16 +237,16 @@ class Layout:
         return same
 
     def name(self, record: int) -> str:
-        """What a message calls a record."""
+        """Return what messages call a record."""
         view, position = divmod(record, self.samples)
         return f"record {record} (sample id {self.sample_ids[position]}, view {view})"
 
     def fault(self, record: int, row: NDArray[np.uint8]) -> str:
-        """What is wrong with a row that is not intact."""
+        """Say what is wrong with a row that is not intact."""
         held = row.view(self.dtype)[0]
         computed = self._crcs(row[None])[0]
         if held["crc"] != computed:
-            return f"its checksum is {held['crc']:08x} and its bytes give {computed:08x}: damaged, or of another cache"
+            return f"its checksum is {held['crc']:08x} but its bytes give {computed:08x}: damaged, or of another cache"
         return f"it holds sample id {held['sample_id']}, view {held['view']}: the file is another shard's"
 
     def _crcs(self, rows: NDArray[np.uint8]) -> NDArray[np.uint32]:

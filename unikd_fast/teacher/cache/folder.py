@@ -1,4 +1,4 @@
-"""The cache as a folder: made or opened, built shard by shard by any number of processes, read while it grows."""
+"""The cache as a folder: created or opened, built shard by shard by any number of processes, readable as it grows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,10 +39,10 @@ from unikd_fast.values import Gaussian
 
 
 class CacheInfo(NamedTuple):
-    """A cache in numbers."""
+    """Sizes and counts of a cache."""
 
     bytes_done: int  # of finished shards
-    bytes_total: int  # of all shards, once finished
+    bytes_total: int  # of all shards once finished
     samples: int
     views: int
     records: int  # samples x views
@@ -52,13 +52,13 @@ class CacheInfo(NamedTuple):
 
 
 def missing_shards(folder: Path, layout: Layout) -> list[int]:
-    """The shards that are not finished, ascending."""
+    """Return the unfinished shards, ascending."""
     names = {entry.name for entry in folder.iterdir()}
     return [shard for shard in range(layout.shards) if committed_path(folder, shard).name not in names]
 
 
 def cache_info(folder: Path, layout: Layout, key: CacheKey) -> CacheInfo:
-    """Sizes, counts and the key's fields."""
+    """Return sizes, counts and the key's fields."""
     missing = missing_shards(folder, layout)
     total = layout.records * layout.record_bytes
     return CacheInfo(
@@ -74,13 +74,13 @@ def cache_info(folder: Path, layout: Layout, key: CacheKey) -> CacheInfo:
 
 
 def require_room(folder: Path, layout: Layout, shards: Iterable[int]) -> None:
-    """Refuse a build of these shards that cannot end; see `CacheFolder.require_room`."""
+    """Raise CacheError if the disk has no room for these shards; see `CacheFolder.require_room`."""
     needed = sum(max(layout.shard_bytes(shard) - allocated_bytes(partial_path(folder, shard)), 0) for shard in shards)
     free = free_bytes(folder)
     if needed > free:
         raise CacheError(
-            f"{folder}: the shards still to build need {needed} bytes and {free} are free; make room, build into a "
-            "folder elsewhere, or store fewer views or a smaller codec"
+            f"{folder}: the shards still to build need {needed} bytes and {free} are free; free some space, build in "
+            "another folder, or store fewer views or a smaller codec"
         )
 
 
@@ -88,8 +88,8 @@ class CacheFolder:
     """A teacher's outputs on disk, for every view of every sample; made by `create_or_open` or `open`.
 
     Args:
-        path: the folder.
-        manifest: what it says about itself.
+        path: cache folder.
+        manifest: contents of its manifest.
 
     Example:
         >>> folder = CacheFolder.create_or_open("cache", key, Codec("fp16", 100), split.sample_ids, views=2)
@@ -117,22 +117,23 @@ class CacheFolder:
         views: int,
         records_per_shard: int | None = None,
     ) -> "CacheFolder":
-        """Make a folder, or open one that was made for the very same, or for more views of it.
+        """Create a folder, or open an existing one for the same outputs with at least as many views.
 
         Any number of processes may do this at once.
 
         Args:
-            path: the folder; made if it is not there.
+            path: cache folder; created if missing.
             key: what the outputs are made from.
-            codec: how records are packed.
-            sample_ids: (n,) ids of the training split, in its order.
-            views: how many views of each sample.
-            records_per_shard: None for shards of about 64 MiB; a folder that exists keeps its own.
+            codec: codec of the records.
+            sample_ids: ids of the training split, (n,), in its order.
+            views: number of views of each sample.
+            records_per_shard: number of records in a shard. If None, shards have about 64 MiB. An existing folder keeps
+                its own.
 
         Raises:
-            CacheError: the folder is a cache of something else (every difference is named) or no cache at all, it is
+            CacheError: the folder is a cache of something else (every difference is listed) or not a cache, it is
                 damaged, or the disk is full.
-            ValueError: no samples, or a number of views or records outside its range.
+            ValueError: there are no samples, or the number of views or records is out of range.
         """
         path = Path(path)
         if records_per_shard is None:
@@ -146,7 +147,7 @@ class CacheFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "CacheFolder":
-        """Open a folder for reading or for more building; nothing is compared, see `key.require_same`.
+        """Open a folder for reading or further building, without comparing keys; see `key.require_same`.
 
         Raises:
             CacheError: there is no cache, or its manifest or sample ids are damaged.
@@ -155,33 +156,33 @@ class CacheFolder:
 
     @property
     def samples(self) -> int:
-        """n, the number of samples."""
+        """Return n, the number of samples."""
         return self._layout.samples
 
     @property
     def views(self) -> int:
-        """How many views of each sample."""
+        """Return the number of views of each sample."""
         return self._layout.views
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
-        """(n,) ids of the samples, by position."""
+        """Return the ids of the samples, (n,), by position."""
         return self._layout.sample_ids
 
     def records(self, positions: ArrayLike, view: int) -> NDArray[np.int64]:
-        """Indices of the records of some samples in one view, view * n + position.
+        """Return the indices of the records of some samples in one view, view * n + position.
 
         Args:
             positions: (N,) positions in the training split, in [0, n).
-            view: in [0, views).
+            view: view in [0, views).
 
         Raises:
-            ValueError: outside of these ranges.
+            ValueError: a position or the view is out of range.
         """
         return self._layout.records_of(positions, view)
 
     def missing_shards(self, views: int | None = None) -> list[int]:
-        """The shards that are not finished, ascending; of all views, or of the first ones."""
+        """Return the unfinished shards, ascending, of all views or of the first ones."""
         missing = missing_shards(self.path, self._layout)
         if views is None:
             return missing
@@ -189,20 +190,20 @@ class CacheFolder:
         return [shard for shard in missing if shard < needed]
 
     def missing_bytes(self, views: int | None = None) -> int:
-        """Size of the shards that are not finished; of all views, or of the first ones."""
+        """Return the size of the unfinished shards, of all views or of the first ones."""
         return sum(map(self._layout.shard_bytes, self.missing_shards(views)))
 
     def claim(self, shard: int, *, wait: bool = False, idle: Callable[[], None] | None = None) -> ShardWriter | None:
-        """Take the right to build a shard; what an earlier build left of it counts as written.
+        """Claim a shard to build it; what an earlier build left of it counts as written.
 
         Args:
-            shard: in [0, shards).
-            wait: whether to wait for another process or thread that builds it, until it is done or dead; never for a
-                claim this thread holds itself.
-            idle: called again and again while it waits; may raise.
+            shard: shard in [0, shards).
+            wait: whether to wait for another process or thread that is building it, until it finishes or dies. A claim
+                held by this thread itself is never waited for.
+            idle: function called repeatedly while waiting; may raise.
 
         Returns:
-            None if the shard is finished, or another one builds it and `wait` is off.
+            None if the shard is finished, or being built elsewhere and `wait` is off.
 
         Raises:
             CacheError: the disk has no room for the shard.
@@ -213,18 +214,18 @@ class CacheFolder:
     def claim_any(
         self, *, wait: bool, idle: Callable[[], None] | None = None, views: int | None = None
     ) -> ShardWriter | None:
-        """Take the right to build the first unfinished shard that nobody builds.
+        """Claim the first unfinished shard that nobody is building.
 
         Args:
-            wait: whether to wait if others build all that is left; should one of them die, its shard is taken over.
-            idle: called again and again while it waits; may raise.
-            views: None for all, else only the shards that the first ones need.
+            wait: whether to wait while others build all that is left; if one of them dies, its shard is taken over.
+            idle: function called repeatedly while waiting; may raise.
+            views: number of first views whose shards are to be built. If None, all.
 
         Returns:
             None if all these shards are finished.
 
         Raises:
-            CacheError: others build all that is left and `wait` is off; or the disk has no room for the shard.
+            CacheError: others are building all that is left and `wait` is off, or the disk has no room for the shard.
         """
         while missing := self.missing_shards(views):
             for shard in missing:
@@ -234,8 +235,8 @@ class CacheFolder:
             left = self.missing_shards(views)
             if left and not wait:
                 raise CacheError(
-                    f"{self.path}: other processes build the {len(left)} of {self._layout.shards} shards that are left "
-                    f"(the first is {left[0]}); wait for them, or end them and build again"
+                    f"{self.path}: other processes are building the last {len(left)} of {self._layout.shards} shards "
+                    f"(the first is {left[0]}); wait for them, or stop them and build again"
                 )
             writer = self.claim(left[0], wait=True, idle=idle) if left else None
             if writer is not None:
@@ -246,42 +247,42 @@ class CacheFolder:
         """Read payloads for `Codec.decode`; each record's sample id, view and checksum are verified.
 
         Args:
-            records: (N,) indices, in any order, repeated or not.
+            records: record indices, (N,), in any order, repeats allowed.
 
         Returns:
-            (N, record_bytes), memory of its own.
+            Payloads (N, record_bytes), a copy.
 
         Raises:
-            CacheError: a record was never built, or its shard was deleted, truncated or damaged; names file, record and
-                remedy.
-            ValueError: an index outside of the cache.
+            CacheError: a record was never built, or its shard was deleted, truncated or damaged; the message names
+                file, record and remedy.
+            ValueError: an index is out of range.
         """
         return self._reader.rows(self._layout.checked(records))[:, -self._layout.payload_bytes :]
 
     def covers(self, records: ArrayLike) -> bool:
-        """Whether these records (N,) lie in finished shards; whether they are unharmed is seen when they are read."""
+        """Return whether these records (N,) lie in finished shards; damage is only detected when they are read."""
         shards = np.unique(self._layout.checked(records) // self._layout.records_per_shard)
         return all(committed_path(self.path, shard).exists() for shard in shards.tolist())
 
     def verify(self, progress: Progress | None = None) -> CacheCheck:
-        """Read everything and say of every shard whether it is ok, and what is wrong with it otherwise.
+        """Check every record and report on every shard.
 
         Args:
-            progress: called with the number of shards checked and that of all, after each.
+            progress: function called after each shard with the number checked and the total.
         """
         return check_shards(self.path, self._layout, progress)
 
     def discard(self, shard: int) -> None:
-        """Remove a shard, finished or begun, so that the next build makes it anew; no other shard is touched.
+        """Delete a shard, finished or not, so that the next build redoes it; other shards are not touched.
 
         Raises:
-            CacheError: another process builds it.
+            CacheError: another process is building it.
         """
         self._layout.span(shard)
         descriptor = lock_partial(self.path, shard)
         if descriptor is None:
             raise CacheError(
-                f"{partial_path(self.path, shard)} is being built by another process; wait for it or end it, then "
+                f"{partial_path(self.path, shard)} is being built by another process; wait for it or stop it, then "
                 "discard the shard"
             )
         try:
@@ -295,14 +296,14 @@ class CacheFolder:
         """Store what belongs to all records, such as the head their Gaussians come from; before the first shard.
 
         Args:
-            tensors: dense, by name.
-            record: JSON-able.
+            tensors: dense tensors by name.
+            record: JSON-serialisable values.
 
         Returns:
-            What the folder holds from now on; another process's if it was faster.
+            The attachment the folder now holds; another process's if it was faster.
 
         Raises:
-            CacheError: the disk is full, or what is there is damaged.
+            CacheError: the disk is full, or the existing attachment is damaged.
         """
         write_attachment(self.path, self.key.digest, tensors, record)
         attachment = read_attachment(self.path, self.key.digest)
@@ -310,10 +311,10 @@ class CacheFolder:
         return attachment
 
     def attachment(self) -> Attachment | None:
-        """What `attach` stored; None before that.
+        """Return what `attach` stored, or None if it was not called yet.
 
         Raises:
-            CacheError: it is damaged, or gone while shards made with it are there, finished or begun.
+            CacheError: it is damaged, or missing although shards made with it exist.
         """
         attachment = read_attachment(self.path, self.key.digest)
         if attachment is None and any(self.path.glob("shard-*")):
@@ -321,35 +322,35 @@ class CacheFolder:
             if attachment is not None:
                 return attachment
             raise CacheError(
-                f"{self.path / ATTACHMENT} is missing, and the shards were made with what it held; restore it, or "
+                f"{self.path / ATTACHMENT} is missing, but the shards were made with it; restore it, or "
                 f"delete {self.path} and build the cache again"
             )
         return attachment
 
     def info(self) -> CacheInfo:
-        """Sizes, counts and the key's fields."""
+        """Return sizes, counts and the key's fields."""
         return cache_info(self.path, self._layout, self.key)
 
     def require_room(self, views: int | None = None) -> None:
-        """Refuse a build that cannot end: the unfinished shards against the free bytes, less what they hold already.
+        """Raise CacheError if the unfinished shards, less what is allocated already, exceed the free space.
 
         Args:
-            views: None for all, else only the shards that the first ones need.
+            views: number of first views whose shards are to be built. If None, all.
 
         Raises:
-            CacheError: they do not fit; says both.
+            CacheError: they do not fit; the message gives both sizes.
         """
         require_room(self.path, self._layout, self.missing_shards(views))
 
     def __reduce__(self) -> tuple[Callable[[Path], "CacheFolder"], tuple[Path]]:
-        # To loader processes it goes by its path: memory maps do not travel.
+        # Loader processes get the path: memory maps cannot be pickled.
         return CacheFolder.open, (self.path,)
 
 
 Request = tuple[NDArray[np.int64], int]
 """Positions (N,) in the training split, and the view (the epoch) to show them in."""
 Outputs = Callable[[Iterable[Request]], Iterator[tuple[Tensor, Gaussian | None]]]
-"""Computes the teacher's logits (N, K), and the Gaussian where the codec has one, request by request."""
+"""Computes the teacher's logits (N, K), and the Gaussian if the codec has one, request by request."""
 BuildProgress = Callable[[int], None]
 
 
@@ -361,23 +362,23 @@ def build_cache(
     views: int | None = None,
     progress: BuildProgress | None = None,
 ) -> int:
-    """Build every shard that is missing and that no other process builds; wait for those of others at the end.
+    """Build every missing shard that no other process is building, then wait for the others'.
 
-    A process that is killed leaves what it wrote; who builds next goes on from there.
+    A process that is killed leaves what it wrote; the next build continues from there.
 
     Args:
-        folder: the cache.
-        outputs: runs the teacher; it is given an iterable and may read ahead in it.
-        batch_size: samples per request at most.
-        views: None for all, else the first ones.
-        progress: called with the number of records written, after each request, and with 0 while it waits for others;
-            may raise.
+        folder: cache folder.
+        outputs: function that runs the teacher on an iterable of requests; it may read ahead.
+        batch_size: maximum number of samples per request.
+        views: number of first views to build. If None, all.
+        progress: function called with the number of records written after each request, and with 0 while waiting for
+            others; may raise.
 
     Returns:
-        How many records this process wrote.
+        The number of records written by this process.
 
     Raises:
-        CacheError: the disk is full, or an output does not fit the codec.
+        CacheError: the disk is full, or the codec cannot store an output.
 
     Example:
         >>> build_cache(folder, lambda requests: (run_teacher(b) for b in loader.views(requests)), batch_size=256)
@@ -403,7 +404,7 @@ def build_cache(
 
 
 def _parts(records: NDArray[np.int64], samples: int, size: int) -> Iterator[NDArray[np.int64]]:
-    """Cut ascending records into parts of one view each."""
+    """Split ascending records into parts of one view each."""
     views = np.flatnonzero(np.diff(records // samples)) + 1
     for of_view in np.split(records, views):
         yield from (of_view[start : start + size] for start in range(0, len(of_view), size))

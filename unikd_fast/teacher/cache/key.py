@@ -1,4 +1,4 @@
-"""What a cache was made from, as one flat comparison: two caches are the same if and only if their keys are."""
+"""What a cache was made from, as a set of fields: two caches are the same if and only if their keys are."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ _ABSENT = "absent"
 
 
 class CacheKey:
-    """The settings that decide every byte of a cache, in a form that can be compared, hashed and stored.
+    """The settings that determine every byte of a cache, in a form that can be compared, hashed and stored.
 
     Args:
-        fields: JSON-able values under names, nested as deep as needed: str, int, float, bool, None, lists, mappings.
-            They are copied. 1, 1.0 and True differ; tuples and lists do not.
+        fields: JSON-serialisable values by name, nested as needed: str, int, float, bool, None, lists, mappings.
+                They are copied. 1, 1.0 and True differ; tuples and lists do not.
 
     Raises:
-        TypeError: a value JSON cannot hold, or a name that is no string.
-        ValueError: inf or NaN.
+        TypeError: a value JSON cannot hold, or a name that is not a string.
+        ValueError: a value is inf or NaN.
 
     Example:
         >>> key = CacheKey({"teacher": {"weights": "sha256:1f0c"}, "resolution": 224})
@@ -39,23 +39,23 @@ class CacheKey:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """A copy of the fields, as JSON holds them."""
+        """Return a copy of the fields, as JSON holds them."""
         fields: dict[str, Any] = json.loads(self._canonical)
         return fields
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, 64 hexadecimal digits."""
+        """Return the SHA-256 of the canonical JSON, 64 hexadecimal digits."""
         return hashlib.sha256(self._canonical.encode()).hexdigest()
 
     def require_same(self, found: "CacheKey") -> None:
-        """Compare with the key that a cache holds.
+        """Compare with the key of an existing cache.
 
         Args:
-            found: the key of the cache; `self` is what is asked for now.
+            found: key of the cache; `self` is the key asked for.
 
         Raises:
-            CacheError: they differ; the message names every differing field with both values.
+            CacheError: they differ; the message lists every differing field with both values.
         """
         refuse_differences("the cache", differences(found.fields, self.fields))
 
@@ -70,11 +70,11 @@ class CacheKey:
 
 
 def canonical_json(value: Any) -> str:
-    """Give one text for equal values: names sorted, no spaces, ASCII only.
+    """Return the same text for equal values: names sorted, no spaces, ASCII only.
 
     Raises:
-        TypeError: a value JSON cannot hold, or a name that is no string.
-        ValueError: inf or NaN.
+        TypeError: a value JSON cannot hold, or a name that is not a string.
+        ValueError: a value is inf or NaN.
 
     Example:
         >>> canonical_json({"b": (1, 2), "a": None})
@@ -84,7 +84,7 @@ def canonical_json(value: Any) -> str:
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """One line for every field in which two mappings differ, with both values; see `CacheKey`."""
+    """Return one line per field in which two mappings differ, with both values; see `CacheKey`."""
     in_cache, now = _leaves(found, ()), _leaves(asked, ())
     return [
         f"{'.'.join(name)}: {in_cache.get(name, _ABSENT)} in the cache, {now.get(name, _ABSENT)} now"
@@ -104,7 +104,7 @@ def refuse_differences(cache: str, lines: list[str]) -> None:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash named tensors: names, dtypes, shapes and bytes, whatever the order and the device.
+    """Hash named tensors: names, dtypes, shapes and bytes, independent of order and device.
 
     Args:
         tensors: dense tensors of any shape, such as a state dict.
@@ -113,7 +113,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         SHA-256, 64 hexadecimal digits.
 
     Raises:
-        TypeError: a value is no dense tensor with data.
+        TypeError: a value is not a dense tensor with data.
 
     Example:
         >>> hash_tensors(teacher.state_dict()) == hash_tensors(dict(reversed(teacher.state_dict().items())))
@@ -125,7 +125,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             kind = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"hash_tensors: {name} must be a dense tensor with data, got {kind}; leave it out")
-        # Name, dtype and shape give the number of bytes that follow, so no two mappings give the same stream.
+        # Name, dtype and shape determine the number of bytes that follow, so no two mappings give the same stream.
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
@@ -147,7 +147,7 @@ def _plain(value: Any, name: tuple[str, ...]) -> Any:
                 raise TypeError(f"CacheKey: names must be strings, got {key!r} under {'.'.join(name) or 'the top'}")
         return {key: _plain(item, (*name, key)) for key, item in value.items()}
     raise TypeError(
-        f"CacheKey: {'.'.join(name) or 'the value'} must be JSON-able, got {type(value).__name__}; "
+        f"CacheKey: {'.'.join(name) or 'the value'} must be JSON-serialisable, got {type(value).__name__}; "
         "pass a number, a string or a hash of it"
     )
 

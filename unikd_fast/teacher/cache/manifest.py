@@ -1,4 +1,4 @@
-"""What a cache folder says about itself, and what belongs to all its records: who built it, and the fitted head."""
+"""The identity of a cache folder, and what belongs to all its records: who built it, and the fitted head."""
 
 import hashlib
 import io
@@ -32,13 +32,13 @@ class Manifest:
 
     Args:
         key: what the cache is made from.
-        codec: how its records are packed.
-        sample_ids: (n,) int64, in the order of the training split.
-        views: how many views of each sample.
-        records_per_shard: as in `Layout`.
+        codec: codec of its records.
+        sample_ids: ids of the training split, (n,) int64, in its order.
+        views: number of views of each sample.
+        records_per_shard: number of records in a shard, as in `Layout`.
 
     Raises:
-        ValueError: no samples, or a number of views or records outside its range.
+        ValueError: there are no samples, or the number of views or records is out of range.
     """
 
     key: CacheKey
@@ -58,9 +58,9 @@ class Manifest:
         )
 
     def require_same(self, found: "Manifest", folder: Path) -> None:
-        """Raise CacheError with every way in which the folder's identity differs from this one, asked for now.
+        """Raise CacheError with every difference between the folder's identity and this one, which is asked for now.
 
-        How many records make a shard is no part of it, and a folder with more views than asked for serves as well.
+        The number of records in a shard does not matter, and a folder with more views than asked for is accepted.
         """
         lines = differences(found.key.fields, self.key.fields)
         lines += differences(found._numbers(), {**self._numbers(), "views": max(self.views, found.views)})
@@ -75,7 +75,7 @@ class Manifest:
         refuse_differences(f"the cache in {folder}", lines)
 
     def write(self, folder: Path) -> None:
-        """Make the folder's two files, unless another process was faster.
+        """Write the folder's two files, unless another process was faster.
 
         Raises:
             CacheError: the folder holds something else, or the disk is full.
@@ -88,8 +88,8 @@ class Manifest:
             strays = sorted({entry.name for entry in folder.iterdir()} - _BEFORE_THE_MANIFEST)
             if strays:
                 raise CacheError(
-                    f"{folder} holds {strays[0]} ({len(strays)} such in all) and no {MANIFEST}: it is no cache, or one "
-                    "that lost its manifest; choose another folder or delete this one"
+                    f"{folder} holds {strays[0]} ({len(strays)} such in all) but no {MANIFEST}: it is not a cache, or "
+                    "it lost its manifest; choose another folder or delete this one"
                 )
             with writing(folder):
                 write_file(folder / SAMPLE_IDS, _npy(self.sample_ids))
@@ -114,14 +114,14 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the identity of a cache folder.
 
     Raises:
-        CacheError: there is none, it is damaged, or of another format.
+        CacheError: there is none, or it is damaged or of another format.
     """
     path = folder / MANIFEST
     try:
         refuse_link(path)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheError(
-            f"{folder} is no cache, {MANIFEST} is missing; build the cache first, or check the path"
+            f"{folder} is not a cache, {MANIFEST} is missing; build the cache first, or check the path"
         ) from None
     try:
         content = json.loads(path.read_bytes())
@@ -129,15 +129,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise CacheError(f"{path} is damaged ({error}); delete {folder} and build the cache again") from error
     stored = content.pop("format", None) if isinstance(content, dict) else None
     if stored != FORMAT:
-        raise CacheError(f"{path} has format {stored}, this version reads {FORMAT}; build into another folder")
+        raise CacheError(f"{path} has format {stored}, but this version reads {FORMAT}; build into another folder")
     checksum = content.pop("sha256", None)
     try:
         computed = _checksum({"format": stored, **content})
-    except ValueError as error:  # NaN, which json reads and a digest does not take
+    except ValueError as error:  # NaN, which json reads but a digest cannot cover
         raise CacheError(f"{path} is damaged ({error}); delete {folder} and build the cache again") from error
     if checksum != computed:
         raise CacheError(
-            f"{path} is damaged or was edited: its checksum is {checksum} and its content gives {computed}; "
+            f"{path} is damaged or was edited: its checksum is {checksum} but its content gives {computed}; "
             f"delete {folder} and build the cache again"
         )
     try:
@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise CacheError(
-            f"{path} is intact and does not describe a cache ({said}); delete {folder} and build the cache again"
+            f"{path} is intact but does not describe a cache ({said}); delete {folder} and build the cache again"
         ) from error
 
 
@@ -157,17 +157,17 @@ def _from_content(folder: Path, content: dict[str, Any]) -> Manifest:
     key, ids = CacheKey(content["key"]), checked_sample_ids(_read_ids(folder, content["sample_ids_sha256"]))
     if content["key_digest"] != key.digest or content["samples"] != len(ids):
         raise ValueError(
-            f"key_digest or samples are not those of the key and of {SAMPLE_IDS}: {content['key_digest']} and "
-            f"{content['samples']}, where {key.digest} and {len(ids)} belong"
+            f"key_digest or samples do not match the key and {SAMPLE_IDS}: got {content['key_digest']} and "
+            f"{content['samples']}, expected {key.digest} and {len(ids)}"
         )
     return Manifest(key, Codec(**codec), ids, numbers["views"], numbers["records_per_shard"])
 
 
 def checked_sample_ids(sample_ids: ArrayLike) -> NDArray[np.int64]:
-    """Sample ids as (n,) int64, a copy.
+    """Return sample ids as (n,) int64, a copy.
 
     Raises:
-        ValueError: they are no vector of integers that int64 holds, or there are none.
+        ValueError: they are not a vector of integers that fit into int64, or there are none.
     """
     array = np.asarray(sample_ids)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu" or int(array.max()) >= 2**63:
@@ -189,7 +189,7 @@ def _read_ids(folder: Path, expected: str) -> NDArray[np.int64]:
     except (ValueError, EOFError, AttributeError, TypeError, MemoryError) as error:
         raise CacheError(f"{path} is damaged ({error}); {remedy}") from error
     if found != expected:
-        raise CacheError(f"{path} is damaged: its hash is {found} and {MANIFEST} says {expected}; {remedy}")
+        raise CacheError(f"{path} is damaged: its hash is {found} but {MANIFEST} says {expected}; {remedy}")
     return ids
 
 
@@ -215,20 +215,20 @@ ATTACHMENT = "teacher.safetensors"
 
 
 class Attachment(NamedTuple):
-    """Named tensors and a JSON-able record."""
+    """Named tensors and a JSON-serialisable record."""
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
 
 
 def write_attachment(folder: Path, key_digest: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write the attachment of a cache, unless another process was faster; then what is there stays.
+    """Write the attachment of a cache, unless another process was faster; its attachment is then kept.
 
     Args:
-        folder: of the cache.
-        key_digest: of its key.
-        tensors: dense tensors.
-        record: JSON-able.
+        folder: cache folder.
+        key_digest: digest of its key.
+        tensors: dense tensors by name.
+        record: JSON-serialisable values.
 
     Raises:
         CacheError: the disk is full.
@@ -243,10 +243,10 @@ def write_attachment(folder: Path, key_digest: str, tensors: Mapping[str, Tensor
 
 
 def read_attachment(folder: Path, key_digest: str) -> Attachment | None:
-    """Read the attachment of a cache; None if nobody wrote one yet.
+    """Read the attachment of a cache, or return None if there is none yet.
 
     Raises:
-        CacheError: it is damaged, or of another cache.
+        CacheError: it is damaged, or belongs to another cache.
     """
     path = folder / ATTACHMENT
     remedy = f"delete {folder} and build the cache again"
@@ -262,10 +262,10 @@ def read_attachment(folder: Path, key_digest: str) -> Attachment | None:
     found = sealed.pop("seal", None)
     computed = _seal(tensors, sealed)
     if found != computed:
-        raise CacheError(f"{path} is damaged: its seal is {found} and its content gives {computed}; {remedy}")
+        raise CacheError(f"{path} is damaged: its seal is {found} but its content gives {computed}; {remedy}")
     if sealed["key"] != key_digest:
         raise CacheError(
-            f"{path} belongs to another cache: its key is {sealed['key']} and the folder's {key_digest}; {remedy}"
+            f"{path} belongs to another cache: its key is {sealed['key']}, the folder's is {key_digest}; {remedy}"
         )
     return Attachment(tensors, json.loads(sealed["record"]))
 

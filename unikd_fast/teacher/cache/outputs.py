@@ -1,4 +1,4 @@
-"""Stored outputs in a run: read ahead of the steps that need them, and compared with outputs computed again."""
+"""Stored outputs in a run: read ahead of the steps that need them, and compared with recomputed ones."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,20 +27,20 @@ def read_ahead(
     device: torch.device | str = "cpu",
     ahead: int = 4,
 ) -> Iterator[Outputs]:
-    """Yield the outputs of micro-batch after micro-batch; a thread reads and checks the next ones meanwhile.
+    """Yield the outputs of one micro-batch after another, while a thread reads and checks the next ones.
 
     Args:
-        folder: the cache.
-        positions: (N,) of each micro-batch in the training split.
-        view: that is trained on.
-        device: where the outputs go; to a GPU from pinned memory, without waiting.
-        ahead: micro-batches in memory at most.
+        folder: cache folder.
+        positions: positions (N,) in the training split, one array per micro-batch.
+        view: view that is trained on.
+        device: device of the outputs; copied to a GPU from pinned memory, without blocking.
+        ahead: maximum number of micro-batches held in memory.
 
     Yields:
-        What `Codec.decode` gives.
+        What `Codec.decode` returns.
 
     Raises:
-        CacheError: a record is missing or damaged; raised where its micro-batch would be yielded.
+        CacheError: a record is missing or damaged; raised when its micro-batch is due.
 
     Example:
         >>> for batch, (logits, gaussian) in zip(batches, read_ahead(folder, positions, view=7), strict=True):
@@ -67,36 +67,36 @@ def read_ahead(
                 future.cancel()
 
 
-# Two computations of one number may fall on both sides of a rounding, and be stored one unit of fp16 apart.
+# Two computations of a number may round in different directions and be stored one unit of fp16 apart.
 _HALF_UNIT = 2.0**-10
 
 
 class Recheck(NamedTuple):
-    """Stored outputs against the teacher's, in units of their own size."""
+    """Stored outputs compared with the teacher's, in units of their own size."""
 
     views: int
-    worst: float  # the largest difference of any view
+    worst: float  # largest difference over the views
     bound: float  # what rounding explains
 
 
 def output_differences(
     codec: Codec, records: NDArray[np.uint8], logits: Tensor, gaussian: Gaussian | None = None
 ) -> Tensor:
-    """How far each stored output is from one computed again.
+    """Return how far each stored output is from a recomputed one.
 
-    Both are compared as stored, so the codec's own loss does not count, and neither does one unit of its last place in
-    any number. Logits are centred and measured against the size of the centred row; of top_k the log-probabilities of
-    the classes kept, against the share of that size that as many classes have; the Gaussian's mean against its size;
+    Both are compared as stored, so neither the codec's own loss nor one unit in the last place of a number counts.
+    Logits are centred and measured relative to the size of the centred row; for top_k, the log-probabilities of the
+    kept classes relative to the share of that size that as many classes have; the Gaussian's mean relative to its size;
     its log-variance as it is, the relative change of the variance. The largest of these counts.
 
     Args:
-        codec: that packed the records.
-        records: (N, record_bytes), as read.
-        logits: (N, K), computed again.
-        gaussian: (N, K) each, if the codec holds one.
+        codec: codec that packed the records.
+        records: stored records (N, record_bytes), as read.
+        logits: recomputed logits (N, K).
+        gaussian: recomputed Gaussian, (N, K) each, if the codec holds one.
 
     Returns:
-        (N,) fp64 on the CPU; NaN or inf where a value is not finite.
+        (N,) in fp64 on the CPU; NaN or inf where a value is not finite.
 
     Example:
         >>> float(output_differences(codec, codec.encode(logits), logits).max())
@@ -108,10 +108,10 @@ def output_differences(
     size = _root_mean_square(exact - exact.mean(1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
     if isinstance(stored, TopKLogits):
         assert isinstance(again, TopKLogits)
-        # The classes may differ where two logits are nearly equal: the new ones are taken at the stored classes.
+        # The classes may differ if two logits are nearly equal: the new logits are taken at the stored classes.
         values, kept = stored.values.double(), exact.half().double().gather(1, stored.indices.long())
         sums = (stored.log_sum_exp.double() - again.log_sum_exp.double())[:, None]
-        # The largest logit moves the log-sum-exp, and with it every kept log-probability.
+        # The largest logit affects the log-sum-exp, and with it every kept log-probability.
         allowed = _HALF_UNIT * (values.abs() + values.abs().amax(1, keepdim=True))
         worst = _root_mean_square(_beyond(values - kept - sums, allowed)) / size
     elif isinstance(stored, QuantizedLogits):
@@ -128,24 +128,24 @@ def output_differences(
             found = _root_mean_square(change)
             if name == "mean":
                 found = found / _root_mean_square(right.double()).clamp_min(torch.finfo(torch.float64).tiny)
-            worst = torch.maximum(worst, found)  # NaN wins
+            worst = torch.maximum(worst, found)  # NaN propagates
     return worst
 
 
 def check_outputs(
     differences: Tensor, *, precision: str, device: torch.device | str, names: list[str], cache: str
 ) -> Recheck:
-    """Refuse a cache whose outputs are not the teacher's.
+    """Raise CacheError if the outputs in a cache are not the teacher's.
 
     Args:
-        differences: (N,) from `output_differences`.
-        precision: of the teacher.
-        device: where it computed.
-        names: what to call each of the N views.
-        cache: what to call the cache.
+        differences: differences (N,) from `output_differences`.
+        precision: precision of the teacher.
+        device: device it computed on.
+        names: names of the N views for messages.
+        cache: name of the cache for messages.
 
     Raises:
-        CacheError: a view differs by more than rounding explains; names it, both values and the remedy.
+        CacheError: a view differs by more than rounding explains; the message gives it, both values and the remedy.
 
     Example:
         >>> check_outputs(torch.zeros(1), precision="bf16", device="cpu", names=["sample 7"], cache="caches/a")
@@ -156,9 +156,9 @@ def check_outputs(
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise CacheError(
-            f"{cache} does not hold what the teacher says: {int(wrong.sum())} of {len(differences)} outputs computed "
-            f"again differ, {names[first]} by {float(differences[first]):.2g} of its size, and rounding explains at "
-            f"most {bound:.2g}; something that the key does not name has changed (image files, libraries, the "
+            f"{cache} does not match the teacher: {int(wrong.sum())} of {len(differences)} recomputed outputs "
+            f"differ, {names[first]} by {float(differences[first]):.2g} of its size, and rounding explains at "
+            f"most {bound:.2g}; something the key does not cover has changed (image files, libraries, the "
             "processor): delete the folder and build the cache again, or choose another with --set "
             "teacher.cache.dir=..."
         )
@@ -174,7 +174,7 @@ def _root_mean_square(rows: Tensor) -> Tensor:
 
 
 def _beyond(change: Tensor, allowed: Tensor) -> Tensor:
-    """What a change has more than is allowed; NaN stays NaN."""
+    """Return how far a change exceeds what is allowed; NaN stays NaN."""
     return (change.abs() - allowed).clamp_min(0.0)
 
 

@@ -1,4 +1,4 @@
-"""One shard: claimed by a lock, resumed by checksums, committed by a rename; read, and checked, record by record."""
+"""One shard: claimed by a lock, resumed by checksums, committed by a rename, read and verified record by record."""
 
 import fcntl
 import mmap
@@ -19,23 +19,23 @@ from unikd_fast.io import own_descriptor
 from unikd_fast.teacher.cache.files import Layout, read_at, refuse_link, rename, reserve, write_at, writing
 
 _SCAN_BYTES = 2**22
-_WAIT_S = 0.05  # between two looks at a lock: waiting in the kernel would outlast Ctrl-C
+_WAIT_S = 0.05  # between two attempts at a lock: waiting in the kernel would block Ctrl-C
 
 
 def committed_path(folder: Path, shard: int) -> Path:
-    """The file of a finished shard."""
+    """Return the path of a finished shard."""
     return folder / f"shard-{shard:05d}.bin"
 
 
 def partial_path(folder: Path, shard: int) -> Path:
-    """The file of a shard that is being built."""
+    """Return the path of a shard that is being built."""
     return folder / f"shard-{shard:05d}.partial"
 
 
 class ShardWriter:
-    """The right to build one shard, and the records it still lacks; made by `CacheFolder.claim`.
+    """A claim to build one shard, and the records it still lacks; made by `CacheFolder.claim`.
 
-    A context manager: leaving it gives the claim back, and what is written but not committed waits for the next claim.
+    A context manager: on exit the claim is released, and what is written but not committed is kept for the next claim.
 
     Example:
         >>> with folder.claim(shard) as writer:
@@ -56,19 +56,19 @@ class ShardWriter:
 
     @property
     def todo(self) -> NDArray[np.int64]:
-        """Indices of the records still to be written, ascending; view * n + position."""
+        """Return the indices of the records still to be written, ascending; view * n + position."""
         return np.flatnonzero(~self._done) + self._span.start
 
     def write(self, records: ArrayLike, payloads: NDArray[np.uint8]) -> None:
         """Store records of this shard, in any order.
 
         Args:
-            records: (N,) out of `todo`, each once.
-            payloads: (N, record_bytes) from `Codec.encode`.
+            records: record indices (N,) from `todo`, each once.
+            payloads: payloads (N, record_bytes) from `Codec.encode`.
 
         Raises:
-            CacheError: the disk is full; what was written before stays.
-            ValueError: a record of another shard or one that is already there, or payloads of another shape.
+            CacheError: the disk is full; what was written before is kept.
+            ValueError: a record belongs to another shard or is already written, or the payloads have another shape.
         """
         descriptor = self._open_descriptor()
         indices = self._layout.checked(records)
@@ -88,7 +88,7 @@ class ShardWriter:
         local = indices - self._span.start
         again = indices[self._done[local] | (np.diff(indices, prepend=-1) == 0)]
         if again.size:
-            raise ValueError(f"ShardWriter.write: record {again[0]} is written already; write only what .todo names")
+            raise ValueError(f"ShardWriter.write: record {again[0]} is already written; write only what .todo names")
         rows = self._layout.pack(indices, payloads[order])
         for run in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(indices) != 1) + 1):
             if run.size:
@@ -97,7 +97,7 @@ class ShardWriter:
                 self._done[local[run]] = True
 
     def commit(self) -> None:
-        """Make the shard readable: on disk first, then under its final name; gives the claim back.
+        """Make the shard readable: sync it to disk, then rename it; releases the claim.
 
         Raises:
             CacheError: the disk is full.
@@ -116,7 +116,7 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Give the claim back; closing twice does nothing."""
+        """Release the claim; closing twice does nothing."""
         if self._descriptor is not None:
             release(self._descriptor)
             self._descriptor = None
@@ -131,7 +131,7 @@ class ShardWriter:
 
     def _open_descriptor(self) -> int:
         if self._descriptor is None:
-            raise ValueError(f"ShardWriter: the claim on shard {self.shard} was given back; claim the shard again")
+            raise ValueError(f"ShardWriter: the claim on shard {self.shard} was released; claim the shard again")
         return self._descriptor
 
     def _prepare(self, descriptor: int) -> None:
@@ -143,7 +143,7 @@ class ShardWriter:
             reserve(descriptor, self._path, size)
         except BaseException:
             if held == 0:
-                self._path.unlink()  # an empty shard that only takes up room
+                self._path.unlink()  # an empty shard would only take up space
             raise
         if held:
             self._done = intact_records(descriptor, self._layout, self.shard)
@@ -152,7 +152,7 @@ class ShardWriter:
 def claim_shard(
     folder: Path, layout: Layout, shard: int, *, wait: bool, idle: Callable[[], None] | None = None
 ) -> ShardWriter | None:
-    """Take the right to build a shard; see `CacheFolder.claim`."""
+    """Claim a shard to build it; see `CacheFolder.claim`."""
     if committed_path(folder, shard).exists():
         return None
     while (descriptor := lock_partial(folder, shard)) is None:
@@ -162,7 +162,7 @@ def claim_shard(
             idle()
         time.sleep(_WAIT_S)
     try:
-        if committed_path(folder, shard).exists():  # by its last holder, meanwhile
+        if committed_path(folder, shard).exists():  # committed meanwhile by its last holder
             partial_path(folder, shard).unlink()
             release(descriptor)
             return None
@@ -173,7 +173,7 @@ def claim_shard(
 
 
 def lock_partial(folder: Path, shard: int) -> int | None:
-    """Open a shard's partial file, made if need be, and lock it; None where another holder has it.
+    """Open and lock a shard's partial file, created if necessary; return None if it is locked elsewhere.
 
     The kernel releases the lock when its holder dies.
 
@@ -194,18 +194,18 @@ def lock_partial(folder: Path, shard: int) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        # Its holder renamed or removed the file between our opening and our locking it: not the partial any more.
+        # Its holder renamed or deleted the file between our open and our lock: it is no longer the partial file.
         release(descriptor)
 
 
 def release(descriptor: int) -> None:
-    """Unlock and close; unlocking reaches copies of the descriptor too, which forked processes may hold."""
+    """Unlock and close; unlocking also covers copies of the descriptor in forked processes."""
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
 def intact_records(descriptor: int, layout: Layout, shard: int) -> NDArray[np.bool_]:
-    """(records of the shard,) which of them an open file of it holds unharmed."""
+    """Return (records of the shard,), which of them an open file holds undamaged."""
     span = layout.span(shard)
     intact = np.zeros(len(span), np.bool_)
     step = max(1, _SCAN_BYTES // layout.record_bytes)
@@ -227,12 +227,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return os.path.samestat(there, os.fstat(descriptor))
 
 
-# Python's mmap holds a file descriptor, and a process often may have no more than 1024.
+# Python's mmap keeps a file descriptor open, and a process is often limited to 1024.
 _MAPPED_SHARDS = 256
 
 
 class _Mapping(NamedTuple):
-    """A shard in memory."""
+    """A memory-mapped shard."""
 
     device: int
     inode: int
@@ -240,7 +240,7 @@ class _Mapping(NamedTuple):
 
 
 class ShardReader:
-    """Gathers records through memory maps that are kept; may be used from several threads.
+    """Gathers records through memory maps that are kept open; thread-safe.
 
     Example:
         >>> rows = ShardReader(folder, layout).rows(np.array([3, 900_000]))
@@ -249,14 +249,14 @@ class ShardReader:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._folder = folder
         self._layout = layout
-        self._mappings: dict[int, _Mapping] = {}  # the least recently used first
+        self._mappings: dict[int, _Mapping] = {}  # least recently used first
         self._lock = threading.Lock()
 
     def rows(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Give records (N,) with their headers, (N, record_bytes).
+        """Return records (N,) with their headers, (N, record_bytes).
 
         Raises:
-            CacheError: a record was never built, or is not what was written; names file, record and remedy.
+            CacheError: a record was never built, or is not what was written; the message names file, record and remedy.
         """
         layout = self._layout
         rows = np.empty((len(records), layout.record_bytes), np.uint8)
@@ -288,10 +288,10 @@ class ShardReader:
                 f"{path} is a link, or not a regular file: {self._layout.name(record)} cannot be trusted; delete it "
                 "and build the cache again, only this shard is redone"
             )
-        # Looked at every time: memory mapped beyond the end of a file is a bus error, not an exception.
+        # Checked every time: reading a memory map beyond the end of its file is a bus error, not an exception.
         if found.st_size != expected:
             raise CacheError(
-                f"{path} has {found.st_size} bytes and must have {expected}: {self._layout.name(record)} cannot be "
+                f"{path} has {found.st_size} bytes but must have {expected}: {self._layout.name(record)} cannot be "
                 "trusted; delete this file and build the cache again, only this shard is redone"
             )
         with self._lock:
@@ -322,15 +322,15 @@ Progress = Callable[[int, int], None]
 
 
 class ShardCheck(NamedTuple):
-    """What was found of one shard."""
+    """Result of checking one shard."""
 
     shard: int
     status: str  # "ok", "missing", "a link", "truncated", "too long" or "bad records"
-    bad_records: tuple[int, ...] = ()  # record indices, of a shard of the right size
+    bad_records: tuple[int, ...] = ()  # record indices, if the shard has the right size
 
 
 class CacheCheck(NamedTuple):
-    """What was found of every shard.
+    """Result of checking every shard.
 
     Example:
         >>> print(folder.verify())
@@ -342,12 +342,12 @@ class CacheCheck(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether every record is there, unharmed."""
+        """Return whether every record is present and undamaged."""
         return not self.faulty
 
     @property
     def faulty(self) -> tuple[ShardCheck, ...]:
-        """The shards that are not ok."""
+        """Return the shards that are not ok."""
         return tuple(shard for shard in self.shards if shard.status != "ok")
 
     def __str__(self) -> str:
