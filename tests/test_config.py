@@ -39,7 +39,7 @@ def test_overrides_reach_values_lists_nulls_and_new_sections() -> None:
     assert config.deepspeed["zero_optimization"]["stage"] == 1
 
 
-def test_the_hash_names_the_experiment_and_not_its_place() -> None:
+def test_the_hash_depends_on_the_experiment_not_its_folder() -> None:
     same = [
         load_config(DIGITS),
         load_config(DIGITS, ["run.dir=elsewhere"]),
@@ -136,7 +136,7 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("teacher.cache.directory=x", ["unknown key 'teacher.cache.directory'", "'teacher.cache.dir'"]),
     ],
 )
-def test_bad_settings_name_the_path_the_value_and_what_is_allowed(override: str, parts: list[str]) -> None:
+def test_invalid_settings_name_path_value_and_allowed_values(override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(DIGITS, [override])
     for part in parts:
@@ -164,7 +164,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path, content: bytes, sai
     assert said in str(error.value)
 
 
-def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "digits.json"
     path.write_text(DIGITS.read_text(), encoding="utf-8-sig")
     assert load_config(path) == load_config(DIGITS)
@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["data.augmentation.mixup_alpha", "data.augmentation.cutmix", "train.mixup.alpha"])
-def test_mixing_elsewhere_is_sent_to_its_section(key: str) -> None:
+def test_misplaced_mixing_keys_name_their_section(key: str) -> None:
     with pytest.raises(ConfigError, match="unknown key") as error:
         load_config(DIGITS, [f"{key}=0.2"])
     for part in ("valid key", "Mixup and CutMix are set in data.mixing", "key a mixed view by its sample"):
@@ -205,7 +205,7 @@ def test_a_list_of_methods_is_their_sum() -> None:
         load_config(DIGITS, ['distill.method=["kd", "unikd"]', "compare=null", "teacher=null"])
 
 
-def test_a_method_has_a_section_of_its_own() -> None:
+def test_each_method_has_its_own_section() -> None:
     alone = ["compare=null", "distill.method=kd"]
     config = load_config(DIGITS, [*alone, "distill.kd.beta=3"])
     assert config.distill.kd == KDSettings(beta=3.0)
@@ -220,7 +220,7 @@ def test_a_method_has_a_section_of_its_own() -> None:
     assert both.distill.settings == {"kd": KDSettings(), "dkd": DKDSettings()}
 
 
-def test_another_method_by_set_does_without_the_sections_of_the_file() -> None:
+def test_choosing_another_method_drops_the_files_sections() -> None:
     path = ROOT / "configs" / "imagenet_r50_mbv1.json"
     assert load_config(path).distill.unikd.temperature == 1.0
     other = load_config(path, ["distill.method=kd", "distill.kd.beta=2"])
@@ -229,7 +229,7 @@ def test_another_method_by_set_does_without_the_sections_of_the_file() -> None:
         load_config(path, ["distill.method=kd", "distill.dkd.beta=2"])
 
 
-def test_the_runs_of_a_comparison_share_sections_and_take_their_own() -> None:
+def test_runs_of_a_comparison_share_and_add_sections() -> None:
     config = load_config(DIGITS, ["distill.kd.temperature=3"])
     found = {label: single.distill.kd for label, _, single in run_configs(config)}
     kd = KDSettings(ce_weight=1.0, beta=2.0, temperature=3.0)
@@ -244,7 +244,7 @@ def test_the_runs_of_a_comparison_share_sections_and_take_their_own() -> None:
         load_config(DIGITS, [f"compare.runs={json.dumps(wrong)}"])
 
 
-def test_an_experiment_keeps_its_name_when_methods_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_is_stable_when_methods_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     before = config_hash(load_config(DIGITS))
     more = create_model("More", __base__=schema.DistillConfig, other=(KDSettings | None, None))
     monkeypatch.setattr(load, "Config", create_model("WithMore", __base__=Config, distill=(more, more())))
@@ -257,7 +257,7 @@ TOP_K = ["teacher.cache.mode=read_write", "teacher.cache.logits=top_k", "teacher
 
 
 @pytest.mark.parametrize("mode", ["read", "read_write"])
-def test_the_largest_logits_alone_are_for_temperature_one(mode: str) -> None:
+def test_top_k_logits_need_temperature_one(mode: str) -> None:
     alone = [*TOP_K, "compare=null", f"teacher.cache.mode={mode}"]
     for method in ("kd", "unikd"):
         with pytest.raises(ConfigError) as error:
@@ -301,7 +301,7 @@ def test_a_cache_has_a_folder_for_each_method_and_seed(tmp_path: Path) -> None:
     assert {cache_dir(single) for *_, single in run_configs(plain)} == {Path("/x/{views}")}
 
 
-def test_the_hash_of_a_run_knows_that_it_is_cached_and_not_where() -> None:
+def test_the_hash_depends_on_caching_but_not_on_the_folder() -> None:
     def name(*overrides: str) -> str:
         return config_hash(load_config(DIGITS, overrides))
 
@@ -349,7 +349,7 @@ def test_an_empty_name_in_a_list_is_refused() -> None:
         load_config(DIGITS, ['student.feature_nodes=["layer1", ""]'])
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_invalid_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "absent.json")
     broken = tmp_path / "broken.json"

@@ -35,7 +35,7 @@ def test_a_head_that_learns_along_cannot_be_cached(tmp_path: Path, weights: Path
 
 
 def test_more_logits_than_classes_are_refused(tmp_path: Path, weights: Path) -> None:
-    changes = {"teacher.cache.logits": "top_k", "teacher.cache.top_k": 11, "distill.unikd.temperature": 1}
+    changes = {"teacher.cache.logits": "top_k", "teacher.cache.top_k": 11, "distill.kd.temperature": 1}
     with pytest.raises(ConfigError, match=r"top_k must lie in \[1, 10\], got 11"):
         experiment(tmp_path, weights, "kd", changes)
     assert not (tmp_path / "kd").exists()

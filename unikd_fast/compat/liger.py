@@ -29,8 +29,8 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     Args:
         eps: ε, where p_k is smaller.
-        args, kwargs: of `torch.nn.KLDivLoss`: size_average, reduce, reduction ("mean", "batchmean", "sum", "none") and
-            log_target.
+        args, kwargs: arguments of `torch.nn.KLDivLoss`: size_average, reduce, reduction ("mean", "batchmean", "sum",
+            "none") and log_target.
     """
 
     def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:

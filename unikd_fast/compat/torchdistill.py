@@ -27,8 +27,9 @@ class KDLoss(nn.KLDivLoss):
         temperature: τ > 0.
         alpha: α.
         beta: β.
-        reduction: of both terms, as `torch.nn.KLDivLoss` and `torch.nn.CrossEntropyLoss` have it; "batchmean" divides
-            by N alone, and is "mean" for the cross-entropy. "none" gives the terms of the sum, in plain PyTorch.
+        reduction: reduction of both terms, as in `torch.nn.KLDivLoss` and `torch.nn.CrossEntropyLoss`; "batchmean"
+            divides by N alone, and is "mean" for the cross-entropy. "none" gives the terms of the sum, in plain
+            PyTorch.
         kwargs: for `torch.nn.CrossEntropyLoss`.
 
     Raises:
