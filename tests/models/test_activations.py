@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from support.long_rounds import quick
 from unikd_fast.models import CIFAR_MODELS, build_model, checkpoint_blocks, extract_features
 from unikd_fast.models.cifar.mobilenetv2 import CifarMobileNetV2
 from unikd_fast.models.cifar.resnet import ShortcutBottleneck
@@ -17,7 +18,12 @@ from unikd_fast.models.cifar.vgg import CifarVGG
 from unikd_fast.models.cifar.wrn import WideResNet
 from unikd_fast.teacher import OnlineTeacher, fold_batch_norm
 
-NETWORKS = [*(f"cifar/{name}" for name in CIFAR_MODELS), "torchvision/resnet18", "torchvision/mobilenet_v2"]
+# One of each family is quick.
+NETWORKS = quick(
+    [*(f"cifar/{name}" for name in CIFAR_MODELS), "torchvision/resnet18", "torchvision/mobilenet_v2"],
+    *(f"cifar/{name}" for name in ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")),
+    "torchvision/mobilenet_v2",
+)
 
 
 def residual(block: nn.Module, x: Tensor) -> Tensor:

@@ -8,18 +8,18 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from support.long_rounds import long, quick
 from unikd_fast.models import build_model, extract_features
 from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.teacher import OnlineTeacher
 
+FAMILIES = ("resnet8", "wrn_16_2", "vgg13", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 NETWORKS = [
-    *(
-        f"cifar/{name}"
-        for name in ("resnet8", "ResNet18", "wrn_16_2", "vgg13", "MobileNetV2", "ShuffleV1", "ShuffleV2")
-    ),
+    *(f"cifar/{name}" for name in (*FAMILIES, "ResNet18")),
     *(f"torchvision/{name}" for name in ("resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5")),
     *("timm/mobilenetv1_100", "timm/test_nfnet"),
 ]
+QUICK = (*(f"cifar/{name}" for name in FAMILIES), "torchvision/resnet18", "timm/mobilenetv1_100", "timm/test_nfnet")
 
 
 def statistics(model: nn.Module, images: Tensor) -> nn.Module:
@@ -29,7 +29,7 @@ def statistics(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", quick(NETWORKS, *QUICK))
 def test_the_blocks_compose_to_the_network(name: str) -> None:
     torch.manual_seed(0)
     side = 32 if name.startswith("cifar") else 64
@@ -56,7 +56,7 @@ def test_the_blocks_compose_to_the_network(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/wrn_16_1", "cifar/vgg8", "torchvision/mobilenet_v2"])
+@pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/wrn_16_1", "cifar/vgg8", long("torchvision/mobilenet_v2")])
 def test_gradients_match_the_plain_network(name: str) -> None:
     """With respect to each level, by autograd through the network as it is."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from support.long_rounds import long
 from unikd_fast.report.figures import (
     LIGHT,
     Bar,
@@ -102,7 +103,7 @@ def figures(names: list[str]) -> dict[str, Draw]:
 
 
 @pytest.mark.parametrize("kind", ["curves", "one panel", "heatmaps", "dots", "bars"])
-@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("count", [1, long(3), 8])
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_texts_do_not_overlap(name: str, count: int, kind: str) -> None:
     found: list[str] = []

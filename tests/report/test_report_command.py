@@ -36,6 +36,15 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def short_run(tmp_path: Path) -> Path:
+    """A finished run whose page has one figure, "convergence"."""
+    folder = write_run_folder(tmp_path / "run", config())
+    write_result(folder, "student")
+    write_metrics(folder, [evaluation(epoch, ce=2.0 / epoch, accuracy=50.0) for epoch in (1, 2)])
+    return folder
+
+
 def test_the_page_and_its_png_files_are_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "out" / "my.html"
     assert main(["report", str(run), "--to", str(target), "--title", "Mine & yours"]) == 0
@@ -84,26 +93,28 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return captured.err
 
 
-def test_existing_files_are_kept_without_force(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_files_are_kept_without_force(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "r.html"
-    picture = tmp_path / "r-agreement.png"
+    picture = tmp_path / "r-convergence.png"
     picture.write_text("mine")
-    assert f"{picture} exists; give another name with --to, or --force" in refused(capsys, run, "--to", target)
+    assert f"{picture} exists; give another name with --to, or --force" in refused(capsys, short_run, "--to", target)
     assert not target.exists()
     target.write_text("mine as well")
-    assert f"{target} exists" in refused(capsys, run, "--to", target)
+    assert f"{target} exists" in refused(capsys, short_run, "--to", target)
     assert (target.read_text(), picture.read_text()) == ("mine as well", "mine")
-    assert main(["report", str(run), "--to", str(target), "--force"]) == 0
+    assert main(["report", str(short_run), "--to", str(target), "--force"]) == 0
     assert target.read_text().startswith("<!doctype html>")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_page_is_not_written_through_a_link(run: Path, tmp_path: Path) -> None:
+def test_a_page_is_not_written_through_a_link(short_run: Path, tmp_path: Path) -> None:
     precious, target = tmp_path / "precious", tmp_path / "r.html"
     precious.write_text("mine")
-    for link in (target, tmp_path / ".r.html.tmp", tmp_path / "r-agreement.png"):
+    for link in (target, tmp_path / ".r.html.tmp", tmp_path / "r-convergence.png"):
         link.symlink_to(precious)
-    assert main(["report", str(run), "--to", str(target), "--force"]) == 0
+    assert main(["report", str(short_run), "--to", str(target), "--force"]) == 0
     assert precious.read_text() == "mine"
     assert target.read_text().startswith("<!doctype html>") and not target.is_symlink()
 
@@ -126,9 +137,9 @@ def test_a_damaged_file_leaves_no_page(run: Path, tmp_path: Path, capsys: pytest
     assert list(tmp_path.glob("r*.html")) == []
 
 
-def test_a_write_error_exits_with_1(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_write_error_exits_with_1(short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["report", str(run), "--to", str(tmp_path / "file" / "r.html")]) == 1
+    assert main(["report", str(short_run), "--to", str(tmp_path / "file" / "r.html")]) == 1
     assert "unikd report: error:" in capsys.readouterr().err
 
 
@@ -136,11 +147,11 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_page_needs_the_extra_report_alone(run: Path, tmp_path: Path) -> None:
+def test_a_page_needs_the_extra_report_alone(short_run: Path, tmp_path: Path) -> None:
     done = python(
         "import sys; from unikd_fast.cli import main; "
         "sys.modules.update(dict.fromkeys(['torch', 'pydantic', 'torchvision', 'tqdm', 'scipy', 'psutil'])); "
-        f"raise SystemExit(main(['report', '{run}', '--to', '{tmp_path}/r.html']))"
+        f"raise SystemExit(main(['report', '{short_run}', '--to', '{tmp_path}/r.html']))"
     )
     assert done.returncode == 0, done.stderr
 

@@ -1,7 +1,5 @@
-"""Small caches with known content, and programs that work on them in processes of their own."""
+"""Small caches with known content."""
 
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
 
-ROOT = Path(__file__).parents[2]
 KEY = CacheKey({"teacher": {"weights": "sha256:1f0c", "precision": "fp16"}, "augmentation": {"crop": [224, 224]}})
 CODEC = Codec("fp16", 10)
 SAMPLES, VIEWS, PER_SHARD = 10, 2, 6
@@ -54,15 +51,3 @@ def decoded(folder: CacheFolder, records: Iterable[int]) -> Tensor:
     values, _ = folder.codec.decode(folder.read(list(records)))
     assert isinstance(values, Tensor)
     return values.float()
-
-
-def start(program: str, *arguments: object, before: Iterable[str] = ()) -> "subprocess.Popen[str]":
-    """Starts a Python program that can import this module; `before` stands before the interpreter."""
-    prelude = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-    return subprocess.Popen(
-        [*before, sys.executable, "-c", prelude + program, *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )

@@ -1,7 +1,7 @@
-"""Processes of one run without a launcher: forked from a server that has imported everything, so each costs its work.
+"""Processes that cost their work alone: forked from a server that has imported everything.
 
-They are what torchrun or DeepSpeed's launcher would start: the same environment, a session each, signals and exit codes
-of their own. What the launchers themselves do, `real_runs.launch` shows.
+The ranks of a run are what torchrun or DeepSpeed's launcher would start: the same environment, a session each, signals
+and exit codes of their own. What the launchers themselves do, `real_runs.launch` shows.
 """
 
 import multiprocessing
@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,13 @@ from support.free_ports import free_port
 LIMIT_S = 300
 # Once for all processes: nothing of it computes, so that the server can be forked.
 _IMPORTED = ["unikd_fast.cli", "unikd_fast.engine.run", "deepspeed", "timm", "torchvision", "sklearn.datasets"]
+
+
+def _process(target: Callable[..., None], *arguments: Any) -> Any:
+    # A server that has looked for GPUs cannot be forked.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context.Process(target=target, args=arguments)
 
 
 class Done(NamedTuple):
@@ -53,9 +61,6 @@ class Ranks:
             processes: number of ranks.
             environment: variables to set in addition.
         """
-        # A server that has looked for GPUs cannot be forked.
-        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(_IMPORTED)
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if processes > 1 else {}
         self._said = [folder / f".{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr")]
         self._processes: list[Any] = []
@@ -64,7 +69,7 @@ class Ranks:
             variables = {**os.environ, **(environment or {}), **shared}
             if processes > 1:
                 variables |= {name: str(value) for name, value in own.items()}
-            self._processes.append(context.Process(target=_rank, args=(body, variables, self._said)))
+            self._processes.append(_process(_rank, body, variables, self._said))
         for process in self._processes:
             process.start()
         self.pids = [process.pid for process in self._processes]
@@ -125,3 +130,67 @@ def _rank(body: Callable[[], int], variables: dict[str, str], said: list[Path]) 
     os.environ.clear()
     os.environ.update(variables)
     sys.exit(body())
+
+
+class Program:
+    """A Python program that has `sys`, with a pipe to its standard input and one from its standard output."""
+
+    def __init__(self, source: str, *arguments: object) -> None:
+        (its_stdin, stdin), (stdout, its_stdout) = os.pipe(), os.pipe()
+        self.stdin, self.stdout = os.fdopen(stdin, "w"), os.fdopen(stdout)
+        given = list(map(str, arguments))
+        # Only while a process starts can a descriptor be sent to it.
+        self._process = _process(_program, source, given, _Descriptor(its_stdin), _Descriptor(its_stdout))
+        self._process.start()
+        os.close(its_stdin)
+        os.close(its_stdout)
+
+    def poll(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def tell(self, line: str) -> None:
+        print(line, file=self.stdin, flush=True)
+
+    def ended(self) -> str:
+        """Wait for the end and return what was not read yet of what it said."""
+        rest = self.stdout.read()
+        self._process.join()
+        self.stdin.close()
+        self.stdout.close()
+        return rest
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class _Descriptor:
+    """A file descriptor on its way to another process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(sent: Any) -> int:
+    number: int = sent.detach()
+    return number
+
+
+def _program(source: str, arguments: list[str], stdin: int, stdout: int) -> None:
+    signal.alarm(LIMIT_S)
+    os.dup2(stdin, 0)
+    os.dup2(stdout, 1)
+    os.close(stdin)
+    os.close(stdout)
+    sys.stdin, sys.argv = open(0, closefd=False), ["-c", *arguments]  # noqa: SIM115
+    exec(source, {"__name__": "__main__", "sys": sys})

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.cache_inputs import CODEC, IDS, SHARDS, VIEWS, build_all, build_shard, make, payloads, start
+from support.cache_inputs import CODEC, IDS, SHARDS, VIEWS, build_all, build_shard, make, payloads
+from support.ranks import Program
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey
 from unikd_fast.teacher.cache import folder as shards
@@ -106,15 +107,13 @@ found = folder.attach({"head": torch.full((1000,), 1.0)}, {"by": 1})
 print(found.record["by"], found.tensors["head"].unique().tolist())
 """
     folder = make(tmp_path)
-    other = start(program, tmp_path)
-    assert other.stdout is not None and other.stdin is not None
+    other = Program(program, tmp_path)
     assert other.stdout.readline() == "ready\n"
-    other.stdin.write("go\n")
-    other.stdin.flush()
+    other.tell("go")
     found = folder.attach({"head": torch.full((1000,), 0.0)}, {"by": 0})
     winner = found.record["by"]
     assert same(found, {"head": torch.full((1000,), float(winner))}, {"by": winner})
-    assert other.communicate(timeout=300)[0] == f"{winner} [{float(winner)}]\n"
+    assert other.ended() == f"{winner} [{float(winner)}]\n"
 
 
 def test_a_writer_stopped_before_the_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,23 @@
 
 import errno
 import os
-import subprocess
+import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from support.cache_inputs import (
+    KEY,
     build_shard,
     make,
     payloads,
-    start,
 )
+from support.small_disks import small_disk
 from unikd_fast.errors import CacheError
+from unikd_fast.teacher.cache import CacheFolder, Codec
 
 
 def test_a_shard_is_allocated_before_its_first_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,66 +79,40 @@ def test_other_disk_errors_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         make(tmp_path).claim(0)
 
 
-# A file system of 256 KiB, in a mount name space of its own: room for two of four shards.
-ON_A_SMALL_DISK = """
-import numpy as np, os, subprocess, sys, torch
-from pathlib import Path
-disk = Path(sys.argv[1])
-if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
-    print("no mount"); sys.exit()
-from support.cache_inputs import KEY
-from unikd_fast.errors import CacheError
-from unikd_fast.teacher.cache import CacheFolder, Codec
-codec = Codec("fp16", 1000)
-folder = CacheFolder.create_or_open(disk / "cache", KEY, codec, np.arange(200), 1, 50)
-try:
-    folder.require_room()
-except CacheError as error:
-    print(error)
-values = torch.arange(200.0)[:, None].expand(200, 1000)
-try:
-    while (writer := folder.claim_any(wait=False)) is not None:
-        with writer:
-            writer.write(writer.todo, codec.encode(values[writer.todo]))
-            writer.commit()
-except CacheError as error:
-    print(error)
-print(sorted(path.name for path in folder.path.glob("shard-*")))
-found, _ = codec.decode(folder.read(np.arange(100)))
-print(torch.equal(found.float(), values[:100]))
-"""
-
-
 @pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
-    before = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
-    if subprocess.run([*before, "true"], capture_output=True).returncode:
-        pytest.skip("mount name spaces are not allowed here; the test with a limit on file sizes stands in")
-    output = start(ON_A_SMALL_DISK, tmp_path, before=before).communicate(timeout=300)[0].splitlines()
-    if output == ["no mount"]:
-        pytest.skip("mounting a tmpfs is not allowed here; the test with a limit on file sizes stands in")
-    refused, full, files, same = output
-    shard = 50 * 2016
-    assert refused.startswith(f"{tmp_path}/cache: the shards still to build need {4 * shard} bytes and ")
-    assert "shard-00002.partial cannot be written: No space left on device, 0.0 MiB are free on its file sys" in full
-    assert f"; make room, and build again ({shard} bytes are needed; what is written is kept)" in full
-    assert files == "['shard-00000.bin', 'shard-00001.bin']"
-    assert same == "True"
+    """It has room for two of four shards."""
+    codec, shard = Codec("fp16", 1000), 50 * 2016
+    values = torch.arange(200.0)[:, None].expand(200, 1000)
+    with small_disk(tmp_path / "disk", kib=256):
+        folder = CacheFolder.create_or_open(tmp_path / "disk" / "cache", KEY, codec, np.arange(200), 1, 50)
+        with pytest.raises(CacheError) as refused:
+            folder.require_room()
+        with pytest.raises(CacheError) as full:
+            while (writer := folder.claim_any(wait=False)) is not None:
+                with writer:
+                    writer.write(writer.todo, codec.encode(values[writer.todo]))
+                    writer.commit()
+        assert sorted(path.name for path in folder.path.glob("shard-*")) == ["shard-00000.bin", "shard-00001.bin"]
+        found, _ = codec.decode(folder.read(np.arange(100)))
+        assert isinstance(found, torch.Tensor) and torch.equal(found.float(), values[:100])
+        del found
+    needed = f"{folder.path}: the shards still to build need {4 * shard} bytes and "
+    assert str(refused.value).startswith(needed)
+    said = str(full.value)
+    assert "shard-00002.partial cannot be written: No space left on device, 0.0 MiB are free on its file sys" in said
+    assert f"; make room, and build again ({shard} bytes are needed; what is written is kept)" in said
 
 
-@pytest.mark.slow
 def test_a_file_size_limit(tmp_path: Path) -> None:
-    program = """
-import resource, sys
-from support.cache_inputs import make
-from unikd_fast.errors import CacheError
-folder = make(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-try:
-    folder.claim(0)
-except CacheError as error:
-    print(error)
-"""
-    output = start(program, tmp_path).communicate(timeout=300)[0]
-    assert "shard-00000.partial cannot be written: File too large, " in output and "240 bytes are needed" in output
+    folder = make(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(CacheError) as refused:
+            folder.claim(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(refused.value)
+    assert "shard-00000.partial cannot be written: File too large, " in said and "240 bytes are needed" in said
     assert list(tmp_path.glob("shard-*")) == []

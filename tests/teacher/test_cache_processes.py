@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from support.cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, build_shard, decoded, logits, make, payloads, start
+from support.cache_inputs import CODEC, IDS, KEY, RECORDS, SHARDS, build_shard, decoded, logits, make, payloads
+from support.ranks import Program
 from unikd_fast.errors import CacheError
 from unikd_fast.teacher.cache import CacheFolder
 
@@ -29,13 +30,12 @@ writer.commit()
 
 @pytest.mark.parametrize("last", [6, 8, 11], ids=["one record", "half", "all but the commit"])
 def test_a_killed_build_resumes_without_rewriting(tmp_path: Path, last: int) -> None:
-    process = start(ONE_RECORD_AT_A_TIME, tmp_path, last)
-    assert process.stdout is not None
+    process = Program(ONE_RECORD_AT_A_TIME, tmp_path, last)
     written = [int(process.stdout.readline()) for _ in range(6, last + 1)]
     folder = CacheFolder.open(tmp_path)
     assert folder.claim(1) is None, "it is alive"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.ended()
     assert not folder.covers([6])
     with folder.claim(1) as writer:  # type: ignore[union-attr]
         todo = writer.todo.tolist()
@@ -62,11 +62,10 @@ sys.stdin.readline()
 """
     written: set[int] = set()
     for _ in range(2):
-        process = start(program, tmp_path)
-        assert process.stdout is not None
+        process = Program(program, tmp_path)
         written.update(int(process.stdout.readline()) for _ in range(20))
         process.kill()
-        written.update(int(line) for line in process.communicate()[0].splitlines(keepends=True) if line.endswith("\n"))
+        written.update(int(line) for line in process.ended().splitlines(keepends=True) if line.endswith("\n"))
     folder = CacheFolder.open(tmp_path)
     with folder.claim(0) as writer:  # type: ignore[union-attr]
         todo = set(writer.todo.tolist())
@@ -103,15 +102,12 @@ print("complete", folder.missing_shards())
 
 
 def test_two_builders_share_the_shards(tmp_path: Path) -> None:
-    builders = [start(BUILD_WHAT_IS_FREE, tmp_path, build) for build in range(2)]
+    builders = [Program(BUILD_WHAT_IS_FREE, tmp_path, build) for build in range(2)]
     for builder in builders:  # both have made or opened the folder, at the same time
-        assert builder.stdout is not None
         assert builder.stdout.readline() == "ready\n"
     for builder in builders:
-        assert builder.stdin is not None
-        builder.stdin.write("go\n")
-        builder.stdin.flush()
-    outputs = [builder.communicate(timeout=300)[0].splitlines() for builder in builders]
+        builder.tell("go")
+    outputs = [builder.ended().splitlines() for builder in builders]
     claimed = [[int(line.split()[1]) for line in output if line.startswith("claimed")] for output in outputs]
     assert sorted(claimed[0] + claimed[1]) == list(range(SHARDS)), "each shard once"
     assert all(output[-1] == "complete []" for output in outputs)
@@ -124,20 +120,17 @@ def test_two_builders_share_the_shards(tmp_path: Path) -> None:
 
 
 def test_a_waiting_builder_takes_over_from_a_dead_one(tmp_path: Path) -> None:
-    dying = start(ONE_RECORD_AT_A_TIME, tmp_path, 8)
-    assert dying.stdout is not None
+    dying = Program(ONE_RECORD_AT_A_TIME, tmp_path, 8)
     assert [int(dying.stdout.readline()) for _ in range(3)] == [6, 7, 8]
-    other = start(BUILD_WHAT_IS_FREE, tmp_path, 1)
-    assert other.stdout is not None and other.stdin is not None
-    other.stdin.write("go\n")
-    other.stdin.flush()
+    other = Program(BUILD_WHAT_IS_FREE, tmp_path, 1)
+    other.tell("go")
     lines = [other.stdout.readline() for _ in range(5)]
     assert lines[:4] == ["ready\n", "claimed 0 6\n", "claimed 2 6\n", "claimed 3 2\n"]
     assert "other processes are building the last 1 of 4 shards (the first is 1)" in lines[4]
     assert other.poll() is None
     dying.kill()
-    dying.communicate()
-    assert other.communicate(timeout=300)[0] == "claimed 1 3\ncomplete []\n"
+    dying.ended()
+    assert other.ended() == "claimed 1 3\ncomplete []\n"
     folder = make(tmp_path)
     assert folder.verify().ok
     assert torch.equal(decoded(folder, [6, 7, 8]), logits([6, 7, 8]))
@@ -163,16 +156,15 @@ def test_a_waiting_builder_handles_signals(tmp_path: Path) -> None:
     folder = make(tmp_path)
     for shard in (0, 2, 3):
         build_shard(folder, shard)
-    other = start(ONE_RECORD_AT_A_TIME, tmp_path, 8)
-    assert other.stdout is not None
+    other = Program(ONE_RECORD_AT_A_TIME, tmp_path, 8)
     assert [int(other.stdout.readline()) for _ in range(3)] == [6, 7, 8]
-    waiting = start(WAIT_UNTIL_A_SIGNAL, tmp_path)
-    assert waiting.stdout is not None
+    waiting = Program(WAIT_UNTIL_A_SIGNAL, tmp_path)
     assert [waiting.stdout.readline() for _ in range(3)] == ["idle\n"] * 3
     waiting.send_signal(signal.SIGTERM)
-    waiting.communicate(timeout=60)
+    waiting.ended()
     assert waiting.returncode == 1, "it raised what its progress raised"
-    assert other.communicate("go\n", timeout=300)[0] == "9\n10\n11\n"
+    other.tell("go")
+    assert other.ended() == "9\n10\n11\n"
     assert folder.verify().ok
 
 
@@ -191,8 +183,7 @@ while (writer := folder.claim_any(wait=False)) is not None:
         sys.stdin.readline()
 """
     folder = CacheFolder.create_or_open(tmp_path, KEY, CODEC, IDS, 100, 10)
-    process = start(program, tmp_path)
-    assert process.stdin is not None and process.stdout is not None
+    process = Program(program, tmp_path)
     assert process.stdout.readline() == "ready\n"
     told = False
     seen: set[int] = set()
@@ -207,9 +198,8 @@ while (writer := folder.claim_any(wait=False)) is not None:
                 raise AssertionError(f"the writer ended with {process.returncode} and left view {view}")
         if not told and len(seen) >= 25:
             told = True
-            process.stdin.write("go\n")
-            process.stdin.flush()
-    process.communicate(timeout=300)
+            process.tell("go")
+    process.ended()
 
 
 def test_concurrent_creation_with_different_keys_has_one_winner(tmp_path: Path) -> None:
@@ -225,15 +215,12 @@ try:
 except CacheError as error:
     print(error)
 """
-    processes = [start(program, tmp_path / "cache", number) for number in range(2)]
+    processes = [Program(program, tmp_path / "cache", number) for number in range(2)]
     for process in processes:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+        process.tell("go")
+    outputs = [process.ended() for process in processes]
     (winner,) = [number for number in range(2) if outputs[number] == f"made {number}\n"]
     assert f'teacher: "{winner}" in the cache, "{1 - winner}" now' in outputs[1 - winner]
     folder = CacheFolder.open(tmp_path / "cache")
