@@ -18,7 +18,7 @@ from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.cuda_graph import WARM_UP
 from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
 from unikd_fast.engine.timing import Pace
-from unikd_fast.engine.trainer import Prepared, prepare
+from unikd_fast.engine.trainer import Trainer
 from unikd_fast.fusion import AdaptiveFeatureFusion
 from unikd_fast.recipes.experiments import read_experiment
 from unikd_fast.recipes.pairs import CIFAR_PAIRS
@@ -47,12 +47,12 @@ def settings(mode: str) -> list[str]:
     ]
 
 
-def captured(pair: str, folder: Path, processes: Processes) -> tuple[Prepared, Loop]:
+def captured(pair: str, folder: Path, processes: Processes) -> tuple[Trainer, Loop]:
     """A run of the engine, and a function that takes one more of its steps."""
     config = read_experiment(None, f"cifar100/unikd/{pair}", settings("on"))
     with StopSignal(processes) as stop:
-        ready = prepare(config, folder, processes, stop, name=pair, resume=False)
-    ready.parts.engine.train()
+        ready = Trainer(build_experiment(config, processes), folder, stop, label=pair, resume=False)
+    ready.engine.train()
     rate = config.train.learning_rate
     data = chain.from_iterable(ready.steps.data(epoch, 0) for epoch in range(EPOCHS))
     pace, number = Pace(processes, global_batch_size=BATCH, loader_rate=None), iter(range(10**9))
@@ -64,10 +64,10 @@ def captured(pair: str, folder: Path, processes: Processes) -> tuple[Prepared, L
     return ready, step
 
 
-def plain(pair: str, like: Prepared, processes: Processes) -> Loop:
+def plain(pair: str, like: Trainer, processes: Processes) -> Loop:
     """A loop as one writes it by hand, with the formulas in plain PyTorch, from the same weights."""
     config = read_experiment(None, f"cifar100/unikd/{pair}", [*settings("off"), "loss.impl=reference"])
-    of, source = build_experiment(config, processes), like.parts.experiment
+    of, source = build_experiment(config, processes), like.experiment
     of.side.load_state_dict(source.side.state_dict())
     of.method.load_state_dict(source.method.state_dict())
     for module in (*of.side.modules(), *(part for head in of.method.heads for part in head.modules())):
@@ -146,7 +146,7 @@ def test_projected_time_of_the_table(
         ready, step = captured(pair.name, tmp_path / pair.name, processes)
         for _ in range(WARM_UP + 1):
             step()
-        assert all(value == value for value in ready.parts.meter.read().values()), f"{pair.name}: a loss is NaN"
+        assert all(value == value for value in ready.meter.read().values()), f"{pair.name}: a loss is NaN"
         seconds = interleaved_medians({"captured": block(step)}, rounds=5, warmup=1)["captured"] / BLOCK
         hours[pair.name] = round(seconds * (IMAGES // BATCH) * EPOCHS / 3600, 3)
         del ready, step
@@ -159,12 +159,12 @@ def test_projected_time_of_the_table(
     finish(benchmark, record_property, row, [], torch.cuda.synchronize)
 
 
-def compare(ready: Prepared, ours: Loop, theirs: Loop, count: int) -> list[tuple[float, float]]:
+def compare(ready: Trainer, ours: Loop, theirs: Loop, count: int) -> list[tuple[float, float]]:
     """The losses of so many steps of each."""
     pairs = []
     for _ in range(count):
         ours()
-        pairs.append((ready.parts.meter.read()["total"], theirs().item()))
+        pairs.append((ready.meter.read()["total"], theirs().item()))
     assert pairs[-1][0] < pairs[0][0]
     return pairs
 

@@ -67,17 +67,17 @@ def steps(method: str, folder: Path, processes: Processes) -> Steps:
     assert distilled.teacher is not None
     teacher, cache = distilled.teacher, cached.cache
     with StopSignal(processes) as stop:
-        ready_cache(cache, cached.side, stop, method, epochs=2)
+        ready_cache(cached, stop, method)
     if cached.method.fitted_head is not None:
         distilled.method.adopt_head(cached.method.fitted_head.state_dict())
     batch: Batch
-    batch, held = next(cache.micro_batches(0))
+    batch, held = next(cached.micro_batches(0))
     engines = [start_engine(e.config, e.side, processes) for e in (distilled, cached, alone)]
     for engine in engines:
         engine.train()
 
     def stored() -> Iterator[Target]:
-        positions = next(iter(cache.loader.schedule.order(0)))
+        positions = next(iter(cached.loader.schedule.order(0)))
         while True:
             for outputs in read_ahead(cache.folder, itertools.repeat(positions, 1000), 0, device=processes.device):
                 yield Target(*outputs)

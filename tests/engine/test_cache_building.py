@@ -165,8 +165,7 @@ def test_a_run_that_waits_for_another_one_to_build_can_be_stopped(tmp_path: Path
     folder = in_small_shards(config)
     ready(config)
     folder.discard(14)
-    cache = opened(config).cache
-    assert cache is not None
+    experiment = opened(config)
     claim = folder.claim(14)
     assert claim is not None
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
@@ -174,7 +173,7 @@ def test_a_run_that_waits_for_another_one_to_build_can_be_stopped(tmp_path: Path
         timer.start()
         try:
             with pytest.raises(Interrupted, match="what is written is kept") as stopped:
-                fill_cache(cache, stop, "test")
+                fill_cache(experiment, stop, "test")
         finally:
             timer.cancel()
             timer.join()

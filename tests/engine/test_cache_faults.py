@@ -32,6 +32,7 @@ from support.small_shards import (
     truncate,
 )
 from unikd_fast.config import load_config
+from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import CacheError, Interrupted
@@ -182,7 +183,8 @@ class StopsAfter(StopSignal):
 def interrupt(config: Path, questions: int = 12) -> None:
     single = load_config(config)
     with pytest.raises(Interrupted, match="stopped at step"):
-        Trainer(single, Path(single.run.dir), ALONE, StopsAfter(questions), label="student", resume=False).run()
+        experiment = build_experiment(single, ALONE)
+        Trainer(experiment, Path(single.run.dir), StopsAfter(questions), label="student", resume=False).run()
 
 
 def test_a_run_does_not_go_on_against_another_head(tmp_path: Path, weights: Path, group: None) -> None:

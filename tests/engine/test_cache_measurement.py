@@ -148,9 +148,11 @@ class OneBatch:
 
 
 def plan(side: nn.Module, method: Method, teacher: OnlineTeacher, loader: OneBatch, sizes: CacheSizes) -> CachePlan:
-    train = TrainConfig(total_epochs=1, global_batch_size=16, accumulation_steps=2, learning_rate=0.1)
-    config: Any = SimpleNamespace(train=train)
-    return plan_cache(config, loader, side, method, teacher, ALONE, sizes=sizes, epochs=4)  # type: ignore[arg-type]
+    train = TrainConfig(total_epochs=4, global_batch_size=16, accumulation_steps=2, learning_rate=0.1)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train), processes=ALONE, loader=loader, side=side, method=method, epochs=4
+    )
+    return plan_cache(run, teacher, sizes)
 
 
 @pytest.mark.parametrize("at_a_time", [None, 8, 64, 100, 3, 1])

@@ -135,10 +135,9 @@ def test_dropout_has_no_part_in_what_is_stored(tmp_path: Path) -> None:
     logits, _ = experiments[0].cache.folder.codec.decode(once)  # type: ignore[union-attr]
     assert float(logits.float().std()) > 0.5  # type: ignore[union-attr]
 
-    assert experiments[0].cache is not None
-    made = cached_teacher(experiments[0].cache)
+    made = cached_teacher(experiments[0])
     made.network.train()  # by hand, behind its back
-    assert recheck(experiments[0].cache, made).worst == 0.0
+    assert recheck(experiments[0], made).worst == 0.0
     batch, _ = next(experiments[0].micro_batches(0))
     shown = made(batch.images).logits
     made.network.train()

@@ -10,7 +10,7 @@ import pytest
 
 from support.captured_runs import CHANGING, config_of
 from support.real_runs import ALONE
-from unikd_fast.config import Config, ConfigError
+from unikd_fast.config import ConfigError
 from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cuda_graph import captures, device_obstacles, obstacles
@@ -19,19 +19,21 @@ pytestmark = pytest.mark.usefixtures("group")
 
 
 @pytest.fixture(scope="module")
-def capturable(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> tuple[Config, Experiment]:
-    config = config_of(tmp_path_factory.mktemp("run"), weights, "run", "kd")
-    return config, build_experiment(config, ALONE)
+def capturable(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Experiment:
+    return build_experiment(config_of(tmp_path_factory.mktemp("run"), weights, "run", "kd"), ALONE)
 
 
-def changed(config: Config, path: str, value: Any) -> Config:
-    """The configuration with another value at a dotted path."""
+def changed(experiment: Experiment, path: str, value: Any) -> Experiment:
+    """The run with another value at a dotted path of its configuration."""
+    config = experiment.config
     section, key = path.split(".")
-    return config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
+    return replace(
+        experiment, config=config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
+    )
 
 
-def test_a_plain_run_has_none(capturable: tuple[Config, Experiment]) -> None:
-    assert list(obstacles(*capturable, ALONE)) == []
+def test_a_plain_run_has_none(capturable: Experiment) -> None:
+    assert list(obstacles(capturable)) == []
     assert list(device_obstacles(ALONE)) == ["the device is cpu, no CUDA device (run on a GPU)"]
 
 
@@ -48,9 +50,8 @@ def test_a_plain_run_has_none(capturable: tuple[Config, Experiment]) -> None:
         ("run.deepspeed_checkpoints", True, "run.deepspeed_checkpoints = true (set it to false)"),
     ],
 )
-def test_settings(capturable: tuple[Config, Experiment], path: str, value: Any, said: str) -> None:
-    config, experiment = capturable
-    check(list(obstacles(changed(config, path, value), experiment, ALONE)), said)
+def test_settings(capturable: Experiment, path: str, value: Any, said: str) -> None:
+    check(list(obstacles(changed(capturable, path, value))), said)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,16 @@ def test_settings(capturable: tuple[Config, Experiment], path: str, value: Any, 
         ({"wall_clock_breakdown": True}, "deepspeed has wall_clock_breakdown (remove these keys)"),
     ],
 )
-def test_deepspeed(capturable: tuple[Config, Experiment], deepspeed: dict[str, Any], said: str) -> None:
-    config, experiment = capturable
-    check(list(obstacles(config.model_copy(update={"deepspeed": deepspeed}), experiment, ALONE)), said)
+def test_deepspeed(capturable: Experiment, deepspeed: dict[str, Any], said: str) -> None:
+    config = capturable.config.model_copy(update={"deepspeed": deepspeed})
+    check(list(obstacles(replace(capturable, config=config))), said)
 
 
-def test_several_processes(capturable: tuple[Config, Experiment]) -> None:
-    check(list(obstacles(*capturable, replace(ALONE, world_size=2))), "2 processes exchange gradients (start one)")
+def test_several_processes(capturable: Experiment) -> None:
+    check(
+        list(obstacles(replace(capturable, processes=replace(ALONE, world_size=2)))),
+        "2 processes exchange gradients (start one)",
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,21 +83,18 @@ def test_several_processes(capturable: tuple[Config, Experiment]) -> None:
 )
 def test_data(tmp_path: Path, weights: Path, data: dict[str, Any], said: str) -> None:
     config = config_of(tmp_path, weights, "run", "kd", data={**CHANGING["data"], **data})
-    check(list(obstacles(config, build_experiment(config, ALONE), ALONE)), said)
+    check(list(obstacles(build_experiment(config, ALONE))), said)
 
 
 def test_strong_second_views(tmp_path: Path, weights: Path) -> None:
     config = config_of(tmp_path, weights, "run", "mlkd", data={**CHANGING["data"], "second_view": None})
-    check(
-        list(obstacles(config, build_experiment(config, ALONE), ALONE)), "of the second views are made image by image"
-    )
+    check(list(obstacles(build_experiment(config, ALONE))), "of the second views are made image by image")
 
 
-def test_a_loader_of_files_and_a_cache(capturable: tuple[Config, Experiment]) -> None:
-    config, experiment = capturable
+def test_a_loader_of_files_and_a_cache(capturable: Experiment) -> None:
     files: Any = SimpleNamespace()
-    check(list(obstacles(config, replace(experiment, loader=files), ALONE)), "decodes files on the host")
-    check(list(obstacles(config, replace(experiment, cache=files), ALONE)), "(set teacher.cache.mode = off)")
+    check(list(obstacles(replace(capturable, loader=files))), "decodes files on the host")
+    check(list(obstacles(replace(capturable, cache=files))), "(set teacher.cache.mode = off)")
 
 
 @pytest.mark.parametrize("method", ["unikd", ["unikd", "kd"]])
@@ -101,39 +102,37 @@ def test_a_head_that_is_trained_along(tmp_path: Path, weights: Path, method: Any
     distill = {**CHANGING["distill"], "teacher_head": "anchored"}
     config = config_of(tmp_path, weights, "run", method, distill=distill)
     check(
-        list(obstacles(config, build_experiment(config, ALONE), ALONE)),
-        "distill.unikd.teacher_head = 'anchored' an optimiser",
+        list(obstacles(build_experiment(config, ALONE))),
+        "distill.unikd.teacher_head = 'anchored' the head's own optimiser",
     )
 
 
 def test_the_run_says_which_and_why_once(
-    capturable: tuple[Config, Experiment], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    capturable: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="unikd_fast")
-    config, experiment = capturable
-    assert not captures(config, experiment, ALONE)
+    assert not captures(capturable)
     assert not caplog.records  # a run on a CPU
     caplog.set_level(logging.DEBUG, logger="unikd_fast")
-    assert not captures(config, experiment, ALONE)
+    assert not captures(capturable)
     assert [record.message for record in caplog.records] == [
         "train.cuda_graph: steps are launched operation by operation, because the device is cpu, no CUDA device "
         "(run on a GPU)"
     ]
     caplog.clear()
-    assert not captures(config, experiment, replace(ALONE, rank=1))
-    assert not captures(changed(config, "train.cuda_graph", "off"), experiment, ALONE)
+    assert not captures(replace(capturable, processes=replace(ALONE, rank=1)))
+    assert not captures(changed(capturable, "train.cuda_graph", "off"))
     assert not caplog.records
     monkeypatch.setattr(capture, "device_obstacles", lambda processes: iter(()))
-    assert captures(config, experiment, ALONE)
+    assert captures(capturable)
     assert "captured in a CUDA graph" in caplog.text
-    assert not captures(changed(config, "train.cuda_graph", "off"), experiment, ALONE)
+    assert not captures(changed(capturable, "train.cuda_graph", "off"))
 
 
-def test_on_is_an_error_that_names_all_of_them(capturable: tuple[Config, Experiment]) -> None:
-    config, experiment = capturable
-    asked = changed(changed(config, "train.cuda_graph", "on"), "train.nonfinite", "skip")
+def test_on_is_an_error_that_names_all_of_them(capturable: Experiment) -> None:
+    asked = changed(changed(capturable, "train.cuda_graph", "on"), "train.nonfinite", "skip")
     with pytest.raises(ConfigError) as error:
-        captures(asked, experiment, ALONE)
+        captures(asked)
     check(
         [str(error.value)],
         "train.cuda_graph = 'on', but the step cannot be captured: the device is cpu, no CUDA device (run on a GPU); "

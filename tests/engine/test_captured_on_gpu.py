@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from support.captured_runs import CHANGING, breaking_at, config_of, curve, inputs, prepared, state
+from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.cuda_graph import WARM_UP, CapturedSteps, chain_of, record, require_no_capture
 from unikd_fast.engine.distributed import Processes, StopSignal
 from unikd_fast.engine.timing import Pace
@@ -48,7 +49,7 @@ def sections(mode: str, **train: Any) -> dict[str, dict[str, Any]]:
 def trained(config: Any, processes: Processes, *, resume: bool = False) -> Path:
     folder = Path(config.run.dir)
     with StopSignal(processes) as stop:
-        Trainer(config, folder, processes, stop, label="student", resume=resume).run()
+        Trainer(build_experiment(config, processes), folder, stop, label="student", resume=resume).run()
     return folder
 
 
@@ -100,7 +101,7 @@ def test_eager_steps_wait_for_nothing(tmp_path: Path, weights: Path, method: str
             ready.steps.take(data, pace, step, learning_rate=0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(ready.parts.meter.read()) > 1
+    assert len(ready.meter.read()) > 1
 
 
 def test_a_read_in_a_capture_is_what_is_said(processes: Processes) -> None:
@@ -137,4 +138,4 @@ def test_replays_wait_for_nothing(tmp_path: Path, weights: Path, processes: Proc
             ready.steps.take(data, pace, step, learning_rate=0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(ready.parts.meter.read()) == 4
+    assert len(ready.meter.read()) == 4

@@ -19,7 +19,7 @@ from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.optimizer import learning_rate
 from unikd_fast.engine.step import EagerSteps
 from unikd_fast.engine.timing import Pace
-from unikd_fast.engine.trainer import Prepared
+from unikd_fast.engine.trainer import Trainer
 from unikd_fast.engine.zero import collect_optimizer_state
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 from unikd_fast.kernels import _checks, reference
@@ -59,7 +59,7 @@ def test_each_step_is_the_eager_one(tmp_path: Path, weights: Path, method: str, 
                     target[key].copy_(tensor)
         take(eager, of_eager, step)
         take(captured, of_captured, step)
-        assert captured.parts.meter.read() == eager.parts.meter.read()
+        assert captured.meter.read() == eager.meter.read()
         for theirs, ours in zip(held(eager), held(captured), strict=True):
             assert theirs.keys() == ours.keys()
             for key, tensor in theirs.items():
@@ -257,7 +257,7 @@ def test_a_capture_that_broke_off_leaves_no_half_step(
     assert isinstance(steps, CapturedSteps)
 
     def fails(program: Any) -> Any:
-        broken.parts.engine.step()
+        broken.engine.step()
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(captured_steps, "record", fails)
@@ -293,9 +293,9 @@ def test_cudnn_times_its_algorithms_unless_bound(
     assert torch.backends.cudnn.benchmark is not deterministic
 
 
-def take(ready: Prepared, data: Iterator[Any], step: int) -> None:
+def take(ready: Trainer, data: Iterator[Any], step: int) -> None:
     """One step, as a run takes it."""
-    experiment = ready.parts.experiment
+    experiment = ready.experiment
     rate = learning_rate(
         experiment.config.train, step, total_steps=experiment.total_steps, steps_per_epoch=experiment.steps_per_epoch
     )
@@ -304,9 +304,9 @@ def take(ready: Prepared, data: Iterator[Any], step: int) -> None:
     ready.steps.take(data, pace, step, learning_rate=rate)
 
 
-def held(ready: Prepared) -> list[dict[str, Tensor]]:
+def held(ready: Trainer) -> list[dict[str, Tensor]]:
     """What a step changes, by name: weights, their average, the optimiser's state once there is some."""
-    engine, average = ready.parts.engine, ready.parts.average
+    engine, average = ready.engine, ready.average
     assert average is not None
     optimizer = collect_optimizer_state(engine)["tensors"]
     state = {f"{name}.{key}": tensor for name, own in optimizer.items() for key, tensor in own.items()}

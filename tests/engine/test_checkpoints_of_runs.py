@@ -27,6 +27,7 @@ from support.real_runs import (
 from support.small_disks import small_disk
 from unikd_fast.cli import main
 from unikd_fast.engine import step as step_module
+from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.checkpoint import CheckpointWriter, checkpoint_name
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.step import train_step
@@ -84,11 +85,11 @@ def test_a_signal_at_a_saved_step_saves_nothing(tmp_path: Path, written: list[in
         Signalled(ALONE) as stop,
         pytest.raises(Interrupted, match=rf"stopped at step {step}; saved .*{step}; continue"),
     ):
-        trainer = Trainer(config, Path(config.run.dir), ALONE, stop, label="student", resume=False)
+        trainer = Trainer(build_experiment(config, ALONE), Path(config.run.dir), stop, label="student", resume=False)
         trainer.run()
     assert written == list(range(1, step + 1))
     with StopSignal(ALONE) as stop:
-        Trainer(config, Path(config.run.dir), ALONE, stop, label="student", resume=True).run()
+        Trainer(build_experiment(config, ALONE), Path(config.run.dir), stop, label="student", resume=True).run()
     assert written == [1, 2, 3, 4, 5, 6]
 
 

@@ -45,10 +45,10 @@ def test_an_eager_step_waits_for_nothing(tmp_path: Path, weights: Path, method: 
                 ready.steps.take(data, pace, step, learning_rate=0.01)
         assert device.waits == []
         with device.watch():
-            means = ready.parts.meter.read()
-        average = ready.parts.average
+            means = ready.meter.read()
+        average = ready.average
         assert average is not None
-        pairs = zip(average.module.parameters(), ready.parts.experiment.student.parameters(), strict=True)
+        pairs = zip(average.module.parameters(), ready.experiment.student.parameters(), strict=True)
         assert all(own.stride() == other.stride() for own, other in pairs), "else each is averaged by itself"
         assert len(device.waits) == 1 and means["total"] > 0, "the log reads, once"
 

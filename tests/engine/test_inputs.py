@@ -208,7 +208,7 @@ def test_one_line_says_what_differs(files: Path, tmp_path: Path, caplog: pytest.
 def key_of(files: Path, tmp_path: Path, changes: dict[str, Any]) -> dict[str, Any]:
     built = experiment(files, tmp_path, changes)
     network = LogitsOnly(plain(files, "teacher", TEACHER))
-    key = outputs_key(built.config, built.splits, built.loader, network, built.method, ALONE.device)
+    key = outputs_key(built, network)
     found: dict[str, Any] = key["data"]
     return found
 
@@ -224,9 +224,8 @@ def test_a_cache_is_keyed_on_what_the_teacher_sees(files: Path, tmp_path: Path) 
 def test_cached_outputs_are_those_of_its_own_images(files: Path, tmp_path: Path) -> None:
     cache = {"mode": "read_write", "dir": str(tmp_path / "cache"), "recheck": 0.5}
     built = experiment(files, tmp_path, {**with_student(files), "teacher.cache": cache})
-    assert built.cache is not None
-    record = ready_cache(built.cache, built.side, StopSignal(ALONE), "test", epochs=1)
-    assert record["recheck"] is not None
+    ready_cache(built, StopSignal(ALONE), "test")
+    assert built.teacher_record is not None and built.teacher_record["recheck"] is not None
     network = plain(files, "teacher", TEACHER)
     for batch, target in built.micro_batches(0):
         assert target is not None and isinstance(target.logits, Tensor)

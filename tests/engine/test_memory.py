@@ -55,7 +55,7 @@ def test_the_teachers_head_and_its_optimiser_count(tmp_path: Path, teacher_head:
     expander = 24 * (64 + 1)  # a level of 64 channels
     layers = 2 * 200 * 25 if fdp == "direct" else 200 * 25 + 2 * 200 * 201
     head, student = expander + 2 * 24 + layers, sum(p.numel() for p in experiment.student.parameters())
-    parts = estimate_memory(experiment, 8, ALONE)
+    parts = estimate_memory(experiment, 8)
     own = head + expander  # the student's adapter, too
     if teacher_head == "literal":  # by the student's optimiser
         assert "the teacher's head and its optimiser" not in parts
@@ -126,13 +126,11 @@ def test_a_batch_is_what_it_measures(tmp_path: Path, precision: str) -> None:
 
 def test_the_dry_run_names_what_a_method_holds(tmp_path: Path) -> None:
     experiment = opened(write_config(tmp_path, **BLOCKWISE))
-    parts = estimate_memory(experiment, 8, ALONE)
+    parts = estimate_memory(experiment, 8)
     assert parts["activations inside the method"] == kept_of(experiment, 8, CPU).inside > 0
     assert "the method's own" not in parts
     config = {**BLOCKWISE, "distill": {"method": "crd", "crd": {"width": 2**16}}}
     path = write_config(tmp_path, name="crd", **config)
-    assert estimate_memory(opened(path), 8, ALONE)["the method's own"] == 2 * 96 * 2**16 * 4 + 8 * (
-        16 * 96 + 96 * 16384
-    )
+    assert estimate_memory(opened(path), 8)["the method's own"] == 2 * 96 * 2**16 * 4 + 8 * (16 * 96 + 96 * 16384)
     text = describe(opened(path).config, ALONE)
     assert "the method's own 60, " in text  # MiB: 48 of banks and 12.01 of a step

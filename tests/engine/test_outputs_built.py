@@ -42,7 +42,7 @@ def test_more_logits_than_classes_are_refused(tmp_path: Path, weights: Path) -> 
 
 
 def ready(built: Experiment) -> OutputCache:
-    fill_cache.ready_cache(of(built), built.side, StopSignal(ALONE), "test", epochs=built.epochs)
+    fill_cache.ready_cache(built, StopSignal(ALONE), "test")
     return of(built)
 
 

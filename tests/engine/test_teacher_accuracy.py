@@ -70,9 +70,8 @@ def config_of(tmp_path: Path, weights: Path, *, student: dict[str, Any] | None =
 
 
 def checked(experiment: Experiment, folder: Path, *, resume: bool = False) -> dict[str, Any]:
-    record = dict(experiment.teacher_record or {})
-    check_teacher(experiment, record, folder, ALONE, "run", resume=resume)
-    return record
+    check_teacher(experiment, folder, "run", resume=resume)
+    return dict(experiment.teacher_record or {})
 
 
 # Of K classes twice the odds of chance are 2 / (K + 1), less 2.33 deviations of a share of that many images.
@@ -140,7 +139,7 @@ def test_its_accuracy_is_said_and_kept(
 def test_the_probe_need_not_ask_again(tmp_path: Path, folder: Path, probe: bool) -> None:
     config = config_of(tmp_path, folder / "nothing.pth", min_accuracy=0)
     experiment = opened(config, ALONE) if probe else opened(_without_probe(config))
-    logits = check_teacher(experiment, {}, tmp_path, ALONE, "run", resume=False)
+    logits = check_teacher(experiment, tmp_path, "run", resume=False)
     if not probe:
         assert logits is None
         return

@@ -52,8 +52,9 @@ def pretended(rank: int, said: list[Any] | None = None) -> Pretended:
 
 
 def made_ready(experiment: Experiment) -> dict[str, Any]:
-    assert experiment.cache is not None
-    return ready_cache(experiment.cache, experiment.side, StopSignal(ALONE), "test", epochs=experiment.epochs)
+    ready_cache(experiment, StopSignal(ALONE), "test")
+    assert experiment.teacher_record is not None
+    return experiment.teacher_record
 
 
 def ready(config: Path, processes: Processes = ALONE) -> Experiment:

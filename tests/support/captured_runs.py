@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from support.real_runs import ALONE, cached_config, newest_checkpoint, train_records
 from unikd_fast.config import Config, load_config
+from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.cuda_graph import CapturedSteps
 from unikd_fast.engine.distributed import Processes, StopSignal
 from unikd_fast.engine.timing import Pace
-from unikd_fast.engine.trainer import Prepared, prepare
+from unikd_fast.engine.trainer import Trainer
 
 # All that changes from step to step: views, rate, ramps, an average; and clipping, at about half of the steps.
 CHANGING: dict[str, Any] = {
@@ -70,17 +71,18 @@ def config_of(folder: Path, weights: Path, name: str, method: Any, **sections: d
     )
 
 
-def prepared(config: Config, processes: Processes = ALONE) -> Prepared:
+def prepared(config: Config, processes: Processes = ALONE) -> Trainer:
     """A run before its first step, in training mode."""
+    experiment = build_experiment(config, processes)
     with StopSignal(processes) as stop:
-        ready = prepare(config, Path(config.run.dir), processes, stop, name="run", resume=False)
-    ready.parts.engine.train()
+        ready = Trainer(experiment, Path(config.run.dir), stop, label="run", resume=False)
+    ready.engine.train()
     return ready
 
 
-def inputs(ready: Prepared) -> Iterator[Any]:
+def inputs(ready: Trainer) -> Iterator[Any]:
     """What its steps take, epoch after epoch."""
-    return chain.from_iterable(ready.steps.data(epoch, 0) for epoch in range(ready.parts.experiment.epochs))
+    return chain.from_iterable(ready.steps.data(epoch, 0) for epoch in range(ready.experiment.epochs))
 
 
 def curve(folder: Path) -> list[dict[str, float]]:

@@ -301,5 +301,5 @@ def train_here(config: Config, *, resume: bool = False) -> Path:
     """Trains a single run in this process, within a `process_group`, and returns its folder."""
     folder = Path(config.run.dir)
     with StopSignal(ALONE) as stop:
-        Trainer(config, folder, ALONE, stop, label="student", resume=resume).run()
+        Trainer(build_experiment(config, ALONE), folder, stop, label="student", resume=resume).run()
     return folder

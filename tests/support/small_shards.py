@@ -28,8 +28,7 @@ FOUR: dict[str, Any] = {"cache": {"batch_size": 4}}
 
 def ready(config: Path) -> Experiment:
     experiment = opened(config)
-    assert experiment.cache is not None
-    ready_cache(experiment.cache, experiment.side, StopSignal(ALONE), "test", epochs=experiment.epochs)
+    ready_cache(experiment, StopSignal(ALONE), "test")
     return experiment
 
 

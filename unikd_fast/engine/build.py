@@ -1,8 +1,8 @@
 """From a configuration to the objects of a run: data, networks, method, checked against each other."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,38 +34,63 @@ from unikd_fast.values import Batch, Target
 
 @dataclass(frozen=True)
 class Experiment:
-    """The objects of one run. ``steps_per_epoch`` and ``total_steps`` count optimiser steps.
+    """The objects of one run, built once by `build_experiment`.
 
-    The teacher answers online (``teacher``) or from disk (``cache``); methods without one have neither.
-    ``teacher_record`` says how the online teacher runs and how faithful it is to itself in fp32.
+    Attributes:
+        config: of this single run.
+        processes: that train it.
+        splits: the data set.
+        loader: this process's batches of it.
+        side: the student, and what is trained with it.
+        method: what is distilled.
+        teacher: the teacher that answers online. If None, its outputs are cached, or the method needs none.
+        cache: the teacher's outputs on disk. If None, the teacher answers online, or the method needs none.
     """
 
     config: Config
+    processes: Processes
     splits: DataSplits
     loader: Loader
-    teacher: OnlineTeacher | None
-    student: FeatureExtractor | LogitsOnly
     side: StudentSide
     method: Method[Any]
-    steps_per_epoch: int
-    total_steps: int
-    teacher_record: dict[str, Any] | None = None
+    teacher: OnlineTeacher | None = None
     cache: OutputCache | None = None
 
     @property
+    def student(self) -> FeatureExtractor | LogitsOnly:
+        """The network that is trained."""
+        return cast(LogitsOnly, self.side.network)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return self.loader.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return _total_steps(self.config, self.steps_per_epoch)
+
+    @property
     def epochs(self) -> int:
-        """That are trained, the last one perhaps not to its end."""
+        """Number of epochs that are trained, the last one perhaps not to its end."""
         return -(-self.total_steps // self.steps_per_epoch)
 
+    @property
+    def teacher_record(self) -> dict[str, Any] | None:
+        """What the run folder says about the teacher; None for methods without one."""
+        source = self.cache or self.teacher
+        return None if source is None else source.record
+
     def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target | None]]:
-        """This process's micro-batches of an epoch from an optimiser step on, with the target where it is cached."""
+        """Return this process's micro-batches of an epoch from an optimiser step on, with targets that are cached."""
         if self.cache is None:
             return ((batch, None) for batch in self.loader.train(epoch, start_step))
-        return self.cache.micro_batches(epoch, start_step)
+        return self.cache.micro_batches(self.loader, self.processes.device, epoch, start_step)
 
 
 def build_experiment(config: Config, processes: Processes) -> Experiment:
-    """Builds data, teacher, student and method of a run.
+    """Build data, teacher, student and method of a run.
 
     Raises:
         ConfigError: whatever does not exist or does not fit together, before training starts; a teacher that is not
@@ -85,17 +110,13 @@ def _build(config: Config, processes: Processes) -> Experiment:
     if processes.is_first:
         say_inputs(config, splits, config.data.first_augmentation)
     loader = build_data_loader(config, splits, processes, second_view=needs.second_view)
-    steps_per_epoch = loader.steps_per_epoch
-    total_steps = config.train.total_epochs * steps_per_epoch
-    if config.train.max_steps is not None:
-        total_steps = min(total_steps, config.train.max_steps)
+    total_steps = _total_steps(config, loader.steps_per_epoch)
     facts = {"training_samples": len(splits.train), "classes": splits.num_classes, "steps": total_steps}
     require_agreement(processes, facts)
 
     torch.manual_seed(config.run.seed)
     student = build_network(config, "student", splits, needs=needs, batch=batch)
-    teacher_network = None
-    cached = False
+    network, cached = None, False
     if needs.teacher:
         assert config.teacher is not None
         cached = config.teacher.cache.mode != "off"
@@ -104,10 +125,10 @@ def _build(config: Config, processes: Processes) -> Experiment:
         trained = batch if needs.teacher_batch_statistics else None
         if config.teacher.training is not None:
             trained = local_batch_size(teacher_config(config), processes)
-        teacher_network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights, batch=trained)
+        network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights, batch=trained)
     # The method's own weights come last, so that all methods of a comparison start from the same student.
     torch.manual_seed(config.run.seed + 2)
-    features = teacher_network if isinstance(teacher_network, FeatureExtractor) else None
+    features = network if isinstance(network, FeatureExtractor) else None
     context = RunContext(
         student=student if isinstance(student, FeatureExtractor) else None,
         teacher=features,
@@ -117,7 +138,7 @@ def _build(config: Config, processes: Processes) -> Experiment:
         sample_labels=torch.as_tensor(splits.train.labels),
         device=processes.device,
         total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
         label_smoothing=config.loss.label_smoothing,
         impl=config.loss.impl,
     )
@@ -125,19 +146,21 @@ def _build(config: Config, processes: Processes) -> Experiment:
         method = build_method(config.distill.settings, context)
     autocast = torch.float16 if config.train.precision == "fp16" else None
     side = StudentSide(student, method.adapter, method.companion, autocast=autocast).to(processes.device)
-    teacher, record, cache = None, None, None
-    if teacher_network is not None and cached:
-        epochs = -(-total_steps // steps_per_epoch)
-        cache = open_output_cache(config, splits, loader, teacher_network, method, processes, epochs=epochs)
-    heads = method.heads if cache is None or cache.missing else ()  # those of a finished cache are not run
+    experiment = Experiment(config, processes, splits, loader, side, method)
+    if network is not None and cached:
+        experiment = replace(experiment, cache=open_output_cache(experiment, network))
+    heads = method.heads if experiment.cache is None or experiment.cache.missing else ()  # a finished cache runs none
     if method.adapter is not None or heads:
-        _check_method(config, side, teacher_network, method, heads, processes.device, batch=batch)
-    if teacher_network is not None and not cached:
-        affine = teacher_affine(config, splits)
-        teacher, record = start_teacher(config, teacher_network, loader, processes, renormalise=affine)
-    return Experiment(
-        config, splits, loader, teacher, student, side, method, steps_per_epoch, total_steps, record, cache
-    )
+        _check_method(experiment, network, heads, batch)
+    if network is not None and not cached:
+        teacher = start_teacher(config, network, loader, processes, renormalise=teacher_affine(config, splits))
+        experiment = replace(experiment, teacher=teacher)
+    return experiment
+
+
+def _total_steps(config: Config, steps_per_epoch: int) -> int:
+    steps, most = config.train.total_epochs * steps_per_epoch, config.train.max_steps
+    return steps if most is None else min(steps, most)
 
 
 def check_needs(config: Config, needs: Needs) -> None:
@@ -178,22 +201,19 @@ def check_classes(config: Config, needs: Needs, classes: int) -> None:
 
 
 def _check_method(
-    config: Config,
-    side: StudentSide,
+    experiment: Experiment,
     teacher: FeatureExtractor | LogitsOnly | None,
-    method: Method[Any],
     heads: Sequence[nn.Module],
-    device: torch.device,
-    *,
     batch: int,
 ) -> None:
     """Run what the method puts on top of both networks, which by themselves take the images."""
+    config, side, device = experiment.config, experiment.side, experiment.processes.device
     modes: dict[nn.Module, bool] = {side: True, **dict.fromkeys(heads, True)}
     if teacher is not None:
         modes[teacher.to(device)] = False
 
     def run(images: Tensor) -> None:
-        method.inside(side(images))
+        experiment.method.inside(side(images))
         if teacher is not None and heads:
             features = teacher(images)
             for head in heads:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import cache_dir
+from unikd_fast.config.schema import TeacherCache
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
@@ -41,16 +42,12 @@ from unikd_fast.teacher.cache.outputs import Recheck, check_outputs, output_diff
 from unikd_fast.units import size
 from unikd_fast.values import Batch, Gaussian, Target
 
+if TYPE_CHECKING:
+    from unikd_fast.engine.build import Experiment
 
-def outputs_key(
-    config: Config,
-    splits: DataSplits,
-    loader: Loader,
-    network: FeatureExtractor | LogitsOnly,
-    method: Method,
-    device: torch.device,
-) -> dict[str, Any]:
-    """What the outputs of this run's teacher are made from, for a CacheKey.
+
+def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly) -> dict[str, Any]:
+    """Return what the outputs of this run's teacher are made from, for a CacheKey.
 
     The student, the batch size and the loss are no part of it, so all students of a teacher share a cache; but a
     student whose weights ask for another interpolation shows other views, and a head that is fitted depends on the
@@ -58,13 +55,10 @@ def outputs_key(
     World size, workers and device change rounding at most.
 
     Args:
-        config: of a single run with a teacher.
-        splits: the data set.
-        loader: that shows its views.
+        experiment: a run with a teacher, its method's head not fitted yet.
         network: the teacher with its weights, as loaded.
-        method: before its head is fitted.
-        device: where the teacher runs, which decides precision "auto".
     """
+    config, splits = experiment.config, experiment.splits
     teacher = config.teacher
     assert teacher is not None
     mean, std = teacher_constants(config, splits)
@@ -72,7 +66,7 @@ def outputs_key(
         "teacher": {
             "model": teacher.model,
             "weights": hash_tensors(network.plain.state_dict()),
-            "precision": _precision(config, device),
+            "precision": _precision(config, experiment.processes.device),
             "fold_batch_norm": teacher.fold_batch_norm,
             "compile": teacher.compile,
         },
@@ -81,14 +75,14 @@ def outputs_key(
             "image_size": splits.image_size,
             "mean": list(mean),
             "std": list(std),
-            **loader.pixels,
+            **experiment.loader.pixels,
         },
         "views": {
             **_views(config.data.first_augmentation, splits),
             "version": AUGMENTATION_VERSION,
             "seed": config.run.seed,
         },
-        "head": _head(config, network, method),
+        "head": _head(config, network, experiment.method),
     }
 
 
@@ -140,95 +134,66 @@ _SHARDS_A_PROCESS = 4
 
 
 class OutputCache:
-    """The cache of one run, on one process; made by `open_output_cache`, filled by `unikd_fast.engine.cache`.
+    """The cache of one run, on one process.
 
     Args:
-        config: of the run.
-        splits, loader, method: of the run.
         folder: the files.
         views: of each sample that this run trains on; epoch e shows view e modulo their number.
-        network: the teacher with its weights on the first process, None on the others.
+        network: the teacher with its weights, to answer what is not stored yet. If None, it is built when it is needed.
+        missing: number of shards that this run needs and that are not built.
 
     Attributes:
-        missing: number of shards that this run needs and that were not built when it was opened or filled last.
+        record: what the run folder says about the teacher, once the cache is ready.
     """
 
     def __init__(
-        self,
-        config: Config,
-        splits: DataSplits,
-        loader: Loader,
-        method: Method,
-        processes: Processes,
-        *,
-        folder: CacheFolder,
-        views: int,
-        network: FeatureExtractor | LogitsOnly | None,
+        self, folder: CacheFolder, views: int, network: FeatureExtractor | LogitsOnly | None, missing: int
     ) -> None:
-        assert config.teacher is not None
-        self.config, self.splits, self.loader, self.method, self.processes = config, splits, loader, method, processes
-        self.settings = config.teacher.cache
-        self.folder, self.views, self.network = folder, views, network
-        self.missing: int = processes.broadcast(len(folder.missing_shards(views)))
+        self.folder, self.views, self.network, self.missing = folder, views, network, missing
+        self.record: dict[str, Any] | None = None
 
-    def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target]]:
-        """This process's micro-batches of an epoch with their targets, read ahead.
+    def micro_batches(
+        self, loader: Loader, device: torch.device, epoch: int, start_step: int = 0
+    ) -> Iterator[tuple[Batch, Target]]:
+        """Return a process's micro-batches of an epoch with their targets, read ahead.
 
         Raises:
             CacheError: a record is missing or damaged.
         """
         view = epoch % self.views
-        order = self.loader.schedule.order(epoch, start_step)
-        stored = read_ahead(self.folder, order, view, device=self.processes.device)
-        batches = self.loader.train(epoch, start_step, view_epoch=view)
+        stored = read_ahead(self.folder, loader.schedule.order(epoch, start_step), view, device=device)
+        batches = loader.train(epoch, start_step, view_epoch=view)
         return ((batch, Target(*outputs)) for batch, outputs in zip(batches, stored, strict=True))
 
-    def attachment(self) -> Attachment | None:
-        """What the builder left for all records, as the first process finds it: all must decide alike."""
-        there = self.processes.from_first(lambda: self.folder.attachment() is not None)
+    def attachment(self, processes: Processes) -> Attachment | None:
+        """Return what the builder left for all records, as the first process finds it: all must decide alike."""
+        there = processes.from_first(lambda: self.folder.attachment() is not None)
         return self.folder.attachment() if there else None
-
-    def adopt_head(self, attachment: Attachment) -> None:
-        """Gives the method the head that the stored Gaussians come from."""
-        if self.method.fitted_head is not None:
-            self.method.adopt_head(
-                {name: value.to(self.processes.device) for name, value in attachment.tensors.items()}
-            )
 
     def __str__(self) -> str:
         return f"teacher.cache.dir = {self.folder.path}"
 
 
-def open_output_cache(
-    config: Config,
-    splits: DataSplits,
-    loader: Loader,
-    network: FeatureExtractor | LogitsOnly,
-    method: Method,
-    processes: Processes,
-    *,
-    epochs: int,
-) -> OutputCache:
-    """Finds or makes the cache that ``config.teacher.cache`` describes, and compares what it was made from.
+def open_output_cache(experiment: "Experiment", network: FeatureExtractor | LogitsOnly) -> OutputCache:
+    """Find or make the cache that ``config.teacher.cache`` describes, and compare what it was made from.
 
     Args:
+        experiment: the run, its method's head not fitted yet.
         network: the teacher; with its weights on the first process, for its shapes alone on the others.
-        method: before its head is fitted.
-        epochs: that the run trains, complete or begun.
 
     Raises:
         ConfigError: the method needs more of the teacher than its outputs.
         CacheError: on all processes: the folder holds another cache (every difference is named), none where one is to
             be read, or a damaged one.
     """
-    assert config.teacher is not None
-    settings = config.teacher.cache
+    config, processes, splits, method = experiment.config, experiment.processes, experiment.splits, experiment.method
+    settings = _settings(config)
     refuse_uncacheable(method, network, splits)
     codec = codec_of(config, splits, method)
-    views, path = settings.views or epochs, cache_dir(config)
+    views, path = settings.views or experiment.epochs, cache_dir(config)
 
     def open_first() -> None:
-        key = CacheKey(outputs_key(config, splits, loader, network, method, processes.device))
+        key = CacheKey(outputs_key(experiment, network))
         try:
             if settings.mode == "read":
                 CacheFolder.open(path)  # never makes one
@@ -238,16 +203,19 @@ def open_output_cache(
             raise CacheError(_explained(error, path, settings.mode)) from error
 
     processes.from_first(open_first)
-    return OutputCache(
-        config,
-        splits,
-        loader,
-        method,
-        processes,
-        folder=CacheFolder.open(path),
-        views=views,
-        network=network if processes.is_first else None,
-    )
+    folder = CacheFolder.open(path)
+    missing = processes.broadcast(len(folder.missing_shards(views)))
+    return OutputCache(folder, views, network if processes.is_first else None, missing)
+
+
+def _settings(config: Config) -> TeacherCache:
+    assert config.teacher is not None
+    return config.teacher.cache
+
+
+def _cache(experiment: "Experiment") -> OutputCache:
+    assert experiment.cache is not None
+    return experiment.cache
 
 
 def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
@@ -292,18 +260,14 @@ def refuse_uncacheable(method: Method, network: nn.Module, splits: DataSplits) -
 TeacherOutputs = tuple[Tensor, Gaussian | None]
 
 
-def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, *, epochs: int) -> dict[str, Any]:
-    """Everything before training: what is missing is built, a share is held against the teacher, the teacher goes.
+def ready_cache(experiment: "Experiment", stop: StopSignal, name: str) -> None:
+    """Do everything before training: what is missing is built, a share is held against the teacher, the teacher goes.
 
     With ``teacher.cache.recheck = 0`` and a finished cache no teacher is made at all.
 
     Args:
-        side: the StudentSide of the run, for the plan.
-        name: of the run, before its lines.
-        epochs: that it trains.
-
-    Returns:
-        What the run folder says about the teacher.
+        experiment: a run with a cache, whose `record` is made.
+        name: label used in log messages.
 
     Raises:
         CacheError: on all processes: outputs are missing and may not be built, or are not the teacher's.
@@ -311,47 +275,47 @@ def ready_cache(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str
         Interrupted: SIGTERM or Ctrl-C while it was built.
     """
     with refusing_misfits():
-        return _ready(cache, side, stop, name, epochs)
+        _ready(experiment, stop, name)
 
 
-def _ready(cache: OutputCache, side: nn.Module, stop: StopSignal, name: str, epochs: int) -> dict[str, Any]:
-    processes = cache.processes
+def _ready(experiment: "Experiment", stop: StopSignal, name: str) -> None:
+    cache, processes, settings = _cache(experiment), experiment.processes, _settings(experiment.config)
     record: dict[str, Any] = {"cache": str(cache.folder.path), "views": cache.views, "built_shards": cache.missing}
-    if cache.missing and cache.settings.mode == "read":
+    if cache.missing and settings.mode == "read":
         raise CacheError(
             f"{cache}: {cache.missing} of {cache.folder.info().shards} shards are not built, and teacher.cache.mode = "
             "'read' builds none; run unikd cache build with this configuration, or use --set "
             "teacher.cache.mode=read_write"
         )
     sizes = cache_sizes(cache.folder.path, cache.folder.codec, cache.folder.samples, cache.views)
-    teacher = fill_cache(cache, stop, name) if cache.missing else None
-    attachment = cache.attachment()
+    teacher = fill_cache(experiment, stop, name) if cache.missing else None
+    attachment = cache.attachment(processes)
     assert attachment is not None
-    cache.adopt_head(attachment)
+    _adopt_head(experiment, attachment)
     record["teacher"] = attachment.record
 
     def compare() -> dict[str, Any]:
-        made = teacher or cached_teacher(cache)
-        found = recheck(cache, made)
-        plan = plan_cache(cache.config, cache.loader, side, cache.method, made, processes, sizes=sizes, epochs=epochs)
+        made = teacher or cached_teacher(experiment)
+        found = recheck(experiment, made)
+        plan = plan_cache(experiment, made, sizes)
         tqdm.write(f"[{name}] teacher cache: {plan.line()}", file=sys.stderr)
         return found._asdict()
 
-    if cache.settings.recheck > 0:
+    if settings.recheck > 0:
         record["recheck"] = processes.from_first(compare)
+    cache.record = record
     cache.network = teacher = None
     gc.collect()
     if processes.device.type == "cuda":
         torch.cuda.empty_cache()
-    return record
 
 
 @naming_part("teacher")
-def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher:
-    """Builds what is missing, on all processes of this run and beside any other run that does the same.
+def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineTeacher:
+    """Build what is missing, on all processes of this run and beside any other run that does the same.
 
     Args:
-        name: of the run, before its lines.
+        name: label used in log messages.
 
     Returns:
         The teacher that did it.
@@ -361,36 +325,36 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
         ValueError: the teacher is not the network it was made of, see `start_teacher`, or knows too little.
         Interrupted: SIGTERM or Ctrl-C; what is written stays.
     """
-    processes, batch_size = cache.processes, cache.settings.batch_size
+    cache, config, processes = _cache(experiment), experiment.config, experiment.processes
+    loader, method, batch_size = experiment.loader, experiment.method, _settings(config).batch_size
     processes.from_first(lambda: cache.folder.require_room(cache.views))
-    known = cache.attachment()
-    precision = None if known is None else known.record["precision"]
-    teacher, record = start_teacher(
-        cache.config,
-        _network(cache),
-        cache.loader,
+    known = cache.attachment(processes)
+    teacher = start_teacher(
+        config,
+        _network(experiment),
+        loader,
         processes,
-        renormalise=teacher_affine(cache.config, cache.splits),
-        precision=precision,
+        renormalise=teacher_affine(config, experiment.splits),
+        precision=None if known is None else known.record["precision"],
         batch_size=batch_size,
     )
     if known is None:
-        record[VALIDATION] = measure_teacher(cache.config, teacher, cache.loader, processes)
-    asked = record if known is None else known.record
+        teacher.record[VALIDATION] = measure_teacher(config, teacher, loader, processes)
+    asked = teacher.record if known is None else known.record
     if asked.get(VALIDATION) is not None:  # before a long pass over all views
-        judge_teacher(cache.config, asked[VALIDATION], cache.splits.num_classes, processes, name)
+        judge_teacher(config, asked[VALIDATION], experiment.splits.num_classes, processes, name)
     if known is None:
-        prepare_method(cache.method, cache.loader, teacher, processes, stop, name)
-        head = cache.method.fitted_head
-        processes.from_first(lambda: bool(cache.folder.attach({} if head is None else head.state_dict(), record)))
+        prepare_method(method, loader, teacher, processes, stop, name)
+        head = {} if method.fitted_head is None else method.fitted_head.state_dict()
+        processes.from_first(lambda: bool(cache.folder.attach(head, teacher.record)))
         known = cache.folder.attachment()
         assert known is not None
-    cache.adopt_head(known)  # another run's, if that was faster
+    _adopt_head(experiment, known)  # another run's, if that was faster
 
     def outputs(requests: Iterable[Any]) -> Iterator[TeacherOutputs]:
-        return _one_ahead(_outputs(cache, teacher, batch.images) for batch in cache.loader.views(requests))
+        return _one_ahead(_outputs(method, teacher, batch.images) for batch in loader.views(requests))
 
-    with _progress(cache, name) as bar:
+    with _progress(cache, processes, name) as bar:
 
         def advance(count: int) -> None:
             bar.update(count)
@@ -407,66 +371,75 @@ def fill_cache(cache: OutputCache, stop: StopSignal, name: str) -> OnlineTeacher
     return teacher
 
 
-def cached_teacher(cache: OutputCache) -> OnlineTeacher:
-    """The teacher that the cache was built with, run eagerly, on this process alone."""
-    known = cache.folder.attachment()
+def cached_teacher(experiment: "Experiment") -> OnlineTeacher:
+    """Return the teacher that the cache was built with, run eagerly, on this process alone."""
+    known = _cache(experiment).folder.attachment()
     assert known is not None  # of a cache that is built
     return make_teacher(
-        cache.config,
-        _network(cache),
-        cache.processes.device,
+        experiment.config,
+        _network(experiment),
+        experiment.processes.device,
         precision=known.record["precision"],
-        renormalise=teacher_affine(cache.config, cache.splits),
-        batch_size=cache.settings.batch_size,
+        renormalise=teacher_affine(experiment.config, experiment.splits),
+        batch_size=_settings(experiment.config).batch_size,
     )
 
 
-def recheck(cache: OutputCache, teacher: OnlineTeacher) -> Recheck:
-    """Computes a random share of the outputs again and compares; on this process alone.
+def recheck(experiment: "Experiment", teacher: OnlineTeacher) -> Recheck:
+    """Compute a random share of the outputs again and compare; on this process alone.
 
     Raises:
         CacheError: an output is missing, damaged, or not what the teacher says.
     """
-    samples, size = cache.folder.samples, cache.settings.batch_size
+    cache, settings = _cache(experiment), _settings(experiment.config)
+    samples, size = cache.folder.samples, settings.batch_size
     available = cache.views * samples
-    count = min(available, max(size, round(cache.settings.recheck * available)))
+    count = min(available, max(size, round(settings.recheck * available)))
     drawn = np.sort(np.random.default_rng().choice(available, count, replace=False))
     of_views = np.split(drawn, np.flatnonzero(np.diff(drawn // samples)) + 1)
     parts = [records[start : start + size] for records in of_views for start in range(0, len(records), size)]
     requests = ((records % samples, int(records[0]) // samples) for records in parts)
     differences: list[Tensor] = []
-    for records, batch in zip(parts, cache.loader.views(requests), strict=True):
-        logits, gaussian = _outputs(cache, teacher, batch.images)
+    for records, batch in zip(parts, experiment.loader.views(requests), strict=True):
+        logits, gaussian = _outputs(experiment.method, teacher, batch.images)
         differences.append(output_differences(cache.folder.codec, cache.folder.read(records), logits, gaussian))
     views, positions = np.divmod(drawn, samples)
     ids = cache.folder.sample_ids[positions].tolist()
     return check_outputs(
         torch.cat(differences),
         precision=teacher.precision,
-        device=cache.processes.device,
+        device=experiment.processes.device,
         names=[f"sample {sample} in view {view}" for sample, view in zip(ids, views.tolist(), strict=True)],
         cache=str(cache),
     )
 
 
-def _progress(cache: OutputCache, name: str) -> Any:
-    """A bar on the first process's terminal; with several processes it shows this one's share."""
+def _adopt_head(experiment: "Experiment", attachment: Attachment) -> None:
+    """Give the method the head that the stored Gaussians come from."""
+    if experiment.method.fitted_head is not None:
+        device = experiment.processes.device
+        experiment.method.adopt_head({name: value.to(device) for name, value in attachment.tensors.items()})
+
+
+def _progress(cache: OutputCache, processes: Processes, name: str) -> Any:
+    """Return a bar on the first process's terminal; with several processes it shows this one's share."""
     record_bytes = stored_bytes(cache.folder.codec.record_bytes)
-    share = cache.folder.missing_bytes(cache.views) // record_bytes // cache.processes.world_size
-    hidden = not cache.processes.is_first or not sys.stderr.isatty()
+    share = cache.folder.missing_bytes(cache.views) // record_bytes // processes.world_size
+    hidden = not processes.is_first or not sys.stderr.isatty()
     return tqdm(total=share, desc=f"[{name}] teacher's outputs", unit="view", disable=hidden, leave=False)
 
 
-def _network(cache: OutputCache) -> FeatureExtractor | LogitsOnly:
+def _network(experiment: "Experiment") -> FeatureExtractor | LogitsOnly:
+    cache = _cache(experiment)
     network, cache.network = cache.network, None  # whoever makes a teacher of it changes it
     if network is None:
-        network = build_teacher_network(cache.config, cache.splits, needs=cache.method.needs)
+        network = build_teacher_network(experiment.config, experiment.splits, needs=experiment.method.needs)
     return network
 
 
 @torch.no_grad()
-def _outputs(cache: OutputCache, teacher: OnlineTeacher, images: Tensor) -> TeacherOutputs:
-    target = cache.method.target(teacher(images))
+def _outputs(method: Method, teacher: OnlineTeacher, images: Tensor) -> TeacherOutputs:
+    target = method.target(teacher(images))
     assert isinstance(target.logits, Tensor)
     return target.logits, target.gaussian
 

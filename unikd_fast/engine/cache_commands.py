@@ -50,17 +50,18 @@ def build_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> No
 
 def _filled(name: str, config: Config, processes: Processes, stop: StopSignal, *, known: bool) -> str | None:
     """Builds what a run's cache lacks and says what it holds; one that is known is compared with the run, no more."""
-    cache = build_experiment(config, processes).cache
+    experiment = build_experiment(config, processes)
+    cache = experiment.cache
     assert cache is not None
     if known:
         return None
     began, how = time.perf_counter(), "already complete"
     if cache.missing:
         with refusing_misfits():
-            fill_cache(cache, stop, name)
+            fill_cache(experiment, stop, name)
         how = f"built in {duration(time.perf_counter() - began)}"
     else:
-        cache.attachment()  # damaged or gone, the shards are of no use
+        cache.attachment(processes)  # damaged or gone, the shards are of no use
     info = cache.folder.info()
     return f"{cache.folder.path}: {info.views} views x {info.samples:,} samples, {size(info.bytes_total)}, {how}"
 
@@ -80,7 +81,7 @@ def plan_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> Ite
         assert config.teacher is not None
         trained = config.teacher.weights is None and config.teacher.training is not None
         shown = override(config, {"teacher.weights": "random"}, "unikd cache plan") if trained else config
-        plan = plan_experiment(config, build_experiment(without_cache(shown), processes), processes)
+        plan = plan_experiment(config, build_experiment(without_cache(shown), processes))
         if processes.is_first:
             yield label, config, plan
 
@@ -90,8 +91,8 @@ def without_cache(config: Config) -> Config:
     return config if config.teacher is None else override(config, {"teacher.cache.mode": "off"}, "teacher.cache")
 
 
-def plan_experiment(config: Config, experiment: Experiment, processes: Processes) -> CachePlan:
-    """What the cache of a run would cost and save.
+def plan_experiment(config: Config, experiment: Experiment) -> CachePlan:
+    """Return what the cache of a run would cost and save.
 
     Args:
         config: of the run, with the settings of its cache.
@@ -107,9 +108,7 @@ def plan_experiment(config: Config, experiment: Experiment, processes: Processes
         refuse_uncacheable(method, teacher.network, splits)
         codec = codec_of(config, splits, method)
     sizes = cache_sizes(cache_dir(config), codec, len(splits.train), config.teacher.cache.views or epochs)
-    return plan_cache(
-        config, experiment.loader, experiment.side, method, teacher, processes, sizes=sizes, epochs=epochs
-    )
+    return plan_cache(experiment, teacher, sizes)
 
 
 def verify_folder(folder: CacheFolder, *, repair: bool) -> bool:

@@ -9,15 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from unikd_fast.config import Config
 from unikd_fast.config.schema import TrainConfig
-from unikd_fast.data.loader import Loader
-from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.optimizer import build_optimizer
 from unikd_fast.engine.zero import autocast_dtype
 from unikd_fast.io import free_bytes
@@ -28,6 +25,9 @@ from unikd_fast.teacher.cache.files import stored_bytes
 from unikd_fast.teacher.cache.manifest import MANIFEST
 from unikd_fast.units import duration, size
 from unikd_fast.values import Batch, StudentOutput, Target
+
+if TYPE_CHECKING:
+    from unikd_fast.engine.build import Experiment
 
 _ROUNDS, _WARMUP, _SECONDS = 9, 2, 3.0
 
@@ -155,26 +155,15 @@ def cache_sizes(path: Path, codec: Codec, samples: int, views: int) -> CacheSize
     return CacheSizes(samples, views, view_bytes, missing, _free_bytes(path))
 
 
-def plan_cache(
-    config: Config,
-    loader: Loader,
-    side: nn.Module,
-    method: Method,
-    teacher: OnlineTeacher,
-    processes: Processes,
-    *,
-    sizes: CacheSizes,
-    epochs: int,
-) -> CachePlan:
-    """Measures teacher and student on one micro-batch of this process; nothing of the run is changed by it.
+def plan_cache(experiment: "Experiment", teacher: OnlineTeacher, sizes: CacheSizes) -> CachePlan:
+    """Measure teacher and student on one micro-batch of this process; nothing of the run is changed by it.
 
     Args:
-        side: the StudentSide of the run.
-        method: its head may be fitted or not.
-        teacher: that answers where there is no cache.
-        sizes: before anything is built.
-        epochs: that the run trains.
+        experiment: the run; its method's head may be fitted or not.
+        teacher: teacher that answers where there is no cache.
+        sizes: sizes before anything is built.
     """
+    train, loader, method = experiment.config.train, experiment.loader, experiment.method
     batch = next(loader.train(0))
     # The teacher is timed on as many images as it takes at a time, where it pads smaller batches.
     size = teacher.batch_size or len(batch.images)
@@ -186,15 +175,15 @@ def plan_cache(
 
     with _in_eval_mode(method.fitted_head):
         held = answer(batch.images)
-        times = measure_times(side, method, config.train, batch, held, partial(answer, images))
+        times = measure_times(experiment.side, method, train, batch, held, partial(answer, images))
     share = len(batch.images) / size
     return CachePlan(
         sizes,
         StepTimes(times.teacher * share, times.student),
         micro_batch_size=loader.schedule.micro_batch_size,
-        micro_batches=loader.steps_per_epoch * config.train.accumulation_steps,
-        processes=processes.world_size,
-        epochs=epochs,
+        micro_batches=loader.steps_per_epoch * train.accumulation_steps,
+        processes=experiment.processes.world_size,
+        epochs=experiment.epochs,
     )
 
 

@@ -13,31 +13,33 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from unikd_fast.config import Config
 from unikd_fast.config.schema import OWN_GRAPHS
 from unikd_fast.data.device import DeviceLoader
 from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.gradients import GradientWatch
 from unikd_fast.engine.local_engine import LocalEngine
-from unikd_fast.engine.step import Parts, train_step
-from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.metrics import LossMeter
+from unikd_fast.engine.optimizer import StudentAverage
+from unikd_fast.engine.step import Steps, train_step
+from unikd_fast.engine.timing import Pace, StepClock
 from unikd_fast.engine.zero import zero_stage
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 
 _logger = logging.getLogger("unikd_fast")
 
 
-def captures(config: Config, experiment: Experiment, processes: Processes) -> bool:
-    """Whether the steps of a run are captured; the first process says so, and why not where "auto" decides.
+def captures(experiment: Experiment) -> bool:
+    """Return whether the steps of a run are captured; the first process says so, and why not where "auto" decides.
 
     Raises:
         ConfigError: train.cuda_graph = on, and something is in the way.
     """
-    asked = config.train.cuda_graph
+    asked, processes = experiment.config.train.cuda_graph, experiment.processes
     if asked == "off":
         return False
-    found = [*device_obstacles(processes), *obstacles(config, experiment, processes)]
+    found = [*device_obstacles(processes), *obstacles(experiment)]
     if found and asked == "on":
         raise ConfigError(
             f"train.cuda_graph = 'on', but the step cannot be captured: {'; '.join(found)}; or set it to auto"
@@ -58,8 +60,9 @@ def device_obstacles(processes: Processes) -> Iterator[str]:
         yield f"the device is {processes.device.type}, no CUDA device (run on a GPU)"
 
 
-def obstacles(config: Config, experiment: Experiment, processes: Processes) -> Iterator[str]:
-    """What else is in the way, each with its remedy, the most general first."""
+def obstacles(experiment: Experiment) -> Iterator[str]:
+    """Yield what else is in the way, each with its remedy, the most general first."""
+    config, processes = experiment.config, experiment.processes
     train, teacher = config.train, config.teacher
     if processes.world_size > 1:
         yield f"{processes.world_size} processes exchange gradients (start one)"
@@ -102,18 +105,25 @@ WARM_UP = 3
 """Steps before the capture: they make the optimiser's state and what a method makes with its first batch."""
 
 
-class CapturedSteps:
-    """Steps of a captured program.
+class CapturedSteps(Steps):
+    """Take steps of a captured program: with a LocalEngine, and a DeviceLoader whose batches can be planned.
 
-    Args:
-        parts: with a LocalEngine and a DeviceLoader whose batches can be planned.
-        required: a capture that fails is an error; otherwise it is said, and the program is called every time.
+    A capture that fails is an error where train.cuda_graph = on; otherwise it is said, and the program is called every
+    time.
     """
 
-    def __init__(self, parts: Parts, *, required: bool) -> None:
-        experiment, engine, *_ = parts
-        assert isinstance(experiment.loader, DeviceLoader) and isinstance(engine, LocalEngine)
-        self._parts, self._engine, self._loader, self._required = parts, engine, experiment.loader, required
+    def __init__(
+        self,
+        experiment: Experiment,
+        engine: LocalEngine,
+        watch: GradientWatch,
+        meter: LossMeter,
+        average: StudentAverage | None,
+        clock: StepClock,
+    ) -> None:
+        super().__init__(experiment, engine, watch, meter, average, clock)
+        assert isinstance(experiment.loader, DeviceLoader)
+        self._loader = experiment.loader
         device = engine.learning_rate.device
         views = 2 if experiment.method.needs.second_view else 1
         shape = (engine.gradient_accumulation_steps(), views, experiment.loader.schedule.micro_batch_size, 6)
@@ -128,7 +138,7 @@ class CapturedSteps:
         return self._loader.plans(epoch, start)
 
     def take(self, data: Iterator[Tensor], pace: Pace, step: int, *, learning_rate: float) -> None:
-        experiment, clock = self._parts.experiment, self._parts.clock
+        experiment, clock = self._experiment, self._clock
         clock.start()
         for plan in self._plans:
             plan.copy_(pace.next(data), non_blocking=True)
@@ -138,8 +148,8 @@ class CapturedSteps:
         self._step.fill_(step)
         self.replay()
         clock.mark("step")
-        if self._parts.average is not None:
-            self._parts.average.count()
+        if self._average is not None:
+            self._average.count()
 
     def replay(self) -> None:
         """The program, on what is in the buffers now."""
@@ -159,14 +169,14 @@ class CapturedSteps:
 
     def program(self) -> None:
         """One step, of the buffers and of nothing else; no host read."""
-        experiment, engine, watch, meter, average, _ = self._parts
+        experiment, engine, watch = self._experiment, self._engine, self._watch
         for number, plan in enumerate(self._plans):
             update = number == len(self._plans) - 1
             batch = self._loader.batch_of(plan)
             loss = train_step(engine, experiment.teacher, experiment.method, batch, update=update, watch=watch)
-            meter.update(loss, self._step, updated=update)
-        if average is not None:
-            average.mix(experiment.student)
+            self._meter.update(loss, self._step, updated=update)
+        if self._average is not None:
+            self._average.mix(experiment.student)
 
     def _captured(self) -> Callable[[], None]:
         """Return what launches the captured program, or the program itself where capturing failed.
@@ -187,7 +197,7 @@ class CapturedSteps:
         self._engine.start_over()
         if self._side is not None:
             require_no_capture(self._side.device, said)
-        if self._required:
+        if self._experiment.config.train.cuda_graph == "on":
             kind = OutOfMemory if memory else ConfigError
             raise kind(f"train.cuda_graph = 'on', but capturing a step failed: {said}; set it to 'off'")
         _logger.warning(

@@ -1,5 +1,7 @@
 """What runs: in a few lines before training, and in full by ``--dry-run``."""
 
+import logging
+
 from torch import nn
 
 from unikd_fast.config import Config
@@ -10,6 +12,8 @@ from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.memory import count_parameters, estimate_memory, head_parameters
 from unikd_fast.engine.teacher import describe_teacher
 from unikd_fast.engine.zero import deepspeed_config, local_batch_size, zero_stage
+
+_logger = logging.getLogger("unikd_fast")
 
 
 def data_line(config: Config, experiment: Experiment) -> str:
@@ -38,9 +42,10 @@ def teacher_line(config: Config, experiment: Experiment) -> str | None:
     )
 
 
-def method_lines(config: Config, experiment: Experiment, processes: Processes) -> list[str]:
-    """The method, the batch and the steps."""
-    train, world_size = config.train, processes.world_size
+def method_lines(config: Config, experiment: Experiment) -> list[str]:
+    """Return the method, the batch and the steps."""
+    train, processes = config.train, experiment.processes
+    world_size = processes.world_size
     own = count_parameters(experiment.side) - count_parameters(experiment.student) + head_parameters(experiment)
     beside = f": {own:,} parameters beside the student's" if own else ""
     method = "none, cross-entropy alone" if config.distill.method == "none" else config.distill.label
@@ -53,10 +58,24 @@ def method_lines(config: Config, experiment: Experiment, processes: Processes) -
     ]
 
 
-def header(config: Config, experiment: Experiment, processes: Processes) -> list[str]:
-    """The lines of a run."""
+def say_what_runs(experiment: Experiment, name: str) -> None:
+    """Log the lines of a run, and warn where nobody checks that its teacher is faithful.
+
+    Args:
+        experiment: the run.
+        name: label used in log messages.
+    """
+    config, record = experiment.config, experiment.teacher_record
     lines = [data_line(config, experiment), student_line(config, experiment), teacher_line(config, experiment)]
-    return [line for line in lines if line is not None] + method_lines(config, experiment, processes)
+    _logger.info("[%s] trains %s", name, config.student.model)
+    for line in [line for line in lines if line is not None] + method_lines(config, experiment):
+        _logger.info("  %s", line)
+    if record is None or config.teacher is None:
+        return
+    record = record.get("teacher", record)  # of one whose outputs are cached
+    unchecked = config.teacher.weights == "random" or config.teacher.fidelity.batches == 0
+    if record.get("fidelity") is None and unchecked:
+        _logger.warning("the teacher's fidelity is not checked: %s", record["fidelity_skipped"])
 
 
 MIB = 2**20
@@ -80,10 +99,10 @@ def describe(config: Config, processes: Processes) -> str:
         if trained_first:
             record = {**record, "fidelity_skipped": "the run trains the teacher first"}
         lines += [of_teacher, *_levels(experiment.teacher.network), *describe_teacher(record)]
-    lines += method_lines(given, experiment, processes)
-    lines.append(_memory(experiment, local_batch_size(config, processes), processes))
+    lines += method_lines(given, experiment)
+    lines.append(_memory(experiment))
     if experiment.teacher is not None and teacher is not None and teacher.cache.mode != "off":
-        plan = plan_experiment(config, experiment, processes)
+        plan = plan_experiment(config, experiment)
         lines.append(f"cache     {teacher.cache.mode} {cache_dir(config)}: {plan.line()}")
     if config.compare is not None:
         runs = len(config.compare.seeds) * len(config.compare.runs)
@@ -97,7 +116,8 @@ def _levels(network: nn.Module) -> list[str]:
     return [f"          {name}: {c} x {h} x {w}" for name, (c, h, w) in zip(names, shapes, strict=True)]
 
 
-def _memory(experiment: Experiment, batch: int, processes: Processes) -> str:
-    parts = {name: amount / MIB for name, amount in estimate_memory(experiment, batch, processes).items()}
+def _memory(experiment: Experiment) -> str:
+    batch = local_batch_size(experiment.config, experiment.processes)
+    parts = {name: amount / MIB for name, amount in estimate_memory(experiment, batch).items()}
     detail = ", ".join(f"{name} {mib:,.0f}" for name, mib in parts.items())
     return f"memory    about {sum(parts.values()):,.0f} MiB per process: {detail} (estimate)"

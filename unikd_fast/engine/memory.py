@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import nn
 
-from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.zero import autocast_dtype, zero_stage
 from unikd_fast.errors import OutOfMemory, RunError
 
@@ -63,13 +62,13 @@ class Kept(NamedTuple):
     inside: int
 
 
-def estimate_memory(experiment: "Experiment", batch: int, processes: Processes) -> dict[str, float]:
+def estimate_memory(experiment: "Experiment", batch: int) -> dict[str, float]:
     """Bytes by what takes them: most from sizes, activations by measuring a few images.
 
     Args:
         batch: images of a micro-batch.
     """
-    config, method = experiment.config, experiment.method
+    config, processes, method = experiment.config, experiment.processes, experiment.method
     shards = processes.world_size if zero_stage(config) else 1
     parameters = 4 * count_parameters(experiment.side)
     student, inside = kept_of_a_batch(experiment, batch, processes.device)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from unikd_fast.config import Config, run_configs
 from unikd_fast.config.effect import without_effect
 from unikd_fast.config.load import override, run_path, teacher_config
+from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
 from unikd_fast.engine.folder import REPORT, open_run_folder, read_result, require_same_config
@@ -196,4 +197,5 @@ def _run(
     finished = processes.from_first(lambda: read_result(folder)) if resume else None
     if finished is not None:
         return finished
-    return Trainer(config, folder, processes, stop, label=label, resume=resume).run()
+    experiment = build_experiment(config, processes)
+    return Trainer(experiment, folder, stop, label=label, resume=resume).run()

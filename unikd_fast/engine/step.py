@@ -1,7 +1,8 @@
 """One step of distillation. Read this first: everything else in the engine feeds it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,56 +68,63 @@ def train_step(
     return loss
 
 
-class Parts(NamedTuple):
-    """What a step acts on."""
+class Steps(ABC):
+    """Take one optimiser step after the other.
 
-    experiment: Experiment
-    engine: Any  # the DeepSpeed engine, or a LocalEngine
-    watch: GradientWatch
-    meter: LossMeter
-    average: StudentAverage | None
-    clock: StepClock
+    Args:
+        experiment: the run.
+        engine: a LocalEngine or the DeepSpeed engine around its StudentSide.
+        watch: looks at the gradients.
+        meter: sums the loss terms.
+        average: exponential average of the student. If None, there is none.
+        clock: times the parts of a step.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        engine: Any,
+        watch: GradientWatch,
+        meter: LossMeter,
+        average: StudentAverage | None,
+        clock: StepClock,
+    ) -> None:
+        self._experiment, self._engine, self._watch = experiment, engine, watch
+        self._meter, self._average, self._clock = meter, average, clock
+
+    @abstractmethod
+    def data(self, epoch: int, start: int) -> Iterator[Any]:
+        """Return what the steps of an epoch take from its step ``start`` on."""
+
+    @abstractmethod
+    def take(self, data: Iterator[Any], pace: Pace, step: int, *, learning_rate: float) -> None:
+        """Take one step: its number in the run, from 0, says how far the method's ramps are."""
 
 
-class Steps(Protocol):
-    """One optimiser step after the other."""
+class EagerSteps(Steps):
+    """Launch the operations of a step one by one."""
 
     def data(self, epoch: int, start: int) -> Iterator[Any]:
-        """What the steps of an epoch take from its step ``start`` on."""
-        ...
+        """Return micro-batches, and their targets where these are cached."""
+        return self._experiment.micro_batches(epoch, start)
 
     def take(self, data: Iterator[Any], pace: Pace, step: int, *, learning_rate: float) -> None:
-        """One step: its number in the run, from 0, says how far the method's ramps are."""
-        ...
-
-
-class EagerSteps:
-    """Steps whose operations are launched one by one."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._micro_steps = parts.engine.gradient_accumulation_steps()
-
-    def data(self, epoch: int, start: int) -> Iterator[Any]:
-        """Micro-batches, and their targets where these are cached."""
-        return self._parts.experiment.micro_batches(epoch, start)
-
-    def take(self, data: Iterator[Any], pace: Pace, step: int, *, learning_rate: float) -> None:
-        experiment, engine, watch, meter, average, clock = self._parts
+        experiment, engine, watch, clock = self._experiment, self._engine, self._watch, self._clock
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
         experiment.method.set_progress(step / experiment.steps_per_epoch)
         clock.start()
-        for micro_step in range(self._micro_steps):
+        micro_steps = engine.gradient_accumulation_steps()
+        for micro_step in range(micro_steps):
             batch, target = pace.next(data)
             clock.mark("data")
-            update = micro_step == self._micro_steps - 1
+            update = micro_step == micro_steps - 1
             loss = train_step(
                 engine, experiment.teacher, experiment.method, batch, target, update=update, watch=watch, clock=clock
             )
-            meter.update(loss, step, updated=update)
-        watch.require_progress(meter.describe_first)
-        if average is not None:
+            self._meter.update(loss, step, updated=update)
+        watch.require_progress(self._meter.describe_first)
+        if self._average is not None:
             with gathered(experiment.student):
-                average.update_parameters(experiment.student)
+                self._average.update_parameters(experiment.student)
         clock.mark("optimiser")

@@ -80,8 +80,8 @@ def start_teacher(
     renormalise: Affine | None,
     precision: str | None = None,
     batch_size: int | None = None,
-) -> tuple[OnlineTeacher, dict[str, Any]]:
-    """Makes the teacher that ``config.teacher`` describes and compares it with the network on training batches.
+) -> OnlineTeacher:
+    """Make the teacher that ``config.teacher`` describes and compares it with the network on training batches.
 
     All processes come to one decision: the first one resolves precision "auto", fp16 gives way to bf16 everywhere if
     it is not finite on any of them, and the figures are pooled.
@@ -95,7 +95,7 @@ def start_teacher(
         batch_size: images of one call of the network; None: that of a micro-batch if it is compiled, any otherwise.
 
     Returns:
-        The teacher, and what the run folder says about it: how it runs, and its fidelity or why there is none.
+        The teacher, whose `record` says how it runs, and its fidelity or why there is none.
 
     Raises:
         ValueError: the teacher is not the network it was made of, or cannot be compiled; see `check_fidelity`.
@@ -125,7 +125,7 @@ def start_teacher(
     batches = [batch.images for batch in islice(loader.train(0), needed)] if needed else []
     if first_call:  # compiles here, and not in the first step
         teacher.settle(all(processes.gather(teacher.is_finite(batches))))
-    record: dict[str, Any] = {
+    teacher.record |= {
         "model": section.model,
         "weights": section.weights,
         "precision": teacher.precision,
@@ -135,10 +135,11 @@ def start_teacher(
         "fidelity_skipped": unchecked,
     }
     if reference is None:
-        return teacher, record
+        return teacher
     found = pool_fidelity(processes.gather(measure_fidelity(teacher, reference, batches)))
     check_fidelity(found, teacher, min_agreement=section.fidelity.min_agreement)
-    return teacher, {**record, "fidelity": found._asdict()}
+    teacher.record["fidelity"] = found._asdict()
+    return teacher
 
 
 def describe_teacher(record: dict[str, Any]) -> list[str]:
@@ -237,13 +238,15 @@ def judge_teacher(config: Config, found: dict[str, float], classes: int, process
             _logger.warning("[%s] the teacher knows little: chance is %.2f %%", name, 100 / classes)
 
 
-def check_teacher(
-    experiment: "Experiment", record: dict[str, Any], folder: Path, processes: Processes, name: str, *, resume: bool
-) -> dict[int, Tensor] | None:
+def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: bool) -> dict[int, Tensor] | None:
     """Do both before a run starts, once: a resumed run finds the figures in its folder; compare with the student.
 
+    An online teacher's record gets its figures.
+
     Args:
-        record: what the folder will say of the teacher; of an online one gets its figures.
+        experiment: a run with a teacher; its cache, if it has one, is ready.
+        folder: of the run.
+        name: label used in log messages.
         resume: whether the run may have been begun before.
 
     Returns:
@@ -253,7 +256,13 @@ def check_teacher(
     Raises:
         ConfigError: on every process: the teacher does not know enough, see `judge_teacher`.
     """
-    config, teacher = experiment.config, experiment.teacher
+    config, processes, teacher, record = (
+        experiment.config,
+        experiment.processes,
+        experiment.teacher,
+        experiment.teacher_record,
+    )
+    assert record is not None
     before = processes.from_first(lambda: read_teacher(folder)) if resume else None
     keep: list[Outputs] | None = [] if config.run.probe else None
     if teacher is None:  # its outputs are cached, and who built the cache has asked it
@@ -267,12 +276,13 @@ def check_teacher(
     if not record.get("built_shards"):  # whoever builds says it before
         judge_teacher(config, found, experiment.splits.num_classes, processes, name)
     if before is None and config.student.weights not in _RANDOM:
-        _compare(experiment, found, processes, name)
+        _compare(experiment, found, name)
     return {int(i): row for each in keep for i, row in zip(each.sample_ids, each.logits, strict=True)} if keep else None
 
 
-def _compare(experiment: "Experiment", teacher: dict[str, float], processes: Processes, name: str) -> None:
-    batches, dtype = experiment.loader.evaluate("val"), autocast_dtype(experiment.config.train.precision)
+def _compare(experiment: "Experiment", teacher: dict[str, float], name: str) -> None:
+    processes, batches = experiment.processes, experiment.loader.evaluate("val")
+    dtype = autocast_dtype(experiment.config.train.precision)
     with torch.random.fork_rng(devices=[]):
         student = evaluate(experiment.student, batches, processes, autocast=dtype)
     if not processes.is_first:

@@ -1,22 +1,20 @@
 """One run from the first step to its result: prepare, train, evaluate, save; resumable after any step."""
 
 import copy
-import logging
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unikd_fast.config import Config
 from unikd_fast.engine import checkpoint as ckpt
-from unikd_fast.engine.build import Experiment, build_experiment
+from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.cache import ready_cache
 from unikd_fast.engine.cuda_graph import CapturedSteps, captures
-from unikd_fast.engine.describe import header
-from unikd_fast.engine.distributed import Processes, StopSignal, average_buffers, doubt_about
+from unikd_fast.engine.describe import say_what_runs
+from unikd_fast.engine.distributed import StopSignal, average_buffers, doubt_about
 from unikd_fast.engine.evaluate import Outputs, Probe, evaluate, head_indicators, write_outputs
 from unikd_fast.engine.folder import (
     BEST,
@@ -34,7 +32,7 @@ from unikd_fast.engine.local_engine import LocalEngine
 from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.metrics import LossMeter, MetricsWriter, bad_sample_record, memory_gib, read_metrics
 from unikd_fast.engine.optimizer import StudentAverage, learning_rate
-from unikd_fast.engine.step import EagerSteps, Parts, Steps
+from unikd_fast.engine.step import EagerSteps, Steps
 from unikd_fast.engine.teacher import check_teacher, prepare_method
 from unikd_fast.engine.timing import Pace, StepClock, loader_rate
 from unikd_fast.engine.zero import autocast_dtype, gathered, restore_optimizer_state, start_engine, zero_stage
@@ -42,153 +40,89 @@ from unikd_fast.errors import CheckpointError, Interrupted, NonFiniteLoss
 from unikd_fast.io import make_folder, remove_leftovers
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 
-_logger = logging.getLogger("unikd_fast")
-
 _REMOVE = "remove that folder and continue with --resume auto"
-
-
-class Prepared(NamedTuple):
-    """A run's parts, how many steps it has done, and where they are needed and known a copy of the student to evaluate,
-    and the teacher's logits for this process's validation batches."""
-
-    parts: Parts
-    steps: Steps
-    step: int
-    copy: FeatureExtractor | LogitsOnly | None
-    teacher_logits: dict[int, Tensor] | None
-
-
-@naming_part("run")
-def prepare(
-    config: Config, folder: Path, processes: Processes, stop: StopSignal, *, name: str, resume: bool
-) -> Prepared:
-    """Builds a single run in its folder; all processes must call it.
-
-    Args:
-        name: of the run in what is said meanwhile.
-        resume: take up the folder's newest checkpoint if there is one.
-
-    Raises:
-        OutOfMemory: it does not fit into memory; names the part.
-    """
-    experiment = build_experiment(config, processes)
-    method, side = experiment.method, experiment.side
-    newest = _newest_checkpoint(folder, side, processes) if resume else None
-    saved = None if newest is None else ckpt.read_folder(newest)
-    teacher_record = experiment.teacher_record
-    if experiment.cache is not None:
-        teacher_record = ready_cache(experiment.cache, side, stop, name, epochs=experiment.epochs)
-        if saved is not None:
-            ckpt.require_same_head(saved, method)
-    logits = None
-    if teacher_record is not None:
-        logits = check_teacher(experiment, teacher_record, folder, processes, name, resume=resume)
-    if newest is not None and saved is not None:
-        with ckpt.restoring(newest, advice=_REMOVE):
-            ckpt.restore_weights(saved, side, method, processes)
-    if processes.is_first:
-        _say_what_runs(config, experiment, teacher_record, name, processes)
-    average = _start_average(experiment)
-    # At ZeRO stage 3 nobody has whole weights to evaluate, and processes do not evaluate in step.
-    needs_copy = zero_stage(config) == 3 and average is None
-    whole = copy.deepcopy(experiment.student) if needs_copy else None
-    captured = captures(config, experiment, processes)
-    # Every step has the same shapes, so cuDNN times its algorithms once; where it has to be deterministic, its choice
-    # would differ between runs.
-    deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    torch.backends.cudnn.benchmark = not deterministic
-    with naming_part("optimiser"):
-        engine = LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
-    processes.from_first(lambda: _begin(folder, teacher_record))
-    scale = LossScale() if config.train.precision == "fp16" else None
-    if newest is None or saved is None:
-        if experiment.teacher is not None:
-            prepare_method(method, experiment.loader, experiment.teacher, processes, stop, name)
-        torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes
-    else:
-        with ckpt.restoring(newest, advice=_REMOVE):
-            restore_optimizer_state(engine, saved["optimizer"])
-            if average is not None:
-                ckpt.restore_average(saved, average, processes)
-            ckpt.restore_random_state(saved, processes)
-            if scale is not None:
-                scale.load_state_dict(saved["run"]["loss_scale"])
-    skip = config.train.nonfinite == "skip"
-    watch = GradientWatch(engine, skip=skip, scale=scale)
-    # With fp16 gradients overflow now and then, and the loss scale sees to them.
-    meter = LossMeter(processes, method.term_names, None if scale else watch, skip=skip)
-    clock = StepClock(processes.device if processes.is_first else None, whole=captured)
-    parts = Parts(experiment, engine, watch, meter, average, clock)
-    required = config.train.cuda_graph == "on"
-    steps: Steps = CapturedSteps(parts, required=required) if captured else EagerSteps(parts)
-    return Prepared(parts, steps, 0 if saved is None else int(saved["run"]["step"]), whole, logits)
-
-
-def _say_what_runs(
-    config: Config, experiment: Experiment, teacher_record: dict[str, Any] | None, name: str, processes: Processes
-) -> None:
-    _logger.info("[%s] trains %s", name, config.student.model)
-    for line in header(config, experiment, processes):
-        _logger.info("  %s", line)
-    teacher = config.teacher
-    if teacher_record is None or teacher is None:
-        return
-    teacher_record = teacher_record.get("teacher", teacher_record)  # of one whose outputs are cached
-    if teacher_record.get("fidelity") is not None:
-        return
-    if teacher.weights == "random" or teacher.fidelity.batches == 0:
-        _logger.warning("the teacher's fidelity is not checked: %s", teacher_record["fidelity_skipped"])
-
-
-def _newest_checkpoint(folder: Path, side: nn.Module, processes: Processes) -> Path | None:
-    """Return the newest checkpoint that this run can go on from, chosen by the first process for all."""
-    return processes.from_first(lambda: ckpt.find_newest(folder, lambda path: ckpt.require_usable(path, side)))
-
-
-def _begin(folder: Path, teacher_record: dict[str, Any] | None) -> None:
-    make_folder(folder)
-    remove_leftovers(folder)
-    if (folder / BEST).parent.is_dir():
-        remove_leftovers((folder / BEST).parent)
-    if teacher_record is not None:
-        write_teacher(folder, teacher_record)
-
-
-def _start_average(experiment: Experiment) -> StudentAverage | None:
-    decay = experiment.config.train.ema_decay
-    if decay is None:
-        return None
-    average = StudentAverage(experiment.student, decay)
-    if experiment.config.train.channels_last and zero_stage(experiment.config) == 0:
-        # As the engine's: tensors of two layouts are averaged one by one.
-        average.module.to(memory_format=torch.channels_last)
-    return average
-
 
 _WORTH_MEASURING = 120  # micro-batches
 
 
 class Trainer:
-    """Trains one student in one folder.
+    """Train one student in one folder; the trainer makes and holds what acts in a step.
+
+    All processes must make it.
 
     Args:
-        config: of a single run.
+        experiment: the run.
         folder: where it writes.
+        stop: asks it to save and end.
         label: its name in log lines and tables.
-        resume: continue from the folder's last checkpoint if there is one.
+        resume: whether to continue from the folder's newest checkpoint, if there is one.
+
+    Attributes:
+        engine: trains the student: a LocalEngine, or DeepSpeed's.
+        watch: looks at the gradients.
+        meter: sums the loss terms.
+        average: exponential average of the student. If None, there is none.
+        copy: a whole copy of the student to evaluate. If None, the student itself is whole.
+        clock: times the parts of a step.
+        steps: takes the steps.
+        step: number of steps that are done.
+        probe: compares the student with the teacher on held-out samples. If None, nobody does.
+
+    Raises:
+        CacheError, CheckpointError, ConfigError: the folder, the teacher or its cache does not fit the run.
+        Interrupted: SIGTERM or Ctrl-C while the cache was built or the method prepared.
+        OutOfMemory: it does not fit into memory; names the part.
     """
 
-    def __init__(
-        self, config: Config, folder: Path, processes: Processes, stop: StopSignal, *, label: str, resume: bool
-    ) -> None:
-        self.config, self.folder, self.processes, self.stop = config, folder, processes, stop
-        self.label, self.name = label, f"{label}, seed {config.run.seed}"
-        parts, self.steps, self.step, self.copy, teacher_logits = prepare(
-            config, folder, processes, stop, name=self.name, resume=resume
-        )
-        self.experiment, self.engine, self.watch, self.meter, self.average, self.clock = parts
-        self.method, self.side = self.experiment.method, self.experiment.side
+    @naming_part("run")
+    def __init__(self, experiment: Experiment, folder: Path, stop: StopSignal, *, label: str, resume: bool) -> None:
+        config, processes, method = experiment.config, experiment.processes, experiment.method
+        self.experiment, self.folder, self.stop, self.label = experiment, folder, stop, label
+        self.config, self.processes, self.method = config, processes, method
+        self.name = f"{label}, seed {config.run.seed}"
+        newest = self._newest_checkpoint() if resume else None
+        saved = None if newest is None else ckpt.read_folder(newest)
+        teacher_logits = self._judge_teacher(saved, resume=resume)
+        if newest is not None and saved is not None:
+            with ckpt.restoring(newest, advice=_REMOVE):
+                ckpt.restore_weights(saved, experiment.side, method, processes)
+        if processes.is_first:
+            say_what_runs(experiment, self.name)
+        self.average = _start_average(experiment)
+        # At ZeRO stage 3 nobody has whole weights to evaluate, and processes do not evaluate in step.
+        needs_copy = zero_stage(config) == 3 and self.average is None
+        self.copy = copy.deepcopy(experiment.student) if needs_copy else None
+        captured = captures(experiment)
+        # Every step has the same shapes, so cuDNN times its algorithms once; where it has to be deterministic, its
+        # choice would differ between runs.
+        deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+        torch.backends.cudnn.benchmark = not deterministic
+        with naming_part("optimiser"):
+            self.engine = self._start_engine(captured=captured)
+        processes.from_first(self._begin_folder)
+        scale = LossScale() if config.train.precision == "fp16" else None
+        if newest is None or saved is None:
+            if experiment.teacher is not None:
+                prepare_method(method, experiment.loader, experiment.teacher, processes, stop, self.name)
+            torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes
+        else:
+            with ckpt.restoring(newest, advice=_REMOVE):
+                restore_optimizer_state(self.engine, saved["optimizer"])
+                if self.average is not None:
+                    ckpt.restore_average(saved, self.average, processes)
+                ckpt.restore_random_state(saved, processes)
+                if scale is not None:
+                    scale.load_state_dict(saved["run"]["loss_scale"])
+        self.step = 0 if saved is None else int(saved["run"]["step"])
         self.saved_step = self.step  # a new run has nothing to save before its first step
+        skip = config.train.nonfinite == "skip"
+        self.watch = GradientWatch(self.engine, skip=skip, scale=scale)
+        # With fp16 gradients overflow now and then, and the loss scale sees to them.
+        self.meter = LossMeter(processes, method.term_names, None if scale else self.watch, skip=skip)
+        self.clock = StepClock(processes.device if processes.is_first else None, whole=captured)
+        kind = CapturedSteps if captured else EagerSteps
+        self.steps: Steps = kind(experiment, self.engine, self.watch, self.meter, self.average, self.clock)
+        self.probe = self._start_probe(teacher_logits)
         self.checkpoints = ckpt.CheckpointWriter(
             folder, keep=config.run.keep_checkpoints, beside_training=config.run.async_checkpoints
         )
@@ -196,15 +130,45 @@ class Trainer:
             folder,
             processes,
             label=self.name,
-            total_steps=self.experiment.total_steps,
+            total_steps=experiment.total_steps,
             start_step=self.step,
             tensorboard=config.run.tensorboard,
             hidden=None if config.run.show_head else "head_",
         )
-        self.probe = self._start_probe(teacher_logits)
         self.evaluations = processes.from_first(
             lambda: [record for record in read_metrics(folder) if record["kind"] == "evaluation"]
         )
+
+    def _newest_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that this run can go on from, chosen by the first process for all."""
+        side = self.experiment.side
+        return self.processes.from_first(
+            lambda: ckpt.find_newest(self.folder, lambda path: ckpt.require_usable(path, side))
+        )
+
+    def _judge_teacher(self, saved: dict[str, Any] | None, *, resume: bool) -> dict[int, Tensor] | None:
+        """Make the teacher's cache ready, and see what the teacher knows; see `check_teacher` for what is returned."""
+        experiment = self.experiment
+        if experiment.cache is not None:
+            ready_cache(experiment, self.stop, self.name)
+            if saved is not None:
+                ckpt.require_same_head(saved, self.method)
+        if experiment.teacher_record is None:
+            return None
+        return check_teacher(experiment, self.folder, self.name, resume=resume)
+
+    def _start_engine(self, *, captured: bool) -> Any:
+        config, side, processes = self.config, self.experiment.side, self.processes
+        return LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
+
+    def _begin_folder(self) -> None:
+        make_folder(self.folder)
+        remove_leftovers(self.folder)
+        best = (self.folder / BEST).parent
+        if best.is_dir():
+            remove_leftovers(best)
+        if self.experiment.teacher_record is not None:
+            write_teacher(self.folder, self.experiment.teacher_record)
 
     @property
     def evaluated(self) -> FeatureExtractor | LogitsOnly:
@@ -286,7 +250,7 @@ class Trainer:
                 self._save()
             if (number := self.stop.agreed()) and self.step % per_epoch and self.step < total:
                 self._stop(number)
-        average_buffers(self.side, self.processes)
+        average_buffers(self.experiment.side, self.processes)
         if self.average is not None:
             average_buffers(self.average, self.processes)
         number = self.stop.agreed()
@@ -415,3 +379,14 @@ class Trainer:
         )
         self.processes.from_first(lambda: write_result(self.folder, result))
         return result
+
+
+def _start_average(experiment: Experiment) -> StudentAverage | None:
+    decay = experiment.config.train.ema_decay
+    if decay is None:
+        return None
+    average = StudentAverage(experiment.student, decay)
+    if experiment.config.train.channels_last and zero_stage(experiment.config) == 0:
+        # As the engine's: tensors of two layouts are averaged one by one.
+        average.module.to(memory_format=torch.channels_last)
+    return average

@@ -188,6 +188,7 @@ class OnlineTeacher(nn.Module):
     Attributes:
         precision: precision the network runs in, with "auto" resolved.
         folded: number of BatchNorms folded.
+        record: what the run folder says about the teacher; filled in by whoever makes it.
 
     Raises:
         ValueError: the precision or mode is unknown or the batch size below 1; when called, torch.compile cannot
@@ -218,6 +219,7 @@ class OnlineTeacher(nn.Module):
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"OnlineTeacher: batch_size must be 1 or more, got {batch_size}")
+        self.record: dict[str, Any] = {}
         first = next(network.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         self.precision = formats.resolve_precision(precision, device)
