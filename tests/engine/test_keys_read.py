@@ -93,7 +93,7 @@ def test_a_launch_says_once_what_has_no_effect(
         raise Enough
 
     monkeypatch.setattr(launch, "start_processes", lambda timeout: ALONE)
-    monkeypatch.setattr(launch, "describe" if dry_run else "deepspeed_config", enough)
+    monkeypatch.setattr(launch, "describe" if dry_run else "check_engine", enough)
     said = []
     for distill in ({"method": "dkd", "max_levels": 2}, {"method": "dkd", "dkd": {"alpha": 2.0}}):
         caplog.clear()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from support.ranks import Ranks
 from support.real_runs import as_in_a_process, run, write_config
-from unikd_fast.engine.distributed import StopSignal, start_processes
+from unikd_fast.engine.distributed import StopSignal, join_alone, start_processes
 from unikd_fast.engine.step import train_step
 
 pytestmark = pytest.mark.slow
@@ -71,6 +71,7 @@ def test_an_older_torch_listens_on_the_loopback(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dist, "reduce_scatter_tensor", returns_nothing)
     before = listening()
     with as_in_a_process():
+        join_alone(torch.device("cpu"))
         talk()
         opened = [address for address in listening() if address not in before]
     assert opened and all(ip_address(address).is_loopback for address in opened)

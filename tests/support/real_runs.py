@@ -290,7 +290,7 @@ def process_group(folder: Path) -> Iterator[None]:
     if torch.distributed.is_initialized():  # by a command that ended with an error in this process
         leave_group()
     with patch.dict(os.environ):
-        join_alone("gloo")
+        join_alone(ALONE.device)
         try:
             yield
         finally:

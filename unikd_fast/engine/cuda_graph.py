@@ -24,7 +24,7 @@ from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.optimizer import StudentAverage
 from unikd_fast.engine.step import Steps, train_step
 from unikd_fast.engine.timing import Pace, StepClock
-from unikd_fast.engine.zero import zero_stage
+from unikd_fast.engine.zero import reasons_for_deepspeed
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 
 _logger = logging.getLogger("unikd_fast")
@@ -64,18 +64,10 @@ def obstacles(experiment: Experiment) -> Iterator[str]:
     """Yield what else is in the way, each with its remedy, the most general first."""
     config, processes = experiment.config, experiment.processes
     train, teacher = config.train, config.teacher
-    if processes.world_size > 1:
-        yield f"{processes.world_size} processes exchange gradients (start one)"
-    if stage := zero_stage(config):
-        yield f"deepspeed.zero_optimization.stage = {stage} shards the optimiser (set it to 0)"
-    further = sorted(config.deepspeed.keys() - {"zero_optimization"})
-    if further:
-        yield f"DeepSpeed does not run a captured step, and deepspeed has {', '.join(further)} (remove these keys)"
+    yield from reasons_for_deepspeed(config, processes)
     if config.run.deepspeed_checkpoints:
         yield "DeepSpeed does not run a captured step, and run.deepspeed_checkpoints = true (set it to false)"
     yield from _loader_obstacles(experiment)
-    if train.optimizer not in ("sgd", "adamw"):
-        yield f"train.optimizer = {train.optimizer!r} reads its settings on the host (set sgd or adamw)"
     if train.precision == "fp16":
         yield "train.precision = 'fp16' has a loss scale that the host follows (set bf16 or fp32)"
     if train.nonfinite == "skip":
@@ -124,7 +116,8 @@ class CapturedSteps(Steps):
         super().__init__(experiment, engine, watch, meter, average, clock)
         assert isinstance(experiment.loader, DeviceLoader)
         self._loader = experiment.loader
-        device = engine.learning_rate.device
+        self._rate: Tensor = engine.optimizer.param_groups[0]["lr"]
+        device = self._rate.device
         views = 2 if experiment.method.needs.second_view else 1
         shape = (engine.gradient_accumulation_steps(), views, experiment.loader.schedule.micro_batch_size, 6)
         self._plans = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -143,7 +136,7 @@ class CapturedSteps(Steps):
         for plan in self._plans:
             plan.copy_(pace.next(data), non_blocking=True)
         clock.mark("data")
-        self._engine.learning_rate.fill_(learning_rate)
+        self._rate.fill_(learning_rate)
         experiment.method.set_progress(step / experiment.steps_per_epoch)
         self._step.fill_(step)
         self.replay()

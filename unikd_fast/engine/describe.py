@@ -11,7 +11,7 @@ from unikd_fast.engine.cache_commands import plan_experiment, without_cache
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.memory import count_parameters, estimate_memory, head_parameters
 from unikd_fast.engine.teacher import describe_teacher
-from unikd_fast.engine.zero import deepspeed_config, local_batch_size, zero_stage
+from unikd_fast.engine.zero import check_engine, local_batch_size, zero_stage
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -90,7 +90,7 @@ def describe(config: Config, processes: Processes) -> str:
     trained_first = teacher is not None and teacher.weights is None and teacher.training is not None
     if teacher is not None and trained_first:
         config = config.model_copy(update={"teacher": teacher.model_copy(update={"weights": "random"})})
-    deepspeed_config(config, processes)  # an unsupported setting must not wait for the real run
+    check_engine(config, processes)  # an unsupported setting must not wait for the real run
     experiment = build_experiment(without_cache(config), processes)
     lines = [data_line(given, experiment), student_line(given, experiment), *_levels(experiment.student)]
     of_teacher = teacher_line(given, experiment)

@@ -83,16 +83,16 @@ class Processes:
             dist.barrier()
 
     def leave(self) -> None:
-        """Ends the process group after a run that went well."""
-        dist.destroy_process_group()
+        """End the process group, if there is one, after a run that went well."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def start_processes(timeout_minutes: float = 10.0) -> Processes:
-    """Join the process group that deepspeed, torchrun or plain python started (the last: a group of one).
+    """Join the processes that deepspeed or torchrun started. One process needs no process group, and makes none.
 
-    One process listens on no port, or with torch before 2.15 perhaps on the loopback interface, as the processes of one
-    node do (torchrun's own store is torchrun's). Those of several nodes listen on the network, where whoever reaches a
-    port can join.
+    The processes of one node listen on the loopback interface (torchrun's own store is torchrun's). Those of several
+    nodes listen on the network, where whoever reaches a port can join.
 
     Args:
         timeout_minutes: how long the processes wait for each other, at the start and in every exchange.
@@ -100,7 +100,6 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
     Raises:
         ConfigError: the others did not come.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -110,6 +109,26 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
         reuse_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // (_processes_here() or 1)))
+    patience = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return Processes(0, 1, local_rank, device, patience)
+        try:
+            _join_others(_backend(device), patience)
+        except (dist.DistError, RuntimeError, OSError) as error:
+            raise ConfigError(
+                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_minutes:g} "
+                f"minutes (run.timeout_minutes): {error}; see whether all nodes started, and reach this address and "
+                "port"
+            ) from error
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, patience)
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed, and return it, without what it would look for and compile by itself."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
         # DeepSpeed would find out, and warn that it found no other.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -117,24 +136,10 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
     # DeepSpeed would compile a shared-memory all-reduce that only its inference uses: half a minute on first use, a
     # lock that a killed process leaves behind, and an exception without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    patience = timedelta(minutes=timeout_minutes)
-    if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            join_alone("nccl" if device.type == "cuda" else "gloo")
-        else:
-            try:
-                _join_others("nccl" if device.type == "cuda" else "gloo", patience)
-            except (dist.DistError, RuntimeError, OSError) as error:
-                raise ConfigError(
-                    f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
-                    f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_minutes:g} "
-                    f"minutes (run.timeout_minutes): {error}; see whether all nodes started, and reach this address "
-                    "and port"
-                ) from error
-    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, patience)
+    return deepspeed
 
 
-def join_alone(backend: str) -> None:
+def join_alone(device: torch.device) -> None:
     """Make the process group of a single process, which DeepSpeed's engine needs, without a socket.
 
     gloo and NCCL listen also where there is nobody to talk to. torch's group for tests does not: what it sends
@@ -142,9 +147,9 @@ def join_alone(backend: str) -> None:
     gives nothing back; there it is the usual group, which listens on the loopback interface alone.
 
     Args:
-        backend: of the usual group, "gloo" or "nccl".
+        device: device of the run, which decides the usual group.
     """
-    import deepspeed
+    deepspeed = import_deepspeed()
     import torch.testing._internal.distributed.fake_pg  # registers it
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
@@ -154,14 +159,13 @@ def join_alone(backend: str) -> None:
     if not torch.equal(sent, received):
         dist.destroy_process_group()
         _stay_on_loopback()
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
 
 
 def _join_others(backend: str, patience: timedelta) -> None:
     """Join by the address that the launcher gave, on one node by its loopback interface."""
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     if _processes_here() == int(os.environ["WORLD_SIZE"]):
         _stay_on_loopback()
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -169,6 +173,10 @@ def _join_others(backend: str, patience: timedelta) -> None:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     deepspeed.init_distributed(backend, verbose=False, timeout=patience)
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _stay_on_loopback() -> None:

@@ -84,7 +84,7 @@ class GradientWatch:
         self._parameters: list[nn.Parameter] = [parameter for _, parameter in named]
         self._sharded = bool(engine.zero_optimization())
         device = self._parameters[0].device
-        self._seen = torch.zeros(len(named), device=device)
+        self._seen: dict[int, Tensor] = {}  # with ZeRO: the largest entry of a parameter's gradients since the update
         self.norms = torch.zeros(len(named), device=device)
         """(P,) largest entries of the gradients of the first step that were not finite; zeros if there was none."""
         self._found = torch.zeros((), dtype=torch.bool, device=device)
@@ -92,16 +92,21 @@ class GradientWatch:
         """Of the latest step, 0-d."""
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self._buffers = [buffer for buffer in engine.module.buffers() if skip]
-        self._before = [buffer.clone() for buffer in self._buffers]
+        buffers = list(engine.module.buffers()) if skip else []
+        # One list a data type: what is copied together must have one.
+        kinds = dict.fromkeys(buffer.dtype for buffer in buffers)
+        self._buffers = [[buffer for buffer in buffers if buffer.dtype == kind] for kind in kinds]
+        self._before = [[buffer.clone() for buffer in group] for group in self._buffers]
         if self._sharded:
             for place, parameter in enumerate(self._parameters):
                 parameter.register_hook(self._noting(place))
 
     def _noting(self, place: int) -> Any:
         def note(gradient: Tensor) -> None:
+            # One at a time: DeepSpeed takes a gradient apart as soon as it is there.
             largest = torch.linalg.vector_norm(gradient.detach(), math.inf, dtype=torch.float32)
-            self._seen[place] = torch.maximum(self._seen[place], largest)
+            before = self._seen.get(place)
+            self._seen[place] = largest if before is None else torch.maximum(before, largest)
 
         return note
 
@@ -109,8 +114,9 @@ class GradientWatch:
     def before_update(self) -> None:
         """Between the backward pass of a step's last micro-batch and its update."""
         if self._sharded:
-            norms = self._seen.clone()
-            self._seen.zero_()
+            zero = torch.zeros_like(self.finite, dtype=torch.float32)
+            norms = torch.stack([self._seen.get(place, zero) for place in range(len(self.names))])
+            self._seen.clear()
         else:
             gradients = [p.grad if p.grad is not None else p.new_zeros(1) for p in self._parameters]
             if self.scale is not None:
@@ -142,7 +148,7 @@ class GradientWatch:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if left_out else 0
         source, target = (self._before, self._buffers) if left_out else (self._buffers, self._before)
         for kept, changed in zip(source, target, strict=True):
-            changed.copy_(kept)
+            torch._foreach_copy_(changed, kept)
         return left_out
 
     def figures(self) -> dict[str, float]:

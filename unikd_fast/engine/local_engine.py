@@ -1,56 +1,55 @@
-"""What DeepSpeed's engine does for one process at ZeRO stage 0, without what it does on the host besides."""
+"""What DeepSpeed's engine does for one process at ZeRO stage 0, without what else it does.
+
+DeepSpeed flattens every gradient, reduces it with itself and copies it back, and its step reads clocks and counters on
+the host, none of which may be in a CUDA graph.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unikd_fast.config import Config
-from unikd_fast.engine.networks import StudentSide
-from unikd_fast.engine.optimizer import build_capturable_optimizer, clip_before_update
+from unikd_fast.config.schema import TrainConfig
+from unikd_fast.engine.optimizer import clip_before_update
 
 
 class LocalEngine:
-    """Stands in for the DeepSpeed engine where a step is captured: it has that part of it which our engine calls.
-
-    DeepSpeed's own step reads clocks and counters; none of it may be in a CUDA graph.
+    """Train a module in one process; has that part of DeepSpeed's engine which a run calls.
 
     Args:
-        config: whose precision, clipping, accumulation, layout and compilation it follows.
-        module: to train, with the weights to start from.
-        device: where it is.
-
-    Attributes:
-        learning_rate: 0-d tensor that the optimiser reads.
+        module: module to train, with the weights to start from.
+        optimizer: optimiser of its parameters.
+        train: settings whose precision, clipping, accumulation, layout and compilation it follows.
     """
 
-    def __init__(self, config: Config, module: StudentSide, device: torch.device) -> None:
-        train = config.train
-        self.module: nn.Module = module
-        self.optimizer = build_capturable_optimizer(module.parameters(), train, device)
-        clip_before_update(self.optimizer, train.clip_grad_norm)
-        self.learning_rate: Tensor = self.optimizer.param_groups[0]["lr"]
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
+        self.module, self.optimizer = module, optimizer
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._accumulation_steps, self._micro_steps = train.accumulation_steps, 0
-        self._device, self._autocast = device.type, torch.bfloat16 if train.precision == "bf16" else None
+        self._autocast = torch.bfloat16 if train.precision == "bf16" else None
+        clip_before_update(optimizer, train.clip_grad_norm)
         if train.channels_last:
             module.to(memory_format=torch.channels_last)
         if train.compile is not None:
             module.compile(mode=train.compile)
 
     def __call__(self, *views: Tensor) -> Any:
-        with torch.autocast(self._device, self._autocast, enabled=self._autocast is not None):
+        with torch.autocast(views[0].device.type, self._autocast, enabled=self._autocast is not None):
             return self.module(*views)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a micro-batch's share of the loss."""
+        """Add the gradients of a micro-batch's share of the loss."""
         count = self._accumulation_steps
         (loss if count == 1 else loss / count).backward()
 
     def step(self) -> None:
-        """After every micro-batch; the last one of a step updates the parameters."""
+        """Count a micro-batch; the last one of a step updates the parameters."""
         self._micro_steps = (self._micro_steps + 1) % self._accumulation_steps
         if self._micro_steps:
             return
+        for parameter in self._trained:
+            if parameter.grad is None:  # unused; as in several processes, it still decays
+                parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -72,4 +71,4 @@ class LocalEngine:
         self.module.train()
 
     def destroy(self) -> None:
-        """Holds nothing that would outlive it."""
+        """Do nothing: it holds nothing that would outlive it."""

@@ -12,10 +12,10 @@ from unikd_fast.config.schema import TrainConfig
 from unikd_fast.errors import ConfigError
 
 
-def build_capturable_optimizer(
-    parameters: Iterable[nn.Parameter], train: TrainConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    """torch's, all of it on the device: each group's "lr" is one 0-d tensor, to be filled before a step."""
+def build_capturable_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    """Return torch's, all of it on the device: the "lr" of its group is a 0-d tensor, to be filled before a step."""
+    parameters = list(parameters)
+    device = parameters[0].device
     rate = torch.tensor(train.learning_rate, device=device)
     if train.optimizer == "sgd":
         return torch.optim.SGD(
@@ -32,7 +32,7 @@ def build_capturable_optimizer(
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that DeepSpeed shards: torch's, or DeepSpeed's own, which are compiled the first time.
+    """Return torch's optimiser, or DeepSpeed's own, which are compiled the first time.
 
     Raises:
         ConfigError: DeepSpeed's cannot be compiled.

@@ -20,7 +20,7 @@ from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.preflight import describe_launch, program_facts, require_agreement
 from unikd_fast.engine.teacher import evaluate_teacher
 from unikd_fast.engine.trainer import Trainer
-from unikd_fast.engine.zero import deepspeed_config
+from unikd_fast.engine.zero import check_engine
 from unikd_fast.errors import LostProcess, RunError
 from unikd_fast.io import write_file
 from unikd_fast.report.table import TEACHER, markdown_report, results_table
@@ -59,7 +59,7 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         processes.leave()
         return Path(config.run.dir)
     for *_, single in run_configs(config):
-        deepspeed_config(single, processes)  # before the folder exists
+        check_engine(single, processes)  # before the folder exists
     with (
         _noticing_lost_processes(config),
         open_run_folder(config, processes, resume=resume) as folder,

@@ -28,7 +28,6 @@ from unikd_fast.engine.folder import (
 )
 from unikd_fast.engine.gradients import GradientWatch, LossScale
 from unikd_fast.engine.inputs import preprocessing_of
-from unikd_fast.engine.local_engine import LocalEngine
 from unikd_fast.engine.memory import naming_part
 from unikd_fast.engine.metrics import LossMeter, MetricsWriter, bad_sample_record, memory_gib, read_metrics
 from unikd_fast.engine.optimizer import StudentAverage, learning_rate
@@ -98,7 +97,7 @@ class Trainer:
         deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not deterministic
         with naming_part("optimiser"):
-            self.engine = self._start_engine(captured=captured)
+            self.engine = start_engine(config, experiment.side, processes, captured=captured)
         processes.from_first(self._begin_folder)
         scale = LossScale() if config.train.precision == "fp16" else None
         if newest is None or saved is None:
@@ -156,10 +155,6 @@ class Trainer:
         if experiment.teacher_record is None:
             return None
         return check_teacher(experiment, self.folder, self.name, resume=resume)
-
-    def _start_engine(self, *, captured: bool) -> Any:
-        config, side, processes = self.config, self.experiment.side, self.processes
-        return LocalEngine(config, side, processes.device) if captured else start_engine(config, side, processes)
 
     def _begin_folder(self) -> None:
         make_folder(self.folder)

@@ -1,4 +1,4 @@
-"""ZeRO: our settings in DeepSpeed's terms, the engine made from them, and the optimiser's state by parameter name.
+"""The engine of a run: where it is DeepSpeed's, our settings in its terms; and the optimiser's state by parameter name.
 
 DeepSpeed's own checkpoints are tied to the number of processes they were written with. Ours hold the whole state of
 each parameter, so they are read back at any stage.
@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.sampler import micro_batch_size
-from unikd_fast.engine.distributed import Processes
-from unikd_fast.engine.optimizer import build_optimizer, clip_before_update
+from unikd_fast.engine.distributed import Processes, import_deepspeed, join_alone
+from unikd_fast.engine.local_engine import LocalEngine
+from unikd_fast.engine.optimizer import build_capturable_optimizer, build_optimizer, clip_before_update
 
 if TYPE_CHECKING:
     from unikd_fast.engine.networks import StudentSide
@@ -60,8 +62,38 @@ def local_batch_size(config: Config, processes: Processes) -> int:
         raise ConfigError(f"train.global_batch_size = {train.global_batch_size}: {error}") from error
 
 
+def reasons_for_deepspeed(config: Config, processes: Processes) -> Iterator[str]:
+    """Yield what a LocalEngine cannot do for a run, or was asked of DeepSpeed, each with the way around it.
+
+    Raises:
+        ConfigError: an unsupported ZeRO stage.
+    """
+    stage, optimizer = zero_stage(config), config.train.optimizer
+    if processes.world_size > 1:
+        yield f"{processes.world_size} processes exchange gradients (start one)"
+    if stage:
+        yield f"deepspeed.zero_optimization.stage = {stage} shards the optimiser (set it to 0)"
+    of_zero = config.deepspeed.get("zero_optimization", {}).keys() - {"stage"} if not stage else ()
+    further = [*(config.deepspeed.keys() - {"zero_optimization"}), *(f"zero_optimization.{key}" for key in of_zero)]
+    if further:
+        yield f"deepspeed has {', '.join(sorted(further))} (remove these keys)"
+    if optimizer not in ("sgd", "adamw"):
+        yield f"train.optimizer = {optimizer!r} is DeepSpeed's, and reads its settings on the host (set sgd or adamw)"
+
+
+def check_engine(config: Config, processes: Processes) -> None:
+    """Refuse what the engine of a run would not take, before anything is made.
+
+    Raises:
+        ConfigError: see `deepspeed_config`.
+    """
+    local_batch_size(config, processes)
+    if any(reasons_for_deepspeed(config, processes)):
+        deepspeed_config(config, processes)
+
+
 def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
-    """The configuration DeepSpeed gets: the user's object and what our schema states, each thing once.
+    """Return the configuration DeepSpeed gets: the user's object and what our schema states, each thing once.
 
     Raises:
         ConfigError: an unsupported ZeRO stage, an indivisible batch, or a key or value that DeepSpeed does not take.
@@ -83,7 +115,8 @@ def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
     # timer makes the host wait for the device twice in every micro-batch.
     defaults = {"zero_force_ds_cpu_optimizer": False, "timers": {"throughput": {"enabled": False}}}
     whole = {**defaults, **config.deepspeed, **ours}
-    _require_understood(whole, config.deepspeed)
+    if config.deepspeed:
+        _require_understood(whole, config.deepspeed)
     return whole
 
 
@@ -109,6 +142,7 @@ class _Watched(dict[str, Any]):
 
 def _require_understood(whole: dict[str, Any], given: dict[str, Any]) -> None:
     """DeepSpeed passes over a key that it does not know, and ends by a traceback where a section has one."""
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     watched = _Watched(copy.deepcopy(whole))
@@ -162,10 +196,25 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
-def start_engine(config: Config, module: "StudentSide", processes: Processes) -> Any:
-    """The DeepSpeed engine that trains ``module``, whose weights are already those to start from."""
-    import deepspeed
+def start_engine(config: Config, module: "StudentSide", processes: Processes, *, captured: bool = False) -> Any:
+    """Return the engine that trains a module: a LocalEngine, or DeepSpeed's where there is a reason for it.
 
+    Args:
+        config: of the run.
+        module: whose weights are already those to start from.
+        processes: that train it.
+        captured: whether its steps are captured in a CUDA graph.
+    """
+    if any(reasons_for_deepspeed(config, processes)):
+        return _start_deepspeed(config, module, processes)
+    build = build_capturable_optimizer if captured else build_optimizer
+    return LocalEngine(module, build(module.parameters(), config.train), config.train)
+
+
+def _start_deepspeed(config: Config, module: "StudentSide", processes: Processes) -> Any:
+    deepspeed = import_deepspeed()
+    if processes.world_size == 1 and not dist.is_initialized():
+        join_alone(processes.device)
     optimizer = build_optimizer(module.parameters(), config.train)
     if zero_stage(config) == 0:
         clip_before_update(optimizer, config.train.clip_grad_norm)
