@@ -47,7 +47,6 @@ def test_a_plain_run_has_none(capturable: Experiment) -> None:
         ("train.activation_checkpointing", True, "train.activation_checkpointing .* (set it to false)"),
         ("train.compile", "reduce-overhead", "train.compile = 'reduce-overhead' .* (set null or 'default')"),
         ("teacher.compile", "max-autotune", "teacher.compile = 'max-autotune' .* (set null or 'default')"),
-        ("run.deepspeed_checkpoints", True, "run.deepspeed_checkpoints = true (set it to false)"),
     ],
 )
 def test_settings(capturable: Experiment, path: str, value: Any, said: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 
 from support.exported_runs import short
@@ -19,7 +18,6 @@ from support.real_runs import (
     merged,
     newest_checkpoint,
     run,
-    run_ranks,
     train_here,
     train_records,
     write_config,
@@ -139,33 +137,6 @@ def test_a_run_passes_over_damaged_checkpoints_and_stops_if_none_is_whole(tmp_pa
     done = run(config, "--resume", "auto")
     assert done.returncode == 6
     assert f"no checkpoint in {folder / 'checkpoints'} is whole: " in done.stderr
-
-
-@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2)])
-def test_deepspeeds_own_checkpoints_hold_the_same_weights(tmp_path: Path, stage: int, processes: int) -> None:
-    config = small_config(
-        tmp_path,
-        "run",
-        run={"checkpoint_every_steps": 2, "keep_checkpoints": 2, "deepspeed_checkpoints": True},
-        deepspeed={"zero_optimization": {"stage": stage}},
-    )
-    done = run_ranks(config, processes=processes)
-    assert done.returncode == 0, done.stderr
-    native = tmp_path / "run" / "checkpoints" / "deepspeed"
-    assert sorted(path.name for path in native.iterdir() if path.is_dir()) == [checkpoint_name(4), checkpoint_name(6)]
-    assert (native / "latest").read_text() == checkpoint_name(6)
-    ours = newest_checkpoint(tmp_path / "run")["student"]
-    if stage:
-        theirs = get_fp32_state_dict_from_zero_checkpoint(str(native))
-        assert theirs.keys() == ours.keys()
-        assert all(ours[name].equal(tensor) for name, tensor in theirs.items() if "running" not in name)
-    # A run does not go on from them: without ours there is nothing, though theirs are there.
-    (tmp_path / "run" / "result.json").unlink()
-    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        path.rename(tmp_path / path.name)
-    done = run_ranks(config, "--resume", "auto", processes=processes)
-    assert done.returncode == 0, done.stderr
-    assert len([r for r in train_records(tmp_path / "run") if r["kind"] == "train"]) == 6
 
 
 def hungry(config: Path) -> int:

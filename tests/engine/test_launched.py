@@ -1,7 +1,6 @@
-"""What was launched is said, a hostfile that means nothing is caught, and processes that differ do not train."""
+"""What was launched is said, and processes that differ do not train."""
 
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from support.free_ports import free_port
-from support.real_runs import LAUNCHERS, ROOT, run, write_config
+from support.real_runs import run, write_config
 from unikd_fast.config import Config, ConfigError, load_config
 from unikd_fast.engine import preflight as launched
 from unikd_fast.engine.distributed import Processes
@@ -47,7 +46,7 @@ def test_nodes_processes_and_devices_are_said(config: Config, monkeypatch: pytes
     monkeypatch.setenv("GROUP_RANK", "0")
     monkeypatch.setattr(launched.socket, "gethostname", lambda: "red")
     monkeypatch.setattr(launched.dist, "is_initialized", lambda: False)  # other tests make a group of this process
-    others = [(("0", "red"), "CPU", None), (("1", "blue"), "CPU", None), (("1", "blue"), "CPU", None)]
+    others = [(("0", "red"), "CPU"), (("1", "blue"), "CPU"), (("1", "blue"), "CPU")]
     said = describe_launch(config, several(*others))
     assert said == "launched 4 processes on 2 nodes: red (processes 0-1), blue (processes 2-3); CPU"
 
@@ -55,7 +54,7 @@ def test_nodes_processes_and_devices_are_said(config: Config, monkeypatch: pytes
 def test_two_nodes_of_one_name_are_two(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROSS_RANK", "0")
     monkeypatch.setattr(launched.socket, "gethostname", lambda: "box")
-    assert "on 2 nodes" in describe_launch(config, several((("1", "box"), "CPU", None)))
+    assert "on 2 nodes" in describe_launch(config, several((("1", "box"), "CPU")))
 
 
 def test_another_number_of_nodes_than_was_said_is_refused(tmp_path: Path) -> None:
@@ -78,16 +77,6 @@ def test_processes_that_differ_do_not_train(config: Config, other: dict[str, Any
     require_agreement(several(lambda own: own, lambda own: own), facts)
     with pytest.raises(ConfigError, match=f"the processes do not agree: {told}; start all with one"):
         require_agreement(several(lambda own: {**own, **other}, lambda own: own), facts)
-
-
-@pytest.mark.slow
-def test_a_hostfile_that_is_not_there_is_caught(tmp_path: Path) -> None:
-    config = write_config(tmp_path, name="nowhere")
-    command = [LAUNCHERS["deepspeed"][0], "--hostfile", str(tmp_path / "hosts"), str(ROOT / "launch_distill.py")]
-    done = subprocess.run([*command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert f"the launcher was given the hostfile {tmp_path / 'hosts'}, which is not there" in done.stderr
-    assert not (tmp_path / "nowhere").exists()
 
 
 def test_who_comes_alone_gives_up_and_says_for_whom_it_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

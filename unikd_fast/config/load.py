@@ -28,7 +28,6 @@ _MAY_CHANGE: Any = {
         "checkpoint_every_steps",
         "keep_checkpoints",
         "async_checkpoints",
-        "deepspeed_checkpoints",
         "test_logits",
         "probe",
         "show_head",

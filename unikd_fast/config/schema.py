@@ -328,9 +328,6 @@ class RunConfig(Section):
     """Number of latest checkpoints that are kept, besides the student of the best evaluation."""
     async_checkpoints: bool = True
     """Write checkpoints in a thread while training continues; an error is then raised at the next one."""
-    deepspeed_checkpoints: bool = False
-    """Also have DeepSpeed write its own checkpoints to checkpoints/deepspeed, for its tools (zero_to_fp32, universal
-    checkpoints). They are pickled and written while training waits; runs resume only from ours."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between two evaluations on the validation split; the last epoch is always evaluated."""
     test_logits: bool = True

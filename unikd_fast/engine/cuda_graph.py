@@ -65,8 +65,6 @@ def obstacles(experiment: Experiment) -> Iterator[str]:
     config, processes = experiment.config, experiment.processes
     train, teacher = config.train, config.teacher
     yield from reasons_for_deepspeed(config, processes)
-    if config.run.deepspeed_checkpoints:
-        yield "DeepSpeed does not run a captured step, and run.deepspeed_checkpoints = true (set it to false)"
     yield from _loader_obstacles(experiment)
     if train.precision == "fp16":
         yield "train.precision = 'fp16' has a loss scale that the host follows (set bf16 or fp32)"

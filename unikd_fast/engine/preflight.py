@@ -4,10 +4,8 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -22,27 +20,20 @@ def describe_launch(config: Config, processes: Processes) -> str:
     """One line: how many processes on which nodes, their devices, and what they talk by. All processes must call it.
 
     Raises:
-        ConfigError: on every process: it is not what `run.nodes` says, or the launcher was given a hostfile that is not
-            there, and has started this node alone.
+        ConfigError: on every process: it is not what `run.nodes` says.
     """
     own = (os.environ.get(next((name for name in _NODE if name in os.environ), ""), ""), socket.gethostname())
-    found = processes.gather((own, _device_name(processes.device), _missing_hostfile()))
-    nodes = list(dict.fromkeys(node for node, _, _ in found))
-    hostfile = next((path for _, _, path in found if path), None)
-    if hostfile is not None:
-        raise ConfigError(
-            f"the launcher was given the hostfile {hostfile}, which is not there, and started {processes.world_size} "
-            f"process{'es' if processes.world_size > 1 else ''} on this node alone; correct --hostfile, or leave it out"
-        )
+    found = processes.gather((own, _device_name(processes.device)))
+    nodes = list(dict.fromkeys(node for node, _ in found))
     if config.run.nodes is not None and len(nodes) != config.run.nodes:
         raise ConfigError(
             f"run.nodes = {config.run.nodes}, and the launcher started processes on {len(nodes)}: "
             f"{', '.join(host for _, host in nodes)}; check the hostfile or --nnodes, or set run.nodes"
         )
-    devices = sorted({device for _, device, _ in found})
+    devices = sorted({device for _, device in found})
     backend = [dist.get_backend()] if len(found) > 1 and dist.is_initialized() else []
     where = ", ".join(
-        f"{host} (processes {_ranges([rank for rank, (at, _, _) in enumerate(found) if at == (number, host)])})"
+        f"{host} (processes {_ranges([rank for rank, (at, _) in enumerate(found) if at == (number, host)])})"
         for number, host in nodes
     )
     return (
@@ -90,23 +81,6 @@ def require_agreement(processes: Processes, facts: Mapping[str, Any]) -> None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _missing_hostfile() -> str | None:
-    """The hostfile that DeepSpeed's launcher was given and did not find: it warns and starts this node alone."""
-    try:
-        lines = [process.cmdline() for process in psutil.Process().parents()]
-    except psutil.Error:
-        return None
-    for line in lines:
-        if not any(Path(part).name == "deepspeed" for part in line[:2]):
-            continue
-        for argument, following in zip(line, [*line[1:], ""], strict=True):
-            name, given, value = argument.partition("=")
-            path = value if given else following
-            if name in ("--hostfile", "-H") and not Path(path).exists():
-                return path
-    return None
 
 
 def _ranges(numbers: list[int]) -> str:

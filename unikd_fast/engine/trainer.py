@@ -286,9 +286,6 @@ class Trainer:
         )
         self.processes.from_first(lambda: self.checkpoints.write(self.step, parts))
         self.saved_step = self.step
-        run = self.config.run
-        if run.deepspeed_checkpoints:
-            ckpt.write_native(self.engine, self.folder, self.processes, step=self.step, keep=run.keep_checkpoints)
 
     def _stop(self, number: int) -> NoReturn:
         self._save()

@@ -1,7 +1,6 @@
 """Checkpoints of a run: state.py says what they hold, files.py how one lies on disk, store.py which one counts."""
 
 from unikd_fast.engine.checkpoint.files import DamagedCheckpoint, read_folder, read_header
-from unikd_fast.engine.checkpoint.native import write_native
 from unikd_fast.engine.checkpoint.state import (
     collect_state,
     require_same_head,
@@ -35,5 +34,4 @@ __all__ = [
     "restore_random_state",
     "restore_weights",
     "restoring",
-    "write_native",
 ]
