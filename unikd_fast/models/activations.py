@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops import StochasticDepth
 
-from unikd_fast.models.graph import NodeValue, Trace
+from unikd_fast.models.graph import NodeValue, Trace, imported
 
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU),
@@ -19,7 +17,7 @@ _ACTIVATION_NAMES = {"relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "mis
 _REARRANGING = (nn.ChannelShuffle, nn.Identity)
 _REARRANGING_NAMES = {"cat", "view", "reshape", "permute", "transpose", "contiguous", "flatten"}
 _LINEAR = (_BatchNorm, nn.Conv2d)
-_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth, DropPath)
+_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 _SUMS = {"add", "iadd"}
 
 
@@ -129,9 +127,10 @@ def _normalise(module: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def _activate(module: nn.Module, x: Tensor) -> Tensor:
+def _activate(module: Any, x: Tensor) -> Any:
     """Apply the rest of a BatchNormAct2d, or what replaced it."""
-    return module.act(module.drop(x)) if isinstance(module, BatchNormAct2d) else module(x)
+    whole = isinstance(module, nn.BatchNorm2d)
+    return module.act(module.drop(x)) if whole else module(x)
 
 
 def _is_activation(model: nn.Module, node: fx.Node) -> bool:
@@ -142,14 +141,15 @@ def _holds_activation(model: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
     module = model.get_submodule(str(node.target))
-    return isinstance(module, BatchNormAct2d) and isinstance(module.act, _ACTIVATIONS)
+    return isinstance(module, imported("timm.layers.BatchNormAct2d")) and isinstance(module.act, _ACTIVATIONS)
 
 
 def _is_linear(model: nn.Module, node: fx.Node) -> bool:
     """Return whether this is a convolution or BatchNorm without activation, or a sum of them."""
     if _is(model, node, _LINEAR):
         return not _holds_activation(model, node)
-    if _is(model, node, _PASSING) or _name(node) in _SUMS:
+    passing = (*_PASSING, *imported("torchvision.ops.StochasticDepth", "timm.layers.DropPath"))
+    if _is(model, node, passing) or _name(node) in _SUMS:
         return all(_is_linear(model, source) for source in node.all_input_nodes)
     return False
 

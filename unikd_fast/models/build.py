@@ -4,9 +4,6 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 
-import timm
-import torchvision
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from unikd_fast.models.cifar import CIFAR_MODELS
@@ -82,6 +79,8 @@ def bare_model(
     if source == "cifar":
         return CIFAR_MODELS[model_name](num_classes=num_classes)
     if source == "torchvision":
+        import torchvision
+
         options = torchvision_options(model_name, weights, state)
         return torchvision.models.get_model(model_name, weights=None, num_classes=num_classes, **options)
     arch, _, tag = model_name.partition(".")
@@ -89,6 +88,8 @@ def bare_model(
         tag = str(weights)
     if tag and tag not in _timm_tags(arch):
         raise _unknown_identifier("timm/" + arch, tag, role, _timm_tags(arch))
+    import timm
+
     return timm.create_model(f"{arch}.{tag}" if tag else arch, pretrained=False, num_classes=num_classes)
 
 
@@ -118,10 +119,14 @@ def _is_file(weights: str) -> bool:
 
 
 def _timm_tags(arch: str) -> list[str]:
+    import timm
+
     return [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*") if full.split(".")[0] == arch]
 
 
 def _torchvision_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Module:
+    import torchvision
+
     members = torchvision.models.get_model_weights(name).__members__
     if weights not in members:
         raise _unknown_identifier("torchvision/" + name, weights, role, list(members))
@@ -131,6 +136,9 @@ def _torchvision_weights(name: str, num_classes: int, weights: str, role: str) -
 
 
 def _timm_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Module:
+    import timm
+    from timm.models import get_pretrained_cfg
+
     arch, _, tag = name.partition(".")
     tags = _timm_tags(arch)
     if weights != "pretrained":
@@ -164,7 +172,11 @@ def _names(source: str) -> list[str]:
     if source == "cifar":
         return list(CIFAR_MODELS)
     if source == "timm":
+        import timm
+
         return timm.list_models()
+    import torchvision
+
     return torchvision.models.list_models(module=torchvision.models)  # its classifiers
 
 

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import linecache
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
-from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,13 +19,34 @@ from unikd_fast.models.checkpointing import Checkpointed
 
 Forward = Callable[[nn.Module, Tensor], tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...], Tensor | None]]
 
-# Kept whole, except plain sequences of layers (Conv2dNormActivation), whose activation matters.
-_VISION_OPS = tuple(
-    c
-    for _, c in inspect.getmembers(torchvision.ops, inspect.isclass)
-    if issubclass(c, nn.Module) and not issubclass(c, nn.Sequential)
-)
 _SERIAL = itertools.count()
+
+
+def imported(*paths: str) -> tuple[Any, ...]:
+    """Return those of some modules, classes and functions of libraries that are imported.
+
+    No network holds the others, and importing torchvision and timm for nothing takes seconds.
+
+    Example:
+        >>> imported("timm.layers.DropPath")
+        ()
+    """
+    found = []
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        if path in sys.modules:
+            found.append(sys.modules[path])
+        elif module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+def _vision_ops() -> Iterator[type[nn.Module]]:
+    """Yield what is kept whole: not plain sequences of layers (Conv2dNormActivation), whose activation matters."""
+    for ops in imported("torchvision.ops"):
+        for _, kind in inspect.getmembers(ops, inspect.isclass):
+            if issubclass(kind, nn.Module) and not issubclass(kind, nn.Sequential):
+                yield kind
 
 
 class _OutputTracer(fx.Tracer):
@@ -41,11 +61,10 @@ class _OutputTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
-        super().__init__(
-            autowrap_modules=(math, torchvision.ops),
-            autowrap_functions=tuple(get_notrace_functions()),
-        )
-        self.leaves = (Checkpointed, *_VISION_OPS, *get_notrace_modules())
+        functions = [each for names in imported("timm.models.get_notrace_functions") for each in names()]
+        modules = [each for names in imported("timm.models.get_notrace_modules") for each in names()]
+        super().__init__(autowrap_modules=(math, *imported("torchvision.ops")), autowrap_functions=tuple(functions))
+        self.leaves = (Checkpointed, *_vision_ops(), *modules)
         self.outputs: dict[str, fx.Node] = {}
         self._path = ""
         self._calls: Counter[str] = Counter()

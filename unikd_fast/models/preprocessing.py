@@ -6,11 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import timm
-import torchvision
 from safetensors import SafetensorError, safe_open
-from timm.models import get_pretrained_cfg
-from torchvision.transforms import InterpolationMode
 
 from unikd_fast.values import Channels, Interpolation
 
@@ -132,6 +128,9 @@ def stored_preprocessing(path: Path) -> Preprocessing | None:
 
 
 def _of_torchvision(model: str, weights: str) -> Preprocessing | None:
+    import torchvision
+    from torchvision.transforms import InterpolationMode
+
     if model not in torchvision.models.list_models(module=torchvision.models):
         return None
     members = torchvision.models.get_model_weights(model)
@@ -145,6 +144,8 @@ def _of_torchvision(model: str, weights: str) -> Preprocessing | None:
 
 
 def _of_timm(model: str, weights: str, image_size: int | None) -> Preprocessing | None:
+    import timm
+
     arch, *_ = model.partition(".")
     if not timm.is_model(arch):
         return None
@@ -161,6 +162,8 @@ def _of_timm(model: str, weights: str, image_size: int | None) -> Preprocessing 
 
 
 def _timm_cfg(name: str) -> Any:
+    from timm.models import get_pretrained_cfg
+
     try:
         return get_pretrained_cfg(name)
     except RuntimeError:  # the network has no weights with this tag

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,7 +39,9 @@ def torchvision_options(model: str, weights: str | None, state: Mapping[str, Ten
         {'init_weights': False, 'transform_input': True, 'aux_logits': False}
     """
     is_random = weights is None or weights == "random"
-    entry = None if is_random else torchvision.models.get_model_weights(model).__members__.get(str(weights))
+    from torchvision.models import get_model_weights
+
+    entry = None if is_random else get_model_weights(model).__members__.get(str(weights))
     options: dict[str, Any] = {}
     if model in _INCEPTIONS:
         # Both warn unless the initialisation is given; by default they use their own.

@@ -1,11 +1,11 @@
 """Folding BatchNorm into the preceding convolution: in eval mode it is a scale and a shift per channel."""
 
 import logging
+import sys
 from collections import Counter
 from itertools import chain
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -96,7 +96,8 @@ def _graph(network: nn.Module) -> fx.Graph | None:
 
 
 def _fits(layer: nn.Module, norm: _BatchNorm) -> bool:
-    if type(norm) not in _NORMS and type(norm) is not BatchNormAct2d:
+    timm = sys.modules.get("timm.layers")  # if it is not imported, the network has none of its norms
+    if type(norm) not in _NORMS and (timm is None or type(norm) is not timm.BatchNormAct2d):
         return False
     if norm.running_mean is None or norm.running_var is None:  # uses batch statistics in eval mode too
         return False

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unikd_fast.teacher import online as formats
@@ -333,6 +332,8 @@ class OnlineTeacher(nn.Module):
             self._is_compiled = True
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # loaded by torch.compile
+
         try:
             outputs = self._run(batch)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
