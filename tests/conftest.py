@@ -9,6 +9,8 @@ import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The processes of `make test` have a core each, and two threads for such small tensors take a third more of it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

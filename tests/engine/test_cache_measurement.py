@@ -125,7 +125,7 @@ def test_the_times_are_medians_of_what_each_took(monkeypatch: pytest.MonkeyPatch
     batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), torch.arange(4))
     train = TrainConfig(total_epochs=1, global_batch_size=4, learning_rate=0.1)
     target = Target(torch.zeros(4, 3))
-    found = measure_times(side, Clocked(), train, batch, target, teacher, seconds=10_000.0)
+    found = measure_times(side, build(Clocked), train, batch, target, teacher, seconds=10_000.0)
     assert found == StepTimes(teacher=3.0, student=5.0)
     assert calls == {"teacher": 2 + 9, "student": 2 + 9}, "with two rounds of warm-up"
 
@@ -179,7 +179,7 @@ def test_the_teacher_is_timed_for_what_it_is_asked_not_for_what_it_pads(
     loader = OneBatch()
     teacher = OnlineTeacher(Slow(), precision="fp32", fold=False, channels_last=False, batch_size=at_a_time)
     sizes = CacheSizes(samples=1000, views=4, view_bytes=MIB, missing_bytes=2 * MIB, free_bytes=GIB)
-    found = plan(StudentSide(Bias(), None, None), Clocked(), teacher, loader, sizes)
+    found = plan(StudentSide(Bias(), None, None), build(Clocked), teacher, loader, sizes)
     assert found.times.teacher == pytest.approx(0.08)
     assert found.times.student == pytest.approx(0.02)
     assert (found.micro_batch_size, found.micro_batches, found.processes, found.epochs) == (8, 10, 1, 4)

@@ -32,8 +32,8 @@ HALF_UNIT = {"fp16": 2.0**-11, "uint8": 2.0**-9}
     [
         pytest.param(KD, "fp16", 0.002, id="kd-fp16"),
         pytest.param({"method": "unikd"}, "fp16", 0.0005, id="unikd-fp16"),
-        pytest.param({"method": "unikd", "fdp": "direct"}, "fp16", 0.0005, id="unikd-direct"),
-        pytest.param(KD, "uint8", 0.002, id="kd-uint8"),
+        pytest.param({"method": "unikd", "fdp": "direct"}, "fp16", 0.0005, id="unikd-direct", marks=pytest.mark.long),
+        pytest.param(KD, "uint8", 0.002, id="kd-uint8", marks=pytest.mark.long),
     ],
 )
 def test_the_loss_curve_is_that_of_the_teacher_online(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from support.captured_runs import CHANGING, Recorder, breaking_at, config_of, curve, inputs, prepared, state
 from support.fake_device import host_reads
+from support.long_rounds import long
 from support.real_runs import ALONE, train_here, train_records
 from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine import cuda_graph as captured_steps
@@ -52,7 +53,7 @@ def test_each_step_is_the_eager_one(tmp_path: Path, weights: Path, method: str, 
     captured = prepared(config_of(tmp_path, weights, "captured", method, train={**together, "cuda_graph": "on"}))
     assert isinstance(eager.steps, EagerSteps) and isinstance(captured.steps, CapturedSteps)
     of_eager, of_captured = inputs(eager), inputs(captured)
-    for step in range(20):
+    for step in range(8):
         with torch.no_grad():
             for source, target in zip(held(eager), held(captured), strict=True):
                 for key, tensor in source.items():
@@ -81,7 +82,7 @@ def test_a_run_trains_as_an_eager_one_does(tmp_path: Path, weights: Path) -> Non
     assert evaluated[1]["ce"] == pytest.approx(evaluated[0]["ce"], rel=1e-2)
 
 
-@pytest.mark.parametrize(("method", "train"), [("unikd", {}), ("crd", {"optimizer": "adamw"})])
+@pytest.mark.parametrize(("method", "train"), [long("unikd", {}), ("crd", {"optimizer": "adamw"})])
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, weights: Path, method: str, train: dict[str, Any]) -> None:
     """To the bit, with the state of the optimiser, the average and what the method remembers."""
     settings = {"train": {**CHANGING["train"], **train}, "run": {**CHANGING["run"], "checkpoint_every_steps": 7}}

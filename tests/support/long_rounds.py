@@ -19,5 +19,5 @@ def quick(values: Iterable[Any], *chosen: Any) -> list[Any]:
         3
     """
     values = list(values)
-    assert set(chosen) <= set(values), f"not among {values}: {set(chosen) - set(values)}"
+    assert all(value in values for value in chosen), f"not among {values}: {chosen}"
     return [value if value in chosen else long(value) for value in values]
