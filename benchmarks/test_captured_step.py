@@ -17,7 +17,7 @@ from timing import interleaved_medians
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.cuda_graph import WARM_UP
 from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
-from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.timing import Throughput
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.fusion import AdaptiveFeatureFusion
 from unikd_fast.recipes.experiments import read_experiment
@@ -55,11 +55,11 @@ def captured(pair: str, folder: Path, processes: Processes) -> tuple[Trainer, Lo
     ready.engine.train()
     rate = config.train.learning_rate
     data = chain.from_iterable(ready.steps.data(epoch, 0) for epoch in range(EPOCHS))
-    pace, number = Pace(processes, global_batch_size=BATCH, loader_rate=None), iter(range(10**9))
-    pace.begin(0)
+    throughput, number = Throughput(processes, global_batch_size=BATCH, loader_rate=None), iter(range(10**9))
+    throughput.begin(0)
 
     def step() -> None:
-        ready.steps.take(data, pace, next(number), learning_rate=rate)
+        ready.steps.take(data, throughput, next(number), learning_rate=rate)
 
     return ready, step
 
@@ -68,12 +68,12 @@ def plain(pair: str, like: Trainer, processes: Processes) -> Loop:
     """A loop as one writes it by hand, with the formulas in plain PyTorch, from the same weights."""
     config = read_experiment(None, f"cifar100/unikd/{pair}", [*settings("off"), "loss.impl=reference"])
     of, source = build_experiment(config, processes), like.experiment
-    of.side.load_state_dict(source.side.state_dict())
+    of.student_module.load_state_dict(source.student_module.state_dict())
     of.method.load_state_dict(source.method.state_dict())
-    for module in (*of.side.modules(), *(part for head in of.method.heads for part in head.modules())):
+    for module in (*of.student_module.modules(), *(part for head in of.method.heads for part in head.modules())):
         if isinstance(module, AdaptiveFeatureFusion):
             module.impl = "reference"
-    teacher, side, method, train = of.teacher, of.side.train(), of.method, config.train
+    teacher, side, method, train = of.teacher, of.student_module.train(), of.method, config.train
     assert teacher is not None
     assert source.teacher is not None
     teacher.load_state_dict(source.teacher.state_dict())

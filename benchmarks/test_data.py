@@ -207,7 +207,7 @@ def test_a_run_over_the_slower_of_step_and_loader(
     if device == "cpu" and CUDA:
         pytest.skip("the engine takes the GPU")
     of = experiment(photos(device), device)
-    engine, teacher, method = start_engine(of.config, of.side, start_processes()), of.teacher, of.method
+    engine, teacher, method = start_engine(of.config, of.student_module, start_processes()), of.teacher, of.method
     assert teacher is not None
     engine.train()
     held = list(of.loader.train(0))

@@ -44,9 +44,9 @@ def student_alone() -> Experiment:
 def test_engine_step_over_a_plain_loop(benchmark: Any) -> None:
     """One process, with the watch of the gradients, against forward, backward and update of the same student."""
     processes, of = start_processes(), student_alone()
-    plain = copy.deepcopy(of.side).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(of.student_module).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(plain.parameters(), of.config.train)
-    engine = start_engine(of.config, of.side, processes)
+    engine = start_engine(of.config, of.student_module, processes)
     watch = GradientWatch(engine, skip=False)
     batch: Batch = next(of.loader.train(0))
     engine.train()
@@ -77,7 +77,7 @@ def test_engine_step_over_a_plain_loop(benchmark: Any) -> None:
 def test_a_checkpoint_beside_training(benchmark: Any, tmp_path: Path) -> None:
     """How long training stands still for it, and how much the steps beside it take longer, in shares of 50 steps."""
     processes, of = start_processes(), student_alone()
-    engine = start_engine(of.config, of.side, processes)
+    engine = start_engine(of.config, of.student_module, processes)
     batch: Batch = next(of.loader.train(0))
     engine.train()
 
@@ -132,7 +132,7 @@ from unikd_fast.engine.zero import start_engine
 from unikd_fast.engine.step import train_step
 processes = start_processes()
 of = build_experiment(load_config(sys.argv[1], sys.argv[2:]), processes)
-engine = start_engine(of.config, of.side, processes)
+engine = start_engine(of.config, of.student_module, processes)
 engine.train()
 batch = next(of.loader.train(0))
 def steps(count):
@@ -145,7 +145,7 @@ def sent():
 before, began = sent(), time.perf_counter()
 steps(10)
 seconds, after = time.perf_counter() - began, sent()
-parameters = sum(p.numel() for p in of.side.parameters())
+parameters = sum(p.numel() for p in of.student_module.parameters())
 if processes.is_first:
     print(json.dumps({"bytes": (after - before) / 10, "seconds": seconds / 10, "parameters": parameters}))
 """

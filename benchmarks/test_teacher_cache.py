@@ -72,7 +72,7 @@ def steps(method: str, folder: Path, processes: Processes) -> Steps:
         distilled.method.adopt_head(cached.method.fitted_head.state_dict())
     batch: Batch
     batch, held = next(cached.micro_batches(0))
-    engines = [start_engine(e.config, e.side, processes) for e in (distilled, cached, alone)]
+    engines = [start_engine(e.config, e.student_module, processes) for e in (distilled, cached, alone)]
     for engine in engines:
         engine.train()
 

@@ -45,8 +45,8 @@ def test_distillation_step_over_teacher_forward_and_student_step(benchmark: Any)
     assert teacher is not None
     batch: Batch = next(distilled.loader.train(0))
     method.prepare(teacher(batch.images) for _ in range(2))
-    distilling = start_engine(distilled.config, distilled.side, processes)
-    training = start_engine(alone.config, alone.side, processes)
+    distilling = start_engine(distilled.config, distilled.student_module, processes)
+    training = start_engine(alone.config, alone.student_module, processes)
     distilling.train()
     training.train()
 

@@ -14,7 +14,7 @@ pytest.importorskip("nvidia.dali")
 from support.dali_loaders import make
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.dali import _try_in_a_process
-from unikd_fast.data.loader import _say_once
+from unikd_fast.data.loader import _log_once
 from unikd_fast.data.splits import DataSplits, ImageFiles
 
 
@@ -29,7 +29,7 @@ def test_says_who_makes_the_pixels(splits: DataSplits) -> None:
 
 
 def test_auto_takes_dali_for_files_and_says_so_once(splits: DataSplits, caplog: pytest.LogCaptureFixture) -> None:
-    _say_once.cache_clear()
+    _log_once.cache_clear()
     with caplog.at_level(logging.INFO, "unikd_fast"):
         loaders = [make(splits, kind="auto") for _ in range(2)]
     assert [type(one).__name__ for one in loaders] == ["DaliLoader"] * 2

@@ -16,22 +16,22 @@ from unikd_fast.config.schema import TrainConfig
 from unikd_fast.engine import cache_plan
 from unikd_fast.engine.cache_plan import CachePlan, CacheSizes, StepTimes, measure_times, plan_cache
 from unikd_fast.engine.distributed import Processes
-from unikd_fast.engine.networks import StudentSide
+from unikd_fast.engine.networks import StudentModule
 from unikd_fast.methods import KD, Method, UniKD
 from unikd_fast.models import LogitsOnly, build_model, extract_features
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.values import Batch, Features, Loss, Target
 
 
-def run_parts(method: str, model: str, **settings: Any) -> tuple[StudentSide, Method, nn.Module]:
+def run_parts(method: str, model: str, **settings: Any) -> tuple[StudentModule, Method, nn.Module]:
     """A student's side with a method and a teacher, all with weights of their own."""
     torch.manual_seed(0)
     teacher, student = (build_model(name, num_classes=10) for name in ("cifar/resnet8", model))
     if method == "kd":
-        return StudentSide(LogitsOnly(student), None, None), build(KD), LogitsOnly(teacher).eval()
+        return StudentModule(LogitsOnly(student), None, None), build(KD), LogitsOnly(teacher).eval()
     levels = [extract_features(network, image_size=32) for network in (student, teacher)]
     unikd = build(UniKD, *([shape[0] for shape in each.level_shapes] for each in levels), 10, head_steps=1, **settings)
-    return StudentSide(levels[0], unikd.adapter, None), unikd, levels[1].eval()
+    return StudentModule(levels[0], unikd.adapter, None), unikd, levels[1].eval()
 
 
 def snapshot(*modules: nn.Module) -> list[Any]:
@@ -121,7 +121,7 @@ def test_the_times_are_medians_of_what_each_took(monkeypatch: pytest.MonkeyPatch
     def teacher() -> None:
         pass_time("teacher", 3.0)
 
-    side = StudentSide(Bias(), None, None)
+    side = StudentModule(Bias(), None, None)
     batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), torch.arange(4))
     train = TrainConfig(total_epochs=1, global_batch_size=4, learning_rate=0.1)
     target = Target(torch.zeros(4, 3))
@@ -150,7 +150,12 @@ class OneBatch:
 def plan(side: nn.Module, method: Method, teacher: OnlineTeacher, loader: OneBatch, sizes: CacheSizes) -> CachePlan:
     train = TrainConfig(total_epochs=4, global_batch_size=16, accumulation_steps=2, learning_rate=0.1)
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=train), processes=ALONE, loader=loader, side=side, method=method, epochs=4
+        config=SimpleNamespace(train=train),
+        processes=ALONE,
+        loader=loader,
+        student_module=side,
+        method=method,
+        epochs=4,
     )
     return plan_cache(run, teacher, sizes)
 
@@ -179,7 +184,7 @@ def test_the_teacher_is_timed_for_what_it_is_asked_not_for_what_it_pads(
     loader = OneBatch()
     teacher = OnlineTeacher(Slow(), precision="fp32", fold=False, channels_last=False, batch_size=at_a_time)
     sizes = CacheSizes(samples=1000, views=4, view_bytes=MIB, missing_bytes=2 * MIB, free_bytes=GIB)
-    found = plan(StudentSide(Bias(), None, None), build(Clocked), teacher, loader, sizes)
+    found = plan(StudentModule(Bias(), None, None), build(Clocked), teacher, loader, sizes)
     assert found.times.teacher == pytest.approx(0.08)
     assert found.times.student == pytest.approx(0.02)
     assert (found.micro_batch_size, found.micro_batches, found.processes, found.epochs) == (8, 10, 1, 4)

@@ -161,7 +161,7 @@ def test_the_largest_logits_bound_the_loss_from_below(tmp_path: Path, weights: P
     assert first["top"][-1]["logit_kl"] < 0.8 * first["top"][0]["logit_kl"]  # it trains
 
     experiments = {name: ready(config) for name, config in configs.items()}
-    student = experiments["full"].side
+    student = experiments["full"].student_module
     losses: dict[str, list[float]] = {name: [] for name in configs}
     for epoch in range(3):
         for batches in zip(*(experiment.micro_batches(epoch) for experiment in experiments.values()), strict=True):

@@ -10,9 +10,9 @@ import torch
 
 from support.captured_runs import CHANGING, breaking_at, config_of, curve, inputs, prepared, state
 from unikd_fast.engine.build import build_experiment
-from unikd_fast.engine.cuda_graph import WARM_UP, CapturedSteps, chain_of, record, require_no_capture
+from unikd_fast.engine.cuda_graph import WARM_UP, CapturedSteps, exception_chain, record, require_no_capture
 from unikd_fast.engine.distributed import Processes, StopSignal
-from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.timing import Throughput
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import RunError
 from unikd_fast.report.run_files import STEP_TIME
@@ -90,15 +90,15 @@ def test_it_goes_on_after_a_checkpoint(
 def test_eager_steps_wait_for_nothing(tmp_path: Path, weights: Path, method: str, processes: Processes) -> None:
     settings = sections("off", accumulation_steps=2)
     ready = prepared(config_of(tmp_path, weights, "run", method, **settings), processes)
-    data, pace = inputs(ready), Pace(processes, global_batch_size=16, loader_rate=None)
-    pace.begin(0)
+    data, throughput = inputs(ready), Throughput(processes, global_batch_size=16, loader_rate=None)
+    throughput.begin(0)
     for step in range(3):
-        ready.steps.take(data, pace, step, learning_rate=0.01)
+        ready.steps.take(data, throughput, step, learning_rate=0.01)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(3, 8):
-            ready.steps.take(data, pace, step, learning_rate=0.01)
+            ready.steps.take(data, throughput, step, learning_rate=0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(ready.meter.read()) > 1
@@ -113,7 +113,7 @@ def test_a_read_in_a_capture_is_what_is_said(processes: Processes) -> None:
 
     with pytest.raises(RuntimeError) as caught:
         record(reads)
-    first = list(chain_of(caught.value))[-1]
+    first = list(exception_chain(caught.value))[-1]
     assert "capturing" in str(first) and "previous error" not in str(first)
     try:
         require_no_capture(processes.device, str(first))
@@ -126,16 +126,16 @@ def test_a_read_in_a_capture_is_what_is_said(processes: Processes) -> None:
 def test_replays_wait_for_nothing(tmp_path: Path, weights: Path, processes: Processes) -> None:
     ready = prepared(config_of(tmp_path, weights, "run", "unikd", **sections("on")), processes)
     assert isinstance(ready.steps, CapturedSteps)
-    data, pace = inputs(ready), Pace(processes, global_batch_size=16, loader_rate=None)
-    pace.begin(0)
+    data, throughput = inputs(ready), Throughput(processes, global_batch_size=16, loader_rate=None)
+    throughput.begin(0)
     for step in range(WARM_UP + 1):
-        ready.steps.take(data, pace, step, learning_rate=0.01)
+        ready.steps.take(data, throughput, step, learning_rate=0.01)
     assert ready.steps._run != ready.steps.program, "captured by now"
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(WARM_UP + 1, WARM_UP + 6):
-            ready.steps.take(data, pace, step, learning_rate=0.01)
+            ready.steps.take(data, throughput, step, learning_rate=0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(ready.meter.read()) == 4

@@ -16,10 +16,10 @@ from support.real_runs import ALONE, train_here, train_records
 from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine import cuda_graph as captured_steps
 from unikd_fast.engine.cuda_graph import CapturedSteps
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.optimizer import learning_rate
 from unikd_fast.engine.step import EagerSteps
-from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.timing import Throughput
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.engine.zero import collect_optimizer_state
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
@@ -232,7 +232,7 @@ def test_out_of_memory_in_a_capture_falls_back(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(program: Any) -> Any:
-        with naming_part("student"):
+        with oom_hint("student"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(captured_steps, "record", fails)
@@ -300,9 +300,9 @@ def take(ready: Trainer, data: Iterator[Any], step: int) -> None:
     rate = learning_rate(
         experiment.config.train, step, total_steps=experiment.total_steps, steps_per_epoch=experiment.steps_per_epoch
     )
-    pace = Pace(ALONE, global_batch_size=16, loader_rate=None)
-    pace.begin(step)
-    ready.steps.take(data, pace, step, learning_rate=rate)
+    throughput = Throughput(ALONE, global_batch_size=16, loader_rate=None)
+    throughput.begin(step)
+    ready.steps.take(data, throughput, step, learning_rate=rate)
 
 
 def held(ready: Trainer) -> list[dict[str, Tensor]]:

@@ -155,7 +155,7 @@ def run_before_training(tmp_path_factory: pytest.TempPathFactory, group: None) -
     """The student's side of a run, and the checkpoint that it wrote."""
     config = short(tmp_path_factory.mktemp("forged"), "run", train={**SHORT["train"], "total_epochs": 1})
     folder = trained(config)
-    return build_experiment(config, ALONE).side, folder / FOLDER / checkpoint_name(2)
+    return build_experiment(config, ALONE).student_module, folder / FOLDER / checkpoint_name(2)
 
 
 @pytest.mark.parametrize("tries", [150, pytest.param(5000, marks=pytest.mark.long)])

@@ -13,9 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from support.captured_runs import CHANGING, config_of, inputs, prepared
 from support.fake_device import DEVICE, fake_device
 from support.real_runs import ALONE
-from unikd_fast.engine.evaluate import Outputs, Probe, evaluate
+from unikd_fast.engine.evaluate import BatchLogits, Probe, evaluate
 from unikd_fast.engine.optimizer import StudentAverage
-from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.timing import Throughput
 from unikd_fast.models import build_model
 from unikd_fast.values import Batch, Features
 
@@ -38,11 +38,11 @@ STEPS: list[Any] = [
 def test_an_eager_step_waits_for_nothing(tmp_path: Path, weights: Path, method: str, sections: dict[str, Any]) -> None:
     with fake_device() as device:
         ready = prepared(config_of(tmp_path, weights, "run", method, **{"train": EAGER, **sections}), ON_DEVICE)
-        data, pace = inputs(ready), Pace(ON_DEVICE, global_batch_size=16, loader_rate=None)
-        pace.begin(0)
+        data, throughput = inputs(ready), Throughput(ON_DEVICE, global_batch_size=16, loader_rate=None)
+        throughput.begin(0)
         for step in range(3):
             with device.watch():  # the first ones make the optimiser's state, and what a method makes with its first
-                ready.steps.take(data, pace, step, learning_rate=0.01)
+                ready.steps.take(data, throughput, step, learning_rate=0.01)
         assert device.waits == []
         with device.watch():
             means = ready.meter.read()
@@ -58,11 +58,11 @@ def test_deepspeed_times_itself_only_if_asked(tmp_path: Path, weights: Path) -> 
     sections = {"train": EAGER, "deepspeed": {"timers": {"throughput": {"enabled": True}}}}
     with fake_device() as device:
         ready = prepared(config_of(tmp_path, weights, "run", "none", **sections), ON_DEVICE)
-        data, pace = inputs(ready), Pace(ON_DEVICE, global_batch_size=16, loader_rate=None)
-        pace.begin(0)
+        data, throughput = inputs(ready), Throughput(ON_DEVICE, global_batch_size=16, loader_rate=None)
+        throughput.begin(0)
         for step in range(4):
             with device.watch():
-                ready.steps.take(data, pace, step, learning_rate=0.01)
+                ready.steps.take(data, throughput, step, learning_rate=0.01)
         assert [wait.partition(" ")[0] for wait in device.waits] == ["synchronize"] * 4, "two in each micro-batch"
 
 
@@ -93,14 +93,14 @@ def held_out() -> list[Batch]:
 @pytest.mark.parametrize(("room", "sizes"), [(99, [16, 7]), (8, [16, 8, 8, 7]), (3, [16, 8, 4, *[2] * 11, 1])])
 def test_an_evaluation_reads_once_in_batches_of_its_own(room: int, sizes: list[int]) -> None:
     network, batches = Noting(room=room), held_out()
-    kept: list[Outputs] = []
+    kept: list[BatchLogits] = []
     wanted = evaluate(network, batches, ALONE, keep=kept)
     assert network.sizes == [4, 4, 4, 4, 4, 3] or room < 4, "on a CPU the batches stay what they are"
     network.sizes.clear()
     with fake_device() as device:
         network.to(DEVICE)
         on_device = [Batch(*(part.to(DEVICE) for part in batch[:3])) for batch in batches]
-        outputs: list[Outputs] = []
+        outputs: list[BatchLogits] = []
         with device.watch():
             found = evaluate(network, on_device, ON_DEVICE, keep=outputs)
         assert len(device.waits) == 1
@@ -113,7 +113,7 @@ def test_an_evaluation_reads_once_in_batches_of_its_own(room: int, sizes: list[i
 
 def test_the_probe_reads_once_for_each_network() -> None:
     teacher, student, batches = Noting(), Noting(), held_out()
-    kept: list[Outputs] = []
+    kept: list[BatchLogits] = []
     evaluate(student, batches, ALONE, keep=kept)
     wanted = Probe(teacher, lambda: batches, ALONE).measure(kept)
     with fake_device() as device:

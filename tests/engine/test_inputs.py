@@ -183,7 +183,7 @@ def test_a_teacher_trained_here_says_what_it_was_trained_on(files: Path, tmp_pat
 
 
 def said(caplog: pytest.LogCaptureFixture, build: Any) -> list[str]:
-    inputs._say_once.cache_clear()
+    inputs._log_once.cache_clear()
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="unikd_fast"):
         build()

@@ -61,7 +61,7 @@ def test_a_method_reads_all_its_settings_in_a_step(name: str, monkeypatch: pytes
         features = experiment.teacher(batch.images)
         second = None if batch.second is None else experiment.teacher(batch.second)
         target = method.target(features, second)
-    student = experiment.side(*filter(lambda view: view is not None, (batch.images, batch.second)))
+    student = experiment.student_module(*filter(lambda view: view is not None, (batch.images, batch.second)))
     method.loss(student, target if experiment.teacher is not None else None, batch)
     assert {field.name for field in fields(METHODS[name].settings_class)} <= noted[name].read
 

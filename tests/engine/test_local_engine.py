@@ -20,7 +20,7 @@ from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.gradients import GradientWatch, LossScale
 from unikd_fast.engine.local_engine import LocalEngine
-from unikd_fast.engine.networks import StudentSide
+from unikd_fast.engine.networks import StudentModule
 from unikd_fast.engine.step import train_step
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.engine.zero import collect_optimizer_state, reasons_for_deepspeed, start_engine
@@ -63,7 +63,7 @@ def changed_by_steps(config: Config, *, poisoned: bool) -> dict[str, torch.Tenso
     network = LogitsOnly(build_model("cifar/resnet8", num_classes=10))
     unused = nn.Linear(3, 3)  # has no gradient, and decays
     autocast = torch.float16 if config.train.precision == "fp16" else None
-    engine = start_engine(config, StudentSide(network, None, unused, autocast=autocast), ALONE)
+    engine = start_engine(config, StudentModule(network, None, unused, autocast=autocast), ALONE)
     assert isinstance(engine, LocalEngine) == (not config.deepspeed)
     engine.train()
     scale = LossScale(2.0**10) if config.train.precision == "fp16" else None

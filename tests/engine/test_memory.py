@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from support.build_method import build
 from support.real_runs import ALONE, opened, write_config
 from unikd_fast.engine.describe import describe
-from unikd_fast.engine.memory import estimate_memory, kept_of, kept_of_a_batch
-from unikd_fast.engine.networks import StudentSide
+from unikd_fast.engine.memory import estimate_memory, saved_bytes, saved_bytes_of
+from unikd_fast.engine.networks import StudentModule
 from unikd_fast.methods import CRD, FLG, KD, Blockwise, Hybrid
 from unikd_fast.values import Features
 
@@ -87,24 +87,24 @@ def stones_experiment(*, light: bool = False) -> Any:
     ]
     method = build(Blockwise, SHAPES, SHAPES, blocks, light=light)
     config = SimpleNamespace(data=SimpleNamespace(image_size=4), train=SimpleNamespace(precision="fp32"))
-    side = StudentSide(Student(), method.adapter, None)
-    return SimpleNamespace(config=config, side=side, method=method, teacher=None)
+    student_module = StudentModule(Student(), method.adapter, None)
+    return SimpleNamespace(config=config, student_module=student_module, method=method, teacher=None)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_the_stepping_stones_of_blockwise(batch: int) -> None:
     # The first stone passes both blocks, the second one the last.
     matrix, first, second = 12 * CLASSES * 4, 1 * 4 * 4 * 4, 3 * 2 * 2 * 4
-    found = kept_of_a_batch(stones_experiment(), batch, CPU)
+    found = saved_bytes(stones_experiment(), batch, CPU)
     assert found.inside == matrix + batch * (first + 2 * second)
-    assert kept_of_a_batch(stones_experiment(light=True), batch, CPU).inside == matrix + batch * second
+    assert saved_bytes(stones_experiment(light=True), batch, CPU).inside == matrix + batch * second
     hybrid = stones_experiment()
     hybrid.method = build(Hybrid, {"kd": build(KD), "blockwise": hybrid.method})
-    hybrid.side = StudentSide(Student(), hybrid.method.adapter, None)
-    assert kept_of_a_batch(hybrid, batch, CPU).inside == found.inside
+    hybrid.student_module = StudentModule(Student(), hybrid.method.adapter, None)
+    assert saved_bytes(hybrid, batch, CPU).inside == found.inside
     alone = stones_experiment()
     alone.method = build(KD)
-    assert kept_of_a_batch(alone, batch, CPU) == (found.student, 0)
+    assert saved_bytes(alone, batch, CPU) == (found.student, 0)
 
 
 BLOCKWISE = {
@@ -118,8 +118,8 @@ BLOCKWISE = {
 def test_a_batch_is_what_it_measures(tmp_path: Path, precision: str) -> None:
     """Copies of the weights, which autocast makes, count once and not for each image."""
     experiment = opened(write_config(tmp_path, **BLOCKWISE, train={"precision": precision}))
-    assert kept_of_a_batch(experiment, 12, CPU) == kept_of(experiment, 12, CPU)
-    one, none = (kept_of_a_batch(experiment, images, CPU) for images in (1, 0))
+    assert saved_bytes(experiment, 12, CPU) == saved_bytes_of(experiment, 12, CPU)
+    one, none = (saved_bytes(experiment, images, CPU) for images in (1, 0))
     weights = sum(parameter.numel() for parameter in experiment.student.parameters() if parameter.dim() > 1)
     assert 2 * weights * (precision == "bf16") <= none.student < one.student
 
@@ -127,7 +127,7 @@ def test_a_batch_is_what_it_measures(tmp_path: Path, precision: str) -> None:
 def test_the_dry_run_names_what_a_method_holds(tmp_path: Path) -> None:
     experiment = opened(write_config(tmp_path, **BLOCKWISE))
     parts = estimate_memory(experiment, 8)
-    assert parts["activations inside the method"] == kept_of(experiment, 8, CPU).inside > 0
+    assert parts["activations inside the method"] == saved_bytes_of(experiment, 8, CPU).inside > 0
     assert "the method's own" not in parts
     config = {**BLOCKWISE, "distill": {"method": "crd", "crd": {"width": 2**16}}}
     path = write_config(tmp_path, name="crd", **config)

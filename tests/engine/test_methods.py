@@ -14,7 +14,7 @@ from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.describe import describe
-from unikd_fast.engine.networks import StudentSide
+from unikd_fast.engine.networks import StudentModule
 from unikd_fast.engine.step import train_step
 from unikd_fast.methods import (
     KD,
@@ -156,7 +156,7 @@ def test_a_step_shows_both_networks_both_views(tmp_path: Path, weights: Path, mo
     engine: Any = SimpleNamespace(
         backward=lambda loss: loss.backward(), step=lambda: None, gradient_accumulation_steps=lambda: 1
     )
-    train_step(_Called(experiment.side, engine), teacher, method, batch, update=True)
+    train_step(_Called(experiment.student_module, engine), teacher, method, batch, update=True)
     ((student, target),) = given
     assert torch.equal(student.logits, reference(batch.images).logits)
     assert student.second_logits is not None and target.second_logits is not None
@@ -182,7 +182,7 @@ def test_batch_norm_sees_each_view_by_itself() -> None:
     network = LogitsOnly(build_model("cifar/resnet8", num_classes=10)).train()
     one_after_the_other, together = copy.deepcopy(network), copy.deepcopy(network)
     weak, strong = torch.randn(8, 3, 16, 16), 3 * torch.randn(8, 3, 16, 16) + 1
-    found = StudentSide(network, None, None)(weak, strong)
+    found = StudentModule(network, None, None)(weak, strong)
     assert torch.equal(found.logits, one_after_the_other(weak).logits)
     assert torch.equal(found.second_logits, one_after_the_other(strong).logits)
     for (name, buffer), other in zip(network.named_buffers(), one_after_the_other.buffers(), strict=True):
@@ -191,7 +191,7 @@ def test_batch_norm_sees_each_view_by_itself() -> None:
     assert not torch.allclose(both[:8], found.logits, atol=1e-3)
     (found.logits.sum() + found.second_logits.sum()).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-    assert StudentSide(network, None, None)(weak).second_logits is None
+    assert StudentModule(network, None, None)(weak).second_logits is None
 
 
 def test_second_views_are_read_for_methods_that_need_them_alone(tmp_path: Path, weights: Path) -> None:

@@ -14,7 +14,7 @@ from support.real_runs import run, run_ranks, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.engine import teacher as online_teacher
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.describe import say_what_runs
+from unikd_fast.engine.describe import log_run
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.models import build_model
 from unikd_fast.teacher import online as formats
@@ -100,7 +100,7 @@ def test_why_a_teacher_is_not_checked_is_said(
     with caplog.at_level(logging.WARNING, logger="unikd_fast"):
         built = experiment(tmp_path, **given)
         record = built.teacher_record
-        say_what_runs(built, "student")
+        log_run(built, "student")
     assert record is not None
     assert record["fidelity"] is None
     assert reason in record["fidelity_skipped"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from support.real_runs import ALONE, opened, process_group, run, save_teacher, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
-from unikd_fast.engine.evaluate import Outputs, Probe, write_outputs
+from unikd_fast.engine.evaluate import BatchLogits, Probe, write_outputs
 from unikd_fast.models import build_model
 from unikd_fast.report.run_files import read_test_logits
 from unikd_fast.values import Batch, Features
@@ -37,7 +37,7 @@ def test_the_probe_is_the_softened_kl_and_asks_the_teacher_once() -> None:
     batches = [Batch(i.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), torch.zeros(len(i)).long(), i) for i in ids]
     teacher = Table(rows)
     probe = Probe(teacher, lambda: iter(batches), ALONE)
-    outputs = [Outputs(i, student[i], torch.zeros(len(i)).long()) for i in ids]
+    outputs = [BatchLogits(i, student[i], torch.zeros(len(i)).long()) for i in ids]
     p, q = (x.double().div(4).log_softmax(1) for x in (rows, student))
     expected = 16 * (p.exp() * (p - q)).sum(1).mean().item()
     assert probe.measure(outputs) == pytest.approx(expected, rel=1e-6)
@@ -54,19 +54,19 @@ def test_the_probe_goes_without_samples_that_one_lacks() -> None:
     probe = Probe(Table(rows), lambda: iter(batches), ALONE)
     p, q = (x.double().div(4).log_softmax(1) for x in (rows, student))
     for seen, common in (([[0, 2], [3, 4]], [0, 2, 3]), ([[0, 1, 2, 3]], [0, 1, 2, 3]), ([[4], [0, 2]], [0, 2])):
-        outputs = [Outputs(torch.tensor(i), student[i], torch.zeros(len(i)).long()) for i in seen]
+        outputs = [BatchLogits(torch.tensor(i), student[i], torch.zeros(len(i)).long()) for i in seen]
         expected = 16 * (p.exp() * (p - q)).sum(1)[common].mean().item()
         assert probe.measure(outputs) == pytest.approx(expected, abs=1e-6)  # fp32 against float64
 
 
 def test_outputs_of_all_processes_are_written_in_the_order_of_the_split(tmp_path: Path) -> None:
     class Two(Processes):
-        def gather(self, value: Outputs) -> list[Outputs]:
+        def gather(self, value: BatchLogits) -> list[BatchLogits]:
             return [value, other]
 
-    other = Outputs(torch.tensor([2, 0]), torch.tensor([[2.0, 0.0], [0.0, 0.5]]), torch.tensor([1, 0]))
-    own = [Outputs(torch.tensor([3]), torch.tensor([[3.0, 1.0]]), torch.tensor([1]))]
-    own.append(Outputs(torch.tensor([1]), torch.tensor([[1.0, 7.0]]), torch.tensor([0])))
+    other = BatchLogits(torch.tensor([2, 0]), torch.tensor([[2.0, 0.0], [0.0, 0.5]]), torch.tensor([1, 0]))
+    own = [BatchLogits(torch.tensor([3]), torch.tensor([[3.0, 1.0]]), torch.tensor([1]))]
+    own.append(BatchLogits(torch.tensor([1]), torch.tensor([[1.0, 7.0]]), torch.tensor([0])))
     write_outputs(tmp_path / "new", own, Two(0, 1, 0, torch.device("cpu")), split="val")
     found = read_test_logits(tmp_path / "new")
     assert found is not None and found.split == "val"

@@ -12,7 +12,7 @@ import torch
 
 from support.real_runs import merged, opened, process_group, run_ranks, train_here, write_config
 from unikd_fast.config import load_config
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.errors import LoaderError, OutOfMemory
 
 SMALL: dict[str, Any] = {
@@ -127,13 +127,13 @@ def test_every_option_trains_at_every_stage(
 def test_a_lack_of_memory_names_the_part_and_the_remedy(error: Exception, said: str) -> None:
     with (
         pytest.raises(OutOfMemory, match=f"^out of memory in the student's part: .*{said}.?; raise train.accumulation"),
-        naming_part("student"),
+        oom_hint("student"),
     ):
         raise error
 
 
 def test_a_real_lack_of_memory_is_recognised() -> None:
-    with pytest.raises(OutOfMemory, match="out of memory in the teacher's part"), naming_part("teacher"):
+    with pytest.raises(OutOfMemory, match="out of memory in the teacher's part"), oom_hint("teacher"):
         torch.empty(2**60, dtype=torch.uint8)
 
 
@@ -144,10 +144,10 @@ def test_a_method_that_is_too_large_is_named(tmp_path: Path) -> None:
 
 
 def test_what_says_already_what_to_do_passes() -> None:
-    with pytest.raises(LoaderError, match="workers"), naming_part("run"):
+    with pytest.raises(LoaderError, match="workers"), oom_hint("run"):
         raise LoaderError("worker 0: Cannot allocate memory; lower data.workers")
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shape"), naming_part("student"):
+    with pytest.raises(RuntimeError, match="shape"), oom_hint("student"):
         raise RuntimeError("shape mismatch")

@@ -23,7 +23,7 @@ from unikd_fast.data.sets import open_data
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.engine import teacher as teacher_accuracy
 from unikd_fast.engine.build import Experiment
-from unikd_fast.engine.teacher import check_teacher, judge_teacher
+from unikd_fast.engine.teacher import check_teacher, require_accuracy
 from unikd_fast.models import build_model
 
 ASKS = {"min_accuracy": None}
@@ -102,11 +102,11 @@ def test_what_is_enough(
             with caplog.at_level("INFO", "unikd_fast"):
                 if verdict == "refused":
                     with pytest.raises(ConfigError, match=r"teacher\.weights = teacher\.pth, names") as error:
-                        judge_teacher(config, found, classes, ALONE, "run")
+                        require_accuracy(config, found, classes, ALONE, "run")
                     but = f"chance is {100 / classes:.2f} %" if asked is None else f"teacher.min_accuracy is {asked}"
                     assert f"of {accuracy:.2f} % of {images:,} validation images and {but}; check" in str(error.value)
                     continue
-                judge_teacher(config, found, classes, ALONE, "run")
+                require_accuracy(config, found, classes, ALONE, "run")
             line = f"[run] the teacher names the class of {accuracy:.2f} % of {images:,} validation images"
             warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
             assert caplog.messages[0] == line, accuracy

@@ -19,7 +19,7 @@ from torch import nn
 from support.real_runs import ALONE, launch, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.describe import describe
-from unikd_fast.engine.distributed import doubt_about
+from unikd_fast.engine.distributed import explain_bad_evaluation
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.metrics import MetricsWriter
 from unikd_fast.engine.run import _Once
@@ -87,15 +87,15 @@ def test_an_evaluation_of_fresh_running_averages_is_explained() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for _ in range(7):
         network(1000 * torch.randn(2, 3, 4, 4))
-    said = doubt_about(2.9e5, network, 10)
+    said = explain_bad_evaluation(2.9e5, network, 10)
     assert said is not None
     assert said.startswith("this cross-entropy, 2.9e+05, says little yet: ")
     assert said.endswith("BatchNorm's running averages, which after 7 batches are still 48 % their initial values")
-    assert doubt_about(math.log(10), network, 10) is None  # as good as a guess
+    assert explain_bad_evaluation(math.log(10), network, 10) is None  # as good as a guess
     for _ in range(40):
         network(torch.randn(2, 3, 4, 4))
-    assert doubt_about(2.9e5, network, 10) is None  # something else
-    assert doubt_about(2.9e5, nn.Conv2d(3, 4, 1), 10) is None
+    assert explain_bad_evaluation(2.9e5, network, 10) is None  # something else
+    assert explain_bad_evaluation(2.9e5, nn.Conv2d(3, 4, 1), 10) is None
 
 
 def test_a_message_is_said_once() -> None:

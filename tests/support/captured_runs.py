@@ -17,7 +17,7 @@ from unikd_fast.config import Config, load_config
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.cuda_graph import CapturedSteps
 from unikd_fast.engine.distributed import Processes, StopSignal
-from unikd_fast.engine.timing import Pace
+from unikd_fast.engine.timing import Throughput
 from unikd_fast.engine.trainer import Trainer
 
 # All that changes from step to step: views, rate, ramps, an average; and clipping, at about half of the steps.
@@ -152,10 +152,10 @@ def breaking_at(step: int) -> Iterator[None]:
     """Within the block runs of captured steps end at this one, with a ZeroDivisionError."""
     taken = CapturedSteps.take
 
-    def breaks(self: CapturedSteps, data: Any, pace: Pace, number: int, *, learning_rate: float) -> None:
+    def breaks(self: CapturedSteps, data: Any, throughput: Throughput, number: int, *, learning_rate: float) -> None:
         if number == step:
             raise ZeroDivisionError
-        taken(self, data, pace, number, learning_rate=learning_rate)
+        taken(self, data, throughput, number, learning_rate=learning_rate)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(CapturedSteps, "take", breaks)

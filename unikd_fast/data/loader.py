@@ -201,10 +201,10 @@ def _fitting_kind(kind: LoaderKind, splits: DataSplits) -> LoaderKind:
         )
     if kind == "auto":
         by_pil = f"PIL in worker processes (torchvision), because DALI does not work: {problem}"
-        _say_once(f"image files are decoded by {'DALI' if problem is None else by_pil}")
+        _log_once(f"image files are decoded by {'DALI' if problem is None else by_pil}")
     return "dali" if problem is None else "torchvision"
 
 
 @cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     _logger.info("data.loader: %s", message)

@@ -14,14 +14,14 @@ from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.cache import OutputCache, open_output_cache
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.inputs import (
+    as_config_errors,
     build_data,
     build_data_loader,
-    refusing_misfits,
-    say_inputs,
+    log_inputs,
     teacher_affine,
 )
-from unikd_fast.engine.memory import naming_part
-from unikd_fast.engine.networks import StudentSide, build_network, build_teacher_network, check_forward
+from unikd_fast.engine.memory import oom_hint
+from unikd_fast.engine.networks import StudentModule, build_network, build_teacher_network, check_forward
 from unikd_fast.engine.preflight import require_agreement
 from unikd_fast.engine.teacher import start_teacher
 from unikd_fast.engine.zero import local_batch_size, zero_stage
@@ -41,7 +41,7 @@ class Experiment:
         processes: that train it.
         splits: the data set.
         loader: this process's batches of it.
-        side: the student, and what is trained with it.
+        student_module: the student, and what is trained with it.
         method: what is distilled.
         teacher: the teacher that answers online. If None, its outputs are cached, or the method needs none.
         cache: the teacher's outputs on disk. If None, the teacher answers online, or the method needs none.
@@ -51,7 +51,7 @@ class Experiment:
     processes: Processes
     splits: DataSplits
     loader: Loader
-    side: StudentSide
+    student_module: StudentModule
     method: Method[Any]
     teacher: OnlineTeacher | None = None
     cache: OutputCache | None = None
@@ -59,7 +59,7 @@ class Experiment:
     @property
     def student(self) -> FeatureExtractor | LogitsOnly:
         """The network that is trained."""
-        return cast(LogitsOnly, self.side.network)
+        return cast(LogitsOnly, self.student_module.network)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,7 +97,7 @@ def build_experiment(config: Config, processes: Processes) -> Experiment:
             the network it was made of.
         OutOfMemory: it does not fit into memory.
     """
-    with naming_part("run"), refusing_misfits():
+    with oom_hint("run"), as_config_errors():
         return _build(config, processes)
 
 
@@ -108,7 +108,7 @@ def _build(config: Config, processes: Processes) -> Experiment:
     splits = build_data(config, processes)
     check_classes(config, needs, splits.num_classes)
     if processes.is_first:
-        say_inputs(config, splits, config.data.first_augmentation)
+        log_inputs(config, splits, config.data.first_augmentation)
     loader = build_data_loader(config, splits, processes, second_view=needs.second_view)
     total_steps = _total_steps(config, loader.steps_per_epoch)
     facts = {"training_samples": len(splits.train), "classes": splits.num_classes, "steps": total_steps}
@@ -142,11 +142,11 @@ def _build(config: Config, processes: Processes) -> Experiment:
         label_smoothing=config.loss.label_smoothing,
         impl=config.loss.impl,
     )
-    with naming_part("method"):
+    with oom_hint("method"):
         method = build_method(config.distill.settings, context)
     autocast = torch.float16 if config.train.precision == "fp16" else None
-    side = StudentSide(student, method.adapter, method.companion, autocast=autocast).to(processes.device)
-    experiment = Experiment(config, processes, splits, loader, side, method)
+    student_module = StudentModule(student, method.adapter, method.companion, autocast=autocast).to(processes.device)
+    experiment = Experiment(config, processes, splits, loader, student_module, method)
     if network is not None and cached:
         experiment = replace(experiment, cache=open_output_cache(experiment, network))
     heads = method.heads if experiment.cache is None or experiment.cache.missing else ()  # a finished cache runs none
@@ -207,13 +207,13 @@ def _check_method(
     batch: int,
 ) -> None:
     """Run what the method puts on top of both networks, which by themselves take the images."""
-    config, side, device = experiment.config, experiment.side, experiment.processes.device
-    modes: dict[nn.Module, bool] = {side: True, **dict.fromkeys(heads, True)}
+    config, student_module, device = experiment.config, experiment.student_module, experiment.processes.device
+    modes: dict[nn.Module, bool] = {student_module: True, **dict.fromkeys(heads, True)}
     if teacher is not None:
         modes[teacher.to(device)] = False
 
     def run(images: Tensor) -> None:
-        experiment.method.inside(side(images))
+        experiment.method.inside(student_module(images))
         if teacher is not None and heads:
             features = teacher(images)
             for head in heads:

@@ -21,15 +21,15 @@ from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.distributed import Processes, StopSignal
-from unikd_fast.engine.inputs import refusing_misfits, teacher_affine, teacher_constants
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.inputs import as_config_errors, teacher_affine, teacher_constants
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.teacher import (
     VALIDATION,
-    judge_teacher,
     make_teacher,
     measure_teacher,
     prepare_method,
+    require_accuracy,
     start_teacher,
 )
 from unikd_fast.errors import CacheError, Interrupted
@@ -274,7 +274,7 @@ def ready_cache(experiment: "Experiment", stop: StopSignal, name: str) -> None:
         ConfigError: the teacher is not the network it was made of; an image cannot be read.
         Interrupted: SIGTERM or Ctrl-C while it was built.
     """
-    with refusing_misfits():
+    with as_config_errors():
         _ready(experiment, stop, name)
 
 
@@ -310,7 +310,7 @@ def _ready(experiment: "Experiment", stop: StopSignal, name: str) -> None:
         torch.cuda.empty_cache()
 
 
-@naming_part("teacher")
+@oom_hint("teacher")
 def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineTeacher:
     """Build what is missing, on all processes of this run and beside any other run that does the same.
 
@@ -342,7 +342,7 @@ def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineT
         teacher.record[VALIDATION] = measure_teacher(config, teacher, loader, processes)
     asked = teacher.record if known is None else known.record
     if asked.get(VALIDATION) is not None:  # before a long pass over all views
-        judge_teacher(config, asked[VALIDATION], experiment.splits.num_classes, processes, name)
+        require_accuracy(config, asked[VALIDATION], experiment.splits.num_classes, processes, name)
     if known is None:
         prepare_method(method, loader, teacher, processes, stop, name)
         head = {} if method.fitted_head is None else method.fitted_head.state_dict()

@@ -15,15 +15,15 @@ from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache import codec_of, fill_cache, refuse_uncacheable
 from unikd_fast.engine.cache_plan import CachePlan, cache_sizes, plan_cache
 from unikd_fast.engine.distributed import Processes, StopSignal
-from unikd_fast.engine.inputs import refusing_misfits
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.inputs import as_config_errors
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.errors import Interrupted
 from unikd_fast.teacher.cache import CacheFolder
 from unikd_fast.teacher.cache.shard import committed_path
 from unikd_fast.units import duration, size
 
 
-@naming_part("run")
+@oom_hint("run")
 def build_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> None:
     """Builds what the caches of these runs lack, on all processes, and prints a line for each cache.
 
@@ -57,7 +57,7 @@ def _filled(name: str, config: Config, processes: Processes, stop: StopSignal, *
         return None
     began, how = time.perf_counter(), "already complete"
     if cache.missing:
-        with refusing_misfits():
+        with as_config_errors():
             fill_cache(experiment, stop, name)
         how = f"built in {duration(time.perf_counter() - began)}"
     else:
@@ -104,7 +104,7 @@ def plan_experiment(config: Config, experiment: Experiment) -> CachePlan:
     assert config.teacher is not None
     method, splits, teacher, epochs = experiment.method, experiment.splits, experiment.teacher, experiment.epochs
     assert teacher is not None
-    with refusing_misfits():
+    with as_config_errors():
         refuse_uncacheable(method, teacher.network, splits)
         codec = codec_of(config, splits, method)
     sizes = cache_sizes(cache_dir(config), codec, len(splits.train), config.teacher.cache.views or epochs)

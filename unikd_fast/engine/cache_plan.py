@@ -175,7 +175,7 @@ def plan_cache(experiment: "Experiment", teacher: OnlineTeacher, sizes: CacheSiz
 
     with _in_eval_mode(method.fitted_head):
         held = answer(batch.images)
-        times = measure_times(experiment.side, method, train, batch, held, partial(answer, images))
+        times = measure_times(experiment.student_module, method, train, batch, held, partial(answer, images))
     share = len(batch.images) / size
     return CachePlan(
         sizes,
@@ -188,7 +188,7 @@ def plan_cache(experiment: "Experiment", teacher: OnlineTeacher, sizes: CacheSiz
 
 
 def measure_times(
-    side: nn.Module,
+    student_module: nn.Module,
     method: Method,
     train: TrainConfig,
     batch: Batch,
@@ -202,7 +202,7 @@ def measure_times(
     The student trains as a copy without DeepSpeed, whose own cost is not in it.
 
     Args:
-        side: the StudentSide of the run.
+        student_module: the StudentModule of the run.
         method: whose loss is taken; prepared.
         train: of the run's configuration.
         batch: a micro-batch.
@@ -212,7 +212,7 @@ def measure_times(
     """
     device = batch.images.device
     autocast = autocast_dtype(train.precision)
-    trained = copy.deepcopy(side).train()
+    trained = copy.deepcopy(student_module).train()
     optimizer = build_optimizer(trained.parameters(), train)
 
     def step() -> None:

@@ -23,7 +23,7 @@ from unikd_fast.engine.local_engine import LocalEngine
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.optimizer import StudentAverage
 from unikd_fast.engine.step import Steps, train_step
-from unikd_fast.engine.timing import Pace, StepClock
+from unikd_fast.engine.timing import StepClock, Throughput
 from unikd_fast.engine.zero import reasons_for_deepspeed
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 
@@ -128,11 +128,11 @@ class CapturedSteps(Steps):
         """Plans of micro-batches."""
         return self._loader.plans(epoch, start)
 
-    def take(self, data: Iterator[Tensor], pace: Pace, step: int, *, learning_rate: float) -> None:
+    def take(self, data: Iterator[Tensor], throughput: Throughput, step: int, *, learning_rate: float) -> None:
         experiment, clock = self._experiment, self._clock
         clock.start()
         for plan in self._plans:
-            plan.copy_(pace.next(data), non_blocking=True)
+            plan.copy_(throughput.next(data), non_blocking=True)
         clock.mark("data")
         self._rate.fill_(learning_rate)
         experiment.method.set_progress(step / experiment.steps_per_epoch)
@@ -180,7 +180,7 @@ class CapturedSteps(Steps):
         try:
             return record(self.program)
         except (RuntimeError, OutOfMemory) as error:
-            chain = list(chain_of(error))
+            chain = list(exception_chain(error))
         # torch then says "operation failed due to a previous error", and what went wrong first is in the chain.
         said = str(chain[-1]).strip().partition("\n")[0]
         memory = any(isinstance(error, OutOfMemory | torch.OutOfMemoryError) for error in chain)
@@ -199,7 +199,7 @@ class CapturedSteps(Steps):
         return self.program
 
 
-def chain_of(error: BaseException) -> Iterator[BaseException]:
+def exception_chain(error: BaseException) -> Iterator[BaseException]:
     """Yield what was raised on the way to an error, the first last, without lookups that failed and were provided for.
 
     Those are no RuntimeErrors.

@@ -46,7 +46,9 @@ def method_lines(config: Config, experiment: Experiment) -> list[str]:
     """Return the method, the batch and the steps."""
     train, processes = config.train, experiment.processes
     world_size = processes.world_size
-    own = count_parameters(experiment.side) - count_parameters(experiment.student) + head_parameters(experiment)
+    own = (
+        count_parameters(experiment.student_module) - count_parameters(experiment.student) + head_parameters(experiment)
+    )
     beside = f": {own:,} parameters beside the student's" if own else ""
     method = "none, cross-entropy alone" if config.distill.method == "none" else config.distill.label
     return [
@@ -58,7 +60,7 @@ def method_lines(config: Config, experiment: Experiment) -> list[str]:
     ]
 
 
-def say_what_runs(experiment: Experiment, name: str) -> None:
+def log_run(experiment: Experiment, name: str) -> None:
     """Log the lines of a run, and warn where nobody checks that its teacher is faithful.
 
     Args:

@@ -29,7 +29,7 @@ class Processes:
     world_size: int
     local_rank: int
     device: torch.device
-    patience: timedelta = timedelta(minutes=10)
+    timeout: timedelta = timedelta(minutes=10)
     """How long they wait for each other."""
 
     @property
@@ -109,12 +109,12 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
         reuse_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // (_processes_here() or 1)))
-    patience = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Processes(0, 1, local_rank, device, patience)
+            return Processes(0, 1, local_rank, device, timeout)
         try:
-            _join_others(_backend(device), patience)
+            _join_others(_backend(device), timeout)
         except (dist.DistError, RuntimeError, OSError) as error:
             raise ConfigError(
                 f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
@@ -122,7 +122,7 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
                 f"minutes (run.timeout_minutes): {error}; see whether all nodes started, and reach this address and "
                 "port"
             ) from error
-    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, patience)
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, timeout)
 
 
 def import_deepspeed() -> Any:
@@ -163,16 +163,16 @@ def join_alone(device: torch.device) -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def _join_others(backend: str, patience: timedelta) -> None:
+def _join_others(backend: str, timeout: timedelta) -> None:
     """Join by the address that the launcher gave, on one node by its loopback interface."""
     deepspeed = import_deepspeed()
     if _processes_here() == int(os.environ["WORLD_SIZE"]):
         _stay_on_loopback()
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            store = _loopback_store(patience)
+            store = _loopback_store(timeout)
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
-    deepspeed.init_distributed(backend, verbose=False, timeout=patience)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
 
 
 def _backend(device: torch.device) -> str:
@@ -187,7 +187,7 @@ def _stay_on_loopback() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
-def _loopback_store(patience: timedelta) -> dist.TCPStore:
+def _loopback_store(timeout: timedelta) -> dist.TCPStore:
     """The store that the processes meet in: torch's own choice is to listen on all interfaces."""
     host, port, first = "127.0.0.1", int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     listener = None
@@ -197,7 +197,7 @@ def _loopback_store(patience: timedelta) -> dist.TCPStore:
             listening.bind((host, port))
             listening.listen()
             listener = listening.detach()
-    return dist.TCPStore(host, port, int(os.environ["WORLD_SIZE"]), first, timeout=patience, master_listen_fd=listener)
+    return dist.TCPStore(host, port, int(os.environ["WORLD_SIZE"]), first, timeout=timeout, master_listen_fd=listener)
 
 
 def _processes_here() -> int | None:
@@ -229,7 +229,7 @@ class StopSignal:
         self._signal = 0
         self._pending: tuple[Any, torch.Tensor] | None = None
         several = processes.world_size > 1
-        self._group: Any = dist.new_group(backend="gloo", timeout=processes.patience) if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=processes.timeout) if several else None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -286,7 +286,7 @@ def initial_share(module: nn.Module) -> tuple[float, int]:
     return max(found)
 
 
-def doubt_about(cross_entropy: float, network: nn.Module, num_classes: int) -> str | None:
+def explain_bad_evaluation(cross_entropy: float, network: nn.Module, num_classes: int) -> str | None:
     """Why an evaluation is worse than a guess, if it is because of BatchNorm's averages; None otherwise.
 
     Args:

@@ -21,7 +21,7 @@ from unikd_fast.values import Batch
 PROBE_TEMPERATURE = 4.0
 
 
-class Outputs(NamedTuple):
+class BatchLogits(NamedTuple):
     """Of one batch, on the CPU."""
 
     sample_ids: Tensor  # (N,)
@@ -51,7 +51,7 @@ class Probe:
         self._known: dict[int, Tensor] | None = known  # logits (K,) by sample id
 
     @torch.no_grad()
-    def measure(self, student: Sequence[Outputs]) -> float:
+    def measure(self, student: Sequence[BatchLogits]) -> float:
         """The mean over all processes' samples.
 
         Args:
@@ -78,13 +78,13 @@ class Probe:
         return total / max(count, 1.0)
 
 
-def write_outputs(folder: Path, outputs: Sequence[Outputs], processes: Processes, *, split: str) -> None:
+def write_outputs(folder: Path, outputs: Sequence[BatchLogits], processes: Processes, *, split: str) -> None:
     """Writes test_logits.safetensors from the outputs of all processes, in the order of the split; all must call it.
 
     Raises:
         FileError: on all processes: it cannot be written.
     """
-    own = Outputs(*(torch.cat(parts) for parts in zip(*outputs, strict=True))) if outputs else None
+    own = BatchLogits(*(torch.cat(parts) for parts in zip(*outputs, strict=True))) if outputs else None
     shares = [share for share in processes.gather(own) if share is not None]
 
     def write() -> bool:
@@ -112,7 +112,7 @@ def evaluate(
     processes: Processes,
     *,
     autocast: torch.dtype | None = None,
-    keep: list[Outputs] | None = None,
+    keep: list[BatchLogits] | None = None,
 ) -> dict[str, float]:
     """Top-1 accuracy in percent, top-5 of more than five classes, mean cross-entropy and the number of samples.
 
@@ -131,13 +131,13 @@ def evaluate(
     training = network.training
     network.eval()
     forward = _Forward(network)
-    for batch in joined(batches, 1 if device.type == "cpu" else _JOINED):
+    for batch in join_batches(batches, 1 if device.type == "cpu" else _JOINED):
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = forward(batch.images)
         logits = logits.float()
         if keep is not None:
             parts = (batch.sample_ids, logits, batch.labels)
-            keep.append(Outputs(*(part.to("cpu", non_blocking=True) for part in parts)))
+            keep.append(BatchLogits(*(part.to("cpu", non_blocking=True) for part in parts)))
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         ce = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
         top5 = top.sum() if logits.shape[1] > 5 else torch.full_like(ce, math.nan)
@@ -151,7 +151,7 @@ def evaluate(
     return {"accuracy": 100 * top1 / count, **five, "ce": ce_sum / count, "samples": int(count)}
 
 
-def joined(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+def join_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     """Join batches without second views, so many at a time; the last may be fewer."""
     rest = iter(batches)
     while group := list(islice(rest, count)):

@@ -80,7 +80,7 @@ def teacher_affine(config: Config, splits: DataSplits) -> Affine | None:
     return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
 
-def say_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -> None:
+def log_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -> None:
     """Log in one line how the images are made, after which network, and where a network was trained on others."""
     found = list(_published(config))
     if not found or isinstance(splits.train, TensorImages):
@@ -99,7 +99,7 @@ def say_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -
             differs.append(f"{wanted.image_size} px instead of {splits.image_size}")
         if differs:
             parts.append(f"{name} was trained with {', '.join(differs)}")
-    _say_once(f"images: {'; '.join(parts)}")
+    _log_once(f"images: {'; '.join(parts)}")
 
 
 def _published(config: Config) -> Iterator[tuple[str, str, Preprocessing]]:
@@ -141,12 +141,12 @@ def _short(values: Channels) -> str:
 
 
 @cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     _logger.info(message)
 
 
 @contextmanager
-def refusing_misfits() -> Iterator[None]:
+def as_config_errors() -> Iterator[None]:
     """Turns what the lower layers say about data, weights and models that do not fit into a ConfigError."""
     try:
         yield

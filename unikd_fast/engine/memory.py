@@ -41,7 +41,7 @@ def lacks_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def naming_part(part: Part) -> Iterator[None]:
+def oom_hint(part: Part) -> Iterator[None]:
     """Turns a lack of memory inside the block into an OutOfMemory that names the part and the remedies."""
     try:
         yield
@@ -55,7 +55,7 @@ def naming_part(part: Part) -> Iterator[None]:
 OPTIMIZER_STATES = {"sgd": 1, "adamw": 2, "fused_adamw": 2, "cpu_adamw": 2}
 
 
-class Kept(NamedTuple):
+class SavedBytes(NamedTuple):
     """Bytes that autograd keeps of a forward pass: of the student's side, and of what the method runs besides."""
 
     student: int
@@ -70,8 +70,8 @@ def estimate_memory(experiment: "Experiment", batch: int) -> dict[str, float]:
     """
     config, processes, method = experiment.config, experiment.processes, experiment.method
     shards = processes.world_size if zero_stage(config) else 1
-    parameters = 4 * count_parameters(experiment.side)
-    student, inside = kept_of_a_batch(experiment, batch, processes.device)
+    parameters = 4 * count_parameters(experiment.student_module)
+    student, inside = saved_bytes(experiment, batch, processes.device)
     parts = {
         "parameters and gradients": 2 * parameters,
         "optimiser": parameters * OPTIMIZER_STATES[config.train.optimizer] / shards,
@@ -93,20 +93,20 @@ def estimate_memory(experiment: "Experiment", batch: int) -> dict[str, float]:
     return parts
 
 
-def kept_of_a_batch(experiment: "Experiment", batch: int, device: torch.device) -> Kept:
+def saved_bytes(experiment: "Experiment", batch: int, device: torch.device) -> SavedBytes:
     """What autograd keeps of a micro-batch, from two measurements on a line through them.
 
     Part of it does not grow with the batch: autocast's copies of the weights.
     """
     few, more = 2, 4
-    pairs = zip(*(kept_of(experiment, images, device) for images in (few, more)), strict=True)
-    return Kept(*(round(low + (high - low) / (more - few) * (batch - few)) for low, high in pairs))
+    pairs = zip(*(saved_bytes_of(experiment, images, device) for images in (few, more)), strict=True)
+    return SavedBytes(*(round(low + (high - low) / (more - few) * (batch - few)) for low, high in pairs))
 
 
-def kept_of(experiment: "Experiment", images: int, device: torch.device) -> Kept:
+def saved_bytes_of(experiment: "Experiment", images: int, device: torch.device) -> SavedBytes:
     """What autograd keeps of that many images, measured; parameters and the teacher's weights do not count."""
     teacher: nn.Module = nn.Identity() if experiment.teacher is None else experiment.teacher
-    known = chain(experiment.side.parameters(), teacher.parameters(), teacher.buffers())
+    known = chain(experiment.student_module.parameters(), teacher.parameters(), teacher.buffers())
     counted = {tensor.untyped_storage().data_ptr() for tensor in known}
     total = 0
 
@@ -125,17 +125,17 @@ def kept_of(experiment: "Experiment", images: int, device: torch.device) -> Kept
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast(device.type, autocast, enabled=autocast is not None),
     ):
-        outputs = experiment.side(views, views if experiment.method.needs.second_view else None)
+        outputs = experiment.student_module(views, views if experiment.method.needs.second_view else None)
         student = total
         inside = experiment.method.inside(outputs)
-    kept = Kept(student, total - student)
+    kept = SavedBytes(student, total - student)
     del outputs, inside
     return kept
 
 
 def head_parameters(experiment: "Experiment") -> int:
     """Return the number of parameters that the method trains by an optimiser of its own, beside the student's side."""
-    known = {id(parameter) for parameter in experiment.side.parameters()}
+    known = {id(parameter) for parameter in experiment.student_module.parameters()}
     of_heads = (parameter for head in experiment.method.heads for parameter in head.parameters())
     return sum(parameter.numel() for parameter in of_heads if id(parameter) not in known)
 

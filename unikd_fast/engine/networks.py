@@ -96,7 +96,7 @@ def _unchanged(modes: Mapping[nn.Module, bool], device: torch.device) -> Iterato
                 buffer.copy_(value)
 
 
-class StudentSide(nn.Module):
+class StudentModule(nn.Module):
     """Runs the student, and what the method makes of its features.
 
     Args:

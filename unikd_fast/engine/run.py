@@ -16,7 +16,7 @@ from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
 from unikd_fast.engine.folder import REPORT, open_run_folder, read_result, require_same_config
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.preflight import describe_launch, program_facts, require_agreement
 from unikd_fast.engine.teacher import evaluate_teacher
 from unikd_fast.engine.trainer import Trainer
@@ -32,7 +32,7 @@ Results = list[dict[str, Any]]
 _LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
-@naming_part("run")
+@oom_hint("run")
 def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Path | None:
     """Runs the experiment of ``config`` on all processes and returns its folder.
 
@@ -61,7 +61,7 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
     for *_, single in run_configs(config):
         check_engine(single, processes)  # before the folder exists
     with (
-        _noticing_lost_processes(config),
+        _as_lost_process(config),
         open_run_folder(config, processes, resume=resume) as folder,
         StopSignal(processes) as stop,
     ):
@@ -81,7 +81,7 @@ def _show(config: Config, results: Results, processes: Processes) -> None:
 
 
 @contextmanager
-def _noticing_lost_processes(config: Config) -> Iterator[None]:
+def _as_lost_process(config: Config) -> Iterator[None]:
     """Turns what the backends say of a connection that broke, or of an answer that did not come, into a LostProcess."""
     try:
         yield

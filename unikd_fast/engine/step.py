@@ -9,10 +9,10 @@ from torch import nn
 
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.gradients import GradientWatch
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.optimizer import StudentAverage
-from unikd_fast.engine.timing import UNTIMED, Pace, StepClock
+from unikd_fast.engine.timing import UNTIMED, StepClock, Throughput
 from unikd_fast.engine.zero import gathered
 from unikd_fast.methods import Method
 from unikd_fast.values import Batch, Loss, Target
@@ -34,7 +34,7 @@ def train_step(
     A function of tensors of fixed shape on the device: no host read, no data-dependent branch.
 
     Args:
-        engine: the DeepSpeed engine around the StudentSide, or a LocalEngine.
+        engine: the DeepSpeed engine around the StudentModule, or a LocalEngine.
         teacher: maps images to Features without gradients, or None for methods without a teacher.
         method: what to distil.
         batch: this process's micro-batch.
@@ -44,13 +44,13 @@ def train_step(
         clock: is told when a part is done.
     """
     if target is None and teacher is not None:
-        with naming_part("teacher"):
+        with oom_hint("teacher"):
             with torch.no_grad():
                 features = teacher(batch.images)
                 second = None if batch.second is None else teacher(batch.second)
             target = method.target(features, second)
     clock.mark("teacher")
-    with naming_part("student"):
+    with oom_hint("student"):
         student = engine(batch.images) if batch.second is None else engine(batch.images, batch.second)
         clock.mark("student_forward")
         loss = method.loss(student, target, batch)
@@ -58,7 +58,7 @@ def train_step(
         scale = None if watch is None else watch.scale
         engine.backward(loss.total if scale is None else scale.scaled(loss.total))
     clock.mark("backward")
-    with naming_part("optimiser"):
+    with oom_hint("optimiser"):
         if update and watch is not None:
             watch.before_update()
         engine.step()  # DeepSpeed steps the optimiser on the last micro-batch only
@@ -73,7 +73,7 @@ class Steps(ABC):
 
     Args:
         experiment: the run.
-        engine: a LocalEngine or the DeepSpeed engine around its StudentSide.
+        engine: a LocalEngine or the DeepSpeed engine around its StudentModule.
         watch: looks at the gradients.
         meter: sums the loss terms.
         average: exponential average of the student. If None, there is none.
@@ -97,7 +97,7 @@ class Steps(ABC):
         """Return what the steps of an epoch take from its step ``start`` on."""
 
     @abstractmethod
-    def take(self, data: Iterator[Any], pace: Pace, step: int, *, learning_rate: float) -> None:
+    def take(self, data: Iterator[Any], throughput: Throughput, step: int, *, learning_rate: float) -> None:
         """Take one step: its number in the run, from 0, says how far the method's ramps are."""
 
 
@@ -108,7 +108,7 @@ class EagerSteps(Steps):
         """Return micro-batches, and their targets where these are cached."""
         return self._experiment.micro_batches(epoch, start)
 
-    def take(self, data: Iterator[Any], pace: Pace, step: int, *, learning_rate: float) -> None:
+    def take(self, data: Iterator[Any], throughput: Throughput, step: int, *, learning_rate: float) -> None:
         experiment, engine, watch, clock = self._experiment, self._engine, self._watch, self._clock
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -116,7 +116,7 @@ class EagerSteps(Steps):
         clock.start()
         micro_steps = engine.gradient_accumulation_steps()
         for micro_step in range(micro_steps):
-            batch, target = pace.next(data)
+            batch, target = throughput.next(data)
             clock.mark("data")
             update = micro_step == micro_steps - 1
             loss = train_step(

@@ -18,10 +18,10 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.distributed import Processes, StopSignal, average_buffers
-from unikd_fast.engine.evaluate import Outputs, evaluate, write_outputs
+from unikd_fast.engine.evaluate import BatchLogits, evaluate, write_outputs
 from unikd_fast.engine.folder import VALIDATION, read_result, read_teacher, write_result
-from unikd_fast.engine.inputs import build_data, build_data_loader, refusing_misfits, teacher_affine
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.inputs import as_config_errors, build_data, build_data_loader, teacher_affine
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.zero import autocast_dtype, local_batch_size
 from unikd_fast.errors import FileError, Interrupted
@@ -70,7 +70,7 @@ def make_teacher(
     )
 
 
-@naming_part("teacher")
+@oom_hint("teacher")
 def start_teacher(
     config: Config,
     network: nn.Module,
@@ -184,7 +184,12 @@ _RANDOM = (None, "random")
 
 
 def measure_teacher(
-    config: Config, teacher: OnlineTeacher, loader: Loader, processes: Processes, *, keep: list[Outputs] | None = None
+    config: Config,
+    teacher: OnlineTeacher,
+    loader: Loader,
+    processes: Processes,
+    *,
+    keep: list[BatchLogits] | None = None,
 ) -> dict[str, float] | None:
     """Return the teacher's accuracy in percent on the validation split, and its samples; all processes must call it.
 
@@ -205,7 +210,7 @@ def measure_teacher(
     return {key: found[key] for key in ("accuracy", "samples")} if found["samples"] else None
 
 
-def judge_teacher(config: Config, found: dict[str, float], classes: int, processes: Processes, name: str) -> None:
+def require_accuracy(config: Config, found: dict[str, float], classes: int, processes: Processes, name: str) -> None:
     """Say what the teacher knows, and refuse one that does not know enough.
 
     Enough is ``teacher.min_accuracy``. By default it is twice the odds of chance, 2 / (K + 1) of the images, less what
@@ -254,7 +259,7 @@ def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: 
         was just asked.
 
     Raises:
-        ConfigError: on every process: the teacher does not know enough, see `judge_teacher`.
+        ConfigError: on every process: the teacher does not know enough, see `require_accuracy`.
     """
     config, processes, teacher, record = (
         experiment.config,
@@ -264,7 +269,7 @@ def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: 
     )
     assert record is not None
     before = processes.from_first(lambda: read_teacher(folder)) if resume else None
-    keep: list[Outputs] | None = [] if config.run.probe else None
+    keep: list[BatchLogits] | None = [] if config.run.probe else None
     if teacher is None:  # its outputs are cached, and who built the cache has asked it
         found = record["teacher"].get(VALIDATION)
     elif before is not None and VALIDATION in before:
@@ -274,7 +279,7 @@ def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: 
     if found is None:
         return None
     if not record.get("built_shards"):  # whoever builds says it before
-        judge_teacher(config, found, experiment.splits.num_classes, processes, name)
+        require_accuracy(config, found, experiment.splits.num_classes, processes, name)
     if before is None and config.student.weights not in _RANDOM:
         _compare(experiment, found, name)
     return {int(i): row for each in keep for i, row in zip(each.sample_ids, each.logits, strict=True)} if keep else None
@@ -301,7 +306,7 @@ def _compare(experiment: "Experiment", teacher: dict[str, float], name: str) -> 
 _STREAM = 1  # of augmentation views; training uses stream 0
 
 
-@naming_part("method")
+@oom_hint("method")
 def prepare_method(
     method: Method, loader: Loader, teacher: OnlineTeacher, processes: Processes, stop: StopSignal, name: str
 ) -> None:
@@ -331,16 +336,16 @@ def _features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSign
             if number := stop.agreed():
                 said = f"[{name}] stopped while the teacher's head was fitted; nothing to save"
                 raise Interrupted(number, f"{said}; start again with --resume auto")
-            with naming_part("teacher"):
+            with oom_hint("teacher"):
                 features = teacher(batch.images)
             yield features
         epoch += 1
 
 
-BESIDE_THE_CACHE = "teacher_result.json"
+TEACHER_RESULT = "teacher_result.json"
 
 
-@naming_part("teacher")
+@oom_hint("teacher")
 def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, label: str) -> dict[str, Any]:
     """Accuracy of the given teacher on the test split, in the form of a run's result; kept in ``folder``.
 
@@ -350,14 +355,14 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
     if known is not None:
         return known
     assert config.teacher is not None
-    with refusing_misfits():
+    with as_config_errors():
         splits = build_data(config, processes)
         # Only figures that are kept need it, and it wants every file, also those that were skipped.
-        kept = _beside_the_cache(config) is not None
+        kept = _result_path(config) is not None
         test_split = processes.from_first(lambda: _test_images(config, splits)) if kept else ""
         found = processes.from_first(lambda: _read_figures(config, test_split))
         if found is None:
-            outputs: list[Outputs] | None = [] if config.run.test_logits else None
+            outputs: list[BatchLogits] | None = [] if config.run.test_logits else None
             found = _evaluate(config, splits, processes, outputs)
             if outputs is not None:
                 write_outputs(folder, outputs, processes, split="test")
@@ -383,7 +388,9 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
     return result
 
 
-def _evaluate(config: Config, splits: DataSplits, processes: Processes, keep: list[Outputs] | None) -> dict[str, float]:
+def _evaluate(
+    config: Config, splits: DataSplits, processes: Processes, keep: list[BatchLogits] | None
+) -> dict[str, float]:
     assert config.teacher is not None
     network = build_teacher_network(config, splits, needs=Needs())
     loader = build_data_loader(config, splits, processes)
@@ -405,14 +412,14 @@ def _test_images(config: Config, splits: DataSplits) -> str:
     return f"{samples}, {'both sides' if windows.squash else 'short side'} {windows.short_side}"
 
 
-def _beside_the_cache(config: Config) -> Path | None:
+def _result_path(config: Config) -> Path | None:
     assert config.teacher is not None
     # Its key is compared before a run, so the folder of a finished run is that of this teacher.
-    return None if config.teacher.cache.mode == "off" else cache_dir(config) / BESIDE_THE_CACHE
+    return None if config.teacher.cache.mode == "off" else cache_dir(config) / TEACHER_RESULT
 
 
 def _read_figures(config: Config, test_split: str) -> dict[str, float] | None:
-    path = _beside_the_cache(config)
+    path = _result_path(config)
     try:
         kept = {} if path is None else read_json(path)
     except FileNotFoundError:
@@ -423,7 +430,7 @@ def _read_figures(config: Config, test_split: str) -> dict[str, float] | None:
 
 
 def _keep_figures(config: Config, test_split: str, figures: dict[str, float]) -> None:
-    path = _beside_the_cache(config)
+    path = _result_path(config)
     assert config.teacher is not None
     if path is not None and config.teacher.cache.mode == "read_write":
         with folder_lock(path.parent):  # which another run may remove the leftovers of

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 _logger = logging.getLogger("unikd_fast")
 
-ENOUGH = 1.2
+LOADER_MARGIN = 1.2
 """A loader that delivers less than this many times what the steps take is said to bind the run."""
 
 _SKIPPED, _MEASURED, _SECONDS = 4, 8, 3.0
@@ -54,7 +54,7 @@ def loader_rate(batches: Iterator[Any], processes: Processes, *, micro_batch_siz
     return processes.world_size * min(rates) if len(rates) == processes.world_size else None
 
 
-class Pace:
+class Throughput:
     """The clock of a run, read at every log line.
 
     An epoch's first wait is the loader's start, and no sign of its speed.
@@ -107,12 +107,12 @@ class Pace:
         # On a CPU what is not waiting is the step. A GPU may still compute while the host waits for a batch; but there
         # the slower of loader and step sets the pace, and either way the loader is compared with that.
         taken = images / (seconds - waited if self._processes.device.type == "cpu" else seconds)
-        if self._loader_rate >= ENOUGH * taken:
+        if self._loader_rate >= LOADER_MARGIN * taken:
             return None
         return (
             f"loader-bound: the loader delivers {self._loader_rate:,.0f} images/s, {self._loader_rate / taken:.2f} "
-            f"times the {taken:,.0f} images/s that the steps take, and {ENOUGH} times would be enough; for image files "
-            "raise data.dali_threads or data.workers, or pack them (unikd data pack)"
+            f"times the {taken:,.0f} images/s that the steps take, and {LOADER_MARGIN} times would be enough; for "
+            "image files raise data.dali_threads or data.workers, or pack them (unikd data pack)"
         )
 
 

@@ -13,9 +13,9 @@ from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.cache import ready_cache
 from unikd_fast.engine.cuda_graph import CapturedSteps, captures
-from unikd_fast.engine.describe import say_what_runs
-from unikd_fast.engine.distributed import StopSignal, average_buffers, doubt_about
-from unikd_fast.engine.evaluate import Outputs, Probe, evaluate, head_indicators, write_outputs
+from unikd_fast.engine.describe import log_run
+from unikd_fast.engine.distributed import StopSignal, average_buffers, explain_bad_evaluation
+from unikd_fast.engine.evaluate import BatchLogits, Probe, evaluate, head_indicators, write_outputs
 from unikd_fast.engine.folder import (
     BEST,
     STUDENT,
@@ -28,12 +28,12 @@ from unikd_fast.engine.folder import (
 )
 from unikd_fast.engine.gradients import GradientWatch, LossScale
 from unikd_fast.engine.inputs import preprocessing_of
-from unikd_fast.engine.memory import naming_part
+from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.metrics import LossMeter, MetricsWriter, bad_sample_record, memory_gib, read_metrics
 from unikd_fast.engine.optimizer import StudentAverage, learning_rate
 from unikd_fast.engine.step import EagerSteps, Steps
 from unikd_fast.engine.teacher import check_teacher, prepare_method
-from unikd_fast.engine.timing import Pace, StepClock, loader_rate
+from unikd_fast.engine.timing import StepClock, Throughput, loader_rate
 from unikd_fast.engine.zero import autocast_dtype, gathered, restore_optimizer_state, start_engine, zero_stage
 from unikd_fast.errors import CheckpointError, Interrupted, NonFiniteLoss
 from unikd_fast.io import make_folder, remove_leftovers
@@ -73,7 +73,7 @@ class Trainer:
         OutOfMemory: it does not fit into memory; names the part.
     """
 
-    @naming_part("run")
+    @oom_hint("run")
     def __init__(self, experiment: Experiment, folder: Path, stop: StopSignal, *, label: str, resume: bool) -> None:
         config, processes, method = experiment.config, experiment.processes, experiment.method
         self.experiment, self.folder, self.stop, self.label = experiment, folder, stop, label
@@ -84,9 +84,9 @@ class Trainer:
         teacher_logits = self._judge_teacher(saved, resume=resume)
         if newest is not None and saved is not None:
             with ckpt.restoring(newest, advice=_REMOVE):
-                ckpt.restore_weights(saved, experiment.side, method, processes)
+                ckpt.restore_weights(saved, experiment.student_module, method, processes)
         if processes.is_first:
-            say_what_runs(experiment, self.name)
+            log_run(experiment, self.name)
         self.average = _start_average(experiment)
         # At ZeRO stage 3 nobody has whole weights to evaluate, and processes do not evaluate in step.
         needs_copy = zero_stage(config) == 3 and self.average is None
@@ -96,8 +96,8 @@ class Trainer:
         # choice would differ between runs.
         deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not deterministic
-        with naming_part("optimiser"):
-            self.engine = start_engine(config, experiment.side, processes, captured=captured)
+        with oom_hint("optimiser"):
+            self.engine = start_engine(config, experiment.student_module, processes, captured=captured)
         processes.from_first(self._begin_folder)
         scale = LossScale() if config.train.precision == "fp16" else None
         if newest is None or saved is None:
@@ -140,9 +140,9 @@ class Trainer:
 
     def _newest_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that this run can go on from, chosen by the first process for all."""
-        side = self.experiment.side
+        student_module = self.experiment.student_module
         return self.processes.from_first(
-            lambda: ckpt.find_newest(self.folder, lambda path: ckpt.require_usable(path, side))
+            lambda: ckpt.find_newest(self.folder, lambda path: ckpt.require_usable(path, student_module))
         )
 
     def _judge_teacher(self, saved: dict[str, Any] | None, *, resume: bool) -> dict[int, Tensor] | None:
@@ -180,7 +180,7 @@ class Trainer:
             Interrupted: SIGTERM or Ctrl-C, after a checkpoint.
         """
         try:
-            self.pace = self._start_pace()
+            self.throughput = self._start_throughput()
             while True:
                 self._evaluate_if_due()
                 if self.step >= self.experiment.total_steps:
@@ -205,14 +205,14 @@ class Trainer:
             return None
         return Probe(teacher, lambda: loader.evaluate("val"), self.processes, known)
 
-    def _start_pace(self) -> Pace:
+    def _start_throughput(self) -> Throughput:
         """A run of some length first measures its loader, so that it can say whether that holds it up."""
         experiment, train, rate = self.experiment, self.config.train, None
         if (experiment.total_steps - self.step) * train.accumulation_steps >= _WORTH_MEASURING:
             epochs = range(self.step // experiment.steps_per_epoch, experiment.epochs)
             ahead = chain.from_iterable(map(experiment.micro_batches, epochs))
             rate = loader_rate(ahead, self.processes, micro_batch_size=experiment.loader.schedule.micro_batch_size)
-        return Pace(self.processes, global_batch_size=train.global_batch_size, loader_rate=rate)
+        return Throughput(self.processes, global_batch_size=train.global_batch_size, loader_rate=rate)
 
     def _train_epoch(self) -> None:
         """Trains from ``self.step`` to the end of its epoch, or to the last step."""
@@ -221,10 +221,10 @@ class Trainer:
         epoch, start = divmod(self.step, per_epoch)
         data = self.steps.data(epoch, start)
         self.engine.train()
-        self.pace.begin(self.step)
+        self.throughput.begin(self.step)
         for _ in range(start, min(per_epoch, total - epoch * per_epoch)):
             rate = learning_rate(train, self.step, total_steps=total, steps_per_epoch=per_epoch)
-            self.steps.take(data, self.pace, self.step, learning_rate=rate)
+            self.steps.take(data, self.throughput, self.step, learning_rate=rate)
             self.step += 1
             self.writer.advance(self.step)
             if self.step % run.log_every_steps == 0 or self.step == total:
@@ -236,7 +236,7 @@ class Trainer:
                         **means,
                         "lr": rate,
                         **self.watch.figures(),
-                        **self.pace.read(self.step),
+                        **self.throughput.read(self.step),
                         "memory_gib": memory_gib(self.processes.device),
                     },
                 )
@@ -245,7 +245,7 @@ class Trainer:
                 self._save()
             if (number := self.stop.agreed()) and self.step % per_epoch and self.step < total:
                 self._stop(number)
-        average_buffers(self.experiment.side, self.processes)
+        average_buffers(self.experiment.student_module, self.processes)
         if self.average is not None:
             average_buffers(self.average, self.processes)
         number = self.stop.agreed()
@@ -310,7 +310,7 @@ class Trainer:
             with gathered(self.experiment.student):
                 self.copy.load_state_dict(self.experiment.student.state_dict())
         epoch = -(-self.step // self.experiment.steps_per_epoch)
-        outputs: list[Outputs] | None = [] if self.probe is not None else None
+        outputs: list[BatchLogits] | None = [] if self.probe is not None else None
         values: dict[str, Any] = {"epoch": epoch, **self._evaluate("val", outputs)}
         if self.probe is not None and outputs is not None:
             values["probe_kl"] = self.probe.measure(outputs)
@@ -328,12 +328,12 @@ class Trainer:
         self.processes.from_first(keep_best)
         self._record("evaluation", values)
         if self.processes.is_first:
-            doubt = doubt_about(values["ce"], self.evaluated, self.experiment.splits.num_classes)
+            doubt = explain_bad_evaluation(values["ce"], self.evaluated, self.experiment.splits.num_classes)
             if doubt is not None:
                 self.writer.explain(doubt)
         self.evaluations.append(record)
 
-    def _evaluate(self, split: Literal["val", "test"], keep: list[Outputs] | None = None) -> dict[str, float]:
+    def _evaluate(self, split: Literal["val", "test"], keep: list[BatchLogits] | None = None) -> dict[str, float]:
         batches, dtype = self.experiment.loader.evaluate(split), autocast_dtype(self.config.train.precision)
         return evaluate(self.evaluated, batches, self.processes, autocast=dtype, keep=keep)
 
@@ -347,7 +347,7 @@ class Trainer:
         self.processes.from_first(lambda: self._export(STUDENT))
         last = self.evaluations[-1]
         best = best_evaluation(self.evaluations)
-        outputs: list[Outputs] | None = [] if self.config.run.test_logits else None
+        outputs: list[BatchLogits] | None = [] if self.config.run.test_logits else None
         if self.experiment.splits.test_is_val:
             last_test, best_test = last, best
             if outputs is not None:

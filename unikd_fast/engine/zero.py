@@ -22,7 +22,7 @@ from unikd_fast.engine.local_engine import LocalEngine
 from unikd_fast.engine.optimizer import build_capturable_optimizer, build_optimizer, clip_before_update
 
 if TYPE_CHECKING:
-    from unikd_fast.engine.networks import StudentSide
+    from unikd_fast.engine.networks import StudentModule
 
 
 SUPPORTED_STAGES = (0, 1, 2, 3)
@@ -196,7 +196,7 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
-def start_engine(config: Config, module: "StudentSide", processes: Processes, *, captured: bool = False) -> Any:
+def start_engine(config: Config, module: "StudentModule", processes: Processes, *, captured: bool = False) -> Any:
     """Return the engine that trains a module: a LocalEngine, or DeepSpeed's where there is a reason for it.
 
     Args:
@@ -211,7 +211,7 @@ def start_engine(config: Config, module: "StudentSide", processes: Processes, *,
     return LocalEngine(module, build(module.parameters(), config.train), config.train)
 
 
-def _start_deepspeed(config: Config, module: "StudentSide", processes: Processes) -> Any:
+def _start_deepspeed(config: Config, module: "StudentModule", processes: Processes) -> Any:
     deepspeed = import_deepspeed()
     if processes.world_size == 1 and not dist.is_initialized():
         join_alone(processes.device)

@@ -51,7 +51,7 @@ def export_run(
     # Import torchvision and DeepSpeed only now. What DeepSpeed prints must not precede our line.
     with redirect_stdout(sys.stderr):
         from unikd_fast.engine.folder import BEST
-        from unikd_fast.engine.inputs import refusing_misfits
+        from unikd_fast.engine.inputs import as_config_errors
         from unikd_fast.export.formats import check, format_of, plain_logits, random_images
         from unikd_fast.export.student import load_student, read_weights
         from unikd_fast.models import parameter_count, stored_preprocessing
@@ -63,7 +63,7 @@ def export_run(
         config.student.model, config.student.weights, weights.tensors, num_classes=config.data.num_classes
     )
     # The mean and deviation may be measured on the data, which need not be here: the run's own file holds them.
-    with refusing_misfits():
+    with as_config_errors():
         student = replace(student, preprocessing=stored_preprocessing(run / BEST))
     images = random_images(image_size or config.data.image_size)
     logits = plain_logits(student.network, images)

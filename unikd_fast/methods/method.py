@@ -181,7 +181,7 @@ class Method(Generic[Settings]):
         return state.get("head")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides the StudentSide."""
+        """Return what a checkpoint must hold besides the StudentModule."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def _list_images(folder: Path, class_names: list[str]) -> ImageFiles:
         counts.append(len(images))
     if left_out:
         names = ", ".join(os.path.relpath(path, folder) for path in left_out[:_NAMED])
-        _say_once(
+        _log_once(
             f"load_image_folder: {len(left_out)} files and folders in {folder} are left out: {names}"
             f"{', ...' if len(left_out) > _NAMED else ''}; names of images end in {' '.join(EXTENSIONS)}"
         )
@@ -145,5 +145,5 @@ def _beside_classes(folder: Path) -> list[str]:
 
 
 @cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     _logger.warning(message)

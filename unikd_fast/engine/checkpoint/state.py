@@ -1,6 +1,6 @@
 """What a checkpoint holds of a run: the same whatever the ZeRO stage and however many processes.
 
-    student     the StudentSide's parameters and buffers, whole
+    student     the StudentModule's parameters and buffers, whole
     optimizer   its state by parameter name
     method      what the method keeps beside the student's side
     average     the exponential average, if there is one
@@ -41,18 +41,18 @@ def collect_state(
     Returns:
         Nested state by part; empty on the other processes.
     """
-    side: nn.Module = engine.module
+    student_module: nn.Module = engine.module
     optimizer = collect_optimizer_state(engine)
     own = {
-        "buffers": dict(side.named_buffers()),
+        "buffers": dict(student_module.named_buffers()),
         "average_buffers": {} if average is None else dict(average.named_buffers()),
         "rng": _random_state(processes.device),
     }
     of_processes = processes.gather(on_cpu(own))
-    with gathered(side):
+    with gathered(student_module):
         if not processes.is_first:
             return {}
-        student = on_cpu(side.state_dict())
+        student = on_cpu(student_module.state_dict())
     return {
         "student": student,
         "optimizer": on_cpu(optimizer),
@@ -69,12 +69,12 @@ def collect_state(
     }
 
 
-def require_usable(path: Path, side: nn.Module) -> None:
+def require_usable(path: Path, student_module: nn.Module) -> None:
     """Refuse a checkpoint that is intact, but does not hold the state of this network.
 
     Args:
         path: its folder.
-        side: the student's side before it is sharded.
+        student_module: the student's side before it is sharded.
 
     Raises:
         DamagedCheckpoint: says what does not fit.
@@ -85,11 +85,11 @@ def require_usable(path: Path, side: nn.Module) -> None:
         counts = {key: run[key] for key in ("step", "world_size", "zero_stage", "seed")}
         _require(all(type(value) is int and value >= 0 for value in counts.values()), f"run is {counts}")
         _require(len(of_processes) == run["world_size"], f"{len(of_processes)} processes, {run['world_size']} said")
-        _require_like(saved["student"], side.state_dict(), "student")
+        _require_like(saved["student"], student_module.state_dict(), "student")
         for own in of_processes:
-            _require_like(own["buffers"], dict(side.named_buffers()), "buffers of a process")
+            _require_like(own["buffers"], dict(student_module.named_buffers()), "buffers of a process")
             _require(own["rng"]["cpu"].dtype == torch.uint8, f"a random state is {own['rng']['cpu'].dtype}")
-        parameters = dict(side.named_parameters())
+        parameters = dict(student_module.named_parameters())
         for name, state in saved["optimizer"]["tensors"].items():
             _require_like(state, dict.fromkeys(state, parameters[name]), f"optimizer, {name}")
 
@@ -129,10 +129,10 @@ def _require_like(found: dict[str, Tensor], expected: dict[str, Tensor], what: s
     _require(not differing, f"{what}: {len(differing)} tensors differ in name or shape, the first is {differing[:1]}")
 
 
-def restore_weights(saved: dict[str, Any], side: nn.Module, method: Method, processes: Processes) -> None:
+def restore_weights(saved: dict[str, Any], student_module: nn.Module, method: Method, processes: Processes) -> None:
     """Before the engine is made: the student's side, this process's buffers and the method's head."""
-    side.load_state_dict(saved["student"])
-    _restore_buffers(saved, "buffers", side, processes)
+    student_module.load_state_dict(saved["student"])
+    _restore_buffers(saved, "buffers", student_module, processes)
     method.load_state_dict(saved["method"])
 
 

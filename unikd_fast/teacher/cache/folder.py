@@ -349,14 +349,14 @@ class CacheFolder:
 
 Request = tuple[NDArray[np.int64], int]
 """Positions (N,) in the training split, and the view (the epoch) to show them in."""
-Outputs = Callable[[Iterable[Request]], Iterator[tuple[Tensor, Gaussian | None]]]
+ComputeOutputs = Callable[[Iterable[Request]], Iterator[tuple[Tensor, Gaussian | None]]]
 """Computes the teacher's logits (N, K), and the Gaussian if the codec has one, request by request."""
 BuildProgress = Callable[[int], None]
 
 
 def build_cache(
     folder: CacheFolder,
-    outputs: Outputs,
+    outputs: ComputeOutputs,
     *,
     batch_size: int,
     views: int | None = None,

@@ -13,7 +13,7 @@ from support.odd_images import encoded, picture
 from support.real_runs import ALONE, process_group, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
-from unikd_fast.engine.timing import Pace, loader_rate
+from unikd_fast.engine.timing import Throughput, loader_rate
 
 ON_GPU = Processes(0, 1, 0, torch.device("meta"))  # anything but a CPU; nothing is computed on it
 SECOND = Processes(1, 2, 1, torch.device("cpu"))
@@ -71,13 +71,13 @@ def trained(
     clock: Clock, processes: Processes, *, wait_s: float, step_s: float, rate: float | None, start_s: float = 3.0
 ) -> dict[str, float]:
     """The readings after an epoch of five steps of 10 images; a slow start does not make a slow loader."""
-    pace = Pace(processes, global_batch_size=10, loader_rate=rate)
-    pace.begin(20)
+    throughput = Throughput(processes, global_batch_size=10, loader_rate=rate)
+    throughput.begin(20)
     batches = clock.batches(start_s, *[wait_s] * 4)
     for _ in range(5):
-        pace.next(batches)
+        throughput.next(batches)
         clock.now += step_s
-    return pace.read(25)
+    return throughput.read(25)
 
 
 def test_the_readings_are_of_the_whole_time(clock: Clock) -> None:
@@ -113,12 +113,12 @@ def test_a_loader_below_twelve_tenths_of_the_steps_is_named(
 
 
 def test_it_is_said_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    pace = Pace(ALONE, global_batch_size=10, loader_rate=1.0)
+    throughput = Throughput(ALONE, global_batch_size=10, loader_rate=1.0)
     for epoch in range(3):
-        pace.begin(epoch)
-        pace.next(clock.batches(0.1))
+        throughput.begin(epoch)
+        throughput.next(clock.batches(0.1))
         clock.now += 0.1
-        pace.read(epoch + 1)
+        throughput.read(epoch + 1)
     assert caplog.text.count("loader-bound") == 1
 
 
