@@ -55,7 +55,12 @@ def data_section(root: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_processes_report_the_sum_and_evaluate_the_rest(tmp_path: Path) -> None:
-    path = write_config(tmp_path, data=data_section(write_folder(tmp_path / "images")), train={"total_epochs": 2})
+    path = write_config(
+        tmp_path,
+        data=data_section(write_folder(tmp_path / "images")),
+        student={"model": "cifar/resnet8"},
+        train={"total_epochs": 2},
+    )
     finished = run_ranks(path)
     assert finished.returncode == 0, finished.stderr
     records = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]

@@ -107,7 +107,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "seed"), [(2, 1), *(pytest.param(5, seed, marks=pytest.mark.long) for seed in range(2, 6))]
+    ("rounds", "seed"), [(1, 1), *(pytest.param(5, seed, marks=pytest.mark.long) for seed in range(2, 6))]
 )
 def test_killed_at_random_moments_it_ends_as_if_never_interrupted(
     tmp_path: Path, whole: Path, rounds: int, seed: int

@@ -15,7 +15,7 @@ from support.real_runs import newest_checkpoint, run_ranks, start, train_records
 pytestmark = pytest.mark.slow
 
 CASES: list[Any] = [
-    pytest.param(1, 0, 3, id="one process, stage 0"),
+    pytest.param(1, 0, 2, id="one process, stage 0"),
     pytest.param(2, 0, 3, marks=pytest.mark.long, id="two processes, stage 0"),
     pytest.param(2, 1, 3, marks=pytest.mark.long, id="two processes, stage 1"),
     pytest.param(2, 2, 3, marks=pytest.mark.long, id="two processes, stage 2"),

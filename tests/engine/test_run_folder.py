@@ -157,7 +157,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, train: Train, content:
     found = train("--resume", "auto")
     assert found.returncode == 2
     said_once(found, f"{path} is ")
-    assert "put the configuration that the run was started with in its place" in found.stderr
+    assert "restore the configuration that the run was started with" in found.stderr
     path.write_bytes((tmp_path / "run.json").read_bytes())
     assert train("--resume", "auto").returncode == 0
 

@@ -108,7 +108,13 @@ def test_a_second_ctrl_c_in_a_lock_is_one_line(capsys: pytest.CaptureFixture[str
 
 def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
     """torchrun and deepspeed signal one process after another; both must still save together."""
-    config = write_config(tmp_path, name="stopped", run={"log_every_steps": 1, "checkpoint_every_steps": None})
+    config = write_config(
+        tmp_path,
+        name="stopped",
+        run={"checkpoint_every_steps": None},
+        student={"model": "cifar/resnet8"},
+        train={"total_epochs": 9, "max_steps": 20},
+    )
     process = start(config, processes=2)
     wait_for_step(tmp_path / "stopped", 2, process)
     process.send_signal(signal.SIGTERM, 1)

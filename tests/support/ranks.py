@@ -20,7 +20,7 @@ from support.free_ports import free_port
 
 LIMIT_S = 300
 # Once for all processes: nothing of it computes, so that the server can be forked.
-_IMPORTED = ["unikd_fast.cli", "unikd_fast.engine.run", "deepspeed", "timm", "torchvision", "sklearn.datasets"]
+_IMPORTED = ["unikd_fast.cli", "unikd_fast.engine.run", "deepspeed", "torchvision"]
 
 
 def _process(target: Callable[..., None], *arguments: Any) -> Any:

@@ -17,12 +17,14 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from support.build_method import for_method
 from support.free_ports import free_port
 from support.ranks import Done, Ranks
 from unikd_fast.cli import main
 from unikd_fast.config import Config, load_config
+from unikd_fast.data.loader import _log_once
 from unikd_fast.data.sets import open_data
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.engine.build import Experiment, build_experiment
@@ -113,11 +115,13 @@ def as_in_a_process() -> Iterator[None]:
     logger, threads = logging.getLogger("unikd_fast"), torch.get_num_threads()
     handlers, level = logger.handlers, logger.level
     logger.handlers = []
+    _log_once.cache_clear()
     grouped = torch.distributed.is_initialized()
     try:
         with (
             patch.dict(os.environ),
             patch.object(Processes, "leave"),  # a group is for all tests of a module
+            as_without_zero(),
             torch.random.fork_rng(devices=[]),
         ):
             yield
@@ -126,6 +130,13 @@ def as_in_a_process() -> Iterator[None]:
             leave_group()
         logger.handlers, logger.level = handlers, level
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def as_without_zero() -> Iterator[None]:
+    """Put back what DeepSpeed's stage 3 replaces in torch for good."""
+    with patch.object(functional, "linear", functional.linear):
+        yield
 
 
 def leave_group() -> None:
@@ -289,7 +300,7 @@ def process_group(folder: Path) -> Iterator[None]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():  # by a command that ended with an error in this process
         leave_group()
-    with patch.dict(os.environ):
+    with patch.dict(os.environ), as_without_zero():
         join_alone(ALONE.device)
         try:
             yield
