@@ -34,7 +34,7 @@ def changed(experiment: Experiment, path: str, value: Any) -> Experiment:
 
 def test_a_plain_run_has_none(capturable: Experiment) -> None:
     assert list(obstacles(capturable)) == []
-    assert list(device_obstacles(ALONE)) == ["the device is cpu, no CUDA device (run on a GPU)"]
+    assert list(device_obstacles(ALONE)) == ["the device is cpu, not a CUDA device (run on a GPU)"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_run_says_which_and_why_once(
     caplog.set_level(logging.DEBUG, logger="unikd_fast")
     assert not captures(capturable)
     assert [record.message for record in caplog.records] == [
-        "train.cuda_graph: steps are launched operation by operation, because the device is cpu, no CUDA device "
+        "train.cuda_graph: steps are launched operation by operation, because the device is cpu, not a CUDA device "
         "(run on a GPU)"
     ]
     caplog.clear()
@@ -134,8 +134,8 @@ def test_on_is_an_error_that_names_all_of_them(capturable: Experiment) -> None:
         captures(asked)
     check(
         [str(error.value)],
-        "train.cuda_graph = 'on', but the step cannot be captured: the device is cpu, no CUDA device (run on a GPU); "
-        "train.nonfinite = 'skip' .* (set stop); or set it to auto",
+        "train.cuda_graph = 'on', but the step cannot be captured: the device is cpu, not a CUDA device (run on a "
+        "GPU); train.nonfinite = 'skip' .* (set stop); or set it to auto",
     )
 
 

@@ -101,22 +101,24 @@ def test_what_is_enough(
             found = {"accuracy": accuracy, "samples": images}
             with caplog.at_level("INFO", "unikd_fast"):
                 if verdict == "refused":
-                    with pytest.raises(ConfigError, match=r"teacher\.weights = teacher\.pth, names") as error:
+                    with pytest.raises(ConfigError, match=r"teacher\.weights = teacher\.pth, classifies") as error:
                         require_accuracy(config, found, classes, ALONE, "run")
                     but = f"chance is {100 / classes:.2f} %" if asked is None else f"teacher.min_accuracy is {asked}"
-                    assert f"of {accuracy:.2f} % of {images:,} validation images and {but}; check" in str(error.value)
+                    assert f" {accuracy:.2f} % of {images:,} validation images correctly, and {but}; check" in str(
+                        error.value
+                    )
                     continue
                 require_accuracy(config, found, classes, ALONE, "run")
-            line = f"[run] the teacher names the class of {accuracy:.2f} % of {images:,} validation images"
+            line = f"[run] the teacher classifies {accuracy:.2f} % of {images:,} validation images correctly"
             warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
             assert caplog.messages[0] == line, accuracy
-            little = f"[run] the teacher knows little: chance is {100 / classes:.2f} %"
+            little = f"[run] the teacher's accuracy is low: chance is {100 / classes:.2f} %"
             assert warned == [little] * (verdict == "little")
 
 
 def test_a_teacher_that_knows_nothing_is_refused(tmp_path: Path, folder: Path) -> None:
     config = load_config(config_of(tmp_path, folder / "nothing.pth"))
-    with pytest.raises(ConfigError, match=r"names the class of .* and chance is 10\.00 %") as error:
+    with pytest.raises(ConfigError, match=r"classifies .* correctly, and chance is 10\.00 %") as error:
         train_here(config)
     assert error.value.exit_code == 2
     assert not Path(config.run.dir).exists()
@@ -130,7 +132,7 @@ def test_its_accuracy_is_said_and_kept(
     with caplog.at_level("INFO", "unikd_fast"):
         record = checked(experiment, tmp_path)
     assert record["validation"] == {"accuracy": pytest.approx(known), "samples": 297}
-    assert f"the teacher names the class of {known:.2f} % of 297 validation images" in caplog.text
+    assert f"the teacher classifies {known:.2f} % of 297 validation images correctly" in caplog.text
     assert not [each for each in caplog.records if each.levelname == "WARNING"]
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -165,13 +167,13 @@ def test_a_teacher_below_its_student_is_named(
     with caplog.at_level("INFO", "unikd_fast"):
         weak = checked(experiment, tmp_path)["validation"]["accuracy"]
     assert f"the student starts with {known:.2f} %" in caplog.text
-    assert "the teacher knows less than the student that it is to teach" in caplog.text
+    assert "the teacher is less accurate than the student at the start" in caplog.text
     assert f"{weak:.2f} % of the validation images, the student {known:.2f} %" in caplog.text
     caplog.clear()
     experiment = opened(config_of(tmp_path, folder / "much.pth", student=student))
     with caplog.at_level("INFO", "unikd_fast"):
         checked(experiment, tmp_path)
-    assert "the student starts with" in caplog.text and "knows less" not in caplog.text
+    assert "the student starts with" in caplog.text and "less accurate" not in caplog.text
 
 
 def test_random_weights_are_not_measured(tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_a_resumed_run_does_not_measure_again(
             train_here(config, resume=True)
     assert counted.count == 2
     assert json.loads((run / "teacher.json").read_text()) == record
-    assert f"the teacher names the class of {known:.2f} %" in caplog.text
+    assert f"the teacher classifies {known:.2f} %" in caplog.text
 
 
 def test_no_cache_is_built_by_a_teacher_near_chance(tmp_path: Path, folder: Path) -> None:
@@ -229,7 +231,7 @@ def test_a_cache_knows_what_its_teacher_knew(
     counted = Counted(monkeypatch)
     short = ["train.max_steps=1"]
     path = cached_config(tmp_path, folder / "much.pth", teacher={"min_accuracy": None})
-    line = f"the teacher names the class of {known:.2f} % of 297 validation images"
+    line = f"the teacher classifies {known:.2f} % of 297 validation images correctly"
     with process_group(tmp_path), caplog.at_level("INFO", "unikd_fast"):
         for number in range(2):
             caplog.clear()

@@ -89,7 +89,7 @@ def test_an_evaluation_of_fresh_running_averages_is_explained() -> None:
         network(1000 * torch.randn(2, 3, 4, 4))
     said = explain_bad_evaluation(2.9e5, network, 10)
     assert said is not None
-    assert said.startswith("this cross-entropy, 2.9e+05, says little yet: ")
+    assert said.startswith("this cross-entropy, 2.9e+05, means little yet: ")
     assert said.endswith("BatchNorm's running averages, which after 7 batches are still 48 % their initial values")
     assert explain_bad_evaluation(math.log(10), network, 10) is None  # as good as a guess
     for _ in range(40):

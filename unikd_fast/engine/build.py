@@ -37,14 +37,14 @@ class Experiment:
     """The objects of one run, built once by `build_experiment`.
 
     Attributes:
-        config: of this single run.
-        processes: that train it.
-        splits: the data set.
+        config: configuration of this single run.
+        processes: processes that train it.
+        splits: data set.
         loader: this process's batches of it.
-        student_module: the student, and what is trained with it.
-        method: what is distilled.
-        teacher: the teacher that answers online. If None, its outputs are cached, or the method needs none.
-        cache: the teacher's outputs on disk. If None, the teacher answers online, or the method needs none.
+        student_module: student with what is trained alongside it.
+        method: distillation method.
+        teacher: teacher that runs online. If None, its outputs are cached, or the method needs no teacher.
+        cache: teacher's outputs on disk. If None, the teacher runs online, or the method needs no teacher.
     """
 
     config: Config
@@ -58,32 +58,32 @@ class Experiment:
 
     @property
     def student(self) -> FeatureExtractor | LogitsOnly:
-        """The network that is trained."""
+        """Return the network that is trained."""
         return cast(LogitsOnly, self.student_module.network)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Return the number of optimiser steps in an epoch."""
         return self.loader.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the run."""
+        """Return the number of optimiser steps in the run."""
         return _total_steps(self.config, self.steps_per_epoch)
 
     @property
     def epochs(self) -> int:
-        """Number of epochs that are trained, the last one perhaps not to its end."""
+        """Return the number of epochs that are trained; the last one may be incomplete."""
         return -(-self.total_steps // self.steps_per_epoch)
 
     @property
     def teacher_record(self) -> dict[str, Any] | None:
-        """What the run folder says about the teacher; None for methods without one."""
+        """Return what the run folder says about the teacher, or None if the method needs no teacher."""
         source = self.cache or self.teacher
         return None if source is None else source.record
 
     def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch, Target | None]]:
-        """Return this process's micro-batches of an epoch from an optimiser step on, with targets that are cached."""
+        """Return this process's micro-batches of an epoch from an optimiser step on, with their cached targets."""
         if self.cache is None:
             return ((batch, None) for batch in self.loader.train(epoch, start_step))
         return self.cache.micro_batches(self.loader, self.processes.device, epoch, start_step)
@@ -93,8 +93,8 @@ def build_experiment(config: Config, processes: Processes) -> Experiment:
     """Build data, teacher, student and method of a run.
 
     Raises:
-        ConfigError: whatever does not exist or does not fit together, before training starts; a teacher that is not
-            the network it was made of.
+        ConfigError: something does not exist or does not fit together, or the teacher does not match the network it
+            was made from.
         OutOfMemory: it does not fit into memory.
     """
     with oom_hint("run"), as_config_errors():
@@ -206,7 +206,7 @@ def _check_method(
     heads: Sequence[nn.Module],
     batch: int,
 ) -> None:
-    """Run what the method puts on top of both networks, which by themselves take the images."""
+    """Run what the method puts on top of both networks, which have been checked by themselves."""
     config, student_module, device = experiment.config, experiment.student_module, experiment.processes.device
     modes: dict[nn.Module, bool] = {student_module: True, **dict.fromkeys(heads, True)}
     if teacher is not None:

@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly) -> dict[str, Any]:
     """Return what the outputs of this run's teacher are made from, for a CacheKey.
 
-    The student, the batch size and the loss are no part of it, so all students of a teacher share a cache; but a
-    student whose weights ask for another interpolation shows other views, and a head that is fitted depends on the
-    batches it is fitted to. Mean and deviation are those of the teacher's images, however the student's are normalised.
-    World size, workers and device change rounding at most.
+    The student, the batch size and the loss are not part of it, so all students of a teacher share a cache; but a
+    student whose weights require another interpolation sees other views, and a fitted head depends on the batches it
+    was fitted to. Mean and deviation are those of the teacher's images, however the student's are normalised. World
+    size, workers and device change rounding at most.
 
     Args:
-        experiment: a run with a teacher, its method's head not fitted yet.
-        network: the teacher with its weights, as loaded.
+        experiment: run with a teacher; the head of its method is not fitted yet.
+        network: teacher with its weights, as loaded.
     """
     config, splits = experiment.config, experiment.splits
     teacher = config.teacher
@@ -87,7 +87,7 @@ def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly
 
 
 def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
-    """The settings that change a training view: what another kind of crop would use is left out."""
+    """Return the settings that change a training view, without those of other kinds of crop."""
     views = asdict(augmentation)
     if augmentation.crop != "resized":
         del views["scale"], views["ratio"]
@@ -137,13 +137,13 @@ class OutputCache:
     """The cache of one run, on one process.
 
     Args:
-        folder: the files.
-        views: of each sample that this run trains on; epoch e shows view e modulo their number.
-        network: the teacher with its weights, to answer what is not stored yet. If None, it is built when it is needed.
+        folder: files of the cache.
+        views: number of views of each sample that this run trains on; epoch e shows view e modulo this.
+        network: teacher with its weights, to compute what is not stored yet. If None, it is built when needed.
         missing: number of shards that this run needs and that are not built.
 
     Attributes:
-        record: what the run folder says about the teacher, once the cache is ready.
+        record: what the run folder says about the teacher. If None, the cache is not ready.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class OutputCache:
         return ((batch, Target(*outputs)) for batch, outputs in zip(batches, stored, strict=True))
 
     def attachment(self, processes: Processes) -> Attachment | None:
-        """Return what the builder left for all records, as the first process finds it: all must decide alike."""
+        """Return what the builder stored for all records; all processes decide by what the first one finds."""
         there = processes.from_first(lambda: self.folder.attachment() is not None)
         return self.folder.attachment() if there else None
 
@@ -178,13 +178,13 @@ def open_output_cache(experiment: "Experiment", network: FeatureExtractor | Logi
     """Find or make the cache that ``config.teacher.cache`` describes, and compare what it was made from.
 
     Args:
-        experiment: the run, its method's head not fitted yet.
-        network: the teacher; with its weights on the first process, for its shapes alone on the others.
+        experiment: run; the head of its method is not fitted yet.
+        network: teacher; with its weights on the first process, for its shapes alone on the others.
 
     Raises:
         ConfigError: the method needs more of the teacher than its outputs.
-        CacheError: on all processes: the folder holds another cache (every difference is named), none where one is to
-            be read, or a damaged one.
+        CacheError: on all processes: the folder holds another cache (every difference is named), no cache in mode
+            "read", or a damaged one.
     """
     config, processes, splits, method = experiment.config, experiment.processes, experiment.splits, experiment.method
     settings = _settings(config)
@@ -219,7 +219,7 @@ def _cache(experiment: "Experiment") -> OutputCache:
 
 
 def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
-    """How the outputs that a method needs are packed.
+    """Return how the outputs that a method needs are packed.
 
     Raises:
         ValueError: more logits are to be kept than there are classes.
@@ -230,7 +230,7 @@ def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
 
 
 def _records_per_shard(codec: Codec, records: int, processes: Processes) -> int:
-    """A shard is built by one process: a small cache is cut finer where several build it, so that all have work."""
+    """Return the size of a shard, which one process builds: small caches are cut finer, so that all have work."""
     usual = default_records_per_shard(codec.record_bytes)
     return usual if processes.world_size == 1 else min(usual, -(-records // (_SHARDS_A_PROCESS * processes.world_size)))
 
@@ -245,7 +245,11 @@ def _explained(error: Exception, path: Path, mode: str) -> str:
 
 
 def refuse_uncacheable(method: Method, network: nn.Module, splits: DataSplits) -> None:
-    """Raises ConfigError, with the size that storing its levels would take, if a method needs more than outputs."""
+    """Refuse a method that needs more of the teacher than its outputs.
+
+    Raises:
+        ConfigError: it does; names the size that storing the levels would take.
+    """
     if method.uncacheable is None:
         return
     amount = ""
@@ -261,18 +265,18 @@ TeacherOutputs = tuple[Tensor, Gaussian | None]
 
 
 def ready_cache(experiment: "Experiment", stop: StopSignal, name: str) -> None:
-    """Do everything before training: what is missing is built, a share is held against the teacher, the teacher goes.
+    """Build what is missing, compare a share of it with the teacher, and free the teacher.
 
-    With ``teacher.cache.recheck = 0`` and a finished cache no teacher is made at all.
+    If the cache is finished and ``teacher.cache.recheck = 0``, no teacher is made.
 
     Args:
-        experiment: a run with a cache, whose `record` is made.
+        experiment: run with a cache, whose `record` is set.
         name: label used in log messages.
 
     Raises:
-        CacheError: on all processes: outputs are missing and may not be built, or are not the teacher's.
-        ConfigError: the teacher is not the network it was made of; an image cannot be read.
-        Interrupted: SIGTERM or Ctrl-C while it was built.
+        CacheError: on all processes: outputs are missing and may not be built, or differ from the teacher's.
+        ConfigError: the teacher does not match the network it was made from, or an image cannot be read.
+        Interrupted: SIGTERM or Ctrl-C while it was being built.
     """
     with as_config_errors():
         _ready(experiment, stop, name)
@@ -312,18 +316,19 @@ def _ready(experiment: "Experiment", stop: StopSignal, name: str) -> None:
 
 @oom_hint("teacher")
 def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineTeacher:
-    """Build what is missing, on all processes of this run and beside any other run that does the same.
+    """Build what is missing, on all processes of this run; other runs may build the same cache at the same time.
 
     Args:
         name: label used in log messages.
 
     Returns:
-        The teacher that did it.
+        The teacher that computed it.
 
     Raises:
         CacheError: the disk is full, or an output cannot be stored.
-        ValueError: the teacher is not the network it was made of, see `start_teacher`, or knows too little.
-        Interrupted: SIGTERM or Ctrl-C; what is written stays.
+        ValueError: the teacher does not match the network it was made from (see `start_teacher`), or its accuracy is
+            too low.
+        Interrupted: SIGTERM or Ctrl-C; what is written is kept.
     """
     cache, config, processes = _cache(experiment), experiment.config, experiment.processes
     loader, method, batch_size = experiment.loader, experiment.method, _settings(config).batch_size
@@ -341,7 +346,7 @@ def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineT
     if known is None:
         teacher.record[VALIDATION] = measure_teacher(config, teacher, loader, processes)
     asked = teacher.record if known is None else known.record
-    if asked.get(VALIDATION) is not None:  # before a long pass over all views
+    if asked.get(VALIDATION) is not None:  # before the long pass over all views
         require_accuracy(config, asked[VALIDATION], experiment.splits.num_classes, processes, name)
     if known is None:
         prepare_method(method, loader, teacher, processes, stop, name)
@@ -349,7 +354,7 @@ def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineT
         processes.from_first(lambda: bool(cache.folder.attach(head, teacher.record)))
         known = cache.folder.attachment()
         assert known is not None
-    _adopt_head(experiment, known)  # another run's, if that was faster
+    _adopt_head(experiment, known)  # of another run, if that was faster
 
     def outputs(requests: Iterable[Any]) -> Iterator[TeacherOutputs]:
         return _one_ahead(_outputs(method, teacher, batch.images) for batch in loader.views(requests))
@@ -374,7 +379,7 @@ def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineT
 def cached_teacher(experiment: "Experiment") -> OnlineTeacher:
     """Return the teacher that the cache was built with, run eagerly, on this process alone."""
     known = _cache(experiment).folder.attachment()
-    assert known is not None  # of a cache that is built
+    assert known is not None  # the cache is built
     return make_teacher(
         experiment.config,
         _network(experiment),
@@ -386,10 +391,10 @@ def cached_teacher(experiment: "Experiment") -> OnlineTeacher:
 
 
 def recheck(experiment: "Experiment", teacher: OnlineTeacher) -> Recheck:
-    """Compute a random share of the outputs again and compare; on this process alone.
+    """Recompute a random share of the outputs and compare them, on this process alone.
 
     Raises:
-        CacheError: an output is missing, damaged, or not what the teacher says.
+        CacheError: an output is missing, damaged, or differs from the teacher's.
     """
     cache, settings = _cache(experiment), _settings(experiment.config)
     samples, size = cache.folder.samples, settings.batch_size
@@ -422,7 +427,7 @@ def _adopt_head(experiment: "Experiment", attachment: Attachment) -> None:
 
 
 def _progress(cache: OutputCache, processes: Processes, name: str) -> Any:
-    """Return a bar on the first process's terminal; with several processes it shows this one's share."""
+    """Return a progress bar on the first process's terminal, which counts this process's share."""
     record_bytes = stored_bytes(cache.folder.codec.record_bytes)
     share = cache.folder.missing_bytes(cache.views) // record_bytes // processes.world_size
     hidden = not processes.is_first or not sys.stderr.isatty()
@@ -431,7 +436,7 @@ def _progress(cache: OutputCache, processes: Processes, name: str) -> Any:
 
 def _network(experiment: "Experiment") -> FeatureExtractor | LogitsOnly:
     cache = _cache(experiment)
-    network, cache.network = cache.network, None  # whoever makes a teacher of it changes it
+    network, cache.network = cache.network, None  # making a teacher changes it
     if network is None:
         network = build_teacher_network(experiment.config, experiment.splits, needs=experiment.method.needs)
     return network
@@ -445,7 +450,7 @@ def _outputs(method: Method, teacher: OnlineTeacher, images: Tensor) -> TeacherO
 
 
 def _one_ahead(outputs: Iterable[TeacherOutputs]) -> Iterator[TeacherOutputs]:
-    """Asks for the next outputs before it hands out the last: a GPU computes them while the host packs and writes."""
+    """Request the next outputs before yielding the last: a GPU computes them while the host packs and writes."""
     last = None
     for current in outputs:
         if last is not None:

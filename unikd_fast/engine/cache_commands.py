@@ -25,17 +25,17 @@ from unikd_fast.units import duration, size
 
 @oom_hint("run")
 def build_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> None:
-    """Builds what the caches of these runs lack, on all processes, and prints a line for each cache.
+    """Build what the caches of some runs lack, on all processes, and print a line for each cache.
 
-    Runs that share a folder must agree about its content; the folder is built once.
+    Runs that share a folder must agree on its content; the folder is built once.
 
     Args:
-        runs: name and configuration of single runs with ``teacher.cache.mode = "read_write"``.
+        runs: names and configurations of single runs with ``teacher.cache.mode = "read_write"``.
 
     Raises:
-        ConfigError: a configuration does not fit the data or the models, or the teacher is not faithful to its weights.
+        ConfigError: a configuration does not fit the data or the models, or the teacher does not match its weights.
         CacheError: a folder holds another cache, or its disk is full.
-        Interrupted: SIGTERM or Ctrl-C; what is written stays.
+        Interrupted: SIGTERM or Ctrl-C; what is written is kept.
     """
     built: set[Path] = set()
     with StopSignal(processes) as stop:
@@ -49,7 +49,7 @@ def build_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> No
 
 
 def _filled(name: str, config: Config, processes: Processes, stop: StopSignal, *, known: bool) -> str | None:
-    """Builds what a run's cache lacks and says what it holds; one that is known is compared with the run, no more."""
+    """Build what a run's cache lacks and return a line about it, or None for a cache that is built already."""
     experiment = build_experiment(config, processes)
     cache = experiment.cache
     assert cache is not None
@@ -67,12 +67,12 @@ def _filled(name: str, config: Config, processes: Processes, stop: StopSignal, *
 
 
 def plan_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> Iterator[tuple[str, Config, CachePlan]]:
-    """Yields the plan of each run's cache, as measured here, on the first process; no cache is made.
+    """Yield the plan of each run's cache, as measured here, on the first process; no cache is made.
 
     A teacher that the run would train first is measured with random weights.
 
     Args:
-        runs: label and configuration of single runs that have a teacher.
+        runs: labels and configurations of single runs that have a teacher.
 
     Raises:
         ConfigError: a configuration does not fit the data or the models, or its method's targets cannot be cached.
@@ -87,7 +87,7 @@ def plan_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> Ite
 
 
 def without_cache(config: Config) -> Config:
-    """The same run with its teacher online; no cache is opened or made."""
+    """Return the configuration of the same run with its teacher online."""
     return config if config.teacher is None else override(config, {"teacher.cache.mode": "off"}, "teacher.cache")
 
 
@@ -95,8 +95,8 @@ def plan_experiment(config: Config, experiment: Experiment) -> CachePlan:
     """Return what the cache of a run would cost and save.
 
     Args:
-        config: of the run, with the settings of its cache.
-        experiment: the same with its teacher online.
+        config: configuration of the run, with the settings of its cache.
+        experiment: the same run with its teacher online.
 
     Raises:
         ConfigError: the method needs more of the teacher than its outputs.
@@ -112,13 +112,14 @@ def plan_experiment(config: Config, experiment: Experiment) -> CachePlan:
 
 
 def verify_folder(folder: CacheFolder, *, repair: bool) -> bool:
-    """Reads a whole cache, with a bar on a terminal, and prints what is wrong with it.
+    """Read a whole cache, with a progress bar on a terminal, and print what is wrong with it.
 
     Args:
-        repair: discard bad shards, so that the next build makes these anew.
+        folder: the cache.
+        repair: whether to discard bad shards, so that the next build replaces them.
 
     Returns:
-        Whether every shard is ok; with `repair`, True: no bad shard is left, though some may not be built.
+        Whether every shard is ok. With `repair`, always True: no bad shard is left, though some may not be built.
 
     Raises:
         CacheError: what belongs to all records is damaged, or a bad shard is being built by another process.
@@ -150,7 +151,7 @@ def verify_folder(folder: CacheFolder, *, repair: bool) -> bool:
 
 
 def folder_facts(folder: CacheFolder) -> dict[str, Any]:
-    """Sizes, codec, key and builder of a cache, JSON-able.
+    """Return sizes, codec, key and builder of a cache, as JSON can hold them.
 
     Raises:
         CacheError: what belongs to all records is damaged.
@@ -167,7 +168,7 @@ def folder_facts(folder: CacheFolder) -> dict[str, Any]:
 
 
 def describe_facts(facts: dict[str, Any]) -> str:
-    """What `folder_facts` gave, as text: a table, a line for every field of the key, and who built it."""
+    """Return the result of `folder_facts` as text: a table, a line for each field of the key, and the builder."""
     codec = facts["codec"]
     logits = codec["kind"] if codec["top_k"] is None else f"the {codec['top_k']} largest"
     gaussians = " and Gaussians" if codec["gaussian"] else ""
@@ -186,7 +187,7 @@ def describe_facts(facts: dict[str, Any]) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[str]:
-    """A line for every leaf of nested names."""
+    """Yield a line for each leaf of nested names."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}" if name else key)

@@ -34,7 +34,7 @@ _ROUNDS, _WARMUP, _SECONDS = 9, 2, 3.0
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one micro-batch on one process: the teacher with its head, and the student's step with the loss."""
+    """Seconds per micro-batch on one process: of the teacher with its head, and of the student's step with the loss."""
 
     teacher: float
     student: float
@@ -42,7 +42,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """What a cache takes on disk: `views` of `samples`, of which some are still to be written."""
+    """Bytes that a cache of `views` views of `samples` samples takes on disk, of which some are still to be written."""
 
     samples: int
     views: int
@@ -57,14 +57,15 @@ class CacheSizes:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a cache holds, what the epochs of a run take with and without it, and when it has paid for itself.
+    """What a cache holds, how long the epochs of a run take with and without it, and when it has paid off.
 
     Args:
-        sizes: of the cache.
-        times: measured.
-        micro_batch_size, micro_batches: of an epoch on one process.
-        processes: that train, and that build.
-        epochs: that the run trains.
+        sizes: sizes of the cache.
+        times: measured times.
+        micro_batch_size: samples of a micro-batch.
+        micro_batches: number of micro-batches in an epoch on one process.
+        processes: number of processes that build and train.
+        epochs: number of epochs that the run trains.
     """
 
     sizes: CacheSizes
@@ -76,18 +77,18 @@ class CachePlan:
 
     @property
     def build_s(self) -> float:
-        """The teacher's forward passes over what is missing."""
+        """Return the seconds that the teacher's forward passes over what is missing take."""
         outputs = self.sizes.missing_bytes / self.sizes.view_bytes * self.sizes.samples
         return outputs / (self.processes * self.micro_batch_size) * self.times.teacher
 
     @property
     def epoch_s(self) -> float:
-        """Without a cache."""
+        """Return the seconds of an epoch without a cache."""
         return self.micro_batches * (self.times.teacher + self.times.student)
 
     @property
     def cached_epoch_s(self) -> float:
-        """With one; reading runs ahead of the steps."""
+        """Return the seconds of an epoch with a cache, which is read ahead of the steps."""
         return self.micro_batches * self.times.student
 
     @property
@@ -96,11 +97,11 @@ class CachePlan:
 
     @property
     def break_even_epoch(self) -> int:
-        """How many epochs must be trained from the cache, in this run and later ones, until building has paid off."""
+        """Return how many epochs, of this run and later ones, it takes to make up for building the cache."""
         return math.ceil(self.build_s / (self.micro_batches * self.times.teacher) - 1e-6)
 
     def line(self) -> str:
-        """The plan in one line, for the start of a run."""
+        """Return the plan as one line, for the start of a run."""
         build = (
             f"building takes {duration(self.build_s)} and pays from epoch {self.break_even_epoch} on"
             if self.sizes.missing_bytes
@@ -113,7 +114,7 @@ class CachePlan:
         )
 
     def table(self) -> str:
-        """The plan in full."""
+        """Return the plan in full, as a table."""
         teacher, student = 1000 * self.times.teacher, 1000 * self.times.student
         whole, cached = self.epochs * self.epoch_s, self.epochs * self.cached_epoch_s
         rows = [
@@ -140,10 +141,10 @@ class CachePlan:
 
 
 def cache_sizes(path: Path, codec: Codec, samples: int, views: int) -> CacheSizes:
-    """Sizes of the cache in a folder, or of one that would be made there; a cache of something else does not count.
+    """Return the sizes of the cache in a folder, or of the one that would be made there if there is none like it.
 
     Raises:
-        CacheError: what is there is damaged.
+        CacheError: the cache in the folder is damaged.
     """
     folder = CacheFolder.open(path) if (path / MANIFEST).exists() else None
     if folder is None or (folder.codec, folder.samples) != (codec, samples) or folder.views < views:
@@ -156,11 +157,11 @@ def cache_sizes(path: Path, codec: Codec, samples: int, views: int) -> CacheSize
 
 
 def plan_cache(experiment: "Experiment", teacher: OnlineTeacher, sizes: CacheSizes) -> CachePlan:
-    """Measure teacher and student on one micro-batch of this process; nothing of the run is changed by it.
+    """Measure teacher and student on one micro-batch of this process, without changing the run.
 
     Args:
-        experiment: the run; its method's head may be fitted or not.
-        teacher: teacher that answers where there is no cache.
+        experiment: the run; the head of its method need not be fitted.
+        teacher: teacher that runs where there is no cache.
         sizes: sizes before anything is built.
     """
     train, loader, method = experiment.config.train, experiment.loader, experiment.method
@@ -197,18 +198,18 @@ def measure_times(
     *,
     seconds: float = _SECONDS,
 ) -> StepTimes:
-    """Times the teacher and a student step on one micro-batch; nothing of the run is changed by it.
+    """Time the teacher and a student step on one micro-batch, without changing the run.
 
-    The student trains as a copy without DeepSpeed, whose own cost is not in it.
+    A copy of the student is trained, without DeepSpeed, so the cost of DeepSpeed is not included.
 
     Args:
-        student_module: the StudentModule of the run.
-        method: whose loss is taken; prepared.
-        train: of the run's configuration.
+        student_module: the run's student.
+        method: prepared method whose loss is computed.
+        train: training settings of the run.
         batch: a micro-batch.
-        target: the teacher's side of this batch.
-        teacher: runs the teacher, and its head if it has one.
-        seconds: to spend on it at most, apart from two rounds of warm-up and one more.
+        target: the teacher's outputs for this batch.
+        teacher: function that runs the teacher, with its head if it has one.
+        seconds: time limit, apart from two rounds of warm-up and one more.
     """
     device = batch.images.device
     autocast = autocast_dtype(train.precision)
@@ -242,7 +243,7 @@ def _free_bytes(path: Path) -> int:
 
 @contextmanager
 def _in_eval_mode(head: nn.Module | None) -> Iterator[None]:
-    """A head that is not fitted yet would move the statistics of its normalisation."""
+    """Put a head into eval mode: one that is not fitted yet would change the statistics of its normalisation."""
     training = head is not None and head.training
     if head is not None:
         head.eval()

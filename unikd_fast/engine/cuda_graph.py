@@ -1,10 +1,10 @@
 """Steps of one GPU as one CUDA graph: for small networks, whose kernels are shorter than their launches.
 
-A step is a program over buffers that stay where they are: the plans of its micro-batches (which samples, which windows,
-which are mirrored), the learning rate, the method's ramps and the number of the step are filled in before; weights,
-optimiser state, sums of the log and averages are changed in place. The first steps run the program as it is, on a
-stream of their own as CUDA asks for, and are steps like any other. Then it is captured, which computes nothing, and
-from there on replayed. On a CPU the program is called every time.
+A step is a program over buffers at fixed addresses: the plans of its micro-batches (which samples, which windows, which
+are mirrored), the learning rate, the method's ramps and the number of the step are filled in before; weights, optimiser
+state, sums of the log and averages are changed in place. The first steps run the program as it is, on a stream of their
+own, as CUDA requires, and are steps like any other. Then it is captured, which computes nothing, and replayed from then
+on. On a CPU the program is called every time.
 """
 
 import logging
@@ -31,10 +31,10 @@ _logger = logging.getLogger("unikd_fast")
 
 
 def captures(experiment: Experiment) -> bool:
-    """Return whether the steps of a run are captured; the first process says so, and why not where "auto" decides.
+    """Return whether the steps of a run are captured; the first process logs it, and with "auto" also why not.
 
     Raises:
-        ConfigError: train.cuda_graph = on, and something is in the way.
+        ConfigError: train.cuda_graph = on, and the steps cannot be captured.
     """
     asked, processes = experiment.config.train.cuda_graph, experiment.processes
     if asked == "off":
@@ -55,13 +55,13 @@ def captures(experiment: Experiment) -> bool:
 
 
 def device_obstacles(processes: Processes) -> Iterator[str]:
-    """A CUDA graph needs CUDA."""
+    """Yield what of the device prevents a capture, with its remedy."""
     if processes.device.type != "cuda":
-        yield f"the device is {processes.device.type}, no CUDA device (run on a GPU)"
+        yield f"the device is {processes.device.type}, not a CUDA device (run on a GPU)"
 
 
 def obstacles(experiment: Experiment) -> Iterator[str]:
-    """Yield what else is in the way, each with its remedy, the most general first."""
+    """Yield what else prevents a capture, each with its remedy, the most general first."""
     config, processes = experiment.config, experiment.processes
     train, teacher = config.train, config.teacher
     yield from reasons_for_deepspeed(config, processes)
@@ -92,13 +92,13 @@ def _loader_obstacles(experiment: Experiment) -> Iterator[str]:
 
 
 WARM_UP = 3
-"""Steps before the capture: they make the optimiser's state and what a method makes with its first batch."""
+"""Steps before the capture, which create the optimiser's state and what a method creates with its first batch."""
 
 
 class CapturedSteps(Steps):
-    """Take steps of a captured program: with a LocalEngine, and a DeviceLoader whose batches can be planned.
+    """Takes steps of a captured program, with a LocalEngine and a DeviceLoader whose batches can be planned.
 
-    A capture that fails is an error where train.cuda_graph = on; otherwise it is said, and the program is called every
+    If capturing fails, it is an error with train.cuda_graph = on; otherwise a warning, and the program is called every
     time.
     """
 
@@ -125,7 +125,7 @@ class CapturedSteps(Steps):
         self._run: Callable[[], None] = self.program
 
     def data(self, epoch: int, start: int) -> Iterator[Tensor]:
-        """Plans of micro-batches."""
+        """Return the plans of micro-batches."""
         return self._loader.plans(epoch, start)
 
     def take(self, data: Iterator[Tensor], throughput: Throughput, step: int, *, learning_rate: float) -> None:
@@ -143,7 +143,7 @@ class CapturedSteps(Steps):
             self._average.count()
 
     def replay(self) -> None:
-        """The program, on what is in the buffers now."""
+        """Run the program on what the buffers hold."""
         if self._side is None or self._warm_up < 0:
             self._run()
         elif self._warm_up:
@@ -159,7 +159,7 @@ class CapturedSteps(Steps):
             self._run()
 
     def program(self) -> None:
-        """One step, of the buffers and of nothing else; no host read."""
+        """Do one step, as a function of the buffers alone; no host read."""
         experiment, engine, watch = self._experiment, self._engine, self._watch
         for number, plan in enumerate(self._plans):
             update = number == len(self._plans) - 1
@@ -170,18 +170,18 @@ class CapturedSteps(Steps):
             self._average.mix(experiment.student)
 
     def _captured(self) -> Callable[[], None]:
-        """Return what launches the captured program, or the program itself where capturing failed.
+        """Return a function that launches the captured program, or the program itself if capturing failed.
 
         Raises:
             ConfigError: capturing failed, and train.cuda_graph = on.
-            OutOfMemory: there was too little memory for it, and train.cuda_graph = on.
-            RunError: the device is still in the failed capture.
+            OutOfMemory: the memory was not sufficient for it, and train.cuda_graph = on.
+            RunError: the failed capture has not ended on the device.
         """
         try:
             return record(self.program)
         except (RuntimeError, OutOfMemory) as error:
             chain = list(exception_chain(error))
-        # torch then says "operation failed due to a previous error", and what went wrong first is in the chain.
+        # torch then raises "operation failed due to a previous error"; the first error is in the chain.
         said = str(chain[-1]).strip().partition("\n")[0]
         memory = any(isinstance(error, OutOfMemory | torch.OutOfMemoryError) for error in chain)
         del chain  # its tracebacks hold what the capture had allocated
@@ -193,17 +193,14 @@ class CapturedSteps(Steps):
             raise kind(f"train.cuda_graph = 'on', but capturing a step failed: {said}; set it to 'off'")
         _logger.warning(
             "train.cuda_graph: capturing a step failed, and steps are launched operation by operation: %s; "
-            "train.cuda_graph = off keeps from trying",
+            "train.cuda_graph = off avoids the attempt",
             said,
         )
         return self.program
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield what was raised on the way to an error, the first last, without lookups that failed and were provided for.
-
-    Those are no RuntimeErrors.
-    """
+    """Yield the RuntimeErrors and RunErrors that led to an error, the first of them last."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, RuntimeError | RunError):
@@ -212,13 +209,13 @@ def exception_chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def require_no_capture(device: torch.device, failure: str) -> None:
-    """Check that a failed capture is over: the allocator gives memory back, and the generator draws numbers.
+    """Check that a failed capture has ended: the allocator frees memory, and the generator draws numbers.
 
-    Where ending the capture fails as well, both stay marked as captured, and the next dropout or the next lack of
-    memory would end the run, far from its cause. There is no call that takes the mark away.
+    If ending the capture fails as well, both stay marked as captured, and the next dropout or lack of memory would end
+    the run, far from the cause. There is no call that removes the mark.
 
     Raises:
-        RunError: it is not.
+        RunError: it has not.
     """
     before = torch.cuda.get_rng_state(device)
     try:
@@ -230,20 +227,20 @@ def require_no_capture(device: torch.device, failure: str) -> None:
             f"train.cuda_graph: capturing a step failed ({failure}) and left the device in the capture ({said}); start "
             "again with train.cuda_graph = off, and --resume auto goes on from the last checkpoint"
         ) from error
-    torch.cuda.set_rng_state(before, device)  # what is drawn here is not missing in the run
+    torch.cuda.set_rng_state(before, device)  # so that the run draws the same numbers
 
 
 def record(program: Callable[[], None]) -> Callable[[], None]:
-    """Captures what ``program`` launches on the current device, and gives what launches it again.
+    """Capture what a program launches on the current device, and return a function that launches it again.
 
     Raises:
-        RuntimeError: it did what a graph cannot hold, such as waiting for the device.
+        RuntimeError: the program did what a graph cannot hold, such as waiting for the device.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # The thread that writes checkpoints may go on meanwhile.
+        # The thread that writes checkpoints may continue meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             program()
     finally:
-        torch.cuda.set_stream(stream)  # a capture that failed does not leave its own
+        torch.cuda.set_stream(stream)  # a failed capture does not restore it
     return graph.replay

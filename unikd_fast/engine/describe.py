@@ -1,4 +1,4 @@
-"""What runs: in a few lines before training, and in full by ``--dry-run``."""
+"""What a run trains: in a few lines before training, and in full for ``--dry-run``."""
 
 import logging
 
@@ -30,7 +30,7 @@ def student_line(config: Config, experiment: Experiment) -> str:
 
 
 def teacher_line(config: Config, experiment: Experiment) -> str | None:
-    """None without a teacher."""
+    """Return the line of the teacher, or None without a teacher."""
     teacher = config.teacher
     if teacher is None or config.distill.method == "none":
         return None
@@ -61,7 +61,7 @@ def method_lines(config: Config, experiment: Experiment) -> list[str]:
 
 
 def log_run(experiment: Experiment, name: str) -> None:
-    """Log the lines of a run, and warn where nobody checks that its teacher is faithful.
+    """Log what a run trains, and warn if the fidelity of its teacher is not checked.
 
     Args:
         experiment: the run.
@@ -84,7 +84,7 @@ MIB = 2**20
 
 
 def describe(config: Config, processes: Processes) -> str:
-    """Models, parameters, feature shapes, batch per process, steps and estimated memory, as text.
+    """Return models, parameters, feature shapes, batch per process, steps and estimated memory, as text.
 
     A teacher that the run would train first is described with random weights.
     """
@@ -92,7 +92,7 @@ def describe(config: Config, processes: Processes) -> str:
     trained_first = teacher is not None and teacher.weights is None and teacher.training is not None
     if teacher is not None and trained_first:
         config = config.model_copy(update={"teacher": teacher.model_copy(update={"weights": "random"})})
-    check_engine(config, processes)  # an unsupported setting must not wait for the real run
+    check_engine(config, processes)  # as the run would
     experiment = build_experiment(without_cache(config), processes)
     lines = [data_line(given, experiment), student_line(given, experiment), *_levels(experiment.student)]
     of_teacher = teacher_line(given, experiment)

@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, what they say to each other, when they stop, and their buffers."""
+"""The processes of a run: how they join, exchange values, stop together, and average their buffers."""
 
 import ctypes
 import logging
@@ -23,27 +23,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all processes of the run."""
+    """This process among all processes of a run."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     timeout: timedelta = timedelta(minutes=10)
-    """How long they wait for each other."""
+    """How long the processes wait for each other."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sums ``tensor`` over all processes, in place."""
+        """Sum a tensor over all processes, in place, and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's ``value``, in rank order, on every process."""
+        """Return the values of all processes, in rank order, on every process."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -51,7 +51,7 @@ class Processes:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's ``value`` on every process."""
+        """Return the first process's value on every process."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -59,11 +59,11 @@ class Processes:
         return values[0]
 
     def from_first(self, action: Callable[[], Result]) -> Result:
-        """What ``action`` gives on the first process, which alone runs it; what it raises there is raised on all.
+        """Run an action on the first process alone, and return its result, or raise its error, on every process.
 
         Raises:
-            RunError: of the action's kind.
-            ConfigError: any other ValueError or OSError of the action.
+            RunError: the action's, of the same class.
+            ConfigError: another ValueError or an OSError of the action.
         """
         outcome: tuple[Any, type[RunError] | None, str] | None = None
         if self.is_first:
@@ -83,7 +83,7 @@ class Processes:
             dist.barrier()
 
     def leave(self) -> None:
-        """End the process group, if there is one, after a run that went well."""
+        """Leave the process group, if there is one, after a successful run."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -98,7 +98,7 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
         timeout_minutes: how long the processes wait for each other, at the start and in every exchange.
 
     Raises:
-        ConfigError: the others did not come.
+        ConfigError: the other processes did not join.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -119,17 +119,17 @@ def start_processes(timeout_minutes: float = 10.0) -> Processes:
             raise ConfigError(
                 f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
                 f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_minutes:g} "
-                f"minutes (run.timeout_minutes): {error}; see whether all nodes started, and reach this address and "
+                f"minutes (run.timeout_minutes): {error}; check that all nodes started and can reach this address and "
                 "port"
             ) from error
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, timeout)
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed, and return it, without what it would look for and compile by itself."""
+    """Import DeepSpeed and return it, without the devices it would look for and the operators it would compile."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # DeepSpeed would find out, and warn that it found no other.
+        # Otherwise DeepSpeed looks for accelerators, and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -142,9 +142,9 @@ def import_deepspeed() -> Any:
 def join_alone(device: torch.device) -> None:
     """Make the process group of a single process, which DeepSpeed's engine needs, without a socket.
 
-    gloo and NCCL listen also where there is nobody to talk to. torch's group for tests does not: what it sends
-    comes back, which is all that a group of one does. In older versions of torch (2.11) a reduce-scatter of that group
-    gives nothing back; there it is the usual group, which listens on the loopback interface alone.
+    gloo and NCCL listen even without other processes. torch's group for tests does not: it returns what it is given,
+    which is all that a group of one does. In older versions of torch (2.11) its reduce-scatter returns nothing; there
+    the usual group is made, which listens on the loopback interface alone.
 
     Args:
         device: device of the run, which decides the usual group.
@@ -164,7 +164,7 @@ def join_alone(device: torch.device) -> None:
 
 
 def _join_others(backend: str, timeout: timedelta) -> None:
-    """Join by the address that the launcher gave, on one node by its loopback interface."""
+    """Join at the launcher's address, or on the loopback interface if all processes are on one node."""
     deepspeed = import_deepspeed()
     if _processes_here() == int(os.environ["WORLD_SIZE"]):
         _stay_on_loopback()
@@ -180,7 +180,7 @@ def _backend(device: torch.device) -> str:
 
 
 def _stay_on_loopback() -> None:
-    """Have the backends listen on the loopback interface, unless the user has named another."""
+    """Make the backends listen on the loopback interface, unless the user has named another."""
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -188,7 +188,7 @@ def _stay_on_loopback() -> None:
 
 
 def _loopback_store(timeout: timedelta) -> dist.TCPStore:
-    """The store that the processes meet in: torch's own choice is to listen on all interfaces."""
+    """Return a store on the loopback interface; torch's own listens on all interfaces."""
     host, port, first = "127.0.0.1", int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     listener = None
     if first:
@@ -201,12 +201,12 @@ def _loopback_store(timeout: timedelta) -> dist.TCPStore:
 
 
 def _processes_here() -> int | None:
-    """How many processes the launcher started on this node, if it says so: torchrun's variable, and DeepSpeed's."""
+    """Return how many processes torchrun or DeepSpeed started on this node, or None if it is not known."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0) or None
 
 
 def reuse_freed_memory() -> None:
-    """Makes glibc reuse the memory of freed activations instead of returning it to the system after every layer.
+    """Make glibc reuse the memory of freed activations instead of returning it to the system after every layer.
 
     Returned memory comes back as zeroed pages, one fault each: 10 to 20 % of a training step on 2 cores.
     """
@@ -217,11 +217,11 @@ def reuse_freed_memory() -> None:
 
 
 class StopSignal:
-    """Context manager that catches SIGTERM, SIGHUP and SIGINT; :meth:`agreed` tells every process at the same step.
+    """Context manager that catches SIGTERM, SIGHUP and SIGINT; `agreed` reports them on all processes at the same step.
 
-    Launchers signal one process after another, so acting on the own signal would leave the others waiting in a
-    collective. The requests are compared by a small all-reduce on a gloo group of its own, started at one step and read
-    at the next: no device synchronisation and nothing to wait for. A second Ctrl-C interrupts at once.
+    Launchers signal one process after another, so a process that acted on its own signal would leave the others waiting
+    in a collective. The requests are compared by a small all-reduce in a separate gloo group, started at one step and
+    read at the next, without synchronising the device. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -248,11 +248,11 @@ class StopSignal:
 
     @property
     def asked(self) -> int:
-        """The signal that this process received, or 0; for work that the processes do not do in step."""
+        """Return the signal that this process received, or 0; for work that the processes do not do in step."""
         return self._signal
 
     def agreed(self) -> int:
-        """The signal that some process received before the previous call, or 0; the same on every process."""
+        """Return the signal that any process received before the previous call, or 0; the same on every process."""
         if self._group is None:
             return self._signal
         agreed = 0
@@ -266,11 +266,11 @@ class StopSignal:
 
 
 _SETTLED = 0.01
-"""Share of the initial values below which running averages are those of the data."""
+"""Share of the initial values below which running averages count as those of the data."""
 
 
 def initial_share(module: nn.Module) -> tuple[float, int]:
-    """How much of its initial value a BatchNorm's running average still has, at most, and after how many batches.
+    """Return the largest share of the initial value in any BatchNorm's running average, and after how many batches.
 
     Example:
         >>> initial_share(nn.BatchNorm2d(3))
@@ -287,23 +287,25 @@ def initial_share(module: nn.Module) -> tuple[float, int]:
 
 
 def explain_bad_evaluation(cross_entropy: float, network: nn.Module, num_classes: int) -> str | None:
-    """Why an evaluation is worse than a guess, if it is because of BatchNorm's averages; None otherwise.
+    """Return why an evaluation is worse than chance if BatchNorm's averages are the reason, otherwise None.
 
     Args:
-        cross_entropy: of the evaluation, in nats.
+        cross_entropy: cross-entropy of the evaluation, in nats.
+        network: the evaluated network.
+        num_classes: number of classes.
     """
     share, batches = initial_share(network)
     if share < _SETTLED or not cross_entropy > 2 * math.log(num_classes):
         return None
     return (
-        f"this cross-entropy, {cross_entropy:.2g}, says little yet: evaluation goes by BatchNorm's running averages, "
+        f"this cross-entropy, {cross_entropy:.2g}, means little yet: evaluation uses BatchNorm's running averages, "
         f"which after {batches} batches are still {100 * share:.0f} % their initial values"
     )
 
 
 @torch.no_grad()
 def average_buffers(module: nn.Module, processes: Processes) -> None:
-    """Replaces every floating-point buffer by its mean over all processes, so that they agree bit for bit."""
+    """Replace every floating-point buffer by its mean over all processes, so that they agree bit for bit."""
     if processes.world_size == 1:
         return
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]

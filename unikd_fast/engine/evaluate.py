@@ -1,4 +1,4 @@
-"""A network on a split: accuracy and cross-entropy, exact over any number of processes, and its logits."""
+"""Evaluation of a network on a split: accuracy and cross-entropy, exact over all processes, and its logits."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ PROBE_TEMPERATURE = 4.0
 
 
 class BatchLogits(NamedTuple):
-    """Of one batch, on the CPU."""
+    """The logits of one batch, on the CPU."""
 
     sample_ids: Tensor  # (N,)
     logits: Tensor  # (N, K) fp32
@@ -30,14 +30,15 @@ class BatchLogits(NamedTuple):
 
 
 class Probe:
-    """τ² KL(p_t(τ) || p_s(τ)) with τ = 4 on held-out samples: one figure for methods whose own losses do not compare.
+    """τ² KL(p_t(τ) || p_s(τ)) with τ = 4 on held-out samples, to compare methods whose own losses are not comparable.
 
     The teacher sees the split once; this process keeps the logits of its share.
 
     Args:
         teacher: maps images to Features.
-        batches: this process's share of the split, anew at every call.
-        known: the teacher's logits (K,) for these batches by sample id, where it has seen them already.
+        batches: function that returns this process's share of the split.
+        processes: processes that share the split.
+        known: teacher's logits (K,) for these batches by sample id. If None, the teacher is run.
     """
 
     def __init__(
@@ -52,17 +53,18 @@ class Probe:
 
     @torch.no_grad()
     def measure(self, student: Sequence[BatchLogits]) -> float:
-        """The mean over all processes' samples.
+        """Return the mean over the samples of all processes.
 
         Args:
-            student: its outputs for the batches. Either network may lack samples, whose images were skipped.
+            student: the student's logits for the batches. Samples that either network lacks are left out: their
+                images were skipped.
         """
         if self._known is None:
             ids, logits = [], []
             for batch in self._batches():
                 ids.append(batch.sample_ids)
                 logits.append(self._teacher(batch.images).logits.float().to("cpu", non_blocking=True))
-            # Reading the ids waits for the logits as well, which were copied before.
+            # Reading the ids also waits for the logits, which were copied before.
             self._known = dict(zip(torch.cat(ids).tolist(), torch.cat(logits), strict=True)) if ids else {}
         device = self._processes.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -79,10 +81,10 @@ class Probe:
 
 
 def write_outputs(folder: Path, outputs: Sequence[BatchLogits], processes: Processes, *, split: str) -> None:
-    """Writes test_logits.safetensors from the outputs of all processes, in the order of the split; all must call it.
+    """Write test_logits.safetensors from the logits of all processes, in the order of the split; all must call it.
 
     Raises:
-        FileError: on all processes: it cannot be written.
+        FileError: on all processes: the file cannot be written.
     """
     own = BatchLogits(*(torch.cat(parts) for parts in zip(*outputs, strict=True))) if outputs else None
     shares = [share for share in processes.gather(own) if share is not None]
@@ -101,8 +103,8 @@ def write_outputs(folder: Path, outputs: Sequence[BatchLogits], processes: Proce
 _logger = logging.getLogger("unikd_fast")
 
 _JOINED = 4
-"""Micro-batches that are evaluated as one. Training keeps of an image what each layer put out, its gradient and the
-teacher's; evaluation two or three of these at a time."""
+"""Micro-batches that are evaluated as one: training keeps the outputs of all layers and their gradients, evaluation two
+or three of them at a time."""
 
 
 @torch.no_grad()
@@ -114,16 +116,17 @@ def evaluate(
     autocast: torch.dtype | None = None,
     keep: list[BatchLogits] | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent, top-5 of more than five classes, mean cross-entropy and the number of samples.
+    """Return top-1 accuracy in percent, top-5 for more than five classes, mean cross-entropy and number of samples.
 
-    The host reads the device once, at the end. On a device several batches are one to the network, which without
-    gradients keeps little of them; where the memory is not enough for that, it gets fewer images at a time.
+    The host reads the device once, at the end. On a GPU several batches are joined for the network, which without
+    gradients keeps little of them; if the memory is not sufficient, it gets fewer images at a time.
 
     Args:
         network: maps images to Features; put into eval mode meanwhile.
-        batches: this process's share; the shares may differ in number and size.
-        autocast: what operations are cast to, as in training; None: nothing.
-        keep: gets this process's outputs; they are there when this returns.
+        batches: this process's share, which may differ from others in number and size.
+        processes: processes that share the split.
+        autocast: dtype that operations are cast to, as in training. If None, nothing is cast.
+        keep: list to append this process's logits to. If None, they are not kept.
     """
     device = processes.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, cross-entropy
@@ -152,7 +155,7 @@ def evaluate(
 
 
 def join_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """Join batches without second views, so many at a time; the last may be fewer."""
+    """Join batches, without second views, ``count`` at a time; the last may be fewer."""
     rest = iter(batches)
     while group := list(islice(rest, count)):
         if len(group) == 1:
@@ -162,7 +165,7 @@ def join_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 
 
 class _Forward:
-    """The logits of a batch of images, in parts if the memory is not enough for all of them at once."""
+    """Computes the logits of a batch, in parts if the memory is not sufficient for the whole."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
@@ -178,14 +181,16 @@ class _Forward:
                 if at_once == 1:
                     raise
             self._at_once = at_once // 2
-            _logger.info("evaluation: the memory is not enough for %d images at once, trying %d", at_once, at_once // 2)
+            _logger.info(
+                "evaluation: the memory is not sufficient for %d images at once, trying %d", at_once, at_once // 2
+            )
 
 
 @torch.no_grad()
 def head_indicators(
     method: Method, teacher: nn.Module | None, batches: Iterable[Batch], processes: Processes, *, limit: int = 16
 ) -> dict[str, float]:
-    """The method's indicators, averaged over at most ``limit`` batches of each process; none without a teacher."""
+    """Return the method's indicators, averaged over at most ``limit`` batches of each process."""
     if teacher is None:
         return {}
     sums: dict[str, torch.Tensor] = {}

@@ -5,7 +5,7 @@ environment.json      what the run was first started with; written once
 starts.jsonl          a line for each further start
 result.json           figures of a run that is finished
 student.safetensors   the student alone, which loads into the plain model
-.lock                 held by the run that goes on
+.lock                 held while the run is in progress
 """
 
 import fcntl
@@ -58,11 +58,11 @@ _OF_A_START = ("time", "command", "commit", "versions", "world_size")
 
 @contextmanager
 def open_run_folder(config: Config, processes: Processes, *, resume: bool) -> Iterator[Path]:
-    """Makes the run folder, or opens it again with ``resume``, and holds its lock meanwhile.
+    """Make the run folder, or open it again with ``resume``, and hold its lock meanwhile.
 
     Raises:
-        ConfigError: on every process: the folder exists and resume is off; it belongs to another configuration; or
-            another run holds it.
+        ConfigError: on every process: the folder exists and resume is off, belongs to another configuration, or is in
+            use by another run.
     """
     folder = Path(config.run.dir)
     locks: list[BinaryIO] = []
@@ -86,7 +86,7 @@ def open_run_folder(config: Config, processes: Processes, *, resume: bool) -> It
 
 
 def _record_start(folder: Path, config: Config, start: dict[str, Any]) -> None:
-    """The configuration comes last, so that a folder that a full disk left without it counts as new."""
+    """Write the configuration last, so that a folder that a full disk left without it counts as new."""
     is_new = not (folder / CONFIG).exists()
     if is_new or not (folder / ENVIRONMENT).exists():
         write_json(folder / ENVIRONMENT, start)
@@ -115,10 +115,10 @@ def _refuse_or_accept(folder: Path, config: Config, resume: bool) -> None:
 
 
 def require_same_config(folder: Path, config: Config) -> None:
-    """Hold a configuration against that of a run folder.
+    """Compare a configuration with that of a run folder.
 
     Raises:
-        ConfigError: they differ (every difference is named), or that of the folder cannot be read.
+        ConfigError: they differ (every difference is named), or the folder's cannot be read.
     """
     stored = read_stored(folder / CONFIG)
     if config_hash(stored) != config_hash(config):
@@ -157,7 +157,7 @@ def _lock(folder: Path) -> BinaryIO:
 
 
 def environment(processes: Processes) -> dict[str, Any]:
-    """Time, versions, commit, hardware and command of this start."""
+    """Return time, versions, commit, hardware and command of this start."""
     versions = {package: package_version(package) for package in PACKAGES}
     cuda = torch.cuda.is_available()
     return {
@@ -177,7 +177,7 @@ def environment(processes: Processes) -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed package; None where it is not."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -185,7 +185,7 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str:
-    """Commit of the source tree, with "-dirty" if it has changes; "unknown" outside a checkout."""
+    """Return the commit of the source tree, with "-dirty" if it has changes, or "unknown" outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
@@ -207,10 +207,10 @@ def _cpu_model() -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, or None.
+    """Return the result of a finished run, or None if there is none.
 
     Raises:
-        FileError: it is damaged; names it.
+        FileError: the file is damaged; names it.
     """
     return _read_made(folder / RESULT, "which makes it again from the last checkpoint", _is_result)
 
@@ -254,16 +254,16 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def read_teacher(folder: Path) -> dict[str, Any] | None:
-    """What :func:`write_teacher` wrote, or None.
+    """Return what `write_teacher` wrote, or None if there is none.
 
     Raises:
-        FileError: it is damaged; names it.
+        FileError: the file is damaged; names it.
     """
     return _read_made(folder / TEACHER, "which writes it again", _is_teacher)
 
 
 def write_teacher(folder: Path, record: dict[str, Any]) -> None:
-    """How the teacher of the run in ``folder`` was run, and how faithful it was to itself in fp32."""
+    """Write how the teacher of a run was run, and its fidelity to itself in fp32."""
     write_json(folder / TEACHER, record)
 
 
@@ -271,7 +271,7 @@ _FIGURES = ("accuracy", "top5", "ce")  # top5 of more than five classes
 
 
 def best_evaluation(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluation with the highest accuracy; small splits tie often, so the lower cross-entropy decides."""
+    """Return the evaluation with the highest accuracy, and among equal ones the lowest cross-entropy."""
     return max(evaluations, key=lambda record: (record["accuracy"], -record["ce"]))
 
 
@@ -285,14 +285,14 @@ def student_result(
     last: tuple[dict[str, Any], dict[str, Any]],
     weights: Path,
 ) -> dict[str, Any]:
-    """The content of result.json.
+    """Return the content of result.json.
 
     Args:
-        config: of the run.
-        label: its name in tables.
-        steps: that were trained.
-        test_is_val: whether there is no split of its own to test on.
-        best, last: an evaluation's figures on the validation split and on the test split.
+        config: configuration of the run.
+        label: name of the run in tables.
+        steps: number of training steps.
+        test_is_val: whether the test split is the validation split.
+        best, last: metrics of an evaluation on the validation split and on the test split.
         weights: file of the last student.
     """
 
@@ -322,10 +322,12 @@ STUDENT = Path("student.safetensors")
 
 
 def export_student(plain: nn.Module, path: Path, preprocessing: Preprocessing | None = None) -> None:
-    """Write the plain network's state dict as safetensors; loads strictly into the same torchvision, timm or zoo model.
+    """Write a network's state dict as safetensors, which load strictly into the torchvision, timm or cifar model.
 
     Args:
-        preprocessing: of its images, kept in the file's metadata, where a run that loads these weights finds it.
+        plain: the network.
+        path: file to write.
+        preprocessing: preprocessing of its images, stored in the file's metadata for runs that load these weights.
 
     Raises:
         FileError: the disk is full, or cannot be written to.
@@ -339,10 +341,10 @@ def export_student(plain: nn.Module, path: Path, preprocessing: Preprocessing | 
 
 
 def import_student(plain: nn.Module, path: Path) -> None:
-    """Reads what :func:`export_student` wrote.
+    """Read what `export_student` wrote.
 
     Raises:
-        FileError: it is missing or damaged.
+        FileError: the file is missing or damaged.
     """
     try:
         plain.load_state_dict(load_file(path), strict=True)

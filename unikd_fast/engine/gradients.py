@@ -1,4 +1,4 @@
-"""The gradients before they are used: what is not finite is seen, named and kept out; the loss scale of fp16."""
+"""Gradients before the update: those that are not finite are detected, named and skipped; the loss scale of fp16."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,11 @@ _LARGEST = 2.0**24  # of fp32's integers; a gradient that needs more is zero for
 
 
 class LossScale:
-    """Multiplies the loss by a power of two, and follows what becomes of the gradients (Micikevicius et al. 2018, 3.2).
+    """A power of two by which the loss is multiplied, adapted to the gradients (Micikevicius et al. 2018, 3.2).
 
     Args:
-        value: to start with.
-        growth_interval: updates without an overflow until it is doubled.
+        value: initial value.
+        growth_interval: number of updates without an overflow after which it is doubled.
     """
 
     def __init__(self, value: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -26,21 +26,25 @@ class LossScale:
         self._zero: Any = None
 
     def attach(self, engine: Any) -> None:
-        """Makes an engine with ZeRO use it: its optimiser scales the loss, and divides the gradients by as much."""
+        """Make an engine with ZeRO use it: its optimiser scales the loss and unscales the gradients."""
         self._zero = engine.optimizer if engine.zero_optimization() else None
         if self._zero is not None:
             self._zero.override_loss_scale(self.value)
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """What is to be differentiated: with ZeRO the loss itself, which DeepSpeed scales."""
+        """Return what to differentiate: the scaled loss, or with ZeRO the loss itself, which DeepSpeed scales."""
         return loss if self._zero is not None else loss * self.value
 
     def unscale_(self, gradients: list[Tensor]) -> None:
-        """Divides gradients of a scaled loss in place; a power of two changes no bit of them but the exponent."""
+        """Divide gradients of a scaled loss in place; a power of two changes only their exponents."""
         torch._foreach_mul_(gradients, 1.0 / self.value)
 
     def update(self, overflowed: bool) -> None:
-        """After a step: whether its gradients were not finite."""
+        """Adapt the scale after a step.
+
+        Args:
+            overflowed: whether the gradients were not finite.
+        """
         if overflowed:
             self.value, self._good_steps = self.value / 2, 0
         elif self._good_steps + 1 >= self.growth_interval:
@@ -61,16 +65,16 @@ _SKIPPED_AT_MOST = 10  # steps in a row
 
 
 class GradientWatch:
-    """Looks at the gradients of each optimiser step between its backward pass and its update.
+    """Checks the gradients of each optimiser step between its backward pass and its update.
 
-    At ZeRO stage 0 they are those of all processes together. At higher stages, where nobody has them whole, they are
-    this process's own, and DeepSpeed itself leaves an update out if they are not finite.
+    At ZeRO stage 0 they are those of all processes together. At higher stages, where no process has them whole, they
+    are this process's own, and DeepSpeed itself skips an update if they are not finite.
 
     Args:
-        engine: the DeepSpeed engine.
-        skip: a step whose gradients are not finite changes nothing, neither parameters nor buffers. The host waits for
-            the device in every step.
-        scale: of the loss whose gradients these are; then such steps are skipped in any case, and lower it.
+        engine: LocalEngine, or DeepSpeed's engine.
+        skip: whether a step whose gradients are not finite changes nothing, neither parameters nor buffers. The host
+            then waits for the device in every step.
+        scale: loss scale; then such steps are skipped in any case, and lower it. If None, the loss is not scaled.
     """
 
     def __init__(self, engine: Any, *, skip: bool, scale: LossScale | None = None) -> None:
@@ -86,10 +90,10 @@ class GradientWatch:
         device = self._parameters[0].device
         self._seen: dict[int, Tensor] = {}  # with ZeRO: the largest entry of a parameter's gradients since the update
         self.norms = torch.zeros(len(named), device=device)
-        """(P,) largest entries of the gradients of the first step that were not finite; zeros if there was none."""
+        """(P,) largest entries of the first gradients that were not finite; zeros if there were none."""
         self._found = torch.zeros((), dtype=torch.bool, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
-        """Of the latest step, 0-d."""
+        """Whether the gradients of the latest step were finite, 0-d."""
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         buffers = list(engine.module.buffers()) if skip else []
@@ -112,7 +116,7 @@ class GradientWatch:
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Between the backward pass of a step's last micro-batch and its update."""
+        """Check the gradients, after the backward pass of a step's last micro-batch."""
         if self._sharded:
             zero = torch.zeros_like(self.finite, dtype=torch.float32)
             norms = torch.stack([self._seen.get(place, zero) for place in range(len(self.names))])
@@ -128,14 +132,14 @@ class GradientWatch:
         self._found.logical_or_(~self.finite)
         self._kept_out = self._skip and not self._sharded and not self.finite.item()
         if self._kept_out:
-            # For this one step, in front of the class's: an update by zeros would move the momentum and decay weights.
+            # For this step only: an update by zeros would still change the momentum and decay the weights.
             self._engine.optimizer.step = _no_update
 
     @torch.no_grad()
     def after_update(self) -> bool:
-        """After the update of a step: whether it was left out, the same on all processes; never where none is to be.
+        """Return whether the update of a step was skipped, the same on all processes.
 
-        BatchNorm's running statistics are then those before the step again.
+        If it was, BatchNorm's running statistics are restored to those before the step.
         """
         if not self._skip:
             return False
@@ -152,18 +156,18 @@ class GradientWatch:
         return left_out
 
     def figures(self) -> dict[str, float]:
-        """For the log: how many steps were left out, once there is one, and the loss scale of fp16."""
+        """Return metrics for the log: the number of skipped steps, if any, and the loss scale of fp16."""
         skipped: dict[str, float] = {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
         return skipped if self.scale is None else {**skipped, "loss_scale": self.scale.value}
 
     def require_progress(self, describe_first: Callable[[], str]) -> None:
-        """After a step; all processes must call it.
+        """Check, after a step, that training has not stalled; all processes must call it.
 
         Args:
-            describe_first: says where the first of the steps that were left out went wrong.
+            describe_first: function that describes the first of the skipped steps.
 
         Raises:
-            NonFiniteLoss: as many steps in a row were left out that no good one is to be expected.
+            NonFiniteLoss: too many steps in a row were skipped.
         """
         if self.skipped_in_a_row < _SKIPPED_AT_MOST:
             return
@@ -179,7 +183,7 @@ class GradientWatch:
             )
 
     def worst(self, count: int = 5) -> str:
-        """Which parameters had the first gradients that were not finite, and the largest of them; empty: none had."""
+        """Return which parameters first had gradients that were not finite, and the largest; empty if none had."""
         if not self._found:
             return ""
         norms = self.norms.tolist()

@@ -1,9 +1,9 @@
-"""The data set and the loader that the configuration describes, and how the images are made.
+"""The data set and the loader of a configuration, and how their images are preprocessed.
 
-Mean, deviation, interpolation and crop are shared by teacher and student. They follow the student where its weights say
-how images are made for it, else the teacher, else the data set: so a student from scratch sees what its teacher sees. A
-teacher that wants another mean and deviation gets its images renormalised on the device; in another interpolation, crop
-or resolution nobody can give it the same images, and the log says so. Data sets in memory keep their own constants.
+Mean, deviation, interpolation and crop are shared by teacher and student. They follow the student if its weights define
+a preprocessing, else the teacher, else the data set, so that a student from scratch sees what its teacher sees. If a
+teacher needs another mean and deviation, its images are renormalised on the device; another interpolation, crop or
+resolution cannot be provided for the same images, and the log says so. Data sets in memory keep their own constants.
 """
 
 import logging
@@ -30,16 +30,16 @@ _logger = logging.getLogger("unikd_fast")
 
 
 def followed_preprocessing(config: Config) -> Preprocessing | None:
-    """Return what the images of a run follow; None where no weights say anything.
+    """Return the preprocessing that the images of a run follow, or None if no weights define one.
 
     Raises:
-        ValueError: an environment variable is not set; what a file of weights says is damaged.
+        ValueError: an environment variable is not set, or the metadata of a weights file is damaged.
     """
     return next((wanted for _, _, wanted in _published(config)), None)
 
 
 def follow(splits: DataSplits, wanted: Preprocessing | None) -> DataSplits:
-    """Return a data set whose images are made like this; one in memory is left as it is."""
+    """Return a data set with this preprocessing; one in memory is returned as it is."""
     if wanted is None or isinstance(splits.train, TensorImages):
         return splits
     return replace(
@@ -53,7 +53,7 @@ def follow(splits: DataSplits, wanted: Preprocessing | None) -> DataSplits:
 
 
 def preprocessing_of(splits: DataSplits, augmentation: Augmentation) -> Preprocessing:
-    """Return how the images of a run are made, for those who use its student."""
+    """Return the preprocessing of a run's images, for users of its student."""
     size, windows = splits.image_size, None
     if not isinstance(splits.train, TensorImages):
         windows = Windows.of(splits, augmentation)
@@ -63,13 +63,13 @@ def preprocessing_of(splits: DataSplits, augmentation: Augmentation) -> Preproce
 
 
 def teacher_constants(config: Config, splits: DataSplits) -> tuple[Channels, Channels]:
-    """Return the mean and deviation that the teacher's images have, once they are renormalised for it."""
+    """Return the mean and deviation of the teacher's images, after they are renormalised for it."""
     wanted = None if isinstance(splits.train, TensorImages) else _preprocessing(config, "teacher")
     return (splits.mean, splits.std) if wanted is None else (wanted.mean, wanted.std)
 
 
 def teacher_affine(config: Config, splits: DataSplits) -> Affine | None:
-    """Return what turns the loader's images into the teacher's; None where they are the same."""
+    """Return the scale and shift from the loader's images to the teacher's, or None if they are the same."""
     mean, std = teacher_constants(config, splits)
     if (mean, std) == (splits.mean, splits.std):
         return None
@@ -81,7 +81,7 @@ def teacher_affine(config: Config, splits: DataSplits) -> Affine | None:
 
 
 def log_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -> None:
-    """Log in one line how the images are made, after which network, and where a network was trained on others."""
+    """Log in one line the preprocessing, the network it follows, and which network was trained with another."""
     found = list(_published(config))
     if not found or isinstance(splits.train, TensorImages):
         return
@@ -103,7 +103,7 @@ def log_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -
 
 
 def _published(config: Config) -> Iterator[tuple[str, str, Preprocessing]]:
-    """Role, name and preprocessing of the networks whose weights say how images are made, the student first."""
+    """Yield role, name and preprocessing of the networks whose weights define one, the student first."""
     for role in ("student", "teacher"):
         wanted = _preprocessing(config, role)
         section = config.student if role == "student" else config.teacher
@@ -147,7 +147,7 @@ def _log_once(message: str) -> None:
 
 @contextmanager
 def as_config_errors() -> Iterator[None]:
-    """Turns what the lower layers say about data, weights and models that do not fit into a ConfigError."""
+    """Turn errors of the lower layers about data, weights and models into a ConfigError."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -155,16 +155,16 @@ def as_config_errors() -> Iterator[None]:
 
 
 def build_data(config: Config, processes: Processes) -> DataSplits:
-    """Open the data set; images of files are made as the networks' weights ask for. All processes must call it."""
+    """Open the data set, with the preprocessing of the networks' weights; all processes must call it."""
     splits = open_data(config.data)
     if isinstance(splits.train, TensorImages):
         return splits
-    # Of the first process: where outputs are cached, others may not have the teacher's file.
+    # On the first process: if outputs are cached, others may not have the teacher's file.
     return follow(splits, processes.from_first(lambda: followed_preprocessing(config)))
 
 
 def build_data_loader(config: Config, splits: DataSplits, processes: Processes, *, second_view: bool = False) -> Loader:
-    """Return this process's loader; with ``second_view`` of two views of each training sample."""
+    """Return this process's loader; with ``second_view`` it shows two views of each training sample."""
     return build_loader(
         splits,
         config.data,

@@ -1,7 +1,7 @@
-"""What DeepSpeed's engine does for one process at ZeRO stage 0, without what else it does.
+"""The engine of a single process at ZeRO stage 0, in place of DeepSpeed's.
 
 DeepSpeed flattens every gradient, reduces it with itself and copies it back, and its step reads clocks and counters on
-the host, none of which may be in a CUDA graph.
+the host, which a CUDA graph cannot hold.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from unikd_fast.engine.optimizer import clip_before_update
 
 
 class LocalEngine:
-    """Train a module in one process; has that part of DeepSpeed's engine which a run calls.
+    """Trains a module in one process, with the part of DeepSpeed's interface that a run uses.
 
     Args:
         module: module to train, with the weights to start from.
         optimizer: optimiser of its parameters.
-        train: settings whose precision, clipping, accumulation, layout and compilation it follows.
+        train: training settings: precision, clipping, accumulation, memory layout and compilation.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
@@ -48,7 +48,7 @@ class LocalEngine:
         if self._micro_steps:
             return
         for parameter in self._trained:
-            if parameter.grad is None:  # unused; as in several processes, it still decays
+            if parameter.grad is None:  # an unused parameter decays, as with several processes
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -71,4 +71,4 @@ class LocalEngine:
         self.module.train()
 
     def destroy(self) -> None:
-        """Do nothing: it holds nothing that would outlive it."""
+        """Do nothing: there is nothing to release."""

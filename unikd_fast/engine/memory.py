@@ -1,4 +1,4 @@
-"""What a run takes of a device's memory, and what would take less of it where that was not enough."""
+"""The memory that a run needs on a device, and remedies for where it is not sufficient."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +28,13 @@ _REMEDIES: dict[Part, str] = {
     "run": "raise train.accumulation_steps, shard the student (deepspeed.zero_optimization.stage = 3), set "
     "teacher.precision = auto, or take smaller networks",
 }
-# torch's allocator for the CPU, and the system's, say it in words.
+# Messages of torch's allocator for the CPU, and of the system.
 _WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether this says that the memory of the device or of the host was not enough."""
-    if isinstance(error, RunError):  # says already what to do
+    """Return whether an error means that the memory of the device or of the host was not sufficient."""
+    if isinstance(error, RunError):  # names its remedy already
         return False
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS))
@@ -42,7 +42,7 @@ def lacks_memory(error: Exception) -> bool:
 
 @contextmanager
 def oom_hint(part: Part) -> Iterator[None]:
-    """Turns a lack of memory inside the block into an OutOfMemory that names the part and the remedies."""
+    """Turn a lack of memory inside the block into an OutOfMemory that names the part and the remedies."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -56,16 +56,17 @@ OPTIMIZER_STATES = {"sgd": 1, "adamw": 2, "fused_adamw": 2, "cpu_adamw": 2}
 
 
 class SavedBytes(NamedTuple):
-    """Bytes that autograd keeps of a forward pass: of the student's side, and of what the method runs besides."""
+    """Bytes that autograd saves in a forward pass: of the student, and of what the method runs in addition."""
 
     student: int
     inside: int
 
 
 def estimate_memory(experiment: "Experiment", batch: int) -> dict[str, float]:
-    """Bytes by what takes them: most from sizes, activations by measuring a few images.
+    """Estimate the bytes that each part of a run needs, from sizes, and activations by measuring a few images.
 
     Args:
+        experiment: the run.
         batch: images of a micro-batch.
     """
     config, processes, method = experiment.config, experiment.processes, experiment.method
@@ -94,7 +95,7 @@ def estimate_memory(experiment: "Experiment", batch: int) -> dict[str, float]:
 
 
 def saved_bytes(experiment: "Experiment", batch: int, device: torch.device) -> SavedBytes:
-    """What autograd keeps of a micro-batch, from two measurements on a line through them.
+    """Return what autograd saves for a micro-batch, extrapolated from two smaller ones.
 
     Part of it does not grow with the batch: autocast's copies of the weights.
     """
@@ -104,7 +105,7 @@ def saved_bytes(experiment: "Experiment", batch: int, device: torch.device) -> S
 
 
 def saved_bytes_of(experiment: "Experiment", images: int, device: torch.device) -> SavedBytes:
-    """What autograd keeps of that many images, measured; parameters and the teacher's weights do not count."""
+    """Measure what autograd saves for this many images, without parameters and the teacher's weights."""
     teacher: nn.Module = nn.Identity() if experiment.teacher is None else experiment.teacher
     known = chain(experiment.student_module.parameters(), teacher.parameters(), teacher.buffers())
     counted = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -134,7 +135,7 @@ def saved_bytes_of(experiment: "Experiment", images: int, device: torch.device) 
 
 
 def head_parameters(experiment: "Experiment") -> int:
-    """Return the number of parameters that the method trains by an optimiser of its own, beside the student's side."""
+    """Return the number of parameters that the method trains by its own optimiser, apart from the student's."""
     known = {id(parameter) for parameter in experiment.student_module.parameters()}
     of_heads = (parameter for head in experiment.method.heads for parameter in head.parameters())
     return sum(parameter.numel() for parameter in of_heads if id(parameter) not in known)

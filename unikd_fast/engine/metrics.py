@@ -1,4 +1,4 @@
-"""Loss terms summed on the device, read by the host once per log line, and the places they are written to."""
+"""Loss terms, summed on the device and read by the host once per log line, and the metrics that are written."""
 
 import json
 import logging
@@ -32,10 +32,10 @@ class LossMeter:
     """Sums loss terms on the device and remembers the first step that was not finite, without a host read.
 
     Args:
-        processes: the mean is over all of them.
-        term_names: of the method's loss.
-        watch: of the gradients, which say so too; None: only the losses do.
-        skip: steps that are not finite are left out of the means, and are no error.
+        processes: processes that the mean is taken over.
+        term_names: terms of the method's loss.
+        watch: watch of the gradients. If None, only the losses are checked.
+        skip: whether steps that are not finite are left out of the means, and are not an error.
     """
 
     def __init__(
@@ -54,9 +54,12 @@ class LossMeter:
         self._bad_terms = torch.zeros(len(self.columns), dtype=torch.float64, device=device)
 
     def update(self, loss: Loss, step: int | Tensor, *, updated: bool = True) -> None:
-        """Adds the loss of a micro-batch; ``updated`` if it was the last one of its step.
+        """Add the loss of a micro-batch, in place, so that a captured step can do so.
 
-        It writes in place, so that a captured step can; its ``step`` is 0-d int64 on the device.
+        Args:
+            loss: loss of the micro-batch.
+            step: number of the step; a captured step's is 0-d int64 on the device.
+            updated: whether it was the last micro-batch of its step.
         """
         assert loss.terms.keys() == set(self.columns[1:]), f"the method states {self.columns}, got {list(loss.terms)}"
         values = {"total": loss.total, **loss.terms}
@@ -71,11 +74,11 @@ class LossMeter:
         self._sums += torch.where(finite, counted, 0.0) if self._skip else counted
 
     def read(self) -> dict[str, float]:
-        """Mean of each term since the last read; all processes must call it.
+        """Return the mean of each term since the last read; all processes must call it.
 
         Raises:
-            NonFiniteLoss: on every process, if any process met a term or gradients that are not finite, unless these
-                steps are skipped.
+            NonFiniteLoss: on every process: any process met a term or gradients that are not finite, and these steps
+                are not skipped.
         """
         *sums, count, bad = self._processes.sum_(torch.cat([self._sums, (self._bad_step >= 0).double()[None]])).tolist()
         if bad and not self._skip:
@@ -84,12 +87,12 @@ class LossMeter:
         return {term: value / max(count, 1.0) for term, value in zip(self.columns, sums, strict=True)}
 
     def check(self) -> None:
-        """Raises NonFiniteLoss, on every process, where `read` would; all must call it."""
+        """Raise NonFiniteLoss where `read` would; all processes must call it."""
         if not self._skip and self._processes.sum_((self._bad_step >= 0).long()).item():
             self._raise()
 
     def describe_first(self) -> str:
-        """The first step that was not finite on any process, with its terms and gradients; all must call it."""
+        """Describe the first step that was not finite on any process, with terms and gradients; all must call it."""
         worst = "" if self._watch is None else self._watch.worst()
         found = self._processes.gather((int(self._bad_step), self._bad_terms.tolist(), worst))
         step, rank = min((step, rank) for rank, (step, _, _) in enumerate(found) if step >= 0)
@@ -105,14 +108,16 @@ class LossMeter:
 class MetricsWriter:
     """metrics.jsonl, TensorBoard events and the terminal, on the first process; silent on the others.
 
-    All processes must make it, and they get one error.
+    All processes must create it; an error is raised on all of them.
 
     Args:
         folder: run folder.
-        label: name of the run, before its lines.
-        total_steps: for the progress bar and the ETA.
-        start_step: where this process starts; records of later steps, left by an interrupted run, are removed.
-        hidden: figures whose names begin so are recorded and not printed.
+        processes: processes of the run.
+        label: label used in log messages.
+        total_steps: number of steps of the run, for the progress bar and the ETA.
+        start_step: first step; records of later steps, left by an interrupted run, are removed.
+        tensorboard: whether to write TensorBoard events.
+        hidden: prefix of metrics that are recorded but not printed. If None, all are printed.
     """
 
     def __init__(
@@ -145,7 +150,7 @@ class MetricsWriter:
             with naming(self._events_folder):
                 self._events = SummaryWriter(self._events_folder, purge_step=self._start + 1)
         if sys.stderr.isatty():
-            # What it says fits into 80 columns; the rest is in metrics.jsonl.
+            # It fits into 80 columns; the rest is in metrics.jsonl.
             self._bar = tqdm(
                 total=self._total,
                 initial=self._start,
@@ -160,7 +165,7 @@ class MetricsWriter:
             self._bar.update(step - self._bar.n)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One record: a line of metrics.jsonl, a scalar per number, and one line or a postfix on the terminal.
+        """Write a record: a line of metrics.jsonl, a scalar per number, and a line or a postfix on the terminal.
 
         Raises:
             FileError: the disk is full.
@@ -183,7 +188,7 @@ class MetricsWriter:
             tqdm.write(f"[{self._label}] step {step}/{self._total}  {text}", file=sys.stderr)
 
     def explain(self, text: str) -> None:
-        """A line on the terminal, below the figures that it is about."""
+        """Print an explanation on the terminal, below the metrics that it is about."""
         if self._active:
             tqdm.write(f"[{self._label}] {text}", file=sys.stderr)
 
@@ -192,7 +197,7 @@ class MetricsWriter:
         return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
     def close(self) -> None:
-        """Ends them; what TensorBoard still has to write and cannot is lost, and said."""
+        """Close the progress bar and TensorBoard; what TensorBoard cannot write any more is lost, with a warning."""
         if self._bar is not None:
             self._bar.close()
         if self._events is not None:
@@ -204,13 +209,13 @@ class MetricsWriter:
 
 
 def _without_tensorboard(failure: threading.ExceptHookArgs) -> None:
-    """What its thread could not write is raised from `MetricsWriter.write`: no traceback beside that."""
+    """Print no traceback of TensorBoard's thread, whose errors `MetricsWriter.write` raises."""
     if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
         threading.__excepthook__(failure)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line cut off by a kill is left out.
+    """Return the records of metrics.jsonl, without a last line that was cut off by a kill.
 
     Raises:
         FileError: a line is not a record; names it.
@@ -228,7 +233,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(line)
-        if record["kind"] == "evaluation":  # a run that goes on chooses the best among them
+        if record["kind"] == "evaluation":  # a resumed run chooses the best among them
             record |= {key: float(record[key]) for key in ("accuracy", "ce")}
         return {**record, "step": int(record["step"]), "kind": str(record["kind"])}
     except (ValueError, TypeError, KeyError) as error:
@@ -236,7 +241,7 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak device memory, or the resident memory of this process on a CPU."""
+    """Return the peak device memory, or on a CPU the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
@@ -252,12 +257,12 @@ _NAMED = 5
 
 
 def bad_sample_record(config: Config, loader: Loader, processes: Processes) -> dict[str, Any] | None:
-    """What the metrics say at the end of an epoch, None if no sample was skipped; all processes must call it.
+    """Return what the metrics record at the end of an epoch, or None if no sample was skipped; all must call it.
 
     After a resume in the middle of an epoch only the rest of it is counted.
 
     Raises:
-        DataError: on every process, if all together skipped more than data.max_bad_share.
+        DataError: on every process: more samples than data.max_bad_share were skipped.
     """
     if config.data.bad_images == "error":
         return None

@@ -1,4 +1,4 @@
-"""Teacher and student as the configuration describes them, and their first forward pass."""
+"""Teacher and student as configured, and their first forward pass."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,21 +29,21 @@ def check_forward(
     batch: int = 2,
     device: torch.device | str = "cpu",
 ) -> T:
-    """Run networks once on images (N, 3, H, W) of zeros, without gradients, and return what they give.
+    """Run networks once on images (N, 3, H, W) of zeros, without gradients, and return their outputs.
 
-    N is 2, or 1 where a micro-batch has one sample: nothing else of its size matters to a network. Parameters, buffers,
-    modes and random state are afterwards as they were.
+    N is 2, or 1 if a micro-batch has one sample; no other size matters to a network. Parameters, buffers, modes and
+    random state are restored afterwards.
 
     Args:
-        run: calls the networks.
-        modes: the networks that it runs, and whether each is in training mode meanwhile.
-        what: the key that the networks come from, with its value.
+        run: function that calls the networks.
+        modes: networks that it runs, and whether each is in training mode meanwhile.
+        what: key and value that the networks come from.
         image_size: H and W.
         batch: samples of a micro-batch.
-        device: of the networks.
+        device: device of the networks.
 
     Raises:
-        ConfigError: they do not take images of this size, or not one sample in training.
+        ConfigError: the networks do not accept images of this size, or a single sample in training.
     """
 
     def attempt(count: int) -> T:
@@ -79,7 +79,7 @@ def _succeeds(attempt: Callable[[], object]) -> bool:
 
 @contextmanager
 def _unchanged(modes: Mapping[nn.Module, bool], device: torch.device) -> Iterator[None]:
-    """The networks in these modes, and afterwards as they were; and so is the random state."""
+    """Put networks into these modes, and restore them and the random state afterwards."""
     holders = [module._buffers for network in modes for module in network.modules()]
     names = [dict(holder) for holder in holders]  # a forward may put another tensor in a buffer's place
     values = [(buffer, buffer.clone()) for holder in holders for buffer in holder.values() if buffer is not None]
@@ -97,13 +97,13 @@ def _unchanged(modes: Mapping[nn.Module, bool], device: torch.device) -> Iterato
 
 
 class StudentModule(nn.Module):
-    """Runs the student, and what the method makes of its features.
+    """The student with what the method trains alongside it.
 
     Args:
         network: maps images (N, 3, H, W) to Features.
-        adapter: maps Features to any pytree of tensors, or None.
-        companion: further trained parameters that only the loss uses.
-        autocast: what operations are cast to; None: nothing, or what DeepSpeed sees to.
+        adapter: maps Features to any pytree of tensors. If None, there is none.
+        companion: further trained parameters, used by the loss alone. If None, there are none.
+        autocast: dtype that operations are cast to. If None, nothing is cast, or the engine casts.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class StudentModule(nn.Module):
         self._autocast = autocast
 
     def forward(self, images: Tensor, second: Tensor | None = None) -> StudentOutput:
-        """The student on images (N, 3, H, W), and then on a second view of them: BatchNorm sees each by itself."""
+        """Run the student on images (N, 3, H, W), and then on a second view of them: BatchNorm sees each separately."""
         if self._autocast is None:
             return self._forward(images, second)
         with torch.autocast(images.device.type, self._autocast):
@@ -135,15 +135,18 @@ class StudentModule(nn.Module):
 def build_network(
     config: Config, role: str, splits: DataSplits, *, needs: Needs, with_weights: bool = True, batch: int | None = None
 ) -> FeatureExtractor | LogitsOnly:
-    """Teacher or student with its weights; it returns its logits and of its features what is needed.
-
-    Without its weights a network serves for its shapes alone.
+    """Build teacher or student; it returns its logits and the features that are needed.
 
     Args:
+        config: configuration of the run.
+        role: "student" or "teacher".
+        splits: data set.
+        needs: what the method needs of the network.
+        with_weights: whether to load its weights; without them only its shapes are of use.
         batch: samples of a micro-batch that it is trained on. If None, it is not trained.
 
     Raises:
-        ConfigError: it does not take the data's images, or not so few of them; see `check_forward`.
+        ConfigError: the network does not accept the data's images, or so few of them; see `check_forward`.
     """
     section = config.student if role == "student" else config.teacher
     assert section is not None
@@ -176,14 +179,14 @@ def build_network(
 
 
 def _drop_running_statistics(model: nn.Module) -> None:
-    """Without any a BatchNorm normalises by the batch in eval mode too, and has nothing that a batch could change."""
+    """Drop the running statistics of BatchNorms, so that they normalise by the batch in eval mode too."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
 def _check_logits(network: LogitsOnly, what: str, splits: DataSplits, batch: int | None) -> None:
-    """Refuse a network that cannot be evaluated on these images, or trained where ``batch`` says so."""
+    """Refuse a network that cannot be evaluated on these images, or with ``batch`` that cannot be trained on them."""
     settings: dict[str, Any] = {"what": what, "image_size": splits.image_size}
     logits = check_forward(network, {network: False}, **settings).logits
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -199,11 +202,11 @@ def _check_logits(network: LogitsOnly, what: str, splits: DataSplits, batch: int
 def build_teacher_network(
     config: Config, splits: DataSplits, *, needs: Needs, with_weights: bool = True, batch: int | None = None
 ) -> FeatureExtractor | LogitsOnly:
-    """The teacher, as ``build_network``; an untrained one must be asked for, and is that of the seed."""
+    """Build the teacher as `build_network` does; random weights must be requested, and are those of the seed."""
     assert config.teacher is not None
     if config.teacher.weights is None:
         raise ConfigError(
-            f"teacher.weights is not set, so teacher {config.teacher.model} would know nothing; give a file or an "
+            f"teacher.weights is not set, so teacher {config.teacher.model} would be untrained; give a file or an "
             "identifier, add teacher.training to train it first, or allow random weights with --set "
             "teacher.weights=random"
         )

@@ -13,7 +13,7 @@ from unikd_fast.errors import ConfigError
 
 
 def build_capturable_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """Return torch's, all of it on the device: the "lr" of its group is a 0-d tensor, to be filled before a step."""
+    """Return an optimiser with all state on the device: the "lr" of its group is a 0-d tensor, set before a step."""
     parameters = list(parameters)
     device = parameters[0].device
     rate = torch.tensor(train.learning_rate, device=device)
@@ -24,7 +24,7 @@ def build_capturable_optimizer(parameters: Iterable[nn.Parameter], train: TrainC
             momentum=train.momentum,
             weight_decay=train.weight_decay,
             nesterov=train.nesterov,
-            fused=True,  # the only SGD of torch that leaves a rate where it is
+            fused=True,  # torch's other SGDs read the rate on the host
         )
     assert train.optimizer == "adamw", train.optimizer
     on_gpu = device.type == "cuda"
@@ -77,7 +77,7 @@ def clip_before_update(optimizer: torch.optim.Optimizer, max_norm: float) -> Non
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
             return
-        # torch's clip_grad_norm_ rounds the last bit in another way than DeepSpeed's, by which runs were clipped.
+        # torch's clip_grad_norm_ rounds the last bit differently from DeepSpeed's, which this reproduces.
         norm = torch.stack(torch._foreach_norm(gradients)).pow(2).sum().pow(0.5)
         factor = torch.full_like(norm, max_norm).div_(norm + 1e-6).clamp_(max=1.0)
         torch._foreach_mul_(gradients, factor)
@@ -86,7 +86,7 @@ def clip_before_update(optimizer: torch.optim.Optimizer, max_norm: float) -> Non
 
 
 def learning_rate(train: TrainConfig, step: int, *, total_steps: int, steps_per_epoch: int) -> float:
-    """Learning rate of optimiser step ``step`` (from 0): linear warm-up, then the schedule over the remaining steps."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule over the other steps."""
     warmup_steps = train.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return train.learning_rate * (step + 1) / warmup_steps
@@ -100,13 +100,13 @@ def learning_rate(train: TrainConfig, step: int, *, total_steps: int, steps_per_
 
 
 class StudentAverage(AveragedModel):
-    """Average weights and floating-point buffers, and copy the others, such as BatchNorm's count of batches.
+    """Averages weights and floating-point buffers, and copies others, such as BatchNorm's count of batches.
 
     torch's own update copies its count to the device in every step, and takes four launches for each integer buffer.
     Here the count stays on the host.
 
     Args:
-        student: whose average this is; begins as a copy of it.
+        student: network that is averaged; the average starts as a copy of it.
         decay: share of the average that is kept in a step.
     """
 
@@ -116,16 +116,16 @@ class StudentAverage(AveragedModel):
         self._begun = False  # in this process
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Take in the weights of a step."""
+        """Add the weights of a step to the average."""
         self.mix(model)
         self.count()
 
     @torch.no_grad()
     def mix(self, model: nn.Module) -> None:
-        """Do what a step asks of the device: the first one copies."""
+        """Do the device's part of a step: the first one copies."""
         begun = self._begun or bool(self.n_averaged)
         groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
-        # Found anew each time: at ZeRO stage 3 a parameter has its weights elsewhere in every step.
+        # Looked up each time: at ZeRO stage 3 a parameter's weights move in every step.
         for own, other in zip(_tensors(self.module), _tensors(model), strict=True):
             ours, theirs = groups.setdefault((own.dtype, begun and own.is_floating_point()), ([], []))
             ours.append(own)

@@ -1,4 +1,4 @@
-"""What was launched, said before training: nodes, processes and devices; and that all processes are of one mind."""
+"""Checks before training: which nodes, processes and devices were started, and that all processes agree."""
 
 import os
 import socket
@@ -17,10 +17,10 @@ _NODE = ("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID")  # torchrun's, DeepSpeed's 
 
 
 def describe_launch(config: Config, processes: Processes) -> str:
-    """One line: how many processes on which nodes, their devices, and what they talk by. All processes must call it.
+    """Return a line about processes, nodes, devices and backend; all processes must call it.
 
     Raises:
-        ConfigError: on every process: it is not what `run.nodes` says.
+        ConfigError: on every process: the number of nodes is not `run.nodes`.
     """
     own = (os.environ.get(next((name for name in _NODE if name in os.environ), ""), ""), socket.gethostname())
     found = processes.gather((own, _device_name(processes.device)))
@@ -43,7 +43,7 @@ def describe_launch(config: Config, processes: Processes) -> str:
 
 
 def program_facts(config: Config) -> dict[str, Any]:
-    """What this process runs: configuration, code and versions, in words, for :func:`require_agreement`."""
+    """Return the configuration, code and versions of this process, for `require_agreement`."""
     return {
         "configuration": config_hash(config),
         "deepspeed section": repr(config.deepspeed),
@@ -55,13 +55,14 @@ def program_facts(config: Config) -> dict[str, Any]:
 
 
 def require_agreement(processes: Processes, facts: Mapping[str, Any]) -> None:
-    """Refuses to train with processes that would do different things. All processes must call it.
+    """Check that all processes would do the same; all must call it.
 
     Args:
-        facts: what must be the same everywhere, by name.
+        processes: processes of the run.
+        facts: what must be the same on all of them, by name.
 
     Raises:
-        ConfigError: on every process: names each thing that differs, with the processes and their values.
+        ConfigError: on every process: names each fact that differs, with the processes and their values.
     """
     of_processes = processes.gather(dict(facts))
     differing: list[str] = []
@@ -84,7 +85,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Numbers in short.
+    """Return ascending numbers as ranges.
 
     Example:
         >>> _ranges([0, 1, 2, 5])

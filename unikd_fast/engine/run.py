@@ -1,4 +1,4 @@
-"""What ``launch_distill.py`` calls: one run, or a comparison over methods and seeds, and the report."""
+"""One run, or a comparison over methods and seeds, and its report: what `unikd train` does."""
 
 import logging
 import sys
@@ -34,14 +34,17 @@ _LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset 
 
 @oom_hint("run")
 def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Path | None:
-    """Runs the experiment of ``config`` on all processes and returns its folder.
+    """Run an experiment on all processes and return its folder, or None after a dry run.
 
-    With ``resume`` a finished one is shown, and nothing is written.
+    Args:
+        config: configuration of the experiment.
+        resume: whether to continue its folder; a finished experiment is shown, and nothing is written.
+        dry_run: whether to print what would run, and stop.
 
     Raises:
         ConfigError: the configuration does not fit the data, the models, the processes or the folder.
-        NonFiniteLoss, Interrupted: see Trainer.run.
-        OutOfMemory: it does not fit into memory; names the part and the remedies.
+        NonFiniteLoss, Interrupted: see `Trainer.run`.
+        OutOfMemory: the memory is not sufficient; names the part and the remedies.
     """
     processes = start_processes(config.run.timeout_minutes)
     _show_log(processes)
@@ -82,7 +85,7 @@ def _show(config: Config, results: Results, processes: Processes) -> None:
 
 @contextmanager
 def _as_lost_process(config: Config) -> Iterator[None]:
-    """Turns what the backends say of a connection that broke, or of an answer that did not come, into a LostProcess."""
+    """Turn a backend's error about a broken connection or a missing answer into a LostProcess."""
     try:
         yield
     except RuntimeError as error:
@@ -97,7 +100,7 @@ def _as_lost_process(config: Config) -> Iterator[None]:
 
 
 def _show_log(processes: Processes) -> None:
-    """What the package has to say goes to the terminal, each message once; from all processes only warnings."""
+    """Print log messages on the terminal, each once; from processes other than the first only warnings."""
     logger = logging.getLogger("unikd_fast")
     logger.setLevel(logging.INFO if processes.is_first else logging.WARNING)
     if not logger.handlers:
@@ -107,7 +110,7 @@ def _show_log(processes: Processes) -> None:
 
 
 class _Once(logging.Filter):
-    """Lets a message through the first time: the runs of a comparison have much in common."""
+    """Passes a message the first time only: the runs of a comparison have much in common."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class _Unfinished(Exception):
 
 
 def _finished(config: Config) -> Results | None:
-    """The results of an experiment that needs nothing more, which are read and no more; None if it does.
+    """Return the results of a finished experiment, or None if it is not finished; nothing is written.
 
     Raises:
         ConfigError: the folder was made with another configuration.
@@ -142,7 +145,7 @@ def _finished(config: Config) -> Results | None:
         if not (folder / REPORT).exists():
             return None
     except OSError:
-        return None  # whoever opens the folder says what is wrong with it
+        return None  # opening the folder reports the error
     require_same_config(folder, config)
     try:
         return _results(config, folder, lambda _, own, label: kept(own), lambda _, own: kept(own))
@@ -151,7 +154,7 @@ def _finished(config: Config) -> Results | None:
 
 
 def _run_all(config: Config, folder: Path, processes: Processes, stop: StopSignal, *, resume: bool) -> Results:
-    """Every run of the experiment, the teachers' included; with ``resume`` finished runs are read back."""
+    """Do every run of the experiment, including the teachers'; with ``resume`` finished runs are read."""
     return _results(
         config,
         folder,
@@ -166,11 +169,13 @@ def _results(
     run: Callable[[Config, Path, str], dict[str, Any]],
     evaluate: Callable[[Config, Path], dict[str, Any]],
 ) -> Results:
-    """The results of every run of the experiment, in the order of its table.
+    """Return the results of every run of an experiment, in the order of its table.
 
     Args:
-        run: gives the result of a single run, by its configuration, folder and label.
-        evaluate: gives that of the teacher of a run, where none was trained.
+        config: configuration of the experiment.
+        folder: its folder.
+        run: function from configuration, folder and label of a single run to its result.
+        evaluate: function from configuration and folder to the result of a run's teacher that was not trained.
     """
     results: Results = []
     teachers: dict[int, Path] = {}
@@ -186,7 +191,7 @@ def _results(
                 single = override(single, trained, "teacher.training")
         results.append(run(single, folder / run_path(config, label, seed), label))
         if single.distill.method != "none" and not any(result["label"] == TEACHER for result in results):
-            # After the run, whose cache may know it already.
+            # After the run, whose cache may hold it already.
             results.insert(0, evaluate(single, folder / "teacher"))
     return results
 

@@ -29,19 +29,19 @@ def train_step(
     watch: GradientWatch | None = None,
     clock: StepClock = UNTIMED,
 ) -> Loss:
-    """Forward, loss and backward of one micro-batch; with ``update`` the parameters are stepped.
+    """Compute forward, loss and backward of one micro-batch; with ``update``, step the parameters.
 
     A function of tensors of fixed shape on the device: no host read, no data-dependent branch.
 
     Args:
-        engine: the DeepSpeed engine around the StudentModule, or a LocalEngine.
-        teacher: maps images to Features without gradients, or None for methods without a teacher.
-        method: what to distil.
+        engine: LocalEngine, or DeepSpeed's engine, around the StudentModule.
+        teacher: maps images to Features without gradients. If None, the method needs no teacher, or `target` is given.
+        method: distillation method.
         batch: this process's micro-batch.
-        target: the teacher's side of this batch where it is known already; then the teacher is not asked.
-        update: True on the last micro-batch of an optimiser step.
-        watch: looks at the gradients before that; None: nobody does.
-        clock: is told when a part is done.
+        target: the teacher's outputs for this batch. If None, the teacher is run.
+        update: whether this is the last micro-batch of an optimiser step.
+        watch: watch of the gradients. If None, gradients are not checked.
+        clock: clock of the parts of a step.
     """
     if target is None and teacher is not None:
         with oom_hint("teacher"):
@@ -69,15 +69,15 @@ def train_step(
 
 
 class Steps(ABC):
-    """Take one optimiser step after the other.
+    """Takes one optimiser step after the other.
 
     Args:
         experiment: the run.
-        engine: a LocalEngine or the DeepSpeed engine around its StudentModule.
-        watch: looks at the gradients.
-        meter: sums the loss terms.
+        engine: LocalEngine, or DeepSpeed's engine, around its StudentModule.
+        watch: watch of the gradients.
+        meter: sums of the loss terms.
         average: exponential average of the student. If None, there is none.
-        clock: times the parts of a step.
+        clock: clock of the parts of a step.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class Steps(ABC):
 
     @abstractmethod
     def take(self, data: Iterator[Any], throughput: Throughput, step: int, *, learning_rate: float) -> None:
-        """Take one step: its number in the run, from 0, says how far the method's ramps are."""
+        """Take one step; its number in the run, from 0, determines the method's ramps."""
 
 
 class EagerSteps(Steps):
-    """Launch the operations of a step one by one."""
+    """Launches the operations of a step one by one."""
 
     def data(self, epoch: int, start: int) -> Iterator[Any]:
-        """Return micro-batches, and their targets where these are cached."""
+        """Return micro-batches, with their targets if these are cached."""
         return self._experiment.micro_batches(epoch, start)
 
     def take(self, data: Iterator[Any], throughput: Throughput, step: int, *, learning_rate: float) -> None:

@@ -1,4 +1,4 @@
-"""The teacher of a run: compared with itself in fp32, asked what it knows, and studied by the method beforehand."""
+"""The teacher of a run: its fidelity to itself in fp32, its accuracy, and the fitting of the method's head to it."""
 
 import copy
 import logging
@@ -52,10 +52,12 @@ def make_teacher(
     compile_mode: str | None = None,
     batch_size: int | None = None,
 ) -> OnlineTeacher:
-    """The teacher that ``config.teacher`` describes, not compared with anything.
+    """Return the teacher that ``config.teacher`` describes, without checking its fidelity.
 
     Args:
+        config: configuration of a run with a teacher.
         network: maps images to Features, in fp32; moved and changed in place.
+        device: device of the run.
         precision, renormalise, compile_mode, batch_size: see OnlineTeacher.
     """
     assert config.teacher is not None
@@ -81,24 +83,26 @@ def start_teacher(
     precision: str | None = None,
     batch_size: int | None = None,
 ) -> OnlineTeacher:
-    """Make the teacher that ``config.teacher`` describes and compares it with the network on training batches.
+    """Make the teacher that ``config.teacher`` describes and compare it with the network on training batches.
 
-    All processes come to one decision: the first one resolves precision "auto", fp16 gives way to bf16 everywhere if
-    it is not finite on any of them, and the figures are pooled.
+    All processes decide alike: the first one resolves precision "auto", fp16 is replaced by bf16 everywhere if it is
+    not finite on any of them, and the metrics are pooled.
 
     Args:
-        config: with a teacher.
+        config: configuration of a run with a teacher.
         network: maps images to Features, in fp32; changed in place.
-        loader: of this process's training batches.
-        renormalise: see OnlineTeacher.
-        precision: None for that of the configuration.
-        batch_size: images of one call of the network; None: that of a micro-batch if it is compiled, any otherwise.
+        loader: this process's loader.
+        processes: processes of the run.
+        renormalise: see `OnlineTeacher`.
+        precision: precision of the teacher. If None, the configuration's.
+        batch_size: images of one call of the network. If None, those of a micro-batch if it is compiled, else any.
 
     Returns:
-        The teacher, whose `record` says how it runs, and its fidelity or why there is none.
+        The teacher, whose `record` holds how it runs, and its fidelity or why it was not checked.
 
     Raises:
-        ValueError: the teacher is not the network it was made of, or cannot be compiled; see `check_fidelity`.
+        ValueError: the teacher does not match the network it was made from, or cannot be compiled; see
+            `check_fidelity`.
     """
     section = config.teacher
     assert section is not None
@@ -143,7 +147,7 @@ def start_teacher(
 
 
 def describe_teacher(record: dict[str, Any]) -> list[str]:
-    """How the teacher runs and how faithful it is, for ``--dry-run``."""
+    """Return how the teacher runs and its fidelity, as lines for ``--dry-run``."""
     lines = [
         f"          runs in {record['precision']}, {record['folded_batch_norms']} BatchNorms folded, compile "
         f"{record['compile'] or 'off'}"
@@ -179,7 +183,7 @@ def _as_given(config: Config, precision: str) -> bool:
 
 _logger = logging.getLogger("unikd_fast")
 
-_DEVIATIONS = 2.33  # of a normal distribution: one time in a hundred
+_DEVIATIONS = 2.33  # of a normal distribution: one in a hundred
 _RANDOM = (None, "random")
 
 
@@ -194,13 +198,15 @@ def measure_teacher(
     """Return the teacher's accuracy in percent on the validation split, and its samples; all processes must call it.
 
     Args:
-        config: of a single run with a teacher.
-        loader: of this process.
-        keep: gets this process's outputs, batch by batch.
+        config: configuration of a single run with a teacher.
+        teacher: the teacher.
+        loader: this process's loader.
+        processes: processes of the run.
+        keep: list to append this process's logits to. If None, they are not kept.
 
     Returns:
-        None for a teacher that was asked to know nothing (``teacher.weights = "random"``, and no ``min_accuracy``), and
-        where there are no validation images.
+        None if the teacher is untrained on purpose (``teacher.weights = "random"``, and no ``min_accuracy``), or if
+        there are no validation images.
     """
     assert config.teacher is not None
     if config.teacher.weights in _RANDOM and not config.teacher.min_accuracy:
@@ -211,18 +217,20 @@ def measure_teacher(
 
 
 def require_accuracy(config: Config, found: dict[str, float], classes: int, processes: Processes, name: str) -> None:
-    """Say what the teacher knows, and refuse one that does not know enough.
+    """Log the teacher's accuracy, and refuse a teacher whose accuracy is too low.
 
-    Enough is ``teacher.min_accuracy``. By default it is twice the odds of chance, 2 / (K + 1) of the images, less what
-    the luck of the draw takes from such a teacher one time in a hundred.
+    The minimum is ``teacher.min_accuracy``. By default it is twice the odds of chance, 2 / (K + 1), less what such a
+    teacher falls short of by chance once in a hundred draws of the images.
 
     Args:
-        found: its figures, as `measure_teacher` returned them once.
-        classes: K.
+        config: configuration of a single run with a teacher.
+        found: result of `measure_teacher`.
+        classes: number of classes K.
+        processes: processes of the run.
         name: label used in log messages.
 
     Raises:
-        ConfigError: on every process: the teacher's accuracy is below that.
+        ConfigError: on every process: the accuracy is below the minimum.
     """
     assert config.teacher is not None
     share, images = found["accuracy"] / 100, int(found["samples"])
@@ -233,33 +241,33 @@ def require_accuracy(config: Config, found: dict[str, float], classes: int, proc
     if share < required:
         but = f"chance is {100 / classes:.2f} %" if asked is None else f"teacher.min_accuracy is {asked:g}"
         raise ConfigError(
-            f"the teacher, {config.teacher.model} of teacher.weights = {config.teacher.weights}, names the class of "
-            f"{said} and {but}; check that the weights are those of these classes, in this order, or train from it "
+            f"the teacher, {config.teacher.model} with teacher.weights = {config.teacher.weights}, classifies {said} "
+            f"correctly, and {but}; check that the weights are for these classes, in this order, or train from it "
             "nevertheless with --set teacher.min_accuracy=0"
         )
     if processes.is_first:
-        _logger.info("[%s] the teacher names the class of %s", name, said)
+        _logger.info("[%s] the teacher classifies %s correctly", name, said)
         if share < usual:
-            _logger.warning("[%s] the teacher knows little: chance is %.2f %%", name, 100 / classes)
+            _logger.warning("[%s] the teacher's accuracy is low: chance is %.2f %%", name, 100 / classes)
 
 
 def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: bool) -> dict[int, Tensor] | None:
-    """Do both before a run starts, once: a resumed run finds the figures in its folder; compare with the student.
+    """Measure and require the teacher's accuracy before a run starts, and compare it with the student's.
 
-    An online teacher's record gets its figures.
+    A resumed run finds the metrics in its folder. They are added to an online teacher's record.
 
     Args:
-        experiment: a run with a teacher; its cache, if it has one, is ready.
-        folder: of the run.
+        experiment: run with a teacher; its cache, if it has one, is ready.
+        folder: run folder.
         name: label used in log messages.
-        resume: whether the run may have been begun before.
+        resume: whether the run may have been started before.
 
     Returns:
-        The logits (K,) of this process's validation images by sample id, where a probe will need them and the teacher
-        was just asked.
+        The logits (K,) of this process's validation images by sample id, or None if the probe does not need them or
+        the teacher was not run.
 
     Raises:
-        ConfigError: on every process: the teacher does not know enough, see `require_accuracy`.
+        ConfigError: on every process: the teacher's accuracy is too low, see `require_accuracy`.
     """
     config, processes, teacher, record = (
         experiment.config,
@@ -270,7 +278,7 @@ def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: 
     assert record is not None
     before = processes.from_first(lambda: read_teacher(folder)) if resume else None
     keep: list[BatchLogits] | None = [] if config.run.probe else None
-    if teacher is None:  # its outputs are cached, and who built the cache has asked it
+    if teacher is None:  # its outputs are cached, with its accuracy
         found = record["teacher"].get(VALIDATION)
     elif before is not None and VALIDATION in before:
         found = record[VALIDATION] = before[VALIDATION]
@@ -278,7 +286,7 @@ def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: 
         found = record[VALIDATION] = measure_teacher(config, teacher, experiment.loader, processes, keep=keep)
     if found is None:
         return None
-    if not record.get("built_shards"):  # whoever builds says it before
+    if not record.get("built_shards"):  # otherwise required before building
         require_accuracy(config, found, experiment.splits.num_classes, processes, name)
     if before is None and config.student.weights not in _RANDOM:
         _compare(experiment, found, name)
@@ -295,7 +303,7 @@ def _compare(experiment: "Experiment", teacher: dict[str, float], name: str) -> 
     _logger.info("[%s] the student starts with %.2f %%", name, student["accuracy"])
     if teacher["accuracy"] < student["accuracy"]:
         _logger.warning(
-            "[%s] the teacher knows less than the student that it is to teach: %.2f %% of the validation images, the "
+            "[%s] the teacher is less accurate than the student at the start: %.2f %% of the validation images, the "
             "student %.2f %%",
             name,
             teacher["accuracy"],
@@ -310,17 +318,22 @@ _STREAM = 1  # of augmentation views; training uses stream 0
 def prepare_method(
     method: Method, loader: Loader, teacher: OnlineTeacher, processes: Processes, stop: StopSignal, name: str
 ) -> None:
-    """Fits the method's head, if it has one, to the teacher's features of augmented training batches.
+    """Fit the method's head, if it has one, to the teacher's features of augmented training batches.
 
-    Each process fits it to batches of its own, and its BatchNorms to their statistics, of which the mean is taken: what
-    is frozen then is one head.
+    Each process fits it to its own batches, and its BatchNorms to their statistics, which are then averaged: all
+    processes end with the same head.
 
     Args:
-        name: of the run, before its lines.
+        method: method with the head.
+        loader: this process's loader.
+        teacher: the teacher.
+        processes: processes of the run.
+        stop: signals that stop the run.
+        name: label used in log messages.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C.
-        OutOfMemory: the head and its optimiser do not fit into memory.
+        OutOfMemory: the memory is not sufficient for the head and its optimiser.
     """
     if method.fitted_head is not None and processes.is_first:
         _logger.info("[%s] the teacher's head is fitted first", name)
@@ -347,9 +360,9 @@ TEACHER_RESULT = "teacher_result.json"
 
 @oom_hint("teacher")
 def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, label: str) -> dict[str, Any]:
-    """Accuracy of the given teacher on the test split, in the form of a run's result; kept in ``folder``.
+    """Return the accuracy of a given teacher on the test split, in the form of a run's result; it is kept in a folder.
 
-    Where the teacher's outputs are cached, the figures are kept beside them, and no later run loads it for them.
+    If the teacher's outputs are cached, the metrics are stored next to them, and later runs need not load the teacher.
     """
     known = processes.from_first(lambda: read_result(folder))
     if known is not None:
@@ -357,7 +370,7 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
     assert config.teacher is not None
     with as_config_errors():
         splits = build_data(config, processes)
-        # Only figures that are kept need it, and it wants every file, also those that were skipped.
+        # Needed only for stored metrics; it reads every file, also those that were skipped.
         kept = _result_path(config) is not None
         test_split = processes.from_first(lambda: _test_images(config, splits)) if kept else ""
         found = processes.from_first(lambda: _read_figures(config, test_split))
@@ -394,7 +407,7 @@ def _evaluate(
     assert config.teacher is not None
     network = build_teacher_network(config, splits, needs=Needs())
     loader = build_data_loader(config, splits, processes)
-    # With "auto" in fp32, which needs no check of its range. Not compiled: it runs once over the split.
+    # "auto" is fp32 here, whose range needs no check. Not compiled: it runs once over the split.
     precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
     teacher = make_teacher(
         config, network, processes.device, precision=precision, renormalise=teacher_affine(config, splits)
@@ -403,8 +416,7 @@ def _evaluate(
 
 
 def _test_images(config: Config, splits: DataSplits) -> str:
-    """What the figures are of: the samples, and how they are brought to size, which a cache of training views leaves
-    open."""
+    """Return what the metrics depend on: the samples, and how they are resized, which is not part of a cache's key."""
     samples = hash_split(splits.test)
     if isinstance(splits.test, TensorImages):
         return samples
@@ -414,7 +426,7 @@ def _test_images(config: Config, splits: DataSplits) -> str:
 
 def _result_path(config: Config) -> Path | None:
     assert config.teacher is not None
-    # Its key is compared before a run, so the folder of a finished run is that of this teacher.
+    # The key is compared before a run, so the cache of a finished run is this teacher's.
     return None if config.teacher.cache.mode == "off" else cache_dir(config) / TEACHER_RESULT
 
 
@@ -433,5 +445,5 @@ def _keep_figures(config: Config, test_split: str, figures: dict[str, float]) ->
     path = _result_path(config)
     assert config.teacher is not None
     if path is not None and config.teacher.cache.mode == "read_write":
-        with folder_lock(path.parent):  # which another run may remove the leftovers of
+        with folder_lock(path.parent):  # other runs remove leftovers there
             write_json(path, {"test_split": test_split, "figures": figures})

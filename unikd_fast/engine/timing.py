@@ -1,4 +1,4 @@
-"""How fast a run goes, whether its loader holds it up, and where the time of a step goes."""
+"""The throughput of a run, whether it is bound by its loader, and the times of the parts of a step."""
 
 import logging
 import time
@@ -17,22 +17,23 @@ Item = TypeVar("Item")
 _logger = logging.getLogger("unikd_fast")
 
 LOADER_MARGIN = 1.2
-"""A loader that delivers less than this many times what the steps take is said to bind the run."""
+"""A run whose loader delivers less than this many times what the steps take is reported as loader-bound."""
 
 _SKIPPED, _MEASURED, _SECONDS = 4, 8, 3.0
 
 
 def loader_rate(batches: Iterator[Any], processes: Processes, *, micro_batch_size: int) -> float | None:
-    """Images per second, over all processes, that the loaders deliver where nobody trains; all must call it.
+    """Measure the images per second that the loaders deliver without training; all processes must call it.
 
-    The first batches are not counted: they wait for the loader to start, and others were made meanwhile.
+    The first batches are not counted: they wait for the loader to start, and others are made meanwhile.
 
     Args:
         batches: this process's micro-batches, of which a dozen are taken.
+        processes: processes of the run.
         micro_batch_size: images of each.
 
     Returns:
-        The rate of the slowest process times the number of processes; None if one has too few batches to tell.
+        The rate of the slowest process times the number of processes, or None if a process has too few batches.
     """
     processes.barrier()
     first = began = last = 0.0
@@ -55,14 +56,14 @@ def loader_rate(batches: Iterator[Any], processes: Processes, *, micro_batch_siz
 
 
 class Throughput:
-    """The clock of a run, read at every log line.
+    """The throughput of a run, read at every log line.
 
-    An epoch's first wait is the loader's start, and no sign of its speed.
+    The first wait of an epoch includes the loader's start, and is not counted as its speed.
 
     Args:
-        processes: that train; the first one speaks.
-        global_batch_size: images of a step, over all of them.
-        loader_rate: images per second that the loaders deliver alone, if that was measured.
+        processes: processes that train; the first one logs.
+        global_batch_size: images of a step, over all processes.
+        loader_rate: images per second that the loaders deliver without training. If None, it was not measured.
     """
 
     def __init__(self, processes: Processes, *, global_batch_size: int, loader_rate: float | None) -> None:
@@ -72,12 +73,12 @@ class Throughput:
         self._said = False
 
     def begin(self, step: int) -> None:
-        """Starts an epoch, or the rest of one, at this step."""
+        """Start an epoch, or the rest of one, at this step."""
         self._step, self._began, self._waited = step, time.perf_counter(), 0.0
         self._start: float | None = None
 
     def next(self, batches: Iterator[Item]) -> Item:
-        """The next of ``batches``; the time it takes counts as waiting for data."""
+        """Return the next batch; the time it takes counts as waiting for data."""
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
@@ -87,10 +88,7 @@ class Throughput:
         return batch
 
     def read(self, step: int) -> dict[str, float]:
-        """images_per_s and data_wait_share since the last reading; starts anew.
-
-        Says once in the log that the run is bound by its loader, with the figures.
-        """
+        """Return images_per_s and data_wait_share since the last call, and warn once if the run is loader-bound."""
         seconds, waited, images = time.perf_counter() - self._began, self._waited, (step - self._step) * self._images
         start = self._start or 0.0
         if self._processes.is_first and not self._said:
@@ -104,8 +102,8 @@ class Throughput:
     def _loader_bound(self, images: int, seconds: float, waited: float) -> str | None:
         if self._loader_rate is None:
             return None
-        # On a CPU what is not waiting is the step. A GPU may still compute while the host waits for a batch; but there
-        # the slower of loader and step sets the pace, and either way the loader is compared with that.
+        # On a CPU the time without waiting is that of the steps. A GPU may compute while the host waits for a batch;
+        # there the slower of loader and step determines the throughput, which the loader is compared with.
         taken = images / (seconds - waited if self._processes.device.type == "cpu" else seconds)
         if self._loader_rate >= LOADER_MARGIN * taken:
             return None
@@ -117,18 +115,18 @@ class Throughput:
 
 
 FIRST, COUNT = 10, 10
-"""The steps that are measured, counted from the process's first: the ones before warm up caches and kernels."""
+"""Steps that are measured, counted from the process's first; earlier ones warm up caches and kernels."""
 
 
 class StepClock:
-    """Notes when the parts of a step end. On a GPU by events, which nobody waits for until `write`.
+    """Records when the parts of a step end; on a GPU by events, which are waited for in `write` only.
 
-    On a GPU a part's time is that between two points of its stream, in which the host may be late with launching: for a
-    small network it is the launches that are measured. The parts of a step captured as a whole cannot be told apart.
+    On a GPU a part's time is that between two points of the stream. For a small network it is the time of the launches.
+    The parts of a step captured as a whole cannot be separated.
 
     Args:
-        device: of the step; None: notes nothing.
-        whole: a step has no parts besides "data".
+        device: device of the step. If None, nothing is recorded.
+        whole: whether a step has no parts besides "data".
     """
 
     def __init__(self, device: torch.device | None, *, whole: bool = False) -> None:
@@ -138,13 +136,13 @@ class StepClock:
         self._runs = False
 
     def start(self) -> None:
-        """Before the first batch of a step."""
+        """Start a step, before its first batch."""
         self._steps += 1
         self._runs = self._device is not None and FIRST < self._steps <= FIRST + COUNT
         self.mark("")
 
     def mark(self, part: str) -> None:
-        """What came since the last mark was this part, or more of it."""
+        """Count the time since the last mark towards this part."""
         if not self._runs:
             return
         assert self._device is not None
@@ -156,7 +154,7 @@ class StepClock:
         self._marks.append((part, event))
 
     def write(self, folder: Path) -> None:
-        """Writes step_time.json once all steps are measured, and once; waits for the device to have made them."""
+        """Write step_time.json once, when all steps are measured; waits for the device."""
         if self._device is None or self._steps < FIRST + COUNT or not self._marks:
             return
         spent = self._milliseconds()
@@ -171,7 +169,7 @@ class StepClock:
         self._marks, self._device = [], None
 
     def _milliseconds(self) -> dict[str, float]:
-        """Of a step, by part."""
+        """Return the mean milliseconds per step, by part."""
         spent: dict[str, float] = {}
         for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
             if not part:  # between two steps
@@ -187,4 +185,4 @@ class StepClock:
 
 
 UNTIMED = StepClock(None)
-"""Notes nothing."""
+"""A clock that records nothing."""

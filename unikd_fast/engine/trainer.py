@@ -1,4 +1,4 @@
-"""One run from the first step to its result: prepare, train, evaluate, save; resumable after any step."""
+"""One run from its first step to its result: prepare, train, evaluate, save; resumable after any step."""
 
 import copy
 from contextlib import suppress
@@ -45,32 +45,30 @@ _WORTH_MEASURING = 120  # micro-batches
 
 
 class Trainer:
-    """Train one student in one folder; the trainer makes and holds what acts in a step.
-
-    All processes must make it.
+    """Trains one student in one folder. All processes must create it.
 
     Args:
         experiment: the run.
-        folder: where it writes.
-        stop: asks it to save and end.
-        label: its name in log lines and tables.
+        folder: run folder.
+        stop: signals that stop the run after a checkpoint.
+        label: name of the run in log messages and tables.
         resume: whether to continue from the folder's newest checkpoint, if there is one.
 
     Attributes:
-        engine: trains the student: a LocalEngine, or DeepSpeed's.
-        watch: looks at the gradients.
-        meter: sums the loss terms.
+        engine: LocalEngine, or DeepSpeed's engine.
+        watch: watch of the gradients.
+        meter: sums of the loss terms.
         average: exponential average of the student. If None, there is none.
-        copy: a whole copy of the student to evaluate. If None, the student itself is whole.
-        clock: times the parts of a step.
-        steps: takes the steps.
-        step: number of steps that are done.
-        probe: compares the student with the teacher on held-out samples. If None, nobody does.
+        copy: whole copy of the student to evaluate. If None, the student itself is whole.
+        clock: clock of the parts of a step.
+        steps: eager or captured steps.
+        step: number of finished steps.
+        probe: comparison of the student with the teacher on held-out samples. If None, there is none.
 
     Raises:
         CacheError, CheckpointError, ConfigError: the folder, the teacher or its cache does not fit the run.
-        Interrupted: SIGTERM or Ctrl-C while the cache was built or the method prepared.
-        OutOfMemory: it does not fit into memory; names the part.
+        Interrupted: SIGTERM or Ctrl-C while the cache was being built or the method prepared.
+        OutOfMemory: the memory is not sufficient; names the part.
     """
 
     @oom_hint("run")
@@ -88,12 +86,12 @@ class Trainer:
         if processes.is_first:
             log_run(experiment, self.name)
         self.average = _start_average(experiment)
-        # At ZeRO stage 3 nobody has whole weights to evaluate, and processes do not evaluate in step.
+        # At ZeRO stage 3 no process has whole weights to evaluate, and processes do not evaluate in step.
         needs_copy = zero_stage(config) == 3 and self.average is None
         self.copy = copy.deepcopy(experiment.student) if needs_copy else None
         captured = captures(experiment)
-        # Every step has the same shapes, so cuDNN times its algorithms once; where it has to be deterministic, its
-        # choice would differ between runs.
+        # Every step has the same shapes, so cuDNN times its algorithms once, unless it has to be deterministic: its
+        # choice could differ between runs.
         deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not deterministic
         with oom_hint("optimiser"):
@@ -113,10 +111,10 @@ class Trainer:
                 if scale is not None:
                     scale.load_state_dict(saved["run"]["loss_scale"])
         self.step = 0 if saved is None else int(saved["run"]["step"])
-        self.saved_step = self.step  # a new run has nothing to save before its first step
+        self.saved_step = self.step  # a new run saves nothing before its first step
         skip = config.train.nonfinite == "skip"
         self.watch = GradientWatch(self.engine, skip=skip, scale=scale)
-        # With fp16 gradients overflow now and then, and the loss scale sees to them.
+        # With fp16 gradients overflow now and then, which the loss scale handles.
         self.meter = LossMeter(processes, method.term_names, None if scale else self.watch, skip=skip)
         self.clock = StepClock(processes.device if processes.is_first else None, whole=captured)
         kind = CapturedSteps if captured else EagerSteps
@@ -139,14 +137,14 @@ class Trainer:
         )
 
     def _newest_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that this run can go on from, chosen by the first process for all."""
+        """Return the newest checkpoint that this run can continue from, chosen by the first process."""
         student_module = self.experiment.student_module
         return self.processes.from_first(
             lambda: ckpt.find_newest(self.folder, lambda path: ckpt.require_usable(path, student_module))
         )
 
     def _judge_teacher(self, saved: dict[str, Any] | None, *, resume: bool) -> dict[int, Tensor] | None:
-        """Make the teacher's cache ready, and see what the teacher knows; see `check_teacher` for what is returned."""
+        """Make the teacher's cache ready and check the teacher's accuracy; return what `check_teacher` does."""
         experiment = self.experiment
         if experiment.cache is not None:
             ready_cache(experiment, self.stop, self.name)
@@ -167,13 +165,13 @@ class Trainer:
 
     @property
     def evaluated(self) -> FeatureExtractor | LogitsOnly:
-        """The network that is evaluated and exported: the student, a whole copy of it, or its exponential average."""
+        """Return the network to evaluate and export: the student, a whole copy of it, or its exponential average."""
         if self.average is not None:
             return cast(LogitsOnly, self.average.module)
         return self.experiment.student if self.copy is None else self.copy
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end and returns the result that is also written to result.json.
+        """Train to the end and return the result, which is also written to result.json.
 
         Raises:
             NonFiniteLoss: a loss term became inf or NaN; names the step, the terms and the last good checkpoint.
@@ -187,7 +185,7 @@ class Trainer:
                     return self._finish()
                 self._train_epoch()
         except NonFiniteLoss as error:
-            with suppress(CheckpointError):  # if the one under way fails, the one before is the last
+            with suppress(CheckpointError):  # if it fails, the previous one is the last
                 self.checkpoints.finish()
             good = next(iter(ckpt.complete_checkpoints(self.folder)), None)
             last = "no checkpoint was written before" if good is None else f"the last good checkpoint is {good}"
@@ -206,7 +204,7 @@ class Trainer:
         return Probe(teacher, lambda: loader.evaluate("val"), self.processes, known)
 
     def _start_throughput(self) -> Throughput:
-        """A run of some length first measures its loader, so that it can say whether that holds it up."""
+        """Measure the loader first, if the run is long, to be able to tell whether the run is loader-bound."""
         experiment, train, rate = self.experiment, self.config.train, None
         if (experiment.total_steps - self.step) * train.accumulation_steps >= _WORTH_MEASURING:
             epochs = range(self.step // experiment.steps_per_epoch, experiment.epochs)
@@ -215,7 +213,7 @@ class Trainer:
         return Throughput(self.processes, global_batch_size=train.global_batch_size, loader_rate=rate)
 
     def _train_epoch(self) -> None:
-        """Trains from ``self.step`` to the end of its epoch, or to the last step."""
+        """Train from ``self.step`` to the end of its epoch, or to the last step."""
         train, run = self.config.train, self.config.run
         per_epoch, total = self.experiment.steps_per_epoch, self.experiment.total_steps
         epoch, start = divmod(self.step, per_epoch)
@@ -249,7 +247,7 @@ class Trainer:
         if self.average is not None:
             average_buffers(self.average, self.processes)
         number = self.stop.agreed()
-        # Short epochs would otherwise spend their time on the disk.
+        # Not after every epoch: short ones would spend their time on the disk.
         if self._checkpoint_due() or self._evaluation_due():
             self._save()
         if (skipped := bad_sample_record(self.config, self.experiment.loader, self.processes)) is not None:
@@ -258,7 +256,7 @@ class Trainer:
             self._stop(number)
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
-        """Writes a record, and once the times of a step; what goes wrong on the first process is raised on all."""
+        """Write a record, and once the times of a step; an error on the first process is raised on all."""
 
         def write() -> None:
             self.writer.write(kind, self.step, values)
@@ -271,7 +269,7 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _save(self) -> None:
-        """Take a checkpoint, which a thread may write while training goes on; a step that is saved stays as it is."""
+        """Take a checkpoint, unless this step is saved; a thread may write it while training continues."""
         if self.saved_step == self.step:
             return
         self.meter.check()
@@ -296,14 +294,14 @@ class Trainer:
         )
 
     def _evaluation_due(self) -> bool:
-        """Whether this step ends the run, or an epoch that is evaluated, and was not evaluated before a resume."""
+        """Return whether this step ends the run or an epoch to evaluate, and was not evaluated before a resume."""
         epoch, inside = divmod(self.step, self.experiment.steps_per_epoch)
         due = not inside and epoch > 0 and epoch % self.config.run.evaluate_every_epochs == 0
         last = self.step == self.experiment.total_steps
         return (due or last) and not any(record["step"] == self.step for record in self.evaluations)
 
     def _evaluate_if_due(self) -> None:
-        """Evaluates at the end of an epoch, once, and keeps the best student."""
+        """Evaluate at the end of an epoch, once, and keep the best student."""
         if not self._evaluation_due():
             return
         if self.copy is not None:
@@ -342,7 +340,7 @@ class Trainer:
         export_student(self.evaluated.plain, self.folder / name, preprocessing)
 
     def _finish(self) -> dict[str, Any]:
-        """Exports the student and evaluates its last and best weights on the test split, once."""
+        """Export the student, and evaluate its last and best weights on the test split."""
         self.processes.from_first(self.checkpoints.finish)
         self.processes.from_first(lambda: self._export(STUDENT))
         last = self.evaluations[-1]

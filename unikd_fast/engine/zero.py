@@ -1,7 +1,7 @@
 """The engine of a run: where it is DeepSpeed's, our settings in its terms; and the optimiser's state by parameter name.
 
-DeepSpeed's own checkpoints are tied to the number of processes they were written with. Ours hold the whole state of
-each parameter, so they are read back at any stage.
+DeepSpeed's own checkpoints depend on the number of processes that wrote them. Ours hold the whole state of each
+parameter, so they can be read at any stage.
 """
 
 import copy
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 SUPPORTED_STAGES = (0, 1, 2, 3)
 _READ_BY_LOOKUP = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers")
-"""Sections of DeepSpeed that pass over a key that they do not know; the others are classes that refuse it."""
+"""Sections of DeepSpeed that ignore unknown keys; the others are classes that refuse them."""
 
 
 def zero_stage(config: Config) -> int:
-    """The ZeRO stage that is asked for; 0 without a section.
+    """Return the configured ZeRO stage, 0 by default.
 
     Raises:
         ConfigError: it is not a stage.
@@ -50,10 +50,10 @@ def zero_stage(config: Config) -> int:
 
 
 def local_batch_size(config: Config, processes: Processes) -> int:
-    """Samples of one micro-batch on one process.
+    """Return the number of samples of a micro-batch on one process.
 
     Raises:
-        ConfigError: the global batch does not divide by processes and accumulation steps.
+        ConfigError: the global batch is not divisible by processes times accumulation steps.
     """
     train = config.train
     try:
@@ -63,7 +63,7 @@ def local_batch_size(config: Config, processes: Processes) -> int:
 
 
 def reasons_for_deepspeed(config: Config, processes: Processes) -> Iterator[str]:
-    """Yield what a LocalEngine cannot do for a run, or was asked of DeepSpeed, each with the way around it.
+    """Yield why a run needs DeepSpeed and not a LocalEngine, each reason with its remedy.
 
     Raises:
         ConfigError: an unsupported ZeRO stage.
@@ -82,7 +82,7 @@ def reasons_for_deepspeed(config: Config, processes: Processes) -> Iterator[str]
 
 
 def check_engine(config: Config, processes: Processes) -> None:
-    """Refuse what the engine of a run would not take, before anything is made.
+    """Refuse settings that the engine of a run would not accept, before anything is made.
 
     Raises:
         ConfigError: see `deepspeed_config`.
@@ -93,25 +93,25 @@ def check_engine(config: Config, processes: Processes) -> None:
 
 
 def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
-    """Return the configuration DeepSpeed gets: the user's object and what our schema states, each thing once.
+    """Return DeepSpeed's configuration: the user's section and what our schema defines, each setting once.
 
     Raises:
-        ConfigError: an unsupported ZeRO stage, an indivisible batch, or a key or value that DeepSpeed does not take.
+        ConfigError: an unsupported ZeRO stage, an indivisible batch, or a key or value that DeepSpeed does not accept.
     """
     zero_stage(config)
     ours: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": local_batch_size(config, processes),
         "gradient_accumulation_steps": config.train.accumulation_steps,
-        # Without ZeRO `clip_before_update` does it: DeepSpeed makes the host wait for the device twice.
+        # Without ZeRO `clip_before_update` clips: DeepSpeed makes the host wait for the device twice.
         "gradient_clipping": config.train.clip_grad_norm if zero_stage(config) else 0.0,
         "steps_per_print": 10**9,  # the metrics are ours
         "zero_allow_untested_optimizer": True,
     }
     if config.train.precision == "bf16":
-        # Never bf16.enabled: it casts the parameters, and BatchNorm students crash with it. fp16 we see to ourselves.
+        # Never bf16.enabled: it casts the parameters, and BatchNorm students crash with it. fp16 is our own.
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    # Unless the user asks for them: with offloading DeepSpeed otherwise refuses torch's optimisers, and its throughput
+    # Unless the user sets them: with offloading DeepSpeed by default refuses torch's optimisers, and its throughput
     # timer makes the host wait for the device twice in every micro-batch.
     defaults = {"zero_force_ds_cpu_optimizer": False, "timers": {"throughput": {"enabled": False}}}
     whole = {**defaults, **config.deepspeed, **ours}
@@ -121,7 +121,7 @@ def deepspeed_config(config: Config, processes: Processes) -> dict[str, Any]:
 
 
 class _Watched(dict[str, Any]):
-    """A section that notes which of its keys are asked for."""
+    """A section that records which of its keys are read."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__(content)
@@ -141,7 +141,7 @@ class _Watched(dict[str, Any]):
 
 
 def _require_understood(whole: dict[str, Any], given: dict[str, Any]) -> None:
-    """DeepSpeed passes over a key that it does not know, and ends by a traceback where a section has one."""
+    """Refuse what DeepSpeed does not understand: it ignores unknown keys, or ends with a traceback."""
     import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
@@ -169,7 +169,7 @@ def _require_understood(whole: dict[str, Any], given: dict[str, Any]) -> None:
 
 def _explain(error: Any, given: dict[str, Any]) -> str:
     place = [str(part) for part in error["loc"]]
-    # The error knows its place within a section, and not which section that is.
+    # The error holds its place within a section, but not which section.
     section = next((name for name, part in given.items() if isinstance(part, dict) and place[0] in part), None)
     path = ".".join(["deepspeed", *filter(None, [section]), *place])
     said = error["msg"].partition("\n")[0].replace("Input should be", "allowed:")
@@ -187,7 +187,7 @@ def _nearest(key: str, known: Iterable[object]) -> str:
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What the student's operations are cast to; None: nothing.
+    """Return the dtype that the student's operations are cast to, or None for fp32.
 
     Example:
         >>> autocast_dtype("bf16")
@@ -200,10 +200,10 @@ def start_engine(config: Config, module: "StudentModule", processes: Processes, 
     """Return the engine that trains a module: a LocalEngine, or DeepSpeed's where there is a reason for it.
 
     Args:
-        config: of the run.
-        module: whose weights are already those to start from.
-        processes: that train it.
-        captured: whether its steps are captured in a CUDA graph.
+        config: configuration of the run.
+        module: the run's student, with its initial weights.
+        processes: processes that train it.
+        captured: whether steps are captured in a CUDA graph.
     """
     if any(reasons_for_deepspeed(config, processes)):
         return _start_deepspeed(config, module, processes)
@@ -226,7 +226,7 @@ def _start_deepspeed(config: Config, module: "StudentModule", processes: Process
         module.to(memory_format=torch.channels_last)
     if config.train.compile is not None:
         if zero_stage(config) == 3 and module.adapter is not None:
-            # It uses its layers' weights without calling the layers: the compiler would not see them gathered.
+            # It uses its layers' weights without calling the layers, so the compiler would not gather them.
             module.adapter.forward = torch.compiler.disable(module.adapter.forward)
         engine.compile(compile_kwargs={"mode": config.train.compile})
     return engine
@@ -234,7 +234,7 @@ def _start_deepspeed(config: Config, module: "StudentModule", processes: Process
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within it every process has the whole parameters of a module, to read; at ZeRO stage 3 each has a part of them.
+    """Give every process the whole parameters of a module, to read; at ZeRO stage 3 each process holds a part.
 
     All processes must enter it.
     """
@@ -249,7 +249,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def collect_optimizer_state(engine: Any) -> dict[str, Any]:
-    """``{"tensors": {parameter name: {key: tensor}}, "shared": {key: value}}``; all processes must call it."""
+    """Return ``{"tensors": {parameter name: {key: tensor}}, "shared": {key: value}}``; all processes must call it."""
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     if not engine.zero_optimization():
         states = {name: engine.optimizer.state.get(p, {}) for name, p in trained.items()}
@@ -266,13 +266,13 @@ def collect_optimizer_state(engine: Any) -> dict[str, Any]:
 
 
 def restore_optimizer_state(engine: Any, saved: dict[str, Any]) -> None:
-    """Gives a fresh engine the state that :func:`collect_optimizer_state` returned."""
+    """Restore the state that `collect_optimizer_state` returned, in a new engine."""
     tensors, shared = saved["tensors"], saved["shared"]
     if not engine.zero_optimization():
         for name, parameter in engine.module.named_parameters():
             if tensors.get(name):
                 own = {key: _like(value, parameter) for key, value in tensors[name].items()}
-                # A fused optimiser counts its steps where it computes.
+                # A fused optimiser counts its steps on the device.
                 device = parameter.device if engine.optimizer.defaults.get("fused") else torch.device("cpu")
                 engine.optimizer.state[parameter] = {**own, **_copied(shared, device)}
         return
@@ -283,7 +283,7 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Any]) -> None:
 
 
 def _partitions(engine: Any) -> list[Tensor]:
-    """This process's flat part of each group of parameters."""
+    """Return this process's flat part of each group of parameters."""
     zero = engine.optimizer
     stage_3 = engine.zero_optimization_partition_weights()
     flat: list[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
@@ -311,7 +311,7 @@ def _restore_stages_1_and_2(engine: Any, tensors: dict[str, dict[str, Tensor]], 
 
 
 def _restore_stage_3(engine: Any, tensors: dict[str, dict[str, Tensor]], shared: dict[str, Any]) -> None:
-    """A parameter is cut into equal parts, one for each process, of which the last ones may be padded."""
+    """Restore at stage 3, where a parameter is cut into equal parts, one per process, the last ones padded."""
     keys = {key for state in tensors.values() for key in state}
     zero = engine.optimizer
     for flat in _partitions(engine):
@@ -330,12 +330,12 @@ def _restore_stage_3(engine: Any, tensors: dict[str, dict[str, Tensor]], shared:
 
 
 def _tensors(state: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
-    """The entries with one number per element of the parameter: momentum and its like."""
+    """Return the entries with one number per element of the parameter, such as momentum."""
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape and k != "step"}
 
 
 def _shared(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are the same for every parameter: the step count."""
+    """Return the entries that are the same for every parameter: the step count."""
     return {key: value for key, value in state.items() if key == "step"}
 
 
@@ -344,7 +344,7 @@ def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _copied(shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A copy, of tensors on ``device``; None: where they are."""
+    """Return a copy, with tensors on a device. If None, they stay on theirs."""
     return {
         key: value.to(device or value.device, copy=True) if isinstance(value, Tensor) else value
         for key, value in shared.items()

@@ -26,16 +26,16 @@ _MARKS = (_TENSOR, _TUPLE, _PAIRS)
 
 
 def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """Takes the tensors out of dicts, lists and tuples.
+    """Take the tensors out of dicts, lists and tuples.
 
     Args:
-        state: tensors, numbers, strings, booleans and None, nested in any way; keys of dicts are strings or ints.
+        state: tensors, numbers, strings, booleans and None, nested arbitrarily; keys of dicts are strings or ints.
 
     Returns:
-        The tensors by the path that leads to them, and what is left, which json can write.
+        The tensors by path, and the rest, which JSON can hold.
 
     Raises:
-        TypeError: it holds something else; names where and what.
+        TypeError: the state holds something else; names where and what.
 
     Example:
         >>> flatten({"momentum": {0: torch.zeros(2)}, "lr": 0.1})[1]
@@ -46,7 +46,7 @@ def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def unflatten(tensors: dict[str, Tensor], rest: Any) -> Any:
-    """Puts together what :func:`flatten` took apart.
+    """Reassemble what `flatten` took apart.
 
     Raises:
         KeyError: a tensor is missing.
@@ -100,7 +100,7 @@ def _join(path: str, key: object) -> str:
 
 
 def on_cpu(state: Any) -> Any:
-    """A copy of nested state whose tensors are on the CPU, contiguous, and share nothing with the originals.
+    """Return a copy of nested state whose tensors are on the CPU, contiguous, and share no memory with the originals.
 
     Copies from a device are started together and awaited once.
 

@@ -1,14 +1,14 @@
-"""What a checkpoint holds of a run: the same whatever the ZeRO stage and however many processes.
+"""What a checkpoint holds of a run, independently of the ZeRO stage and the number of processes.
 
     student     the StudentModule's parameters and buffers, whole
     optimizer   its state by parameter name
-    method      what the method keeps beside the student's side
+    method      the method's own state
     average     the exponential average, if there is one
     processes   per process: its own buffers and random states
     run         step, number of processes, ZeRO stage, seed, loss scale of fp16
 
-The teacher is not in it. Loss curves continue bit for bit at the same number of processes and stage, and within the
-rounding of another order of summation at others; the order of the samples is a function of the step.
+The teacher is not part of it. Loss curves continue bit for bit with the same number of processes and stage, and up to
+rounding with others; the order of the samples is a function of the step.
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ def collect_state(
     seed: int,
     loss_scale: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The parts of a checkpoint, as copies on the CPU; all processes must call it, and the first one gets them.
+    """Return the parts of a checkpoint as copies on the CPU, on the first process; all processes must call it.
 
     Returns:
-        Nested state by part; empty on the other processes.
+        Nested state by part; an empty dictionary on the other processes.
     """
     student_module: nn.Module = engine.module
     optimizer = collect_optimizer_state(engine)
@@ -70,14 +70,14 @@ def collect_state(
 
 
 def require_usable(path: Path, student_module: nn.Module) -> None:
-    """Refuse a checkpoint that is intact, but does not hold the state of this network.
+    """Refuse a checkpoint that is intact but does not hold the state of this network.
 
     Args:
-        path: its folder.
-        student_module: the student's side before it is sharded.
+        path: folder of the checkpoint.
+        student_module: the run's student, before it is sharded.
 
     Raises:
-        DamagedCheckpoint: says what does not fit.
+        DamagedCheckpoint: the state does not fit; says what.
     """
     saved = read_folder(path)
     with restoring(path):
@@ -96,13 +96,14 @@ def require_usable(path: Path, student_module: nn.Module) -> None:
 
 @contextmanager
 def restoring(path: Path, *, advice: str = "") -> Iterator[None]:
-    """Name the checkpoint in an error of taking its state up.
+    """Name the checkpoint in errors while its state is restored.
 
     Args:
-        advice: what to do then.
+        path: folder of the checkpoint.
+        advice: remedy, for the message.
 
     Raises:
-        DamagedCheckpoint: it does not fit this run.
+        DamagedCheckpoint: the state does not fit this run.
     """
     try:
         yield
@@ -130,20 +131,21 @@ def _require_like(found: dict[str, Tensor], expected: dict[str, Tensor], what: s
 
 
 def restore_weights(saved: dict[str, Any], student_module: nn.Module, method: Method, processes: Processes) -> None:
-    """Before the engine is made: the student's side, this process's buffers and the method's head."""
+    """Restore the student, this process's buffers and the method's state, before the engine is made."""
     student_module.load_state_dict(saved["student"])
     _restore_buffers(saved, "buffers", student_module, processes)
     method.load_state_dict(saved["method"])
 
 
 def require_same_head(saved: dict[str, Any], method: Method) -> None:
-    """Refuses to go on with a student against Gaussians of another head than it was trained with.
+    """Refuse to continue with Gaussians of another head than the student was trained with.
 
     Args:
-        method: with the head of the teacher's cache.
+        saved: the checkpoint.
+        method: method with the head of the teacher's cache.
 
     Raises:
-        CacheError: the cache was built anew since the checkpoint was written.
+        CacheError: the cache was rebuilt after the checkpoint was written.
     """
     before, found = method.head_of(saved["method"]), method.head_of(method.state_dict())
     if before is None or found is None:
@@ -158,13 +160,13 @@ def require_same_head(saved: dict[str, Any], method: Method) -> None:
 
 
 def restore_average(saved: dict[str, Any], average: nn.Module, processes: Processes) -> None:
-    """The exponential average, with this process's buffers."""
+    """Restore the exponential average, with this process's buffers."""
     average.load_state_dict(saved["average"])
     _restore_buffers(saved, "average_buffers", average, processes)
 
 
 def restore_random_state(saved: dict[str, Any], processes: Processes) -> None:
-    """Last before training: this process's random states; at another number of processes they start afresh."""
+    """Restore this process's random states, last before training; another number of processes starts afresh."""
     if saved["run"]["world_size"] != processes.world_size:
         return
     rng = saved["processes"][processes.rank]["rng"]
@@ -175,7 +177,7 @@ def restore_random_state(saved: dict[str, Any], processes: Processes) -> None:
 
 @torch.no_grad()
 def _restore_buffers(saved: dict[str, Any], key: str, module: nn.Module, processes: Processes) -> None:
-    """The process's own; at another number of processes the mean of all, as before every evaluation."""
+    """Restore the process's own buffers, or with another number of processes the mean of all."""
     of_processes = [part[key] for part in saved["processes"]]
     for name, buffer in module.named_buffers():
         if saved["run"]["world_size"] == processes.world_size:
@@ -185,7 +187,7 @@ def _restore_buffers(saved: dict[str, Any], key: str, module: nn.Module, process
 
 
 def mean_buffer(of_processes: list[dict[str, Tensor]], name: str) -> Tensor:
-    """A floating-point buffer averaged over the processes that saved theirs, as before every evaluation."""
+    """Return a floating-point buffer averaged over the processes that saved it, as before every evaluation."""
     mean = torch.stack([own[name].double() for own in of_processes]).mean(0)
     return mean.to(of_processes[0][name].dtype)
 

@@ -18,7 +18,7 @@ _logger = logging.getLogger("unikd_fast")
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder of the checkpoint after a step.
+    """Return the name of the checkpoint after a step.
 
     Example:
         >>> checkpoint_name(1200)
@@ -30,7 +30,7 @@ def checkpoint_name(step: int) -> str:
 def complete_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run folder, the newest first.
 
-    A folder that was not finished has another name. One that a kill left aside while another took its place counts.
+    Unfinished folders have other names. A checkpoint that was set aside when the process was killed counts.
     """
     folder = run / FOLDER
     if not folder.is_dir():
@@ -41,15 +41,15 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def find_newest(run: Path, accept: Callable[[Path], object] = lambda path: None) -> Path | None:
-    """Return the newest checkpoint that is whole, or None where there are none; damaged ones are passed over, and said.
+    """Return the newest intact checkpoint, or None if there are no checkpoints.
 
-    A run that goes on may write and remove checkpoints meanwhile: what is found, or missed, is of one moment.
+    Damaged checkpoints are skipped with a warning. A running process may write and remove checkpoints meanwhile.
 
     Args:
-        accept: raises DamagedCheckpoint for a checkpoint whose bytes are those that were written, but cannot be used.
+        accept: function that raises DamagedCheckpoint for a checkpoint that is intact but cannot be used.
 
     Raises:
-        DamagedCheckpoint: there are some, and none is whole.
+        DamagedCheckpoint: there are checkpoints, and none is intact.
     """
     there = complete_checkpoints(run)
     while True:
@@ -77,12 +77,12 @@ def find_newest(run: Path, accept: Callable[[Path], object] = lambda path: None)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time, and keeps the last few.
+    """Write the checkpoints of a run, one at a time, and keep the latest ones.
 
     Args:
-        run: folder of the run.
-        keep: of the newest checkpoints.
-        beside_training: write in a thread; an error then comes with the next `write` or `finish`.
+        run: run folder.
+        keep: number of latest checkpoints to keep.
+        beside_training: whether to write in a thread; an error is then raised by the next `write` or `finish`.
     """
 
     def __init__(self, run: Path, *, keep: int, beside_training: bool) -> None:
@@ -92,14 +92,14 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def write(self, step: int, parts: dict[str, Any]) -> None:
-        """Writes a checkpoint, or starts to; waits for the one before.
+        """Write a checkpoint, or start to, after the previous one is finished.
 
         Args:
-            step: it was taken after.
-            parts: nested state by name, not to be changed by anyone until it is written.
+            step: number of steps that were done.
+            parts: nested state by name, not to be changed until it is written.
 
         Raises:
-            CheckpointError: this one, or the one before, could not be written.
+            CheckpointError: this checkpoint, or the previous one, could not be written.
         """
         self.finish()
         if self._thread is None:
@@ -108,17 +108,17 @@ class CheckpointWriter:
             self._writing = self._thread.submit(self._write, step, parts)
 
     def finish(self) -> None:
-        """Waits until everything is written.
+        """Wait until everything is written.
 
         Raises:
-            CheckpointError: it could not be.
+            CheckpointError: a checkpoint could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """As `finish`, and ends the thread."""
+        """Wait as `finish` does, and end the thread."""
         try:
             self.finish()
         finally:
@@ -127,12 +127,12 @@ class CheckpointWriter:
 
     def _write(self, step: int, parts: dict[str, Any]) -> None:
         folder = self._folder
-        for path in folder.glob(".*"):  # of a kill while one took the place of another
+        for path in folder.glob(".*"):  # set aside when the process was killed
             if (name := _ASIDE.fullmatch(path.name)) and not (folder / name[1]).exists():
                 path.rename(folder / name[1])
         write_folder(folder / checkpoint_name(step), parts)
         there = complete_checkpoints(folder.parent)
-        # Later steps are of a run that was resumed before them, because they were damaged.
+        # Later steps are damaged: the run was resumed from an earlier one.
         past = [path for path in there if _step(path) > step]
         for path in [*past, *[path for path in there if path not in past][self._keep :]]:
             remove_folder(path)
