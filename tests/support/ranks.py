@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,8 @@ class Ranks:
         """Send a signal to these ranks alone, or to all."""
         for rank, process in enumerate(self._processes):
             if process.exitcode is None and (not ranks or rank in ranks):
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, number)
 
     def signal_groups(self, number: int) -> None:
         """Send a signal to all ranks and to whatever they have started."""
