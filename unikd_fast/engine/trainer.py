@@ -79,7 +79,7 @@ class Trainer:
         self.name = f"{label}, seed {config.run.seed}"
         newest = self._newest_checkpoint() if resume else None
         saved = None if newest is None else ckpt.read_folder(newest)
-        teacher_logits = self._judge_teacher(saved, resume=resume)
+        teacher_logits = self._check_teacher(saved, resume=resume)
         if newest is not None and saved is not None:
             with ckpt.restoring(newest, advice=_REMOVE):
                 ckpt.restore_weights(saved, experiment.student_module, method, processes)
@@ -143,7 +143,7 @@ class Trainer:
             lambda: ckpt.find_newest(self.folder, lambda path: ckpt.require_usable(path, student_module))
         )
 
-    def _judge_teacher(self, saved: dict[str, Any] | None, *, resume: bool) -> dict[int, Tensor] | None:
+    def _check_teacher(self, saved: dict[str, Any] | None, *, resume: bool) -> dict[int, Tensor] | None:
         """Make the teacher's cache ready and check the teacher's accuracy; return what `check_teacher` does."""
         experiment = self.experiment
         if experiment.cache is not None:
