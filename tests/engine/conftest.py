@@ -1,23 +1,13 @@
 """What the tests of cached training share, those of unikd cache, and those of unikd export."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torch.nn import functional as F
 
 from support.cache_commands import PER_SHARD, cached_config, command, make_folder
 from support.exported_runs import ALONE_TRAINED, SHORT, Runs, short, trained
-from support.real_runs import process_group, save_teacher
-
-
-@pytest.fixture(autouse=True)
-def linear() -> Iterator[None]:
-    """Give torch its own linear layer back, whose function DeepSpeed replaces for good at ZeRO stage 3."""
-    before = F.linear
-    yield
-    F.linear = before
+from support.real_runs import save_teacher
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +16,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with process_group(tmp_path_factory.mktemp("group")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, group: None) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     averaged = short(folder, "averaged", distill={"head_steps": None})
     alone = short(folder, "alone", **ALONE_TRAINED, train={**SHORT["train"], "ema_decay": None})

@@ -68,7 +68,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path, wei
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, weights: Path, group: None) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
     """The home of a run whose cache has 15 shards; to be copied."""
     home = tmp_path_factory.mktemp("trained")
     config = cached_config(home, weights, name="first", **FOUR)
@@ -187,7 +187,7 @@ def interrupt(config: Path, questions: int = 12) -> None:
         Trainer(experiment, Path(single.run.dir), StopsAfter(questions), label="student", resume=False).run()
 
 
-def test_a_run_does_not_go_on_against_another_head(tmp_path: Path, weights: Path, group: None) -> None:
+def test_a_run_does_not_go_on_against_another_head(tmp_path: Path, weights: Path) -> None:
     config = cached_config(tmp_path, weights)
     interrupt(config)
     shutil.rmtree(tmp_path / "outputs")
@@ -201,7 +201,7 @@ def test_a_run_does_not_go_on_against_another_head(tmp_path: Path, weights: Path
         train_here(load_config(config), resume=True)
 
 
-def test_a_run_goes_on_with_a_cache_that_is_built_again(tmp_path: Path, weights: Path, group: None) -> None:
+def test_a_run_goes_on_with_a_cache_that_is_built_again(tmp_path: Path, weights: Path) -> None:
     whole = train_here(load_config(cached_config(tmp_path, weights, name="whole")))
     config = cached_config(tmp_path, weights, name="cut", cache={"dir": str(tmp_path / "its")})
     interrupt(config)

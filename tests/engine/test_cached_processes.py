@@ -67,7 +67,7 @@ def test_only_the_first_process_reads_the_weights_of_a_teacher_whose_outputs_are
 
 
 @pytest.mark.slow
-def test_any_number_of_workers_builds_and_trains_the_same(tmp_path: Path, weights: Path, group: None) -> None:
+def test_any_number_of_workers_builds_and_trains_the_same(tmp_path: Path, weights: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 48), ("val", 10)):
         for index in range(count):

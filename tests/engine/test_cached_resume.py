@@ -19,7 +19,7 @@ from support.real_runs import (
 from unikd_fast.config import load_config
 
 
-def test_a_second_run_builds_nothing_and_gives_the_same_student(tmp_path: Path, weights: Path, group: None) -> None:
+def test_a_second_run_builds_nothing_and_gives_the_same_student(tmp_path: Path, weights: Path) -> None:
     configs = [
         cached_config(tmp_path, weights, name="first", cache={"recheck": 0.001}),
         cached_config(tmp_path, weights, name="second", cache={"recheck": 0.001}),

@@ -37,7 +37,7 @@ HALF_UNIT = {"fp16": 2.0**-11, "uint8": 2.0**-9}
     ],
 )
 def test_the_loss_curve_is_that_of_the_teacher_online(
-    tmp_path: Path, weights: Path, group: None, distill: dict[str, Any], logits: str, rate: float
+    tmp_path: Path, weights: Path, distill: dict[str, Any], logits: str, rate: float
 ) -> None:
     runs = {}
     for mode in ("off", "read_write"):
@@ -144,7 +144,7 @@ def test_dropout_has_no_part_in_what_is_stored(tmp_path: Path) -> None:
     assert not torch.allclose(made.network(batch.images).logits, shown, rtol=0.1)  # what it would be with dropout
 
 
-def test_the_largest_logits_bound_the_loss_from_below(tmp_path: Path, weights: Path, group: None) -> None:
+def test_the_largest_logits_bound_the_loss_from_below(tmp_path: Path, weights: Path) -> None:
     """KL over the classes kept and the rest as one class is at most KL over all (data processing)."""
     distill = {**KD, "temperature": 1.0}
     caches: dict[str, dict[str, Any]] = {

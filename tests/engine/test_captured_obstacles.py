@@ -15,8 +15,6 @@ from unikd_fast.engine import cuda_graph as capture
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cuda_graph import captures, device_obstacles, obstacles
 
-pytestmark = pytest.mark.usefixtures("group")
-
 
 @pytest.fixture(scope="module")
 def capturable(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Experiment:

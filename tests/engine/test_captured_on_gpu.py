@@ -18,7 +18,6 @@ from unikd_fast.errors import RunError
 from unikd_fast.report.run_files import STEP_TIME
 
 pytestmark = [
-    pytest.mark.usefixtures("group"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]

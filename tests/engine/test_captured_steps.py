@@ -26,9 +26,6 @@ from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 from unikd_fast.kernels import _checks, reference
 from unikd_fast.methods import METHODS
 
-pytestmark = pytest.mark.usefixtures("group")
-
-
 EAGER = {"train": {**CHANGING["train"], "cuda_graph": "off"}}
 
 

@@ -151,7 +151,7 @@ ODD = (None, -1, 0.5, 2**70, "", "../x", "/etc/passwd", [], {}, [[]], {"$tensor"
 
 
 @pytest.fixture(scope="module")
-def run_before_training(tmp_path_factory: pytest.TempPathFactory, group: None) -> tuple[nn.Module, Path]:
+def run_before_training(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     """The student's side of a run, and the checkpoint that it wrote."""
     config = short(tmp_path_factory.mktemp("forged"), "run", train={**SHORT["train"], "total_epochs": 1})
     folder = trained(config)

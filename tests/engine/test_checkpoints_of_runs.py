@@ -59,7 +59,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.mark.usefixtures("group")
 def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path, written: list[int]) -> None:
     """Steps 2, 4 and 6 end epochs that are evaluated, and are due by their number as well."""
     config = short(tmp_path, "run", run={"checkpoint_every_steps": 1, "evaluate_every_epochs": 1})
@@ -70,7 +69,6 @@ def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path, written: list[i
     assert written == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("step", [3, 4], ids=["inside of an epoch", "at its end"])
 def test_a_signal_at_a_saved_step_saves_nothing(tmp_path: Path, written: list[int], step: int) -> None:
     config = short(tmp_path, "run", run={"checkpoint_every_steps": 1, "evaluate_every_epochs": 1})

@@ -15,8 +15,6 @@ from unikd_fast.config import Config
 from unikd_fast.engine.checkpoint import FOLDER, checkpoint_name
 from unikd_fast.methods import METHODS
 
-pytestmark = pytest.mark.usefixtures("group")
-
 EACH = {name: name for name in METHODS} | {
     "kd+unikd": ["kd", "unikd"],
     "a sum over levels": ["kd", "fitnet", "at", "ofd", "reviewkd"],

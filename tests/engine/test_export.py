@@ -107,7 +107,7 @@ def test_every_checkpoint_can_be_chosen(
     ],
 )
 def test_a_run_that_broke_off_is_exported_for_the_package_that_the_network_is_from(
-    tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, model: str, build: Callable[[], nn.Module]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, build: Callable[[], nn.Module]
 ) -> None:
     steps = []
 
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_missed(
     assert f"from step {STEPS - 2}, " in capsys.readouterr().out
 
 
-def test_one_run_of_a_comparison_is_exported(tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_of_a_comparison_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare = {
         "seeds": [3],
         "runs": {

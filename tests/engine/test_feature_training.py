@@ -1,6 +1,5 @@
 """Methods on feature levels, configured and trained: on networks of different levels, sharded, summed and resumed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from support.long_rounds import long
 from support.real_runs import (
     ALONE,
     cached_config,
-    process_group,
     save_teacher,
     train_here,
     train_records,
@@ -30,12 +28,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("teachers")
     models = ("cifar/wrn_16_1", "cifar/vgg8")
     return {model: save_teacher(folder / f"{model[6:]}.pt", model) for model in models}
-
-
-@pytest.fixture(autouse=True)
-def group(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
 
 
 def config_of(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.real_runs import config_of, process_group, train_here, train_records
+from support.real_runs import config_of, train_here, train_records
 from unikd_fast.config import load_config
 from unikd_fast.fusion import AdaptiveFeatureFusion
 from unikd_fast.methods import unikd
@@ -25,12 +25,6 @@ CASES = [
     pytest.param(SMALL, 2, ("collapsed", "fused"), id="collapsed kernels", marks=pytest.mark.slow),
     pytest.param(SMALL, 4, ("stagewise", "fused"), id="stage-wise kernels", marks=pytest.mark.long),
 ]
-
-
-@pytest.fixture(autouse=True)
-def group(tmp_path: Path) -> Any:
-    with process_group(tmp_path):
-        yield
 
 
 @pytest.mark.parametrize(("distill", "steps", "way"), CASES)

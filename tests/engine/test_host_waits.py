@@ -19,8 +19,6 @@ from unikd_fast.engine.timing import Throughput
 from unikd_fast.models import build_model
 from unikd_fast.values import Batch, Features
 
-pytestmark = pytest.mark.usefixtures("group")
-
 ON_DEVICE = replace(ALONE, device=DEVICE)
 # Clipping and an average are CHANGING's.
 EAGER = {**CHANGING["train"], "cuda_graph": "off", "accumulation_steps": 2}

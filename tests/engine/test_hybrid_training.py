@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.real_runs import config_of, newest_checkpoint, process_group, train_here, train_records
+from support.real_runs import config_of, newest_checkpoint, train_here, train_records
 from unikd_fast.config import load_config
 from unikd_fast.engine.checkpoint import FOLDER
 
@@ -18,12 +18,6 @@ HYBRID: dict[str, Any] = {
     "alpha_ramp_epochs": 0.0,
 }
 TERMS = ("total", "ce", "kd_logit_kl", "feature_kl", "unikd_logit_kl")
-
-
-@pytest.fixture(autouse=True)
-def group(tmp_path: Path) -> Any:
-    with process_group(tmp_path):
-        yield
 
 
 def test_a_hybrid_trains_and_says_each_term(tmp_path: Path, weights: Path) -> None:

@@ -14,8 +14,6 @@ from unikd_fast.engine import run as launch
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.methods import METHODS, Method, ReviewKD, RunContext, needs_of
 
-pytestmark = pytest.mark.usefixtures("group")
-
 
 def config_of(**distill: Any) -> Config:
     raw = {

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from support.ranks import Ranks
-from support.real_runs import as_in_a_process, run, write_config
+from support.real_runs import in_this_process, run, write_config
 from unikd_fast.engine.distributed import StopSignal, join_alone, start_processes
 from unikd_fast.engine.step import train_step
 
@@ -69,9 +69,12 @@ def test_an_older_torch_listens_on_the_loopback(monkeypatch: pytest.MonkeyPatch)
         return None if dist.get_backend() == "fake" else scatter(output, *arguments, **options)
 
     monkeypatch.setattr(dist, "reduce_scatter_tensor", returns_nothing)
-    before = listening()
-    with as_in_a_process():
+
+    def joined() -> int:
         join_alone(torch.device("cpu"))
-        talk()
-        opened = [address for address in listening() if address not in before]
+        return talk()
+
+    before, done = listening(), in_this_process(joined)
+    (line,) = done.stdout.splitlines()
+    opened = [address for address in line.split()[1:] if address not in before]
     assert opened and all(ip_address(address).is_loopback for address in opened)

@@ -29,8 +29,6 @@ from unikd_fast.methods import RunContext, build_method
 from unikd_fast.models import LogitsOnly, build_model
 from unikd_fast.values import Batch
 
-pytestmark = pytest.mark.usefixtures("group")
-
 # A key that changes nothing, but is one for DeepSpeed to read.
 ASKED: dict[str, Any] = {"prescale_gradients": False}
 SETTINGS: dict[str, dict[str, Any]] = {

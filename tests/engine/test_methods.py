@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.real_runs import ALONE, CACHED, config_of, process_group, train_here, train_records, write_config
+from support.real_runs import ALONE, CACHED, config_of, train_here, train_records, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.schema import DistillConfig
 from unikd_fast.engine.build import Experiment, build_experiment
@@ -31,12 +31,6 @@ from unikd_fast.methods import (
 from unikd_fast.methods.kd import KDSettings
 from unikd_fast.models import LogitsOnly, build_model
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
-
-
-@pytest.fixture(autouse=True)
-def group(tmp_path: Path) -> Any:
-    with process_group(tmp_path):
-        yield
 
 
 class Everything(Method[KDSettings]):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from support.real_runs import ALONE, opened, process_group, run, save_teacher, train_here, write_config
+from support.real_runs import ALONE, opened, run, save_teacher, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.evaluate import BatchLogits, Probe, write_outputs
@@ -110,7 +110,6 @@ def test_a_run_leaves_the_logits_of_its_last_student(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_neither_is_made_where_it_is_not_asked_for(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="run", run={"test_logits": False, "probe": False}, train={"max_steps": 2})
-    with process_group(tmp_path):
-        folder = train_here(load_config(config))
+    folder = train_here(load_config(config))
     assert read_test_logits(folder) is None
     assert "probe_kl" not in (folder / "metrics.jsonl").read_text()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from support.ranks import Ranks
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.schema import TrainConfig
-from unikd_fast.engine.distributed import Processes, average_buffers
+from unikd_fast.engine.distributed import Processes, average_buffers, join_alone
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.optimizer import build_optimizer, clip_before_update, learning_rate
@@ -176,7 +176,8 @@ def test_the_users_timers_stay() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 3.0, 1e4])
-def test_clipping_is_deepspeeds_to_the_bit(group: None, max_norm: float) -> None:
+def test_clipping_is_deepspeeds_to_the_bit(max_norm: float) -> None:
+    join_alone(ALONE.device)
     ours, theirs = (build_model("cifar/resnet8", num_classes=10) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):

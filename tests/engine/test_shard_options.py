@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.real_runs import merged, opened, process_group, run_ranks, train_here, write_config
+from support.real_runs import merged, opened, run_ranks, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.memory import oom_hint
 from unikd_fast.errors import LoaderError, OutOfMemory
@@ -33,10 +33,9 @@ def config_of(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
 
 @pytest.mark.slow
 def test_recomputed_blocks_train_bit_for_bit_alike(tmp_path: Path) -> None:
-    with process_group(tmp_path):
-        for name, recompute in (("kept", False), ("again", True)):
-            config = config_of(tmp_path, name, train={"activation_checkpointing": recompute})
-            train_here(load_config(config))
+    for name, recompute in (("kept", False), ("again", True)):
+        config = config_of(tmp_path, name, train={"activation_checkpointing": recompute})
+        train_here(load_config(config))
     assert losses(tmp_path / "kept") == losses(tmp_path / "again")
     assert len(losses(tmp_path / "kept")) == 6
 
@@ -44,9 +43,8 @@ def test_recomputed_blocks_train_bit_for_bit_alike(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_follow_fp32(tmp_path: Path, precision: str) -> None:
-    with process_group(tmp_path):
-        for name in ("fp32", precision):
-            train_here(load_config(config_of(tmp_path, name, train={"precision": name})))
+    for name in ("fp32", precision):
+        train_here(load_config(config_of(tmp_path, name, train={"precision": name})))
     exact, rounded = losses(tmp_path / "fp32"), losses(tmp_path / precision)
     assert exact != rounded
     # Eight bits of a bf16 product, over six steps.

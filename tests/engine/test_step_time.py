@@ -15,9 +15,6 @@ from unikd_fast.engine import step as steps
 from unikd_fast.engine.timing import COUNT, FIRST, StepClock
 from unikd_fast.report.run_files import STEP_TIME, read_step_time
 
-pytestmark = pytest.mark.usefixtures("group")
-
-
 CPU = torch.device("cpu")
 
 

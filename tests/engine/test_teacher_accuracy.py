@@ -13,7 +13,6 @@ from support.real_runs import (
     CACHED,
     cached_config,
     opened,
-    process_group,
     save_teacher,
     train_here,
     write_config,
@@ -203,14 +202,13 @@ def test_a_resumed_run_does_not_measure_again(
     counted = Counted(monkeypatch)
     path = config_of(tmp_path, folder / "much.pth", student={"weights": str(folder / "nothing.pth")})
     config = load_config(path, ["train.max_steps=2"])
-    with process_group(tmp_path):
-        run = train_here(config)
-        assert counted.count == 2  # teacher and student
-        record = json.loads((run / "teacher.json").read_text())
-        assert record["validation"] == {"accuracy": pytest.approx(known), "samples": 297}
-        caplog.clear()
-        with caplog.at_level("INFO", "unikd_fast"):
-            train_here(config, resume=True)
+    run = train_here(config)
+    assert counted.count == 2  # teacher and student
+    record = json.loads((run / "teacher.json").read_text())
+    assert record["validation"] == {"accuracy": pytest.approx(known), "samples": 297}
+    caplog.clear()
+    with caplog.at_level("INFO", "unikd_fast"):
+        train_here(config, resume=True)
     assert counted.count == 2
     assert json.loads((run / "teacher.json").read_text()) == record
     assert f"the teacher classifies {known:.2f} %" in caplog.text
@@ -232,7 +230,7 @@ def test_a_cache_knows_what_its_teacher_knew(
     short = ["train.max_steps=1"]
     path = cached_config(tmp_path, folder / "much.pth", teacher={"min_accuracy": None})
     line = f"the teacher classifies {known:.2f} % of 297 validation images correctly"
-    with process_group(tmp_path), caplog.at_level("INFO", "unikd_fast"):
+    with caplog.at_level("INFO", "unikd_fast"):
         for number in range(2):
             caplog.clear()
             train_here(load_config(path, [*short, f"run.dir={tmp_path / str(number)}"]))

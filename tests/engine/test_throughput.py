@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.odd_images import encoded, picture
-from support.real_runs import ALONE, process_group, train_here, write_config
+from support.real_runs import ALONE, train_here, write_config
 from unikd_fast.config import load_config
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.timing import Throughput, loader_rate
@@ -137,6 +137,5 @@ def test_a_run_on_large_files_says_that_its_loader_binds_it(tmp_path: Path, capl
         distill={"method": "none"},
         train={"total_epochs": 30, "global_batch_size": 4, "accumulation_steps": 1, "ema_decay": None},
     )
-    with process_group(tmp_path):
-        train_here(load_config(path, ["data.workers=0"]))
+    train_here(load_config(path, ["data.workers=0"]))
     assert caplog.text.count("loader-bound: the loader delivers") == 1

@@ -54,7 +54,6 @@ def test_a_run_learns_contrastively_and_resumes(tmp_path: Path, precision: str, 
     from support.real_runs import (
         cached_config,
         newest_checkpoint,
-        process_group,
         save_teacher,
         train_here,
         train_records,
@@ -71,24 +70,23 @@ def test_a_run_learns_contrastively_and_resumes(tmp_path: Path, precision: str, 
         path = cached_config(tmp_path, weights, name=name, cache={"mode": "off"}, **settings)
         return load_config(path)
 
-    with process_group(tmp_path):
-        whole = train_here(config("whole"))
-        records = [record for record in train_records(whole) if record["kind"] == "train"]
-        assert len(records) == 24
-        losses = [record["crd"] for record in records]
-        assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-        saved = newest_checkpoint(whole)
-        assert saved["method"]["banks"]["step"] == 24
-        assert saved["method"]["banks"]["student"].shape == (96, 16)
-        assert not any("bank" in name for name in saved["student"])
-        assert saved["student"]["companion.weight"].shape == (16, 64)
-        parted = config("parted")
-        folder = train_here(parted)
-        for later in sorted((folder / FOLDER).glob("step-*"))[2:]:
-            shutil.rmtree(later)
-        assert newest_checkpoint(folder)["run"]["step"] == 12
-        (folder / "result.json").unlink()
-        train_here(parted, resume=True)
-        assert train_records(folder) == train_records(whole)
-        resumed = newest_checkpoint(folder)["method"]["banks"]
-        assert torch.equal(resumed["student"], saved["method"]["banks"]["student"])
+    whole = train_here(config("whole"))
+    records = [record for record in train_records(whole) if record["kind"] == "train"]
+    assert len(records) == 24
+    losses = [record["crd"] for record in records]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    saved = newest_checkpoint(whole)
+    assert saved["method"]["banks"]["step"] == 24
+    assert saved["method"]["banks"]["student"].shape == (96, 16)
+    assert not any("bank" in name for name in saved["student"])
+    assert saved["student"]["companion.weight"].shape == (16, 64)
+    parted = config("parted")
+    folder = train_here(parted)
+    for later in sorted((folder / FOLDER).glob("step-*"))[2:]:
+        shutil.rmtree(later)
+    assert newest_checkpoint(folder)["run"]["step"] == 12
+    (folder / "result.json").unlink()
+    train_here(parted, resume=True)
+    assert train_records(folder) == train_records(whole)
+    resumed = newest_checkpoint(folder)["method"]["banks"]
+    assert torch.equal(resumed["student"], saved["method"]["banks"]["student"])

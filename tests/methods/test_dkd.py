@@ -1,6 +1,5 @@
 """DKD: the loss and its gradient against the paper's formula, its warm-up, and what it refuses."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from support.logit_methods import (
     standardised,
     trained,
 )
-from support.real_runs import process_group, save_teacher
+from support.real_runs import save_teacher
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.losses import quantize_logits
 from unikd_fast.methods import DKD, KD, Hybrid
@@ -141,14 +140,7 @@ def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     torch.testing.assert_close(hybrid.loss(StudentOutput(student), Target(teacher), BATCH).total, expected)
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("standardized", [False, True])
 def test_trains(tmp_path: Path, standardized: bool) -> None:
     weights = save_teacher(tmp_path / "teacher.pt")
@@ -159,7 +151,6 @@ def test_trains(tmp_path: Path, standardized: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
 def test_trains_from_a_cache(tmp_path: Path) -> None:
     weights = save_teacher(tmp_path / "teacher.pt")
     section = {"ramp_epochs": 1.0, "beta": 2.0}

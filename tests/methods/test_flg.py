@@ -1,7 +1,6 @@
 """FLG: the loss and its gradients against the formula, and what the embedding's term stands for."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from support.logit_methods import (
     trained,
 )
 from support.loss_inputs import randn
-from support.real_runs import newest_checkpoint, process_group, save_teacher, train_here, train_records
+from support.real_runs import newest_checkpoint, save_teacher, train_here, train_records
 from unikd_fast.config import load_config
 from unikd_fast.engine.checkpoint import FOLDER
 from unikd_fast.methods import DKD, FLG, Hybrid, Needs
@@ -162,14 +161,7 @@ def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     torch.testing.assert_close(loss.total, alone.total + distilled)
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trains_with_a_teacher_of_another_width(tmp_path: Path, precision: str) -> None:
     weights = save_teacher(tmp_path / "teacher.pt", "cifar/resnet8x4")
@@ -181,7 +173,6 @@ def test_trains_with_a_teacher_of_another_width(tmp_path: Path, precision: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
 def test_a_resumed_hybrid_matches_an_uninterrupted_run(tmp_path: Path) -> None:
     """The projection and its momentum come back, and the warm-up goes on where it was."""
     weights = save_teacher(tmp_path / "teacher.pt")

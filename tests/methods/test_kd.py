@@ -1,6 +1,5 @@
 """KD with logit standardisation: against the formula, and from a configuration."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from support.logit_methods import (
     standardised,
     trained,
 )
-from support.real_runs import process_group, save_teacher
+from support.real_runs import save_teacher
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.methods import KD
 from unikd_fast.values import StudentOutput, Target
@@ -107,14 +106,7 @@ def test_standardisation_refuses_top_k_logits() -> None:
         load_config(DIGITS, [*settings, "distill.kd.standardized=true"])
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
 def test_trains(tmp_path: Path) -> None:
     settings = {"kd": {"standardized": True, "temperature": 2.0, "beta": 9.0, "ce_weight": 1.0}}
     records = trained(tmp_path, save_teacher(tmp_path / "teacher.pt"), "kd", distill=settings)

@@ -1,6 +1,5 @@
 """MLKD: against what the published code computes, written out, and against the formula without its accidents."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from support.logit_methods import (
     standardised,
     trained,
 )
-from support.real_runs import process_group, save_teacher
+from support.real_runs import save_teacher
 from unikd_fast.methods import KD, MLKD, Hybrid, Needs
 from unikd_fast.values import Features, StudentOutput
 
@@ -176,14 +175,7 @@ def test_a_hybrid_keeps_the_strong_views_cross_entropy() -> None:
     torch.testing.assert_close(loss.total, total + 0.9 * terms["ce"] + 2.0 * soft(student, teacher, 4.0))
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
 def test_trains(tmp_path: Path) -> None:
     weights = save_teacher(tmp_path / "teacher.pt")
     section = {"first_view_temperatures": [], "masks": False}

@@ -1,6 +1,5 @@
 """NKD: the loss and its gradient against the formula of the published code, and what its terms see."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from support.logit_methods import (
     softmax,
     trained,
 )
-from support.real_runs import process_group, save_teacher
+from support.real_runs import save_teacher
 from unikd_fast.losses import quantize_logits
 from unikd_fast.methods import DKD, NKD, Hybrid, Needs
 from unikd_fast.values import StudentOutput, Target
@@ -119,14 +118,7 @@ def test_zero_weights_leave_the_target_term() -> None:
     assert kl(softmax(logits(2)), softmax(logits(1))).mean() != loss.total
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
 def test_trains(tmp_path: Path) -> None:
     records = trained(tmp_path, save_teacher(tmp_path / "teacher.pt"), "nkd", distill={"nkd": {"gamma": 3.0}})
     assert falls(records, "nkd_target") and falls(records, "nkd_non_target")

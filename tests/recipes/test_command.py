@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from support.real_runs import process_group
 from unikd_fast.cli import main
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.recipes import recipe_names
@@ -271,8 +270,7 @@ def test_a_table_on_digits_with_the_real_engine(
 ) -> None:
     monkeypatch.setattr(Training, "run", train_here)
     monkeypatch.setattr(Processes, "leave", lambda self: None)  # DeepSpeed keeps the group of the first run
-    with process_group(tmp_path):
-        assert main(["reproduce", *ONE_CELL, "--out", str(tmp_path), *SHORT]) == 0
+    assert main(["reproduce", *ONE_CELL, "--out", str(tmp_path), *SHORT]) == 0
     assert_one_cell(tmp_path, capsys.readouterr().out)
 
 

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from support.real_runs import ALONE, process_group
+from support.real_runs import ALONE
 from unikd_fast.config import ConfigError
 from unikd_fast.engine.describe import describe
 from unikd_fast.models import build_model
@@ -94,7 +94,7 @@ WRITERS = {
 @pytest.fixture(scope="module", autouse=True)
 def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the configurations name by environment variables."""
-    with process_group(tmp_path_factory.mktemp("group")), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for variable, write in WRITERS.items():
             patch.setenv(variable, str(write(tmp_path_factory.mktemp(variable))))
         yield

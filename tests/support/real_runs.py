@@ -1,10 +1,8 @@
 """Tiny runs: in this process, in several without a launcher, and by the launchers as a user starts them."""
 
-import importlib.util
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -13,12 +11,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from support.alone import alone
 from support.build_method import for_method
 from support.free_ports import free_port
 from support.ranks import Done, Ranks
@@ -29,7 +26,7 @@ from unikd_fast.data.sets import open_data
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.checkpoint import find_newest, read_folder
-from unikd_fast.engine.distributed import Processes, StopSignal, join_alone
+from unikd_fast.engine.distributed import Processes, StopSignal
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.models import build_model
 
@@ -116,37 +113,12 @@ def as_in_a_process() -> Iterator[None]:
     handlers, level = logger.handlers, logger.level
     logger.handlers = []
     _log_once.cache_clear()
-    grouped = torch.distributed.is_initialized()
     try:
-        with (
-            patch.dict(os.environ),
-            patch.object(Processes, "leave"),  # a group is for all tests of a module
-            as_without_zero(),
-            torch.random.fork_rng(devices=[]),
-        ):
+        with alone(), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        if torch.distributed.is_initialized() and not grouped:
-            leave_group()
         logger.handlers, logger.level = handlers, level
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def as_without_zero() -> Iterator[None]:
-    """Put back what DeepSpeed's stage 3 replaces in torch for good."""
-    with patch.object(functional, "linear", functional.linear):
-        yield
-
-
-def leave_group() -> None:
-    """Take the process group down, also what DeepSpeed knows of it."""
-    if importlib.util.find_spec("deepspeed") is None:
-        torch.distributed.destroy_process_group()
-        return
-    import deepspeed.comm
-
-    deepspeed.comm.destroy_process_group()
 
 
 def start(config: Path, *arguments: str, processes: int = 1) -> Ranks:
@@ -286,31 +258,9 @@ def save_teacher(path: Path, model: str = "cifar/resnet8", seed: int = 0, sharpn
     return path
 
 
-@contextmanager
-def process_group(folder: Path) -> Iterator[None]:
-    """A process group of this process alone, which DeepSpeed needs; gone afterwards, so that others may make theirs.
-
-    Where DeepSpeed is not installed, on a GPU machine that has little, runs of captured steps do without.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        yield
-        return
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.distributed.is_initialized():  # by a command that ended with an error in this process
-        leave_group()
-    with patch.dict(os.environ), as_without_zero():
-        join_alone(ALONE.device)
-        try:
-            yield
-        finally:
-            leave_group()
-
-
 def train_here(config: Config, *, resume: bool = False) -> Path:
-    """Trains a single run in this process, within a `process_group`, and returns its folder."""
+    """Train a single run in this process and return its folder."""
     folder = Path(config.run.dir)
-    with StopSignal(ALONE) as stop:
+    with alone(), StopSignal(ALONE) as stop:
         Trainer(build_experiment(config, ALONE), folder, stop, label="student", resume=resume).run()
     return folder

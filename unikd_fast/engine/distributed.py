@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,8 +85,14 @@ class Processes:
 
     def leave(self) -> None:
         """Leave the process group, if there is one, after a successful run."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
+
+
+def leave_group() -> None:
+    """Destroy the process group, if there is one, and DeepSpeed's references to it, so that another run can follow."""
+    if dist.is_initialized():
+        comm = sys.modules.get("deepspeed.comm")
+        (dist if comm is None or not comm.is_initialized() else comm).destroy_process_group()
 
 
 def start_processes(timeout_minutes: float = 10.0) -> Processes:
