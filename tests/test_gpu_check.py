@@ -195,7 +195,7 @@ sys.exit(__import__("pytest").main(sys.argv[1:]))
 def test_captured_steps_and_loaders_run_without_deepspeed() -> None:
     """As on a GPU machine without it: what needs it says so, and the rest is collected and runs."""
     tests = [
-        "tests/engine/test_captured_steps.py::test_nothing_that_changes_is_baked_in[kd]",
+        "tests/engine/test_captured_steps.py::test_no_changing_value_is_baked_in[kd]",
         "tests/engine/test_captured_on_gpu.py",
         "tests/data/test_every_loader.py::test_an_epoch_gives_each_id_to_one_rank_once[1-device-memory]",
     ]

@@ -54,7 +54,7 @@ def data_section(root: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_report_the_sum_and_evaluate_the_rest(tmp_path: Path) -> None:
+def test_two_ranks_sum_skipped_samples(tmp_path: Path) -> None:
     path = write_config(
         tmp_path,
         data=data_section(write_folder(tmp_path / "images")),
@@ -75,7 +75,7 @@ def test_two_processes_report_the_sum_and_evaluate_the_rest(tmp_path: Path) -> N
     assert f"training: skipped a sample: cannot decode {bad}: the file is empty" in finished.stderr
 
 
-def test_a_bad_sample_counts_neither_as_right_nor_as_wrong(tmp_path: Path) -> None:
+def test_bad_samples_do_not_count_in_accuracy(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, data=data_section(write_folder(tmp_path / "images"))))
     processes = Processes(0, 1, 0, torch.device("cpu"))
     loader = build_data_loader(config, build_data(config, processes), processes)
@@ -87,7 +87,7 @@ def test_a_bad_sample_counts_neither_as_right_nor_as_wrong(tmp_path: Path) -> No
         list(build_data_loader(strict, build_data(strict, processes), processes).evaluate("val"))
 
 
-def test_the_record_holds_the_sum_against_the_share(tmp_path: Path) -> None:
+def test_max_bad_share_applies_to_all_ranks(tmp_path: Path) -> None:
     class TwoProcesses(Processes):
         def gather(self, value: Any) -> list[Any]:
             return [value, [*value, "another.png"]]
@@ -111,7 +111,7 @@ def test_the_record_holds_the_sum_against_the_share(tmp_path: Path) -> None:
     assert record(bad_images="error") is None
 
 
-def test_a_mixed_loader_reports_them_as_well(tmp_path: Path) -> None:
+def test_a_mixing_loader_reports_bad_samples(tmp_path: Path) -> None:
     data = data_section(write_folder(tmp_path / "images"), mixing={"mixup_alpha": 0.2})
     config = load_config(write_config(tmp_path, data=data))
     processes = Processes(0, 1, 0, torch.device("cpu"))
@@ -121,7 +121,7 @@ def test_a_mixed_loader_reports_them_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "dangling"])
-def test_a_skipped_file_is_not_asked_for_after_training(how: str, tmp_path: Path) -> None:
+def test_a_skipped_file_is_skipped_after_training_too(how: str, tmp_path: Path) -> None:
     """The teacher's accuracy is measured last, and by every resume that finds none."""
     root = write_folder(tmp_path / "images")
     data = data_section(root, image_size=16, max_bad_share=0.2)
@@ -139,7 +139,7 @@ def test_a_skipped_file_is_not_asked_for_after_training(how: str, tmp_path: Path
     assert read_result(tmp_path / "teacher") == result
 
 
-def test_a_cache_does_not_go_with_skipping(tmp_path: Path) -> None:
+def test_a_cache_excludes_skipping(tmp_path: Path) -> None:
     teacher = {"cache": {"mode": "read_write"}}
     path = write_config(tmp_path, data=data_section(tmp_path), teacher=teacher)
     with pytest.raises(ConfigError, match=r"cache\.mode = 'read_write' with data\.bad_images = 'skip': .*=error, or"):
@@ -151,7 +151,7 @@ def test_a_cache_does_not_go_with_skipping(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_a_bad_file_ends_a_run_with_its_name_and_no_traceback(loader: str, tmp_path: Path) -> None:
+def test_a_bad_file_ends_the_run_with_its_name(loader: str, tmp_path: Path) -> None:
     if loader == "dali" and dali_problem() is not None:
         pytest.skip(f"DALI does not work here: {dali_problem()}")
     root = write_folder(tmp_path / "images")

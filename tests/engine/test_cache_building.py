@@ -112,7 +112,7 @@ def waits_for(lock: Path, process: Ranks) -> bool:
 
 
 @pytest.mark.slow
-def test_two_runs_at_once_build_every_shard_once_and_train_the_same_student(together: Together) -> None:
+def test_concurrent_runs_build_every_shard_once(together: Together) -> None:
     assert together.codes == (0, 0), together.outputs
     assert together.side_by_side  # both built
     assert together.rewritten == []
@@ -122,9 +122,7 @@ def test_two_runs_at_once_build_every_shard_once_and_train_the_same_student(toge
 
 
 @pytest.mark.slow
-def test_a_build_that_is_killed_and_then_stopped_goes_on_where_it_was(
-    tmp_path: Path, weights: Path, together: Together
-) -> None:
+def test_a_killed_or_stopped_build_continues(tmp_path: Path, weights: Path, together: Together) -> None:
     config = cached_config(tmp_path, weights, name="struck", **SLOW)
     folder = in_small_shards(config)
     process = start(config)
@@ -160,7 +158,7 @@ def test_a_build_that_is_killed_and_then_stopped_goes_on_where_it_was(
     assert same_student(tmp_path / "struck", together.runs[0])
 
 
-def test_a_run_that_waits_for_another_one_to_build_can_be_stopped(tmp_path: Path, weights: Path) -> None:
+def test_a_run_waiting_for_a_build_can_be_stopped(tmp_path: Path, weights: Path) -> None:
     config = cached_config(tmp_path, weights)
     folder = in_small_shards(config)
     ready(config)

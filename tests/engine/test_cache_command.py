@@ -21,7 +21,7 @@ from unikd_fast.teacher.cache import CacheFolder
 pytestmark = pytest.mark.slow
 
 
-def test_info_tells_sizes_key_and_builder_as_text_and_json(copied: Path) -> None:
+def test_info_as_text_and_json(copied: Path) -> None:
     folder = copied.parent / "cache"
     (folder / "shard-00003.bin").unlink()
     text = command("info", folder)
@@ -48,7 +48,7 @@ def test_info_tells_sizes_key_and_builder_as_text_and_json(copied: Path) -> None
     assert found["builder"]["precision"] == "fp32"
 
 
-def test_info_before_anything_is_built(tmp_path: Path) -> None:
+def test_info_of_an_empty_cache(tmp_path: Path) -> None:
     config = cached_config(tmp_path, distill={"method": "kd"}, logits="top_k", top_k=3)
     arguments = ("--config", config, "--set", "distill.kd.temperature=1")
     read = load_config(config, ["teacher.cache.mode=read_write", "distill.kd.temperature=1"])
@@ -62,7 +62,7 @@ def test_info_before_anything_is_built(tmp_path: Path) -> None:
     assert command("verify", *arguments).stdout.splitlines()[0] == "shard-00000.bin: not built"
 
 
-def test_plan_measures_and_makes_no_folder(tmp_path: Path) -> None:
+def test_plan_measures_and_writes_nothing(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=7)
     said = command("plan", "--config", config)
     assert said.returncode == 0, said.stderr
@@ -80,7 +80,7 @@ def test_plan_measures_and_makes_no_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
 
 
-def test_plan_shows_each_kind_of_run_once_and_needs_no_trained_teacher(tmp_path: Path) -> None:
+def test_plan_lists_distinct_runs(tmp_path: Path) -> None:
     kd = {"distill.method": "kd"}
     runs = {"alone": {"distill.method": "none"}, "KD": kd, "KD again": kd, "UniKD": {"distill.unikd.alpha": 2.0}}
     config = cached_config(tmp_path, dir=str(tmp_path / "{method}-{seed}"))

@@ -22,7 +22,7 @@ from support.real_runs import run
 pytestmark = pytest.mark.slow
 
 
-def test_build_makes_the_cache_without_training_and_a_second_build_finds_it_complete(tmp_path: Path) -> None:
+def test_a_second_build_finds_the_cache_complete(tmp_path: Path) -> None:
     config = cached_config(tmp_path)
     first = command("build", "--config", config)
     assert first.returncode == 0, first.stderr
@@ -48,7 +48,7 @@ def test_build_makes_the_cache_without_training_and_a_second_build_finds_it_comp
         ("delete", "shard-00001.bin: not built"),
     ],
 )
-def test_a_bad_shard_is_named_discarded_and_alone_built_anew(copied: Path, damage: str, found: str) -> None:
+def test_only_a_bad_shard_is_repaired(copied: Path, damage: str, found: str) -> None:
     folder = copied.parent / "cache"
     shard, bad = folder / "shard-00001.bin", int(damage != "delete")
     content, untouched = shard.read_bytes(), files(folder)
@@ -88,7 +88,7 @@ def test_a_bad_shard_is_named_discarded_and_alone_built_anew(copied: Path, damag
     assert command("verify", folder, "--repair") == (0, f"{folder}: 4 of 4 shards are ok\n", "")
 
 
-def test_what_belongs_to_all_shards_cannot_be_repaired(copied: Path) -> None:
+def test_shared_files_cannot_be_repaired(copied: Path) -> None:
     head = copied.parent / "cache" / "teacher.safetensors"
     content = head.read_bytes()
     head.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -103,7 +103,7 @@ def test_what_belongs_to_all_shards_cannot_be_repaired(copied: Path) -> None:
     assert f"{head} is missing, but the shards were made with it" in said.stderr
 
 
-def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_path: Path) -> None:
+def test_a_comparison_builds_each_cache_once(tmp_path: Path) -> None:
     runs = {
         "alone": {"distill.method": "none"},
         "KD": {"distill.method": "kd"},
@@ -129,7 +129,7 @@ def test_a_comparison_builds_each_cache_once_and_refuses_two_in_one_folder(tmp_p
     assert "teacher.cache.dir" in said.stderr
 
 
-def test_several_processes_share_the_work(tmp_path: Path) -> None:
+def test_ranks_share_a_build(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=20)
     make_folder(config, 288)
     two = start(tmp_path, "build", "--config", config, processes=2).done()
@@ -138,7 +138,7 @@ def test_several_processes_share_the_work(tmp_path: Path) -> None:
     assert command("verify", "--config", config).returncode == 0
 
 
-def test_independent_builds_of_one_folder_share_the_work(tmp_path: Path) -> None:
+def test_concurrent_builds_share_the_work(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=20)
     make_folder(config, 288)
     for one in [start(tmp_path, "build", "--config", config) for _ in range(2)]:
@@ -148,7 +148,7 @@ def test_independent_builds_of_one_folder_share_the_work(tmp_path: Path) -> None
     assert command("verify", "--config", config).returncode == 0
 
 
-def test_sigterm_ends_a_build_with_143_and_the_next_one_goes_on(tmp_path: Path) -> None:
+def test_sigterm_stops_a_build_that_can_continue(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=60)
     folder = make_folder(config, 480)  # 12 shards
     process = start(tmp_path, "build", "--config", config)
@@ -170,7 +170,7 @@ def test_sigterm_ends_a_build_with_143_and_the_next_one_goes_on(tmp_path: Path) 
     assert kept.items() <= files(folder.path).items()
 
 
-def test_a_run_that_may_only_read_trains_from_what_was_built(built: Path) -> None:
+def test_a_read_only_run_trains_from_a_built_cache(built: Path) -> None:
     folder = built.parent / "cache"
     before = files(folder)
     said = run(

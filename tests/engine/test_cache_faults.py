@@ -40,7 +40,7 @@ from unikd_fast.teacher.cache import CacheFolder
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_ends_a_run_with_its_own_exit_code(tmp_path: Path, weights: Path) -> None:
+def test_a_flipped_bit_ends_a_run_with_exit_code_4(tmp_path: Path, weights: Path) -> None:
     folder = in_small_shards(cached_config(tmp_path, weights))
     ready(cached_config(tmp_path, weights))
     path = folder.path / "shard-00003.bin"
@@ -53,7 +53,7 @@ def test_a_flipped_bit_ends_a_run_with_its_own_exit_code(tmp_path: Path, weights
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path, weights: Path) -> None:
+def test_a_disk_too_small_is_refused_before_training(tmp_path: Path, weights: Path) -> None:
     disk = tmp_path / "disk"
     sections: dict[str, Any] = {"data": {"train_samples": None}, "cache": {"dir": str(disk / "cache")}}
     with small_disk(disk, kib=128):
@@ -87,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
         pytest.param(delete, 0.0, None, id="deleted"),
     ],
 )
-def test_a_damaged_shard_is_refused_and_built_again_without_the_others(
+def test_only_a_damaged_shard_is_rebuilt(
     tmp_path: Path, weights: Path, trained: Path, damage: Callable[[Path], None], recheck: float, said: str | None
 ) -> None:
     def config(name: str, **cache: Any) -> Path:
@@ -119,9 +119,7 @@ def test_a_damaged_shard_is_refused_and_built_again_without_the_others(
 
 @pytest.mark.parametrize("damage", [flip, truncate, delete])
 @pytest.mark.parametrize("name", ["manifest.json", "sample_ids.npy", "teacher.safetensors"])
-def test_a_damaged_description_is_refused(
-    tmp_path: Path, weights: Path, name: str, damage: Callable[[Path], None]
-) -> None:
+def test_damaged_metadata_is_refused(tmp_path: Path, weights: Path, name: str, damage: Callable[[Path], None]) -> None:
     config = cached_config(tmp_path, weights)
     folder = ready(config).cache.folder  # type: ignore[union-attr]
     damage(folder.path / name)
@@ -142,7 +140,7 @@ def overwrite(folder: CacheFolder, content: NDArray[np.uint8]) -> None:
             writer.commit()
 
 
-def test_outputs_that_changed_behind_the_keys_back_are_not_trained_on(tmp_path: Path, weights: Path) -> None:
+def test_recheck_finds_outputs_of_another_teacher(tmp_path: Path, weights: Path) -> None:
     folder = in_small_shards(cached_config(tmp_path, weights))
     own = payloads(ready(cached_config(tmp_path, weights)).cache.folder)  # type: ignore[union-attr]
     other = save_teacher(tmp_path / "other.pth", seed=1)
@@ -187,7 +185,7 @@ def interrupt(config: Path, questions: int = 12) -> None:
         Trainer(experiment, Path(single.run.dir), StopsAfter(questions), label="student", resume=False).run()
 
 
-def test_a_run_does_not_go_on_against_another_head(tmp_path: Path, weights: Path) -> None:
+def test_resuming_with_another_head_is_refused(tmp_path: Path, weights: Path) -> None:
     config = cached_config(tmp_path, weights)
     interrupt(config)
     shutil.rmtree(tmp_path / "outputs")
@@ -201,7 +199,7 @@ def test_a_run_does_not_go_on_against_another_head(tmp_path: Path, weights: Path
         train_here(load_config(config), resume=True)
 
 
-def test_a_run_goes_on_with_a_cache_that_is_built_again(tmp_path: Path, weights: Path) -> None:
+def test_a_run_resumes_with_a_rebuilt_cache(tmp_path: Path, weights: Path) -> None:
     whole = train_here(load_config(cached_config(tmp_path, weights, name="whole")))
     config = cached_config(tmp_path, weights, name="cut", cache={"dir": str(tmp_path / "its")})
     interrupt(config)

@@ -61,7 +61,7 @@ def equal(left: Any, right: Any) -> bool:
         ("unikd", "cifar/resnet8", "fp32", False),
     ],
 )
-def test_a_measurement_changes_nothing_of_the_run(method: str, model: str, precision: str, fitted: bool) -> None:
+def test_measuring_does_not_change_the_run(method: str, model: str, precision: str, fitted: bool) -> None:
     side, of_run, teacher = run_parts(method, model)
     images = torch.randn(8, 3, 32, 32)
     batch = Batch(images, torch.arange(8), torch.arange(8))
@@ -103,7 +103,7 @@ class Bias(nn.Module):
         return Features((), images.mean((2, 3)) + self.bias)
 
 
-def test_the_times_are_medians_of_what_each_took(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of our own: the teacher takes 3 s, the student 5 s, and the fourth call of each 1000 s."""
     now, calls = 0.0, {"teacher": 0, "student": 0}
     monkeypatch.setattr(cache_plan.time, "perf_counter", lambda: now)
@@ -161,9 +161,7 @@ def plan(side: nn.Module, method: Method, teacher: OnlineTeacher, loader: OneBat
 
 
 @pytest.mark.parametrize("at_a_time", [None, 8, 64, 100, 3, 1])
-def test_the_teacher_is_timed_for_what_it_is_asked_not_for_what_it_pads(
-    monkeypatch: pytest.MonkeyPatch, at_a_time: int | None
-) -> None:
+def test_the_teacher_is_timed_without_padding(monkeypatch: pytest.MonkeyPatch, at_a_time: int | None) -> None:
     """By a clock of our own: 10 ms an image, padded or not, so 64 take 0.64 s, and a micro-batch of 8 takes 0.08 s."""
     now, seen = 0.0, []
     monkeypatch.setattr(cache_plan.time, "perf_counter", lambda: now)
@@ -196,7 +194,7 @@ def test_the_teacher_is_timed_for_what_it_is_asked_not_for_what_it_pads(
 
 
 @pytest.mark.parametrize("fitted", [False, True])
-def test_a_plan_changes_nothing_of_the_run(fitted: bool) -> None:
+def test_planning_does_not_change_the_run(fitted: bool) -> None:
     """Least of all the statistics of a head's BatchNorm, which is in train mode until it is fitted."""
     side, of_run, network = run_parts("unikd", "cifar/resnet8", norm="batch")
     head = of_run.fitted_head
@@ -218,7 +216,7 @@ def test_a_plan_changes_nothing_of_the_run(fitted: bool) -> None:
     assert found.times.teacher > 0 and found.times.student > 0
 
 
-def test_a_plan_that_fails_leaves_the_head_in_train_mode() -> None:
+def test_a_failed_plan_leaves_the_head_in_train_mode() -> None:
     side, of_run, network = run_parts("unikd", "cifar/resnet8", norm="batch")
     teacher, loader = OnlineTeacher(network, precision="fp32"), OneBatch(pixels=32)
     head = of_run.fitted_head

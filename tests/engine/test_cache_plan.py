@@ -15,7 +15,7 @@ PLAN = CachePlan(
 )
 
 
-def test_an_epoch_costs_teacher_and_student_or_the_student_alone() -> None:
+def test_epoch_times_with_and_without_a_cache() -> None:
     assert PLAN.epoch_s == pytest.approx(4.0)
     assert PLAN.cached_epoch_s == pytest.approx(1.0)
     assert PLAN.speedup == pytest.approx(4.0)
@@ -30,14 +30,14 @@ def with_missing(views: float) -> CachePlan:
     [(4, 12.0, 4), (3, 9.0, 3), (1, 3.0, 1), (0.1, 0.3, 1), (0, 0.0, 0)],
     ids=["nothing is built", "one view is built", "one is left", "a tenth of one is left", "all is built"],
 )
-def test_building_costs_the_teacher_over_what_is_missing(missing_views: float, build_s: float, break_even: int) -> None:
+def test_building_costs_the_missing_views(missing_views: float, build_s: float, break_even: int) -> None:
     """1000 samples a view at 2 x 50 in 0.3 s: 3 s a view, which is what an epoch saves."""
     plan = with_missing(missing_views)
     assert plan.build_s == pytest.approx(build_s)
     assert plan.break_even_epoch == break_even
 
 
-def test_the_last_bit_of_a_division_is_no_epoch() -> None:
+def test_break_even_ignores_rounding() -> None:
     """An epoch saves one view; of 0.01 s for each of 9 micro-batches, three views divide to 3.0000000000000004."""
     for teacher, micro_batches, views in itertools.product((0.01, 0.07, 0.1, 0.3), range(1, 100), range(1, 8)):
         sizes = replace(SIZES, samples=2 * 11 * micro_batches, missing_bytes=views * SIZES.view_bytes)
@@ -45,14 +45,14 @@ def test_the_last_bit_of_a_division_is_no_epoch() -> None:
         assert plan.break_even_epoch == views
 
 
-def test_samples_that_an_epoch_leaves_out_are_built_as_well() -> None:
+def test_dropped_samples_are_built_too() -> None:
     """1049 samples are dealt as 1000: four views take a little more than four epochs save."""
     plan = replace(PLAN, sizes=replace(SIZES, samples=1049))
     assert plan.build_s == pytest.approx(12.588)
     assert plan.break_even_epoch == 5
 
 
-def test_the_line_holds_sizes_times_and_when_it_pays() -> None:
+def test_the_summary_line() -> None:
     assert PLAN.line() == (
         "4 views x 1,000 samples, 2.34 GiB (5 GiB free); an epoch takes 1 s instead of 4 s (4.00x); "
         "building takes 12 s and pays from epoch 4 on"
@@ -60,7 +60,7 @@ def test_the_line_holds_sizes_times_and_when_it_pays() -> None:
     assert with_missing(0).line().endswith("(4.00x); nothing to build")
 
 
-def test_the_table_holds_all_of_it() -> None:
+def test_the_table() -> None:
     assert with_missing(3).table().splitlines() == [
         "stored      4 views x 1,000 samples",
         "size        600 MiB a view, 2.34 GiB in all",
@@ -75,7 +75,7 @@ def test_the_table_holds_all_of_it() -> None:
     assert "9 s on 1 process\n" in replace(with_missing(1.5), processes=1).table()
 
 
-def test_a_cache_that_does_not_fit_is_warned_of() -> None:
+def test_a_cache_that_does_not_fit_is_warned_about() -> None:
     exactly, one_byte_less = (replace(PLAN, sizes=replace(SIZES, free_bytes=2400 * MIB - less)) for less in (0, 1))
     assert "warning" not in exactly.table()
     warning = "warning     it does not fit; store fewer views, or uint8 logits"

@@ -41,7 +41,7 @@ def differing(error: CacheError) -> set[str]:
 
 
 @pytest.mark.parametrize(("changes", "names"), REFUSED.values(), ids=REFUSED)
-def test_outputs_of_something_else_are_refused_by_name(
+def test_a_changed_key_is_refused_by_name(
     tmp_path: Path, weights: Path, described: Path, changes: dict[str, Any], names: set[str]
 ) -> None:
     changes = {**changes, "cache": {"dir": str(described), **changes.get("cache", {})}}
@@ -57,7 +57,7 @@ def test_outputs_of_something_else_are_refused_by_name(
     assert "--set teacher.cache.dir=" in str(refused.value)
 
 
-def test_another_teacher_under_the_same_path_is_refused_with_both_hashes(tmp_path: Path) -> None:
+def test_replaced_weights_are_refused_with_both_hashes(tmp_path: Path) -> None:
     weights = save_teacher(tmp_path / "teacher.pth")
     config = cached_config(tmp_path, weights)
     before = opened(config).cache.folder.key.fields["teacher"]["weights"]  # type: ignore[union-attr]
@@ -84,7 +84,7 @@ def test_another_teacher_under_the_same_path_is_refused_with_both_hashes(tmp_pat
     ],
     ids=str,
 )
-def test_what_the_outputs_do_not_depend_on_may_change(
+def test_settings_outside_the_key_may_change(
     tmp_path: Path, weights: Path, described: Path, changes: dict[str, Any]
 ) -> None:
     changes = {**changes, "cache": {"dir": str(described), **changes.get("cache", {})}}

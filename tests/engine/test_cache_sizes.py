@@ -16,7 +16,7 @@ from unikd_fast.teacher.cache import CacheFolder, CacheKey, Codec
 CODEC = Codec("fp16", 100)  # 200 bytes, and 16 of a header
 
 
-def test_the_sizes_of_a_cache_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_a_missing_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
     monkeypatch.setattr(cache_plan, "free_bytes", lambda folder: asked.append(folder) or 12345)
     found = cache_sizes(tmp_path / "deep" / "down", CODEC, samples=30, views=4)
@@ -26,7 +26,7 @@ def test_the_sizes_of_a_cache_that_is_not_there(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_the_sizes_of_a_cache_that_is_begun(tmp_path: Path) -> None:
+def test_sizes_of_a_partial_cache(tmp_path: Path) -> None:
     """It has 4 views, one of its six shards of 20 records is done, and of the sixth only view 3 is made."""
     folder = CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 4, 20)
     with folder.claim(2) as writer:  # type: ignore[union-attr]
@@ -40,7 +40,7 @@ def test_the_sizes_of_a_cache_that_is_begun(tmp_path: Path) -> None:
         assert found.free_bytes > 0
 
 
-def test_a_view_that_is_built_costs_nothing_more(tmp_path: Path) -> None:
+def test_built_views_cost_nothing(tmp_path: Path) -> None:
     folder = CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 2, 20)
     for shard in (0, 1):
         with folder.claim(shard) as writer:  # type: ignore[union-attr]
@@ -62,7 +62,7 @@ def test_a_damaged_cache_has_no_sizes(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize(
     "asked", [(Codec("uint8", 100), 30, 4), (CODEC, 29, 4), (CODEC, 30, 5)], ids=["codec", "samples", "views"]
 )
-def test_the_sizes_of_a_cache_whose_folder_holds_another(tmp_path: Path, asked: tuple[Codec, int, int]) -> None:
+def test_sizes_where_the_folder_holds_another_cache(tmp_path: Path, asked: tuple[Codec, int, int]) -> None:
     CacheFolder.create_or_open(tmp_path, CacheKey({}), CODEC, np.arange(30), 4, 20)
     elsewhere = cache_sizes(tmp_path / "elsewhere", *asked)
     assert replace(cache_sizes(tmp_path, *asked), free_bytes=0) == replace(elsewhere, free_bytes=0)

@@ -35,7 +35,7 @@ from unikd_fast.teacher.cache import CacheFolder
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_only_the_first_process_reads_the_weights_of_a_teacher_whose_outputs_are_there(
+def test_only_rank_0_loads_the_teacher(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     ready(cached_config(tmp_path, weights))
@@ -67,7 +67,7 @@ def test_only_the_first_process_reads_the_weights_of_a_teacher_whose_outputs_are
 
 
 @pytest.mark.slow
-def test_any_number_of_workers_builds_and_trains_the_same(tmp_path: Path, weights: Path) -> None:
+def test_workers_do_not_change_cache_or_training(tmp_path: Path, weights: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 48), ("val", 10)):
         for index in range(count):
@@ -100,7 +100,7 @@ def test_any_number_of_workers_builds_and_trains_the_same(tmp_path: Path, weight
     assert len(steps(folders[0])) == 6
 
 
-def test_the_size_of_the_building_batches_changes_rounding_at_most(tmp_path: Path, weights: Path) -> None:
+def test_build_batch_size_changes_rounding_only(tmp_path: Path, weights: Path) -> None:
     """oneDNN chooses its convolution by the size of the batch, and the head is fitted to what it gives."""
     found = {}
     for size in (3, 16, 64):
@@ -114,7 +114,7 @@ def test_the_size_of_the_building_batches_changes_rounding_at_most(tmp_path: Pat
         assert_within_one_unit(found[size], found[16])
 
 
-def test_the_key_is_the_same_for_any_number_of_threads(tmp_path: Path, weights: Path) -> None:
+def test_thread_count_does_not_change_the_key(tmp_path: Path, weights: Path) -> None:
     """Each of two processes has half the threads of one, and another machine has others."""
     config, threads = cached_config(tmp_path, weights), torch.get_num_threads()
     try:
@@ -125,7 +125,7 @@ def test_the_key_is_the_same_for_any_number_of_threads(tmp_path: Path, weights: 
         torch.set_num_threads(threads)
 
 
-def test_both_of_two_processes_get_what_one_would(tmp_path: Path, weights: Path) -> None:
+def test_two_ranks_get_the_targets_of_one(tmp_path: Path, weights: Path) -> None:
     config = cached_config(tmp_path, weights, train={"accumulation_steps": 2})
     alone = ready(config)
     first = pretended(0)
@@ -143,7 +143,7 @@ def test_both_of_two_processes_get_what_one_would(tmp_path: Path, weights: Path)
 
 
 @pytest.mark.slow
-def test_two_processes_with_everything_build_and_train_from_one_cache(tmp_path: Path, weights: Path) -> None:
+def test_two_ranks_build_and_train_from_one_cache(tmp_path: Path, weights: Path) -> None:
     """ZeRO stage 1, accumulation and an average; and the outputs are those that one process builds."""
     sections: dict[str, Any] = {
         "train": {"accumulation_steps": 2, "ema_decay": 0.9},

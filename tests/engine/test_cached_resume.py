@@ -19,7 +19,7 @@ from support.real_runs import (
 from unikd_fast.config import load_config
 
 
-def test_a_second_run_builds_nothing_and_gives_the_same_student(tmp_path: Path, weights: Path) -> None:
+def test_a_second_run_builds_nothing(tmp_path: Path, weights: Path) -> None:
     configs = [
         cached_config(tmp_path, weights, name="first", cache={"recheck": 0.001}),
         cached_config(tmp_path, weights, name="second", cache={"recheck": 0.001}),
@@ -41,7 +41,7 @@ def test_a_second_run_builds_nothing_and_gives_the_same_student(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_killed_run_on_a_cache_continues_bit_for_bit(tmp_path: Path, weights: Path) -> None:
+def test_a_killed_cached_run_continues_bit_for_bit(tmp_path: Path, weights: Path) -> None:
     """The second run finds the first one's cache, and the third plans and checks before it goes on."""
     sections: dict[str, Any] = {
         "run": {"checkpoint_every_steps": 1},

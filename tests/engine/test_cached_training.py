@@ -36,7 +36,7 @@ HALF_UNIT = {"fp16": 2.0**-11, "uint8": 2.0**-9}
         pytest.param(KD, "uint8", 0.002, id="kd-uint8", marks=pytest.mark.long),
     ],
 )
-def test_the_loss_curve_is_that_of_the_teacher_online(
+def test_the_cached_loss_curve_matches_online(
     tmp_path: Path, weights: Path, distill: dict[str, Any], logits: str, rate: float
 ) -> None:
     runs = {}
@@ -59,9 +59,7 @@ def test_the_loss_curve_is_that_of_the_teacher_online(
 
 
 @pytest.mark.parametrize("distill", [KD, {"method": "unikd"}], ids=["kd", "unikd"])
-def test_every_epoch_shows_the_views_of_training_online_and_what_the_teacher_says_of_them(
-    tmp_path: Path, weights: Path, distill: dict[str, Any]
-) -> None:
+def test_cached_views_and_targets_match_online(tmp_path: Path, weights: Path, distill: dict[str, Any]) -> None:
     cached = ready(cached_config(tmp_path, weights, distill=distill))
     online = opened(cached_config(tmp_path, weights, name="online", distill=distill, cache={"mode": "off"}))
     assert cached.teacher is None
@@ -98,7 +96,7 @@ def assert_stored(found: Tensor, exact: Tensor) -> None:
     assert bool(((found - exact).abs() <= 2.0**-11 * exact.abs() + 2.0**-15 * size).all())
 
 
-def test_epochs_beyond_the_stored_views_repeat_them_in_an_order_of_their_own(tmp_path: Path, weights: Path) -> None:
+def test_epochs_beyond_the_views_repeat_them(tmp_path: Path, weights: Path) -> None:
     cached = ready(cached_config(tmp_path, weights, cache={"views": 2}, train={"total_epochs": 5}))
     online = opened(cached_config(tmp_path, weights, name="online", cache={"mode": "off"}, train={"total_epochs": 5}))
     assert CacheFolder.open(tmp_path / "outputs").views == 2
@@ -116,7 +114,7 @@ def test_epochs_beyond_the_stored_views_repeat_them_in_an_order_of_their_own(tmp
     assert sum(equal) < 0.1 * len(equal)  # one in 50 has the same window and flip by chance
 
 
-def test_dropout_has_no_part_in_what_is_stored(tmp_path: Path) -> None:
+def test_dropout_does_not_affect_the_cache(tmp_path: Path) -> None:
     weights = save_teacher(tmp_path / "dropout.pth", "torchvision/mobilenet_v3_small", sharpness=100.0)
     teacher = {"model": "torchvision/mobilenet_v3_small", "weights": str(weights)}
     experiments = []
@@ -144,7 +142,7 @@ def test_dropout_has_no_part_in_what_is_stored(tmp_path: Path) -> None:
     assert not torch.allclose(made.network(batch.images).logits, shown, rtol=0.1)  # what it would be with dropout
 
 
-def test_the_largest_logits_bound_the_loss_from_below(tmp_path: Path, weights: Path) -> None:
+def test_top_k_logits_bound_the_loss_from_below(tmp_path: Path, weights: Path) -> None:
     """KL over the classes kept and the rest as one class is at most KL over all (data processing)."""
     distill = {**KD, "temperature": 1.0}
     caches: dict[str, dict[str, Any]] = {

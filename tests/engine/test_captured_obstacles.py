@@ -30,7 +30,7 @@ def changed(experiment: Experiment, path: str, value: Any) -> Experiment:
     )
 
 
-def test_a_plain_run_has_none(capturable: Experiment) -> None:
+def test_a_plain_run_has_no_obstacle(capturable: Experiment) -> None:
     assert list(obstacles(capturable)) == []
     assert list(device_obstacles(ALONE)) == ["the device is cpu, not a CUDA device (run on a GPU)"]
 
@@ -95,7 +95,7 @@ def test_a_loader_of_files_and_a_cache(capturable: Experiment) -> None:
 
 
 @pytest.mark.parametrize("method", ["unikd", ["unikd", "kd"]])
-def test_a_head_that_is_trained_along(tmp_path: Path, weights: Path, method: Any) -> None:
+def test_a_jointly_trained_head(tmp_path: Path, weights: Path, method: Any) -> None:
     distill = {**CHANGING["distill"], "teacher_head": "anchored"}
     config = config_of(tmp_path, weights, "run", method, distill=distill)
     check(
@@ -104,7 +104,7 @@ def test_a_head_that_is_trained_along(tmp_path: Path, weights: Path, method: Any
     )
 
 
-def test_the_run_says_which_and_why_once(
+def test_obstacles_are_logged_once(
     capturable: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="unikd_fast")
@@ -126,7 +126,7 @@ def test_the_run_says_which_and_why_once(
     assert not captures(changed(capturable, "train.cuda_graph", "off"))
 
 
-def test_on_is_an_error_that_names_all_of_them(capturable: Experiment) -> None:
+def test_cuda_graph_on_names_all_obstacles(capturable: Experiment) -> None:
     asked = changed(changed(capturable, "train.cuda_graph", "on"), "train.nonfinite", "skip")
     with pytest.raises(ConfigError) as error:
         captures(asked)

@@ -53,7 +53,7 @@ def trained(config: Any, processes: Processes, *, resume: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("method", ["kd", "unikd", "crd", "dkd"])
-def test_the_curve_is_the_eager_one(tmp_path: Path, weights: Path, method: str, processes: Processes) -> None:
+def test_the_loss_curve_matches_eager(tmp_path: Path, weights: Path, method: str, processes: Processes) -> None:
     eager = trained(config_of(tmp_path, weights, "eager", method, **sections("off")), processes)
     captured = trained(config_of(tmp_path, weights, "captured", method, **sections("on")), processes)
     before, after = curve(eager), curve(captured)
@@ -66,7 +66,7 @@ def test_the_curve_is_the_eager_one(tmp_path: Path, weights: Path, method: str, 
 
 @pytest.mark.parametrize("train", [{}, {"optimizer": "adamw", "learning_rate": 0.001}])
 @pytest.mark.parametrize("method", ["kd", "unikd"])
-def test_it_goes_on_after_a_checkpoint(
+def test_a_captured_run_resumes(
     tmp_path: Path, weights: Path, method: str, train: dict[str, Any], processes: Processes
 ) -> None:
     """In the middle of replays: the resumed run warms up and captures anew, and its curve is the same."""
@@ -86,7 +86,7 @@ def test_it_goes_on_after_a_checkpoint(
 
 
 @pytest.mark.parametrize("method", ["kd", "unikd", "mlkd", "reviewkd"])
-def test_eager_steps_wait_for_nothing(tmp_path: Path, weights: Path, method: str, processes: Processes) -> None:
+def test_eager_steps_do_not_synchronize(tmp_path: Path, weights: Path, method: str, processes: Processes) -> None:
     settings = sections("off", accumulation_steps=2)
     ready = prepared(config_of(tmp_path, weights, "run", method, **settings), processes)
     data, throughput = inputs(ready), Throughput(processes, global_batch_size=16, loader_rate=None)
@@ -103,7 +103,7 @@ def test_eager_steps_wait_for_nothing(tmp_path: Path, weights: Path, method: str
     assert len(ready.meter.read()) > 1
 
 
-def test_a_read_in_a_capture_is_what_is_said(processes: Processes) -> None:
+def test_a_host_read_in_a_capture_is_named(processes: Processes) -> None:
     """And the device is out of the capture again, or the run is told to start anew."""
     x = torch.ones(3, device="cuda")
 
@@ -122,7 +122,7 @@ def test_a_read_in_a_capture_is_what_is_said(processes: Processes) -> None:
         assert torch.rand(3, device="cuda").max() < 1
 
 
-def test_replays_wait_for_nothing(tmp_path: Path, weights: Path, processes: Processes) -> None:
+def test_replays_do_not_synchronize(tmp_path: Path, weights: Path, processes: Processes) -> None:
     ready = prepared(config_of(tmp_path, weights, "run", "unikd", **sections("on")), processes)
     assert isinstance(ready.steps, CapturedSteps)
     data, throughput = inputs(ready), Throughput(processes, global_batch_size=16, loader_rate=None)

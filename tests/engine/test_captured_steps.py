@@ -43,7 +43,7 @@ VARIANTS: list[Any] = [pytest.param(method, {}, id=method) for method in ("kd", 
 
 
 @pytest.mark.parametrize(("method", "train"), VARIANTS)
-def test_each_step_is_the_eager_one(tmp_path: Path, weights: Path, method: str, train: dict[str, Any]) -> None:
+def test_each_step_matches_eager(tmp_path: Path, weights: Path, method: str, train: dict[str, Any]) -> None:
     """From the same state. A difference of the last bit may otherwise turn a ReLU and grow, whatever made it."""
     together = {**CHANGING["train"], **train}
     eager = prepared(config_of(tmp_path, weights, "eager", method, train={**together, "cuda_graph": "off"}))
@@ -66,7 +66,7 @@ def test_each_step_is_the_eager_one(tmp_path: Path, weights: Path, method: str, 
                 assert (ours[key] - tensor).abs().max() <= room, f"{key} at step {step}"
 
 
-def test_a_run_trains_as_an_eager_one_does(tmp_path: Path, weights: Path) -> None:
+def test_a_run_matches_an_eager_run(tmp_path: Path, weights: Path) -> None:
     theirs = train_here(config_of(tmp_path, weights, "eager", "unikd", **EAGER))
     ours = train_here(config_of(tmp_path, weights, "captured", "unikd"))
     before, after = curve(theirs), curve(ours)
@@ -80,7 +80,7 @@ def test_a_run_trains_as_an_eager_one_does(tmp_path: Path, weights: Path) -> Non
 
 
 @pytest.mark.parametrize(("method", "train"), [long("unikd", {}), ("crd", {"optimizer": "adamw"})])
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path, weights: Path, method: str, train: dict[str, Any]) -> None:
+def test_a_captured_run_resumes_bit_for_bit(tmp_path: Path, weights: Path, method: str, train: dict[str, Any]) -> None:
     """To the bit, with the state of the optimiser, the average and what the method remembers."""
     settings = {"train": {**CHANGING["train"], **train}, "run": {**CHANGING["run"], "checkpoint_every_steps": 7}}
     whole = train_here(config_of(tmp_path, weights, "whole", method, **settings))
@@ -94,7 +94,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, weights: Path, method: s
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_an_eager_run_goes_on_captured_and_back(tmp_path: Path, weights: Path) -> None:
+def test_eager_and_captured_runs_resume_each_other(tmp_path: Path, weights: Path) -> None:
     """Checkpoints know nothing of it."""
     for name, first, then in (("a", "off", "on"), ("b", "on", "off")):
         for steps, mode in ((9, first), (20, then)):
@@ -119,7 +119,7 @@ CAPTURABLE: list[Any] = [pytest.param(name, {}, id=name) for name in METHODS] + 
 
 
 @pytest.mark.parametrize(("method", "sections"), CAPTURABLE)
-def test_nothing_that_changes_is_baked_in(
+def test_no_changing_value_is_baked_in(
     tmp_path: Path, weights: Path, method: Any, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps ask for the same operations with the same numbers on the same memory, and never ask the host."""
@@ -183,7 +183,7 @@ def test_the_recorder_sees_memory_that_moves() -> None:
     assert recorders[0].outside != recorders[1].outside
 
 
-def test_a_capture_that_fails_is_said_and_steps_go_on(
+def test_a_failed_capture_falls_back(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(program: Any) -> Any:
@@ -203,7 +203,7 @@ def test_a_capture_that_fails_is_said_and_steps_go_on(
         steps._captured()
 
 
-def test_what_broke_a_capture_first_is_said(
+def test_the_first_error_of_a_capture_is_named(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ending the capture raises as well, and the lookup before it was provided for."""
@@ -245,7 +245,7 @@ def test_out_of_memory_in_a_capture_falls_back(
                 steps._captured()
 
 
-def test_a_capture_that_broke_off_leaves_no_half_step(
+def test_an_aborted_capture_leaves_no_partial_step(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ended after the first of two micro-batches: the next step still has two."""
@@ -266,7 +266,7 @@ def test_a_capture_that_broke_off_leaves_no_half_step(
         assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
-def test_a_device_that_is_still_in_a_capture_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_stuck_in_a_capture_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [torch.tensor([7])]
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[-1])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.append(state))
@@ -282,7 +282,7 @@ def test_a_device_that_is_still_in_a_capture_ends_the_run(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_cudnn_times_its_algorithms_unless_bound(
+def test_cudnn_benchmarks_unless_deterministic(
     tmp_path: Path, weights: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)

@@ -66,7 +66,7 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
         check_folder(path)
 
 
-def test_a_header_leads_to_no_file_outside(tmp_path: Path) -> None:
+def test_a_header_cannot_name_outside_files(tmp_path: Path) -> None:
     write_folder(tmp_path / "c", PARTS)
     wrapped = json.loads((tmp_path / "c" / HEADER).read_text())
     header = json.loads(wrapped["header"])
@@ -100,7 +100,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_damaged_ones_are_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_steps(tmp_path, 1, 2, 3)
     folder = tmp_path / FOLDER
     os.truncate(folder / checkpoint_name(3) / "student.safetensors", 10)
@@ -115,7 +115,7 @@ def test_damaged_ones_are_passed_over_with_a_warning(tmp_path: Path, caplog: pyt
     assert not (folder / checkpoint_name(3)).exists()
 
 
-def test_what_a_run_removes_while_it_goes_on_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_checkpoint_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every one that is looked at goes meanwhile, with a newer one in its place, until the run rests at step 4."""
     looked_at: list[str] = []
 
@@ -131,7 +131,7 @@ def test_what_a_run_removes_while_it_goes_on_is_no_damage(tmp_path: Path, monkey
     assert looked_at == [checkpoint_name(step) for step in range(1, 5)]
 
 
-def test_without_a_whole_one_all_faults_are_told(tmp_path: Path) -> None:
+def test_all_faults_are_listed_if_none_is_intact(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / FOLDER / checkpoint_name(step) / "student.safetensors").unlink()

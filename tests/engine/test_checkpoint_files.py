@@ -53,25 +53,25 @@ states = st.recursive(
 
 
 @given(states)
-def test_any_state_comes_back_through_json(state: Any) -> None:
+def test_states_round_trip_through_json(state: Any) -> None:
     tensors, rest = flatten(state)
     assert_equal(unflatten(tensors, json.loads(json.dumps(rest))), state)
 
 
 @pytest.mark.parametrize("state", [{"a": {1.5: 0}}, {"a": {True: 0}}, {"a": {1, 2}}, {"a": object()}])
-def test_what_json_cannot_hold_is_refused_by_its_place(state: Any) -> None:
+def test_unsupported_values_are_refused_by_path(state: Any) -> None:
     with pytest.raises(TypeError, match=r"a checkpoint cannot hold .*a"):
         flatten(state)
 
 
-def test_a_copy_shares_nothing_with_what_it_was_taken_of() -> None:
+def test_a_copy_shares_no_memory() -> None:
     state = {"a": [torch.zeros(3)]}
     taken = on_cpu(state)
     state["a"][0].add_(1)
     assert taken["a"][0].tolist() == [0, 0, 0]
 
 
-def test_a_checkpoint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_checkpoint_round_trips(tmp_path: Path) -> None:
     write_folder(tmp_path / "c", PARTS)
     check_folder(tmp_path / "c")
     assert_equal(read_folder(tmp_path / "c"), PARTS)
@@ -97,9 +97,7 @@ def test_the_last_few_are_kept_and_the_newest_is_found(tmp_path: Path, beside_tr
     assert read_folder(newest)["run"]["step"] == 999_999_999
 
 
-def test_a_thread_writes_while_training_goes_on_and_one_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_writes_one_at_a_time_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed, order = threading.Event(), []
     whole = store_module.write_folder
 
@@ -120,7 +118,7 @@ def test_a_thread_writes_while_training_goes_on_and_one_at_a_time(
     assert order == [f"begin {one}", f"end {one}", f"begin {two}", f"end {two}"]
 
 
-def test_an_error_of_the_thread_comes_with_the_next_call(tmp_path: Path) -> None:
+def test_thread_errors_surface_at_the_next_call(tmp_path: Path) -> None:
     (tmp_path / FOLDER).write_text("a file where the folder should be")
     writer = CheckpointWriter(tmp_path, keep=9, beside_training=True)
     writer.write(1, PARTS)
@@ -135,7 +133,7 @@ BEFORE = {"step 5": (5,), "steps 4 and 5": (4, 5)}
 @pytest.mark.parametrize("step", [5, 6], ids=["the same step", "the next step"])
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_killed_at_any_operation_the_newest_is_whole(tmp_path: Path, step: int, before: str, keep: int) -> None:
+def test_a_kill_leaves_the_newest_checkpoint_intact(tmp_path: Path, step: int, before: str, keep: int) -> None:
     write_steps(tmp_path, *BEFORE[before], keep=keep)
     found: set[int] = set()
     kills = 0
@@ -157,7 +155,7 @@ def test_killed_at_any_operation_the_newest_is_whole(tmp_path: Path, step: int, 
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [checkpoint_name(each) for each in there]
 
 
-def test_what_a_kill_left_aside_is_found_and_taken_back(tmp_path: Path) -> None:
+def test_a_checkpoint_left_aside_by_a_kill_is_found(tmp_path: Path) -> None:
     """Between the two renames of a replacement the good checkpoint has another name, and is the only one."""
     write_steps(tmp_path, 5, keep=1)
     aside = replaced(tmp_path / FOLDER / checkpoint_name(5))
@@ -167,7 +165,7 @@ def test_what_a_kill_left_aside_is_found_and_taken_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [checkpoint_name(5), checkpoint_name(6)]
 
 
-def test_a_step_whose_old_folder_was_left_is_written(tmp_path: Path) -> None:
+def test_a_leftover_folder_does_not_block_a_write(tmp_path: Path) -> None:
     """After the second rename both are there; another write of that step must not stumble over it."""
     write_steps(tmp_path, 5, keep=1)
     whole = tmp_path / FOLDER / checkpoint_name(5)
@@ -177,7 +175,7 @@ def test_a_step_whose_old_folder_was_left_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, kib=500):
         small, large = {"student": {"w": torch.ones(50_000)}}, {"student": {"w": torch.ones(100_000)}}

@@ -59,7 +59,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path, written: list[int]) -> None:
+def test_a_step_is_saved_once(tmp_path: Path, written: list[int]) -> None:
     """Steps 2, 4 and 6 end epochs that are evaluated, and are due by their number as well."""
     config = short(tmp_path, "run", run={"checkpoint_every_steps": 1, "evaluate_every_epochs": 1})
     folder = train_here(config)
@@ -89,7 +89,7 @@ def test_a_signal_at_a_saved_step_saves_nothing(tmp_path: Path, written: list[in
     assert written == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path: Path) -> None:
+def test_a_run_stopped_by_a_full_disk_resumes(tmp_path: Path) -> None:
     """The disk holds one checkpoint of 0.7 MB, and not a second one beside it."""
     disk = tmp_path / "disk"
     with small_disk(disk, kib=1200) as resize:
@@ -111,7 +111,7 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path: Pat
     assert records == train_records(tmp_path / "whole")
 
 
-def test_a_run_passes_over_damaged_checkpoints_and_stops_if_none_is_whole(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped_on_resume(tmp_path: Path) -> None:
     config = small_config(tmp_path, "run", run={"checkpoint_every_steps": 2, "keep_checkpoints": 3})
     assert run(config).returncode == 0
     folder = tmp_path / "run"
@@ -155,7 +155,7 @@ def hungry(config: Path) -> int:
 
 
 @pytest.mark.parametrize(("method", "part"), [("unikd", "teacher"), ("none", "student")])
-def test_a_run_without_memory_says_which_part_and_what_to_lower(tmp_path: Path, method: str, part: str) -> None:
+def test_out_of_memory_names_the_part_and_the_remedy(tmp_path: Path, method: str, part: str) -> None:
     done = Ranks(partial(hungry, small_config(tmp_path, "run", distill={"method": method})), tmp_path).done()
     assert done.returncode == 7, done.stderr
     last = done.stderr.strip().splitlines()[-1]

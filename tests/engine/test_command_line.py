@@ -19,7 +19,7 @@ SHORT = {"total_epochs": 1, "max_steps": 2, "accumulation_steps": 1}
 @pytest.mark.parametrize(
     ("launcher", "processes"), [pytest.param("python", 1, marks=pytest.mark.long), ("torchrun", 2), ("deepspeed", 1)]
 )
-def test_every_launcher_trains_and_leaves_a_complete_folder(tmp_path: Path, launcher: str, processes: int) -> None:
+def test_every_launcher_leaves_a_complete_folder(tmp_path: Path, launcher: str, processes: int) -> None:
     config = write_config(
         tmp_path, name="short", train=SHORT, run={"tensorboard": True}, distill={"teacher_head": "prefit"}
     )
@@ -48,13 +48,13 @@ def test_every_launcher_trains_and_leaves_a_complete_folder(tmp_path: Path, laun
     assert any((before[name] != tensor).any() for name, tensor in plain.state_dict().items())
 
 
-def test_the_module_is_the_same_command_without_the_script() -> None:
+def test_the_module_is_the_command() -> None:
     line = [sys.executable, "-m", "unikd_fast", "train", "--config", "/no/such.json"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("unikd train: error: ")) == (2, 1)
 
 
-def test_an_existing_folder_is_refused_or_resumed_but_never_overwritten(tmp_path: Path) -> None:
+def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="once", train=SHORT)
     first = run(config)
     assert first.returncode == 0, first.stderr
@@ -71,7 +71,7 @@ def test_an_existing_folder_is_refused_or_resumed_but_never_overwritten(tmp_path
     assert (tmp_path / "once" / "student.safetensors").read_bytes() == weights
 
 
-def test_a_non_finite_loss_stops_with_step_terms_and_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_a_non_finite_loss_ends_the_run(tmp_path: Path) -> None:
     train = {"total_epochs": 3, "learning_rate": 1e30, "accumulation_steps": 1, "clip_grad_norm": 0.0}
     config = write_config(
         tmp_path, name="diverged", train=train, run={"checkpoint_every_steps": 1, "log_every_steps": 2}
@@ -84,7 +84,7 @@ def test_a_non_finite_loss_stops_with_step_terms_and_the_last_good_checkpoint(tm
     assert "Traceback" not in done.stderr
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="plan")
     done = run(config, "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -99,7 +99,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "plan").exists()
 
 
-def test_a_batch_that_does_not_divide_names_all_numbers(tmp_path: Path) -> None:
+def test_a_batch_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="odd", train={"global_batch_size": 9, "accumulation_steps": 1})
     done = run_ranks(config)
     assert done.returncode == 2

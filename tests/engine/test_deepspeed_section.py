@@ -47,7 +47,7 @@ from unikd_fast.engine.zero import deepspeed_config
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_deepspeed_does_not_take_is_named(tmp_path: Path, section: dict[str, Any], said: str) -> None:
+def test_invalid_deepspeed_keys_are_named(tmp_path: Path, section: dict[str, Any], said: str) -> None:
     config = load_config(write_config(tmp_path, deepspeed=section))
     with pytest.raises(ConfigError) as error:
         deepspeed_config(config, ALONE)
@@ -55,7 +55,7 @@ def test_what_deepspeed_does_not_take_is_named(tmp_path: Path, section: dict[str
     assert "\n" not in str(error.value)
 
 
-def test_what_deepspeed_reads_is_passed_on(tmp_path: Path) -> None:
+def test_valid_deepspeed_keys_are_passed_on(tmp_path: Path) -> None:
     section = {
         "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}},
         "communication_data_type": "fp32",

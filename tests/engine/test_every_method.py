@@ -34,7 +34,7 @@ def short(folder: Path, weights: Path, name: str, method: Any, **sections: Any) 
     [*((method, "fp32") for method in EACH.values()), (EACH["a sum over levels"], "bf16")],
     ids=[*EACH, "a sum in bf16"],
 )
-def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: Path, method: Any, precision: str) -> None:
+def test_a_resumed_run_matches_an_uninterrupted_one(tmp_path: Path, weights: Path, method: Any, precision: str) -> None:
     """To the bit, with the state of the optimiser, the average and what the method remembers."""
     config = short(tmp_path, weights, "run", method, train={"precision": precision})
     folder = train_here(config)
@@ -54,7 +54,7 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: Path, metho
 
 
 @pytest.mark.parametrize("method", quick(EACH.values(), "reviewkd"), ids=EACH)
-def test_sharded_parameters_are_whole_in_the_method(tmp_path: Path, weights: Path, method: Any) -> None:
+def test_stage_3_matches_stage_0(tmp_path: Path, weights: Path, method: Any) -> None:
     replicated, sharded = (
         curve(
             train_here(

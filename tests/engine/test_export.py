@@ -39,7 +39,7 @@ from unikd_fast.models import build_model
 
 
 @pytest.mark.parametrize("which", ["averaged", "alone"])
-def test_the_newest_checkpoint_of_a_finished_run_is_its_student(
+def test_the_newest_checkpoint_is_exported(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
 ) -> None:
     run, file = getattr(runs, which), tmp_path / "new" / "student.safetensors"
@@ -55,7 +55,7 @@ def test_the_newest_checkpoint_of_a_finished_run_is_its_student(
     assert left_behind(tmp_path / "new") == ["student.safetensors"]
 
 
-def test_average_says_which_of_the_two_students(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_average_selects_the_weights(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = read_folder(runs.averaged / "checkpoints" / checkpoint_name(STEPS))
     expected = {
         "yes": stripped(saved["average"], "module.plain."),
@@ -106,7 +106,7 @@ def test_every_checkpoint_can_be_chosen(
         ("timm/test_resnet", lambda: timm.create_model("test_resnet", num_classes=10)),
     ],
 )
-def test_a_run_that_broke_off_is_exported_for_the_package_that_the_network_is_from(
+def test_an_unfinished_run_is_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, build: Callable[[], nn.Module]
 ) -> None:
     steps = []
@@ -145,7 +145,7 @@ def test_a_killed_run_is_exported(tmp_path: Path) -> None:
     resnet8(tmp_path / "after.safetensors")
 
 
-def test_running_statistics_are_the_mean_over_processes(copy: Path, tmp_path: Path) -> None:
+def test_running_statistics_are_averaged_over_ranks(copy: Path, tmp_path: Path) -> None:
     """Between two evaluations those of each process differ, and the state holds those of the first alone."""
     folder = copy / "checkpoints" / checkpoint_name(STEPS)
     saved = read_folder(folder)
@@ -164,7 +164,7 @@ def test_running_statistics_are_the_mean_over_processes(copy: Path, tmp_path: Pa
     assert equal(found, expected)
 
 
-def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_missed(
+def test_a_checkpoint_removed_meanwhile_is_skipped(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     removed = []
@@ -209,9 +209,7 @@ def test_one_run_of_a_comparison_is_exported(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("name", "given"), [("googlenet", "IMAGENET1K_V1"), ("inception_v3", "IMAGENET1K_V1")])
-def test_a_student_that_started_from_published_weights_is_the_network_that_came_with_them(
-    monkeypatch: pytest.MonkeyPatch, name: str, given: str
-) -> None:
+def test_published_weights_keep_their_network(monkeypatch: pytest.MonkeyPatch, name: str, given: str) -> None:
     """torchvision then normalises the images once more, and leaves auxiliary heads out."""
     entry = torchvision.models.get_model_weights(name)[given]
     constructor = {"googlenet": torchvision.models.GoogLeNet, "inception_v3": torchvision.models.Inception3}[name]

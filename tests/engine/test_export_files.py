@@ -31,9 +31,7 @@ from unikd_fast.models import CIFAR_MODELS, Preprocessing, preprocessing_in_word
 CLOSE = 1e-5
 
 
-def test_torchscript_computes_what_the_plain_network_computes(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchscript_matches_the_plain_network(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "student.pt"
     assert export(runs.averaged, file) == 0
     assert "TorchScript for images of 16 pixels; logits differ by at most 0" in capsys.readouterr().out
@@ -46,9 +44,7 @@ def test_torchscript_computes_what_the_plain_network_computes(
     assert left_behind(tmp_path) == ["student.pt"]
 
 
-def test_onnx_computes_what_the_plain_network_computes(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_onnx_matches_the_plain_network(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "student.onnx"
     assert export(runs.averaged, file, "--opset", "21", "--image-size", "24", "--average", "no") == 0
     assert "ONNX for images of 24 pixels; logits differ by at most" in capsys.readouterr().out
@@ -69,7 +65,7 @@ def test_onnx_computes_what_the_plain_network_computes(
     assert left_behind(tmp_path) == ["student.onnx"]  # weights included
 
 
-def test_every_format_says_how_its_images_are_made(runs: Runs, tmp_path: Path) -> None:
+def test_every_format_states_its_preprocessing(runs: Runs, tmp_path: Path) -> None:
     splits = open_data(DataSettings(name="digits", image_size=16))
     expected = Preprocessing(splits.mean, splits.std, "bilinear", 1.0, False, 16)
     for name in ("student.safetensors", "checkpoints/best.safetensors"):  # as the run wrote them
@@ -86,7 +82,7 @@ def test_every_format_says_how_its_images_are_made(runs: Runs, tmp_path: Path) -
     ]
 
 
-def test_a_file_is_replaced_only_on_demand(
+def test_a_file_is_replaced_only_with_force(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "student.safetensors"
@@ -140,7 +136,7 @@ def rounded(network: nn.Module) -> nn.Module:
         (".safetensors", rounded, "came back from the file with other numbers"),
     ],
 )
-def test_a_file_that_computes_something_else_is_not_left(
+def test_a_wrong_file_is_removed(
     runs: Runs,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -168,7 +164,7 @@ def test_a_file_that_computes_something_else_is_not_left(
 
 
 @pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)])
-def test_nothing_half_is_left(
+def test_no_partial_file_remains(
     runs: Runs,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

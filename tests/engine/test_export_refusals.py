@@ -23,7 +23,7 @@ from unikd_fast.engine.checkpoint import checkpoint_name
 from unikd_fast.export.formats import plain_logits, random_images
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     def damage(step: int) -> None:
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
         (["{run}/checkpoints", "--to", "{there}/a.pt"], "is not a run folder, but lies in {run}, which is one"),
     ],
 )
-def test_what_cannot_be_done_is_refused_with_the_remedy(
+def test_impossible_exports_are_refused(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ) -> None:
     names = {"run": runs.alone, "there": tmp_path}
@@ -82,7 +82,7 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(
     assert left_behind(tmp_path) == []
 
 
-def test_images_that_are_too_small_are_refused() -> None:
+def test_images_too_small_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"does not run on images of 4 pixels \(.*\); give --image-size"):
         plain_logits(nn.Conv2d(3, 10, 7), random_images(4))
 
@@ -97,7 +97,7 @@ class Malicious:
         return Path.write_text, (self.sign, "executed")
 
 
-def test_nothing_pickled_is_loaded(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickles_are_not_loaded(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sign = tmp_path / "sign"
     evil = pickle.dumps(Malicious(sign))
     pickle.loads(evil)
@@ -129,7 +129,7 @@ def test_nothing_pickled_is_loaded(copy: Path, tmp_path: Path, capsys: pytest.Ca
     assert left_behind(tmp_path) == ["copy", "student.safetensors"]
 
 
-def test_paths_in_a_checkpoint_and_in_a_configuration_lead_nowhere(copy: Path, tmp_path: Path) -> None:
+def test_paths_outside_the_run_are_not_followed(copy: Path, tmp_path: Path) -> None:
     """All that a run names is read from its folder, and the one file that is written is the one asked for."""
     config = json.loads((copy / "config.json").read_text())
     config["run"]["dir"] = str(tmp_path / "elsewhere")

@@ -69,7 +69,7 @@ def assert_same_run(left: Path, right: Path) -> None:
 LOST = "another process of this run ended, or did not answer"
 
 
-def test_a_killed_process_ends_the_others_with_the_cause(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     process = start(write_config(tmp_path, name="killed", **QUICK), processes=2)
     wait_for_step(tmp_path / "killed", 4, process)
     process.send_signal(signal.SIGKILL, 1)
@@ -81,7 +81,7 @@ def test_a_killed_process_ends_the_others_with_the_cause(tmp_path: Path) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("deepspeed", 0)])
-def test_a_launcher_whose_process_is_killed_ends_with_the_cause(tmp_path: Path, launcher: str, rank: int) -> None:
+def test_a_launcher_reports_a_killed_rank(tmp_path: Path, launcher: str, rank: int) -> None:
     config = write_config(tmp_path, name="killed", **QUICK)
     process = start_launcher(config, launcher=launcher, processes=2)
     try:
@@ -109,9 +109,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("rounds", "seed"), [(1, 1), *(pytest.param(5, seed, marks=pytest.mark.long) for seed in range(2, 6))]
 )
-def test_killed_at_random_moments_it_ends_as_if_never_interrupted(
-    tmp_path: Path, whole: Path, rounds: int, seed: int
-) -> None:
+def test_random_kills_do_not_change_the_result(tmp_path: Path, whole: Path, rounds: int, seed: int) -> None:
     """A random process at a random moment, again and again, until the run is through all the same."""
     cut = write_config(tmp_path, name="cut", **QUICK)
     chance = random.Random(seed)

@@ -67,7 +67,7 @@ def test_settings_reach_the_methods(tmp_path: Path, teachers: dict[str, Path]) -
     assert told.adapter.before_activation and told.adapter.fusions[0].project[0].out_channels == 24
 
 
-def test_settings_that_do_not_fit_are_refused(tmp_path: Path, teachers: dict[str, Path]) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, teachers: dict[str, Path]) -> None:
     unused = config_of(tmp_path, teachers, "unused", distill={"method": "kd"})
     with pytest.raises(ConfigError, match=r"distill\.at"):
         load_config(unused, ["distill.at.weight=2.0"])
@@ -79,7 +79,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, teachers: dict[str
         method_of(level)
 
 
-def test_ofds_teacher_can_be_as_in_training(tmp_path: Path, teachers: dict[str, Path]) -> None:
+def test_ofd_with_teacher_batch_statistics(tmp_path: Path, teachers: dict[str, Path]) -> None:
     """As the authors', which is in training mode; and nothing of it changes from batch to batch."""
     authors = {"distill": {"method": "ofd", "ofd": {"teacher_batch_statistics": True}}}
     unfolded: dict[str, Any] = {"teacher": {"fold_batch_norm": False}}
@@ -103,7 +103,7 @@ def test_ofds_teacher_can_be_as_in_training(tmp_path: Path, teachers: dict[str, 
 
 
 @pytest.mark.slow
-def test_ofd_trains_with_the_authors_teacher(tmp_path: Path, teachers: dict[str, Path]) -> None:
+def test_ofd_trains_with_teacher_batch_statistics(tmp_path: Path, teachers: dict[str, Path]) -> None:
     distill = {"method": "ofd", "ofd": {"teacher_batch_statistics": True}}
     for precision in ("fp32", "bf16"):
         teacher = {"fold_batch_norm": False, "precision": precision}
@@ -125,7 +125,7 @@ def values_of(term: str, config: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["cifar/vgg8", long("cifar/wrn_16_1")])
 @pytest.mark.parametrize("name", TERMS)
-def test_training_by_a_term_brings_it_down(tmp_path: Path, teachers: dict[str, Path], name: str, model: str) -> None:
+def test_a_term_falls_when_trained_on(tmp_path: Path, teachers: dict[str, Path], name: str, model: str) -> None:
     """Which training by the cross-entropy alone does not."""
     settings = SETTINGS.get(name, {})
     found = []
@@ -142,7 +142,7 @@ def test_training_by_a_term_brings_it_down(tmp_path: Path, teachers: dict[str, P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher_head", [long("prefit"), "anchored"])
-def test_the_direct_form_of_fdp_at_stage_3(tmp_path: Path, teachers: dict[str, Path], teacher_head: str) -> None:
+def test_direct_fdp_at_stage_3(tmp_path: Path, teachers: dict[str, Path], teacher_head: str) -> None:
     distill = {"method": "unikd", "fdp": "direct", "teacher_head": teacher_head}
     runs = [
         config_of(

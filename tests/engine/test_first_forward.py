@@ -29,7 +29,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_a_size_that_does_not_fit(tmp_path: Path, case: str) -> None:
+def test_an_unsupported_image_size_is_refused(tmp_path: Path, case: str) -> None:
     sections, named = SIZES[case]
     path = write_config(tmp_path, **sections)
     said = rf"^{named} does not take images of 32x32 \(\w+: .+\); set data\.image_size to the size it was built for"
@@ -61,7 +61,7 @@ SAMPLES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", SAMPLES)
-def test_one_sample_in_maps_of_one_pixel(tmp_path: Path, case: str) -> None:
+def test_batch_norm_of_one_sample_is_refused(tmp_path: Path, case: str) -> None:
     sections, named = SAMPLES[case]
     path = write_config(tmp_path, **sections, train=ONE)
     said = (
@@ -74,7 +74,7 @@ def test_one_sample_in_maps_of_one_pixel(tmp_path: Path, case: str) -> None:
     opened(write_config(tmp_path, **sections, train={"global_batch_size": 4}))
 
 
-def test_a_dry_run_looks_at_the_teachers_training_too(tmp_path: Path) -> None:
+def test_a_dry_run_checks_the_teachers_training(tmp_path: Path) -> None:
     teacher = {**DEEP, "weights": None, "training": {"global_batch_size": 2}}
     path = write_config(tmp_path, teacher=teacher, student=SMALL, distill=KD)
     with pytest.raises(ConfigError, match=r"^teacher\.model = .*mobilenet_v3_small cannot be trained on micro-batches"):
@@ -97,7 +97,7 @@ class Changing(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_first_forward_leaves_nothing_behind(training: bool) -> None:
+def test_the_check_changes_nothing(training: bool) -> None:
     network = Changing().train(not training)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     seen, random = network.seen, torch.get_rng_state()
@@ -107,18 +107,18 @@ def test_the_first_forward_leaves_nothing_behind(training: bool) -> None:
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-def test_maps_that_are_too_small_are_named() -> None:
+def test_maps_too_small_are_named() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.MaxPool2d(9))
     with pytest.raises(ConfigError, match=r"^it does not take images of 8x8 \(RuntimeError: .+ too small\); set data"):
         check_forward(network, {network: False}, what="it", image_size=8)
 
 
-def test_a_lack_of_memory_is_not_called_a_misfit() -> None:
+def test_out_of_memory_is_not_a_misfit() -> None:
     with pytest.raises(RuntimeError, match="memory"):
         check_forward(lambda images: images.new_empty(2**60), {}, what="it", image_size=4, batch=2)
 
 
-def test_what_is_no_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_are_not_logits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = nn.Conv2d(3, 10, 1)
     monkeypatch.setattr("unikd_fast.engine.networks.build_model", lambda *_, **__: maps)
     with pytest.raises(

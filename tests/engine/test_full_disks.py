@@ -11,7 +11,7 @@ from support.small_disks import small_disk
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
-def test_a_disk_of_any_size_ends_with_one_line(tmp_path: Path) -> None:
+def test_any_full_disk_is_a_one_line_error(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     config = write_config(
         tmp_path,

@@ -28,7 +28,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("distill", "steps", "way"), CASES)
-def test_every_way_of_pooling_gives_the_same_loss_curve(
+def test_fusion_paths_match_the_reference_curve(
     tmp_path: Path,
     weights: Path,
     monkeypatch: pytest.MonkeyPatch,

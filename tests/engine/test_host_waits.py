@@ -33,7 +33,7 @@ STEPS: list[Any] = [
 
 
 @pytest.mark.parametrize(("method", "sections"), STEPS)
-def test_an_eager_step_waits_for_nothing(tmp_path: Path, weights: Path, method: str, sections: dict[str, Any]) -> None:
+def test_eager_steps_do_not_wait(tmp_path: Path, weights: Path, method: str, sections: dict[str, Any]) -> None:
     with fake_device() as device:
         ready = prepared(config_of(tmp_path, weights, "run", method, **{"train": EAGER, **sections}), ON_DEVICE)
         data, throughput = inputs(ready), Throughput(ON_DEVICE, global_batch_size=16, loader_rate=None)
@@ -89,7 +89,7 @@ def held_out() -> list[Batch]:
 
 
 @pytest.mark.parametrize(("room", "sizes"), [(99, [16, 7]), (8, [16, 8, 8, 7]), (3, [16, 8, 4, *[2] * 11, 1])])
-def test_an_evaluation_reads_once_in_batches_of_its_own(room: int, sizes: list[int]) -> None:
+def test_an_evaluation_reads_once(room: int, sizes: list[int]) -> None:
     network, batches = Noting(room=room), held_out()
     kept: list[BatchLogits] = []
     wanted = evaluate(network, batches, ALONE, keep=kept)
@@ -138,7 +138,7 @@ WAITS: list[Any] = [
 
 
 @pytest.mark.parametrize("waits", WAITS)
-def test_the_device_sees_what_waits(waits: Callable[[torch.Tensor], Any]) -> None:
+def test_the_fake_device_sees_waits(waits: Callable[[torch.Tensor], Any]) -> None:
     with fake_device() as device:
         x = torch.ones(3, device=DEVICE)
         with device.watch():
@@ -146,7 +146,7 @@ def test_the_device_sees_what_waits(waits: Callable[[torch.Tensor], Any]) -> Non
     assert len(device.waits) == 1
 
 
-def test_the_device_sees_that_nothing_waits() -> None:
+def test_the_fake_device_sees_that_nothing_waits() -> None:
     with fake_device() as device:
         x = torch.ones(3, device=DEVICE, requires_grad=True)
         with device.watch():
@@ -157,7 +157,7 @@ def test_the_device_sees_that_nothing_waits() -> None:
         assert x.grad is not None and x.grad.tolist() == [2.0] * 3 and kept.tolist() == [1.0] * 3
 
 
-def test_an_average_is_torchs_in_four_launches() -> None:
+def test_the_average_matches_torchs_in_four_launches() -> None:
     student = build_model("cifar/resnet20", num_classes=10).train()
     ours, theirs = StudentAverage(student, 0.9), _torchs(student, 0.9)
     for step in range(3):

@@ -20,7 +20,7 @@ HYBRID: dict[str, Any] = {
 TERMS = ("total", "ce", "kd_logit_kl", "feature_kl", "unikd_logit_kl")
 
 
-def test_a_hybrid_trains_and_says_each_term(tmp_path: Path, weights: Path) -> None:
+def test_a_hybrid_logs_each_term(tmp_path: Path, weights: Path) -> None:
     config = load_config(config_of(tmp_path, weights, "hybrid", distill=HYBRID, train={"max_steps": 6}))
     records = [record for record in train_records(train_here(config)) if record["kind"] == "train"]
     assert len(records) == 6
@@ -33,7 +33,7 @@ def test_a_hybrid_trains_and_says_each_term(tmp_path: Path, weights: Path) -> No
     assert result["method"] == "kd+unikd"
 
 
-def test_a_resumed_hybrid_is_the_whole_run(tmp_path: Path, weights: Path) -> None:
+def test_a_cached_hybrid_resumes_bit_for_bit(tmp_path: Path, weights: Path) -> None:
     """From a cache, which means that the head of the checkpoint is compared with that of the cache."""
     settings: dict[str, Any] = {"distill": HYBRID, "cache": {"mode": "read_write"}, "train": {"total_epochs": 2}}
     settings["run"] = {"checkpoint_every_steps": 1, "keep_checkpoints": 20}

@@ -41,7 +41,7 @@ def settings(root: Path, run_dir: Path, **more: str) -> list[str]:
     return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
 
-def test_a_folder_of_files(imagenet: Path, tmp_path: Path) -> None:
+def test_the_shipped_config_trains(imagenet: Path, tmp_path: Path) -> None:
     done = run(CONFIG, *settings(imagenet, tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
@@ -54,7 +54,7 @@ def test_a_folder_of_files(imagenet: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_same_packed_gives_the_same_losses(imagenet: Path, tmp_path: Path) -> None:
+def test_packed_images_give_the_same_losses(imagenet: Path, tmp_path: Path) -> None:
     # Files that are packed as they are have the same pixels.
     assert unikd(["data", "pack", str(imagenet), str(tmp_path / "arrow")]) == 0
     losses = []

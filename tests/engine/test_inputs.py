@@ -92,9 +92,7 @@ def levels_of(images: Tensor, constants: tuple[tuple[float, ...], tuple[float, .
 
 @torch.no_grad()
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_the_teacher_sees_its_own_mean_and_the_student_its(
-    files: Path, tmp_path: Path, precision: str, tolerance: float
-) -> None:
+def test_each_network_sees_its_own_mean(files: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
     """In fp32 of the order of summation, in bf16 of what a network with random weights loses."""
     built = experiment(files, tmp_path, {**with_student(files), "teacher.precision": precision})
     assert (built.splits.mean, built.splits.std) == IMAGENET
@@ -127,7 +125,7 @@ def test_a_student_from_scratch_sees_what_its_teacher_sees(files: Path, tmp_path
     assert torch.equal(built.teacher.renormalised(shown), shown)
 
 
-def test_a_resize_that_is_set_wins(files: Path, tmp_path: Path) -> None:
+def test_an_explicit_resize_wins(files: Path, tmp_path: Path) -> None:
     built = experiment(files, tmp_path, {"data.augmentation.eval_resize": SIZE})
     image = next(iter(built.loader.evaluate("val"))).images[0]
     stored = Image.open(min((files / "images" / "val").rglob("*.png")))
@@ -136,7 +134,7 @@ def test_a_resize_that_is_set_wins(files: Path, tmp_path: Path) -> None:
     assert torch.equal(levels_of(image, HALF), pil_to_tensor(resized)[:, :, left : left + SIZE].double())
 
 
-def test_a_teacher_that_knows_nothing_asks_for_nothing(files: Path, tmp_path: Path) -> None:
+def test_a_random_teacher_asks_for_nothing(files: Path, tmp_path: Path) -> None:
     built = experiment(files, tmp_path, {"teacher.weights": "random"})
     assert (built.splits.mean, built.splits.std) == IMAGENET
     assert (built.splits.interpolation, built.splits.eval_resize) == ("bilinear", None)

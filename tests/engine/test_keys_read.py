@@ -65,7 +65,7 @@ def test_a_method_reads_all_its_settings_in_a_step(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_reviewkd_takes_of_the_student_what_it_looks_at(before: bool) -> None:
+def test_reviewkd_gets_the_features_it_needs(before: bool) -> None:
     settings = {"method": "reviewkd", "reviewkd": {"student_before_activation": before}}
     experiment = built(**settings)
     images = torch.zeros(2, 3, 16, 16)
@@ -81,7 +81,7 @@ def test_reviewkd_takes_of_the_student_what_it_looks_at(before: bool) -> None:
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_a_launch_says_once_what_has_no_effect(
+def test_keys_without_effect_are_warned_about_once(
     dry_run: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Enough(Exception):

@@ -38,11 +38,11 @@ def config(tmp_path: Path) -> Config:
 @pytest.mark.parametrize(
     ("numbers", "said"), [([], ""), ([0], "0"), ([0, 1], "0-1"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8")]
 )
-def test_numbers_in_short(numbers: list[int], said: str) -> None:
+def test_number_ranges(numbers: list[int], said: str) -> None:
     assert _ranges(numbers) == said
 
 
-def test_nodes_processes_and_devices_are_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launch_line_lists_nodes_and_devices(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROUP_RANK", "0")
     monkeypatch.setattr(launched.socket, "gethostname", lambda: "red")
     monkeypatch.setattr(launched.dist, "is_initialized", lambda: False)  # other tests make a group of this process
@@ -51,13 +51,13 @@ def test_nodes_processes_and_devices_are_said(config: Config, monkeypatch: pytes
     assert said == "launched 4 processes on 2 nodes: red (processes 0-1), blue (processes 2-3); CPU"
 
 
-def test_two_nodes_of_one_name_are_two(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_nodes_with_one_hostname(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROSS_RANK", "0")
     monkeypatch.setattr(launched.socket, "gethostname", lambda: "box")
     assert "on 2 nodes" in describe_launch(config, several((("1", "box"), "CPU")))
 
 
-def test_another_number_of_nodes_than_was_said_is_refused(tmp_path: Path) -> None:
+def test_a_wrong_number_of_nodes_is_refused(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, run={"nodes": 2}))
     with pytest.raises(ConfigError, match=r"run\.nodes = 2, and the launcher started processes on 1: "):
         describe_launch(config, several())
@@ -72,14 +72,14 @@ def test_another_number_of_nodes_than_was_said_is_refused(tmp_path: Path) -> Non
         ({"unikd_fast": "0.1.0, commit abc"}, r"unikd_fast is .* on 0, 2, 0\.1\.0, commit abc on 1"),
     ],
 )
-def test_processes_that_differ_do_not_train(config: Config, other: dict[str, Any], told: str) -> None:
+def test_ranks_that_differ_are_refused(config: Config, other: dict[str, Any], told: str) -> None:
     facts = {**program_facts(config), "steps": 6}
     require_agreement(several(lambda own: own, lambda own: own), facts)
     with pytest.raises(ConfigError, match=f"the processes do not agree: {told}; start all with one"):
         require_agreement(several(lambda own: {**own, **other}, lambda own: own), facts)
 
 
-def test_who_comes_alone_gives_up_and_says_for_whom_it_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_the_others_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(tmp_path, run={"timeout_minutes": 0.02})
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**environment, "MASTER_PORT": str(free_port())}.items():

@@ -51,7 +51,7 @@ def test_one_process_opens_no_connection(tmp_path: Path, monkeypatch: pytest.Mon
     assert opened == []
 
 
-def test_processes_of_one_node_listen_on_the_loopback(tmp_path: Path) -> None:
+def test_ranks_of_one_node_listen_on_loopback(tmp_path: Path) -> None:
     done = Ranks(talk, tmp_path, processes=2).done()
     assert done.returncode == 0, done.stderr
     addresses = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("listens")]
@@ -61,7 +61,7 @@ def test_processes_of_one_node_listen_on_the_loopback(tmp_path: Path) -> None:
         assert all(ip_address(address).is_loopback for address in own)
 
 
-def test_an_older_torch_listens_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_torch_listens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.11, in whose group for tests a reduce-scatter leaves what it is to write as it was."""
     scatter: Callable[..., Any] = dist.reduce_scatter_tensor
 

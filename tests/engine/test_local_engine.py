@@ -78,7 +78,7 @@ def changed_by_steps(config: Config, *, poisoned: bool) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("train", SETTINGS.values(), ids=SETTINGS)
-def test_its_steps_are_deepspeeds_to_the_bit(train: dict[str, Any]) -> None:
+def test_steps_match_deepspeed_bit_for_bit(train: dict[str, Any]) -> None:
     skips = "nonfinite" in train or train.get("precision") == "fp16"
     ours, theirs = (changed_by_steps(settings_of(section, **train), poisoned=skips) for section in ({}, ASKED))
     assert int(ours["skipped"]) == 2 * skips and bool(ours["norms"].any()) == skips
@@ -130,7 +130,7 @@ def test_either_engine_resumes_the_others_checkpoint(tmp_path: Path, weights: Pa
         ({}, {"optimizer": "cpu_adamw"}, 1, ["train.optimizer = 'cpu_adamw' is DeepSpeed's"]),
     ],
 )
-def test_what_deepspeed_is_asked_for(
+def test_reasons_for_deepspeed(
     deepspeed: dict[str, Any], train: dict[str, Any], processes: int, reasons: list[str]
 ) -> None:
     config = settings_of(deepspeed, **train)
@@ -149,7 +149,7 @@ assert "deepspeed" not in sys.modules and not dist.is_initialized()
 """
 
 
-def test_a_run_alone_imports_no_deepspeed(tmp_path: Path) -> None:
+def test_one_process_imports_no_deepspeed(tmp_path: Path) -> None:
     config = write_config(tmp_path, train={"max_steps": 2}, student={"model": "cifar/resnet8"})
     script = tmp_path / "alone.py"
     script.write_text(ALONE_PROGRAM)

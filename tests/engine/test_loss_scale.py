@@ -18,7 +18,7 @@ from unikd_fast.cli import main
 from unikd_fast.engine.gradients import GradientWatch, LossScale
 
 
-def test_an_overflow_halves_and_patience_doubles() -> None:
+def test_an_overflow_halves_and_growth_doubles() -> None:
     scale = LossScale(8.0, growth_interval=3)
     values = []
     for overflowed in (True, False, False, True, False, False, False, False):
@@ -33,14 +33,14 @@ def test_an_overflow_halves_and_patience_doubles() -> None:
     assert scale.value == again.value == 8.0
 
 
-def test_it_does_not_grow_for_ever() -> None:
+def test_the_scale_is_bounded() -> None:
     scale = LossScale(growth_interval=1)
     for _ in range(100):
         scale.update(False)
     assert scale.value == 2.0**24
 
 
-def test_gradients_are_those_of_the_loss_and_an_overflow_changes_nothing() -> None:
+def test_an_overflow_leaves_the_weights() -> None:
     module = nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(1.0)
     engine = PlainEngine(module, lr=0.25)
@@ -72,7 +72,7 @@ def scaled_by_more(config: Path) -> int:
         pytest.param(3, 2, marks=pytest.mark.long),
     ],
 )
-def test_a_run_finds_its_scale_and_goes_on_with_it(tmp_path: Path, stage: int, processes: int) -> None:
+def test_a_run_finds_its_scale(tmp_path: Path, stage: int, processes: int) -> None:
     settings: dict[str, Any] = {"learning_rate": 0.001, "accumulation_steps": 1, "ema_decay": None, "precision": "fp16"}
 
     def records(name: str, steps: int) -> list[dict[str, Any]]:

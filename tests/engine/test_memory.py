@@ -26,7 +26,7 @@ def crd(samples: int = 100, width: int = 8, negatives: int = 10) -> CRD:
     return build(CRD, 4, 6, ids, ids % CLASSES, CLASSES, width=width, negatives=negatives)
 
 
-def test_the_banks_and_the_draws_of_crd() -> None:
+def test_the_banks_of_crd() -> None:
     banks = 2 * 100 * 8 * 4
     assert crd().device_bytes(3) == banks + 3 * (16 * 100 + 96 * 10)
     row = 16 * 100 + 96 * 2**18
@@ -92,7 +92,7 @@ def stones_experiment(*, light: bool = False) -> Any:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_the_stepping_stones_of_blockwise(batch: int) -> None:
+def test_blockwise_stepping_stones(batch: int) -> None:
     # The first stone passes both blocks, the second one the last.
     matrix, first, second = 12 * CLASSES * 4, 1 * 4 * 4 * 4, 3 * 2 * 2 * 4
     found = saved_bytes(stones_experiment(), batch, CPU)

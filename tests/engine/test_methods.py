@@ -97,9 +97,7 @@ STAGES = [0, pytest.param(3, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_method_is_given_all_it_needs(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, stage: int
-) -> None:
+def test_a_method_gets_all_it_needs(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
     monkeypatch.setitem(METHODS, "kd", Everything)
     config = config_of(
         tmp_path,
@@ -129,7 +127,7 @@ def test_a_method_is_given_all_it_needs(
         context.teacher_norms  # noqa: B018
 
 
-def test_a_step_shows_both_networks_both_views(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_networks_see_both_views(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "kd", Everything)
     experiment = built(config_of(tmp_path, weights, "views", distill={"method": "kd"}))
     method, teacher = experiment.method, experiment.teacher
@@ -188,13 +186,13 @@ def test_batch_norm_sees_each_view_by_itself() -> None:
     assert StudentModule(network, None, None)(weak).second_logits is None
 
 
-def test_second_views_are_read_for_methods_that_need_them_alone(tmp_path: Path, weights: Path) -> None:
+def test_second_views_are_read_only_if_needed(tmp_path: Path, weights: Path) -> None:
     config = config_of(tmp_path, weights, "plain", distill={"method": "kd"})
     batch, _ = next(built(config).micro_batches(0))
     assert batch.second is None
 
 
-def test_the_second_view_is_the_strong_one_of_the_literature_or_as_told(tmp_path: Path) -> None:
+def test_the_default_second_view(tmp_path: Path) -> None:
     weak = load_config(write_config(tmp_path))
     strong, first = weak.data.second_augmentation, weak.data.first_augmentation
     assert (strong.crop, strong.padding, strong.flip_probability) == (first.crop, first.padding, first.flip_probability)
@@ -215,7 +213,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("need", NEEDS)
-def test_what_is_needed_beyond_the_outputs_cannot_be_cached(
+def test_methods_that_need_more_cannot_be_cached(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, need: str
 ) -> None:
     class Needing(KD):
@@ -234,7 +232,7 @@ def test_what_is_needed_beyond_the_outputs_cannot_be_cached(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_one_class_a_sample_excludes_mixing(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hard_labels_exclude_mixing(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hard(KD):
         @classmethod
         def needs_of(cls, settings: KDSettings) -> Needs:
@@ -259,7 +257,7 @@ def test_one_class_a_sample_excludes_mixing(tmp_path: Path, weights: Path, monke
     ],
     ids=lambda distill: str(distill["method"]),
 )
-def test_one_class_is_refused_before_anything_is_built(tmp_path: Path, distill: dict[str, Any]) -> None:
+def test_one_class_is_refused(tmp_path: Path, distill: dict[str, Any]) -> None:
     """By the methods whose losses refuse it; the others train."""
     config = load_config(write_config(tmp_path, data={"num_classes": 1}, distill=distill))
     message = r"method = .*(kd|dkd)' weighs classes against each other .* at least 2, got 1 in data\.name = 'synthetic'"
@@ -267,7 +265,7 @@ def test_one_class_is_refused_before_anything_is_built(tmp_path: Path, distill: 
         build_experiment(config, ALONE)
 
 
-def test_each_name_is_its_method_and_a_list_their_sum(tmp_path: Path, weights: Path) -> None:
+def test_a_name_is_a_method_and_a_list_their_sum(tmp_path: Path, weights: Path) -> None:
     assert set(METHODS) == set(DistillConfig.model_json_schema()["properties"]["method"]["oneOf"][0]["enum"])
     assert needs_of(DistillConfig(method="none").settings) == Needs(teacher=False)
     assert needs_of(DistillConfig(method=("kd", "unikd")).settings) == Needs(levels=True)

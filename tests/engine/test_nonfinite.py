@@ -43,7 +43,7 @@ def loss(total: float) -> Loss:
     return Loss(value, {"ce": value})
 
 
-def test_the_first_gradients_that_are_not_finite_are_named(module: nn.Sequential) -> None:
+def test_the_first_non_finite_gradients_are_named(module: nn.Sequential) -> None:
     watch = GradientWatch(PlainEngine(module, **OPTIONS), skip=False)
     meter = LossMeter(ALONE, ["ce"], watch)
     for step in range(6):
@@ -63,7 +63,7 @@ def test_the_first_gradients_that_are_not_finite_are_named(module: nn.Sequential
         meter.check()
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_gradients(module: nn.Sequential) -> None:
+def test_a_non_finite_loss_is_reported_with_gradients(module: nn.Sequential) -> None:
     watch = GradientWatch(PlainEngine(module, **OPTIONS), skip=False)
     meter = LossMeter(ALONE, ["ce"], watch)
     backward(module, math.nan)
@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_gradients(module: nn.Sequent
         meter.read()
 
 
-def test_nothing_is_said_where_all_is_finite(module: nn.Sequential) -> None:
+def test_finite_steps_report_nothing(module: nn.Sequential) -> None:
     watch = GradientWatch(PlainEngine(module, **OPTIONS), skip=False)
     meter = LossMeter(ALONE, ["ce"], watch)
     for step in range(3):
@@ -84,7 +84,7 @@ def test_nothing_is_said_where_all_is_finite(module: nn.Sequential) -> None:
     assert watch.worst() == ""
 
 
-def test_a_skipped_step_leaves_weights_momentum_and_means_alone(module: nn.Sequential) -> None:
+def test_a_skipped_step_changes_nothing(module: nn.Sequential) -> None:
     engine = PlainEngine(module, **OPTIONS)
     optimizer = engine.optimizer
     watch = GradientWatch(engine, skip=True)
@@ -143,7 +143,7 @@ def poisoned_run(folder: Path, steps: set[int], stage: int, processes: int, **tr
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "processes"), STAGES)
-def test_a_run_skips_and_counts(tmp_path: Path, stage: int, processes: int) -> None:
+def test_a_run_skips_and_counts_steps(tmp_path: Path, stage: int, processes: int) -> None:
     done = poisoned_run(tmp_path, {3, 8}, stage, processes, nonfinite="skip")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "poisoned" / "metrics.jsonl").read_text().splitlines()]
@@ -154,7 +154,7 @@ def test_a_run_skips_and_counts(tmp_path: Path, stage: int, processes: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "processes"), [STAGES[0], long(1, 2), long(3, 2)])
-def test_a_run_stops_and_names_step_terms_and_gradients(tmp_path: Path, stage: int, processes: int) -> None:
+def test_a_run_stops_and_names_the_step(tmp_path: Path, stage: int, processes: int) -> None:
     done = poisoned_run(tmp_path, {3}, stage, processes)
     assert done.returncode != 0
     assert "loss is not finite at step 2 on process 0: total nan" in done.stderr  # steps count from 0

@@ -69,7 +69,7 @@ def test_an_unfaithful_teacher_is_refused_before_training(tmp_path: Path, weight
     assert experiment(tmp_path, **loud, fidelity={"batches": 0}).teacher_record["fidelity"] is None  # type: ignore[index]
 
 
-def test_auto_gives_up_fp16_where_it_overflows(
+def test_auto_avoids_fp16_where_it_overflows(
     tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for module in (online_teacher, formats):  # as on a GPU
@@ -89,7 +89,7 @@ def test_auto_gives_up_fp16_where_it_overflows(
         ({"weights": "ordinary", "precision": "fp32", "fold_batch_norm": False}, "as it was given"),
     ],
 )
-def test_why_a_teacher_is_not_checked_is_said(
+def test_a_skipped_check_is_explained(
     tmp_path: Path,
     weights: dict[str, Path],
     caplog: pytest.LogCaptureFixture,
@@ -108,7 +108,7 @@ def test_why_a_teacher_is_not_checked_is_said(
 
 
 @pytest.mark.long
-def test_a_run_in_bf16_on_two_processes_records_the_pooled_figures(tmp_path: Path) -> None:
+def test_two_ranks_record_pooled_fidelity(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
         name="half",

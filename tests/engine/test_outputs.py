@@ -30,7 +30,7 @@ class Table(torch.nn.Module):
         return Features((), self.rows[images[:, 0, 0, 0].long()])
 
 
-def test_the_probe_is_the_softened_kl_and_asks_the_teacher_once() -> None:
+def test_the_probe_is_the_softened_kl() -> None:
     rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     student = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
     ids = [torch.tensor([3, 1, 0]), torch.tensor([4, 2])]
@@ -45,7 +45,7 @@ def test_the_probe_is_the_softened_kl_and_asks_the_teacher_once() -> None:
     assert teacher.calls == 2
 
 
-def test_the_probe_goes_without_samples_that_one_lacks() -> None:
+def test_the_probe_ignores_samples_not_shared() -> None:
     """Their images were skipped, in one evaluation and not in the other."""
     rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     student = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
@@ -59,7 +59,7 @@ def test_the_probe_goes_without_samples_that_one_lacks() -> None:
         assert probe.measure(outputs) == pytest.approx(expected, abs=1e-6)  # fp32 against float64
 
 
-def test_outputs_of_all_processes_are_written_in_the_order_of_the_split(tmp_path: Path) -> None:
+def test_outputs_are_written_in_split_order(tmp_path: Path) -> None:
     class Two(Processes):
         def gather(self, value: BatchLogits) -> list[BatchLogits]:
             return [value, other]
@@ -75,7 +75,7 @@ def test_outputs_of_all_processes_are_written_in_the_order_of_the_split(tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_leaves_the_logits_of_its_last_student(tmp_path: Path) -> None:
+def test_a_run_saves_its_last_test_logits(tmp_path: Path) -> None:
     weights = save_teacher(tmp_path / "teacher.pth")
     sections = {
         "data": {"name": "digits", "image_size": 16, "train_samples": 96},
@@ -108,7 +108,7 @@ def test_a_run_leaves_the_logits_of_its_last_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_neither_is_made_where_it_is_not_asked_for(tmp_path: Path) -> None:
+def test_logits_and_probe_are_optional(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="run", run={"test_logits": False, "probe": False}, train={"max_steps": 2})
     folder = train_here(load_config(config))
     assert read_test_logits(folder) is None

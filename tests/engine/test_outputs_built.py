@@ -23,7 +23,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("head", ["anchored", "literal"])
-def test_a_head_that_learns_along_cannot_be_cached(tmp_path: Path, weights: Path, head: str) -> None:
+def test_a_jointly_trained_head_cannot_be_cached(tmp_path: Path, weights: Path, head: str) -> None:
     with pytest.raises(ConfigError) as caught:
         experiment(tmp_path, weights, changes={"distill.unikd.teacher_head": head})
     # Levels of 16 x 32 x 32, 32 x 16 x 16 and 64 x 8 x 8, of 96 samples, two bytes each.
@@ -46,7 +46,7 @@ def ready(built: Experiment) -> OutputCache:
     return of(built)
 
 
-def test_a_cache_of_more_views_serves_a_run_that_needs_fewer(tmp_path: Path, weights: Path) -> None:
+def test_a_larger_cache_serves_a_shorter_run(tmp_path: Path, weights: Path) -> None:
     settings: Settings = {"teacher.cache.views": 2, "train.total_epochs": 2, "teacher.cache.recheck": 0}
     ready(experiment(tmp_path, weights, "kd", settings))
     built = experiment(tmp_path, weights, "kd", {**settings, "teacher.cache.views": 1, "teacher.cache.mode": "read"})
@@ -95,7 +95,7 @@ def test_the_views_that_a_run_needs_are_enough(tmp_path: Path, weights: Path, sm
     assert ready(more).folder.missing_shards() == []
 
 
-def test_a_run_that_needs_fewer_views_needs_room_for_these_alone(
+def test_only_the_needed_views_take_space(
     tmp_path: Path, weights: Path, small_shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: Settings = {"teacher.cache.views": 2, "train.total_epochs": 2, "teacher.cache.recheck": 0}
@@ -107,7 +107,7 @@ def test_a_run_that_needs_fewer_views_needs_room_for_these_alone(
     assert folder.missing_shards() == [2, 3]
 
 
-def test_reading_makes_no_cache(tmp_path: Path, weights: Path) -> None:
+def test_read_mode_creates_no_cache(tmp_path: Path, weights: Path) -> None:
     with pytest.raises(CacheError) as caught:
         experiment(tmp_path, weights, "kd", {"teacher.cache.mode": "read"})
     assert str(caught.value).startswith(f"teacher.cache.dir = {tmp_path / 'kd'} does not exist, and teacher.cache.mode")
@@ -119,7 +119,7 @@ def test_reading_makes_no_cache(tmp_path: Path, weights: Path) -> None:
     assert not list((tmp_path / "kd").iterdir())
 
 
-def test_reading_builds_no_shards(tmp_path: Path, weights: Path) -> None:
+def test_read_mode_builds_no_shards(tmp_path: Path, weights: Path) -> None:
     experiment(tmp_path, weights, "kd")
     built = experiment(tmp_path, weights, "kd", {"teacher.cache.mode": "read"})
     with pytest.raises(CacheError, match=r"1 of 1 shards are not built, and teacher\.cache\.mode = 'read' builds none"):

@@ -70,7 +70,7 @@ COMPARED += [("unikd", *case) for case in OF_A_HEAD]
 @pytest.mark.parametrize(
     ("method", "changes", "named"), COMPARED, ids=[f"{method}-{next(iter(changes))}" for method, changes, _ in COMPARED]
 )
-def test_what_decides_an_output_is_compared(
+def test_settings_that_decide_outputs_are_compared(
     caches: Path, weights: Path, method: str, changes: Settings, named: str
 ) -> None:
     with pytest.raises(CacheError) as caught:
@@ -117,7 +117,7 @@ OF_KD = {"distill.kd.ce_weight": 1.0, "distill.kd.beta": 2.0, "distill.kd.temper
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
-def test_what_decides_no_output_is_not(caches: Path, weights: Path, method: str, changes: Settings) -> None:
+def test_other_settings_are_not_compared(caches: Path, weights: Path, method: str, changes: Settings) -> None:
     assert of(experiment(caches, weights, method, changes)).folder.path == caches / method
 
 
@@ -149,9 +149,7 @@ COMMON = {"crop", "flip_probability", "seed", "version"}
     ("crop", "fields"),
     [("none", COMMON), ("pad", {*COMMON, "padding"}), ("resized", {*COMMON, "scale", "ratio"})],
 )
-def test_of_an_augmentation_counts_what_its_crop_uses(
-    tmp_path: Path, weights: Path, crop: str, fields: set[str]
-) -> None:
+def test_only_the_settings_of_the_crop_count(tmp_path: Path, weights: Path, crop: str, fields: set[str]) -> None:
     """Of images in memory, which have their size."""
     first = views_of(tmp_path, weights, crop, {})
     assert first.keys() == fields
@@ -171,7 +169,7 @@ def test_of_an_augmentation_counts_what_its_crop_uses(
         ("resized", {*COMMON, "scale", "ratio"}),
     ],
 )
-def test_of_image_files_that_are_cut_as_for_evaluation_their_short_side_counts(
+def test_the_short_side_of_center_cropped_files_counts(
     tmp_path: Path, weights: Path, crop: str, fields: set[str]
 ) -> None:
     write_images(tmp_path / "images")
@@ -185,9 +183,7 @@ def test_of_image_files_that_are_cut_as_for_evaluation_their_short_side_counts(
         assert another == first
 
 
-def test_a_key_is_the_same_in_another_folder_and_for_weights_in_another_file(
-    caches: Path, weights: Path, tmp_path: Path
-) -> None:
+def test_paths_are_not_part_of_the_key(caches: Path, weights: Path, tmp_path: Path) -> None:
     state = dict(reversed(torch.load(weights).items()))
     torch.save(state, tmp_path / "copy.pth")
     for method in ("unikd", "kd"):
@@ -195,7 +191,7 @@ def test_a_key_is_the_same_in_another_folder_and_for_weights_in_another_file(
         assert found == CacheFolder.open(caches / method).key
 
 
-def test_weights_replaced_under_the_same_path_are_other_weights(tmp_path: Path, weights: Path) -> None:
+def test_replaced_weights_change_the_key(tmp_path: Path, weights: Path) -> None:
     path = tmp_path / "teacher.pth"
     path.write_bytes(weights.read_bytes())
     experiment(tmp_path, path, "kd")
@@ -206,13 +202,13 @@ def test_weights_replaced_under_the_same_path_are_other_weights(tmp_path: Path, 
         experiment(tmp_path, path, "kd")
 
 
-def test_all_methods_share_what_is_no_head(caches: Path) -> None:
+def test_methods_without_a_head_share_a_cache(caches: Path) -> None:
     unikd, kd = (CacheFolder.open(caches / method).key.fields for method in ("unikd", "kd"))
     assert unikd.pop("head") is not None and kd.pop("head") is None
     assert unikd == kd
 
 
-def test_auto_is_what_it_stands_for(
+def test_auto_is_resolved_in_the_key(
     caches: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment(tmp_path, weights, "kd", {"teacher.precision": "auto"})

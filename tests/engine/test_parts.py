@@ -31,7 +31,7 @@ def train_section(**values: object) -> TrainConfig:
     return TrainConfig.model_validate({"total_epochs": 10, "global_batch_size": 8, "learning_rate": 0.4, **values})
 
 
-def test_cosine_with_warm_up_starts_low_peaks_and_ends_at_zero() -> None:
+def test_cosine_schedule_with_warm_up() -> None:
     train = train_section(schedule="cosine", warmup_epochs=2.0)
     rates = [learning_rate(train, step, total_steps=100, steps_per_epoch=10) for step in range(101)]
     assert rates[0] == pytest.approx(0.4 / 20)
@@ -41,7 +41,7 @@ def test_cosine_with_warm_up_starts_low_peaks_and_ends_at_zero() -> None:
     assert all(a >= b for a, b in itertools.pairwise(rates[20:]))
 
 
-def test_step_schedule_drops_at_the_first_step_of_the_milestone_epoch() -> None:
+def test_step_schedule_drops_at_milestones() -> None:
     train = train_section(schedule="step", milestones=[3, 6], gamma=0.1)
     rates = [learning_rate(train, step, total_steps=100, steps_per_epoch=10) for step in (0, 29, 30, 59, 60)]
     assert rates == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004])
@@ -56,7 +56,7 @@ def loss(value: float) -> Loss:
     return Loss(t, {"hint": 3 * t, "ce": 2 * t})
 
 
-def test_the_meter_averages_and_starts_again() -> None:
+def test_the_meter_averages_and_resets() -> None:
     meter = LossMeter(ALONE, TERMS)
     meter.update(loss(1.0), 0)
     meter.update(loss(3.0), 1)
@@ -65,7 +65,7 @@ def test_the_meter_averages_and_starts_again() -> None:
     assert meter.read()["total"] == 5.0
 
 
-def test_the_meter_takes_the_terms_that_were_stated() -> None:
+def test_the_meter_requires_the_stated_terms() -> None:
     for other in ({"ce": torch.ones(())}, {name: torch.ones(()) for name in ("ce", "hint", "anchor")}):
         with pytest.raises(AssertionError, match=r"states \('total', 'ce', 'hint'\), got"):
             LossMeter(ALONE, TERMS).update(Loss(torch.ones(()), other), 0)
@@ -104,7 +104,7 @@ def test_evaluation_counts_every_sample_of_uneven_batches() -> None:
     assert found["ce"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
-def test_the_teacher_stays_in_eval_mode_and_keeps_its_buffers() -> None:
+def test_the_teacher_stays_in_eval_mode() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -224,7 +224,7 @@ def _two_processes(folder: Path) -> int:
     return 0
 
 
-def test_two_processes_agree_on_buffers_evaluation_and_failure(tmp_path: Path) -> None:
+def test_two_ranks_agree_on_state_and_failure(tmp_path: Path) -> None:
     done = Ranks(partial(_two_processes, tmp_path), tmp_path, processes=2).done()
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

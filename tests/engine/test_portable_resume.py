@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
     ("processes", "stage"),
     [(2, 1), pytest.param(4, 3, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long)],
 )
-def test_more_processes_train_alike(tmp_path: Path, whole: list[tuple[int, float]], processes: int, stage: int) -> None:
+def test_more_ranks_train_alike(tmp_path: Path, whole: list[tuple[int, float]], processes: int, stage: int) -> None:
     config = write_config(tmp_path, name="more", **{**SETTINGS, **sharded(processes, stage)})
     done = run_ranks(config, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,7 +76,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_a_run_goes_on_at_another_number_of_processes_and_stage(
+def test_a_run_resumes_with_other_ranks_and_stage(
     tmp_path: Path, whole: list[tuple[int, float]], before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     config = write_config(tmp_path, name="cut", **{**SETTINGS, **sharded(*before)})

@@ -65,7 +65,7 @@ class Greedy(Method):
         torch.empty(2**60, dtype=torch.uint8)
 
 
-def test_a_lack_of_memory_names_the_head_or_the_teacher() -> None:
+def test_out_of_memory_names_the_head_or_the_teacher() -> None:
     own: Any = Processes(0, 1, 0, torch.device("cpu")), SimpleNamespace(agreed=lambda: 0), "run"
     loader: Any = Images(0)
     of_method = (
@@ -79,7 +79,7 @@ def test_a_lack_of_memory_names_the_head_or_the_teacher() -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_two_processes_freeze_the_same_head(fitted: Path, norm: str) -> None:
+def test_two_ranks_freeze_the_same_head(fitted: Path, norm: str) -> None:
     one, other = (torch.load(fitted / f"{norm}-{rank}.pt") for rank in (0, 1))
     assert any("running_mean" in name for name in one)
     assert one.keys() == other.keys()

@@ -32,9 +32,7 @@ def assert_same_weights(left: Path, right: Path) -> None:
 
 
 @pytest.mark.parametrize(("processes", "stage", "epochs"), CASES)
-def test_killed_mid_epoch_and_resumed_equals_uninterrupted(
-    tmp_path: Path, processes: int, stage: int, epochs: int
-) -> None:
+def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, processes: int, stage: int, epochs: int) -> None:
     sections: dict[str, Any] = {
         "deepspeed": {"zero_optimization": {"stage": stage}},
         "train": {"total_epochs": epochs},

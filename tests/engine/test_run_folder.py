@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, train: Train, pla
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a user to change to")
-def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, name="run"))
     os.seteuid(65534)
     try:
@@ -202,7 +202,7 @@ WRITTEN: dict[str, Any] = {"label": "student", "seed": 0, "model": "m", "test_is
     ],
     ids=["empty", "no best", "a number", "no epoch", "a list as label", "a text as accuracy"],
 )
-def test_a_result_that_no_run_writes_is_named(tmp_path: Path, content: dict[str, Any]) -> None:
+def test_an_impossible_result_is_named(tmp_path: Path, content: dict[str, Any]) -> None:
     (tmp_path / "result.json").write_text(json.dumps(content))
     with pytest.raises(FileError, match=r"result.json is damaged: it does not hold .*; remove it and continue"):
         read_result(tmp_path)
@@ -212,7 +212,7 @@ def test_a_result_that_no_run_writes_is_named(tmp_path: Path, content: dict[str,
 
 
 @pytest.mark.parametrize("figures", [5, {}, {"accuracy": 50.0, "samples": 0}, {"accuracy": "x", "samples": 4}])
-def test_figures_that_no_teacher_has_are_named(tmp_path: Path, figures: object) -> None:
+def test_impossible_teacher_figures_are_named(tmp_path: Path, figures: object) -> None:
     (tmp_path / "teacher.json").write_text(json.dumps({"validation": figures}))
     with pytest.raises(FileError, match=r"teacher.json is damaged: it does not hold .*; remove it and continue"):
         read_teacher(tmp_path)
@@ -222,7 +222,7 @@ def test_figures_that_no_teacher_has_are_named(tmp_path: Path, figures: object) 
 
 
 @pytest.mark.parametrize("content", [None, b"x" * 20], ids=["missing", "damaged"])
-def test_best_weights_that_are_lost_are_named(tmp_path: Path, content: bytes | None) -> None:
+def test_lost_best_weights_are_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "best.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -331,7 +331,7 @@ def test_a_full_disk_while_training_is_named(tmp_path: Path, name: str, capfd: p
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_process_beside_the_first_gets_its_error(tmp_path: Path) -> None:
+def test_other_ranks_get_the_error_of_rank_0(tmp_path: Path) -> None:
     class Second(Processes):
         def broadcast(self, value: Any) -> Any:
             assert value is None

@@ -32,7 +32,7 @@ def config_of(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
 
 
 @pytest.mark.slow
-def test_recomputed_blocks_train_bit_for_bit_alike(tmp_path: Path) -> None:
+def test_activation_checkpointing_is_bit_exact(tmp_path: Path) -> None:
     for name, recompute in (("kept", False), ("again", True)):
         config = config_of(tmp_path, name, train={"activation_checkpointing": recompute})
         train_here(load_config(config))
@@ -53,7 +53,7 @@ def test_lower_precisions_follow_fp32(tmp_path: Path, precision: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [2, 3])
-def test_offloading_trains_alike_with_torchs_optimiser(tmp_path: Path, stage: int) -> None:
+def test_offloading_matches_torchs_optimizer(tmp_path: Path, stage: int) -> None:
     found = []
     for name, offload in (("device", {}), ("cpu", {"offload_optimizer": {"device": "cpu"}})):
         config = config_of(tmp_path, name, deepspeed={"zero_optimization": {"stage": stage, **offload}})
@@ -122,7 +122,7 @@ def test_every_option_trains_at_every_stage(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "you tried 9 bytes"),
     ],
 )
-def test_a_lack_of_memory_names_the_part_and_the_remedy(error: Exception, said: str) -> None:
+def test_out_of_memory_names_the_part_and_the_remedy(error: Exception, said: str) -> None:
     with (
         pytest.raises(OutOfMemory, match=f"^out of memory in the student's part: .*{said}.?; raise train.accumulation"),
         oom_hint("student"),
@@ -130,7 +130,7 @@ def test_a_lack_of_memory_names_the_part_and_the_remedy(error: Exception, said: 
         raise error
 
 
-def test_a_real_lack_of_memory_is_recognised() -> None:
+def test_a_real_out_of_memory_is_recognised() -> None:
     with pytest.raises(OutOfMemory, match="out of memory in the teacher's part"), oom_hint("teacher"):
         torch.empty(2**60, dtype=torch.uint8)
 
@@ -141,7 +141,7 @@ def test_a_method_that_is_too_large_is_named(tmp_path: Path) -> None:
         opened(config)
 
 
-def test_what_says_already_what_to_do_passes() -> None:
+def test_errors_with_a_remedy_pass() -> None:
     with pytest.raises(LoaderError, match="workers"), oom_hint("run"):
         raise LoaderError("worker 0: Cannot allocate memory; lower data.workers")
 

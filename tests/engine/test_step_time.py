@@ -26,7 +26,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_parts_add_up_over_micro_batches_and_are_means_over_steps(tmp_path: Path, seconds: list[float]) -> None:
+def test_parts_are_summed_and_averaged(tmp_path: Path, seconds: list[float]) -> None:
     clock = StepClock(CPU)
     for step in range(FIRST + COUNT + 3):
         slow = 1.0 if FIRST <= step < FIRST + COUNT else 100.0  # those before and after are not measured
@@ -45,7 +45,7 @@ def test_parts_add_up_over_micro_batches_and_are_means_over_steps(tmp_path: Path
     assert found.hardware == f"CPU, {torch.get_num_threads()} threads"
 
 
-def test_it_is_written_once_and_only_when_all_steps_are_there(tmp_path: Path) -> None:
+def test_it_is_written_once_all_steps_are_timed(tmp_path: Path) -> None:
     clock = StepClock(CPU)
     for _ in range(FIRST + COUNT - 1):
         clock.start()
@@ -62,7 +62,7 @@ def test_it_is_written_once_and_only_when_all_steps_are_there(tmp_path: Path) ->
     assert not (tmp_path / STEP_TIME).exists()
 
 
-def test_a_run_writes_it_and_is_the_same_run(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_does_not_change_the_run(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, weights, "timed", "kd")
     timed = train_here(config)
     found = read_step_time(timed)
@@ -80,7 +80,7 @@ def test_a_run_writes_it_and_is_the_same_run(tmp_path: Path, weights: Path, monk
     assert curve(silent) == curve(timed)
 
 
-def test_the_parts_are_those_that_took_the_time(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_goes_to_the_right_part(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher that sleeps shows in its own part alone."""
     whole = steps.train_step
 
@@ -98,7 +98,7 @@ def test_the_parts_are_those_that_took_the_time(tmp_path: Path, weights: Path, m
     assert found.data_ms < 25 and found.loss_ms < 25
 
 
-def test_of_captured_steps_the_whole_is_known(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_have_only_a_total(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "device_obstacles", lambda processes: iter(()))
     folder = train_here(config_of(tmp_path, weights, "captured", "kd"))
     content = json.loads((folder / STEP_TIME).read_text())
@@ -107,6 +107,6 @@ def test_of_captured_steps_the_whole_is_known(tmp_path: Path, weights: Path, mon
     assert read_step_time(folder) is None
 
 
-def test_a_short_run_has_none(tmp_path: Path, weights: Path) -> None:
+def test_a_short_run_writes_none(tmp_path: Path, weights: Path) -> None:
     train = {**CHANGING["train"], "max_steps": FIRST + COUNT - 1}
     assert not (train_here(config_of(tmp_path, weights, "short", "none", train=train)) / STEP_TIME).exists()

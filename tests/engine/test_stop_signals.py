@@ -54,7 +54,7 @@ def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
         pytest.param(signal.SIGINT, "torchvision", id="Ctrl-C-torchvision", marks=pytest.mark.long),
     ],
 )
-def test_a_stop_signal_to_decoding_processes_as_well_still_saves(tmp_path: Path, number: int, loader: str) -> None:
+def test_a_stop_signal_to_workers_too_still_saves(tmp_path: Path, number: int, loader: str) -> None:
     """Ctrl-C on a terminal, and DeepSpeed's launcher, signal every process of the run."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("val", 4)):
@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_in_a_lock_is_one_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "unikd train: error: stopped by Ctrl-C\n"
 
 
-def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
+def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
     """torchrun and deepspeed signal one process after another; both must still save together."""
     config = write_config(
         tmp_path,
@@ -133,7 +133,7 @@ def assert_stopped(folder: Path, output: str) -> None:
 
 
 @pytest.mark.long
-def test_a_launcher_that_is_stopped_lets_its_processes_save(tmp_path: Path) -> None:
+def test_a_stopped_launcher_lets_its_ranks_save(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="stopped", run={"log_every_steps": 1, "checkpoint_every_steps": None})
     process = start_launcher(config, launcher="deepspeed", processes=2)
     wait_for_step(tmp_path / "stopped", 2, process)

@@ -115,7 +115,7 @@ def test_what_is_enough(
             assert warned == [little] * (verdict == "little")
 
 
-def test_a_teacher_that_knows_nothing_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_a_teacher_at_chance_is_refused(tmp_path: Path, folder: Path) -> None:
     config = load_config(config_of(tmp_path, folder / "nothing.pth"))
     with pytest.raises(ConfigError, match=r"classifies .* correctly, and chance is 10\.00 %") as error:
         train_here(config)
@@ -123,7 +123,7 @@ def test_a_teacher_that_knows_nothing_is_refused(tmp_path: Path, folder: Path) -
     assert not Path(config.run.dir).exists()
 
 
-def test_its_accuracy_is_said_and_kept(
+def test_the_accuracy_is_logged_and_stored(
     tmp_path: Path, folder: Path, known: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     experiment = opened(config_of(tmp_path, folder / "much.pth"))
@@ -137,7 +137,7 @@ def test_its_accuracy_is_said_and_kept(
 
 
 @pytest.mark.parametrize("probe", [True, False])
-def test_the_probe_need_not_ask_again(tmp_path: Path, folder: Path, probe: bool) -> None:
+def test_the_probe_reuses_the_logits(tmp_path: Path, folder: Path, probe: bool) -> None:
     config = config_of(tmp_path, folder / "nothing.pth", min_accuracy=0)
     experiment = opened(config, ALONE) if probe else opened(_without_probe(config))
     logits = check_teacher(experiment, tmp_path, "run", resume=False)
@@ -223,7 +223,7 @@ def test_no_cache_is_built_by_a_teacher_near_chance(tmp_path: Path, folder: Path
 
 
 @pytest.mark.slow
-def test_a_cache_knows_what_its_teacher_knew(
+def test_a_cache_stores_its_teachers_accuracy(
     tmp_path: Path, folder: Path, known: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     counted = Counted(monkeypatch)

@@ -51,7 +51,7 @@ def written(folder: Path, monkeypatch: pytest.MonkeyPatch, *, hidden: str | None
     return said.decode()
 
 
-def test_the_bar_is_readable_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_fits_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars = [part for part in re.split(r"[\r\n]", written(tmp_path, monkeypatch)) if "%" in part]
     assert all(len(bar) < 80 for bar in bars)
     assert re.fullmatch(
@@ -60,7 +60,7 @@ def test_the_bar_is_readable_at_80_columns(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("hidden", "shown"), [(None, True), ("head_", False)])
-def test_figures_of_the_head_are_behind_a_flag(
+def test_figures_of_the_head_can_be_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: str | None, shown: bool
 ) -> None:
     said = written(tmp_path, monkeypatch, hidden=hidden)
@@ -71,7 +71,7 @@ def test_figures_of_the_head_are_behind_a_flag(
 
 
 @pytest.mark.parametrize(("classes", "keys"), [(5, {"accuracy"}), (6, {"accuracy", "top5"})])
-def test_top_5_of_more_than_five_classes_alone(classes: int, keys: set[str]) -> None:
+def test_top_5_needs_more_than_five_classes(classes: int, keys: set[str]) -> None:
     class Constant(nn.Module):
         def forward(self, images: torch.Tensor) -> Features:
             return Features((), torch.arange(classes).float().expand(len(images), -1))
@@ -83,7 +83,7 @@ def test_top_5_of_more_than_five_classes_alone(classes: int, keys: set[str]) -> 
     assert found.get("top5", 500 / 6) == pytest.approx(500 / 6)
 
 
-def test_an_evaluation_of_fresh_running_averages_is_explained() -> None:
+def test_fresh_running_averages_are_explained() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for _ in range(7):
         network(1000 * torch.randn(2, 3, 4, 4))
@@ -98,13 +98,13 @@ def test_an_evaluation_of_fresh_running_averages_is_explained() -> None:
     assert explain_bad_evaluation(2.9e5, nn.Conv2d(3, 4, 1), 10) is None
 
 
-def test_a_message_is_said_once() -> None:
+def test_a_message_is_logged_once() -> None:
     once = _Once()
     records = [logging.LogRecord("unikd_fast", 20, "", 0, "%s runs", (name,), None) for name in "aba"]
     assert [once.filter(record) for record in records] == [True, True, False]
 
 
-def test_a_teacher_that_is_trained_first_is_not_called_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_teacher_trained_first_is_not_called_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     teacher = {"weights": None, "training": {"total_epochs": 1}}
     config = load_config(write_config(tmp_path, teacher=teacher, train={"total_epochs": 1}))
     with caplog.at_level(logging.INFO, logger="unikd_fast"):
@@ -115,7 +115,7 @@ def test_a_teacher_that_is_trained_first_is_not_called_random(tmp_path: Path, ca
 
 
 @pytest.mark.slow
-def test_a_run_says_once_what_runs_and_nothing_else(tmp_path: Path) -> None:
+def test_a_run_logs_its_setup_once_and_no_noise(tmp_path: Path) -> None:
     runs = {"KD": {"distill.method": "kd"}, "UniKD": {"distill.unikd.head_steps": 4}}
     config = write_config(
         tmp_path,

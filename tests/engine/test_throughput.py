@@ -50,7 +50,7 @@ def test_a_slow_loader_is_timed_on_fewer_batches(clock: Clock) -> None:
     assert next(batches) == 3
 
 
-def test_one_batch_tells_no_rate(clock: Clock) -> None:
+def test_one_batch_gives_no_rate(clock: Clock) -> None:
     assert loader_rate(clock.batches(4.0), ALONE, micro_batch_size=16) is None
     assert loader_rate(clock.batches(), ALONE, micro_batch_size=16) is None
 
@@ -98,7 +98,7 @@ def test_the_readings_are_of_the_whole_time(clock: Clock) -> None:
         (ON_GPU, 0.5, 0.5, 13.5, None),
     ],
 )
-def test_a_loader_below_twelve_tenths_of_the_steps_is_named(
+def test_a_loader_below_1_2_times_the_steps_is_named(
     processes: Processes,
     wait_s: float,
     step_s: float,
@@ -112,7 +112,7 @@ def test_a_loader_below_twelve_tenths_of_the_steps_is_named(
     assert (bound in caplog.text and "loader-bound" in caplog.text) if bound else caplog.text == ""
 
 
-def test_it_is_said_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_is_logged_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     throughput = Throughput(ALONE, global_batch_size=10, loader_rate=1.0)
     for epoch in range(3):
         throughput.begin(epoch)
@@ -123,7 +123,7 @@ def test_it_is_said_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.slow
-def test_a_run_on_large_files_says_that_its_loader_binds_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_bound_by_its_loader_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for part, count in (("train", 16), ("val", 4)):
         for i in range(count):
             folder = tmp_path / "images" / part / f"class_{i % 2}"

@@ -40,7 +40,7 @@ def launch(nodes: Nodes, config: Path, *arguments: str) -> "subprocess.Popen[str
     )
 
 
-def test_two_nodes_train_as_two_processes_do(tmp_path: Path) -> None:
+def test_two_nodes_train_like_two_ranks(tmp_path: Path) -> None:
     (tmp_path / "ssh").mkdir()
     config = write_config(tmp_path, name="nodes", **SETTINGS)
     with two_nodes(tmp_path / "ssh", ENVIRONMENT) as nodes:
@@ -60,7 +60,7 @@ def test_two_nodes_train_as_two_processes_do(tmp_path: Path) -> None:
     assert nodes_losses == pytest.approx(one_losses, rel=2e-5)
 
 
-def test_a_cut_cable_ends_the_run_with_a_message(tmp_path: Path) -> None:
+def test_a_cut_cable_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "ssh").mkdir()
     run_section = {"nodes": 2, "timeout_minutes": 0.25, "checkpoint_every_steps": 1}
     config = write_config(

@@ -16,7 +16,7 @@ def config_of(folder: Path) -> Path:
     return write_config(folder, **{**CACHED, "teacher": {"weights": PATH}})
 
 
-def test_they_are_the_files(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_is_expanded(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIKD_TEST_TEACHERS", str(weights.parent))
     experiment = opened(config_of(tmp_path))
     assert experiment.teacher is not None
@@ -27,13 +27,13 @@ def test_they_are_the_files(tmp_path: Path, weights: Path, monkeypatch: pytest.M
     assert experiment.config.teacher.weights == PATH  # the run is the same wherever they lie
 
 
-def test_a_variable_that_is_not_set_is_an_error_and_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unset_variable_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNIKD_TEST_TEACHERS", raising=False)
     with pytest.raises(ConfigError, match="UNIKD_TEST_TEACHERS is not set; set it by `export UNIKD_TEST_TEACHERS="):
         opened(config_of(tmp_path))
 
 
-def test_the_key_of_each_network_is_its_own(tmp_path: Path, weights: Path) -> None:
+def test_each_network_has_its_own_weights_key(tmp_path: Path, weights: Path) -> None:
     states = [torch.load(weights, weights_only=True) for _ in range(3)]
     for number, state in enumerate(states):
         state["fc.bias"].fill_(number)
