@@ -243,9 +243,9 @@ class Trainer:
                 self._save()
             if (number := self.stop.agreed()) and self.step % per_epoch and self.step < total:
                 self._stop(number)
-        average_buffers(self.experiment.student_module, self.processes)
-        if self.average is not None:
-            average_buffers(self.average, self.processes)
+        for module in (self.experiment.student_module, self.average, *self.method.heads):
+            if module is not None:
+                average_buffers(module, self.processes)
         number = self.stop.agreed()
         # Not after every epoch: short ones would spend their time on the disk.
         if self._checkpoint_due() or self._evaluation_due():

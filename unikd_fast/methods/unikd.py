@@ -67,10 +67,12 @@ class HeadTrainer:
         self.head = head
         self.optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
         self._replicated: nn.Module | None = None
-        self._keep_buffers()
+        self._kept: list[Tensor] | None = None  # the buffers before the update that is under way
 
     def predict(self, features: Features) -> Gaussian:
         """Return (m_t, log v_t) with gradient to the head, synchronised over processes in the backward pass."""
+        if self._kept is None:
+            self._kept = [buffer.clone() for buffer in self.head.buffers()]
         if self._replicated is None:
             several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
             self._replicated = DistributedDataParallel(self.head) if several else self.head
@@ -90,17 +92,14 @@ class HeadTrainer:
         (anchor / accumulation_steps).backward()
 
     def update(self, *, leave_out: bool = False) -> None:
-        """Take one AdamW step; with ``leave_out``, skip it and restore the running statistics of the last update."""
-        if leave_out:
+        """Take one AdamW step; with ``leave_out``, skip it and restore the running statistics from before it."""
+        if not leave_out:
+            self.optimizer.step()
+        elif self._kept is not None:
             for buffer, kept in zip(self.head.buffers(), self._kept, strict=True):
                 buffer.copy_(kept)
-        else:
-            self.optimizer.step()
-            self._keep_buffers()
+        self._kept = None
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _keep_buffers(self) -> None:
-        self._kept = [buffer.clone() for buffer in self.head.buffers()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -108,7 +107,6 @@ class HeadTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._keep_buffers()
 
 
 _logger = logging.getLogger("unikd_fast")

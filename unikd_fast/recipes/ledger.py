@@ -304,7 +304,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
         "last_minus_printed": None if differences is None else round(differences[1], 4),
         "seeds": list(figures.seeds),
         "missing_seeds": list(figures.missing),
-        "wall_s": None if origin.seconds is None else round(origin.seconds, 1),
+        "wall_s": None if origin.seconds is None else round(origin.seconds, 3),
         "hardware": list(origin.hardware),
         "commits": list(origin.commits),
         "folders": list(origin.folders),

@@ -303,7 +303,7 @@ class Training:
         code = process.wait()
         self._processes.discard(process)
         seconds = time.monotonic() - began
-        append_line(_timings(run.folder), json.dumps({"seconds": round(seconds, 1), "exit_code": code}))
+        append_line(_timings(run.folder), json.dumps({"seconds": round(seconds, 3), "exit_code": code}))
         self._ended(run, code, seconds, _last_lines(run.log, start))
 
     def _stop_late(self, process: "subprocess.Popen[bytes]") -> None:
