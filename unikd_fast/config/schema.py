@@ -15,17 +15,17 @@ class Section(BaseModel):
 
 
 class TeacherTraining(Section):
-    """Train the teacher first, as the student would be trained alone. Fields that are null are as in train and data."""
+    """Train the teacher first, as the student would be trained alone."""
 
     total_epochs: PositiveInt | None = None
-    """Number of epochs of the teacher's training."""
+    """Number of epochs of the teacher's training. If null, train.total_epochs."""
     train_samples: PositiveInt | None = None
-    """Number of samples of a class-balanced subset the teacher is trained on. If null, the whole training split is
-    used."""
+    """Number of samples of the class-balanced subset that the teacher is trained on. If null, the whole training split,
+    whatever data.train_samples is."""
     learning_rate: Positive | None = None
-    """Peak learning rate."""
+    """Peak learning rate. If null, train.learning_rate."""
     global_batch_size: PositiveInt | None = None
-    """Samples per optimiser step."""
+    """Samples per optimiser step. If null, train.global_batch_size."""
 
 
 class TeacherFidelity(Section):
@@ -52,7 +52,7 @@ class TeacherCache(Section):
     """How logits are stored. fp16: two bytes per class; uint8: one byte per class, scaled by sample; top_k: the top_k
     largest and the log-sum-exp, for temperature 1 only."""
     top_k: PositiveInt | None = None
-    """Number of logits kept by logits = top_k."""
+    """Number of logits kept per sample, for logits = top_k."""
     batch_size: PositiveInt = 64
     """Batch size of the teacher while the cache is built or checked."""
     recheck: Fraction = 0.001
@@ -75,13 +75,13 @@ class TeacherConfig(Section):
     model: Text
     """torchvision/<name>, timm/<name> or cifar/<name>."""
     weights: Text | None = None
-    """File, torchvision or timm weight identifier, or "random" for an untrained teacher (smoke runs, benchmarks). null
-    needs teacher.training. Environment variables are written ${CIFAR100_TEACHERS}."""
+    """File, torchvision or timm weight identifier, or "random" for an untrained teacher (smoke runs, benchmarks). If
+    null, the teacher is trained as teacher.training says. Environment variables are written ${CIFAR100_TEACHERS}."""
     weights_key: Text | None = None
     """Key of the state dict in a weights file that holds several. If null, the moving average (state_dict_ema,
     model_ema) if there is one, otherwise the first of model, state_dict, model_state and student."""
     training: TeacherTraining | None = None
-    """Train the teacher in this run before the student, if weights is null."""
+    """Settings of the teacher's own training, before the student's. Used only if weights is null, and then required."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the teacher's weights and features. auto: on a GPU fp16, or bf16 if fp16 overflows on training
     images; on a CPU bf16 if it has bf16 units, otherwise fp32."""
@@ -152,7 +152,7 @@ class TrainConfig(Section):
     total_epochs: PositiveInt
     """Number of passes over the training split."""
     max_steps: PositiveInt | None = None
-    """Maximum number of optimiser steps; the schedule then ends there as well."""
+    """Maximum number of optimiser steps; the schedule then ends there as well. If null, total_epochs decides."""
     global_batch_size: PositiveInt
     """Samples per optimiser step, over all processes and accumulation steps."""
     accumulation_steps: PositiveInt = 1
@@ -323,7 +323,7 @@ class RunConfig(Section):
     log_every_steps: PositiveInt = 50
     """Steps between two lines of metrics; the host reads from the device only at these steps."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Steps between two checkpoints, in addition to the one before every evaluation."""
+    """Steps between two checkpoints, in addition to the one before every evaluation. If null, there are no others."""
     keep_checkpoints: PositiveInt = 2
     """Number of latest checkpoints that are kept, besides the student of the best evaluation."""
     async_checkpoints: bool = True
@@ -350,20 +350,20 @@ class CompareConfig(Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     """Seeds; every run, including the teacher's training, is made once per seed."""
     runs: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    """Label in the table -> settings of that run, {"distill.method": "kd", ...}."""
+    """Settings of each run by its label in the table: {"student + KD": {"distill.method": "kd"}, ...}."""
 
 
 class Config(Section):
     """One experiment."""
 
     json_schema: Text | None = Field(default=None, alias="$schema")
-    """Path of the exported JSON schema, for editors."""
+    """Path of configs/schema.json, for editors; not read."""
     run: RunConfig = RunConfig()
     """Where the run writes, and how often."""
     data: DataSettings
     """The data set and how it is read."""
     teacher: TeacherConfig | None = None
-    """The frozen network that the student learns from; not needed for distill.method = none."""
+    """The frozen network that the student learns from. May be null if distill.method = none."""
     student: StudentConfig
     """The network that is trained."""
     distill: DistillConfig = DistillConfig()

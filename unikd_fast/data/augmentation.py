@@ -55,8 +55,8 @@ _USUAL_OF_FILES: tuple[Crop, int, float] = ("resized", 0, 0.5)
 
 @settings
 class Augmentation:
-    """How a training view is made of an image, and how images on disk are brought to size for evaluation. null fields
-    take the data set's usual recipe; where there is none, nothing is done.
+    """How a training view is made of an image, and how image files are resized for evaluation. If crop, padding or
+    flip_probability is null, it has the data set's usual value.
 
     Raises:
         ValueError: a field is outside its range.
@@ -67,35 +67,36 @@ class Augmentation:
     """
 
     crop: Crop | None = None
-    """none; pad: zero padding and a random crop back to size, as CIFAR recipes have it; resized: a random area and
-    aspect ratio, resized, torchvision's RandomResizedCrop."""
+    """none; pad: zero padding, then a random crop back to the original size, as in CIFAR recipes; resized: a random
+    area and aspect ratio, resized, as torchvision's RandomResizedCrop."""
     padding: Annotated[int, Ge(0)] | None = None
-    """Pixels of zero padding on each side for crop = pad."""
+    """Pixels of zero padding on each side, for crop = pad."""
     scale: tuple[Positive, Positive] = (0.08, 1.0)
-    """Range of the crop's share of the image's area for crop = resized."""
+    """Range of the crop's share of the image's area, for crop = resized."""
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Range of the crop's width over height for crop = resized."""
+    """Range of the crop's width divided by its height, for crop = resized."""
     flip_probability: Fraction | None = None
     """Probability of a horizontal flip."""
     eval_resize: PositiveInt | None = None
-    """Short side in pixels before the centre crop of an evaluation image; null: as the networks' published weights ask
-    for, see docs/data.md, else image_size * 8 / 7. Data sets in memory already have their size."""
+    """Short side, in pixels, to which an image file is resized before the centre crop for evaluation. If null, what the
+    networks' published weights ask for (see docs/data.md), otherwise image_size * 8 / 7."""
     jitter: tuple[NonNegative, NonNegative, NonNegative, HueShift] = (0.0, 0.0, 0.0, 0.0)
-    """Strengths of random brightness, contrast, saturation and hue, as torchvision's ColorJitter has them: the factor
-    of the first three is within 1 ± strength and not below 0, the shift of hue within ± strength; 0: off."""
+    """Strengths of random brightness, contrast, saturation and hue, as in torchvision's ColorJitter: the factor of each
+    of the first three is within 1 ± strength and not below 0, the shift of the hue within ± strength. 0 turns one
+    off."""
     policy: Policy = "none"
-    """Strong augmentation after crop and flip. trivial: one operation of any magnitude, torchvision's
-    TrivialAugmentWide; rand: rand_ops operations of rand_magnitude, its RandAugment."""
+    """Strong augmentation after crop and flip. trivial: one operation of random magnitude, as torchvision's
+    TrivialAugmentWide; rand: rand_ops operations of magnitude rand_magnitude, as its RandAugment."""
     rand_ops: Annotated[int, Ge(1), Le(MAX_OPERATIONS)] = 2
-    """Operations of policy = rand, one after the other; one may come twice."""
+    """Number of operations per view, for policy = rand; the same one may come twice."""
     rand_magnitude: Annotated[int, Ge(0), Le(MAGNITUDES - 1)] = 9
-    """Magnitude of policy = rand, from 0 to 30."""
+    """Magnitude of the operations, from 0 to 30, for policy = rand."""
     erase_probability: Fraction = 0.0
-    """Probability of erasing a rectangle to black, the value of the padding; torchvision's RandomErasing."""
+    """Probability that a rectangle is erased to black, as in torchvision's RandomErasing."""
     erase_scale: tuple[Positive, Positive] = (0.02, 0.33)
-    """Range of the erased share of the view's area."""
+    """Range of the rectangle's share of the view's area."""
     erase_ratio: tuple[Positive, Positive] = (0.3, 3.3)
-    """Range of the erased rectangle's height over its width."""
+    """Range of the rectangle's height divided by its width."""
 
     def __post_init__(self) -> None:
         if self.crop is not None and self.crop not in get_args(Crop):
@@ -138,7 +139,7 @@ class Augmentation:
             )
 
     def for_data(self, name: str) -> "Augmentation":
-        """Return it with the usual crop, padding and flip of a data set where these are left open.
+        """Return a copy in which crop, padding and flip, where they are None, have the data set's usual values.
 
         Example:
             >>> Augmentation(padding=2).for_data("cifar100").crop
@@ -154,7 +155,7 @@ class Augmentation:
 
     @property
     def operations(self) -> int:
-        """Number of operations of the policy on each view."""
+        """Return the number of operations of the policy per view."""
         return {"none": 0, "trivial": 1, "rand": self.rand_ops}[self.policy]
 
     @property

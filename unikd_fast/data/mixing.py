@@ -45,13 +45,14 @@ class Mixing:
     """
 
     mixup_alpha: NonNegative = 0.0
-    """Mixup, x = λ x_i + (1 - λ) x_j, with shares λ drawn from Beta(alpha, alpha); 0: off."""
+    """Mixup, x = λ x_i + (1 - λ) x_j, with shares λ drawn from Beta(alpha, alpha). 0 turns it off."""
     cutmix_alpha: NonNegative = 0.0
-    """CutMix, a rectangle of about 1 - λ of the area replaced, with shares λ drawn from Beta(alpha, alpha); 0: off."""
+    """CutMix: a rectangle of about 1 - λ of the area is replaced, with shares λ drawn from Beta(alpha, alpha). 0 turns
+    it off."""
     probability: Fraction = 1.0
     """Probability that a micro-batch is mixed."""
     switch_probability: Fraction = 0.5
-    """Probability that it is by CutMix, where both are on."""
+    """Probability that a mixed micro-batch is mixed by CutMix, if both are on."""
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):

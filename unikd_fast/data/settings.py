@@ -18,53 +18,57 @@ class DataSettings:
     """The data set and how it is read."""
 
     name: Literal["digits", "cifar100", "image_folder", "imagenet", "arrow", "synthetic", "fine_grained"]
-    """digits ships with scikit-learn; cifar100 and image folders are read from root, and so is arrow, whatever Hugging
-    Face datasets opens: stores of unikd data pack or save_to_disk, Parquet files, WebDataset tars, an imagefolder;
-    synthetic and fine_grained are generated."""
+    """Name of the data set. digits ships with scikit-learn. cifar100, image_folder and imagenet are read from root, as
+    is arrow: anything that Hugging Face datasets opens (stores of unikd data pack or save_to_disk, Parquet files,
+    WebDataset tars, an imagefolder). synthetic and fine_grained are generated."""
     root: Text | None = None
-    """Folder of the data set; environment variables are written ${IMAGENET_ROOT}."""
+    """Folder of the data set, for data that are read from disk. Environment variables are written ${IMAGENET_ROOT}."""
     loader: LoaderKind = "auto"
-    """device: tensors that live on the device, augmented by gathers; dali: files decoded by NVIDIA DALI, on the GPU if
-    there is one; torchvision: files decoded by PIL in worker processes; auto: device for data held in memory, for files
-    dali where it works and else torchvision."""
+    """device: tensors in the device's memory, augmented by gathers; dali: files decoded by NVIDIA DALI, on the GPU if
+    there is one; torchvision: files decoded by Pillow in worker processes; auto: device for data held in memory, and
+    for files dali if it works, otherwise torchvision."""
     image_size: PositiveInt = 224
-    """Height and width in pixels of the images that the networks see."""
+    """Height and width, in pixels, of the images that the networks see."""
     num_classes: PositiveInt | None = None
-    """Number of classes of generated data, and of arrow where labels are plain numbers; checked against what is found
-    on disk for the others."""
+    """Number of classes of generated data (if null, 10 for synthetic and 50 for fine_grained), and of arrow data whose
+    labels are plain numbers (if null, one more than the largest). For all other data only their own number is
+    accepted."""
     train_samples: PositiveInt | None = None
-    """Use a class-balanced subset of this many training samples; null: all."""
+    """Number of training samples, in a class-balanced subset. If null, all are used."""
     val_samples: Annotated[int, Ge(0)] = 0
-    """Held out of cifar100's training split for validation; 0: validate on the test split, as the literature does."""
+    """Number of samples held out of cifar100's training split for validation. With 0, the test split is used for
+    validation, as in the literature."""
     synthetic_samples: PositiveInt = 256
-    """Training images of generated data."""
+    """Number of training images of generated data."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
-    """Seed of the few-sample subset and of generated images; fixed while run.seed changes, so all runs see one set."""
+    """Seed of the subset and of generated images. It does not follow run.seed, so that all runs see the same set."""
     workers: Annotated[int, Ge(0)] = 2
-    """Decoding processes per training process of the torchvision loader."""
+    """Number of decoding processes per training process, for loader = torchvision."""
     dali_threads: PositiveInt = 2
-    """Decoding threads per training process of the dali loader; as many read files and, without a GPU, resize."""
+    """Number of decoding threads per training process, for loader = dali; as many again read files and, without a GPU,
+    resize."""
     bad_images: BadImages = "error"
-    """Files that cannot be decoded. error: the run ends and names the file; skip: it is logged, in training the next
-    good sample of its micro-batch takes its place, and evaluation goes without it."""
+    """What happens to a file that cannot be decoded. error: the run ends and names it; skip: it is logged, the next
+    good sample of its micro-batch takes its place in training, and evaluation leaves it out."""
     max_bad_share: Fraction = 0.001
-    """Largest share of the samples of an epoch, or of an evaluated split, that bad_images = skip may skip."""
+    """Largest share of the samples of an epoch, or of an evaluated split, that may be skipped, for bad_images =
+    skip."""
     augmentation: Augmentation = Augmentation()
-    """How a training view is cut from an image."""
+    """How a training view is made of an image."""
     second_view: Augmentation | None = None
-    """How the second view is made, for methods that compare a weak and a strong one; null: as the first, with
-    RandAugment of 2 operations at magnitude 10 and a quarter of the area erased."""
+    """How the second view is made, for methods that compare a weak and a strong view. If null, like the first, with
+    RandAugment (2 operations at magnitude 10) and a quarter of the area erased."""
     mixing: Mixing = Mixing()
     """Mixup and CutMix."""
 
     @property
     def first_augmentation(self) -> Augmentation:
-        """How a training view is made, with the usual recipe of the data set where nothing is set."""
+        """Return how a training view is made, with the usual recipe of the data set for what is not set."""
         return self.augmentation.for_data(self.name)
 
     @property
     def second_augmentation(self) -> Augmentation:
-        """How the second view of a method that compares two is made: the first's crop and flip, and strong changes."""
+        """Return how the second view is made: unless it is set, the first's crop and flip, and strong changes."""
         given = self.second_view or replace(
             self.augmentation,
             policy="rand",
