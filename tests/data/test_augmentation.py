@@ -135,7 +135,7 @@ def test_windows_and_flips_stay_what_they_were(
 
 
 @pytest.mark.parametrize("augmentation", [RESIZED, PAD, Augmentation()], ids=lambda a: a.crop)
-def test_strong_numbers_depend_on_no_crop_and_are_drawn_where_needed(augmentation: Augmentation) -> None:
+def test_strong_numbers_do_not_depend_on_the_crop(augmentation: Augmentation) -> None:
     plain = draw(augmentation, np.arange(5))
     assert plain.strong.shape == (5, 0)
     assert plain.attempts.shape == (5, ATTEMPTS if augmentation.crop == "resized" else 0, 4)

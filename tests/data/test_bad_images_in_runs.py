@@ -141,7 +141,7 @@ def test_evaluation_goes_without_bad_samples(
     assert lenient.bad_samples == skipped
 
 
-def test_a_batch_without_good_samples_is_left_out_of_evaluation_only(damaged: DataSplits, tmp_path: Path) -> None:
+def test_a_batch_of_bad_samples_is_skipped_in_evaluation_only(damaged: DataSplits, tmp_path: Path) -> None:
     assert isinstance(damaged.val, ImageFiles)
     for path in damaged.val.paths[:2]:
         Path(path).write_bytes(b"")

@@ -36,7 +36,7 @@ def encoded(splits: DataSplits, augmentation: Augmentation, second: Augmentation
 
 @crops
 @pytest.mark.parametrize("second", [None, CROPS[1]], ids=["one view", "two views"])
-def test_the_graph_for_gpus_gives_the_same_views_where_the_cpu_runs_it(
+def test_the_gpu_graph_gives_the_same_views_on_the_cpu(
     splits: DataSplits, augmentation: Augmentation, second: Augmentation | None
 ) -> None:
     images = encoded(splits, augmentation, second)

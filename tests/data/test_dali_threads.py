@@ -70,9 +70,7 @@ def idle(jpegs: DataSplits) -> Iterator[int]:
     gc.enable()
 
 
-def test_no_threads_are_left_by_an_iterator_that_ends_is_closed_dropped_or_never_begun(
-    jpegs: DataSplits, idle: int
-) -> None:
+def test_iterators_leave_no_threads_however_they_end(jpegs: DataSplits, idle: int) -> None:
     one = make(jpegs, dali_threads=3)
     list(one.train(0))
     assert settled(idle)
@@ -103,7 +101,7 @@ def test_no_threads_are_left_by_an_error_that_is_held(jpegs: DataSplits, idle: i
         assert settled(idle)
 
 
-def test_a_failure_of_dali_ends_the_iterator_and_the_next_one_works(
+def test_after_a_failure_of_dali_the_next_iterator_works(
     jpegs: DataSplits, idle: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipeline that takes smaller batches than it is given fails at its first, and is not waited for."""

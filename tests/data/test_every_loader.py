@@ -150,7 +150,7 @@ def test_a_view_depends_on_neither_batch_size_nor_helpers(
     [((1, 1), (3, 1)), ((2, 1), (1, 2)), ((3, 2), (2, 1)), ((2, 3), (6, 1))],
     ids=lambda division: f"{division[0]}x{division[1]}",
 )
-def test_an_epoch_stopped_anywhere_goes_on_with_any_number_of_ranks(
+def test_an_epoch_continues_with_any_number_of_ranks(
     forms: dict[str, DataSplits],
     expected: dict[str, dict[int, Shown]],
     kind: str,

@@ -216,7 +216,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 
 @crops
-def test_agrees_with_the_device_loader_on_images_of_the_final_size(tmp_path: Path, augmentation: Augmentation) -> None:
+def test_agrees_with_the_device_loader_at_the_final_size(tmp_path: Path, augmentation: Augmentation) -> None:
     files = load_image_folder(write_images(tmp_path, {"train": 9, "val": 6}, fixed_size=SIZE), SIZE)
 
     def in_memory(split: object) -> TensorImages:

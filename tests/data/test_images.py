@@ -191,7 +191,7 @@ def test_another_decoder_sees_a_plain_jpeg_alike(kind: str) -> None:
     assert difference.max() <= 3
 
 
-def test_a_lack_of_memory_and_a_dead_process_are_not_the_files_fault() -> None:
+def test_out_of_memory_and_dead_processes_do_not_blame_a_file() -> None:
     for error in (MemoryError("no memory"), RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")):
         with pytest.raises(type(error), match=str(error)[:9]), naming_bad_file(FILE):
             raise error

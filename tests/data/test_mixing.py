@@ -159,7 +159,7 @@ def test_resumes_at_any_step(splits: DataSplits, start: int, accumulation_steps:
     assert_same(resumed, through[start * accumulation_steps :])
 
 
-def test_equal_micro_batches_are_mixed_alike_however_ranks_and_steps_divide_them(splits: DataSplits) -> None:
+def test_mixing_does_not_depend_on_ranks_and_accumulation(splits: DataSplits) -> None:
     alone = list(mixed(splits, accumulation_steps=6).train(1))
     for world_size, accumulation_steps in ((2, 3), (3, 2), (6, 1)):
         ranks = [

@@ -38,12 +38,12 @@ def test_resized_crop_keeps_flat_images_flat() -> None:
     assert torch.equal(small, levels[..., :7, :7])
 
 
-def test_resized_crop_of_the_whole_image_at_its_size_is_the_image() -> None:
+def test_resized_crop_of_the_whole_image_is_the_image() -> None:
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(resized_crop(image, torch.tensor([[0, 0, 32, 32]]), torch.tensor([False]), 32), image)
 
 
-def test_resized_crop_does_not_depend_on_the_batch_nor_on_autocast(images: torch.Tensor) -> None:
+def test_resized_crop_depends_on_neither_batch_nor_autocast(images: torch.Tensor) -> None:
     together = resized_crop(images, BOXES, FLIP, 24)
     for i in range(len(images)):
         assert torch.equal(resized_crop(images[i : i + 1], BOXES[i : i + 1], FLIP[i : i + 1], 24)[0], together[i])

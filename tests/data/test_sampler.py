@@ -33,7 +33,7 @@ def test_every_id_at_most_once_and_only_the_remainder_missing(
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.integers(0, 2**32), st.integers(0, 5))
-def test_a_step_is_its_global_batch_in_order_of_micro_step_and_rank(
+def test_a_global_batch_is_ordered_by_micro_step_and_rank(
     division: tuple[int, int, int], seed: int, epoch: int
 ) -> None:
     world_size, accumulation_steps, micro = division

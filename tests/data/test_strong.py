@@ -171,7 +171,7 @@ def test_erased_rectangles_are_distributed_as_torchvisions(height: int, width: i
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 9), (32, 32), (224, 100)])
-def test_erased_rectangles_lie_within_the_image_and_have_the_stated_area(height: int, width: int) -> None:
+def test_erased_rectangles_are_inside_and_have_the_stated_area(height: int, width: int) -> None:
     views = draw(replace(ERASE, erase_scale=(0.1, 0.2), erase_ratio=(0.5, 2.0)), 500)
     found = [erased_rectangle(views, i, height, width) for i in range(500)]
     assert height < 32 or all(one is not None and one[2] * one[3] > 0 for one in found)

@@ -43,7 +43,7 @@ def test_samples_differ_within_a_class_and_across_splits() -> None:
 
 
 @pytest.mark.parametrize("image_size", [5, 32, 33])
-def test_samples_depend_on_the_seed_and_not_on_how_many_there_are(image_size: int) -> None:
+def test_samples_depend_on_the_seed_but_not_on_their_number(image_size: int) -> None:
     few, many = tensors(8, 4, image_size)[0], tensors(300, 4, image_size)[0]
     assert torch.equal(few.images, many.images[:8])
     assert not torch.equal(few.images, tensors(8, 4, image_size, seed=1)[0].images)
