@@ -25,7 +25,7 @@ def run_command(name: str, body: Callable[[], int], *, extra: str | None = None)
     """Run a command and return its exit code; a failure is one line on standard error.
 
     Of the processes of a launcher the first speaks for all; another one speaks if the first has not ended the run
-    meanwhile. Where nobody reads the output any more (``| head``), nothing is said.
+    meanwhile. If nobody reads the output any more (``| head``), nothing is said.
 
     Args:
         name: command as the user types it.
@@ -33,8 +33,8 @@ def run_command(name: str, body: Callable[[], int], *, extra: str | None = None)
         extra: extra of the package that brings what the body imports. If None, a missing package is a fault of ours.
 
     Returns:
-        The body's code; that of a `RunError`; 1 for an `OSError`; 2 where a package of the extra is missing; 130 after
-        Ctrl-C, also after a second one that broke the way out; 141 where nobody reads the output.
+        The body's code; that of a `RunError`; 1 for an `OSError`; 2 if a package of the extra is missing; 130 after
+        Ctrl-C, also if a second one interrupts the shutdown; 141 if nobody reads the output.
 
     Example:
         >>> run_command("unikd export", lambda: 0)
@@ -78,7 +78,7 @@ def run_command(name: str, body: Callable[[], int], *, extra: str | None = None)
 
 
 def _is_absent(module: str | None) -> bool:
-    """Whether a module is missing because its whole package is, and that is not ours."""
+    """Return whether a module is missing because its whole package is, and the package is not this one."""
     package = (module or "unikd_fast").partition(".")[0]
     return package != "unikd_fast" and sys.modules.get(package) is None
 
@@ -88,7 +88,8 @@ def _is_first() -> bool:
 
 
 def _was_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C came before the error: a lock whose waiting it broke cannot be released, and says only that."""
+    """Return whether Ctrl-C preceded an error: a lock that it interrupts cannot be released, and the error says only
+    that."""
     following: list[BaseException] = [error]
     seen: set[int] = set()
     while following:
@@ -103,7 +104,7 @@ def _was_interrupted(error: BaseException) -> bool:
 
 
 def _flush_output() -> None:
-    """Raise here, and not while Python shuts down, where what was printed cannot be written."""
+    """Flush standard output, so that an output that cannot be written fails here and not while Python shuts down."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -113,7 +114,7 @@ def _flush_output() -> None:
 
 
 def _without_reader(*streams: TextIO) -> bool:
-    """Whether one of them is a pipe whose other end is closed."""
+    """Return whether one of the streams is a pipe whose other end is closed."""
     poll = select.poll()
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):  # not a file, as in a notebook
@@ -122,7 +123,7 @@ def _without_reader(*streams: TextIO) -> bool:
 
 
 def _discard_unwritable(stream: TextIO) -> None:
-    """What cannot be written must not fail once more while Python shuts down, with exit code 120."""
+    """Discard what cannot be written, which would otherwise fail again while Python shuts down, with exit code 120."""
     try:
         stream.flush()
     except OSError:

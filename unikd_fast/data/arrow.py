@@ -118,7 +118,7 @@ def name_row(stored: StoredImage) -> str:
 
 
 def describe_rows(path: str, column: str) -> list[tuple[str, Any]]:
-    """Return of each row of an Arrow file the name of its image, and what tells it from another of that name.
+    """Return, for each row of an Arrow file, its image's name and what distinguishes it from others of that name.
 
     That is the size in bytes of an encoded image and the height of pixels; of pixels without a name, all of them count.
     """

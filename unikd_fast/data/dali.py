@@ -56,7 +56,7 @@ _logger = logging.getLogger("unikd_fast")
 
 @cache
 def dali_problem() -> str | None:
-    """Return why DALI cannot be used on this machine; None if it can.
+    """Return why DALI cannot be used on this machine, or None if it can.
 
     Example:
         >>> dali_problem()  # without it
@@ -148,10 +148,10 @@ def _try_in_a_process(way: Decoding, device_id: int) -> str | None:
 
 
 def _try(way: Decoding, device_id: int | None) -> None:
-    """Hold the views that a way of decoding gives against those of the CPU.
+    """Compare the views that a way of decoding gives with those of the CPU.
 
     Raises:
-        RuntimeError: it fails, or they are far apart.
+        RuntimeError: it fails, or the views differ too much.
     """
     images = _samples()
 
@@ -267,7 +267,7 @@ def _decoded(inputs: Any, device: str, *, by_parts: bool) -> Any:
 
 
 def _encoded(image: ReadViews) -> NDArray[np.uint8]:
-    """Return bytes for DALI's decoder; of pixels those of a PNM file, which are the pixels behind a header."""
+    """Return bytes for DALI's decoder; for pixels those of a PNM file, which are a header and the pixels."""
     if not image.is_decoded:
         return image.content
     height, width, _ = image.content.shape
@@ -350,22 +350,22 @@ class DaliLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch, the same on every rank."""
+        """Return the number of optimiser steps per epoch, the same on every rank."""
         return self._files.schedule.steps_per_epoch
 
     @property
     def schedule(self) -> Schedule:
-        """What this rank takes."""
+        """Return the part of this rank; see `Loader.schedule`."""
         return self._files.schedule
 
     @property
     def pixels(self) -> dict[str, str]:
-        """What decides a view's pixels besides its numbers; see `Loader.pixels`."""
+        """Return what decides a view's pixels besides its numbers; see `Loader.pixels`."""
         return {**pixels_of(self._decoding, self._interpolation), **strong_pixels(self._files.augmentation)}
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
-        """Samples of the latest `train` that others stand in for; see `Loader.bad_samples`."""
+        """Return the samples of the latest `train` that others stand in for; see `Loader.bad_samples`."""
         return self._files.bad_samples
 
     def train(
@@ -402,7 +402,7 @@ class DaliLoader:
             first = fitting.left_over
 
     def _batch(self, views: ViewBatch) -> Batch | None:
-        """Return what the engine gets of a request; None where all its images are left out."""
+        """Return the batch of a request, or None if all its images are left out."""
         taken, places = views.batch.taken()
         if not len(taken):
             return None

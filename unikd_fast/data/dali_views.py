@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ReadImage(NamedTuple):
-    """An image that was read, and decoded only where that is not DALI's to do."""
+    """An image that was read; it is decoded only if DALI is not to decode it."""
 
     content: NDArray[np.uint8]  # (bytes,) of a JPEG, or (H, W, 3) pixels
     height: int  # in pixels
@@ -124,10 +124,10 @@ class ImageFeed:
         return ReadBatch(request, good, tuple(image for image in found.values() if isinstance(image, BadImage)))
 
     def read_by_pil(self, request: DecodeRequest, place: int) -> ReadViews | BadImage:
-        """Return an image of a request that somebody else failed to decode, decoded by PIL, now and in future.
+        """Return an image of a request that DALI failed to decode, decoded by Pillow, now and in future.
 
         Raises:
-            DataError: PIL cannot, and the request makes that an error; the message names the image.
+            DataError: Pillow cannot decode it, and the request makes that an error; the message names the image.
         """
         self._for_pil.add(request.images[place])
         return self._read_one(request, place)
@@ -162,7 +162,7 @@ class ImageFeed:
 
 
 def read_image(stored: StoredImage) -> ReadImage:
-    """Read an image and check that it is whole: who decodes a part of it only does not miss the rest.
+    """Read an image and check that it is complete: decoding a part of it would not reveal that the rest is missing.
 
     Usual JPEGs are left as they are. All else but stored pixels is decoded by PIL, so that every format and mode has
     its pixels.
@@ -255,9 +255,9 @@ def _outputs(pipeline: "Pipeline", stream: Any = None) -> tuple[Any, RuntimeErro
 
 
 def _end(pipeline: "Pipeline") -> None:
-    """End the threads of a pipeline, now and by a call.
+    """End the threads of a pipeline now, by an explicit call.
 
-    Where Python calls `__del__` itself it swallows what is raised there: a Ctrl-C, which then stops nothing.
+    When Python itself calls `__del__`, it swallows what is raised there: a Ctrl-C would stop nothing.
     """
     pipeline.__del__()
 
@@ -294,7 +294,7 @@ class _Run:
         return [item for item in batch.images.items() if not (self._encoded_only and item[1].is_decoded)]
 
     def without_outputs(self) -> Iterator[tuple[ReadBatch, None]]:
-        """Yield the batches that are next and of which DALI was given nothing."""
+        """Yield the next batches, as long as DALI was given nothing of them."""
         while self.under_way and not self._for_dali(self.under_way[0]):
             yield self.under_way.popleft(), None
 
@@ -452,7 +452,7 @@ def cut_view(image: Tensor, window: ViewWindow, image_size: int, interpolation: 
 def gpu_views(
     feed: ImageFeed, pipeline_of: PipelineOf, threads: Executor, stream: Any
 ) -> Generator[ViewBatch, None, None]:
-    """Yield the views of each batch of a feed, made by DALI; what is strong about them is done on the CPU, ahead.
+    """Yield the views of each batch of a feed, made by DALI; strong augmentation is done ahead, on the CPU.
 
     Args:
         feed: of the batches.

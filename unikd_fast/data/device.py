@@ -193,17 +193,17 @@ class DeviceLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch, the same on every rank."""
+        """Return the number of optimiser steps per epoch, the same on every rank."""
         return self._schedule.steps_per_epoch
 
     @property
     def schedule(self) -> Schedule:
-        """What this rank takes."""
+        """Return the part of this rank; see `Loader.schedule`."""
         return self._schedule
 
     @property
     def pixels(self) -> dict[str, str]:
-        """What decides a view's pixels besides its numbers; see `Loader.pixels`."""
+        """Return what decides a view's pixels besides its numbers; see `Loader.pixels`."""
         ours = f"unikd_fast, separable antialiased bilinear, version {RESIZE_VERSION}"
         return {
             "decoder": "none, uint8 tensors",
@@ -213,7 +213,7 @@ class DeviceLoader:
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
-        """Empty, since there are no files."""
+        """Return no samples, as there are no files."""
         return ()
 
     def train(
@@ -224,7 +224,7 @@ class DeviceLoader:
 
     @property
     def unplanned(self) -> str | None:
-        """Why batches cannot be made from `plans`, None if they can."""
+        """Return why batches cannot be made from `plans`, or None if they can."""
         augmentations = [self._augmentation, *([] if self._second is None else [self._second.augmentation])]
         if not any(augmentation.is_strong for augmentation in augmentations):
             return None
@@ -286,9 +286,9 @@ class DeviceLoader:
             threads.shutdown(cancel_futures=True)
 
     def _start(self, plan: Tensor, views: ViewParameters, threads: Executor) -> Callable[[], Tensor]:
-        """Return what gives the uint8 views of a plan (N, 6) on the device.
+        """Return a function that makes the uint8 views of a plan (N, 6) on the device.
 
-        Strong ones are made by these threads on the CPU: torchvision's operations take other numbers for every image,
+        Strong views are made by these threads on the CPU: torchvision's operations take other numbers for every image,
         and on a device each of them would make the host wait.
         """
         if not views.augmentation.is_strong:
@@ -311,7 +311,7 @@ class DeviceLoader:
         return np.column_stack((positions, views.crop_boxes(*self._train.images.shape[-2:]), views.flip))
 
     def _planned(self, plan: Tensor, augmentation: Augmentation) -> Tensor:
-        """Return the views of a plan (N, 6), where that is, as uint8 and before what is strong about them."""
+        """Return the views of a plan (N, 6) on its device, as uint8 and before strong augmentation."""
         positions, boxes, flip = plan[:, 0], plan[:, 1:5], plan[:, 5].bool()
         images = (self._on_host if plan.device.type == "cpu" else self._train.images).index_select(0, positions)
         if augmentation.crop == "resized":

@@ -135,7 +135,7 @@ class Decoder:
 
 
 def _crop(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
-    """Cut a window out, black outside of the image; the image itself if it is all of it, without a copy."""
+    """Cut out a window, black outside the image; return the image itself if the window is all of it."""
     if (top, left, height, width) == (0, 0, image.height, image.width):
         return image
     return image.crop((left, top, left + width, top + height))
@@ -168,7 +168,7 @@ class Requested(NamedTuple):
 
 
 class FileRequests:
-    """Turn what this rank takes of a data set of files into requests for a decoder, whoever that is.
+    """Turn this rank's part of a data set of files into requests for any decoder.
 
     Args:
         splits: the data set, all files.
@@ -208,7 +208,7 @@ class FileRequests:
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
-        """Samples of the latest training pass that others stand in for; see `Loader.bad_samples`."""
+        """Return the samples of the latest training pass that others stand in for; see `Loader.bad_samples`."""
         return self._trained.images
 
     def training(self, epoch: int, start_step: int = 0, stream: int = 0, *, view_epoch: int | None = None) -> Requested:
@@ -269,7 +269,7 @@ def _files(split: Split) -> StoredImages:
 
 
 def start_workers(loader: DataLoader) -> Any:
-    """Return an iterator over what a loader's workers make, who begin at once and will end with this process.
+    """Return an iterator over what a loader's workers make; they begin at once and end with this process.
 
     Raises:
         LoaderError: its workers died since they were last used.
@@ -295,7 +295,7 @@ def _end_workers() -> None:
 
 
 def worker_died(cause: Exception) -> LoaderError:
-    """Return what to raise when a worker has died of this."""
+    """Return the error to raise when a worker has died of this."""
     return LoaderError(
         f"FolderLoader: a decoding process died ({type(cause).__name__}: {cause}); short of memory, lower "
         "data.workers; short of shared memory, enlarge /dev/shm (docker run --shm-size); "
@@ -304,7 +304,7 @@ def worker_died(cause: Exception) -> LoaderError:
 
 
 def worker_failure(broken_connection: Exception) -> Exception:
-    """Return what torch has to say of the death of a worker, or else how it was noticed.
+    """Return what torch says about the death of a worker, otherwise how it was noticed.
 
     torch raises from a signal handler, a moment after the connection breaks and wherever this process is by then. Wait
     for it here, where it can be told; later it could strike while the error is being printed.
@@ -317,7 +317,7 @@ def worker_failure(broken_connection: Exception) -> Exception:
 
 
 def outlive_stop_signals(worker: int) -> None:
-    """Keep a worker, which calls this first, alive through Ctrl-C and what terminals and launchers send to all.
+    """Keep a worker, which calls this first, alive through Ctrl-C and signals that are sent to all processes.
 
     It must serve until the run has finished its step and saved. But SIGTERM is also how Python ends it at exit, so that
     is put off and not ignored.
@@ -369,17 +369,17 @@ class FolderLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch, the same on every rank."""
+        """Return the number of optimiser steps per epoch, the same on every rank."""
         return self._files.schedule.steps_per_epoch
 
     @property
     def schedule(self) -> Schedule:
-        """What this rank takes."""
+        """Return the part of this rank; see `Loader.schedule`."""
         return self._files.schedule
 
     @property
     def pixels(self) -> dict[str, str]:
-        """What decides a view's pixels besides its numbers; see `Loader.pixels`."""
+        """Return what decides a view's pixels besides its numbers; see `Loader.pixels`."""
         # Versions of libjpeg differ in how they round; the other formats have one decoding.
         turbo = features.version("libjpeg_turbo")
         library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
@@ -389,7 +389,7 @@ class FolderLoader:
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
-        """Samples of the latest `train` that others stand in for; see `Loader.bad_samples`."""
+        """Return the samples of the latest `train` that others stand in for; see `Loader.bad_samples`."""
         return self._files.bad_samples
 
     def train(

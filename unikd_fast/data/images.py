@@ -47,7 +47,8 @@ class StoredImage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages call it; bytes of the path that are not UTF-8 are escaped, so that any stream can show it."""
+        """Return what messages call it; bytes of the path that are not UTF-8 are escaped, so that any stream can show
+        it."""
         name = self.path
         if self.row >= 0:
             from unikd_fast.data.arrow import name_row
@@ -216,7 +217,7 @@ class BadImageTally:
 
     @property
     def images(self) -> tuple[BadImage, ...]:
-        """Those met so far, in order."""
+        """Return the bad images met so far, in order."""
         return tuple(self._images)
 
     def add(self, images: Sequence[BadImage]) -> None:
@@ -235,17 +236,17 @@ class BadImageTally:
 
 
 def check_bad_share(count: int, names: Sequence[str], purpose: str, *, samples: int, max_share: float) -> None:
-    """Hold the number of bad samples of a pass against the share of them that is allowed.
+    """Check the share of bad samples of a pass against what is allowed.
 
     Args:
-        count: bad samples.
-        names: of some of their files, the first ones.
-        purpose: what the pass is.
-        samples: of the whole pass.
-        max_share: allowed share.
+        count: number of bad samples.
+        names: names of the first of their files.
+        purpose: name of the pass in the message.
+        samples: number of samples of the whole pass.
+        max_share: largest share that is allowed.
 
     Raises:
-        DataError: there are more; the message holds both shares and the first names.
+        DataError: the share is larger; the message has both shares and the first names.
 
     Example:
         >>> check_bad_share(1, ["a.jpeg"], "training", samples=50_000, max_share=0.001)
@@ -261,7 +262,7 @@ def check_bad_share(count: int, names: Sequence[str], purpose: str, *, samples: 
 
 
 def stand_ins(good: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Tell which sample stands at each place of a batch: itself, or for a bad one the next good one, round the end.
+    """Return which sample stands at each place of a batch: itself, or for a bad one the next good one, wrapping around.
 
     Args:
         good: (N,) whether each sample could be decoded; one at least could.

@@ -28,17 +28,18 @@ class Loader(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch, the same on every rank; the incomplete last batch is dropped."""
+        """Return the number of optimiser steps per epoch, the same on every rank; the incomplete last batch is
+        dropped."""
         ...
 
     @property
     def schedule(self) -> Schedule:
-        """Which samples this rank takes, in which order and under which views."""
+        """Return which samples this rank takes, in which order and under which views."""
         ...
 
     @property
     def pixels(self) -> dict[str, str]:
-        """What decides a view's pixels besides its numbers: who decodes ("decoder") and who resizes ("resize").
+        """Return what decides a view's pixels besides its numbers: who decodes ("decoder") and who resizes ("resize").
 
         The names and values are for keys of what is kept on disk; the version of the numbers is `AUGMENTATION_VERSION`.
         """
@@ -46,7 +47,8 @@ class Loader(Protocol):
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
-        """Samples of the latest `train`, as far as it was read, whose files cannot be decoded and were skipped."""
+        """Return the samples of the latest `train`, as far as it was read, whose files cannot be decoded and were
+        skipped."""
         ...
 
     def train(

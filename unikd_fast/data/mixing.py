@@ -209,22 +209,22 @@ class MixedLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch, the same on every rank."""
+        """Return the number of optimiser steps per epoch, the same on every rank."""
         return self._loader.steps_per_epoch
 
     @property
     def schedule(self) -> Schedule:
-        """What this rank takes."""
+        """Return the part of this rank; see `Loader.schedule`."""
         return self._loader.schedule
 
     @property
     def pixels(self) -> dict[str, str]:
-        """What decides a view's pixels before it is mixed; see `Loader.pixels`."""
+        """Return what decides a view's pixels before it is mixed; see `Loader.pixels`."""
         return self._loader.pixels
 
     @property
     def bad_samples(self) -> tuple[BadImage, ...]:
-        """Samples that were skipped; see `Loader.bad_samples`."""
+        """Return the samples that were skipped; see `Loader.bad_samples`."""
         return self._loader.bad_samples
 
     def train(

@@ -46,13 +46,13 @@ _Content = bytes | NDArray[np.uint8] | None
 
 
 class PackError(RunError, RuntimeError):
-    """Packing cannot go on, for no fault of the images; the message says what to do."""
+    """Packing cannot continue, through no fault of the images; the message says what to do."""
 
 
 def pack_folder(
     source: Path, target: Path, *, raw: int | None = None, workers: int = 2, images_per_file: int = IMAGES_PER_FILE
 ) -> None:
-    """Pack an image folder; go on with a pack of the same images that was interrupted.
+    """Pack an image folder, or continue an interrupted pack of the same images.
 
     The store is whole when its dataset_dict.json is there, which is written last; it does not depend on interruptions
     or on the number of workers. What was begun with other images or settings is removed, and a finished store is left
@@ -120,7 +120,7 @@ def _identity(data: DataSplits, raw: int | None, images_per_file: int) -> str:
 
 @contextmanager
 def _only_packer(target: Path) -> Iterator[None]:
-    """Exclude other processes that pack into a folder; the kernel gives the lock back if this one dies."""
+    """Exclude other processes that pack into a folder; the kernel releases the lock if this one dies."""
     descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -142,7 +142,7 @@ def _require_same(target: Path, identity: str) -> None:
 
 
 def _continue_or_clean(target: Path, identity: str) -> None:
-    """Leave the files of a pack that was begun with the same images and settings, and remove those of another."""
+    """Keep the files of a pack that was begun with the same images and settings, and remove those of another."""
     begun = target / UNFINISHED
     if not begun.exists() or begun.read_text() != identity:
         if begun.exists():

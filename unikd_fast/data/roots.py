@@ -116,7 +116,7 @@ def named_as_configured(role: str, weights: str) -> Iterator[str]:
 
 
 def _expand(text: str, what: str, remedy: Callable[[str], str]) -> str:
-    """Put in the values of environment variables; a variable without a value is an error, not a literal name."""
+    """Expand environment variables; a variable without a value is an error, not a literal name."""
 
     def value(match: re.Match[str]) -> str:
         found = os.environ.get(match[1])

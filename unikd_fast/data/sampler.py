@@ -51,7 +51,7 @@ class EpochSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch; the incomplete last batch is dropped."""
+        """Return the number of optimiser steps per epoch; the incomplete last batch is dropped."""
         return self.num_samples // self.global_batch_size
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -174,17 +174,17 @@ class Schedule:
 
     @property
     def augmentation(self) -> Augmentation:
-        """The views."""
+        """Return how the training views are made."""
         return self._augmentation
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch, the same on every rank."""
+        """Return the number of optimiser steps per epoch, the same on every rank."""
         return self._sampler.steps_per_epoch
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples of an epoch's optimiser steps, over all ranks."""
+        """Return the number of samples in an epoch's optimiser steps, over all ranks."""
         return self._sampler.steps_per_epoch * self._sampler.global_batch_size
 
     def training(
@@ -208,7 +208,7 @@ class Schedule:
         return ((positions, self.views(positions, shown, stream)) for positions in self.order(epoch, start_step))
 
     def views(self, positions: NDArray[np.int64], epoch: int, stream: int = 0) -> ViewParameters:
-        """Give the views of an epoch of the training samples at these positions, (N,), whoever takes them in it."""
+        """Return the views in an epoch of the training samples at these positions (N,), whichever rank takes them."""
         return view_parameters(
             self._augmentation,
             seed=self._sampler.seed,

@@ -57,7 +57,7 @@ class TensorImages:
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
-        """(N,) position of each sample in the published split."""
+        """Return the (N,) position of each sample in the published split."""
         return np.arange(len(self)) if self.ids is None else self.ids
 
     def select(self, positions: NDArray[np.int64]) -> "TensorImages":
@@ -89,7 +89,7 @@ class ImageFiles:
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
-        """(N,) position of each sample in the published split."""
+        """Return the (N,) position of each sample in the published split."""
         return np.arange(len(self)) if self.ids is None else self.ids
 
     def select(self, positions: NDArray[np.int64]) -> "ImageFiles":
@@ -132,7 +132,7 @@ class ArrowImages:
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
-        """(N,) position of each sample in the published split."""
+        """Return the (N,) position of each sample in the published split."""
         return np.arange(len(self)) if self.ids is None else self.ids
 
     def select(self, positions: NDArray[np.int64]) -> "ArrowImages":
@@ -306,7 +306,7 @@ _HASHED_BYTES = 2**24
 
 
 def hash_split(split: Split) -> str:
-    """Hash the samples of a split, their order and their ids; labels are no part of it, since no teacher sees them.
+    """Hash the samples of a split, their order and their ids, but not their labels, which no teacher sees.
 
     Images in memory are hashed with their shape. Of images on disk only names and sizes are: one overwritten by another
     of the same size goes unnoticed, because to read all of ImageNet would cost as much as an epoch. Names are relative

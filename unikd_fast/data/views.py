@@ -1,4 +1,4 @@
-"""The making of views: which part of an image one is cut from, and what is strong about it.
+"""How views are made: which part of an image each is cut from, and its strong augmentation.
 
 What is strong, beyond crop, resize and flip, is made by torchvision's operations on the CPU, in one function for every
 loader: the result depends on nothing but the view's pixels and numbers, and no operation makes the host wait for a
@@ -177,7 +177,7 @@ def strong_pixels(augmentation: Augmentation) -> dict[str, str]:
 
 
 def strong_views(images: Tensor, views: ViewParameters) -> Tensor:
-    """Change each image as its view says; the images themselves where the augmentation has nothing strong.
+    """Change each image as its view says; return the images themselves if the augmentation is not strong.
 
     Args:
         images: (N, 3, H, W) uint8, cropped, resized and flipped.
@@ -262,7 +262,7 @@ def drawn_operations(views: ViewParameters, i: int, height: int, width: int) -> 
 
 
 def magnitude_of(policy: Policy, name: str, step: int, height: int, width: int) -> float:
-    """Return how much of an operation a step in [0, 30] is, as torchvision's tables have it; 0 where it takes none.
+    """Return the magnitude of an operation at a step in [0, 30], from torchvision's tables; 0 if it takes none.
 
     Shears are tangents, translations pixels, rotations degrees, Posterize bits kept, Solarize a share of 255, the
     others what is added to a factor of 1.
@@ -311,7 +311,7 @@ def erased_rectangle(views: ViewParameters, i: int, height: int, width: int) -> 
 
 
 def _functional() -> Any:
-    """Return torchvision's operations; to import them takes seconds, which runs without strong views need not wait."""
+    """Return torchvision's operations; importing them takes seconds, which runs without strong views are spared."""
     import torchvision.transforms.v2.functional as functional
 
     return functional
@@ -332,15 +332,15 @@ CHUNK = 16
 
 
 def chunks(count: int) -> Iterator[range]:
-    """Share `count` images out among threads."""
+    """Divide `count` images among threads."""
     return (range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
 
 
 def limit_to_one_thread() -> None:
-    """Keep a thread of a loader from opening a team of OpenMP's for every operation; the first call of a thread.
+    """Keep a loader's thread, which calls this first, from starting a team of OpenMP threads for every operation.
 
-    OpenMP, which then counts more threads than cores, would put those of the training to sleep between operations: a
-    step on 2 cores took half as long again.
+    With more threads than cores, OpenMP would put those of the training to sleep between operations: a step on 2 cores
+    took half as long again.
     """
     torch.get_num_threads()  # torch sets the number of a thread the first time it is used there
     threadpool_limits(1, user_api="openmp")

@@ -55,7 +55,7 @@ def captures(experiment: Experiment) -> bool:
 
 
 def device_obstacles(processes: Processes) -> Iterator[str]:
-    """Yield what of the device prevents a capture, with its remedy."""
+    """Yield what about the device prevents a capture, with its remedy."""
     if processes.device.type != "cuda":
         yield f"the device is {processes.device.type}, not a CUDA device (run on a GPU)"
 

@@ -26,7 +26,7 @@ class LossScale:
         self._zero: Any = None
 
     def attach(self, engine: Any) -> None:
-        """Make an engine with ZeRO use it: its optimiser scales the loss and unscales the gradients."""
+        """Make an engine with ZeRO use this scale: its optimiser scales the loss and unscales the gradients."""
         self._zero = engine.optimizer if engine.zero_optimization() else None
         if self._zero is not None:
             self._zero.override_loss_scale(self.value)

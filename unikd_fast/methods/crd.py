@@ -153,7 +153,7 @@ class Banks:
 
     @property
     def width(self) -> int:
-        """D."""
+        """Return D, the width of the embeddings."""
         return self.student.shape[1]
 
     def rows(self, sample_ids: Tensor) -> Tensor:

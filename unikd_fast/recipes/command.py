@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command and its options."""
+    """Add the command's description and options to a parser."""
     parser.epilog = (
         "exit codes: 0 done; 1 a run failed, or a file could not be written; 2 the arguments do not fit, or data or "
         "teachers are missing; 128 + n stopped by signal n"
@@ -178,9 +178,9 @@ def _listing(runs: "Sequence[Run]", out: Path) -> str:
 
 
 def _write_page(table: Table, cells: Iterable[Cell], out: Path, target: Path) -> str | None:
-    """Write the page of the runs of these students that are finished, and say what in a line; None if none is.
+    """Write the page of the finished runs of these students, and return a line about it, or None if no run is finished.
 
-    The runs are labelled as the table has them; of the same teacher in many runs the page has the first.
+    Runs have the labels of the table; a teacher that many runs share is shown once.
     """
     # Only now matplotlib.
     from unikd_fast.report.command import write_report

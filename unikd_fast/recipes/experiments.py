@@ -113,7 +113,7 @@ def experiment(method: str, pair: Pair, seed: int = 0) -> dict[str, Any]:
 
 
 def add_experiment_arguments(which: argparse._MutuallyExclusiveGroup) -> None:
-    """Add the options that `read_experiment` reads, but for `--set`.
+    """Add the options that `read_experiment` reads, except `--set`.
 
     Args:
         which: group of a parser of which exactly one option is to be given.

@@ -103,7 +103,7 @@ class Entry(NamedTuple):
 
     @property
     def differences(self) -> tuple[float, float] | None:
-        """Best and last epoch minus the printed figure, in percentage points."""
+        """Return the best and the last epoch minus the printed figure, in percentage points."""
         best, last = self.figures.best, self.figures.last
         if best is None or last is None or self.printed is None:
             return None
@@ -129,7 +129,7 @@ class Ledger(NamedTuple):
 
 
 def read_finished(cell: Cell, out: Path) -> Finished | None:
-    """Return the run of a cell; None if it is not finished.
+    """Return the run of a cell, or None if it is not finished.
 
     Raises:
         RunFileError: a file of it is damaged.

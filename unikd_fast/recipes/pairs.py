@@ -24,7 +24,7 @@ class Pair(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Both networks as names of recipes and folders have them.
+        """Return the pair as it stands in names of recipes and folders.
 
         Example:
             >>> CIFAR_PAIRS[0].name, IMAGENET_PAIRS[1].name
@@ -33,7 +33,7 @@ class Pair(NamedTuple):
         return f"{_short(self.teacher)}-{_short(self.student)}"
 
     def networks(self, method: str) -> str:
-        """Return the networks that a run of a method has: the only one, where it has no teacher.
+        """Return the networks of a method's run, as in its name: only one if there is no teacher.
 
         Example:
             >>> [CIFAR_PAIRS[0].networks(method) for method in ("kd", "none", TEACHER)]

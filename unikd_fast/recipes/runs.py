@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
     @property
     def config_file(self) -> Path:
-        """Beside the folder, which the engine makes itself."""
+        """Return the file of its configuration, beside the folder, which the engine makes itself."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
     @property
@@ -264,7 +264,7 @@ class Training:
         """The signal that ended it early, or 0."""
 
     def run(self) -> None:
-        """Train them all."""
+        """Do all runs."""
         places = itertools.cycle(_places(self._jobs))
 
         def take_place() -> None:
@@ -347,7 +347,7 @@ class Training:
 
 
 def _places(jobs: int) -> list[dict[str, str]]:
-    """Return the environment variables of each of so many runs at a time: its GPU, and its share of the cores."""
+    """Return the environment variables of each of `jobs` simultaneous runs: its GPU, and its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     gpus: list[str] = []

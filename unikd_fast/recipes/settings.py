@@ -118,7 +118,7 @@ def _crd(pair: Pair) -> dict[str, Any]:
 
 
 def _kd_crd(pair: Pair) -> dict[str, Any]:
-    """RepDistiller's weights of a sum: 1 for the cross-entropy and for KD, where KD alone has 0.1 and 0.9."""
+    """Use RepDistiller's weights of a sum: 1 for the cross-entropy and for KD, where KD alone has 0.1 and 0.9."""
     merged = _sum(_kd, _crd)(pair)
     return {**merged, "kd": {**merged["kd"], "beta": 1.0}}
 
@@ -147,7 +147,7 @@ def _unikd_without_aff(pair: Pair) -> dict[str, Any]:
 
 
 def _unikd_without_both(pair: Pair) -> dict[str, Any]:
-    """What is left of Eq. 7 without L_FL: L_CE + beta L_L."""
+    """Use what is left of Eq. 7 without L_FL: L_CE + beta L_L."""
     section = {"ce_weight": 1.0, "beta": 1.0, "temperature": 1.0 if _on_imagenet(pair) else 4.0}
     return {"method": "kd", "kd": section}
 

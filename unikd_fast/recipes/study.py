@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its row.
+        """Return the name of its row.
 
         Example:
             >>> Choice("prefit", "spatial", 64, 4.0).name

@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
     @property
     def data(self) -> str:
-        """The data set of all its pairs."""
+        """Return the data set of all its pairs."""
         return self.pairs[0].data
 
     @property
@@ -58,7 +58,7 @@ class Table(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """Name and title.
+        """Return the table's name and title.
 
         Example:
             >>> TABLES["table3"].heading
@@ -82,12 +82,12 @@ class Cell(NamedTuple):
 
     @property
     def networks(self) -> str:
-        """The networks of the run, as names have them; see `Pair.networks`."""
+        """Return the networks of the run, as in its name; see `Pair.networks`."""
         return self.pair.networks(self.method)
 
     @property
     def name(self) -> str:
-        """Unique among all cells: the folder of its run below that of all runs.
+        """Return the cell's unique name, which is its run's folder below that of all runs.
 
         Example:
             >>> Cell("kd", CIFAR_PAIRS[0], 1).name
@@ -97,9 +97,9 @@ class Cell(NamedTuple):
 
     @property
     def teacher(self) -> "Cell":
-        """The run of its teacher, if that is trained here.
+        """Return the run of its teacher, if that is trained here.
 
-        As in the literature one teacher serves all seeds of all students, but where every seed has data of its own.
+        As in the literature, one teacher serves all seeds of all students, unless every seed has data of its own.
         """
         return Cell(TEACHER, self.pair, self.seed if self.pair == STUDY_PAIR else 0)
 

@@ -84,7 +84,7 @@ def _is_class(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Tell whether an entry is a file or a link, be it one that leads nowhere, but not to a folder."""
+    """Return whether an entry is a file, or a link that does not lead to a folder; it may lead nowhere."""
     if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
         return True
     return entry.is_file()

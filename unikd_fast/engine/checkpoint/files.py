@@ -188,7 +188,7 @@ def read_folder(path: Path) -> dict[str, Any]:
 
 
 def check_folder(path: Path) -> None:
-    """Hold every byte of a checkpoint against what was written.
+    """Compare every byte of a checkpoint with what was written.
 
     Raises:
         DamagedCheckpoint: a file is missing, cut off or changed, or this version cannot read it; names it.
