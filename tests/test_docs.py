@@ -131,6 +131,11 @@ def test_commands_parse_and_their_overrides_are_valid(monkeypatch: pytest.Monkey
             read_experiment(options.config, options.recipe, options.set)
 
 
+def test_the_settings_of_the_example_are_those_of_the_code() -> None:
+    shown = next(block for block in blocks("docs/internals.md", "python") if "class NKDSettings" in block)
+    assert shown in (ROOT / "unikd_fast/methods/nkd.py").read_text()
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {(page, name) for page, text in TEXTS.items() for name in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.M)}
