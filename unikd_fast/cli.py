@@ -355,7 +355,7 @@ def _add_data(commands: Any) -> None:
         extra="train",
         help="pack an image folder into Arrow files",
         description="Pack an image folder into Arrow files, which data.name = arrow reads. After an interruption the "
-        "same command goes on.",
+        "same command continues.",
         epilog="exit codes: 0 done; 1 a file cannot be written, or another process packs into the folder; 2 a folder "
         "or a number is not usable; 5 an image file cannot be read; 130 stopped by Ctrl-C",
     )

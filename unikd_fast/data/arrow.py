@@ -42,7 +42,7 @@ def load_arrow(root: Path, image_size: int, num_classes: int | None = None) -> D
         root: folder written by `unikd data pack` or `save_to_disk`, or one with Parquet files, with WebDataset tars,
             or in the layout of `imagefolder`.
         image_size: height and width in pixels of the images a loader delivers.
-        num_classes: number of classes K where labels are plain numbers; if None, one more than the largest of train.
+        num_classes: number of classes K if labels are plain numbers. If None, one more than the largest of train.
 
     Raises:
         ValueError: the folder cannot be opened, is a store that is not finished, or lacks a split, a column or a label.
@@ -120,7 +120,7 @@ def name_row(stored: StoredImage) -> str:
 def describe_rows(path: str, column: str) -> list[tuple[str, Any]]:
     """Return, for each row of an Arrow file, its image's name and what distinguishes it from others of that name.
 
-    That is the size in bytes of an encoded image and the height of pixels; of pixels without a name, all of them count.
+    That is the size in bytes of an encoded image, the height of pixels with a name, or a checksum of those without one.
     """
     table = _table(path)
     images = table.column(column)

@@ -182,10 +182,10 @@ def decoding_pipeline(source: Source, *, batch_size: int, threads: int, prefetch
     """Return a pipeline on the CPU whose one output is the part of each image that is asked for, (H_i, W_i, 3) uint8.
 
     Args:
-        source: of the batches.
-        batch_size: images of the largest one.
-        threads: of DALI.
-        prefetch: batches under way at a time.
+        source: function that returns the next batch.
+        batch_size: number of images in the largest batch.
+        threads: number of DALI's threads.
+        prefetch: number of batches under way at a time.
 
     Example:
         >>> (parts,) = decoding_pipeline(source, batch_size=64, threads=2, prefetch=2).run()
@@ -217,16 +217,16 @@ def view_pipeline(
     """Return a pipeline whose outputs are views, (N, image_size, image_size, 3) uint8, one output for each of `views`.
 
     Args:
-        source: of the batches.
-        batch_size: images of the largest one.
-        views: of each image.
+        source: function that returns the next batch.
+        batch_size: number of images in the largest batch.
+        views: number of views of each image.
         image_size: height and width of the views in pixels.
-        interpolation: of every resize.
+        interpolation: interpolation of every resize.
         padded: whether views are shifted.
-        by_parts: decode the parts that are asked for and not whole images.
-        device_id: number of the GPU that decodes and resizes. If None, the CPU does, to check the graph.
-        threads: of DALI on the CPU.
-        prefetch: batches under way at a time.
+        by_parts: whether to decode only the parts that are asked for.
+        device_id: number of the GPU that decodes and resizes. If None, the CPU does both, to check the graph.
+        threads: number of DALI's threads on the CPU.
+        prefetch: number of batches under way at a time.
 
     Example:
         >>> (shown,) = view_pipeline(source, batch_size=64, views=1, image_size=224, padded=False, by_parts=False,
@@ -312,12 +312,12 @@ class DaliLoader:
     may run at a time, and a new `train` leaves older ones alone.
 
     Args:
-        splits: the data set.
-        files: what to decode of it.
-        device: where the batches go.
-        decoding: who decodes; see `Decoding`.
-        threads: of DALI on the CPU, and as many that read files and, on a CPU, resize.
-        channels_last: layout of the images.
+        splits: data set.
+        files: requests for what to decode of it.
+        device: device of the batches.
+        decoding: way of decoding; see `Decoding`.
+        threads: number of DALI's threads on the CPU; as many again read files and, on a CPU, resize.
+        channels_last: whether images have that memory layout.
 
     Raises:
         ValueError: threads is below 1.

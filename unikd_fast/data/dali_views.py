@@ -79,11 +79,11 @@ class ImageFeed:
     """Read requests ahead.
 
     Args:
-        requests: taken one by one, by whom asks for batches.
-        windows: of the views.
-        threads: that read.
-        ahead: requests that are being read at a time, the one asked for among them; at least 1.
-        for_pil: images that PIL is to decode, whatever they are; `read_by_pil` adds to them.
+        requests: requests, taken one by one as batches are asked for.
+        windows: windows of the views.
+        threads: threads that read.
+        ahead: number of requests that are read at a time, including the one asked for; at least 1.
+        for_pil: images that Pillow is to decode, whatever they are; `read_by_pil` adds to them.
 
     Example:
         >>> with ThreadPoolExecutor(2) as threads:
@@ -110,8 +110,8 @@ class ImageFeed:
         """Return the next request, read; None after the last.
 
         Raises:
-            DataError: an image cannot be read, is none or is truncated, and the request makes that an error; the
-                message names it.
+            DataError: an image cannot be read, is not an image or is truncated, and the request makes that an error;
+                the message names it.
         """
         while len(self._reading) < self._ahead and (request := next(self._requests, None)) is not None:
             parts = chunks(len(request.images))
@@ -164,8 +164,8 @@ class ImageFeed:
 def read_image(stored: StoredImage) -> ReadImage:
     """Read an image and check that it is complete: decoding a part of it would not reveal that the rest is missing.
 
-    Usual JPEGs are left as they are. All else but stored pixels is decoded by PIL, so that every format and mode has
-    its pixels.
+    Usual JPEGs are left as they are. Everything else, except stored pixels, is decoded by Pillow, so that every format
+    and mode has Pillow's pixels.
 
     Raises:
         DataError: it cannot be read or decoded; the message names it.
@@ -211,17 +211,17 @@ def decoded(
 ) -> Generator[tuple[ReadBatch, Any], None, None]:
     """Yield each batch of a feed with the outputs of a pipeline for it; None for a batch that has nothing for DALI.
 
-    Where DALI fails on an image, PIL decodes it, so that an image is bad only if PIL finds it so.
+    If DALI fails on an image, Pillow decodes it, so that an image is bad only if Pillow cannot decode it.
 
     Args:
-        feed: of the batches.
-        pipeline_of: builds the pipeline; again after a failure, because DALI's do not survive one.
-        encoded_only: leave out images that are decoded already.
+        feed: feed of the batches.
+        pipeline_of: function that builds the pipeline, and builds it again after a failure, which no pipeline survives.
+        encoded_only: whether images that are decoded already are left out.
         stream: CUDA stream on which the outputs are used. If None, they are ready when they are yielded.
 
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
-        RuntimeError: DALI failed, and over no image.
+        RuntimeError: DALI failed for a reason other than an image.
     """
     run = _Run(feed, encoded_only=encoded_only)
     pipeline = pipeline_of(run.next_images)
@@ -299,12 +299,12 @@ class _Run:
             yield self.under_way.popleft(), None
 
     def repair(self, error: RuntimeError, pipeline_of: PipelineOf) -> None:
-        """Have PIL decode what DALI failed on, and start again with the first batch that was not given back.
+        """Have Pillow decode what DALI failed on, and start again with the first batch that was not given back.
 
-        Where PIL cannot either and the request makes that an error, it comes after the batches before this one.
+        If Pillow cannot either and the request makes that an error, it is raised after the batches before this one.
 
         Raises:
-            RuntimeError: the failure is of none of the images.
+            RuntimeError: none of the images causes the failure.
         """
         repaired: list[ReadBatch] = []
         found = False
@@ -359,14 +359,14 @@ def cpu_views(
 ) -> Generator[ViewBatch, None, None]:
     """Yield the views of each batch of a feed; DALI decodes, and torch resizes in these threads.
 
-    On a CPU torch resizes four times as fast as DALI, and rounds as PIL does.
+    On a CPU torch resizes four times as fast as DALI, and rounds as Pillow does.
 
     Args:
-        feed: of the batches.
-        pipeline_of: builds the decoding pipeline.
-        threads: that make the views.
+        feed: feed of the batches.
+        pipeline_of: function that builds the decoding pipeline.
+        threads: threads that make the views.
         image_size: height and width of the views in pixels.
-        interpolation: of every resize.
+        interpolation: interpolation of every resize.
 
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
@@ -425,9 +425,9 @@ def cut_view(image: Tensor, window: ViewWindow, image_size: int, interpolation: 
 
     Args:
         image: (H, W, 3) uint8.
-        window: says how; its box lies in the image.
+        window: how the view comes out of the image, in which its box lies.
         image_size: height and width of the view in pixels.
-        interpolation: of the resize.
+        interpolation: interpolation of the resize.
 
     Returns:
         (3, image_size, image_size) uint8.
@@ -455,9 +455,9 @@ def gpu_views(
     """Yield the views of each batch of a feed, made by DALI; strong augmentation is done ahead, on the CPU.
 
     Args:
-        feed: of the batches.
-        pipeline_of: builds the pipeline of views.
-        threads: that make strong views.
+        feed: feed of the batches.
+        pipeline_of: function that builds the pipeline of views.
+        threads: threads that make strong views.
         stream: torch's stream on which the views are used. If None, the pipeline runs on a CPU.
 
     Raises:

@@ -86,9 +86,9 @@ class Normalise:
     """Turn uint8 images into fp32 with the data set's mean and deviation taken out.
 
     Args:
-        mean, std: per channel, of images in [0, 1].
-        device: where the images are.
-        channels_last: layout of the result.
+        mean, std: mean and deviation per channel, of images in [0, 1].
+        device: device of the images.
+        channels_last: whether the result has that memory layout.
 
     Example:
         >>> Normalise((0.5,) * 3, (0.25,) * 3, device=torch.device("cpu"))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
@@ -154,12 +154,12 @@ class DeviceLoader:
     """Serve a data set from device memory; made by `build_loader`, which documents the methods.
 
     Args:
-        splits: the data set, all in memory.
-        augmentation: the views to train on.
-        schedule: what this rank takes.
-        device: where the data set and the batches live.
-        channels_last: layout of the images.
-        second: views of the second images of each batch. If None, batches have none.
+        splits: data set, all in memory.
+        augmentation: augmentation of the training views.
+        schedule: part of this rank.
+        device: device of the data set and of the batches.
+        channels_last: whether images have that memory layout.
+        second: schedule of the second views of each batch. If None, batches have none.
 
     Raises:
         ValueError: a split is not in memory.
@@ -235,7 +235,7 @@ class DeviceLoader:
         """Yield what `batch_of` makes the micro-batches of `train` from: all that differs between them.
 
         Returns:
-            (V, N, 6) int64 on the host, pinned where the loader's device is a GPU, for V views of N samples: position,
+            (V, N, 6) int64 on the host, pinned if the loader's device is a GPU, for V views of N samples: position,
             window (top, left, height, width), flip.
         """
         assert self.unplanned is None, self.unplanned

@@ -69,8 +69,8 @@ class Decoder:
     """Decode requests; indexed by them, as a torch DataLoader wants its data set.
 
     Args:
-        windows: of the views.
-        interpolation: of every resize.
+        windows: windows of the views.
+        interpolation: interpolation of every resize.
 
     Example:
         >>> images, labels, sample_ids, second, bad = Decoder(Windows(image_size=224, short_side=256))[request]
@@ -82,10 +82,10 @@ class Decoder:
     def __getitem__(self, request: DecodeRequest) -> DecodedBatch:
         """Decode a batch; the request says whether a bad file is an error, is left out, or is replaced.
 
-        In its place is then the next good sample of the batch, with its image, label and id.
+        A replaced sample has the image, label and id of the next good sample of the batch.
 
         Raises:
-            DataError: a file cannot be decoded, or none of a batch; the message names it.
+            DataError: a file, or every file of a batch, cannot be decoded; the message names it.
         """
         bad: dict[int, BadImage] = {}
         size = self.windows.image_size
@@ -171,10 +171,10 @@ class FileRequests:
     """Turn this rank's part of a data set of files into requests for any decoder.
 
     Args:
-        splits: the data set, all files.
-        augmentation: the views to train on and the resize for evaluation.
-        schedule: what this rank takes.
-        second: views of the second images of each batch. If None, batches have none.
+        splits: data set, all files.
+        augmentation: augmentation of the training views, and the resize for evaluation.
+        schedule: part of this rank.
+        second: schedule of the second views of each batch. If None, batches have none.
         bad_images, max_bad_share: what to do about files that cannot be decoded; see `build_loader`.
 
     Raises:
@@ -307,7 +307,7 @@ def worker_failure(broken_connection: Exception) -> Exception:
     """Return what torch says about the death of a worker, otherwise how it was noticed.
 
     torch raises from a signal handler, a moment after the connection breaks and wherever this process is by then. Wait
-    for it here, where it can be told; later it could strike while the error is being printed.
+    for it here, where it can be reported; later it could strike while the error is being printed.
     """
     try:
         time.sleep(_SIGNAL_WAIT_S)
@@ -319,8 +319,8 @@ def worker_failure(broken_connection: Exception) -> Exception:
 def outlive_stop_signals(worker: int) -> None:
     """Keep a worker, which calls this first, alive through Ctrl-C and signals that are sent to all processes.
 
-    It must serve until the run has finished its step and saved. But SIGTERM is also how Python ends it at exit, so that
-    is put off and not ignored.
+    It must serve until the run has finished its step and saved. But Python also ends it by SIGTERM at exit, so that
+    signal is delayed, not ignored.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -334,11 +334,11 @@ class FolderLoader:
     Each evaluation has workers of its own and may run in the middle of an epoch.
 
     Args:
-        splits: the data set.
-        files: what to decode of it.
-        device: where the batches go.
-        workers: decoding processes; 0 decodes in this one.
-        channels_last: layout of the images.
+        splits: data set.
+        files: requests for what to decode of it.
+        device: device of the batches.
+        workers: number of decoding processes. With 0, this process decodes.
+        channels_last: whether images have that memory layout.
 
     Raises:
         ValueError: workers is negative.

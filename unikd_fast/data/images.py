@@ -104,11 +104,11 @@ def open_image(content: bytes, stored: StoredImage) -> Image.Image:
     decoders zeros are codes of some colour. For JPEG and PNG this is checked here.
 
     Args:
-        content: the bytes of the file.
-        stored: where they are from, for messages.
+        content: bytes of the file.
+        stored: image that they are read from, for messages.
 
     Raises:
-        DataError: it is empty, no image, too large, or cut off and filled up with zeros.
+        DataError: it is empty, not an image, too large, or cut off and filled up with zeros.
     """
     with naming_bad_file(stored):
         if not content:
@@ -135,11 +135,11 @@ def open_image(content: bytes, stored: StoredImage) -> Image.Image:
 def is_plain_jpeg(image: Image.Image, content: bytes) -> bool:
     """Return whether any decoder gives Pillow's pixels, up to the rounding of its arithmetic.
 
-    So it is for a JPEG of grey or of the usual colours that ends in its end marker, zeros behind it aside.
+    That is the case for a JPEG of grey or of the usual colours that ends in its end marker, apart from zeros behind it.
 
     Args:
-        image: opened by `open_image`.
-        content: the bytes of the file.
+        image: image that `open_image` opened.
+        content: bytes of the file.
     """
     if not isinstance(image, JpegImageFile) or image.format != "JPEG" or not image.tile:
         return False
@@ -199,9 +199,9 @@ class BadImageTally:
     """Count the bad images of one pass over a split, as one process meets them, and log each file once.
 
     Args:
-        purpose: what the pass is, for messages: "training", "val", ...
-        samples: of the whole pass, over all processes.
-        max_share: share of them that may be bad.
+        purpose: name of the pass in messages: "training", "val", ...
+        samples: number of samples of the whole pass, over all processes.
+        max_share: largest share of them that may be bad.
         logged: names of files already logged; this adds its own.
 
     Example:
@@ -224,7 +224,7 @@ class BadImageTally:
         """Count the bad images of a batch.
 
         Raises:
-            DataError: these are too many; see `check_bad_share`.
+            DataError: there are too many; see `check_bad_share`.
         """
         for image in images:
             if image.name not in self._logged:
@@ -265,7 +265,7 @@ def stand_ins(good: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Return which sample stands at each place of a batch: itself, or for a bad one the next good one, wrapping around.
 
     Args:
-        good: (N,) whether each sample could be decoded; one at least could.
+        good: (N,) whether each sample could be decoded; at least one could.
 
     Returns:
         (N,) places in the batch.

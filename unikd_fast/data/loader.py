@@ -68,7 +68,7 @@ class Loader(Protocol):
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield one batch for each request: positions (N,) in the training split, and the epoch whose views to show.
 
-        A view is that which `train` shows in this epoch, bit for bit, whatever the batches.
+        Each view is the one that `train` shows in this epoch, bit for bit, whatever the batches are.
         """
         ...
 
@@ -99,16 +99,16 @@ def build_loader(
     split, also when the run trains on part of it.
 
     Args:
-        splits: the data set.
-        data: how it is read, changed and mixed.
+        splits: data set.
+        data: settings of how it is read, augmented and mixed.
         seed: seed of order, views and mixing, in [0, 2^64).
-        global_batch_size: samples per optimiser step, over all ranks and micro-steps.
-        accumulation_steps: micro-batches per optimiser step.
-        rank, world_size: this process among all.
-        device: where the batches go.
-        channels_last: layout of the images.
-        second_view: make another view of each training sample, in `Batch.second`, with numbers of its own, for methods
-            that compare a weak and a strong one.
+        global_batch_size: number of samples per optimiser step, over all ranks and micro-steps.
+        accumulation_steps: number of micro-batches per optimiser step.
+        rank, world_size: number of this process, and of all.
+        device: device of the batches.
+        channels_last: whether images have that memory layout.
+        second_view: whether to make another view of each training sample, in `Batch.second`, with numbers of its own,
+            for methods that compare a weak and a strong view.
 
     Raises:
         ValueError: a setting does not fit the data or does not work here, the batch does not divide evenly or is larger

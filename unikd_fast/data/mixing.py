@@ -32,9 +32,9 @@ class Mixing:
     evaluation never does.
 
     One draw holds for a micro-batch: whether to mix, by which kind, the share λ of each sample in its own image, and,
-    by a permutation, who is mixed with whom. So a mixed image depends on the composition of its micro-batch: another
+    by a permutation, which samples are mixed. So a mixed image depends on the composition of its micro-batch: another
     batch size, or another product of world size and accumulation steps, gives other pairs. It belongs to two samples,
-    and nothing that is kept by sample, such as a teacher's outputs, fits it.
+    so nothing that is stored per sample, such as a teacher's outputs, fits it.
 
     Raises:
         ValueError: a field is outside its range.
@@ -92,14 +92,14 @@ def draw_mix(
     """Draw what is done to a micro-batch; it depends on the arguments and on nothing else.
 
     Args:
-        mixing: what to draw.
-        count: samples N in the micro-batch.
-        height, width: of the images in pixels.
-        seed: in [0, 2^64).
-        epoch: in [0, 2^32).
+        mixing: settings of what to draw.
+        count: number of samples N in the micro-batch.
+        height, width: size of the images in pixels.
+        seed: seed in [0, 2^64).
+        epoch: epoch in [0, 2^32).
         step: optimiser step within the epoch.
-        place: of the micro-batch among all of this step, over ranks and micro-steps.
-        stream: of its views.
+        place: position of the micro-batch among all of this step, over ranks and micro-steps.
+        stream: stream of its views.
 
     Raises:
         ValueError: an argument is out of range.
@@ -135,9 +135,9 @@ def apply_mix(batch: Batch, mix: Mix, num_classes: int) -> Batch:
     """Mix images and labels; both views of a sample alike, so that one label holds for both.
 
     Args:
-        batch: of N samples with integer labels.
-        mix: what to do to it.
-        num_classes: K.
+        batch: batch of N samples with integer labels.
+        mix: what is done to it.
+        num_classes: number of classes K.
 
     Returns:
         The batch with labels (N, K) fp32 that sum to 1, one-hot where nothing is mixed.
@@ -175,10 +175,10 @@ class MixedLoader:
     Each mix depends on (seed, epoch, step, place of the micro-batch in the step, stream) and on nothing else.
 
     Args:
-        loader: of the batches to mix.
-        mixing: what to draw.
-        num_classes: K of the labels, (N, K) fp32.
-        seed, accumulation_steps, rank, world_size: as the loader was built with.
+        loader: loader of the batches to mix.
+        mixing: settings of what to draw.
+        num_classes: number of classes K of the labels, (N, K) fp32.
+        seed, accumulation_steps, rank, world_size: arguments that the loader was built with.
 
     Raises:
         ValueError: micro-batches of one sample have no pairs.

@@ -54,18 +54,18 @@ def pack_folder(
 ) -> None:
     """Pack an image folder, or continue an interrupted pack of the same images.
 
-    The store is whole when its dataset_dict.json is there, which is written last; it does not depend on interruptions
-    or on the number of workers. What was begun with other images or settings is removed, and a finished store is left
-    as it is. An image that cannot be decoded is packed as it is, or, in place of pixels, as a row without an image: so
-    ids stay those of the folder, and `data.bad_images` decides.
+    The store is complete when its dataset_dict.json is there, which is written last; it depends neither on
+    interruptions nor on the number of workers. What was begun with other images or settings is removed, and a finished
+    store is left as it is. An image that cannot be decoded is packed as it is, or, in place of pixels, as a row without
+    an image: so ids stay those of the folder, and `data.bad_images` decides.
 
     Args:
-        source: folder as `load_image_folder` reads it; it must not change meanwhile.
+        source: folder that `load_image_folder` reads; it must not change meanwhile.
         target: new or empty folder, or one that was begun.
-        raw: store (height, width, 3) arrays of uint8 whose short side is brought to this many pixels by antialiased
-            bilinear interpolation, unless it is smaller. If None, the files are stored as they are.
-        workers: threads that read and decode.
-        images_per_file: images of an Arrow file.
+        raw: short side in pixels of the (height, width, 3) arrays of uint8 that are stored; larger images are reduced
+            to it by antialiased bilinear interpolation. If None, the files are stored as they are.
+        workers: number of threads that read and decode.
+        images_per_file: number of images in an Arrow file.
 
     Raises:
         ValueError: the source is not an image folder, the target holds something else, or a number is below 1.
@@ -280,7 +280,7 @@ def _offsets(lengths: Sequence[int]) -> pa.Array:
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
-    """Bring the short side to `size` pixels; a smaller image stays as it is.
+    """Reduce the short side to `size` pixels; a smaller image stays as it is.
 
     Example:
         >>> shrink(Image.new("RGB", (500, 375)), 256).size

@@ -53,11 +53,11 @@ def words(seed: int, epoch: int, sample_ids: ArrayLike, stream: int, count: int)
     """Return `count` random words per sample; asking for more leaves the first ones as they are.
 
     Args:
-        seed: in [0, 2^64).
-        epoch: in [0, 2^32).
+        seed: seed in [0, 2^64).
+        epoch: epoch in [0, 2^32).
         sample_ids: (N,) integers in [0, 2^63).
-        stream: in [0, 2^16), tells apart what the numbers are for.
-        count: in [1, 2^18].
+        stream: number in [0, 2^16) of the purpose of the words.
+        count: number of words per sample, in [1, 2^18].
 
     Returns:
         (N, count) words.
@@ -114,7 +114,7 @@ def check_below(name: str, value: int, limit: int) -> int:
     """Return `value` as an int if it lies in [0, limit).
 
     Raises:
-        ValueError: it does not.
+        ValueError: it is outside that range.
         TypeError: it is not an integer.
 
     Example:
@@ -130,8 +130,8 @@ def checked_ids(sample_ids: ArrayLike) -> NDArray[np.uint64]:
     """Return sample ids as (N,) 64-bit words.
 
     Raises:
-        ValueError: an id is negative or not below 2^63, or the ids are no vector.
-        TypeError: the ids are no integers.
+        ValueError: an id is negative or not below 2^63, or the ids are not a vector.
+        TypeError: the ids are not integers.
 
     Example:
         >>> checked_ids([0, 2**40]).tolist()

@@ -79,7 +79,7 @@ def expand_weights(role: str, weights: str) -> str:
 
     Args:
         role: "teacher" or "student".
-        weights: as configured.
+        weights: weights as configured.
 
     Raises:
         ValueError: an environment variable is not set.

@@ -17,12 +17,12 @@ _ORDER_STREAM = FIRST_RESERVED_STREAM
 class EpochSampler:
     """Shuffle a data set of `num_samples` anew each epoch and deal it out in global batches.
 
-    The samples left over by the last full batch sit this epoch out; another epoch leaves out others.
+    Samples that do not fill a last batch are left out of the epoch; another epoch leaves out others.
 
     Args:
-        num_samples: samples in the split.
-        global_batch_size: samples per optimiser step, over all ranks and micro-steps.
-        seed: in [0, 2^64).
+        num_samples: number of samples in the split.
+        global_batch_size: number of samples per optimiser step, over all ranks and micro-steps.
+        seed: seed in [0, 2^64).
 
     Raises:
         ValueError: the split does not fill one global batch, or the seed is out of range.
@@ -136,11 +136,11 @@ class Schedule:
 
     Args:
         sample_ids: (N,) ids of the training samples in their original data set; views are keyed on them.
-        augmentation: the views to train on.
-        seed: in [0, 2^64), of order and views.
-        global_batch_size: samples per optimiser step, over all ranks and micro-steps.
-        accumulation_steps: micro-batches per optimiser step.
-        rank, world_size: this process among all.
+        augmentation: augmentation of the training views.
+        seed: seed of order and views, in [0, 2^64).
+        global_batch_size: number of samples per optimiser step, over all ranks and micro-steps.
+        accumulation_steps: number of micro-batches per optimiser step.
+        rank, world_size: number of this process, and of all.
 
     Raises:
         ValueError: the batch does not divide evenly, the split does not fill it, or the rank is out of range.
@@ -226,7 +226,7 @@ class Schedule:
                 )
 
     def evaluation(self, num_samples: int) -> Iterator[slice]:
-        """Yield this rank's stretches of a split, in order: together the ranks take each sample once, none is padded.
+        """Yield this rank's stretches of a split, in order: together the ranks take each sample once, without padding.
 
         Ranks may get different numbers of batches, and none at all, so nothing collective belongs inside the loop.
 

@@ -29,8 +29,8 @@ class TensorImages:
     Args:
         images: (N, 3, H, W) uint8.
         labels: (N,) int64.
-        ids: (N,) position of each sample in the published split it comes from. If None, the split is whole. Views and
-            caches are keyed on these, so they stay valid when a run takes part of a data set.
+        ids: (N,) position of each sample in the published split that it comes from. If None, the split is whole. Views
+            and caches are keyed on these, so they stay valid when a run takes part of a data set.
 
     Raises:
         ValueError: the images are not a uint8 RGB batch, the labels are not one per image, or a number is negative.
@@ -108,7 +108,7 @@ class ArrowImages:
     Args:
         files: paths of the Arrow files.
         column: name of the column with the images; see `arrow.load_arrow`.
-        rows: (N, 2) of each sample the number of its file and its row in it.
+        rows: (N, 2) number of each sample's file, and its row in it.
 
     Raises:
         ValueError: the labels are not one per image, or a number is negative.
@@ -155,14 +155,14 @@ class DataSplits:
     """A data set, ready for a loader.
 
     Args:
-        train, val, test: the splits. Where none is published for testing, `test` is `val` and `test_is_val` says so.
+        train, val, test: splits. If none is published for testing, `test` is `val`, and `test_is_val` is true.
         num_classes: number of classes K.
         class_names: K names, or None.
-        mean, std: per channel, of images in [0, 1].
+        mean, std: mean and deviation per channel, of images in [0, 1].
         image_size: height and width in pixels of the images a loader delivers.
-        interpolation: of every resize of image files.
-        eval_resize: length in pixels the short side of image files is resized to for evaluation, unless the
-            augmentation says another; if None, 8/7 of the image size.
+        interpolation: interpolation of every resize of image files.
+        eval_resize: length in pixels that the short side of image files is resized to for evaluation, unless the
+            augmentation has another. If None, 8/7 of the image size.
         squash: whether both sides are resized to `eval_resize`.
 
     Example:
@@ -194,7 +194,7 @@ class DataSplits:
 
     @property
     def test_is_val(self) -> bool:
-        """Whether `test` is but another name of `val`, so that its accuracy is one of a split used for selection."""
+        """Whether `test` is the same split as `val`, so that its accuracy is that of a split used for selection."""
         return self.test is self.val
 
 
@@ -224,8 +224,8 @@ def class_balanced_subset(labels: ArrayLike, total: int, *, seed: int) -> NDArra
 
     Args:
         labels: (N,) class of each sample.
-        total: samples to choose, at least one per class.
-        seed: in [0, 2^64).
+        total: number of samples to choose, at least one per class.
+        seed: seed in [0, 2^64).
 
     Returns:
         (total,) sorted positions in `labels`.
@@ -263,8 +263,8 @@ def stratified_split(labels: ArrayLike, sizes: Sequence[int], *, seed: int) -> t
 
     Args:
         labels: (N,) class of each sample.
-        sizes: samples of each part, in all at most N.
-        seed: in [0, 2^64).
+        sizes: number of samples of each part, in all at most N.
+        seed: seed in [0, 2^64).
 
     Returns:
         One vector of sorted positions in `labels` per part.
@@ -320,7 +320,7 @@ def hash_split(split: Split) -> str:
         SHA-256, 64 hexadecimal digits.
 
     Raises:
-        DataError: the size of a file cannot be found out; the message names it.
+        DataError: the size of a file cannot be read; the message names it.
 
     Example:
         >>> len(hash_split(open_data("digits", root=None, image_size=32).train))

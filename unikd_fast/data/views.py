@@ -1,8 +1,8 @@
 """How views are made: which part of an image each is cut from, and its strong augmentation.
 
-What is strong, beyond crop, resize and flip, is made by torchvision's operations on the CPU, in one function for every
-loader: the result depends on nothing but the view's pixels and numbers, and no operation makes the host wait for a
-device.
+Strong augmentation, beyond crop, resize and flip, is made by torchvision's operations on the CPU, in one function for
+every loader: the result depends on nothing but the view's pixels and numbers, and no operation makes the host wait for
+a device.
 """
 
 import math
@@ -63,7 +63,7 @@ class Windows:
 
     Args:
         image_size: height and width of the views in pixels.
-        short_side: length in pixels the short side is resized to before the centre is cut out.
+        short_side: length in pixels that the short side is resized to before the centre is cut out.
         squash: whether the long side is resized to that length too.
 
     Example:
@@ -162,7 +162,7 @@ SIGNED = frozenset(
 
 
 def strong_pixels(augmentation: Augmentation) -> dict[str, str]:
-    """Return who makes the pixels of strong views, as an entry of `Loader.pixels`; none where nothing is strong.
+    """Return what makes the pixels of strong views, as an entry of `Loader.pixels`; empty if no view is strong.
 
     Example:
         >>> strong_pixels(Augmentation(policy="trivial"))
@@ -181,7 +181,7 @@ def strong_views(images: Tensor, views: ViewParameters) -> Tensor:
 
     Args:
         images: (N, 3, H, W) uint8, cropped, resized and flipped.
-        views: of these N samples.
+        views: views of these N samples.
 
     Returns:
         (N, 3, H, W) uint8 in the layout of `images`.
@@ -290,7 +290,7 @@ def magnitude_of(policy: Policy, name: str, step: int, height: int, width: int) 
 def erased_rectangle(views: ViewParameters, i: int, height: int, width: int) -> tuple[int, int, int, int] | None:
     """Return what is erased of view i (top, left, height, width) in pixels; None for nothing.
 
-    As in torchvision, the first attempt that leaves part of both sides counts; where none does, nothing is erased.
+    As in torchvision, the first attempt that leaves part of both sides counts; if none does, nothing is erased.
 
     Example:
         >>> views = view_parameters(Augmentation(erase_probability=1.0), seed=0, epoch=0, sample_ids=[17])

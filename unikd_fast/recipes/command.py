@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: the options do not fit, or data or teachers are missing.
         RunError: a run failed; the others have been run.
-        Interrupted: by a signal.
+        Interrupted: a signal stopped it.
     """
     if options.list is not None:
         print("\n".join(_listed(options.list)))

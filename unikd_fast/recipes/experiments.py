@@ -103,7 +103,7 @@ def experiment(method: str, pair: Pair, seed: int = 0) -> dict[str, Any]:
 
     Args:
         method: name in `METHODS`, or in `STUDY` for its pair; TEACHER trains the pair's teacher alone.
-        seed: seed of the generated images, where the data set has them.
+        seed: seed of the images, if the data set is generated.
     """
     if pair == STUDY_PAIR:
         config = study_experiment(method, pair, seed)
@@ -211,8 +211,8 @@ def _published(method: str, pair: Pair) -> dict[str, Any]:
 def _on_digits(method: str, pair: Pair) -> dict[str, Any]:
     """Return the stand-in on scikit-learn's digits, without the weights of the teacher.
 
-    It shows that the tables run, resume and come to a ledger; its accuracies are no statement about the papers'.
-    Methods keep the settings of their recipe, but for what counts epochs or samples.
+    It shows that the tables run, resume and end in a ledger; its accuracies say nothing about the papers'. Methods keep
+    the settings of their recipe, except those that count epochs or samples.
     """
     data: dict[str, Any] = {"name": "digits", "image_size": 16}
     train = dict(_TRAIN["digits"])

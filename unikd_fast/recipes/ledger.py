@@ -81,7 +81,7 @@ class Entry(NamedTuple):
         method: the row, or TEACHER.
         pair: name of the column; of a mean, how many pairs.
         metric: top1 or top5.
-        figures: what the runs came to.
+        figures: results of the runs.
         printed: figure that this table prints. If None, it prints none.
         elsewhere: other figures that the paper prints for the same.
         origin: what the figures were made with.
@@ -114,9 +114,9 @@ class Ledger(NamedTuple):
     """A table as far as it is reproduced.
 
     Args:
-        table: which.
+        table: table that is reproduced.
         seeds: seeds that are wanted.
-        teachers: published or trained here.
+        teachers: whether teachers are published, or trained here.
         overrides: settings that differ from the recipes.
         entries: in the table's order, the teachers first.
     """

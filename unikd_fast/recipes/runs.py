@@ -60,7 +60,7 @@ class Run(NamedTuple):
     """A cell as a run.
 
     Args:
-        cell: which.
+        cell: cell of a table.
         folder: absolute path.
         config: configuration of the run, with every override.
         state: how far it is.
@@ -225,7 +225,7 @@ class Failure(NamedTuple):
     """A run that ended badly, or was not started.
 
     Args:
-        run: which.
+        run: run that failed.
         code: exit code, -n for signal n. If None, it was not started.
         reason: last lines of its output; or why it was not started.
     """
@@ -245,8 +245,8 @@ class Failure(NamedTuple):
 class Training:
     """Train runs, teachers first, and print how each ends.
 
-    A run that fails stops nothing but the students of the teacher that it would have been. SIGTERM, SIGHUP and Ctrl-C
-    go on to the runs, which save where they are, and no more are started; a second Ctrl-C kills them.
+    A run that fails stops others only if it trains a teacher: its students. SIGTERM, SIGHUP and Ctrl-C are passed on to
+    the runs, which save and end, and no more are started; a second Ctrl-C kills them.
 
     Args:
         runs: runs that are not done.

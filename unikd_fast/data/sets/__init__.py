@@ -16,9 +16,9 @@ from unikd_fast.data.splits import DataSplits, class_balanced_subset
 def open_data(data: DataSettings) -> DataSplits:
     """Open a data set.
 
-    Where it is left open, the number of classes is 10 for synthetic, 50 for fine_grained, and one more than the largest
-    for plain numbers as labels of arrow. A subset keeps the ids of its samples, and mean and deviation stay those of
-    the whole.
+    If it is not set, the number of classes is 10 for synthetic, 50 for fine_grained, and for arrow with plain numbers
+    as labels one more than the largest. A subset keeps the ids of its samples, and mean and deviation stay those of the
+    whole.
 
     Raises:
         ValueError: a setting does not fit the data set, or its files are not what they should be.

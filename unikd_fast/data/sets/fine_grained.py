@@ -30,10 +30,10 @@ def load_fine_grained(num_samples: int, num_classes: int, image_size: int, *, se
     Sample i is of class i modulo `num_classes`; it does not depend on the number of samples.
 
     Args:
-        num_samples: images of the train split.
+        num_samples: number of images in the train split.
         num_classes: number of classes K, a multiple of `CLASSES_PER_FAMILY`.
         image_size: height and width in pixels, a multiple of 16.
-        seed: in [0, 2^64), of templates and samples.
+        seed: seed of templates and samples, in [0, 2^64).
 
     Raises:
         ValueError: a number is below 1 or does not divide as it should, or the seed is out of range.

@@ -77,7 +77,7 @@ def load_digits(image_size: int) -> DataSplits:
 def _read_digits() -> NDArray[np.float64]:
     """Return scikit-learn's table of digits, (1797, 65): greys in 0..16, then the label.
 
-    It is read from the file of the installed package, because to import scikit-learn takes more than a second.
+    It is read from the file of the installed package, because importing scikit-learn takes more than a second.
     """
     package = find_spec("sklearn")
     if package is None or package.origin is None:
@@ -90,9 +90,9 @@ def load_cifar100(folder: Path, *, val_samples: int = 0) -> DataSplits:
     """Load CIFAR-100 from the folder that holds the files train, test and meta.
 
     Args:
-        folder: the unpacked `cifar-100-python`.
-        val_samples: samples of the published train split to hold out for validation, stratified, the same in every
-            run. With none, the published test split is both `val` and `test`, as in the literature.
+        folder: unpacked `cifar-100-python`.
+        val_samples: number of samples of the published train split to hold out for validation, stratified, the same in
+            every run. With none, the published test split is both `val` and `test`, as in the literature.
 
     Raises:
         ValueError: a file is not what the published ones are, or val_samples leaves nothing to train on.
@@ -257,7 +257,7 @@ def _values(content: bytes) -> object:
     """Return what a pickle holds.
 
     Raises:
-        ValueError: it is damaged, or does what the published files do not.
+        ValueError: it is damaged, or contains what the published files do not.
     """
     stack: list[Any] = []
     marks: list[int] = []

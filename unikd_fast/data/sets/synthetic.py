@@ -23,10 +23,10 @@ def load_synthetic(num_samples: int, num_classes: int, image_size: int, *, seed:
     Sample i is of class i modulo `num_classes`; it does not depend on the number of samples.
 
     Args:
-        num_samples: images of the train split.
+        num_samples: number of images in the train split.
         num_classes: number of classes K.
         image_size: height and width in pixels.
-        seed: in [0, 2^64), of templates and noise.
+        seed: seed of templates and noise, in [0, 2^64).
 
     Raises:
         ValueError: a number is below 1, or the seed is out of range.
