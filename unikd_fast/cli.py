@@ -210,7 +210,7 @@ def _add_cache(commands: Any) -> None:
         epilog="exit codes: 0 every shard is ok, or with --repair: no bad shard is left, and unikd cache build "
         "completes the cache; 4 otherwise, and if the folder is not a cache or what belongs to all shards is damaged",
     )
-    verify.add_argument("--repair", action="store_true", help="discard bad shards, so that build makes them anew")
+    verify.add_argument("--repair", action="store_true", help="discard bad shards, so that build makes them again")
     info = _add_command(
         commands,
         "info",

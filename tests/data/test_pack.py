@@ -202,7 +202,7 @@ def test_what_was_begun_with_other_images_is_removed(
     (store / "train" / "data-00000-of-00003.arrow").write_bytes(b"cut")
     (store / "train" / f".data-00001-of-00003.arrow.{'0' * 16}.tmp").write_bytes(b"cut")
     pack_folder(source, store, images_per_file=10)
-    assert f"{store}: the unfinished pack was of other images or settings; it is begun anew" in caplog.messages
+    assert f"{store}: the unfinished pack was of other images or settings; it starts over" in caplog.messages
     assert content(store) == content(stores["files"])
 
 

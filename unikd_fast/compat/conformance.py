@@ -40,7 +40,7 @@ is NaN, the drop-in's is not.
   inputs, and most originals in the dtype of the inputs: in bf16 the difference is their rounding, as this shows.
   Gradients are rounded to bf16 by both, as is the cross-entropy that some losses add.
 - "the formula, restated" marks a codebase that no package index holds, or a release too old to install beside the
-  others: its formula was written anew in `unikd_fast/compat/_published.py`.
+  others: its formula is restated in `unikd_fast/compat/_published.py`.
 
 PyTorch {torch}, {device}. {liger}
 

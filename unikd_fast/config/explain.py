@@ -115,8 +115,8 @@ def _walk(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any], dict[st
 
 HEADER = """# Configuration reference
 
-Written by `make schema` from `unikd_fast/config/schema.py`. Every key can be set on the command line:
-`--set train.total_epochs=2`. Paths may hold `${VARIABLES}`.
+Written by `make schema` from `unikd_fast/config/schema.py` and the settings of the components. Every key can be set on
+the command line: `--set train.total_epochs=2`. Paths may hold `${VARIABLES}`.
 """
 
 

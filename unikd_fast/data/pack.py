@@ -146,7 +146,7 @@ def _continue_or_clean(target: Path, identity: str) -> None:
     begun = target / UNFINISHED
     if not begun.exists() or begun.read_text() != identity:
         if begun.exists():
-            _logger.warning("%s: the unfinished pack was of other images or settings; it is begun anew", target)
+            _logger.warning("%s: the unfinished pack was of other images or settings; it starts over", target)
         for name in _SPLITS:
             shutil.rmtree(target / name, ignore_errors=True)
         write_file(begun, identity)

@@ -225,7 +225,7 @@ def require_no_capture(device: torch.device, failure: str) -> None:
         said = str(error).strip().partition("\n")[0]
         raise RunError(
             f"train.cuda_graph: capturing a step failed ({failure}) and left the device in the capture ({said}); start "
-            "again with train.cuda_graph = off, and --resume auto goes on from the last checkpoint"
+            "again with train.cuda_graph = off, and --resume auto continues from the last checkpoint"
         ) from error
     torch.cuda.set_rng_state(before, device)  # so that the run draws the same numbers
 

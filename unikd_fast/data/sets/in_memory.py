@@ -148,7 +148,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         content = _values(path.read_bytes())
     except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(
-            f"load_cifar100: cannot read {path}: {error}; unpack the published cifar-100-python.tar.gz anew"
+            f"load_cifar100: cannot read {path}: {error}; unpack the published cifar-100-python.tar.gz again"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"load_cifar100: {path} must hold a dictionary, got {type(content).__name__}")

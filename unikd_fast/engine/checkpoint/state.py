@@ -154,7 +154,7 @@ def require_same_head(saved: dict[str, Any], method: Method) -> None:
     if differing:
         raise CacheError(
             f"the teacher's cache holds another head than the checkpoint was trained with ({len(differing)} of "
-            f"{len(found)} tensors differ, the first is {differing[0]}): it was built anew since; restore that cache, "
+            f"{len(found)} tensors differ, the first is {differing[0]}): it was rebuilt since; restore that cache, "
             "or start a new run folder with --set run.dir=..."
         )
 
