@@ -68,7 +68,7 @@ def cache_dir(config: Config) -> Path:
 
     Example:
         >>> cache_dir(load_config("configs/digits_cached.json"))
-        PosixPath('caches/digits_cached-unikd-seed0')
+        PosixPath('caches/digits-unikd-seed0')
     """
     assert config.teacher is not None
     named = {"{method}": config.distill.label, "{seed}": str(config.run.seed)}

@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Config:
         ConfigError: the folder is not a run folder, or holds several runs, which the message lists.
 
     Example:
-        >>> read_run(Path("runs/digits-5cb1dd29/seed-0/unikd")).distill.method
+        >>> read_run(Path("runs/digits-5cb1dd29/seed-0/student-unikd")).distill.method
         'unikd'
     """
     if not folder.is_dir():
