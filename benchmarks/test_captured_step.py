@@ -70,7 +70,10 @@ def plain(pair: str, like: Trainer, processes: Processes) -> Loop:
     of, source = build_experiment(config, processes), like.experiment
     of.student_module.load_state_dict(source.student_module.state_dict())
     of.method.load_state_dict(source.method.state_dict())
-    for module in (*of.student_module.modules(), *(part for head in of.method.heads for part in head.modules())):
+    if of.method.head is not None and source.method.head is not None:
+        of.method.head.load_state_dict(source.method.head.state_dict())
+    heads = () if of.method.head is None else of.method.head.module.modules()
+    for module in (*of.student_module.modules(), *heads):
         if isinstance(module, AdaptiveFeatureFusion):
             module.impl = "reference"
     teacher, side, method, train = of.teacher, of.student_module.train(), of.method, config.train

@@ -68,8 +68,8 @@ def steps(method: str, folder: Path, processes: Processes) -> Steps:
     teacher, cache = distilled.teacher, cached.cache
     with StopSignal(processes) as stop:
         ready_cache(cached, stop, method)
-    if cached.method.fitted_head is not None:
-        distilled.method.adopt_head(cached.method.fitted_head.state_dict())
+    if cached.method.fixed_head is not None:
+        distilled.method.head.adopt(cached.method.fixed_head.module.state_dict())
     batch: Batch
     batch, held = next(cached.micro_batches(0))
     engines = [start_engine(e.config, e.student_module, processes) for e in (distilled, cached, alone)]

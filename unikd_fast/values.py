@@ -80,7 +80,7 @@ class Loss(NamedTuple):
     """A method's loss on a micro-batch: 0-d tensors on the device, in fp32.
 
     The terms are those named in the method's `term_names`, unweighted, for the log; `total` carries the gradient of the
-    student. A term carries one only if the method trains something by it itself (`train_head`).
+    student. A term carries one only if the method's head is trained by it.
     """
 
     total: Tensor

@@ -191,10 +191,10 @@ def test_resuming_with_another_head_is_refused(tmp_path: Path, weights: Path) ->
     shutil.rmtree(tmp_path / "outputs")
     experiment = opened(config)  # the same cache, to whose head something happened
     assert experiment.cache is not None
-    head = experiment.method.fitted_head
+    head = experiment.method.fixed_head
     assert head is not None
     record = {"precision": "fp32"}
-    experiment.cache.folder.attach({name: value + 0.01 for name, value in head.state_dict().items()}, record)
+    experiment.cache.folder.attach({name: value + 0.01 for name, value in head.module.state_dict().items()}, record)
     with pytest.raises(CacheError, match=r"another head than the checkpoint was trained with .* start a new run"):
         train_here(load_config(config), resume=True)
 

@@ -220,6 +220,10 @@ def equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def state_of(method: Method) -> tuple[Any, Any]:
+    return method.state_dict(), None if method.head is None else method.head.state_dict()
+
+
 @pytest.mark.parametrize(
     ("method", "model", "precision", "fitted"),
     [
@@ -236,14 +240,14 @@ def test_measuring_does_not_change_the_run(method: str, model: str, precision: s
         features: Features = teacher(images)
     if fitted:
         of_run.prepare(itertools.repeat(features))
-    elif of_run.fitted_head is not None:
-        of_run.fitted_head.eval()  # as the plan does: this is about the student's side
+    elif of_run.fixed_head is not None:
+        of_run.fixed_head.module.eval()  # as the plan does: this is about the student's side
     side.train()
     side(images).logits.sum().backward()  # gradients of the run, which are its own as well
     side.network.eval()
     train = TrainConfig(total_epochs=1, global_batch_size=8, learning_rate=1.0, weight_decay=0.1, precision=precision)
-    modules = [side, teacher] if of_run.fitted_head is None else [side, teacher, of_run.fitted_head]
-    before = snapshot(*modules), copy.deepcopy(of_run.state_dict()), torch.get_rng_state(), images.clone()
+    modules = [side, teacher] if of_run.fixed_head is None else [side, teacher, of_run.fixed_head.module]
+    before = snapshot(*modules), copy.deepcopy(state_of(of_run)), torch.get_rng_state(), images.clone()
 
     targets: list[Target] = []
 
@@ -253,7 +257,7 @@ def test_measuring_does_not_change_the_run(method: str, model: str, precision: s
         return targets[-1]
 
     found = measure_times(side, of_run, train, batch, target(), target, seconds=0.0)
-    after = snapshot(*modules), of_run.state_dict(), torch.get_rng_state(), images
+    after = snapshot(*modules), state_of(of_run), torch.get_rng_state(), images
     assert equal(before, after)
     assert found.teacher > 0 and found.student > 0
     assert len(targets) == 1 + 2 + 1, "one for the student, two rounds of warm-up, and one that is timed"
@@ -364,8 +368,9 @@ def test_the_teacher_is_timed_without_padding(monkeypatch: pytest.MonkeyPatch, a
 def test_planning_does_not_change_the_run(fitted: bool) -> None:
     """Least of all the statistics of a head's BatchNorm, which is in train mode until it is fitted."""
     side, of_run, network = run_parts("unikd", "cifar/resnet8", norm="batch")
-    head = of_run.fitted_head
-    assert head is not None and any(isinstance(part, nn.BatchNorm2d) and part.training for part in head.modules())
+    assert of_run.fixed_head is not None
+    head = of_run.fixed_head.module
+    assert any(isinstance(part, nn.BatchNorm2d) and part.training for part in head.modules())
     teacher = OnlineTeacher(network, precision="fp32", batch_size=16)
     loader = OneBatch(pixels=32)
     if fitted:
@@ -377,17 +382,17 @@ def test_planning_does_not_change_the_run(fitted: bool) -> None:
             moved(teacher(loader.batch.images))
         assert not equal(snapshot(head), snapshot(moved)), "which its forward alone would move"
     side.train()
-    before = snapshot(side, teacher, head), copy.deepcopy(of_run.state_dict()), torch.get_rng_state()
+    before = snapshot(side, teacher, head), copy.deepcopy(state_of(of_run)), torch.get_rng_state()
     found = plan(side, of_run, teacher, loader, SIZES)
-    assert equal(before, (snapshot(side, teacher, head), of_run.state_dict(), torch.get_rng_state()))
+    assert equal(before, (snapshot(side, teacher, head), state_of(of_run), torch.get_rng_state()))
     assert found.times.teacher > 0 and found.times.student > 0
 
 
 def test_a_failed_plan_leaves_the_head_in_train_mode() -> None:
     side, of_run, network = run_parts("unikd", "cifar/resnet8", norm="batch")
     teacher, loader = OnlineTeacher(network, precision="fp32"), OneBatch(pixels=32)
-    head = of_run.fitted_head
-    assert head is not None
+    assert of_run.fixed_head is not None
+    head = of_run.fixed_head.module
     before = snapshot(side, head)
     loader.batch = loader.batch._replace(labels=torch.arange(7))
     with pytest.raises((ValueError, RuntimeError)):

@@ -70,8 +70,8 @@ def test_cached_views_and_targets_match_online(tmp_path: Path, weights: Path, di
     online = opened(cached_config(tmp_path, weights, name="online", distill=distill, cache={"mode": "off"}))
     assert cached.teacher is None
     assert online.teacher is not None
-    if cached.method.fitted_head is not None:
-        online.method.adopt_head(cached.method.fitted_head.state_dict())
+    if cached.method.fixed_head is not None:
+        online.method.head.adopt(cached.method.fixed_head.module.state_dict())
     seen = []
     for epoch in range(3):
         for (batch, target), (expected, nothing) in zip(

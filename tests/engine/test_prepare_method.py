@@ -43,8 +43,8 @@ def _fits(folder: Path) -> int:
         torch.manual_seed(0)
         method = build(UniKD, [2, 3], [3, 3], 3, norm=norm, head_steps=3)
         prepare_method(method, *own, "run")
-        assert method.fitted_head is not None and not method.fitted_head.training
-        torch.save(method.fitted_head.state_dict(), folder / f"{norm}-{rank}.pt")
+        assert method.head is not None and not method.head.module.training
+        torch.save(method.head.module.state_dict(), folder / f"{norm}-{rank}.pt")
     torch.distributed.destroy_process_group()
     return 0
 

@@ -25,7 +25,6 @@ class Hint(Method):
         self.weight, self.term, self.ce_weight = Ramp(weight, epochs=4.0), term, 0.3
         self.adapter = Mean(STUDENT[-1], TEACHER[-1])
         self.seen: list[Features] = []
-        self.trained: list[Loss] = []
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -45,12 +44,6 @@ class Hint(Method):
         ce = F.cross_entropy(student.logits, batch.labels)
         hint = (student.adapted - target.extra["mean"]).square().mean()
         return Loss(self.ce_weight * ce + self.weight.value * hint, {"ce": ce.detach(), self.term: hint.detach()})
-
-    def train_head(self, loss: Loss, *, accumulation_steps: int, update: bool, leave_out: bool = False) -> None:
-        self.trained.append(loss)
-
-    def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
-        return {"head_accuracy": torch.tensor(0.25)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": len(self.seen)}
@@ -141,7 +134,7 @@ def test_needs_and_reasons_are_combined() -> None:
     assert both.uncacheable is not None
     assert "distill.unikd.teacher_head = 'literal'" in both.uncacheable and "; Hint needs" in both.uncacheable
     assert isinstance(both.companion, nn.ModuleDict)
-    assert list(both.companion.parameters()) == list(both.parts["unikd"].head.parameters())  # type: ignore[attr-defined]
+    assert list(both.companion.parameters()) == list(both.parts["unikd"].head.module.parameters())  # type: ignore[attr-defined]
     assert build(Hybrid, {"kd": build(KD), "two": build(KD)}).adapter is None
 
 
@@ -165,13 +158,7 @@ def test_calls_reach_each_part() -> None:
     batches = stream()
     hybrid.prepare(batches)
     assert [seen.logits.sum() for seen in hint.seen] == [features(TEACHER, seed).logits.sum() for seed in (10, 11)]
-    assert not any(parameter.requires_grad for parameter in head.head.parameters())
-    found = hybrid.indicators(features(TEACHER, 2), BATCH.labels)
-    assert set(found) == {"first_head_accuracy", "unikd_head_accuracy", "head_mean_std", "head_variance"}
-    loss = hybrid.loss(student_of(hybrid), hybrid.target(features(TEACHER, 2)), BATCH)
-    hybrid.train_head(loss, accumulation_steps=1, update=True)
-    assert list(hint.trained[0].terms) == ["ce", "hint"]
-    assert hint.trained[0].terms["hint"] is loss.terms["hint"]
+    assert not any(parameter.requires_grad for parameter in head.head.module.parameters())
 
 
 def test_terms_of_one_name_are_prefixed_by_their_part() -> None:
@@ -180,24 +167,29 @@ def test_terms_of_one_name_are_prefixed_by_their_part() -> None:
     assert hybrid.term_names == ("ce", "a_x", "b_x")
     loss = hybrid.loss(student_of(hybrid), hybrid.target(features(TEACHER, 2)), BATCH)
     assert float(loss.terms["a_x"]) != float(loss.terms["b_x"])
-    hybrid.train_head(loss, accumulation_steps=1, update=True)
-    assert [part.trained[0].terms["x"] for part in parts.values()] == [loss.terms["a_x"], loss.terms["b_x"]]
 
 
-def test_the_fitted_head_and_state_belong_to_the_parts() -> None:
+def test_a_head_is_trained_by_its_term_whatever_it_is_called() -> None:
+    alone = unikd(teacher_head="anchored")
+    hybrid = build(Hybrid, {"hint": Hint(term="anchor"), "unikd": unikd(teacher_head="anchored")})
+    assert hybrid.term_names == ("ce", "hint_anchor", "feature_kl", "logit_kl", "unikd_anchor")
+    before = [parameter.clone() for parameter in alone.head.module.parameters()]
+    for method in (alone, hybrid):
+        loss = method.loss(student_of(method), method.target(features(TEACHER, 2)), BATCH)
+        method.head.train(loss.terms, accumulation_steps=1, update=True, leave_out=False)
+    found = list(hybrid.head.module.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(found, alone.head.module.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(found, before, strict=True))
+
+
+def test_the_head_belongs_to_its_part() -> None:
     hybrid = build(Hybrid, {"kd": build(KD), "unikd": unikd()})
-    head = hybrid.parts["unikd"]
-    assert hybrid.fitted_head is head.fitted_head is not None
-    assert hybrid.head_settings == head.head_settings != {}
+    assert hybrid.fixed_head is hybrid.parts["unikd"].head is not None
     hybrid.prepare(stream())
     other = build(Hybrid, {"kd": build(KD), "unikd": unikd()})
-    state = hybrid.state_dict()
-    saved = hybrid.head_of(state)
-    assert saved is not None
-    assert all(torch.equal(saved[name], value) for name, value in hybrid.fitted_head.state_dict().items())
-    other.load_state_dict(state)
+    other.head.load_state_dict(hybrid.head.state_dict())
     adopted = build(Hybrid, {"kd": build(KD), "unikd": unikd()})
-    adopted.adopt_head(saved)
+    adopted.head.adopt(hybrid.head.module.state_dict())
     teacher = features(TEACHER, 2)
     expected = hybrid.target(teacher).gaussian
     assert expected is not None
@@ -205,8 +197,7 @@ def test_the_fitted_head_and_state_belong_to_the_parts() -> None:
         found = one.target(teacher).gaussian
         assert found is not None
         assert torch.equal(found.mean, expected.mean)
-    assert build(Hybrid, {"kd": build(KD), "hint": Hint()}).fitted_head is None
-    assert build(Hybrid, {"kd": build(KD), "hint": Hint()}).head_of({"kd": {}, "hint": {"head": 1}}) is None
+    assert build(Hybrid, {"kd": build(KD), "hint": Hint()}).head is None
 
 
 def test_the_second_view_reaches_the_parts() -> None:
@@ -233,7 +224,7 @@ def test_the_second_view_reaches_the_parts() -> None:
     [
         ({"kd": build(KD)}, r"at least two methods, got \['kd'\]"),
         ({"kd": build(KD), "none": build(StudentAlone)}, "none learns from no teacher"),
-        ({"a": unikd(), "b": unikd()}, r"only one part may fit a head .* got \['a', 'b'\]"),
+        ({"a": unikd(), "b": unikd()}, r"only one part may have a head on the teacher's features, got \['a', 'b'\]"),
     ],
 )
 def test_invalid_hybrids_are_refused(parts: dict[str, Method], message: str) -> None:

@@ -86,8 +86,8 @@ def test_many_classes_use_the_direct_form_and_log_it(
 ) -> None:
     caplog.set_level("INFO", "unikd_fast")
     method = build_method(UniKD, STUDENT, TEACHER, classes, width=16, fdp=asked)
-    assert (method.head.distribution.projection is not None) == (form == "projected")
-    assert method.head_settings["fdp"] == form
+    assert (method.distribution.projection is not None) == (form == "projected")
+    assert method.head.settings["fdp"] == form
     chosen = "distill.unikd.fdp = auto: the direct form, two layers 16 -> 2,049, for more than 2,048 classes"
     assert (chosen in caplog.text) == (asked == "auto" and form == "direct")
 
@@ -95,18 +95,18 @@ def test_many_classes_use_the_direct_form_and_log_it(
 @pytest.mark.parametrize("fdp", ["projected", "direct"])
 def test_prefit_fits_the_head_then_freezes_it(fdp: str) -> None:
     method = build(fdp=fdp, teacher_head="prefit", head_steps=500)
-    method.trainer.optimizer.param_groups[0]["lr"] = 1e-2
+    method.head.optimizer.param_groups[0]["lr"] = 1e-2
     teacher, labels = features(TEACHER, 200, seed=0)
-    before = method.indicators(teacher, labels)
+    before = method.head.indicators(teacher, labels)
     method.prepare(stream())
-    after = method.indicators(teacher, labels)
+    after = method.head.indicators(teacher, labels)
     assert before["head_accuracy"] < 0.5
     assert after["head_accuracy"] > 0.9
     assert after["head_mean_std"] > 0.5
     target = method.target(teacher)
     assert target.gaussian is not None
     assert not target.gaussian.mean.requires_grad
-    assert not any(p.requires_grad for p in method.head.parameters())
+    assert not any(p.requires_grad for p in method.head.module.parameters())
 
 
 def test_prepare_takes_exactly_the_batches_it_needs() -> None:
@@ -124,7 +124,7 @@ def test_the_student_loss_does_not_train_the_head(teacher_head: str, fdp: str) -
     loss = method.loss(output, method.target(features(TEACHER, seed=5)[0]), batch)
     loss.total.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.adapter.parameters())
-    assert all(p.grad is None for p in method.head.parameters())
+    assert all(p.grad is None for p in method.head.module.parameters())
     assert method.companion is None
 
 
@@ -134,8 +134,8 @@ def test_the_literal_head_is_trained_by_the_total_loss(fdp: str) -> None:
     output, batch = student_output(method)
     loss = method.loss(output, method.target(features(TEACHER, seed=5)[0]), batch)
     loss.total.backward()
-    assert method.companion is method.head
-    assert all(p.grad is not None for p in method.head.parameters())
+    assert method.companion is method.head.module
+    assert all(p.grad is not None for p in method.head.module.parameters())
 
 
 def test_anchored_trains_only_the_head_and_accumulates() -> None:
@@ -144,16 +144,17 @@ def test_anchored_trains_only_the_head_and_accumulates() -> None:
     teacher = features(TEACHER, 12, seed=5)[0]
     halves = [Features(tuple(f[i : i + 6] for f in teacher.levels), teacher.logits[i : i + 6]) for i in (0, 6)]
     output, batch = student_output(method)
-    start = {name: p.clone() for name, p in method.head.named_parameters()}
+    start = {name: p.clone() for name, p in method.head.module.named_parameters()}
     for index, half in enumerate(halves):
         part = StudentOutput(output.logits[:6], output.adapted[:6])
         loss = method.loss(part, method.target(half), Batch(*(x[:6] for x in batch[:3])))
         assert tuple(loss.terms) == method.term_names
-        method.train_head(loss, accumulation_steps=2, update=index == 1)
+        method.head.train(loss.terms, accumulation_steps=2, update=index == 1, leave_out=False)
     output, batch = student_output(whole)
-    whole.train_head(whole.loss(output, whole.target(teacher), batch), accumulation_steps=1, update=True)
+    terms = whole.loss(output, whole.target(teacher), batch).terms
+    whole.head.train(terms, accumulation_steps=1, update=True, leave_out=False)
     moved = False
-    for (name, a), b in zip(method.head.named_parameters(), whole.head.parameters(), strict=True):
+    for (name, a), b in zip(method.head.module.named_parameters(), whole.head.module.parameters(), strict=True):
         # AdamW's first step is the sign of the gradient: a wrong scale would not show, a wrong sum would.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         moved |= bool((a != start[name]).any())
@@ -169,8 +170,8 @@ def test_a_skipped_step_leaves_the_anchored_head_unchanged() -> None:
         teacher = features(TEACHER, seed=20 + index)[0]
         spoilt = Features(tuple(level * factor for level in teacher.levels), teacher.logits)
         loss = method.loss(student, method.target(spoilt), batch)
-        method.train_head(loss, accumulation_steps=1, update=True, leave_out=index == 1)
-        found.append({name: tensor.clone() for name, tensor in method.head.state_dict().items()})
+        method.head.train(loss.terms, accumulation_steps=1, update=True, leave_out=index == 1)
+        found.append({name: tensor.clone() for name, tensor in method.head.module.state_dict().items()})
     assert any("running_mean" in name for name in found[0])
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert all(tensor.isfinite().all() for tensor in found[2].values())
@@ -206,13 +207,13 @@ def test_the_ablation_uses_only_the_coarsest_level() -> None:
 def test_state_is_restored_and_a_prefit_head_stays_frozen() -> None:
     method, other = build(teacher_head="prefit", head_steps=2), build(teacher_head="prefit")
     method.prepare(stream())
-    other.load_state_dict(method.state_dict())
+    other.head.load_state_dict(method.head.state_dict())
     teacher = features(TEACHER, seed=5)[0]
     a, b = method.target(teacher).gaussian, other.target(teacher).gaussian
     assert a is not None
     assert b is not None
     assert torch.equal(a.mean, b.mean)
-    assert not any(p.requires_grad for p in other.head.parameters())
+    assert not any(p.requires_grad for p in other.head.module.parameters())
 
 
 LITERATURE: dict[str, dict[str, object]] = {

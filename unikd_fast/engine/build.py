@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run: data, networks, method, checked against each other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -149,9 +149,10 @@ def _build(config: Config, processes: Processes) -> Experiment:
     experiment = Experiment(config, processes, splits, loader, student_module, method)
     if network is not None and cached:
         experiment = replace(experiment, cache=open_output_cache(experiment, network))
-    heads = method.heads if experiment.cache is None or experiment.cache.missing else ()  # a finished cache runs none
-    if method.adapter is not None or heads:
-        _check_method(experiment, network, heads, batch)
+    finished = experiment.cache is not None and not experiment.cache.missing  # then the head is not run
+    head = None if method.head is None or finished else method.head.module
+    if method.adapter is not None or head is not None:
+        _check_method(experiment, network, head, batch)
     if network is not None and not cached:
         teacher = start_teacher(config, network, loader, processes, renormalise=teacher_affine(config, splits))
         experiment = replace(experiment, teacher=teacher)
@@ -203,21 +204,21 @@ def check_classes(config: Config, needs: Needs, classes: int) -> None:
 def _check_method(
     experiment: Experiment,
     teacher: FeatureExtractor | LogitsOnly | None,
-    heads: Sequence[nn.Module],
+    head: nn.Module | None,
     batch: int,
 ) -> None:
     """Run what the method puts on top of both networks, which have been checked by themselves."""
     config, student_module, device = experiment.config, experiment.student_module, experiment.processes.device
-    modes: dict[nn.Module, bool] = {student_module: True, **dict.fromkeys(heads, True)}
+    modes: dict[nn.Module, bool] = {student_module: True}
+    if head is not None:
+        modes[head] = True
     if teacher is not None:
         modes[teacher.to(device)] = False
 
     def run(images: Tensor) -> None:
         experiment.method.inside(student_module(images))
-        if teacher is not None and heads:
-            features = teacher(images)
-            for head in heads:
-                head(features)
+        if teacher is not None and head is not None:
+            head(teacher(images))
 
     what = f"distill.method = {config.distill.label}"
     check_forward(run, modes, what=what, image_size=config.data.image_size, batch=batch, device=device)

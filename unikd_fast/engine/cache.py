@@ -119,14 +119,14 @@ def _precision(config: Config, device: torch.device) -> str:
 
 
 def _head(config: Config, network: FeatureExtractor | LogitsOnly, method: Method) -> dict[str, Any] | None:
-    if method.fitted_head is None:
+    if method.fixed_head is None:
         return None
     assert isinstance(network, FeatureExtractor)
     return {
         "levels": list(network.level_names),
-        "initial_weights": hash_tensors(method.fitted_head.state_dict()),
+        "initial_weights": hash_tensors(method.fixed_head.module.state_dict()),
         "batch_size": config.train.global_batch_size // config.train.accumulation_steps,
-        **method.head_settings,
+        **method.fixed_head.settings,
     }
 
 
@@ -226,7 +226,7 @@ def codec_of(config: Config, splits: DataSplits, method: Method) -> Codec:
     """
     assert config.teacher is not None
     settings = config.teacher.cache
-    return Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fitted_head is not None)
+    return Codec(settings.logits, splits.num_classes, settings.top_k, gaussian=method.fixed_head is not None)
 
 
 def _records_per_shard(codec: Codec, records: int, processes: Processes) -> int:
@@ -350,7 +350,7 @@ def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineT
         require_accuracy(config, asked[VALIDATION], experiment.splits.num_classes, processes, name)
     if known is None:
         prepare_method(method, loader, teacher, processes, stop, name)
-        head = {} if method.fitted_head is None else method.fitted_head.state_dict()
+        head = {} if method.fixed_head is None else method.fixed_head.module.state_dict()
         processes.from_first(lambda: bool(cache.folder.attach(head, teacher.record)))
         known = cache.folder.attachment()
         assert known is not None
@@ -421,9 +421,9 @@ def recheck(experiment: "Experiment", teacher: OnlineTeacher) -> Recheck:
 
 def _adopt_head(experiment: "Experiment", attachment: Attachment) -> None:
     """Give the method the head that the stored Gaussians come from."""
-    if experiment.method.fitted_head is not None:
+    if (head := experiment.method.fixed_head) is not None:
         device = experiment.processes.device
-        experiment.method.adopt_head({name: value.to(device) for name, value in attachment.tensors.items()})
+        head.adopt({name: value.to(device) for name, value in attachment.tensors.items()})
 
 
 def _progress(cache: OutputCache, processes: Processes, name: str) -> Any:

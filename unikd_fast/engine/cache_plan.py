@@ -174,7 +174,7 @@ def plan_cache(experiment: "Experiment", teacher: OnlineTeacher, sizes: CacheSiz
     def answer(images: Tensor) -> Target:
         return method.target(teacher(images))
 
-    with _in_eval_mode(method.fitted_head):
+    with _in_eval_mode(None if method.fixed_head is None else method.fixed_head.module):
         held = answer(batch.images)
         times = measure_times(experiment.student_module, method, train, batch, held, partial(answer, images))
     share = len(batch.images) / size

@@ -14,7 +14,7 @@ from unikd_fast.data.device import to_device
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.io import make_folder
 from unikd_fast.losses import softmax_kl
-from unikd_fast.methods import Method
+from unikd_fast.methods.head import TeacherHead
 from unikd_fast.report.run_files import write_test_logits
 from unikd_fast.values import Batch
 
@@ -188,17 +188,22 @@ class _Forward:
 
 @torch.no_grad()
 def head_indicators(
-    method: Method, teacher: nn.Module | None, batches: Iterable[Batch], processes: Processes, *, limit: int = 16
+    head: TeacherHead | None,
+    teacher: nn.Module | None,
+    batches: Iterable[Batch],
+    processes: Processes,
+    *,
+    limit: int = 16,
 ) -> dict[str, float]:
-    """Return the method's indicators, averaged over at most ``limit`` batches of each process."""
-    if teacher is None:
+    """Return the head's indicators, averaged over at most ``limit`` batches of each process."""
+    if head is None or teacher is None:
         return {}
     sums: dict[str, torch.Tensor] = {}
     count = 0
     for index, batch in enumerate(batches):
         if index == limit:
             break
-        for name, value in method.indicators(teacher(batch.images), batch.labels).items():
+        for name, value in head.indicators(teacher(batch.images), batch.labels).items():
             sums[name] = sums.get(name, 0.0) + value.double()
         count += 1
     gathered = processes.gather(({name: float(value) for name, value in sums.items()}, count))

@@ -137,8 +137,9 @@ def saved_bytes_of(experiment: "Experiment", images: int, device: torch.device) 
 def head_parameters(experiment: "Experiment") -> int:
     """Return the number of parameters that the method trains by its own optimiser, apart from the student's."""
     known = {id(parameter) for parameter in experiment.student_module.parameters()}
-    of_heads = (parameter for head in experiment.method.heads for parameter in head.parameters())
-    return sum(parameter.numel() for parameter in of_heads if id(parameter) not in known)
+    head = experiment.method.head
+    of_head = () if head is None else head.module.parameters()
+    return sum(parameter.numel() for parameter in of_head if id(parameter) not in known)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -63,7 +63,9 @@ def train_step(
             watch.before_update()
         engine.step()  # DeepSpeed steps the optimiser on the last micro-batch only
     left_out = update and watch is not None and watch.after_update()
-    method.train_head(loss, accumulation_steps=engine.gradient_accumulation_steps(), update=update, leave_out=left_out)
+    if method.head is not None:
+        steps = engine.gradient_accumulation_steps()
+        method.head.train(loss.terms, accumulation_steps=steps, update=update, leave_out=left_out)
     clock.mark("optimiser")
     return loss
 

@@ -335,11 +335,11 @@ def prepare_method(
         Interrupted: SIGTERM or Ctrl-C.
         OutOfMemory: the memory is not sufficient for the head and its optimiser.
     """
-    if method.fitted_head is not None and processes.is_first:
+    if method.fixed_head is not None and processes.is_first:
         _logger.info("[%s] the teacher's head is fitted first", name)
     method.prepare(_features_without_end(loader, teacher, stop, name))
-    if method.fitted_head is not None:
-        average_buffers(method.fitted_head, processes)
+    if method.fixed_head is not None:
+        average_buffers(method.fixed_head.module, processes)
 
 
 def _features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSignal, name: str) -> Iterator[Features]:

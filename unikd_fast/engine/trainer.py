@@ -243,7 +243,8 @@ class Trainer:
                 self._save()
             if (number := self.stop.agreed()) and self.step % per_epoch and self.step < total:
                 self._stop(number)
-        for module in (self.experiment.student_module, self.average, *self.method.heads):
+        head = None if self.method.head is None else self.method.head.module
+        for module in (self.experiment.student_module, self.average, head):
             if module is not None:
                 average_buffers(module, self.processes)
         number = self.stop.agreed()
@@ -314,7 +315,7 @@ class Trainer:
             values["probe_kl"] = self.probe.measure(outputs)
         values.update(
             head_indicators(
-                self.method, self.experiment.teacher, self.experiment.loader.evaluate("val"), self.processes
+                self.method.head, self.experiment.teacher, self.experiment.loader.evaluate("val"), self.processes
             )
         )
         record = {"step": self.step, **values}

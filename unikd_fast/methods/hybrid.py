@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from unikd_fast.kernels import reference
 from unikd_fast.methods.context import RunContext
@@ -24,7 +24,7 @@ class Hybrid(Method[NoSettings]):
         context: what the run knows.
 
     Raises:
-        ValueError: there are fewer than two parts, one needs no teacher, or two fit a head beforehand.
+        ValueError: there are fewer than two parts, one needs no teacher, or two have a head.
     """
 
     def __init__(self, parts: Mapping[str, Method[Any]], context: RunContext) -> None:
@@ -35,14 +35,16 @@ class Hybrid(Method[NoSettings]):
             if not part.needs.teacher:
                 raise ValueError(f"Hybrid: {name} learns from no teacher and adds nothing to a hybrid; leave it out")
             part.ce_weight = 0.0
-        fitted = [name for name, part in parts.items() if part.fitted_head is not None]
-        if len(fitted) > 1:
-            raise ValueError(f"Hybrid: only one part may fit a head to the teacher beforehand, got {fitted}")
+        heads = {name: part.head for name, part in parts.items() if part.head is not None}
+        if len(heads) > 1:
+            raise ValueError(f"Hybrid: only one part may have a head on the teacher's features, got {list(heads)}")
         self.parts = dict(parts)
         self.needs = reduce(Needs.union, (part.needs for part in parts.values()))
-        self._head: Method[Any] | None = parts[fitted[0]] if fitted else None
         own = {name: [term for term in part.term_names if term != "ce"] for name, part in parts.items()}
         self._public = _without_clashes(own)
+        for name, head in heads.items():
+            self.head = head
+            head.term = self._public[name].get(head.term, head.term)
         adapters = {name: part.adapter for name, part in parts.items() if part.adapter is not None}
         companions = {name: part.companion for name, part in parts.items() if part.companion is not None}
         if adapters:
@@ -90,21 +92,6 @@ class Hybrid(Method[NoSettings]):
     def device_bytes(self, batch: int) -> int:
         return sum(part.device_bytes(batch) for part in self.parts.values())
 
-    def train_head(self, loss: Loss, *, accumulation_steps: int, update: bool, leave_out: bool = False) -> None:
-        for name, part in self.parts.items():
-            own = {term: loss.terms[public] for term, public in self._public[name].items()}
-            part.train_head(
-                Loss(loss.total, {"ce": loss.terms["ce"], **own}),
-                accumulation_steps=accumulation_steps,
-                update=update,
-                leave_out=leave_out,
-            )
-
-    def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
-        found = {name: part.indicators(teacher, labels) for name, part in self.parts.items()}
-        public = _without_clashes({name: list(values) for name, values in found.items()})
-        return {public[name][key]: value for name, values in found.items() for key, value in values.items()}
-
     @property
     def uncacheable(self) -> str | None:
         return "; ".join(filter(None, (part.uncacheable for part in self.parts.values()))) or None
@@ -112,26 +99,6 @@ class Hybrid(Method[NoSettings]):
     @property
     def uncapturable(self) -> str | None:
         return "; ".join(filter(None, (part.uncapturable for part in self.parts.values()))) or None
-
-    @property
-    def heads(self) -> tuple[nn.Module, ...]:
-        return tuple(head for part in self.parts.values() for head in part.heads)
-
-    @property
-    def fitted_head(self) -> nn.Module | None:
-        return None if self._head is None else self._head.fitted_head
-
-    @property
-    def head_settings(self) -> dict[str, Any]:
-        return {} if self._head is None else self._head.head_settings
-
-    def adopt_head(self, state: Mapping[str, Tensor]) -> None:
-        assert self._head is not None
-        self._head.adopt_head(state)
-
-    def head_of(self, state: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
-        heads = (part.head_of(state[name]) for name, part in self.parts.items() if part is self._head)
-        return next(heads, None)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}

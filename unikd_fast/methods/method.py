@@ -1,12 +1,13 @@
 """The interface of a distillation method."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unikd_fast.methods.context import RunContext
+from unikd_fast.methods.head import TeacherHead
 from unikd_fast.settings import settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
@@ -63,7 +64,7 @@ class Method(Generic[Settings]):
     """What a method adds to a student and a teacher. The engine calls, in this order:
 
     once: ``prepare`` with the teacher's features of many batches;
-    every micro-batch: ``target`` for the teacher, ``loss``, then ``train_head`` after the student's backward pass;
+    every micro-batch: ``target`` for the teacher, ``loss``, then ``head.train`` after the student's backward pass;
     every optimiser step: ``set_progress``.
 
     Args:
@@ -83,6 +84,8 @@ class Method(Generic[Settings]):
     parameters are trained with the student; it runs where they are unsharded, under the student's autocast."""
     companion: nn.Module | None = None
     """Further parameters that are trained with the student, but used only by ``loss``, which calls modules of it."""
+    head: TeacherHead | None = None
+    """Network on the teacher's Features with an optimiser of its own."""
 
     accepts_top_k: ClassVar[bool] = False
     """Whether its logit loss can use the top-k logits alone, at temperature 1."""
@@ -133,16 +136,6 @@ class Method(Generic[Settings]):
         """
         return 0
 
-    def train_head(self, loss: Loss, *, accumulation_steps: int, update: bool, leave_out: bool = False) -> None:
-        """Train what has an optimiser of its own; ``update`` is true for the last micro-batch of an optimiser step.
-
-        With ``leave_out`` the step is skipped: it was not finite.
-        """
-
-    def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
-        """Return 0-d metrics of the method's own parts on one batch, averaged and logged at every evaluation."""
-        return {}
-
     @property
     def uncacheable(self) -> str | None:
         """Say why a cache of the teacher's outputs cannot replace the teacher; None if it can."""
@@ -159,29 +152,12 @@ class Method(Generic[Settings]):
         return None
 
     @property
-    def heads(self) -> tuple[nn.Module, ...]:
-        """Networks of the method that take the teacher's Features and are trained at some time."""
-        return ()
-
-    @property
-    def fitted_head(self) -> nn.Module | None:
-        """Module that ``prepare`` fits and ``target`` runs, fixed from then on."""
-        return None
-
-    @property
-    def head_settings(self) -> dict[str, Any]:
-        """Settings that determine how a ``fitted_head`` is built and fitted, besides initial weights and batches."""
-        return {}
-
-    def adopt_head(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state of a ``fitted_head`` that was fitted before; ``prepare`` is then not called."""
-
-    def head_of(self, state: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
-        """Return the ``fitted_head``'s part of a ``state_dict``."""
-        return state.get("head")
+    def fixed_head(self) -> TeacherHead | None:
+        """The head, if ``prepare`` fits it and it is fixed from then on: its outputs can be cached."""
+        return self.head if self.head is not None and self.head.fixed else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides the StudentModule."""
+        """Return what a checkpoint must hold besides the StudentModule and the head."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

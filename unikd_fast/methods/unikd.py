@@ -5,22 +5,19 @@ L_FL = 0 for any features. So it is fitted to predict the teacher's own logits i
 its own.
 """
 
-import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 
 from unikd_fast.distribution import FeatureDistributionPrediction
 from unikd_fast.fusion import AdaptiveFeatureFusion
-from unikd_fast.kernels import reference
 from unikd_fast.losses import unikd_loss
 from unikd_fast.methods.context import RunContext
+from unikd_fast.methods.head import TeacherHead
 from unikd_fast.methods.method import Method, Needs, Ramp
 from unikd_fast.settings import NonNegative, Positive, PositiveInt, settings
 from unikd_fast.values import Batch, Features, Gaussian, Loss, StudentOutput, Target
@@ -41,7 +38,7 @@ class PooledFusion(nn.Module):
         return self.fusion.pooled(features.levels[-len(self.fusion.expanders) :])
 
 
-class TeacherHead(nn.Module):
+class GaussianHead(nn.Module):
     """AFF_t and FDP: maps the teacher's Features to Gaussian(mean, log_var), (N, K) each."""
 
     def __init__(self, fusion: PooledFusion, distribution: FeatureDistributionPrediction) -> None:
@@ -53,69 +50,12 @@ class TeacherHead(nn.Module):
         return self.distribution(self.fusion(features))
 
 
-class HeadTrainer:
-    """Fits a TeacherHead to the teacher's logits with AdamW, averaging gradients over all processes.
-
-    L_anchor = 1/2 mean_k[ (y_t - m_t)^2 / v_t + ln v_t ], y_t = the teacher's logits standardised per sample.
-
-    Args:
-        head: module to fit.
-        learning_rate: learning rate of AdamW.
-    """
-
-    def __init__(self, head: TeacherHead, *, learning_rate: float) -> None:
-        self.head = head
-        self.optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
-        self._replicated: nn.Module | None = None
-        self._kept: list[Tensor] | None = None  # the buffers before the update that is under way
-
-    def predict(self, features: Features) -> Gaussian:
-        """Return (m_t, log v_t) with gradient to the head, synchronised over processes in the backward pass."""
-        if self._kept is None:
-            self._kept = [buffer.clone() for buffer in self.head.buffers()]
-        if self._replicated is None:
-            several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-            self._replicated = DistributedDataParallel(self.head) if several else self.head
-        gaussian: Gaussian = self._replicated(features)
-        return gaussian
-
-    def anchor(self, gaussian: Gaussian, logits: Tensor) -> Tensor:
-        return reference.gaussian_anchor(logits, gaussian.mean, gaussian.log_var)
-
-    def fit(self, batches: Iterable[Features], steps: int) -> None:
-        """Take one AdamW step on each of ``steps`` batches."""
-        for features in itertools.islice(batches, steps):
-            self.backward(self.anchor(self.predict(features), features.logits))
-            self.update()
-
-    def backward(self, anchor: Tensor, *, accumulation_steps: int = 1) -> None:
-        (anchor / accumulation_steps).backward()
-
-    def update(self, *, leave_out: bool = False) -> None:
-        """Take one AdamW step; with ``leave_out``, skip it and restore the running statistics from before it."""
-        if not leave_out:
-            self.optimizer.step()
-        elif self._kept is not None:
-            for buffer, kept in zip(self.head.buffers(), self._kept, strict=True):
-                buffer.copy_(kept)
-        self._kept = None
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
 _logger = logging.getLogger("unikd_fast")
 
 MAX_PROJECTED_CLASSES = 2048
 """Up to this many classes FDP has the paper's two K -> K layers by default: 8.4 million weights."""
 
 
-_HEAD_LEARNING_RATE = 1e-3  # of AdamW
 _OF_THE_HEAD = ("fusion", "gate", "upsample", "norm", "fdp_norm", "variance_floor")
 
 
@@ -201,7 +141,7 @@ class UniKD(Method[UniKDSettings]):
             norm=settings.norm,
         )
         # Build the head first: its random weights, and so the fitted Gaussians, are the same for every student.
-        self.head = TeacherHead(
+        network = GaussianHead(
             PooledFusion(fused(teacher_channels[first:])),
             FeatureDistributionPrediction(
                 width,
@@ -214,16 +154,15 @@ class UniKD(Method[UniKDSettings]):
         student_channels = [shape[0] for shape in context.student_shapes]
         self.adapter: PooledFusion = PooledFusion(fused(student_channels[first:])).to(context.device)
         self.teacher_head = settings.teacher_head
-        self.head_steps = settings.head_steps or min(1000, context.total_steps)
-        self._head_settings = {
-            "steps": self.head_steps,
-            "learning_rate": _HEAD_LEARNING_RATE,
-            "fdp": fdp,
-            **{key: getattr(settings, key) for key in _OF_THE_HEAD},
-        }
-        self.trainer = HeadTrainer(self.head, learning_rate=_HEAD_LEARNING_RATE)
+        self.distribution = network.distribution
+        self.head: TeacherHead = TeacherHead(
+            network,
+            training=settings.teacher_head,
+            steps=settings.head_steps or min(1000, context.total_steps),
+            settings={"fdp": fdp, **{key: getattr(settings, key) for key in _OF_THE_HEAD}},
+        )
         if settings.teacher_head == "literal":
-            self.companion: nn.Module | None = self.head
+            self.companion: nn.Module | None = network
         ramp_epochs = context.ramp(settings.alpha_ramp_epochs)
         self.alpha = Ramp(settings.alpha, epochs=ramp_epochs, device=context.device)
         self.objective = partial(
@@ -237,24 +176,18 @@ class UniKD(Method[UniKDSettings]):
         )
 
     def prepare(self, batches: Iterable[Features]) -> None:
-        if self.teacher_head == "prefit":
-            self.trainer.fit(batches, self.head_steps)
-            self._freeze()
+        if self.head.fixed:
+            self.head.fit(batches)
 
     def set_progress(self, epochs: float) -> None:
         self.alpha.set_progress(epochs)
 
     def target(self, teacher: Features, second: Features | None = None) -> Target:
-        if self.teacher_head == "prefit":
-            with torch.no_grad():
-                return Target(teacher.logits, self.head(teacher))
-        if self.teacher_head == "anchored":
-            return Target(teacher.logits, self.trainer.predict(teacher))
         return Target(teacher.logits, self.head(teacher))
 
     def student_gaussian(self, pooled: Tensor) -> Gaussian:
         """Return (m_s, log v_s) of the student's pooled vector, through the shared FDP."""
-        shared = self.head.distribution
+        shared = self.distribution
         if self.teacher_head == "literal":
             return shared(pooled)
         gaussian: Gaussian = functional_call(shared, {k: p.detach() for k, p in shared.named_parameters()}, (pooled,))
@@ -287,28 +220,9 @@ class UniKD(Method[UniKDSettings]):
             terms["anchor"] = found.anchor
         return Loss(found.total, terms)
 
-    def train_head(self, loss: Loss, *, accumulation_steps: int, update: bool, leave_out: bool = False) -> None:
-        if self.teacher_head != "anchored":
-            return
-        self.trainer.backward(loss.terms["anchor"], accumulation_steps=accumulation_steps)
-        if update:
-            self.trainer.update(leave_out=leave_out)
-
-    @torch.no_grad()
-    def indicators(self, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
-        """Return metrics of the teacher head; a collapse shows as std(m_t) -> 0 and accuracy at chance level."""
-        training = self.head.training
-        mean, log_var = self.head.eval()(teacher)
-        self.head.train(training)
-        return {
-            "head_mean_std": mean.std(unbiased=False),
-            "head_variance": log_var.exp().mean(),
-            "head_accuracy": (mean.argmax(1) == labels).float().mean(),
-        }
-
     @property
     def uncacheable(self) -> str | None:
-        if self.teacher_head == "prefit":
+        if self.head.fixed:
             return None
         return (
             f"with distill.unikd.teacher_head = {self.teacher_head!r} the teacher head changes with every step and "
@@ -320,30 +234,3 @@ class UniKD(Method[UniKDSettings]):
         if self.teacher_head != "anchored":
             return None
         return "with distill.unikd.teacher_head = 'anchored' the head's own optimiser counts on the host"
-
-    @property
-    def heads(self) -> tuple[nn.Module, ...]:
-        return (self.head,)
-
-    @property
-    def fitted_head(self) -> nn.Module | None:
-        return self.head if self.teacher_head == "prefit" else None
-
-    @property
-    def head_settings(self) -> dict[str, Any]:
-        return dict(self._head_settings)
-
-    def adopt_head(self, state: Mapping[str, Tensor]) -> None:
-        self.head.load_state_dict(dict(state))
-        self._freeze()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.trainer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trainer.load_state_dict(state)
-        if self.teacher_head == "prefit":
-            self._freeze()
-
-    def _freeze(self) -> None:
-        self.head.requires_grad_(False).eval()

@@ -121,7 +121,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return target.copy_(source, non_blocking=True)
 
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "checkpoint.json"
 
 

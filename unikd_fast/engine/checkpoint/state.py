@@ -3,6 +3,7 @@
     student     the StudentModule's parameters and buffers, whole
     optimizer   its state by parameter name
     method      the method's own state
+    head        network and optimiser of the method's head, if it has one
     average     the exponential average, if there is one
     processes   per process: its own buffers and random states
     run         step, number of processes, ZeRO stage, seed, loss scale of fp16
@@ -57,6 +58,7 @@ def collect_state(
         "student": student,
         "optimizer": on_cpu(optimizer),
         "method": on_cpu(method.state_dict()),
+        "head": None if method.head is None else on_cpu(method.head.state_dict()),
         "average": None if average is None else on_cpu(average.state_dict()),
         "processes": of_processes,
         "run": {
@@ -131,10 +133,12 @@ def _require_like(found: dict[str, Tensor], expected: dict[str, Tensor], what: s
 
 
 def restore_weights(saved: dict[str, Any], student_module: nn.Module, method: Method, processes: Processes) -> None:
-    """Restore the student, this process's buffers and the method's state, before the engine is made."""
+    """Restore the student, this process's buffers, the method's state and its head, before the engine is made."""
     student_module.load_state_dict(saved["student"])
     _restore_buffers(saved, "buffers", student_module, processes)
     method.load_state_dict(saved["method"])
+    if method.head is not None:
+        method.head.load_state_dict(saved["head"])
 
 
 def require_same_head(saved: dict[str, Any], method: Method) -> None:
@@ -147,9 +151,9 @@ def require_same_head(saved: dict[str, Any], method: Method) -> None:
     Raises:
         CacheError: the cache was rebuilt after the checkpoint was written.
     """
-    before, found = method.head_of(saved["method"]), method.head_of(method.state_dict())
-    if before is None or found is None:
+    if method.head is None:
         return
+    before, found = saved["head"]["module"], method.head.module.state_dict()
     differing = [name for name in found if name not in before or not torch.equal(found[name].cpu(), before[name].cpu())]
     if differing:
         raise CacheError(
