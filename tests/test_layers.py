@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"values"},
     "data": {"errors", "io", "settings", "values"},
     "teacher": {"errors", "io", "losses", "values"},
-    "report": {"errors", "io"},
+    "tasks": set(),
+    "report": {"errors", "io", "tasks"},
     "recipes": {"config", "data", "errors", "io", "report", "units"},
     "engine": {
         "config",
@@ -41,9 +42,10 @@ ALLOWED: dict[str, set[str]] = {
         "teacher",
         "units",
         "report",
+        "tasks",
         "values",
     },
-    "export": {"config", "data", "engine", "errors", "io", "models"},
+    "export": {"config", "data", "engine", "errors", "io", "models", "tasks"},
     "cli": {"command", "config", "data", "engine", "errors", "export", "recipes", "report", "teacher"},
     "__main__": {"cli"},
 }

@@ -1,7 +1,6 @@
 """Evaluation of a network on a split: accuracy and cross-entropy, exact over all processes, and its logits."""
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from unikd_fast.io import make_folder
 from unikd_fast.losses import softmax_kl
 from unikd_fast.methods.head import TeacherHead
 from unikd_fast.report.run_files import write_test_logits
+from unikd_fast.tasks import classification
 from unikd_fast.values import Batch
 
 PROBE_TEMPERATURE = 4.0
@@ -129,8 +129,7 @@ def evaluate(
         keep: list to append this process's logits to. If None, they are not kept.
     """
     device = processes.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, cross-entropy
-    samples = 0
+    counts = torch.zeros(4, dtype=torch.float64, device=device)
     training = network.training
     network.eval()
     forward = _Forward(network)
@@ -141,17 +140,9 @@ def evaluate(
         if keep is not None:
             parts = (batch.sample_ids, logits, batch.labels)
             keep.append(BatchLogits(*(part.to("cpu", non_blocking=True) for part in parts)))
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-        ce = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-        top5 = top.sum() if logits.shape[1] > 5 else torch.full_like(ce, math.nan)
-        sums += torch.stack([top[:, 0].sum(), top5, ce]).double()
-        samples += len(logits)
+        counts += classification.count(logits, batch.labels)
     network.train(training)
-    counted = torch.full((1,), samples, dtype=torch.float64, device=device)
-    top1, of_five, ce_sum, count = processes.sum_(torch.cat([sums, counted])).tolist()
-    count = max(count, 1.0)
-    five = {} if math.isnan(of_five) else {"top5": 100 * of_five / count}
-    return {"accuracy": 100 * top1 / count, **five, "ce": ce_sum / count, "samples": int(count)}
+    return classification.figures(processes.sum_(counts))
 
 
 def join_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,7 @@ from unikd_fast.io import (
     write_json,
 )
 from unikd_fast.models import Preprocessing, options_in_words, preprocessing_in_words
+from unikd_fast.tasks.classification import FIGURES
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "numpy", "unikd-fast")
 CONFIG = "config.json"
@@ -267,22 +268,14 @@ def write_teacher(folder: Path, record: dict[str, Any]) -> None:
     write_json(folder / TEACHER, record)
 
 
-_FIGURES = ("accuracy", "top5", "ce")  # top5 of more than five classes
-
-
-def best_evaluation(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the evaluation with the highest accuracy, and among equal ones the lowest cross-entropy."""
-    return max(evaluations, key=lambda record: (record["accuracy"], -record["ce"]))
-
-
 def student_result(
     config: Config,
     *,
     label: str,
     steps: int,
     test_is_val: bool,
-    best: tuple[dict[str, Any], dict[str, Any]],
-    last: tuple[dict[str, Any], dict[str, Any]],
+    best: tuple[Mapping[str, Any], Mapping[str, Any]],
+    last: tuple[Mapping[str, Any], Mapping[str, Any]],
     weights: Path,
 ) -> dict[str, Any]:
     """Return the content of result.json.
@@ -296,12 +289,12 @@ def student_result(
         weights: file of the last student.
     """
 
-    def figures(of: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    def figures(of: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
         val, test = of
         return {
             "epoch": val["epoch"],
-            "val": {name: val[name] for name in _FIGURES if name in val},
-            "test": {name: test[name] for name in _FIGURES if name in test},
+            "val": {name: val[name] for name in FIGURES if name in val},
+            "test": {name: test[name] for name in FIGURES if name in test},
         }
 
     return {

@@ -19,7 +19,6 @@ from unikd_fast.engine.evaluate import BatchLogits, Probe, evaluate, head_indica
 from unikd_fast.engine.folder import (
     BEST,
     STUDENT,
-    best_evaluation,
     export_student,
     import_student,
     student_result,
@@ -38,6 +37,7 @@ from unikd_fast.engine.zero import autocast_dtype, gathered, restore_optimizer_s
 from unikd_fast.errors import CheckpointError, Interrupted, NonFiniteLoss
 from unikd_fast.io import make_folder, remove_leftovers
 from unikd_fast.models import FeatureExtractor, LogitsOnly
+from unikd_fast.tasks.classification import best_evaluation
 
 _REMOVE = "remove that folder and continue with --resume auto"
 

@@ -22,10 +22,11 @@ from unikd_fast.engine.checkpoint import (
 )
 from unikd_fast.engine.checkpoint.files import check_folder
 from unikd_fast.engine.checkpoint.state import mean_buffer
-from unikd_fast.engine.folder import BEST, best_evaluation
+from unikd_fast.engine.folder import BEST
 from unikd_fast.engine.metrics import read_metrics
 from unikd_fast.errors import CheckpointError, ConfigError
 from unikd_fast.models import Preprocessing, bare_model
+from unikd_fast.tasks.classification import best_evaluation
 
 Average = Literal["auto", "yes", "no"]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unikd_fast import io
 from unikd_fast.errors import FileError, RunError
 from unikd_fast.io import write_file, write_json
+from unikd_fast.tasks.classification import FIGURES, OPTIONAL_FIGURES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +25,6 @@ _SETTINGS: dict[str, type] = {
     "train.max_steps": int,
     "train.total_epochs": int,
 }
-_FIGURES = ("accuracy", "top5", "ce")
-_OPTIONAL = ("top5",)  # missing for five classes or fewer
 
 
 class RunFileError(RunError, ValueError):
@@ -99,12 +98,12 @@ def read_result(path: Path) -> dict[str, Any]:
         _require(path, key, result[key], kind)
     for which in ("best", "last"):
         _require(path, f"{which}.test", result[which].get("test"), dict)
-        for split, figure in ((split, figure) for split in ("val", "test") for figure in _FIGURES):
+        for split, figure in ((split, figure) for split in ("val", "test") for figure in FIGURES):
             figures = result[which].get(split, {})
             _require(path, f"{which}.{split}", figures, dict)
             value = figures.get(figure)
             if not (is_number(value) and math.isfinite(value)) and (
-                figure in figures or (split == "test" and figure not in _OPTIONAL)
+                figure in figures or (split == "test" and figure not in OPTIONAL_FIGURES)
             ):
                 raise RunFileError(f"{path}: {which}.{split}.{figure} must be a finite number, got {value!r}")
     return result

@@ -1,0 +1,1 @@
+"""What differs between tasks: what an evaluation counts, its figures, and which evaluation is the best."""
