@@ -55,15 +55,21 @@ def test_a_variable_without_a_value_is_named(monkeypatch: pytest.MonkeyPatch, va
 
 @pytest.mark.parametrize("root", [None, ""])
 def test_no_root_at_all(root: str | None) -> None:
-    with pytest.raises(ValueError, match=r"cifar100 needs a root folder .*export CIFAR100_ROOT="):
+    with pytest.raises(ValueError, match=r"cifar100 needs a root folder and got none; set it by `--set data.root="):
         check_root("cifar100", root)
 
 
 def test_a_missing_folder_comes_with_layout_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         check_root("imagenet", str(tmp_path / "gone"))
-    for part in (str(tmp_path / "gone"), "missing", "train/<class>/<image>", "IMAGENET_ROOT", "--set data.root="):
+    for part in (str(tmp_path / "gone"), "missing", "train/<class>/<image>", "set it by `--set data.root="):
         assert part in str(error.value)
+
+
+def test_only_a_variable_that_the_root_names_is_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SETS", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match=r"`export SETS=/path/to/image_folder` or `--set data.root="):
+        check_root("image_folder", "${SETS}/photos")
 
 
 def test_a_file_is_no_root(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _CIFAR_FOLDER = "cifar-100-python"
 # What must be there before anything is loaded.
 _LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -15,16 +16,13 @@ _LAYOUTS: dict[str, tuple[str, ...]] = {
     "arrow": (),
 }
 
-# Data set -> (environment variable of its root, layout below the root in words); None where no files are needed.
-_ROOTS: dict[str, tuple[str, str] | None] = {
+# Data set -> layout below the root in words; None where no files are needed.
+_ROOTS: dict[str, str | None] = {
     "digits": None,
-    "cifar100": ("CIFAR100_ROOT", f"{_CIFAR_FOLDER}/{{train,test,meta}}, the published python version unpacked"),
-    "image_folder": ("IMAGE_FOLDER_ROOT", "train/<class>/<image> and val/<class>/<image>"),
-    "imagenet": ("IMAGENET_ROOT", "train/<class>/<image> and val/<class>/<image>"),
-    "arrow": (
-        "ARROW_ROOT",
-        "a store of `unikd data pack`, or what Hugging Face datasets reads",
-    ),
+    "cifar100": f"{_CIFAR_FOLDER}/{{train,test,meta}}, the published python version unpacked",
+    "image_folder": "train/<class>/<image> and val/<class>/<image>",
+    "imagenet": "train/<class>/<image> and val/<class>/<image>",
+    "arrow": "a store of `unikd data pack`, or what Hugging Face datasets reads",
     "synthetic": None,
     "fine_grained": None,
 }
@@ -48,19 +46,18 @@ def check_root(name: str, root: str | None) -> Path | None:
     """
     if name not in _ROOTS:
         raise ValueError(f"check_root: data set must be one of {', '.join(DATA_NAMES)}, got {name!r}")
-    needs = _ROOTS[name]
-    if needs is None:
+    layout = _ROOTS[name]
+    if layout is None:
         return None
-    variable, layout = needs
     if not root:
-        raise ValueError(f"check_root: data set {name} needs a root folder and got none; {_remedy(name, variable)}")
-    expanded = _expand(root, f"check_root: the root of data set {name}", lambda unset: _remedy(name, unset))
+        raise ValueError(f"check_root: data set {name} needs a root folder and got none; {_remedy(name)}")
+    expanded = _expand(root, f"check_root: the root of data set {name}", lambda unset: _remedy(name, [unset]))
     folder = Path(expanded).expanduser()
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "is missing"
         raise FileNotFoundError(
             f"check_root: the root of data set {name}, {root}, {state}; it must hold {layout}; "
-            f"{_remedy(name, variable)}"
+            f"{_remedy(name, _VARIABLE.findall(root))}"
         )
     if name == "cifar100" and (folder / _CIFAR_FOLDER).is_dir():
         folder = folder / _CIFAR_FOLDER
@@ -69,7 +66,7 @@ def check_root(name: str, root: str | None) -> Path | None:
             shown = Path(root, *folder.parts[len(Path(expanded).expanduser().parts) :], part)
             raise FileNotFoundError(
                 f"check_root: {shown} is missing; the root of data set {name} must hold {layout}; "
-                f"{_remedy(name, variable)}"
+                f"{_remedy(name, _VARIABLE.findall(root))}"
             )
     return folder
 
@@ -124,8 +121,10 @@ def _expand(text: str, what: str, remedy: Callable[[str], str]) -> str:
             raise ValueError(f"{what} is {text!r} and {match[1]} is not set; {remedy(match[1])}")
         return found
 
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    return _VARIABLE.sub(value, text)
 
 
-def _remedy(name: str, variable: str) -> str:
-    return f"set it by `export {variable}=/path/to/{name}` or `--set data.root=/path/to/{name}`"
+def _remedy(name: str, variables: Sequence[str] = ()) -> str:
+    """Return how to give a data set its root; `variables` are those that the configured root names."""
+    options = [*(f"export {variable}=" for variable in variables), "--set data.root="]
+    return "set it by " + " or ".join(f"`{option}/path/to/{name}`" for option in options)
