@@ -58,6 +58,18 @@ def test_axis_limits_are_applied() -> None:
     assert axes.get_ylim()[1] >= 5.0
 
 
+def test_values_over_decades_get_a_logarithmic_axis() -> None:
+    def scale(values: list[float], limits: tuple[float | None, float | None] = (None, None)) -> str:
+        one = line("a", X, np.array([values]))
+        (axes,) = draw_curves([Panel("one", "x", "y", (one,), y_limits=limits)], LIGHT, ["a"]).axes
+        return axes.get_yscale()
+
+    assert scale([200.0, 5.0, 2.0]) == "log"
+    assert scale([199.0, 5.0, 2.0]) == "linear"
+    assert scale([200.0, 5.0, 0.0]) == "linear"  # zero has no logarithm
+    assert scale([200.0, 5.0, 2.0], (0.0, None)) == "linear"
+
+
 def test_names_are_not_parsed_as_markup() -> None:
     names = ["_hidden", r"costs $\5 $6", "a" * 50 + "1", "a" * 50 + "2"]
     lines = tuple(line(name, X, np.array([[float(place)] * 3])) for place, name in enumerate(names))

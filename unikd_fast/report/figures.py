@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ft2font import LoadFlags
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from unikd_fast.report.run_data import Line
@@ -209,7 +209,8 @@ class Panel(NamedTuple):
     Args:
         title, x_label, y_label: labels, with units.
         lines: lines to draw; a group has the same colour in every panel of a figure.
-        x_limits, y_limits: limits of the axes. If None, they fit the lines.
+        x_limits, y_limits: limits of the axes. If None, they fit the lines; values over two decades or more then get a
+            logarithmic y-axis.
     """
 
     title: str
@@ -396,5 +397,17 @@ def _draw_panel(place: Axes, panel: Panel, names: Sequence[str], theme: Theme, w
     place.set_xlabel(panel.x_label)
     place.set_ylabel(panel.y_label)
     place.set_xlim(*panel.x_limits)
-    place.set_ylim(*panel.y_limits)
+    if panel.y_limits == (None, None) and _spans_decades(panel.lines):
+        place.set_yscale("log")
+        place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        place.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        place.set_ylim(*panel.y_limits)
     return drawn
+
+
+def _spans_decades(lines: Sequence[Line]) -> bool:
+    """Return whether a linear axis would show most of the values as one: all are positive, over two decades or more."""
+    values = np.concatenate([ends for line in lines for ends in (line.low, line.high)] or [np.zeros(1)])
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and finite.min() > 0 and finite.max() >= 100 * finite.min())

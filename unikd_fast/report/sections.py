@@ -35,7 +35,7 @@ _INDICATORS = {
 
 
 def convergence_section(groups: Sequence[GroupData]) -> Section:
-    """Build Fig 3: cross-entropy, the common probe, and each method's own loss terms."""
+    """Build Fig. 3 of the UniKD paper: cross-entropy, the common probe, and each method's own loss terms."""
     split, names = _split(groups), [group.name for group in groups]
     parts: list[Part] = []
     panels = [
@@ -49,9 +49,9 @@ def convergence_section(groups: Sequence[GroupData]) -> Section:
         parts.append(
             Picture(
                 "convergence",
-                "Fig 3. Cross-entropy and the common probe on held-out data, then each method's own loss "
-                f"terms in training, as it logs them.{_band(groups)} Loss terms of different methods are not "
-                "comparable; the probe is the same measure for all.",
+                "Cross-entropy and the common probe on held-out data, then each method's own loss terms in "
+                f"training, as it logs them (Fig. 3 of the UniKD paper).{_band(groups)} Loss "
+                "terms of different methods are not comparable; the probe is the same measure for all.",
                 _alt(shown),
                 lambda theme: draw_curves(shown, theme, names),
             )
@@ -191,7 +191,7 @@ def logit_sections(groups: Sequence[GroupData]) -> list[Section]:
 
 
 def _differences(groups: Sequence[GroupData], names: Sequence[str]) -> tuple[Part, ...]:
-    """Build Fig 4; ``names`` are those of all groups on the page."""
+    """Build Fig. 4 of the UniKD paper; ``names`` are those of all groups on the page."""
     lines = tuple(line(group.name, DIFFERENCES, np.stack([one.cdf for one in group.compared])) for group in groups)
     everywhere = np.min([one.low for one in lines], axis=0) >= _ALMOST_ALL
     end = float(DIFFERENCES[np.argmax(everywhere)]) if everywhere.any() else float(DIFFERENCES[-1])
@@ -205,8 +205,9 @@ def _differences(groups: Sequence[GroupData], names: Sequence[str]) -> tuple[Par
     )
     medians = ", ".join(f"{one.name} {_median(one.mean)}" for one in lines)
     caption = (
-        "Fig 4. Empirical distribution of |z_s − z_t| over all test samples and classes; the further left a "
-        "curve rises, the closer the student is to its teacher. A shift that softmax cancels counts as well."
+        "Empirical distribution of |z_s − z_t| over all test samples and classes (Fig. 4 of the UniKD paper); the "
+        "further left a curve rises, the closer the student is to its teacher. A shift that softmax cancels counts as "
+        "well."
     )
     beyond = [f"{one.name} {100 * (1 - one.mean[-1]):.2g} %" for one in lines if one.mean[-1] < _ALMOST_ALL]
     if beyond:
@@ -231,8 +232,8 @@ def _classes(groups: Sequence[GroupData]) -> tuple[Part, ...]:
     return (
         Picture(
             "class-means",
-            "Fig 5. |M_s − M_t|: how far the student's mean logits for each true class are from the teacher's, with "
-            f"the diagonal set to zero. All share one scale.{cells}{seed}",
+            "|M_s − M_t|: how far the student's mean logits for each true class are from the teacher's, with the "
+            f"diagonal set to zero (Fig. 5 of the UniKD paper). All share one scale.{cells}{seed}",
             f"Heatmaps of {size} x {size} classes. Mean difference in logits: {_averages(means)}.",
             lambda theme: draw_heatmaps(
                 means,
@@ -245,7 +246,7 @@ def _classes(groups: Sequence[GroupData]) -> tuple[Part, ...]:
         ),
         Picture(
             "correlations",
-            "Fig 5, as correlations: the correlation coefficients between the student's logits minus those between the "
+            "The same as correlations: the coefficients between the student's logits minus those between the "
             f"teacher's. All share one symmetric scale.{cells}{seed}",
             f"Heatmaps of {size} x {size} classes. Mean absolute difference: {_averages(correlations)}.",
             lambda theme: draw_heatmaps(
