@@ -133,8 +133,9 @@ def _runs(config: Config) -> dict[str, Config]:
 
 
 def _which(folder: Path, root: Path, runs: Mapping[str, Config]) -> str:
-    started = [str(root / name) for name in runs if (root / name).is_dir()]
-    if root == Path(os.path.abspath(folder)):  # noqa: PTH100
+    given = root == Path(os.path.abspath(folder))  # noqa: PTH100
+    started = [str((folder if given else root) / name) for name in runs if (root / name).is_dir()]
+    if given:
         what = f"{folder} holds a comparison of {len(runs)} runs"
     else:
         what = f"{folder} is not a run folder, but lies in {root}, which is one"
