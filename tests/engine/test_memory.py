@@ -1,5 +1,7 @@
 """The dry run's estimate of memory, against numbers computed by hand: banks, stepping stones, copies of weights."""
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +124,15 @@ def test_a_batch_is_what_it_measures(tmp_path: Path, precision: str) -> None:
     one, none = (saved_bytes(experiment, images, CPU) for images in (1, 0))
     weights = sum(parameter.numel() for parameter in experiment.student.parameters() if parameter.dim() > 1)
     assert 2 * weights * (precision == "bf16") <= none.student < one.student
+
+
+def test_measuring_keeps_nothing(tmp_path: Path) -> None:
+    experiment = opened(write_config(tmp_path))
+    weights = [weakref.ref(parameter) for parameter in experiment.student_module.parameters()]
+    assert saved_bytes_of(experiment, 2, CPU).student > 0
+    del experiment
+    gc.collect()
+    assert weights and not any(weight() is not None for weight in weights)
 
 
 def test_the_dry_run_names_what_a_method_holds(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def saved_bytes_of(experiment: "Experiment", images: int, device: torch.device) 
         if storage.data_ptr() not in counted:  # which is not taken again as long as the graph lives
             counted.add(storage.data_ptr())
             total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would keep the graph that computed it, and so all of this, for ever
 
     size = experiment.config.data.image_size
     views = torch.zeros(images, 3, size, size, device=device)

@@ -1,5 +1,6 @@
 """One run, or a comparison over methods and seeds, and its report: what `unikd train` does."""
 
+import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -202,5 +203,6 @@ def _run(
     finished = processes.from_first(lambda: read_result(folder)) if resume else None
     if finished is not None:
         return finished
+    gc.collect()  # networks of the run before refer to themselves, and would stay beside those of this one
     experiment = build_experiment(config, processes)
     return Trainer(experiment, folder, stop, label=label, resume=resume).run()
