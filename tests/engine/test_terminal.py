@@ -41,7 +41,9 @@ def written(folder: Path, monkeypatch: pytest.MonkeyPatch, *, hidden: str | None
         for step in (100_000, 200_000):
             writer.advance(step)
             writer.write("train", step, {"epoch": 1.0, "total": 2.3456, "ce": 1.0, "images_per_s": 123.4, "lr": 0.1})
-        writer.write("evaluation", 200_000, HEAD)
+        for _ in range(2):
+            writer.write("evaluation", 200_000, HEAD)
+            writer.explain("the reason")
         writer.close()
         terminal.flush()
         said = b""
@@ -57,6 +59,12 @@ def test_the_progress_bar_fits_80_columns(tmp_path: Path, monkeypatch: pytest.Mo
     assert re.fullmatch(
         r"student \+ UniKD with\.\.\. +67% .{8,12} 200000/300000, loss 2\.35, \d\d:\d\d:\d\d left", bars[-1].strip()
     )
+
+
+def test_an_explanation_is_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = written(tmp_path, monkeypatch)
+    assert said.count("accuracy 50") == 2
+    assert said.count("the reason") == 1
 
 
 @pytest.mark.parametrize(("hidden", "shown"), [(None, True), ("head_", False)])
@@ -89,8 +97,9 @@ def test_fresh_running_averages_are_explained() -> None:
         network(1000 * torch.randn(2, 3, 4, 4))
     said = explain_bad_evaluation(2.9e5, network, 10)
     assert said is not None
-    assert said.startswith("this cross-entropy, 2.9e+05, means little yet: ")
-    assert said.endswith("BatchNorm's running averages, which after 7 batches are still 48 % their initial values")
+    assert said.startswith("this cross-entropy means little before batch 44: ")  # 0.9**44 < 0.01 < 0.9**43
+    network(torch.randn(2, 3, 4, 4))
+    assert explain_bad_evaluation(2.9e5, network, 10) == said
     assert explain_bad_evaluation(math.log(10), network, 10) is None  # as good as a guess
     for _ in range(40):
         network(torch.randn(2, 3, 4, 4))

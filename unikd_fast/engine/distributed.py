@@ -304,9 +304,10 @@ def explain_bad_evaluation(cross_entropy: float, network: nn.Module, num_classes
     share, batches = initial_share(network)
     if share < _SETTLED or not cross_entropy > 2 * math.log(num_classes):
         return None
+    settled = None if share == 1 else math.ceil(round(batches * math.log(_SETTLED) / math.log(share), 6))
     return (
-        f"this cross-entropy, {cross_entropy:.2g}, means little yet: evaluation uses BatchNorm's running averages, "
-        f"which after {batches} batches are still {100 * share:.0f} % their initial values"
+        f"this cross-entropy means little {'yet' if settled is None else f'before batch {settled}'}: evaluation uses "
+        "BatchNorm's running averages, which are not those of the data yet"
     )
 
 

@@ -134,6 +134,7 @@ class MetricsWriter:
         self._path = folder / "metrics.jsonl"
         self._label, self._total, self._start, self._hidden = label, total_steps, start_step, hidden
         self._active = processes.is_first
+        self._explained: set[str] = set()
         self._began = time.perf_counter()
         self._bar: Any = None
         self._events: Any = None
@@ -188,8 +189,9 @@ class MetricsWriter:
             tqdm.write(f"[{self._label}] step {step}/{self._total}  {text}", file=sys.stderr)
 
     def explain(self, text: str) -> None:
-        """Print an explanation on the terminal, below the metrics that it is about."""
-        if self._active:
+        """Print an explanation on the terminal, below the metrics that it is about; the same one is printed once."""
+        if self._active and text not in self._explained:
+            self._explained.add(text)
             tqdm.write(f"[{self._label}] {text}", file=sys.stderr)
 
     def _eta(self, step: int) -> str:
