@@ -346,7 +346,8 @@ def _start_processes() -> "Processes":
 
 
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="pack an image folder for fast reading")
+    text = "pack an image folder for fast reading"
+    data = commands.add_parser("data", help=text, description=f"{text.capitalize()}.")
     commands = data.add_subparsers(required=True, metavar="COMMAND")
     pack = _add_command(
         commands,
@@ -359,8 +360,10 @@ def _add_data(commands: Any) -> None:
         epilog="exit codes: 0 done; 1 a file cannot be written, or another process packs into the folder; 2 a folder "
         "or a number is not usable; 5 an image file cannot be read; 130 stopped by Ctrl-C",
     )
-    pack.add_argument("source", type=Path, help="folder with train/<class>/<image> and val/<class>/<image>")
-    pack.add_argument("target", type=Path, help="new or empty folder, or one that was begun")
+    pack.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder with train/<class>/<image> and val/<class>/<image>"
+    )
+    pack.add_argument("target", type=Path, metavar="TARGET", help="new or empty folder, or one that was begun")
     pack.add_argument(
         "--raw",
         type=int,
@@ -368,7 +371,9 @@ def _add_data(commands: Any) -> None:
         help="store pixels, which need no decoding and 5 to 20 times the room, with a short side of at most SIDE, at "
         "least what evaluation resizes to (default: store the files as they are)",
     )
-    pack.add_argument("--workers", type=int, default=2, help="threads that read and decode (default: %(default)s)")
+    pack.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="threads that read and decode (default: %(default)s)"
+    )
 
 
 def _data_pack(options: argparse.Namespace) -> int:
@@ -392,7 +397,9 @@ def _add_report(commands: Any) -> None:
         description="Write one HTML page of finished runs, and PNG figures beside it.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, comparisons or single runs")
-    parser.add_argument("--to", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", default=Path("report.html"), help="page to write (default: %(default)s)"
+    )
     parser.add_argument("--title", help="title of the page (default: the data sets and students)")
     parser.add_argument("--force", action="store_true", help="replace a page that exists, and its figures")
 

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the published teachers (default: $CIFAR100_TEACHERS); train: train each here, once",
     )
     parser.add_argument("--data", choices=("digits",), help="a stand-in on scikit-learn's digits: minutes on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="of all runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/reproduce"), help="folder of all runs (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--methods", type=_names, metavar="A,B", help="run only these rows")
     parser.add_argument("--pairs", type=_names, metavar="A,B", help="run only these columns")
