@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from support.ranks import Done
 from support.real_runs import ALONE, merged, run, write_config
 from unikd_fast.config import load_config
+from unikd_fast.engine import folder as run_folder
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.folder import import_student, open_run_folder, read_result, read_teacher
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
@@ -341,3 +343,21 @@ def test_other_ranks_get_the_error_of_rank_0(tmp_path: Path) -> None:
         second = Second(1, 2, 1, ALONE.device)
         MetricsWriter(tmp_path, second, label="x", total_steps=9, start_step=0, tensorboard=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commit_of_another_project_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    (tmp_path / "folder.py").touch()
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "folder.py"))
+    git("init")
+    git("commit", "--allow-empty", "--message", "another project")
+    assert run_folder.commit() == "unknown"
+    git("add", "folder.py")
+    git("commit", "--message", "ours")
+    assert run_folder.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "folder.py").write_text("changed")
+    assert run_folder.commit() == git("rev-parse", "HEAD") + "-dirty"

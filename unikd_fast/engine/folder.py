@@ -187,15 +187,17 @@ def package_version(name: str) -> str | None:
 
 def commit() -> str:
     """Return the commit of the source tree, with "-dirty" if it has changes, or "unknown" outside a checkout."""
-    here = Path(__file__).resolve().parent
+    file = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command, here = ["git", *arguments], file.parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        git("ls-files", "--error-unmatch", file.name)  # an environment may lie in the checkout of another project
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
 
 
 def _cpu_model() -> str:
