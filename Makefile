@@ -18,7 +18,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "unikd_fast needs Python 3.11 or newer, got $$($(PYTHON) --version); set PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench,docs]'
+	@# setuptools warns about every editable install
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench,docs]'
 	@touch $@
 
 distill: setup ## distil on scikit-learn's digits and print the table (3 to 10 minutes on 2 cores)
