@@ -123,6 +123,12 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ('compare.runs={"../.": {}}', ["compare.runs['../.']", "would be empty"]),
         ("compare.seeds=[1,2,1]", ["compare.seeds = [1, 2, 1] names a seed twice"]),
         ("distill.ce_weight=0.5", ["unknown key 'distill.ce_weight'", "'distill.kd.ce_weight'"]),
+        ('distill.method=[["kd"]]', ["distill.method.0 = ['kd'] is not valid"]),
+        ('compare.runs={"a": {"distill.method": [["kd"]]}}', ["a: distill.method.0 = ['kd'] is not valid"]),
+        ('compare.runs={"a": {"run.seed": 7}}', ["compare.runs['a'] sets run.seed to 7, which compare.seeds decides"]),
+        ('compare.runs={"a": {"run.dir": "x"}}', ["sets run.dir to 'x', which the run.dir of the comparison decides"]),
+        (f"data.image_size={'[' * 100_000}", ["data.image_size = '[[", "valid integer"]),
+        (f"data.image_size={'9' * 5_000}", ["data.image_size = '999", "exceeded maximum size"]),
         ("distill.unikd=3", ["distill.unikd = 3 is not a section"]),
         ("teacher=null", ["needs a teacher", "teacher.model"]),
         ("teacher.cache.mode=write", ["teacher.cache.mode = 'write'", "'off', 'read' or 'read_write'"]),
@@ -357,8 +363,12 @@ def test_invalid_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid JSON"):
         load_config(broken)
     broken.write_text('{"deepspeed": {"zero_optimization": {"stage": 0}, "zero_optimization": {"stage": 1}}}')
-    with pytest.raises(ConfigError, match="'zero_optimization' is given twice"):
+    with pytest.raises(ConfigError, match=r"broken\.json: key 'zero_optimization' is given twice"):
         load_config(broken)
+    for nested in ("[" * 100_000, f'{{"run": {{"seed": {"9" * 5_000}}}}}'):
+        broken.write_text(nested)
+        with pytest.raises(ConfigError, match=r"broken\.json: not valid JSON: .*(depth|digits)"):
+            load_config(broken)
     broken.write_text('{"data": {"name": "digits"}}')
     with pytest.raises(ConfigError, match="student is required"):
         load_config(broken)

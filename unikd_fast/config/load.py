@@ -168,7 +168,13 @@ def _check_run_names(config: Config, source: str) -> None:
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"{source}: compare.seeds = {list(seeds)} names a seed twice; each is one run")
     taken = {"teacher": "the teacher's training"}
-    for label in config.compare.runs:
+    for label, settings in config.compare.runs.items():
+        for key, ours in (("run.seed", "compare.seeds"), ("run.dir", "the run.dir of the comparison")):
+            if key in settings:
+                raise ConfigError(
+                    f"{source}: compare.runs[{label!r}] sets {key} to {settings[key]!r}, which {ours} decides; remove "
+                    "it there"
+                )
         name = run_path(config, label, seeds[0]).partition("/")[2]
         if not name or name in taken:
             used = f"is also that of {taken[name]}" if name else "would be empty"
@@ -186,7 +192,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text}: expected section.key=value, such as --set train.total_epochs=2")
     try:
         return key, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return key, value
 
 
@@ -330,9 +336,12 @@ def _read(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a file that can be read") from error
+    text = _decode(content, path)
     try:
-        raw = json.loads(_decode(content, path), object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
+        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
@@ -366,9 +375,11 @@ def _drop_sections_of_other_methods(raw: dict[str, Any], settings: dict[str, Any
     """Drop the sections of the file's method if ``--set`` chooses another one."""
     if "distill.method" not in settings or not isinstance(raw["distill"].get("method"), str | list):
         return
+    chosen = method_names(raw["distill"]["method"])
     given = {key.split(".")[1] for key in settings if key.startswith("distill.")}
-    for name in set(METHODS) - given - set(method_names(raw["distill"]["method"])):
-        raw["distill"].pop(name, None)
+    for name in METHODS:
+        if name not in given and name not in chosen:
+            raw["distill"].pop(name, None)
 
 
 def _check_collisions(config: Config, settings: dict[str, Any]) -> None:

@@ -273,7 +273,7 @@ class MethodChoice(Section):
 
     def unused_sections(self, methods: Iterable[str]) -> list[str]:
         """Return the methods that have a section but are not among these."""
-        used = set(methods)
+        used = tuple(methods)  # what a file gives need not be hashable yet
         return [name for name in METHOD_SECTIONS if getattr(self, name) is not None and name not in used]
 
 
