@@ -374,6 +374,9 @@ def test_what_cannot_be_opened_is_named_with_the_remedy(folder: Path, tmp_path: 
     data.write_bytes(data.read_bytes()[:300])
     with pytest.raises(ValueError, match="cut cannot be opened by datasets"):
         load_arrow(root, SIZE)
+    (root / "dataset_dict.json").write_text('{"splits": 3}')
+    with pytest.raises(ValueError, match="cut cannot be opened by datasets"):
+        load_arrow(root, SIZE)
     tars = in_layout("webdataset cls", folder, tmp_path / "tars")
     (tars / "train-000.tar").write_bytes((tars / "train-000.tar").read_bytes()[:700])
     with pytest.raises(ValueError, match="tars cannot be opened by datasets"):

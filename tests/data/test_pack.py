@@ -216,6 +216,16 @@ def test_a_finished_store_is_left_alone(source: Path, tmp_path: Path, stores: di
         pack_folder(source, store, raw=18, images_per_file=10)
 
 
+@pytest.mark.parametrize("lost", ["train/data-00001-of-00003.arrow", "validation/state.json", "validation"])
+def test_a_finished_store_that_lost_a_file_is_refused(
+    source: Path, tmp_path: Path, stores: dict[str, Path], lost: str
+) -> None:
+    store = Path(shutil.copytree(stores["files"], tmp_path / "store"))
+    (store / lost).rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match=f"{store} was finished and now lacks {store / lost}.*; delete it and pack"):
+        pack_folder(source, store, images_per_file=10)
+
+
 def test_one_process_packs_into_a_folder(source: Path, tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

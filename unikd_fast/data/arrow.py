@@ -198,7 +198,7 @@ def _open(root: Path) -> Mapping[str, Any]:
     try:
         with _bars_on_terminals():
             found = load(str(root), keep_in_memory=False)
-    except (OSError, ValueError, KeyError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"load_arrow: {root} cannot be opened by datasets {datasets.__version__}: {cause}; it must hold what "

@@ -68,7 +68,8 @@ def pack_folder(
         images_per_file: number of images in an Arrow file.
 
     Raises:
-        ValueError: the source is not an image folder, the target holds something else, or a number is below 1.
+        ValueError: the source is not an image folder, the target holds something else or lost a file since it was
+            finished, or a number is below 1.
         DataError: a file cannot be read.
         FileError: the disk is full, or the target cannot be written to.
         PackError: another process packs into the folder.
@@ -133,7 +134,20 @@ def _only_packer(target: Path) -> Iterator[None]:
 
 
 def _require_same(target: Path, identity: str) -> None:
-    found = str(read_json(target / "train" / _STATE).get("_fingerprint")).partition("-")[0]
+    for name in _SPLITS:
+        try:
+            state = read_json(target / name / _STATE)
+            for file in state["_data_files"]:
+                (target / name / file["filename"]).stat()
+        except (LookupError, TypeError) as error:
+            raise ValueError(
+                f"pack_folder: {target / name / _STATE} is damaged; delete {target} and pack again"
+            ) from error
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"pack_folder: {target} was finished and now lacks {error.filename}; delete it and pack again"
+            ) from error
+    found = str(state.get("_fingerprint")).partition("-")[0]
     if found != identity:
         raise ValueError(
             f"pack_folder: {target} is a finished store of other images or settings, {found} there and {identity} now; "
