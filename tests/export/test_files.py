@@ -163,6 +163,14 @@ def test_a_wrong_file_is_removed(
     assert left_behind(tmp_path) == [f"old{ending}"]
 
 
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_a_full_disk_is_named(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str) -> None:
+    assert export(runs.alone, tmp_path / f"student{ending}") == 1
+    assert f"student{ending} cannot be written: File too large" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
+
+
 @pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)])
 def test_no_partial_file_remains(
     runs: Runs,

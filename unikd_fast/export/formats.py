@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -193,7 +194,9 @@ def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset:
     # wrong, another batch size, is checked after writing.
     with torch.no_grad(), _quiet():
         traced = torch.jit.trace(student.network, images, check_trace=False)
-        torch.jit.save(traced, path, preprocessing_in_words(student.preprocessing))
+        buffer = io.BytesIO()  # written to a file by torch, a full disk would end the process
+        torch.jit.save(traced, buffer, preprocessing_in_words(student.preprocessing))
+    path.write_bytes(buffer.getbuffer())
 
 
 def _read_torchscript(student: PlainStudent, path: Path) -> Run:
