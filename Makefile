@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench,docs]'
 	@touch $@
 
-distill: setup ## distil on scikit-learn's digits and print the table (3 to 10 minutes on 2 cores)
+distill: setup ## distil on scikit-learn's digits and print the table (2 to 10 minutes on 2 cores)
 	$(RUN) deepspeed launch_distill.py --config configs/digits.json --resume auto
 
 # Processes that test side by side. In the order of the files, of which those that start runs come early; xdist itself
