@@ -245,10 +245,11 @@ def _cache_build(options: argparse.Namespace) -> int:
     runs = _cached_runs(options)
     for *_, config in runs:
         assert config.teacher is not None
-        if config.teacher.weights is None and config.teacher.training is not None:
+        if config.teacher.is_trained:
             raise ConfigError(
-                "teacher.weights is not set and teacher.training is: the run trains its teacher itself, and builds the "
-                "cache then, with teacher.cache.mode = 'read_write'; to build it beforehand, give teacher.weights"
+                "teacher.training is set: the run trains its teacher itself, and builds the cache then, with "
+                "teacher.cache.mode = 'read_write'; to build it beforehand, give teacher.weights and set "
+                "teacher.training = null"
             )
     _check_paths([config for *_, config in runs])
     processes = _start_processes()

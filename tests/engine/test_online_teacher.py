@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from support.real_runs import run, run_ranks, write_config
@@ -145,3 +146,33 @@ def test_a_run_with_a_compiled_teacher(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "compiled" / "teacher.json").read_text())["compile"] == "default"
     assert "the teacher's fidelity is not checked: teacher.weights=random" in done.stderr
+
+
+def test_weights_of_other_classes_are_fine_tuned_first(tmp_path: Path) -> None:
+    pretrained = tmp_path / "seven.pth"
+    trained = build_model("cifar/resnet8", num_classes=7)
+    torch.save(trained.state_dict(), pretrained)
+    teacher = {"weights": str(pretrained), "training": {"total_epochs": 1, "learning_rate": 1e-6}, "min_accuracy": 0.0}
+    student = {"model": "cifar/resnet8", "weights": str(pretrained)}
+    config = write_config(tmp_path, name="tuned", teacher=teacher, student=student, train={"max_steps": 2})
+
+    refused = run(config, "--set", "teacher.training=null", "--set", f"run.dir={tmp_path / 'refused'}")
+    assert refused.returncode == ConfigError.exit_code
+    assert "has 7 classes and the teacher 10" in refused.stderr
+    assert "set teacher.training to fine-tune it with a new classifier" in refused.stderr
+
+    plan = run(config, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert f"teacher: a new classifier for 10 classes, the weights {pretrained} are for 7" in plan.stderr
+
+    done = run(config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"student: a new classifier for 10 classes, the weights {pretrained} are for 7" in done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if "resnet8" in line]
+    assert rows == ["teacher", "student"]
+    tuned = load_file(tmp_path / "tuned" / "teacher" / "student.safetensors")
+    kept = trained.conv1.weight.detach()  # type: ignore[union-attr, operator]
+    assert 0 < (tuned["conv1.weight"] - kept).abs().max() < 1e-3
+    assert json.loads((tmp_path / "tuned" / "teacher.json").read_text())["weights"].endswith(
+        "teacher/student.safetensors"
+    )

@@ -99,7 +99,7 @@ def test_class_counts_are_compared_before_downloading(name: str, weights: str) -
     assert "1000 classes" in message
     assert "num_classes is 100" in message
     assert "fc.weight" in message
-    assert "set num_classes to 1000, or pass the path" in message
+    assert "set teacher.training to fine-tune it with a new classifier, or pass the path" in message
 
 
 @pytest.mark.usefixtures("no_download")

@@ -219,7 +219,34 @@ def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     message = _refused(tmp_path, {"model": state})
     assert "100 classes and the teacher 10" in message
     assert "fc.weight is (100, 64) in the file and (10, 64) in the model" in message
-    assert "set num_classes to 100" in message
+    assert "set teacher.training to fine-tune it" in message
+    assert "set num_classes to 100, or use" in _refused(tmp_path, {"model": state}, role="student")
+
+
+@pytest.mark.parametrize(
+    ("name", "classifiers"),
+    [
+        ("cifar/resnet8", ["fc.weight", "fc.bias"]),
+        ("torchvision/googlenet", ["fc.weight", "fc.bias", "aux1.fc2.weight", "aux2.fc2.weight"]),
+        ("torchvision/squeezenet1_1", ["classifier.1.weight", "classifier.1.bias"]),
+        ("timm/convnext_atto", ["head.fc.weight", "head.fc.bias"]),
+    ],
+)
+def test_another_number_of_classes_gets_a_new_classifier(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, classifiers: list[str]
+) -> None:
+    caplog.set_level("INFO", "unikd_fast")
+    trained = build_model(name, num_classes=7)
+    path = tmp_path / "seven.pth"
+    torch.save(trained.state_dict(), path)
+    found = build_model(name, num_classes=5, weights=str(path), new_classifier=True, role="student").state_dict()
+    own = [key for key, value in trained.state_dict().items() if value.shape != found[key].shape]
+    assert set(classifiers) <= set(own)
+    assert all(torch.equal(found[key], trained.state_dict()[key]) for key in found if key not in own)
+    assert all(found[key].shape[0] == 5 and found[key].isfinite().all() for key in own)
+    assert f"student: a new classifier for 5 classes, the weights {path} are for 7" in caplog.text
+    with pytest.raises(ValueError, match="another model than the student"):
+        build_model("cifar/resnet14", num_classes=5, weights=str(path), new_classifier=True, role="student")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def run_configs(config: Config) -> Iterator[tuple[str, int, Config]]:
 
 
 def teacher_config(config: Config) -> Config:
-    """Return the run that trains the teacher of ``config``: the teacher's model as a student without a teacher."""
+    """Return the run that trains the teacher of ``config``: its model and weights as a student without a teacher."""
     assert config.teacher is not None
     assert config.teacher.training is not None
     training = config.teacher.training
@@ -239,8 +239,8 @@ def teacher_config(config: Config) -> Config:
         **_without_sections(config, ()),
         "student.model": config.teacher.model,
         "student.feature_nodes": config.teacher.feature_nodes,
-        "student.weights": None,
-        "student.weights_key": None,
+        "student.weights": config.teacher.weights,
+        "student.weights_key": config.teacher.weights_key,
         "data.train_samples": training.train_samples,
         "train.max_steps": None,
     }
@@ -303,7 +303,7 @@ def parse_config(raw: dict[str, Any], overrides: Sequence[str] = (), *, name: st
     config = validate(raw, source)
     _check_collisions(config, settings)
     for _, _, single in run_configs(config):  # every run must be valid before the first one starts
-        if single.teacher is not None and single.teacher.training is not None:
+        if single.teacher is not None and single.teacher.is_trained:
             teacher_config(single)
     run_dir = config.run.dir.replace("{name}", name).replace("{hash}", config_hash(config))
     named: dict[str, Any] = {"run": config.run.model_copy(update={"dir": run_dir})}

@@ -75,13 +75,15 @@ class TeacherConfig(Section):
     model: Text
     """torchvision/<name>, timm/<name> or cifar/<name>."""
     weights: Text | None = None
-    """File, torchvision or timm weight identifier, or "random" for an untrained teacher (smoke runs, benchmarks). If
-    null, the teacher is trained as teacher.training says. Environment variables are written ${CIFAR100_TEACHERS}."""
+    """File, "pretrained", torchvision or timm weight identifier, or "random" for an untrained teacher (smoke runs,
+    benchmarks). If null, the teacher is trained from scratch as teacher.training says. Environment variables are
+    written ${CIFAR100_TEACHERS}."""
     weights_key: Text | None = None
     """Key of the state dict in a weights file that holds several. If null, the moving average (state_dict_ema,
     model_ema) if there is one, otherwise the first of model, state_dict, model_state and student."""
     training: TeacherTraining | None = None
-    """Settings of the teacher's own training, before the student's. Used only if weights is null, and then required."""
+    """Settings of the teacher's own training, before the student's. Weights are fine-tuned, with a new classifier if
+    they have other classes than the data. Required if weights is null, and not used if weights is random."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the teacher's weights and features. auto: on a GPU fp16, or bf16 if fp16 overflows on training
     images; on a CPU bf16 if it has bf16 units, otherwise fp32."""
@@ -101,6 +103,11 @@ class TeacherConfig(Section):
     feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages."""
 
+    @property
+    def is_trained(self) -> bool:
+        """Return whether the teacher is trained or fine-tuned before the student."""
+        return self.training is not None and self.weights != "random"
+
     @model_validator(mode="after")
     def _key_of_a_file(self) -> "TeacherConfig":
         _require_weights("teacher", self.weights, self.weights_key)
@@ -113,7 +120,8 @@ class StudentConfig(Section):
     model: Text
     """torchvision/<name>, timm/<name> or cifar/<name>."""
     weights: Text | None = None
-    """Initial weights: a file or an identifier. If null, random."""
+    """Initial weights: a file, "pretrained" or an identifier; the classifier is a new one if they have other classes
+    than the data. If null, random."""
     weights_key: Text | None = None
     """Key of the state dict in a weights file that holds several, as for the teacher."""
     feature_nodes: tuple[Text, ...] | None = None

@@ -79,8 +79,12 @@ def plan_caches(runs: Sequence[tuple[str, Config]], processes: Processes) -> Ite
     """
     for label, config in runs:
         assert config.teacher is not None
-        trained = config.teacher.weights is None and config.teacher.training is not None
-        shown = override(config, {"teacher.weights": "random"}, "unikd cache plan") if trained else config
+        trained = config.teacher.is_trained
+        shown = (
+            override(config, {"teacher.weights": "random", "teacher.weights_key": None}, "unikd cache plan")
+            if trained
+            else config
+        )
         plan = plan_experiment(config, build_experiment(without_cache(shown), processes))
         if processes.is_first:
             yield label, config, plan

@@ -86,11 +86,11 @@ MIB = 2**20
 def describe(config: Config, processes: Processes) -> str:
     """Return models, parameters, feature shapes, batch per process, steps and estimated memory, as text.
 
-    A teacher that the run would train first is described with random weights.
+    A teacher that the run would train first is described with the weights it starts from.
     """
     given, teacher = config, config.teacher
-    trained_first = teacher is not None and teacher.weights is None and teacher.training is not None
-    if teacher is not None and trained_first:
+    trained_first = teacher is not None and teacher.is_trained
+    if teacher is not None and trained_first and teacher.weights is None:
         config = config.model_copy(update={"teacher": teacher.model_copy(update={"weights": "random"})})
     check_engine(config, processes)  # as the run would
     experiment = build_experiment(without_cache(config), processes)

@@ -154,7 +154,14 @@ def build_network(
     naming = nullcontext() if section.weights is None else named_as_configured(role, section.weights)
     with naming as weights:
         if with_weights:
-            model = build_model(section.model, num_classes=classes, weights=weights, weights_key=key, role=role)
+            model = build_model(
+                section.model,
+                num_classes=classes,
+                weights=weights,
+                weights_key=key,
+                new_classifier=role == "student" or (config.teacher is not None and config.teacher.is_trained),
+                role=role,
+            )
         else:
             model = bare_model(section.model, num_classes=classes, weights=weights, role=role)
     if role == "teacher" and needs.teacher_batch_statistics:

@@ -184,11 +184,15 @@ def _results(
         home = folder / f"seed-{seed}" if config.compare else folder
         if single.distill.method != "none":
             assert single.teacher is not None
-            if single.teacher.weights is None and single.teacher.training is not None:
+            if single.teacher.is_trained:
                 if seed not in teachers:
                     results.append(run(teacher_config(single), home / "teacher", TEACHER))
                     teachers[seed] = Path(results[-1]["weights"])
-                trained = {"teacher.weights": str(teachers[seed]), "teacher.training": None}
+                trained = {
+                    "teacher.weights": str(teachers[seed]),
+                    "teacher.weights_key": None,
+                    "teacher.training": None,
+                }
                 single = override(single, trained, "teacher.training")
         results.append(run(single, folder / run_path(config, label, seed), label))
         if single.distill.method != "none" and not any(result["label"] == TEACHER for result in results):

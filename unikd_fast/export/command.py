@@ -126,7 +126,7 @@ def _runs(config: Config) -> dict[str, Config]:
     for label, seed, single in run_configs(config):
         home = f"seed-{seed}/" if config.compare else ""
         teacher = single.teacher
-        if single.distill.method != "none" and teacher is not None and teacher.weights is None and teacher.training:
+        if single.distill.method != "none" and teacher is not None and teacher.is_trained:
             runs.setdefault(f"{home}teacher", teacher_config(single))
         runs[run_path(config, label, seed)] = single
     return runs

@@ -7,13 +7,26 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from unikd_fast.models.cifar import CIFAR_MODELS
-from unikd_fast.models.weights import classifier_tensor, load_state, read_state, torchvision_options
+from unikd_fast.models.weights import (
+    another_classifier,
+    classifier_tensor,
+    load_state,
+    log_new_classifier,
+    read_state,
+    torchvision_options,
+)
 
 _FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar")
 
 
 def build_model(
-    name: str, *, num_classes: int, weights: str | None = None, weights_key: str | None = None, role: str = "model"
+    name: str,
+    *,
+    num_classes: int,
+    weights: str | None = None,
+    weights_key: str | None = None,
+    new_classifier: bool = False,
+    role: str = "model",
 ) -> nn.Module:
     """Build a classifier: a plain network that maps images (N, 3, H, W) to logits (N, num_classes).
 
@@ -21,9 +34,11 @@ def build_model(
         name: name of the network: "torchvision/<name>", "timm/<name>" or "cifar/<name>".
         num_classes: number of classes K.
         weights: path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors, .bin or .tar), or an
-            identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1" or "DEFAULT", a timm tag such as
-            "a1_in1k", or "pretrained" for timm's default tag. If None or "random", they are initialised at random.
+            identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1", a timm tag such as "a1_in1k", or
+            "pretrained" for the default of either. If None or "random", they are initialised at random.
         weights_key: key of the state dict in a checkpoint. If None, see `load_weights`.
+        new_classifier: whether weights of another number of classes are accepted: the network then gets a classifier
+            with random weights, and the log says so.
         role: name of the network in messages, "teacher" or "student".
 
     Raises:
@@ -45,11 +60,11 @@ def build_model(
         return bare_model(name, num_classes=num_classes, role=role)
     if not is_file:
         source, model_name = _parsed(name, num_classes, role)
-        return _BUILDERS[source](model_name, num_classes, weights, role)
+        return _BUILDERS[source](model_name, num_classes, weights, new_classifier, role)
     _parsed(name, num_classes, role)  # refuse an unknown network before reading a large file
     state = read_state(weights, role=role, key=weights_key)
     model = bare_model(name, num_classes=num_classes, weights=weights, state=state, role=role)
-    load_state(model, state, weights, role=role)
+    load_state(model, state, weights, new_classifier=new_classifier, role=role)
     return model
 
 
@@ -124,18 +139,26 @@ def _timm_tags(arch: str) -> list[str]:
     return [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*") if full.split(".")[0] == arch]
 
 
-def _torchvision_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Module:
+def _torchvision_weights(name: str, num_classes: int, weights: str, new_classifier: bool, role: str) -> nn.Module:
     import torchvision
 
     members = torchvision.models.get_model_weights(name).__members__
-    if weights not in members:
+    chosen = "DEFAULT" if weights == "pretrained" else weights
+    if chosen not in members:
         raise _unknown_identifier("torchvision/" + name, weights, role, list(members))
-    entry = members[weights]
-    _check_class_count("torchvision", name, len(entry.meta["categories"]), num_classes, weights, role)
-    return _downloaded(lambda: torchvision.models.get_model(name, weights=entry), "torchvision/" + name, weights, role)
+    entry, full_name = members[chosen], "torchvision/" + name
+    count = len(entry.meta["categories"])
+    if not new_classifier:
+        _check_class_count("torchvision", name, count, num_classes, weights, role)
+    model = _downloaded(lambda: torchvision.models.get_model(name, weights=entry), full_name, weights, role)
+    if count == num_classes:
+        return model
+    own = bare_model(full_name, num_classes=num_classes, weights=entry.name, state=model.state_dict(), role=role)
+    load_state(own, model.state_dict(), entry.name, new_classifier=True, role=role)
+    return own
 
 
-def _timm_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Module:
+def _timm_weights(name: str, num_classes: int, weights: str, new_classifier: bool, role: str) -> nn.Module:
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -148,20 +171,24 @@ def _timm_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Mo
     if tag not in tags:
         raise _unknown_identifier("timm/" + arch, tag or weights, role, tags)
     full_name = f"{arch}.{tag}"
-    _check_class_count("timm", arch, get_pretrained_cfg(full_name).num_classes, num_classes, tag, role)
+    count = get_pretrained_cfg(full_name).num_classes
+    if not new_classifier:
+        _check_class_count("timm", arch, count, num_classes, tag, role)
+    elif count != num_classes:
+        log_new_classifier(f"timm/{full_name}", count, num_classes, role)
     return _downloaded(
         lambda: timm.create_model(full_name, pretrained=True, num_classes=num_classes), "timm/" + arch, tag, role
     )
 
 
-def _cifar_weights(name: str, num_classes: int, weights: str, role: str) -> nn.Module:
+def _cifar_weights(name: str, num_classes: int, weights: str, new_classifier: bool, role: str) -> nn.Module:
     raise ValueError(
         f"build_model: cifar/{name} has no weights to download, got {weights!r} for the {role}; pass the path of a "
         "checkpoint (./ckpt_epoch_240.pth), or None for random weights"
     )
 
 
-_BUILDERS: dict[str, Callable[[str, int, str, str], nn.Module]] = {
+_BUILDERS: dict[str, Callable[[str, int, str, bool, str], nn.Module]] = {
     "torchvision": _torchvision_weights,
     "timm": _timm_weights,
     "cifar": _cifar_weights,
@@ -197,8 +224,8 @@ def _check_class_count(source: str, name: str, count: int, num_classes: int, wei
     tensor = classifier_tensor(bare_model(f"{source}/{name}", num_classes=num_classes), num_classes)
     raise ValueError(
         f"build_model: the weights {weights!r} of the {role} {source}/{name} have {count} classes and num_classes is "
-        f"{num_classes}: {tensor} would not fit; set num_classes to {count}, or pass the path of a checkpoint trained "
-        f"on the {num_classes} classes"
+        f"{num_classes}: {tensor} would not fit; {another_classifier(role, count)}, or pass the path of a checkpoint "
+        f"trained on the {num_classes} classes"
     )
 
 

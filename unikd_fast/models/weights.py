@@ -144,8 +144,18 @@ def read_state(path: str | Path, *, role: str = "model", key: str | None = None)
     return _state_dict(_read(path, role), path, role, key)
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, *, role: str = "model") -> None:
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    new_classifier: bool = False,
+    role: str = "model",
+) -> None:
     """Load what `read_state` returned; arguments and errors as in `load_weights`.
+
+    Args:
+        new_classifier: whether a classifier of another number of classes is left out, and the model keeps its own.
 
     Example:
         >>> load_state(model, read_state("resnet56.pth"), "resnet56.pth")
@@ -158,6 +168,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
     if all(name in own or name.endswith(_COUNTER) for name in expected):  # otherwise these may be the missing ones
         for name in spare:
             del own[name]
+    differing = _other_classes(expected, own)
+    if differing and new_classifier:
+        theirs, ours = own[differing[0]].shape[0], expected[differing[0]].shape[0]
+        log_new_classifier(str(path), theirs, ours, role)
+        for name in differing:
+            own[name] = expected[name]
     _check(model, own, path, role)
     _check_values(expected, own, path, role)
     said = [f"prefix {prefix!r} taken off"] if prefix else []
@@ -306,15 +322,13 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, role: str)
     differing = [name for name in expected if name in state and state[name].shape != expected[name].shape]
     if not (missing or unexpected or differing):
         return
-    counts = {(state[name].shape[:1], expected[name].shape[:1]) for name in differing}
-    bodies_agree = all(state[name].shape[1:] == expected[name].shape[1:] for name in differing)
-    if not (missing or unexpected) and bodies_agree and len(counts) == 1:
+    if not (missing or unexpected) and _other_classes(expected, state):
         name = next((name for name in differing if expected[name].ndim > 1), differing[0])
         theirs, ours = state[name].shape[0], expected[name].shape[0]
         raise ValueError(
             f"load_weights: the {role}'s checkpoint {path} has {theirs} classes and the {role} {ours}: "
-            f"{name} is {tuple(state[name].shape)} in the file and {tuple(expected[name].shape)} in the model; set "
-            f"num_classes to {theirs}, or use a checkpoint trained on the {ours} classes"
+            f"{name} is {tuple(state[name].shape)} in the file and {tuple(expected[name].shape)} in the model; "
+            f"{another_classifier(role, theirs)}, or use a checkpoint trained on the {ours} classes"
         )
     in_model = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     in_file = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -327,6 +341,25 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, role: str)
         f"{len(differing)} tensors differ in shape, {len(missing)} are missing, {len(unexpected)} unexpected; "
         "build the network it was trained as\n  " + "\n  ".join(lines[:_SHOWN]) + more
     )
+
+
+def _other_classes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Return the tensors of a classifier that differ in the number of classes, if nothing else differs in shape."""
+    differing = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    counts = {(state[name].shape[:1], expected[name].shape[:1]) for name in differing}
+    bodies_agree = all(state[name].shape[1:] == expected[name].shape[1:] for name in differing)
+    return differing if bodies_agree and len(counts) == 1 else []
+
+
+def another_classifier(role: str, classes: int) -> str:
+    """Return what to do about weights of so many classes, for a message."""
+    by_training = "set teacher.training to fine-tune it with a new classifier"
+    return by_training if role == "teacher" else f"set num_classes to {classes}"
+
+
+def log_new_classifier(weights: str, theirs: int, ours: int, role: str) -> None:
+    """Log that a network keeps its own, untrained classifier."""
+    _logger.info("%s: a new classifier for %d classes, the weights %s are for %d", role, ours, weights, theirs)
 
 
 def _check_values(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, role: str) -> None:
