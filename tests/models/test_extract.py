@@ -265,8 +265,9 @@ class MakesATensor(nn.Module):
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (Branches(), {}, "torch.fx cannot trace Branches"),
-        (MakesATensor(), {}, "1 tensor.s. that do not depend on its input"),
+        (Branches(), {}, "Branches has no two stages .* or use a method on logits, such as kd or dkd"),
+        (Branches(), {"before_activation": True, "nodes": ["x"]}, "no node 'x' in Branches"),
+        (MakesATensor(), {}, "MakesATensor has no two stages"),
         (nn.Sequential(nn.Conv2d(3, 8, 3)), {"nodes": ["0"]}, r"must return logits \(N, K\), got \(2, 8, 14, 14\)"),
         (TwoHeads(), {"image_size": 0}, "image_size must be 1 or more, got 0"),
         (TwoHeads(), {"max_levels": 0}, "max_levels must be 1 or more, got 0"),

@@ -1,12 +1,15 @@
 """Where the stages of published architectures end."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from unikd_fast.models import extract_features
+from unikd_fast.models import build_model, extract_features
+from unikd_fast.models.hooks import HookedForward
 
 # (module, channels, side) at 224; side at 32 follows. Literature's levels where it has them.
 TORCHVISION = {
@@ -94,19 +97,35 @@ def test_the_coarsest_levels_are_kept(max_levels: int) -> None:
     assert _levels(model, image_size=224, max_levels=max_levels) == TORCHVISION["resnet18"][-max_levels:]
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: _torchvision("vit_b_16"),
-        lambda: _torchvision("swin_t"),
-        lambda: _timm("vit_tiny_patch16_224"),
-        lambda: _timm("swin_tiny_patch4_window7_224"),
-    ],
-    ids=["torchvision vit", "torchvision swin", "timm vit", "timm swin"],
-)
-def test_token_models_have_no_stages(build) -> None:
-    with pytest.raises(ValueError, match=r"has no convolutional stages.*nodes="):
-        extract_features(build(), image_size=224)
+SWIN = [(96, 56), (192, 28), (384, 14), (768, 7)]
+# Levels at even depths, or at the end of every stage; some by hooks, because their stages return more than a tensor.
+TOKENS: dict[str, Any] = {
+    "torchvision/vit_b_16": ("encoder.layers.encoder_layer_{}", (2, 5, 8, 11), [(768, 14)] * 4),
+    "torchvision/swin_t": ("features.{}", (1, 3, 5, 7), SWIN),
+    "timm/vit_tiny_patch16_224": ("blocks.{}", (2, 5, 8, 11), [(192, 14)] * 4),
+    "timm/deit_tiny_distilled_patch16_224": ("blocks.{}", (2, 5, 8, 11), [(192, 14)] * 4),
+    "timm/swin_tiny_patch4_window7_224": ("layers.{}", (0, 1, 2, 3), SWIN),
+    "timm/mixer_s32_224": ("blocks.{}", (1, 3, 5, 7), [(512, 7)] * 4),
+    "timm/mvitv2_tiny": ("stages.{}", (0, 1, 2, 3), SWIN),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_and_channels_that_are_last_become_maps(name: str) -> None:
+    path, places, shapes = TOKENS[name]
+    extractor = extract_features(build_model(name, num_classes=5), image_size=224).eval()
+    assert extractor.level_names == tuple(path.format(place) for place in places)
+    assert extractor.level_shapes == tuple((channels, side, side) for channels, side in shapes)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    by_hooks = HookedForward(extractor.level_names, None)
+    with torch.no_grad():
+        features, (outputs, logits, *_) = extractor(images), by_hooks(extractor.plain, images)
+    assert torch.equal(features.logits, logits)
+    for level, output, shape in zip(features.levels, outputs, extractor.level_shapes, strict=True):
+        assert level.shape == (2, *shape)
+        # The last row of the grid, wherever the channels are.
+        rows = output.reshape(2, -1, shape[0]) if output.shape[1] != shape[0] else output.flatten(2).transpose(1, 2)
+        assert torch.equal(level[:, :, -1].transpose(1, 2), rows[:, -shape[2] :])
 
 
 def test_a_token_model_gets_levels_from_nodes() -> None:

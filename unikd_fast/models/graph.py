@@ -100,6 +100,10 @@ class _OutputTracer(fx.Tracer):
         self.outputs[key] = node
 
 
+class Untraceable(ValueError):
+    """torch.fx cannot trace a network."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """The graph of one mode, and the nodes by module path and operation name."""
@@ -117,7 +121,7 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
         training: whether to trace in training mode.
 
     Raises:
-        ValueError: torch.fx cannot trace the model's forward, or it does not return a tensor.
+        Untraceable: torch.fx cannot trace the model's forward, or it does not return a tensor.
 
     Example:
         >>> trace(torchvision.models.resnet18(), training=False).outputs["layer1"].name
@@ -129,18 +133,18 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
         try:
             graph = tracer.trace(model)
         except Exception as error:
-            raise ValueError(
-                f"extract_features: torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}); "
-                "use a model whose forward does not branch on the values of tensors"
+            said = str(error).partition(chr(10))[0]
+            raise Untraceable(
+                f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {said})"
             ) from error
     # Otherwise a tensor that forward creates from nothing would be frozen into the graph, on one device.
     constants = sorted(set(vars(model)) - attributes)
     if constants:
         for name in constants:
             delattr(model, name)
-        raise ValueError(
-            f"extract_features: the forward of {type(model).__name__} creates {len(constants)} tensor(s) that do not "
-            "depend on its input, which torch.fx would freeze; register them as buffers of the model"
+        raise Untraceable(
+            f"the forward of {type(model).__name__} creates {len(constants)} tensor(s) that do not depend on its "
+            "input, which torch.fx would freeze"
         )
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     # Networks with auxiliary heads return (logits, auxiliary logits, ...) in training mode, perhaps as a named tuple.
@@ -148,7 +152,7 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
         result = result.args
     logits = result[0] if isinstance(result, tuple | list) and result else result
     if not isinstance(logits, fx.Node):
-        raise ValueError(f"extract_features: {type(model).__name__} must return logits (N, K), got {type(result)}")
+        raise Untraceable(f"{type(model).__name__} returns {type(result).__name__} to torch.fx, and no tensor")
     return Trace(graph, tracer.outputs, logits)
 
 
@@ -255,7 +259,7 @@ def probe(model: nn.Module, traced: Trace, *, image_size: int, training: bool = 
         training: whether modules are in training mode while probing.
 
     Raises:
-        ValueError: the model does not accept images of this size.
+        Untraceable: the graph does not accept images of this size.
 
     Example:
         >>> probe(model, traced, image_size=224)[traced.logits].shape
@@ -291,8 +295,8 @@ def _probed(model: nn.Module, traced: Trace, image_size: int, training: bool, *,
         try:
             prober.run(torch.empty(batch, 3, image_size, image_size, device=device, dtype=dtype))
         except Exception as error:
-            raise ValueError(
-                f"extract_features: {type(model).__name__} does not accept images of {image_size}x{image_size} pixels "
+            raise Untraceable(
+                f"{type(model).__name__} does not accept images of {image_size}x{image_size} pixels "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); pass the size it was built for"
             ) from error
     return prober

@@ -1,0 +1,129 @@
+"""Networks that torch.fx cannot trace, or whose output is not a tensor: logits, levels and embeddings by hooks."""
+
+import copy
+import logging
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unikd_fast.models import FeatureExtractor, LogitsOnly, extract_features
+from unikd_fast.models.hooks import NoLogits
+
+
+class Branching(nn.Module):
+    """Three stages and a branch on values, which torch.fx does not follow."""
+
+    def __init__(self, wrap: Any = lambda logits: logits) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.BatchNorm2d(2 * c), nn.ReLU())
+            for c in (4, 8, 16)
+        )
+        self.spare = nn.Conv2d(32, 32, 1)
+        self.head = nn.Linear(32, 5)
+        self.wrap = wrap
+
+    def forward(self, images: Tensor) -> Any:
+        x = self.stem(images)
+        for stage in self.stages:
+            x = stage(x)
+        if x.sum() > 1e9 or not self.training:
+            x = x + 0 * self.spare(x)
+        return self.wrap(self.head(x.mean((2, 3))))
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_levels_of_a_branching_network(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "unikd_fast")
+    model = Branching()
+    before = copy.deepcopy(model.state_dict())
+    extractor = extract_features(model, image_size=16, embedding=True)
+    assert "levels of Branching by hooks: torch.fx cannot trace Branching" in caplog.text
+    assert extractor.level_names == ("stages.0", "stages.1", "stages.2")
+    assert extractor.level_shapes == ((8, 8, 8), (16, 4, 4), (32, 2, 2))
+    assert (extractor.num_classes, extractor.embedding_width) == (5, 32)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+    features = extractor.train()(images())
+    last = features.levels[-1]
+    assert torch.equal(features.embedding, last.mean((2, 3)))
+    assert torch.equal(features.logits, model.head(features.embedding))
+    last.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.stages.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_copy_has_levels_of_its_own() -> None:
+    extractor = extract_features(Branching(), image_size=16).eval()
+    other: FeatureExtractor = copy.deepcopy(extractor)
+    with torch.no_grad():
+        other.plain.stem.weight.zero_()
+        ours, theirs = extractor(images()).levels[0], other(images()).levels[0]
+    assert not torch.equal(ours, theirs)
+    assert torch.equal(theirs[:, :, 1:-1, 1:-1].std((0, 2, 3)), torch.zeros(8))
+
+
+def test_named_modules_are_the_levels() -> None:
+    extractor = extract_features(Branching(), image_size=16, nodes=["stem", "stages.1.0"])
+    assert extractor.level_shapes == ((4, 16, 16), (16, 4, 4))
+    with pytest.raises(ValueError, match=r"no node 'stages.4' in Branching; nearest: stages"):
+        extract_features(Branching(), image_size=16, nodes=["stages.4"])
+    with pytest.raises(ValueError, match=r"node 'head' gives shape \(2, 5\)"):
+        extract_features(Branching(), image_size=16, nodes=["head"])
+
+
+def test_a_level_that_training_does_not_compute_is_named() -> None:
+    extractor = extract_features(Branching(), image_size=16, nodes=["stages.1", "spare"])
+    assert len(extractor.eval()(images()).levels) == 2
+    with pytest.raises(ValueError, match="does not run spare in training mode, whose outputs are levels; name others"):
+        extractor.train()(images())
+
+
+def test_features_before_activation_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"torch.fx cannot trace Branching .* use a method that needs no features before"
+    ):
+        extract_features(Branching(), image_size=16, before_activation=True)
+
+
+WRAPPED: dict[str, Any] = {
+    "a tuple": lambda logits: (logits, logits + 1),
+    "a dictionary": lambda logits: {"loss": None, "logits": logits},
+    "an object": lambda logits: SimpleNamespace(logits=logits),
+    "an ordered object": lambda logits: OrderedDict(logits=logits, other=logits + 1),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_logits_of_outputs_that_are_not_tensors(kind: str) -> None:
+    model = Branching(WRAPPED[kind]).eval()
+    plain = Branching().eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = plain(images())
+        assert torch.equal(LogitsOnly(model)(images()).logits, expected)
+        assert torch.equal(extract_features(model, image_size=16)(images()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda logits: {"scores": logits}, r"returns dict with \['scores'\], which has no logits"),
+        (lambda logits: (None, logits), "returns tuple, which has no logits; return a tensor"),
+        (lambda logits: None, "returns NoneType"),
+    ],
+)
+def test_outputs_without_logits_are_refused(wrap: Any, said: str) -> None:
+    with pytest.raises(NoLogits, match=said):
+        LogitsOnly(Branching(wrap))(images())
+    with pytest.raises(NoLogits, match=said):
+        extract_features(Branching(wrap), image_size=16)
