@@ -90,7 +90,7 @@ def test_a_level_that_training_does_not_compute_is_named() -> None:
 
 def test_features_before_activation_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"torch.fx cannot trace Branching .* use a method that needs no features before"
+        ValueError, match=r"torch.fx cannot trace Branching .* use a method that needs none, such as unikd"
     ):
         extract_features(Branching(), image_size=16, before_activation=True)
 

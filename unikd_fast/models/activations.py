@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unikd_fast.models.graph import NodeValue, Trace, imported
 
+ANOTHER_METHOD = "use a method that needs none, such as unikd, at, fitnet or kd"
+
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU),
     *(nn.SiLU, nn.Mish, nn.GELU, nn.Hardswish),
@@ -55,7 +57,8 @@ def before_activation(
     raise ValueError(
         f"extract_features: level {name!r} of {type(model).__name__} has no value before an activation: it comes "
         f"from {_describe(model, level)}, which is neither an activation, nor read by one, nor a linear bottleneck; "
-        "name other levels (feature_nodes), or turn off train.activation_checkpointing, which hides them inside blocks"
+        "name other levels (feature_nodes), turn off train.activation_checkpointing, which hides them inside blocks, "
+        f"or {ANOTHER_METHOD}"
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from unikd_fast.models.activations import ANOTHER_METHOD
 from unikd_fast.models.features import FeatureExtractor
 from unikd_fast.models.graph import compiled_code, numbers, probe, trace
 
@@ -35,6 +36,11 @@ def split_at_levels(extractor: FeatureExtractor) -> list[Block]:
     model, names = extractor.plain, extractor.level_names
     if not names:
         raise ValueError("split_at_levels: the network was built without levels; pass levels=True to extract_features")
+    if any(level.layout != "map" for level in extractor.levels):
+        raise ValueError(
+            f"split_at_levels: levels of {type(model).__name__} are {extractor.levels[-1].layout}, and blocks read "
+            f"maps (N, C, H, W) alone; {ANOTHER_METHOD}"
+        )
     model.requires_grad_(False).eval()
     traced = trace(model, training=False)
     values = probe(model, traced, image_size=extractor.image_size)

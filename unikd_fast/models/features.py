@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from unikd_fast.models.activations import ANOTHER_METHOD, find_classifier, kept, norm_before
 from unikd_fast.models.activations import before_activation as find_before_activation
-from unikd_fast.models.activations import find_classifier, kept, norm_before
 from unikd_fast.models.graph import Forward, Trace, Untraceable, compile_forward, probe, trace
 from unikd_fast.models.hooks import HookedForward, logits_of, record_outputs
 from unikd_fast.models.levels import Level, Shapes, check_nodes, find_modules, find_stages, node_shapes, prefix_tokens
@@ -158,9 +158,7 @@ def extract_features(
     except Untraceable as error:
         extractor = _hooked(model, image_size, max_levels, nodes, embedding=embedding)
         if before_activation:
-            raise ValueError(
-                f"extract_features: {error}; use a method that needs no features before activation"
-            ) from error
+            raise ValueError(f"extract_features: {error}; {ANOTHER_METHOD}") from error
         _logger.info("levels of %s by hooks: %s", type(model).__name__, error)
         return extractor
 
@@ -192,6 +190,12 @@ def _traced(
                 raise Untraceable(f"its levels {', '.join(names)} are not tensors in the graph")
     else:
         names = check_nodes(model, nodes, shapes) if nodes else ()
+    found = _levels(model, names, shapes)
+    if before_activation and any(level.layout != "map" for level in found):
+        raise ValueError(
+            f"extract_features: levels of {type(model).__name__} are {found[-1].layout}, which have no features before "
+            f"an activation; {ANOTHER_METHOD}"
+        )
     num_classes = _num_classes(model, values[evaluation.logits].shape)
     classifier = find_classifier(model, evaluation, values).weight if embedding else None
 
@@ -201,18 +205,18 @@ def _traced(
         missing = [name for name in names if name not in traced.outputs]
         if missing:
             raise ValueError(f"extract_features: {missing} are not nodes of the graph in {mode} mode; name others")
-        found = [traced.outputs[name] for name in names]
+        nodes_of = [traced.outputs[name] for name in names]
         if nodes is None and not before_activation and not embedding:
-            return compile_forward(model, traced, found)
+            return compile_forward(model, traced, nodes_of)
         now = probe(model, traced, image_size=image_size, training=mode == "train")
-        overwritten = [node for node in found if nodes is not None and now[node].overwritten]
+        overwritten = [node for node in nodes_of if nodes is not None and now[node].overwritten]
         vector = kept(traced.graph, find_classifier(model, traced, now).embedding, now) if embedding else None
         before = []
         if before_activation:
-            named = zip(names, found, strict=True)
+            named = zip(names, nodes_of, strict=True)
             before = [find_before_activation(model, traced.graph, node, now, name=name) for name, node in named]
             norms[:] = [norm_before(model, node) for node in before]
-        return compile_forward(model, traced, found, overwritten, before_activation=before, embedding=vector)
+        return compile_forward(model, traced, nodes_of, overwritten, before_activation=before, embedding=vector)
 
     train_forward, eval_forward = compiled(training, "train"), compiled(evaluation, "eval")
     extractor = FeatureExtractor(
@@ -220,7 +224,7 @@ def _traced(
         train_forward=train_forward,
         eval_forward=eval_forward,
         level_names=names,
-        levels=_levels(model, names, shapes),
+        levels=found,
         num_classes=num_classes,
         image_size=image_size,
         returned_as_computed=nodes is not None,
