@@ -238,6 +238,7 @@ def teacher_config(config: Config) -> Config:
         "distill.method": "none",
         **_without_sections(config, ()),
         "student.model": config.teacher.model,
+        "student.model_args": config.teacher.model_args,
         "student.feature_nodes": config.teacher.feature_nodes,
         "student.weights": config.teacher.weights,
         "student.weights_key": config.teacher.weights_key,

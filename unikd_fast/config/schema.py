@@ -73,7 +73,10 @@ class TeacherConfig(Section):
     """The frozen network that the student learns from."""
 
     model: Text
-    """torchvision/<name>, timm/<name> or cifar/<name>."""
+    """torchvision/<name>, timm/<name>, cifar/<name>, or <module>:<class> for your own, imported also from the current
+    folder."""
+    model_args: dict[str, Any] = Field(default={})
+    """Further arguments of the network's class or function; num_classes is given to it."""
     weights: Text | None = None
     """File, "pretrained", torchvision or timm weight identifier, or "random" for an untrained teacher (smoke runs,
     benchmarks). If null, the teacher is trained from scratch as teacher.training says. Environment variables are
@@ -118,7 +121,10 @@ class StudentConfig(Section):
     """The network that is trained."""
 
     model: Text
-    """torchvision/<name>, timm/<name> or cifar/<name>."""
+    """torchvision/<name>, timm/<name>, cifar/<name>, or <module>:<class> for your own, imported also from the current
+    folder."""
+    model_args: dict[str, Any] = Field(default={})
+    """Further arguments of the network's class or function; num_classes is given to it."""
     weights: Text | None = None
     """Initial weights: a file, "pretrained" or an identifier; the classifier is a new one if they have other classes
     than the data. If null, random."""

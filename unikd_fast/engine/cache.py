@@ -65,6 +65,7 @@ def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly
     return {
         "teacher": {
             "model": teacher.model,
+            **({"model_args": teacher.model_args} if teacher.model_args else {}),
             "weights": hash_tensors(network.plain.state_dict()),
             "precision": _precision(config, experiment.processes.device),
             "fold_batch_norm": teacher.fold_batch_norm,

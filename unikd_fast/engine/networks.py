@@ -157,13 +157,16 @@ def build_network(
             model = build_model(
                 section.model,
                 num_classes=classes,
+                model_args=section.model_args,
                 weights=weights,
                 weights_key=key,
                 new_classifier=role == "student" or (config.teacher is not None and config.teacher.is_trained),
                 role=role,
             )
         else:
-            model = bare_model(section.model, num_classes=classes, weights=weights, role=role)
+            model = bare_model(
+                section.model, num_classes=classes, model_args=section.model_args, weights=weights, role=role
+            )
     if role == "teacher" and needs.teacher_batch_statistics:
         _drop_running_statistics(model)
     if role == "student" and config.train.activation_checkpointing:

@@ -52,7 +52,7 @@ def export_run(
     with redirect_stdout(sys.stderr):
         from unikd_fast.engine.folder import BEST
         from unikd_fast.engine.inputs import as_config_errors
-        from unikd_fast.export.formats import check, format_of, plain_logits, random_images
+        from unikd_fast.export.formats import check, format_of, plain_logits, random_images, with_logits
         from unikd_fast.export.student import load_student, read_weights
         from unikd_fast.models import parameter_count, stored_preprocessing
 
@@ -60,19 +60,24 @@ def export_run(
     has_average = config.train.ema_decay is not None
     weights = read_weights(run, checkpoint, average, has_average=has_average)
     student = load_student(
-        config.student.model, config.student.weights, weights.tensors, num_classes=config.data.num_classes
+        config.student.model,
+        config.student.weights,
+        weights.tensors,
+        num_classes=config.data.num_classes,
+        model_args=config.student.model_args,
     )
     # The mean and deviation may be measured on the data, which need not be here: the run's own file holds them.
     with as_config_errors():
         student = replace(student, preprocessing=stored_preprocessing(run / BEST))
     images = random_images(image_size or config.data.image_size)
-    logits = plain_logits(student.network, images)
+    student = replace(student, logits=with_logits(student.network, images))
+    logits = plain_logits(student.logits, images)
     make_folder(target.parent)
     with new_path(target) as unfinished:
         try:
             file_format.write(student, unfinished, images[:2], opset)
             run_again = file_format.read(student, unfinished)
-            agreement = check(run_again, student.network, images, logits, exact=file_format.exact)
+            agreement = check(run_again, student.logits, images, logits, exact=file_format.exact)
         except OSError:
             raise
         except Exception as error:  # of one of three libraries, each with its own kinds

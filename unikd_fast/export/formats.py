@@ -18,6 +18,7 @@ from unikd_fast.engine.folder import export_student, import_student
 from unikd_fast.errors import ConfigError, RunError
 from unikd_fast.export.student import PlainStudent
 from unikd_fast.models import preprocessing_in_words
+from unikd_fast.models.hooks import Logits
 
 BATCHES = (2, 3, 1)  # exporters see two images; one is the batch size they most easily take for a constant
 
@@ -45,20 +46,37 @@ def random_images(size: int) -> Tensor:
     return torch.randn(max(BATCHES), 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
+@contextmanager
+def _image_size_named(images: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"the student does not run on images of {images.shape[-1]} pixels ({_first_line(error)}); give --image-size"
+        ) from error
+
+
+@torch.no_grad()
+def with_logits(network: nn.Module, images: Tensor) -> nn.Module:
+    """Return the network, or one around it if its output is not the logits but has them.
+
+    Raises:
+        ConfigError: the network does not accept images of this size.
+    """
+    with _image_size_named(images):
+        return network if isinstance(network(images[:2]), Tensor) else Logits(network)
+
+
 @torch.no_grad()
 def plain_logits(network: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """Return the plain network's logits for the first images, by batch size.
+    """Return a network's logits for the first images, by batch size.
 
     Raises:
         ConfigError: the network does not accept images of this size.
         RunError: the logits are not finite.
     """
-    try:
+    with _image_size_named(images):
         logits = {count: network(images[:count]) for count in BATCHES}
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"the student does not run on images of {images.shape[-1]} pixels ({_first_line(error)}); give --image-size"
-        ) from error
     if not all(bool(found.isfinite().all()) for found in logits.values()):
         raise RunError("the student's logits are not finite for random images; export an earlier checkpoint")
     return logits
@@ -182,7 +200,7 @@ def _read_safetensors(student: PlainStudent, path: Path) -> Run:
     for name, tensor in expected.items():
         if not torch.equal(_bits(written[name]), _bits(tensor)):
             raise RunError(f"{name} came back from the file with other numbers")
-    return network
+    return network if student.logits is student.network else Logits(network)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -193,7 +211,7 @@ def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset:
     # Traced, not scripted: many networks are not written in the scriptable subset of Python. What a trace may get
     # wrong, another batch size, is checked after writing.
     with torch.no_grad(), _quiet():
-        traced = torch.jit.trace(student.network, images, check_trace=False)
+        traced = torch.jit.trace(student.logits, images, check_trace=False)
         buffer = io.BytesIO()  # written to a file by torch, a full disk would end the process
         torch.jit.save(traced, buffer, preprocessing_in_words(student.preprocessing))
     path.write_bytes(buffer.getbuffer())
@@ -213,7 +231,7 @@ def _write_onnx(student: PlainStudent, path: Path, images: Tensor, opset: int | 
         raise RunError(f"an ONNX file holds at most 2 GiB, and the student has {needed / 2**30:.1f}")
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            student.network,
+            student.logits,
             (images,),
             input_names=["images"],
             output_names=["logits"],

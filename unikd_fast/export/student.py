@@ -162,7 +162,8 @@ class PlainStudent:
     Attributes:
         name: name in a configuration, such as "torchvision/resnet18".
         num_classes: number of classes K.
-        network: network with the checkpoint's tensors, bit for bit.
+        network: network with the checkpoint's tensors, bit for bit. Its output may be an object that has the logits.
+        logits: the same network, or one around it, whose output is the logits.
         fresh: function that builds the network again, with random weights.
         preprocessing: preprocessing of the images. If None, it is unknown.
     """
@@ -170,12 +171,18 @@ class PlainStudent:
     name: str
     num_classes: int
     network: nn.Module
+    logits: nn.Module
     fresh: Callable[[], nn.Module]
     preprocessing: Preprocessing | None = None
 
 
 def load_student(
-    name: str, started_from: str | None, tensors: Mapping[str, Tensor], *, num_classes: int | None
+    name: str,
+    started_from: str | None,
+    tensors: Mapping[str, Tensor],
+    *,
+    num_classes: int | None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> PlainStudent:
     """Build a student and load its tensors strictly; their shapes give the number of classes.
 
@@ -185,6 +192,7 @@ def load_student(
             normalisation.
         tensors: state of the network.
         num_classes: first guess, since the data set may know better than the configuration. If None, 1000.
+        model_args: student.model_args of its run. If None, there are none.
 
     Raises:
         ConfigError: there is no such network, or the tensors are not its state.
@@ -194,10 +202,10 @@ def load_student(
         100
     """
     guess = num_classes or _USUAL_CLASSES
-    network = _build_plain(name, started_from, tensors, guess)
+    network = _build_plain(name, model_args, started_from, tensors, guess)
     classes = _classes(network, tensors, guess)
     if classes != guess:
-        network = _build_plain(name, started_from, tensors, classes)
+        network = _build_plain(name, model_args, started_from, tensors, classes)
     expected = network.state_dict()
     other = [key for key in expected if key in tensors and tensors[key].dtype != expected[key].dtype]
     try:
@@ -211,9 +219,9 @@ def load_student(
         )
 
     def fresh() -> nn.Module:
-        return _for_use(_build_plain(name, started_from, network.state_dict(), classes))
+        return _for_use(_build_plain(name, model_args, started_from, network.state_dict(), classes))
 
-    return PlainStudent(name, classes, _for_use(network), fresh)
+    return PlainStudent(name, classes, _for_use(network), network, fresh)
 
 
 def _for_use(network: nn.Module) -> nn.Module:
@@ -230,12 +238,20 @@ def _classes(network: nn.Module, tensors: Mapping[str, Tensor], guess: int) -> i
     return sizes.pop() if len(sizes) == 1 else guess
 
 
-def _build_plain(name: str, started_from: str | None, tensors: Mapping[str, Tensor], num_classes: int) -> nn.Module:
+def _build_plain(
+    name: str,
+    model_args: Mapping[str, Any] | None,
+    started_from: str | None,
+    tensors: Mapping[str, Tensor],
+    num_classes: int,
+) -> nn.Module:
     weights = started_from
     if weights is not None:
         with suppress(ValueError):  # a variable that is not set on the exporting machine
             weights = expand_weights("student", weights)
     try:
-        return bare_model(name, num_classes=num_classes, weights=weights, state=tensors, role="student")
+        return bare_model(
+            name, num_classes=num_classes, model_args=model_args, weights=weights, state=tensors, role="student"
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error

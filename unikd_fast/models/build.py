@@ -1,8 +1,14 @@
-"""Networks by name, from torchvision, timm and the CIFAR family, with random, published or local weights."""
+"""Networks by name, from torchvision, timm, the CIFAR family or one's own module, with random or given weights."""
 
 import difflib
+import importlib
+import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +29,7 @@ def build_model(
     name: str,
     *,
     num_classes: int,
+    model_args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     weights_key: str | None = None,
     new_classifier: bool = False,
@@ -31,8 +38,10 @@ def build_model(
     """Build a classifier: a plain network that maps images (N, 3, H, W) to logits (N, num_classes).
 
     Args:
-        name: name of the network: "torchvision/<name>", "timm/<name>" or "cifar/<name>".
-        num_classes: number of classes K.
+        name: name of the network: "torchvision/<name>", "timm/<name>", "cifar/<name>", or "<module>:<name>" for a class
+            or function of a module that can be imported, from the current folder too.
+        num_classes: number of classes K; a function of one's own gets it if it takes ``num_classes``.
+        model_args: further arguments of the network's class or function. If None, there are none.
         weights: path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors, .bin or .tar), or an
             identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1", a timm tag such as "a1_in1k", or
             "pretrained" for the default of either. If None or "random", they are initialised at random.
@@ -42,8 +51,8 @@ def build_model(
         role: name of the network in messages, "teacher" or "student".
 
     Raises:
-        ValueError: the name or identifier is unknown, the weights have another number of classes, or a key is given for
-            weights that are not a file.
+        ValueError: the name or identifier is unknown, a module cannot be imported, the network does not take an
+            argument, the weights have another number of classes, or a key is given for weights that are not a file.
         FileNotFoundError: the checkpoint does not exist.
         ConnectionError: the weights could not be downloaded.
 
@@ -57,13 +66,12 @@ def build_model(
             f"{role}; remove the key"
         )
     if weights is None or weights == "random":
-        return bare_model(name, num_classes=num_classes, role=role)
+        return bare_model(name, num_classes=num_classes, model_args=model_args, role=role)
+    source, model_name = _parsed(name, num_classes, role)  # refuse an unknown network before reading a large file
     if not is_file:
-        source, model_name = _parsed(name, num_classes, role)
-        return _BUILDERS[source](model_name, num_classes, weights, new_classifier, role)
-    _parsed(name, num_classes, role)  # refuse an unknown network before reading a large file
+        return _BUILDERS[source](model_name, num_classes, model_args or {}, weights, new_classifier, role)
     state = read_state(weights, role=role, key=weights_key)
-    model = bare_model(name, num_classes=num_classes, weights=weights, state=state, role=role)
+    model = bare_model(name, num_classes=num_classes, model_args=model_args, weights=weights, state=state, role=role)
     load_state(model, state, weights, new_classifier=new_classifier, role=role)
     return model
 
@@ -72,6 +80,7 @@ def bare_model(
     name: str,
     *,
     num_classes: int,
+    model_args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     state: Mapping[str, Tensor] | None = None,
     role: str = "model",
@@ -81,23 +90,29 @@ def bare_model(
     Args:
         weights: weights as in `build_model`; nothing is loaded, and a file need not exist.
         state: tensors of the file, if known: some options of a network can be inferred from them.
-        name, num_classes, role: as in `build_model`.
+        name, num_classes, model_args, role: as in `build_model`.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the network does not take an argument.
 
     Example:
         >>> bare_model("torchvision/googlenet", num_classes=1000, weights="IMAGENET1K_V1").transform_input
         True
     """
     source, model_name = _parsed(name, num_classes, role)
+    arguments: dict[str, Any] = {"num_classes": num_classes}
+    if source == "own":
+        build = _own(name, role)
+        if not _takes(build, "num_classes"):
+            arguments = {}
+        return _constructed(build, {**arguments, **(model_args or {})}, name, role)
     if source == "cifar":
-        return CIFAR_MODELS[model_name](num_classes=num_classes)
+        return _constructed(CIFAR_MODELS[model_name], {**arguments, **(model_args or {})}, name, role)
     if source == "torchvision":
         import torchvision
 
-        options = torchvision_options(model_name, weights, state)
-        return torchvision.models.get_model(model_name, weights=None, num_classes=num_classes, **options)
+        arguments |= torchvision_options(model_name, weights, state) | dict(model_args or {})
+        return _constructed(partial(torchvision.models.get_model, model_name, weights=None), arguments, name, role)
     arch, _, tag = model_name.partition(".")
     if weights not in (None, "random", "pretrained") and not _is_file(str(weights)):
         tag = str(weights)
@@ -105,7 +120,56 @@ def bare_model(
         raise _unknown_identifier("timm/" + arch, tag, role, _timm_tags(arch))
     import timm
 
-    return timm.create_model(f"{arch}.{tag}" if tag else arch, pretrained=False, num_classes=num_classes)
+    build = partial(timm.create_model, f"{arch}.{tag}" if tag else arch, pretrained=False)
+    return _constructed(build, {**arguments, **(model_args or {})}, name, role)
+
+
+def _constructed(build: Callable[..., Any], arguments: dict[str, Any], name: str, role: str) -> nn.Module:
+    """Call a class or function that builds a network, and name it in an error about its arguments."""
+    try:
+        network = build(**arguments)
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"build_model: {role}.model = {name} cannot be built with {arguments} ({said}); correct {role}.model_args"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"build_model: {role}.model = {name} builds a {type(network).__name__}, and not a torch.nn.Module; name a "
+            "class of a network, or a function that returns one"
+        )
+    return network
+
+
+def _takes(build: Callable[..., Any], argument: str) -> bool:
+    parameters = inspect.signature(build).parameters.values()
+    return any(each.name == argument or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _own(name: str, role: str) -> Callable[..., Any]:
+    """Return the class or function "<module>:<name>"; the module may lie in the current folder."""
+    module_name, _, path = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:  # `python -m` has it, a console script has not
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"build_model: {role}.model = {name}: the module {module_name} cannot be imported ({said}); start in its "
+            "folder, or add that to PYTHONPATH"
+        ) from error
+    module = found
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        near = difflib.get_close_matches(path, [each for each in vars(module) if callable(getattr(module, each))], n=3)
+        raise ValueError(
+            f"build_model: {role}.model = {name}: {module_name} has no class or function {path!r}; nearest: "
+            f"{', '.join(near) or 'none'}"
+        )
+    own: Callable[..., Any] = found
+    return own
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -119,12 +183,17 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _parsed(name: str, num_classes: int, role: str) -> tuple[str, str]:
-    """Return the source and the network's name in it, for timm possibly with a tag, "resnet50.a1_in1k"."""
+    """Return the source and the network's name in it, for timm possibly with a tag, "resnet50.a1_in1k".
+
+    The source of "<module>:<name>" is "own".
+    """
     if num_classes < 1:
         raise ValueError(f"build_model: num_classes of the {role} must be 1 or more, got {num_classes}")
+    if ":" in name:
+        return "own", name
     source, _, model_name = name.partition("/")
     arch = model_name.split(".")[0] if source == "timm" else model_name
-    if source not in _BUILDERS or arch not in _names(source):
+    if source not in _NAMED or arch not in _names(source):
         raise ValueError(f"build_model: no network {name!r} for the {role}; nearest: {_nearest(name)}")
     return source, model_name
 
@@ -139,7 +208,9 @@ def _timm_tags(arch: str) -> list[str]:
     return [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*") if full.split(".")[0] == arch]
 
 
-def _torchvision_weights(name: str, num_classes: int, weights: str, new_classifier: bool, role: str) -> nn.Module:
+def _torchvision_weights(
+    name: str, num_classes: int, model_args: Mapping[str, Any], weights: str, new_classifier: bool, role: str
+) -> nn.Module:
     import torchvision
 
     members = torchvision.models.get_model_weights(name).__members__
@@ -150,15 +221,21 @@ def _torchvision_weights(name: str, num_classes: int, weights: str, new_classifi
     count = len(entry.meta["categories"])
     if not new_classifier:
         _check_class_count("torchvision", name, count, num_classes, weights, role)
-    model = _downloaded(lambda: torchvision.models.get_model(name, weights=entry), full_name, weights, role)
+    build = partial(torchvision.models.get_model, name, weights=entry)
+    model = _downloaded(lambda: _constructed(build, dict(model_args), full_name, role), full_name, weights, role)
     if count == num_classes:
         return model
-    own = bare_model(full_name, num_classes=num_classes, weights=entry.name, state=model.state_dict(), role=role)
-    load_state(own, model.state_dict(), entry.name, new_classifier=True, role=role)
+    state = model.state_dict()
+    own = bare_model(
+        full_name, num_classes=num_classes, model_args=model_args, weights=entry.name, state=state, role=role
+    )
+    load_state(own, state, entry.name, new_classifier=True, role=role)
     return own
 
 
-def _timm_weights(name: str, num_classes: int, weights: str, new_classifier: bool, role: str) -> nn.Module:
+def _timm_weights(
+    name: str, num_classes: int, model_args: Mapping[str, Any], weights: str, new_classifier: bool, role: str
+) -> nn.Module:
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -176,23 +253,32 @@ def _timm_weights(name: str, num_classes: int, weights: str, new_classifier: boo
         _check_class_count("timm", arch, count, num_classes, tag, role)
     elif count != num_classes:
         log_new_classifier(f"timm/{full_name}", count, num_classes, role)
-    return _downloaded(
-        lambda: timm.create_model(full_name, pretrained=True, num_classes=num_classes), "timm/" + arch, tag, role
+    build, arguments = (
+        partial(timm.create_model, full_name, pretrained=True),
+        {"num_classes": num_classes, **model_args},
     )
+    return _downloaded(lambda: _constructed(build, arguments, f"timm/{name}", role), "timm/" + arch, tag, role)
 
 
-def _cifar_weights(name: str, num_classes: int, weights: str, new_classifier: bool, role: str) -> nn.Module:
+def _no_weights(
+    name: str, num_classes: int, model_args: Mapping[str, Any], weights: str, new_classifier: bool, role: str
+) -> nn.Module:
+    full_name = name if ":" in name else f"cifar/{name}"
     raise ValueError(
-        f"build_model: cifar/{name} has no weights to download, got {weights!r} for the {role}; pass the path of a "
+        f"build_model: {full_name} has no weights to download, got {weights!r} for the {role}; pass the path of a "
         "checkpoint (./ckpt_epoch_240.pth), or None for random weights"
     )
 
 
-_BUILDERS: dict[str, Callable[[str, int, str, bool, str], nn.Module]] = {
+_BUILDERS: dict[str, Callable[[str, int, Mapping[str, Any], str, bool, str], nn.Module]] = {
     "torchvision": _torchvision_weights,
     "timm": _timm_weights,
-    "cifar": _cifar_weights,
+    "cifar": _no_weights,
+    "own": _no_weights,
 }
+
+
+_NAMED = tuple(source for source in _BUILDERS if source != "own")
 
 
 def _names(source: str) -> list[str]:
@@ -209,13 +295,17 @@ def _names(source: str) -> list[str]:
 
 def _nearest(name: str) -> str:
     source, _, rest = name.rpartition("/")
-    known = [f"{each}/{model}" for each in _BUILDERS for model in _names(each)]
-    if source in _BUILDERS:
+    known = [f"{each}/{model}" for each in _NAMED for model in _names(each)]
+    if source in _NAMED:
         found = difflib.get_close_matches(name, [full for full in known if full.startswith(source + "/")], n=3)
     else:  # the source is missing or misspelt: search all of them
         found = [full for full in known if full.partition("/")[2] == rest]
         found = found or difflib.get_close_matches(name, known, n=3)
-    return ", ".join(found) if found else f"none; a name is one of {', '.join(_BUILDERS)}, a slash, and a network"
+    return (
+        ", ".join(found)
+        if found
+        else (f"none; a name is one of {', '.join(_NAMED)}, a slash and a network, or your own <module>:<class>")
+    )
 
 
 def _check_class_count(source: str, name: str, count: int, num_classes: int, weights: str, role: str) -> None:

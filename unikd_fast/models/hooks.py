@@ -37,6 +37,21 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
     )
 
 
+class Logits(nn.Module):
+    """Runs a network and returns its logits alone.
+
+    Args:
+        plain: network whose output has logits, see `logits_of`.
+    """
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.plain(images), self.plain)
+
+
 class Outputs(NamedTuple):
     """What modules return for two images."""
 
