@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unikd_fast.api import Distiller
     from unikd_fast.distribution import FeatureDistributionPrediction
     from unikd_fast.fusion import AdaptiveFeatureFusion
     from unikd_fast.losses import (
@@ -28,6 +29,7 @@ __all__ = [
     "AdaptiveFeatureFusion",
     "Batch",
     "DKDLoss",
+    "Distiller",
     "FeatureDistributionPrediction",
     "Features",
     "Gaussian",
@@ -47,6 +49,7 @@ __all__ = [
 
 _HOME = {
     "AdaptiveFeatureFusion": "fusion",
+    "Distiller": "api",
     "FeatureDistributionPrediction": "distribution",
     "DKDLoss": "losses.modules",
     "GaussianKL": "losses.modules",
@@ -63,7 +66,13 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'unikd_fast' has no attribute {name!r}")
-    return getattr(import_module(f"unikd_fast.{_HOME.get(name, 'losses')}"), name)
+    home = _HOME.get(name, "losses")
+    try:
+        return getattr(import_module(f"unikd_fast.{home}"), name)
+    except ModuleNotFoundError as error:
+        if home != "api":
+            raise
+        raise ImportError(f"unikd_fast.{name} needs {error.name}; pip install 'unikd-fast[train]'") from error
 
 
 def __dir__() -> list[str]:

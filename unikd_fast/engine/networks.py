@@ -1,6 +1,6 @@
 """Teacher and student as configured, and their first forward pass."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -171,17 +171,41 @@ def build_network(
         _drop_running_statistics(model)
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
-    plain = LogitsOnly(model)
-    _check_logits(plain, f"{role}.model = {section.model}", splits, batch)
+    what = f"{role}.model = {section.model}"
+    _check_logits(LogitsOnly(model), what, splits, batch)
+    nodes, size = section.feature_nodes, splits.image_size
+    return with_features(model, role, needs, image_size=size, nodes=nodes, max_levels=config.distill.max_levels)
+
+
+def with_features(
+    model: nn.Module,
+    role: str,
+    needs: Needs,
+    *,
+    image_size: int,
+    nodes: Sequence[str] | None = None,
+    max_levels: int = 4,
+) -> FeatureExtractor | LogitsOnly:
+    """Return a network that returns its logits and the features that a method needs of it.
+
+    Args:
+        model: network that maps images to logits, see `LogitsOnly`.
+        role: "student" or "teacher".
+        needs: what the method needs.
+        image_size, nodes, max_levels: see `extract_features`.
+
+    Raises:
+        ValueError: the network lacks what is needed.
+    """
     before_activation = needs.before_activation_of(role)
     levels = needs.levels or before_activation
     if not levels and not needs.embedding:
-        return plain
+        return LogitsOnly(model)
     return extract_features(
         model,
-        image_size=splits.image_size,
-        max_levels=config.distill.max_levels,
-        nodes=section.feature_nodes,
+        image_size=image_size,
+        max_levels=max_levels,
+        nodes=nodes,
         levels=levels,
         before_activation=before_activation,
         embedding=needs.embedding,

@@ -315,7 +315,7 @@ class CRD(Method[CRDSettings]):
     """
 
     settings_class = CRDSettings
-    needs = Needs(embedding=True, hard_labels=True)
+    needs = Needs(embedding=True, labels=True, hard_labels=True)
 
     def __init__(self, settings: CRDSettings, context: RunContext) -> None:
         super().__init__(settings, context)

@@ -37,7 +37,7 @@ class DKD(Method[DKDSettings]):
     """
 
     settings_class = DKDSettings
-    needs = Needs(hard_labels=True, two_classes=True)
+    needs = Needs(labels=True, hard_labels=True, two_classes=True)
 
     def __init__(self, settings: DKDSettings, context: RunContext) -> None:
         super().__init__(settings, context)

@@ -39,11 +39,10 @@ class TeacherHead:
         settings: Mapping[str, Any],
         term: str = "anchor",
     ) -> None:
-        self.module, self.term = module, term
+        self.module, self.term, self.steps = module, term, steps
         self.fixed, self._anchored = training == "prefit", training == "anchored"
         self.settings = {"steps": steps, "learning_rate": LEARNING_RATE, **settings}
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE)
-        self._steps = steps
         self._replicated: nn.Module | None = None
         self._kept: list[Tensor] | None = None  # the buffers before the update that is under way
 
@@ -57,11 +56,11 @@ class TeacherHead:
 
     def fit(self, batches: Iterable[Features]) -> None:
         """Fit the module by one AdamW step on each of ``steps`` batches, and fix it."""
-        for features in itertools.islice(batches, self._steps):
+        for features in itertools.islice(batches, self.steps):
             gaussian = self._predict(features)
             reference.gaussian_anchor(features.logits, gaussian.mean, gaussian.log_var).backward()
             self._update()
-        self._fix()
+        self.fix()
 
     def train(self, terms: Mapping[str, Tensor], *, accumulation_steps: int, update: bool, leave_out: bool) -> None:
         """Train an "anchored" head after the student's backward pass; others are left as they are.
@@ -93,7 +92,7 @@ class TeacherHead:
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of a module that was fitted before, and fix it."""
         self.module.load_state_dict(dict(weights))
-        self._fix()
+        self.fix()
 
     def state_dict(self) -> dict[str, Any]:
         return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -102,7 +101,7 @@ class TeacherHead:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.fixed:
-            self._fix()
+            self.fix()
 
     def _predict(self, features: Features) -> Gaussian:
         """Return the Gaussian with gradient to the module, synchronised over processes in the backward pass."""
@@ -123,5 +122,6 @@ class TeacherHead:
         self._kept = None
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _fix(self) -> None:
+    def fix(self) -> None:
+        """Freeze the module, in eval mode."""
         self.module.requires_grad_(False).eval()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import nn
 
 from unikd_fast.kernels import reference
@@ -99,6 +100,10 @@ class Hybrid(Method[NoSettings]):
     @property
     def uncapturable(self) -> str | None:
         return "; ".join(filter(None, (part.uncapturable for part in self.parts.values()))) or None
+
+    def to(self, device: torch.device) -> None:
+        for part in self.parts.values():
+            part.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}

@@ -78,7 +78,7 @@ class KD(Method[KDSettings]):
 class StudentAlone(Method[NoSettings]):
     """L = L_CE: the baseline of every comparison, and how teachers are trained."""
 
-    needs = Needs(teacher=False)
+    needs = Needs(teacher=False, labels=True)
 
     def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)

@@ -26,6 +26,7 @@ class Needs(NamedTuple):
     second_view: bool = False  # Batch.second, and both networks' logits for it
     teacher_batch_statistics: bool = False  # the teacher's BatchNorms use batch statistics, as in training
     teacher_network: bool = False  # the teacher's own blocks, as functions that gradients can pass through
+    labels: bool = False  # the class of every sample, so none without a label
     hard_labels: bool = False  # one class per sample, so no mixup or CutMix
     two_classes: bool = False  # at least two classes in the data
     whole_head: bool = False  # unsharded companion weights in the loss; ZeRO stage 3 shards them
@@ -155,6 +156,16 @@ class Method(Generic[Settings]):
     def fixed_head(self) -> TeacherHead | None:
         """The head, if ``prepare`` fits it and it is fixed from then on: its outputs can be cached."""
         return self.head if self.head is not None and self.head.fixed else None
+
+    def to(self, device: torch.device) -> None:
+        """Move the tensors that the method keeps outside of its adapter, companion and head."""
+        for name, value in vars(self).items():
+            if isinstance(value, Ramp):
+                value.value = value.value.to(device)
+            elif isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+            elif isinstance(value, list) and all(isinstance(each, Tensor) for each in value):
+                setattr(self, name, [each.to(device) for each in value])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides the StudentModule and the head."""

@@ -34,7 +34,7 @@ class NKD(Method[NKDSettings]):
     """
 
     settings_class = NKDSettings
-    needs = Needs(two_classes=True)
+    needs = Needs(labels=True, two_classes=True)
 
     @property
     def term_names(self) -> tuple[str, ...]:

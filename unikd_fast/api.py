@@ -1,0 +1,310 @@
+"""The front door for Python: distillation inside one's own training loop."""
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unikd_fast.engine.networks import StudentModule, with_features
+from unikd_fast.methods import METHODS, Method, RunContext, build_method, needs_of
+from unikd_fast.models import FeatureExtractor, LogitsOnly
+from unikd_fast.models.blocks import split_at_levels
+from unikd_fast.teacher import OnlineTeacher
+from unikd_fast.values import Batch, Features, Loss
+
+NO_LABEL = -100
+"""Label of a sample without one: the cross-entropy leaves it out."""
+_STEPS_PER_EPOCH = 1000  # of a loop whose length is not known: `fit_teacher` takes 1,000 batches, ramps count epochs
+_USUAL_EPOCHS = 250
+
+
+class Distiller(nn.Module):
+    """A teacher and a student with a distillation method, as a loss for one's own training loop.
+
+    It is a module that holds the student and what the method trains beside it, so AMP, gradient accumulation,
+    DistributedDataParallel, torch.compile and trainers take it like any other; ``state_dict`` is what to save. The
+    teacher is not part of it: a frozen copy of it runs in half precision where the processor has units for it.
+
+    Args:
+        teacher: trained network that maps images (N, 3, H, W) to logits (N, K), to a tuple that starts with them, or to
+            an object or dictionary that has ``logits``. It is copied and left as it is.
+        student: network of the same kind, which is trained in place.
+        method: name of a method, or a list, which is their sum; see docs/methods.md.
+        image_size: H and W of the images.
+        epochs: number of epochs that will be trained, which limits warm-ups to 8 % of them. If None, 250.
+        label_smoothing: label smoothing of the cross-entropy.
+        feature_nodes: names of the modules whose outputs are the levels, by "teacher" and "student". If None, the ends
+            of the stages.
+        settings: settings of the method, such as ``alpha=4.0`` of unikd; of several methods a dictionary for each by
+            its name.
+
+    Raises:
+        ValueError: a network has no logits, or lacks what the method needs; a setting is unknown or out of range; the
+            method cannot be used in a loop.
+
+    Example:
+        >>> distiller = Distiller(teacher, student, method="unikd", epochs=30)
+        >>> distiller.fit_teacher(loader)
+        >>> optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
+        >>> loss = distiller(images, labels, epoch=0.0)
+        >>> loss.total.backward()
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        method: str | Sequence[str] = "unikd",
+        image_size: int = 224,
+        epochs: float | None = None,
+        label_smoothing: float = 0.0,
+        feature_nodes: Mapping[str, Sequence[str]] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        chosen = _settings(method, settings)
+        self.needs = needs_of(chosen)
+        _refuse(list(chosen), self.needs.teacher_batch_statistics)
+        nodes = feature_nodes or {}
+        networks: dict[str, FeatureExtractor | LogitsOnly] = {}
+        for role, network in (("student", student), ("teacher", copy.deepcopy(teacher))):
+            networks[role] = with_features(
+                network,
+                role,
+                self.needs,
+                image_size=image_size,
+                nodes=nodes.get(role),
+            )
+        ours, theirs = (_classes(networks[role], image_size) for role in ("student", "teacher"))
+        if ours != theirs:
+            raise ValueError(
+                f"Distiller: the student has {ours} classes and the teacher {theirs}; fine-tune the teacher on the "
+                "student's classes, or give the student the teacher's"
+            )
+        device = _device(student)
+        extractors = {role: each if isinstance(each, FeatureExtractor) else None for role, each in networks.items()}
+        blocks = extractors["teacher"]
+        networks["teacher"].to(device)
+        context = RunContext(
+            student=extractors["student"],
+            teacher=extractors["teacher"],
+            teacher_blocks=None if blocks is None else lambda: split_at_levels(blocks),
+            num_classes=ours,
+            device=device,
+            total_steps=int(_STEPS_PER_EPOCH * (_USUAL_EPOCHS if epochs is None else epochs)),
+            steps_per_epoch=_STEPS_PER_EPOCH,
+            label_smoothing=label_smoothing,
+        )
+        self.method: Method[Any] = build_method(chosen, context)
+        if self.method.head is not None and not self.method.head.fixed and self.method.companion is None:
+            raise ValueError(
+                "Distiller: teacher_head = 'anchored' trains the teacher's head with an optimiser of its own; set it "
+                "to 'prefit' and call fit_teacher, or use unikd train"
+            )
+        self.module = StudentModule(networks["student"], self.method.adapter, self.method.companion).to(device)
+        self.head = None if self.method.fixed_head is None else self.method.fixed_head.module
+        # Not a submodule: it is neither trained nor saved, and stays in eval mode and in its own precision.
+        self._teacher = [OnlineTeacher(networks["teacher"].eval(), channels_last=device.type == "cuda")]
+        self._settled = False
+        self._fitted = self.head is None
+        self.method.set_progress(float("inf"))
+
+    @property
+    def teacher(self) -> OnlineTeacher:
+        """Return the frozen teacher as it runs."""
+        return self._teacher[0]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield what is to be trained: the student and what the method trains beside it."""
+        return self.module.parameters(recurse)
+
+    def fit_teacher(self, loader: Iterable[Any], *, steps: int | None = None) -> None:
+        """Fit the method's head to the teacher, if it has one; call it once, before training, on all processes.
+
+        Args:
+            loader: batches of training images: tensors (N, 3, H, W), tuples that start with one, or dictionaries with
+                "images", "image" or "pixel_values". It is read again as often as needed.
+            steps: number of batches. If None, ``head_steps`` of the method, by default 1,000.
+
+        Raises:
+            ValueError: the loader is empty, or a batch has no images.
+        """
+        head = self.method.head
+        if head is None or self._fitted:
+            return
+        if steps is not None:
+            head.steps = steps
+        self.method.prepare(self._features(loader))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for tensor in (*head.module.parameters(), *head.module.buffers()):
+                dist.broadcast(tensor.detach(), 0)  # running statistics are each process's own
+        self._fitted = True
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        epoch: float | None = None,
+        second: Tensor | None = None,
+    ) -> Loss:
+        """Return the loss of a batch and its terms, in fp32, also under autocast.
+
+        Args:
+            images: images (N, 3, H, W), preprocessed for both networks.
+            labels: classes (N,), with -100 for samples without one, or class weights (N, K) as mixup makes them. If
+                None, no sample has one and there is no cross-entropy.
+            epoch: epochs trained so far, for warm-ups; may be fractional. If None, the weights are those after them.
+            second: another view of the images, for methods that compare two (mlkd).
+
+        Raises:
+            ValueError: the method needs labels or a second view, or `fit_teacher` was not called.
+        """
+        if not self._fitted:
+            raise ValueError(
+                "Distiller: the method's head is not fitted to the teacher; call fit_teacher(loader) before training"
+            )
+        if self.needs.second_view and second is None:
+            raise ValueError("Distiller: the method compares two views of an image; pass the other one as second=...")
+        if labels is None:
+            if self.needs.labels:
+                raise ValueError(
+                    f"Distiller: {type(self.method).__name__} needs labels; pass them, or use a method that needs "
+                    "none, such as unikd or kd"
+                )
+            labels = torch.full((len(images),), NO_LABEL, device=images.device)
+        if epoch is not None:
+            self.method.set_progress(epoch)
+        self._settle(images)
+        with torch.no_grad():
+            features = self.teacher(images)
+            other = self.teacher(second) if second is not None and self.needs.second_view else None
+        target = self.method.target(features, other)
+        student = self.module(images, second if self.needs.second_view else None)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.method.loss(student, target, Batch(images, labels, labels.new_zeros(len(images))))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what ``state_dict`` holds besides tensors."""
+        return {"fitted": self._fitted}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore what `get_extra_state` returned."""
+        head = self.method.fixed_head
+        if head is not None and state["fitted"]:
+            head.fix()
+        self._fitted = bool(state["fitted"])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        device = _device(self.module)
+        self.teacher.to(device)
+        self.method.to(device)
+        return self
+
+    def _settle(self, images: Tensor) -> None:
+        """Leave fp16 on the first batch if its range is not sufficient, on all processes alike."""
+        if not self._settled and self.teacher.precision == "fp16":
+            finite = torch.tensor(float(self.teacher.is_finite([images])), device=images.device)
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(finite, dist.ReduceOp.MIN)
+            self.teacher.settle(bool(finite))
+        self._settled = True
+
+    def _features(self, loader: Iterable[Any]) -> Iterator[Features]:
+        device, empty = _device(self.module), False
+        for _ in itertools.count():
+            if empty:
+                raise ValueError("Distiller.fit_teacher: the loader yields no batches; give one that does")
+            empty = True
+            for batch in loader:
+                empty = False
+                images = _images(batch).to(device)
+                self._settle(images)
+                yield self.teacher(images)
+
+
+def _settings(method: str | Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings by name of the method, validated.
+
+    Raises:
+        ValueError: a method or setting is unknown, or a value is out of range.
+    """
+    names = [method] if isinstance(method, str) else list(method)
+    for name in names:
+        if name not in METHODS:
+            near = get_close_matches(name, METHODS, n=3, cutoff=0.4)
+            raise ValueError(f"Distiller: no method {name!r}; nearest: {', '.join(near or METHODS)}")
+    by_name = {names[0]: dict(given)} if len(names) == 1 else {name: dict(given.get(name, {})) for name in names}
+    spare = [] if len(names) == 1 else sorted(given.keys() - set(names))
+    if spare:
+        raise ValueError(
+            f"Distiller: {spare[0]} = {given[spare[0]]!r}: settings of several methods are dictionaries by their "
+            f"names, {', '.join(f'{name}={{...}}' for name in names)}"
+        )
+    return {name: _validated(name, own) for name, own in by_name.items()}
+
+
+def _validated(name: str, given: Mapping[str, Any]) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    kind = METHODS[name].settings_class
+    known = list(inspect.signature(kind).parameters)
+    for key in given:
+        if key not in known:
+            near = get_close_matches(key, known, n=3, cutoff=0.4)
+            raise ValueError(f"Distiller: {name} has no setting {key!r}; nearest: {', '.join(near or known)}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"Distiller: {key} = {first['input']!r} of {name} is not valid: {first['msg']}") from None
+
+
+def _refuse(names: Sequence[str], batch_statistics: bool) -> None:
+    if "crd" in names:
+        raise ValueError(
+            "Distiller: crd compares with features of all other samples, which it keeps by sample; use unikd train"
+        )
+    if "none" in names:
+        raise ValueError("Distiller: method 'none' learns from no teacher; use the cross-entropy")
+    if batch_statistics:
+        raise ValueError("Distiller: teacher_batch_statistics = True needs the engine; use unikd train")
+
+
+def _images(batch: Any) -> Tensor:
+    found = batch
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in ("images", "image", "pixel_values") if key in batch), None)
+    elif isinstance(batch, tuple | list) and batch:
+        found = batch[0]
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            "Distiller.fit_teacher: a batch must be images (N, 3, H, W), a tuple that starts with them, or a "
+            f"dictionary with images, image or pixel_values, got {type(batch).__name__}"
+        )
+    return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@torch.no_grad()
+def _classes(network: nn.Module, image_size: int) -> int:
+    images = torch.zeros(2, 3, image_size, image_size, device=_device(network))
+    training = network.training
+    logits: Tensor = network.eval()(images).logits
+    network.train(training)
+    if logits.dim() != 2:
+        raise ValueError(f"Distiller: a network must return logits (N, K), got {tuple(logits.shape)} for two images")
+    return logits.shape[1]
