@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast import Distiller, softmax_kl
-from unikd_fast.models import build_model
+from unikd_fast.models import build_model, extract_features
 
 CLASSES, SIZE = 5, 16
 
@@ -162,6 +162,45 @@ def test_a_transformer_teaches_a_convolutional_network() -> None:
     loss = kd(images)
     loss.total.backward()
     assert loss.terms["feature_kl"] > 0
+
+
+HUGGING_FACE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "ViT": ("vit.layers.{}", {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "patch_size": 8}, 8),
+    "Dinov2": (
+        "dinov2.encoder.layer.{}",
+        {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "patch_size": 16},
+        4,
+    ),
+    "ConvNext": ("convnext.encoder.stages.{}", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, 16),
+    "ResNet": (
+        "resnet.encoder.stages.{}",
+        {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4},
+        16,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_models_of_transformers_teach_and_learn(name: str) -> None:
+    import transformers
+
+    path, sizes, finest = HUGGING_FACE[name]
+    config = getattr(transformers, f"{name}Config")(image_size=64, num_labels=CLASSES, **sizes)
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{name}ForImageClassification")(config)
+    images, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
+    for method in ("unikd", "kd", "flg"):
+        for pair in ((network, Stages(4)), (Stages(8), copy.deepcopy(network))):
+            kd = Distiller(*pair, method=method, image_size=64)
+            kd.fit_teacher([images], steps=2)
+            loss = kd(images, labels)
+            loss.total.backward()
+            assert loss.total.isfinite()
+    levels = extract_features(network, image_size=64)
+    assert levels.level_names == tuple(path.format(place) for place in range(4))
+    assert levels.level_shapes[0][1] == finest
+    with torch.no_grad():
+        assert torch.equal(levels.eval()(images).logits, network.eval()(images).logits)
 
 
 @pytest.mark.parametrize("batch", ["tuple", "tensor", "dictionary"])

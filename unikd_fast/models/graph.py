@@ -133,7 +133,7 @@ def trace(model: nn.Module, *, training: bool) -> Trace:
         try:
             graph = tracer.trace(model)
         except Exception as error:
-            said = str(error).partition(chr(10))[0]
+            said = str(error).partition("\n")[0].partition(". ")[0]
             raise Untraceable(
                 f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {said})"
             ) from error

@@ -117,7 +117,7 @@ def find_modules(model: nn.Module, shapes: Shapes, *, max_levels: int) -> tuple[
     """Return the names of the modules that end the coarsest `max_levels` stages, from the shapes of outputs alone.
 
     The stages are the children of one module: of the one whose children have most resolutions, the last at each; if
-    all have one, of the one with most children of the same shape, at even distances.
+    all have one, of the one with most children of the same class and shape, at even distances.
 
     Args:
         model: network.
@@ -137,7 +137,7 @@ def find_modules(model: nn.Module, shapes: Shapes, *, max_levels: int) -> tuple[
             levels = {name: Level.of(shapes[name], prefix=prefix) for name in called}
             families.append({name: level for name, level in levels.items() if level is not None and level.side > 1})
         stages = max(map(_stages_of, families), key=lambda own: (len(own), order[own[-1]] if own else 0), default=[])
-        names = stages or max(map(_most_alike, families), key=len, default=[])
+        names = stages or max((_most_alike(model, family) for family in families), key=len, default=[])
     return _coarsest(model, names, shapes, max_levels)
 
 
@@ -201,10 +201,11 @@ def _stages_of(family: Mapping[str, Level]) -> list[str]:
     return list(last.values()) if len(last) > 1 else []
 
 
-def _most_alike(family: Mapping[str, Level]) -> list[str]:
-    """Return the children of the most frequent shape."""
-    kinds = [level[:3] for level in family.values()]
-    return [name for name, level in family.items() if level[:3] == max(kinds, key=kinds.count)]
+def _most_alike(model: nn.Module, family: Mapping[str, Level]) -> list[str]:
+    """Return the children of the most frequent class and shape."""
+    kinds = {name: (type(model.get_submodule(name)), *level[:3]) for name, level in family.items()}
+    most = max(kinds.values(), key=list(kinds.values()).count, default=None)
+    return [name for name, kind in kinds.items() if kind == most]
 
 
 def _counts(module: nn.Module) -> bool:

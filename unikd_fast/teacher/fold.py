@@ -43,6 +43,8 @@ def fold_batch_norm(network: nn.Module) -> int:
     """
     if network.training:
         raise ValueError("fold_batch_norm: the network must be in eval mode, got training mode; call network.eval()")
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return 0
     graph = _graph(network)
     if graph is None:
         return 0
