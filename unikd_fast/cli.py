@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_export(commands)
+    _add_predict(commands)
     _add_cache(commands)
     _add_data(commands)
     _add_report(commands)
@@ -177,6 +178,36 @@ def _export(options: argparse.Namespace) -> int:
         force=options.force,
     )
     print(said)
+    return 0
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "predict",
+        _predict,
+        extra="train",
+        help="name the classes of images",
+        description="Print the most probable classes of images, by the student of a run or of a file that unikd export "
+        "wrote. The images are preprocessed as in the run's evaluation.",
+        epilog="exit codes: 0 done; 1 a file cannot be read; 2 an argument is not usable; 5 an image cannot be decoded",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="run folder, or a file that unikd export wrote")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="paths of images")
+    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="number of classes shown (default: 5)")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="of a run folder, as for unikd export (default: best)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line for each image")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):
+        from unikd_fast.export.predict import as_json, predict
+
+    paths = [Path(image) for image in options.images]
+    for found in predict(Path(options.source), paths, top=options.top, checkpoint=options.checkpoint):
+        print(as_json(found) if options.json else found)
     return 0
 
 

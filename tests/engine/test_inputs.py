@@ -21,7 +21,7 @@ from unikd_fast.engine.cache import outputs_key, ready_cache
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.folder import export_student
 from unikd_fast.engine.teacher import evaluate_teacher
-from unikd_fast.models import LogitsOnly, Preprocessing, build_model
+from unikd_fast.models import LogitsOnly, Preprocessing, StudentCard, build_model
 
 SIZE, SAMPLES = 32, {"train": 16, "val": 6}
 TEACHER = "timm/test_convnext"  # of 0.5 and bicubic
@@ -169,7 +169,7 @@ def test_a_teacher_trained_here_says_what_it_was_trained_on(files: Path, tmp_pat
     weights = tmp_path / "student.safetensors"
     own = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), "bilinear", 0.8, False, SIZE)
     teacher = plain(files, "teacher", TEACHER)
-    export_student(teacher, weights, own)
+    export_student(teacher, weights, StudentCard(TEACHER, {}, 10, None, own))
     built = experiment(files, tmp_path, {"teacher.weights": str(weights)})
     assert (built.splits.mean, built.splits.interpolation, built.splits.eval_resize) == (own.mean, "bilinear", 40)
     assert inputs.preprocessing_of(built.splits, built.loader.schedule.augmentation) == own

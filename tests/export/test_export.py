@@ -52,7 +52,7 @@ def test_the_newest_checkpoint_is_exported(
     assert f"10 classes, {count:,} parameters" in line
     assert "bit for bit the plain network" in line
     assert equal(load_file(file), load_file(run / "student.safetensors"))
-    assert left_behind(tmp_path / "new") == ["student.safetensors"]
+    assert left_behind(tmp_path / "new") == ["student.json", "student.safetensors"]
 
 
 def test_average_selects_the_weights(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """unikd export: its files compute what the plain network computes, and are whole or absent."""
 
+import json
 import os
 import stat
 import sys
@@ -25,7 +26,7 @@ from unikd_fast.engine.checkpoint import checkpoint_name, read_folder
 from unikd_fast.export import formats as export_formats
 from unikd_fast.export.formats import relative_difference
 from unikd_fast.io import is_leftover
-from unikd_fast.models import CIFAR_MODELS, Preprocessing, preprocessing_in_words, stored_preprocessing
+from unikd_fast.models import CIFAR_MODELS, Preprocessing, StudentCard
 
 # Eight times what fp32 costs such a network, see export_check.py; measured 0 for TorchScript and 9e-7 for ONNX.
 CLOSE = 1e-5
@@ -41,7 +42,7 @@ def test_torchscript_matches_the_plain_network(runs: Runs, tmp_path: Path, capsy
         with torch.no_grad():
             assert relative_difference(loaded(images), plain(images)) < CLOSE
     assert not loaded.training
-    assert left_behind(tmp_path) == ["student.pt"]
+    assert left_behind(tmp_path) == ["student.json", "student.pt"]
 
 
 def test_onnx_matches_the_plain_network(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,24 +63,30 @@ def test_onnx_matches_the_plain_network(runs: Runs, tmp_path: Path, capsys: pyte
     assert [(item.domain, item.version) for item in onnx.load(file).opset_import] == [("", 21)]
     for trace in (str(ROOT), sys.prefix, "stack_trace"):  # where the code lay concerns nobody
         assert trace.encode() not in file.read_bytes()
-    assert left_behind(tmp_path) == ["student.onnx"]  # weights included
+    assert left_behind(tmp_path) == ["student.json", "student.onnx"]  # weights included
 
 
-def test_every_format_states_its_preprocessing(runs: Runs, tmp_path: Path) -> None:
+def test_every_format_says_how_to_use_it(runs: Runs, tmp_path: Path) -> None:
     splits = open_data(DataSettings(name="digits", image_size=16))
-    expected = Preprocessing(splits.mean, splits.std, "bilinear", 1.0, False, 16)
+    expected = StudentCard(
+        "cifar/resnet8",
+        {},
+        10,
+        tuple("0123456789"),
+        Preprocessing(splits.mean, splits.std, "bilinear", 1.0, False, 16),
+    )
     for name in ("student.safetensors", "checkpoints/best.safetensors"):  # as the run wrote them
-        assert stored_preprocessing(runs.averaged / name) == expected
-    (said,) = preprocessing_in_words(expected).values()
+        assert StudentCard.read(runs.averaged / name) == expected
+    words = expected.in_words()
     for name in ("new.safetensors", "new.pt", "new.onnx"):
         assert export(runs.averaged, tmp_path / name) == 0
-    assert stored_preprocessing(tmp_path / "new.safetensors") == expected
-    found = {"preprocessing": ""}
+        assert StudentCard.from_dict(json.loads((tmp_path / "new.json").read_text())) == expected
+        (tmp_path / "new.json").unlink()
+    assert StudentCard.read(tmp_path / "new.safetensors") == expected
+    found = dict.fromkeys(words, "")
     torch.jit.load(tmp_path / "new.pt", _extra_files=found)
-    assert found["preprocessing"] in (said, said.encode())
-    assert [(item.key, item.value) for item in onnx.load(tmp_path / "new.onnx").metadata_props] == [
-        ("preprocessing", said)
-    ]
+    assert all(found[key] in (said, said.encode()) for key, said in words.items())
+    assert {item.key: item.value for item in onnx.load(tmp_path / "new.onnx").metadata_props} == words
 
 
 def test_a_file_is_replaced_only_with_force(
@@ -108,7 +115,7 @@ def test_a_file_is_replaced_only_with_force(
     monkeypatch.setitem(export_formats.FORMATS, ".safetensors", replace(exact, write=meanwhile))
     assert export(runs.alone, tmp_path / "late.safetensors") == 2
     assert (tmp_path / "late.safetensors").read_text() == "another's"
-    assert left_behind(tmp_path) == ["late.safetensors", "link.safetensors", "student.safetensors"]
+    assert left_behind(tmp_path) == ["late.safetensors", "link.safetensors", "student.json", "student.safetensors"]
 
 
 class Shorter(nn.Module):
@@ -150,7 +157,8 @@ def test_a_wrong_file_is_removed(
     def write(student: Any, *rest: Any) -> None:
         other = student.fresh()
         other.load_state_dict(student.network.state_dict())
-        good.write(replace(student, network=spoil(other)), *rest)
+        spoilt = spoil(other)
+        good.write(replace(student, network=spoilt, logits=spoilt), *rest)
 
     monkeypatch.setitem(export_formats.FORMATS, ending, replace(good, write=write))
     assert export(runs.averaged, tmp_path / f"new{ending}") == 1

@@ -18,6 +18,7 @@ from unikd_fast.engine.inputs import (
     build_data,
     build_data_loader,
     log_inputs,
+    preprocessing_of,
     teacher_affine,
 )
 from unikd_fast.engine.memory import oom_hint
@@ -26,7 +27,7 @@ from unikd_fast.engine.preflight import require_agreement
 from unikd_fast.engine.teacher import start_teacher
 from unikd_fast.engine.zero import local_batch_size, zero_stage
 from unikd_fast.methods import Method, Needs, RunContext, build_method, needs_of
-from unikd_fast.models import FeatureExtractor, LogitsOnly
+from unikd_fast.models import FeatureExtractor, LogitsOnly, StudentCard
 from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.values import Batch, Target
@@ -157,6 +158,18 @@ def _build(config: Config, processes: Processes) -> Experiment:
         teacher = start_teacher(config, network, loader, processes, renormalise=teacher_affine(config, splits))
         experiment = replace(experiment, teacher=teacher)
     return experiment
+
+
+def student_card(experiment: Experiment) -> StudentCard:
+    """Return what one must know to use the student of a run."""
+    splits, student = experiment.splits, experiment.config.student
+    return StudentCard(
+        student.model,
+        student.model_args,
+        splits.num_classes,
+        splits.class_names,
+        preprocessing_of(splits, experiment.loader.schedule.augmentation),
+    )
 
 
 def _total_steps(config: Config, steps_per_epoch: int) -> int:

@@ -41,7 +41,7 @@ from unikd_fast.io import (
     write_file,
     write_json,
 )
-from unikd_fast.models import Preprocessing, options_in_words, preprocessing_in_words
+from unikd_fast.models import StudentCard, options_in_words
 from unikd_fast.tasks.classification import FIGURES
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "numpy", "unikd-fast")
@@ -316,13 +316,13 @@ BEST = Path("checkpoints") / "best.safetensors"
 STUDENT = Path("student.safetensors")
 
 
-def export_student(plain: nn.Module, path: Path, preprocessing: Preprocessing | None = None) -> None:
+def export_student(plain: nn.Module, path: Path, card: StudentCard | None = None) -> None:
     """Write a network's state dict as safetensors, which load strictly into the torchvision, timm or cifar model.
 
     Args:
         plain: the network.
         path: file to write.
-        preprocessing: preprocessing of its images, stored in the file's metadata for runs that load these weights.
+        card: what one must know to use it, stored in the file's metadata. If None, nothing is.
 
     Raises:
         FileError: the disk is full, or cannot be written to.
@@ -331,7 +331,7 @@ def export_student(plain: nn.Module, path: Path, preprocessing: Preprocessing | 
     tensors = {
         k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in plain.state_dict().items()
     }
-    metadata = (options_in_words(plain) or {}) | preprocessing_in_words(preprocessing)
+    metadata = (options_in_words(plain) or {}) | ({} if card is None else card.in_words())
     write_file(path, save(tensors, metadata or None))
 
 

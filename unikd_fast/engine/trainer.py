@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unikd_fast.engine import checkpoint as ckpt
-from unikd_fast.engine.build import Experiment
+from unikd_fast.engine.build import Experiment, student_card
 from unikd_fast.engine.cache import ready_cache
 from unikd_fast.engine.cuda_graph import CapturedSteps, captures
 from unikd_fast.engine.describe import log_run
@@ -26,7 +26,6 @@ from unikd_fast.engine.folder import (
     write_teacher,
 )
 from unikd_fast.engine.gradients import GradientWatch, LossScale
-from unikd_fast.engine.inputs import preprocessing_of
 from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.metrics import LossMeter, MetricsWriter, bad_sample_record, memory_gib, read_metrics
 from unikd_fast.engine.optimizer import StudentAverage, learning_rate
@@ -337,8 +336,7 @@ class Trainer:
         return evaluate(self.evaluated, batches, self.processes, autocast=dtype, keep=keep)
 
     def _export(self, name: Path) -> None:
-        preprocessing = preprocessing_of(self.experiment.splits, self.experiment.loader.schedule.augmentation)
-        export_student(self.evaluated.plain, self.folder / name, preprocessing)
+        export_student(self.evaluated.plain, self.folder / name, student_card(self.experiment))
 
     def _finish(self) -> dict[str, Any]:
         """Export the student, and evaluate its last and best weights on the test split."""

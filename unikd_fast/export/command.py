@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from unikd_fast.config import Config, ConfigError, run_configs
 from unikd_fast.config.load import read_stored, run_path, teacher_config
 from unikd_fast.errors import RunError
-from unikd_fast.io import make_folder, new_path
+from unikd_fast.io import make_folder, new_path, write_json
 
 if TYPE_CHECKING:
     from unikd_fast.export.student import Average
@@ -54,7 +54,7 @@ def export_run(
         from unikd_fast.engine.inputs import as_config_errors
         from unikd_fast.export.formats import check, format_of, plain_logits, random_images, with_logits
         from unikd_fast.export.student import load_student, read_weights
-        from unikd_fast.models import parameter_count, stored_preprocessing
+        from unikd_fast.models import StudentCard, parameter_count
 
     file_format = format_of(target, opset)
     has_average = config.train.ema_decay is not None
@@ -68,7 +68,7 @@ def export_run(
     )
     # The mean and deviation may be measured on the data, which need not be here: the run's own file holds them.
     with as_config_errors():
-        student = replace(student, preprocessing=stored_preprocessing(run / BEST))
+        student = replace(student, card=StudentCard.read(run / BEST))
     images = random_images(image_size or config.data.image_size)
     student = replace(student, logits=with_logits(student.network, images))
     logits = plain_logits(student.logits, images)
@@ -86,6 +86,10 @@ def export_run(
             ) from error
         size = unfinished.stat().st_size
         _refuse_existing(target, force=force)  # it may have been written meanwhile
+        beside = ""
+    if student.card is not None:
+        write_json(card_path(target), student.card.as_dict())
+        beside = f", and how to use it in {card_path(target).name}"
     compared = (
         "which is bit for bit the plain network"
         if file_format.exact
@@ -94,8 +98,19 @@ def export_run(
     )
     return (
         f"{target}: {student.name} of {run} from {weights.origin}; {student.num_classes} classes, "
-        f"{parameter_count(student.network):,} parameters, {size / 2**20:.2f} MiB, {file_format.title} {compared}"
+        f"{parameter_count(student.network):,} parameters, {size / 2**20:.2f} MiB, {file_format.title} "
+        f"{compared}{beside}"
     )
+
+
+def card_path(exported: Path) -> Path:
+    """Return the file beside an exported student that says how to use it.
+
+    Example:
+        >>> card_path(Path("student.onnx"))
+        PosixPath('student.json')
+    """
+    return exported.with_suffix(".json")
 
 
 def read_run(folder: Path) -> Config:

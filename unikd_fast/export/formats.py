@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from unikd_fast.engine.folder import export_student, import_student
 from unikd_fast.errors import ConfigError, RunError
 from unikd_fast.export.student import PlainStudent
-from unikd_fast.models import preprocessing_in_words
 from unikd_fast.models.hooks import Logits
 
 BATCHES = (2, 3, 1)  # exporters see two images; one is the batch size they most easily take for a constant
@@ -190,7 +189,7 @@ def format_of(path: Path, opset: int | None) -> Format:
 
 
 def _write_safetensors(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
-    export_student(student.network, path, student.preprocessing)
+    export_student(student.network, path, student.card)
 
 
 def _read_safetensors(student: PlainStudent, path: Path) -> Run:
@@ -213,11 +212,12 @@ def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset:
     with torch.no_grad(), _quiet():
         traced = torch.jit.trace(student.logits, images, check_trace=False)
         buffer = io.BytesIO()  # written to a file by torch, a full disk would end the process
-        torch.jit.save(traced, buffer, preprocessing_in_words(student.preprocessing))
+        torch.jit.save(traced, buffer, student.in_words)
     path.write_bytes(buffer.getbuffer())
 
 
-def _read_torchscript(student: PlainStudent, path: Path) -> Run:
+def open_torchscript(path: Path) -> Run:
+    """Return the network of a TorchScript file: images to logits."""
     with _quiet():
         loaded: nn.Module = torch.jit.load(path, map_location="cpu")
     return loaded.eval()
@@ -249,15 +249,21 @@ def _write_onnx(student: PlainStudent, path: Path, images: Tensor, opset: int | 
         graph = program.model.graph
         for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
             value.metadata_props.clear()
-        program.model.metadata_props.update(preprocessing_in_words(student.preprocessing))
+        program.model.metadata_props.update(student.in_words)
         program.save(path, external_data=False)
 
 
 def _read_onnx(student: PlainStudent, path: Path) -> Run:
     import onnx
-    import onnxruntime
 
     onnx.checker.check_model(path, full_check=True)
+    return open_onnx(path)
+
+
+def open_onnx(path: Path) -> Run:
+    """Return the network of an ONNX file: images to logits, on the CPU."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
@@ -285,6 +291,6 @@ def _quiet() -> Iterator[None]:
 
 FORMATS = {
     ".safetensors": Format("safetensors", _write_safetensors, _read_safetensors, exact=True),
-    ".pt": Format("TorchScript", _write_torchscript, _read_torchscript),
+    ".pt": Format("TorchScript", _write_torchscript, lambda _, path: open_torchscript(path)),
     ".onnx": Format("ONNX", _write_onnx, _read_onnx),
 }

@@ -25,7 +25,7 @@ from unikd_fast.engine.checkpoint.state import mean_buffer
 from unikd_fast.engine.folder import BEST
 from unikd_fast.engine.metrics import read_metrics
 from unikd_fast.errors import CheckpointError, ConfigError
-from unikd_fast.models import Preprocessing, bare_model
+from unikd_fast.models import StudentCard, bare_model
 from unikd_fast.tasks.classification import best_evaluation
 
 Average = Literal["auto", "yes", "no"]
@@ -165,7 +165,7 @@ class PlainStudent:
         network: network with the checkpoint's tensors, bit for bit. Its output may be an object that has the logits.
         logits: the same network, or one around it, whose output is the logits.
         fresh: function that builds the network again, with random weights.
-        preprocessing: preprocessing of the images. If None, it is unknown.
+        card: what one must know to use it. If None, it is unknown.
     """
 
     name: str
@@ -173,7 +173,12 @@ class PlainStudent:
     network: nn.Module
     logits: nn.Module
     fresh: Callable[[], nn.Module]
-    preprocessing: Preprocessing | None = None
+    card: StudentCard | None = None
+
+    @property
+    def in_words(self) -> dict[str, str]:
+        """Return the metadata of its file."""
+        return {} if self.card is None else self.card.in_words()
 
 
 def load_student(

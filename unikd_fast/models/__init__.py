@@ -6,7 +6,7 @@ from unikd_fast.models.cifar import CIFAR_MODELS
 from unikd_fast.models.features import FeatureExtractor, LogitsOnly, extract_features
 from unikd_fast.models.preprocessing import (
     Preprocessing,
-    preprocessing_in_words,
+    StudentCard,
     published_preprocessing,
     stored_preprocessing,
 )
@@ -17,6 +17,7 @@ __all__ = [
     "FeatureExtractor",
     "LogitsOnly",
     "Preprocessing",
+    "StudentCard",
     "bare_model",
     "build_model",
     "checkpoint_blocks",
@@ -24,7 +25,6 @@ __all__ = [
     "load_weights",
     "options_in_words",
     "parameter_count",
-    "preprocessing_in_words",
     "published_preprocessing",
     "stored_preprocessing",
 ]

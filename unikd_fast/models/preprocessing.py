@@ -12,6 +12,7 @@ from unikd_fast.values import Channels, Interpolation
 
 METADATA_KEY = "preprocessing"
 """Metadata key under which the safetensors files we write hold a `Preprocessing` as JSON."""
+_CARD_KEY = "student"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,74 @@ class Preprocessing:
         return max(image_size, math.floor(round(image_size / self.crop_pct, 6)))
 
 
+@dataclass(frozen=True)
+class StudentCard:
+    """What one must know to use a trained student.
+
+    Args:
+        model, model_args: network by name, and further arguments of it, as in `build_model`.
+        num_classes: number of classes K.
+        class_names: K names, or None.
+        preprocessing: how an image becomes its input.
+
+    Example:
+        >>> StudentCard.read(Path("runs/photos/student.safetensors")).class_names
+        ('cat', 'dog')
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    preprocessing: Preprocessing
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of student.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "StudentCard":
+        """Return the card of what `as_dict` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        names, fields = found["class_names"], found["preprocessing"]
+        return cls(
+            str(found["model"]),
+            dict(found["model_args"]),
+            int(found["num_classes"]),
+            None if names is None else tuple(map(str, names)),
+            Preprocessing(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])}),
+        )
+
+    def in_words(self) -> dict[str, str]:
+        """Return the metadata for a file of the student's weights, to be read by `read` and `stored_preprocessing`."""
+        rest = {key: value for key, value in self.as_dict().items() if key != METADATA_KEY}
+        return {METADATA_KEY: json.dumps(asdict(self.preprocessing)), _CARD_KEY: json.dumps(rest)}
+
+    @classmethod
+    def read(cls, path: Path) -> "StudentCard | None":
+        """Return what a .safetensors file holds, or None if it holds no card.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        preprocessing = stored_preprocessing(path)
+        if preprocessing is None:
+            return None
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get(_CARD_KEY)
+        try:
+            return (
+                None if stored is None else cls.from_dict({**json.loads(stored), METADATA_KEY: asdict(preprocessing)})
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"StudentCard: the metadata {_CARD_KEY!r} of {path} cannot be used ({error}); export the file again"
+            ) from error
+
+
 def published_preprocessing(name: str, weights: str | None, *, image_size: int | None = None) -> Preprocessing | None:
     """Return how images are preprocessed for a network with these weights, or None if it is not published.
 
@@ -91,11 +160,6 @@ def published_preprocessing(name: str, weights: str | None, *, image_size: int |
     if source == "torchvision":
         return _of_torchvision(model, weights)
     return _of_timm(model, weights, image_size) if source == "timm" else None
-
-
-def preprocessing_in_words(preprocessing: Preprocessing | None) -> dict[str, str]:
-    """Return the metadata for a file of weights, to be read by `stored_preprocessing`."""
-    return {} if preprocessing is None else {METADATA_KEY: json.dumps(asdict(preprocessing))}
 
 
 def stored_preprocessing(path: Path) -> Preprocessing | None:

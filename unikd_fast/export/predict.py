@@ -1,0 +1,141 @@
+"""What `unikd predict` does: the classes of images, by the student of a run or of an exported file."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unikd_fast.config import ConfigError
+from unikd_fast.data.loader import build_loader
+from unikd_fast.data.settings import DataSettings
+from unikd_fast.data.splits import DataSplits, ImageFiles
+from unikd_fast.engine.folder import BEST, import_student
+from unikd_fast.errors import FileError
+from unikd_fast.export.command import card_path, read_run
+from unikd_fast.export.formats import FORMATS, open_onnx, open_torchscript, with_logits
+from unikd_fast.export.student import load_student, read_weights
+from unikd_fast.io import read_json
+from unikd_fast.models import StudentCard, bare_model
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of an image.
+
+    Attributes:
+        image: path of the image.
+        classes: names of classes, the most probable first.
+        probabilities: their probabilities.
+    """
+
+    image: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    def __str__(self) -> str:
+        shown = (f"{name} {100 * share:.1f} %" for name, share in zip(self.classes, self.probabilities, strict=True))
+        return f"{self.image}: {', '.join(shown)}"
+
+
+def predict(source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: str = "best") -> Iterator[Prediction]:
+    """Yield the predictions for images, preprocessed as the student's were in its evaluation.
+
+    Args:
+        source: run folder, or a file that `unikd export` wrote.
+        images: paths of images.
+        top: number of classes for each image.
+        checkpoint: which checkpoint of a run, see `read_weights`.
+
+    Raises:
+        ConfigError: the source is neither, or nothing is known of its preprocessing; an image does not exist.
+        DataError: an image cannot be decoded.
+    """
+    missing = [str(path) for path in images if not path.is_file()]
+    if missing:
+        raise ConfigError(f"there is no image {missing[0]}; give the paths of image files")
+    card, run = _of_run(source, checkpoint) if source.is_dir() else _of_file(source)
+    names = card.class_names or tuple(map(str, range(card.num_classes)))
+    done = 0
+    for batch in _batches(card, images):
+        with torch.no_grad():
+            probabilities, classes = run(batch).float().softmax(1).topk(min(top, card.num_classes), dim=1)
+        for row, shares in zip(classes.tolist(), probabilities.tolist(), strict=True):
+            yield Prediction(str(images[done]), tuple(names[place] for place in row), tuple(shares))
+            done += 1
+
+
+def _of_run(folder: Path, checkpoint: str) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
+    config = read_run(folder)
+    card = StudentCard.read(folder / BEST)
+    if card is None:
+        raise ConfigError(f"{folder} has no {BEST}, which its first evaluation writes; let it train that far")
+    weights = read_weights(folder, checkpoint, "auto", has_average=config.train.ema_decay is not None)
+    student = load_student(
+        config.student.model,
+        config.student.weights,
+        weights.tensors,
+        num_classes=card.num_classes,
+        model_args=config.student.model_args,
+    )
+    size = card.preprocessing.image_size
+    return card, with_logits(student.network, torch.zeros(2, 3, size, size))
+
+
+def _of_file(path: Path) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
+    if not path.is_file():
+        raise ConfigError(f"there is no {path}; give a run folder, or a file that unikd export wrote")
+    beside = card_path(path)
+    if path.suffix not in FORMATS or not beside.is_file():
+        raise ConfigError(
+            f"{path} is not a file that unikd export wrote with a {beside.name} beside it; export it again"
+        )
+    try:
+        card = StudentCard.from_dict(read_json(beside))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{beside} is damaged ({error}); export the student again") from error
+    return card, _opened(card, path)
+
+
+def _opened(card: StudentCard, path: Path) -> Callable[[Tensor], Tensor]:
+    """Return the student of an exported file: images to logits."""
+    if path.suffix == ".safetensors":
+        network = bare_model(card.model, num_classes=card.num_classes, model_args=card.model_args, weights=str(path))
+        import_student(network, path)
+        return with_logits(network.eval(), torch.zeros(2, 3, *2 * (card.preprocessing.image_size,)))
+    return open_onnx(path) if path.suffix == ".onnx" else open_torchscript(path)
+
+
+def _batches(card: StudentCard, images: Sequence[Path]) -> Iterator[Tensor]:
+    """Yield the images as the loader shows them in an evaluation."""
+    wanted = card.preprocessing
+    files = ImageFiles([str(path) for path in images], np.zeros(len(images), np.int64))
+    splits = DataSplits(
+        train=files,
+        val=files,
+        test=files,
+        num_classes=card.num_classes,
+        class_names=card.class_names,
+        mean=wanted.mean,
+        std=wanted.std,
+        image_size=wanted.image_size,
+        interpolation=wanted.interpolation,
+        eval_resize=wanted.short_side(wanted.image_size),
+        squash=wanted.squash,
+    )
+    data = DataSettings(name="image_folder", image_size=wanted.image_size, loader="torchvision", workers=0)
+    loader = build_loader(splits, data, seed=0, global_batch_size=min(_BATCH, len(images)), device="cpu")
+    for batch in loader.evaluate("val"):
+        yield batch.images
+
+
+def as_json(prediction: Prediction) -> str:
+    """Return a prediction as a line of JSON."""
+    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+    classes = [{"class": name, "probability": round(share, 6)} for name, share in pairs]
+    return json.dumps({"image": prediction.image, "classes": classes})
