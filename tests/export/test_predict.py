@@ -64,6 +64,9 @@ def test_what_cannot_be_predicted_is_refused(runs: Runs, photos: list[Path], tmp
     (tmp_path / "lonely.json").unlink()
     assert export(runs.alone, tmp_path / "torn.onnx") == 0
     (tmp_path / "torn.json").write_text("{}")
+    (tmp_path / "mine.json").write_text('{"my": "own"}')
+    assert export(runs.alone, tmp_path / "mine.pt") == 2
+    assert (tmp_path / "mine.json").read_text() == '{"my": "own"}' and not (tmp_path / "mine.pt").exists()
     cases = [
         (runs.alone, tmp_path / "absent.png", 2, "there is no image"),
         (runs.alone, broken, 5, "broken.png"),

@@ -174,6 +174,16 @@ def _refuse(run: Path, target: Path, *, force: bool) -> None:
     if target.is_dir():
         raise ConfigError(f"--to {target} is a folder; give the name of a file in it")
     _refuse_existing(target, force=force)
+    beside = card_path(target)
+    if not force and beside.exists() and "preprocessing" not in _content(beside):
+        raise ConfigError(
+            f"--to {target}: how to use it is written to {beside}, which exists and is not of an export; give another "
+            "name, or --force to replace it"
+        )
+
+
+def _content(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def _refuse_existing(target: Path, *, force: bool) -> None:
