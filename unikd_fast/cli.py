@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unikd", description="Distil a student from a teacher.", epilog=_EXIT_CODES)
     _add_local_rank(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(commands)
     _add_train(commands)
     _add_export(commands)
     _add_predict(commands)
@@ -87,6 +88,33 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.max_steps=3"
     )
+
+
+def _add_init(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "init",
+        _init,
+        extra="train",
+        help="write a configuration for a folder of images",
+        description="Look at a folder of images, with train/<class> and val/<class>, or with <class> alone, and write "
+        "a configuration that trains on it as it is.",
+        epilog="exit codes: 0 done; 1 the file cannot be written; 2 the folder or an option is not usable",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of images")
+    parser.add_argument("--teacher", metavar="NAME", help="network of the teacher, such as timm/resnet50")
+    parser.add_argument("--student", metavar="NAME", help="network of the student")
+    parser.add_argument("--to", metavar="FILE", help="file to write (default: the folder's name, .json)")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+
+
+def _init(options: argparse.Namespace) -> int:
+    from unikd_fast.recipes.own_images import init
+
+    root = Path(options.folder)
+    target = Path(options.to or f"{root.resolve().name}.json")
+    print(init(root, target, teacher=options.teacher, student=options.student, force=options.force))
+    return 0
 
 
 def _add_train(commands: Any) -> None:
@@ -460,7 +488,7 @@ def _check_paths(configs: "Sequence[Config]") -> None:
 
     for config in configs:
         try:
-            check_root(config.data.name, config.data.root)
+            check_root(config.data.name, config.data.root, val_samples=config.data.val_samples)
             for role, network in (("student", config.student), ("teacher", config.teacher)):
                 if network is not None and network.weights is not None:
                     expand_weights(role, network.weights)

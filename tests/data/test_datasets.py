@@ -110,7 +110,7 @@ def test_synthetic_takes_its_numbers() -> None:
 def test_refuses_arguments_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(ValueError, match="digits has 10 classes, got num_classes 100; set it to 10"):
         open_data(DataSettings(name="digits", image_size=8, num_classes=100))
-    with pytest.raises(ValueError, match=r"val_samples is for cifar100, imagenet .* got 5"):
+    with pytest.raises(ValueError, match=r"val_samples is for cifar100 and image_folder, imagenet .* got 5"):
         open_data(DataSettings(name="imagenet", root=str(folder), image_size=8, val_samples=5))
     with pytest.raises(ValueError, match=r"data set must be one of .* got 'mnist'"):
         open_data(DataSettings(name="mnist", image_size=8))

@@ -174,3 +174,20 @@ def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
     populate(tmp_path, {"train": ["1.jpg"], "val": ["1.jpg"]})
     with pytest.raises(ValueError, match=r"has no class folders; images belong in .*/train/<class>/"):
         load_image_folder(tmp_path, 32)
+
+
+def test_a_folder_of_classes_alone_is_split(tmp_path: Path) -> None:
+    populate(tmp_path, {name: [f"{i:02}.png" for i in range(count)] for name, count in (("a", 20), ("b", 10))})
+    splits = load_image_folder(tmp_path, 8, val_samples=6)
+    assert (splits.class_names, splits.test_is_val) == (("a", "b"), True)
+    assert np.bincount(splits.train.labels).tolist() == [16, 8] and np.bincount(splits.val.labels).tolist() == [4, 2]
+    paths = [*listed(splits.train, tmp_path), *listed(splits.val, tmp_path)]
+    assert sorted(paths) == sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    again = load_image_folder(tmp_path, 8, val_samples=6)
+    assert listed(again.val, tmp_path) == listed(splits.val, tmp_path)
+    for wrong in (1, 29):
+        with pytest.raises(ValueError, match=rf"between 2, one a class, and 28 of the 30 images .* got {wrong}"):
+            load_image_folder(tmp_path, 8, val_samples=wrong)
+    populate(tmp_path, {"train": ["x.png"], "val": ["x.png"]})
+    with pytest.raises(ValueError, match="has train and val, and val_samples = 6"):
+        load_image_folder(tmp_path, 8, val_samples=6)

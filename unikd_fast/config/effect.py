@@ -54,7 +54,7 @@ _RULES = (
         lambda config: f" with train.optimizer = {config.train.optimizer!r}",
     ),
     _Rule("data", ("synthetic_samples",), lambda config: config.data.name in ("synthetic", "fine_grained"), _with_data),
-    _Rule("data", ("val_samples",), lambda config: config.data.name == "cifar100", _with_data),
+    _Rule("data", ("val_samples",), lambda config: config.data.name in ("cifar100", "image_folder"), _with_data),
     _Rule("data", ("root",), lambda config: config.data.name not in _WITHOUT_FILES, _with_data),
     _Rule(
         "data",

@@ -29,12 +29,13 @@ _ROOTS: dict[str, str | None] = {
 DATA_NAMES = tuple(_ROOTS)
 
 
-def check_root(name: str, root: str | None) -> Path | None:
+def check_root(name: str, root: str | None, *, val_samples: int = 0) -> Path | None:
     """Return the folder of a data set, or None for those that need none.
 
     Args:
         name: one of `DATA_NAMES`.
         root: path; `${VARIABLE}` and `~` are expanded. The root of cifar100 may be the unpacked folder or its parent.
+        val_samples: number of samples held out for validation; an image_folder then needs no val of its own.
 
     Raises:
         ValueError: the data set is unknown, or the root is not given or names an environment variable that is not set.
@@ -61,7 +62,8 @@ def check_root(name: str, root: str | None) -> Path | None:
         )
     if name == "cifar100" and (folder / _CIFAR_FOLDER).is_dir():
         folder = folder / _CIFAR_FOLDER
-    for part in _LAYOUTS[name]:
+    parts = () if name == "image_folder" and val_samples else _LAYOUTS[name]
+    for part in parts:
         if not (folder / part).exists():
             shown = Path(root, *folder.parts[len(Path(expanded).expanduser().parts) :], part)
             raise FileNotFoundError(

@@ -36,8 +36,9 @@ class DataSettings:
     train_samples: PositiveInt | None = None
     """Number of training samples, in a class-balanced subset. If null, all are used."""
     val_samples: Annotated[int, Ge(0)] = 0
-    """Number of samples held out of cifar100's training split for validation. With 0, the test split is used for
-    validation, as in the literature."""
+    """Number of samples held out of the training split for validation, stratified, the same in every run. For
+    cifar100: with 0, the test split is used for validation, as in the literature. For an image_folder without train and
+    val, whose class folders then lie in the root itself."""
     synthetic_samples: PositiveInt = 256
     """Number of training images of generated data."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0

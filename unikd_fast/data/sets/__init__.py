@@ -29,7 +29,7 @@ def open_data(data: DataSettings) -> DataSplits:
         10
     """
     name, image_size, num_classes = data.name, data.image_size, data.num_classes
-    folder = check_root(name, data.root)
+    folder = check_root(name, data.root, val_samples=data.val_samples)
 
     def cifar100() -> DataSplits:
         if image_size != CIFAR_SIZE:
@@ -47,7 +47,7 @@ def open_data(data: DataSettings) -> DataSplits:
     openers: dict[str, Callable[[], DataSplits]] = {
         "digits": lambda: load_digits(image_size),
         "cifar100": cifar100,
-        "image_folder": lambda: load_image_folder(_given(folder), image_size),
+        "image_folder": lambda: load_image_folder(_given(folder), image_size, val_samples=data.val_samples),
         "imagenet": lambda: load_image_folder(_given(folder), image_size),
         "arrow": arrow,
         "synthetic": lambda: load_synthetic(data.synthetic_samples, num_classes or 10, image_size, seed=data.seed),
@@ -55,9 +55,10 @@ def open_data(data: DataSettings) -> DataSplits:
             data.synthetic_samples, num_classes or 50, image_size, seed=data.seed
         ),
     }
-    if data.val_samples and name != "cifar100":
+    if data.val_samples and name not in ("cifar100", "image_folder"):
         raise ValueError(
-            f"open_data: val_samples is for cifar100, {name} has a val split; got {data.val_samples}, set it to 0"
+            f"open_data: val_samples is for cifar100 and image_folder, {name} has a val split; got {data.val_samples}, "
+            "set it to 0"
         )
     splits = openers[name]()
     if num_classes is not None and num_classes != splits.num_classes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unikd_fast.data.splits import IMAGENET_MEAN, IMAGENET_STD, DataSplits, ImageFiles
+from unikd_fast.data.splits import IMAGENET_MEAN, IMAGENET_STD, DataSplits, ImageFiles, stratified_split
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Those of torchvision's ImageFolder, in capitals or not."""
@@ -18,7 +18,7 @@ _NAMED = 5
 _logger = logging.getLogger("unikd_fast")
 
 
-def load_image_folder(root: Path, image_size: int) -> DataSplits:
+def load_image_folder(root: Path, image_size: int, *, val_samples: int = 0) -> DataSplits:
     """List the images of a folder; nothing is decoded yet.
 
     Classes are the folders below train and val, sorted by name; images are the files in them and in their sub-folders,
@@ -27,6 +27,12 @@ def load_image_folder(root: Path, image_size: int) -> DataSplits:
     leads nowhere is listed as well, for the loader to find, since ids would change if it were not. Everything else is
     left out, counted and named in the log: other endings, names that begin with a dot, links to a folder around them,
     images beside the class folders. Mean and deviation are those of ImageNet; `test` is `val`.
+
+    Args:
+        root: folder.
+        image_size: side of the images that the networks see.
+        val_samples: number of images held out for validation, stratified, the same in every run: the class folders then
+            lie in the root itself, without train and val. With 0, there are both.
 
     Raises:
         FileNotFoundError: the root, train or val is missing.
@@ -38,12 +44,14 @@ def load_image_folder(root: Path, image_size: int) -> DataSplits:
         >>> splits.num_classes
         1000
     """
+    if val_samples:
+        return _held_out(root, image_size, val_samples)
     folders = {part: root / part for part in ("train", "val")}
     for folder in (root, *folders.values()):
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"load_image_folder: {folder} is missing; the root must hold train/<class>/<image> and "
-                "val/<class>/<image>"
+                "val/<class>/<image>, or <class>/<image> with val_samples held out"
             )
     train_names, val_names = (_class_names(folder) for folder in folders.values())
     if train_names != val_names:
@@ -60,6 +68,36 @@ def load_image_folder(root: Path, image_size: int) -> DataSplits:
         test=val,
         num_classes=len(train_names),
         class_names=tuple(train_names),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size=image_size,
+    )
+
+
+_HOLD_OUT_SEED = 0
+
+
+def _held_out(root: Path, image_size: int, val_samples: int) -> DataSplits:
+    names = _class_names(root)
+    if {"train", "val"} <= set(names):
+        raise ValueError(
+            f"load_image_folder: {root} has train and val, and val_samples = {val_samples} would hold out further "
+            "ones; set it to 0"
+        )
+    whole = _list_images(root, names)
+    if not len(names) <= val_samples <= len(whole) - len(names):
+        raise ValueError(
+            f"load_image_folder: val_samples must be between {len(names)}, one a class, and {len(whole) - len(names)} "
+            f"of the {len(whole)} images in {root}, got {val_samples}"
+        )
+    kept, held_out = stratified_split(whole.labels, (len(whole) - val_samples, val_samples), seed=_HOLD_OUT_SEED)
+    train, val = whole.select(kept), whole.select(held_out)
+    return DataSplits(
+        train=train,
+        val=val,
+        test=val,
+        num_classes=len(names),
+        class_names=tuple(names),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         image_size=image_size,

@@ -1,0 +1,149 @@
+"""What `unikd init` does: look at a folder of images, and write a configuration that trains on it as it is."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from unikd_fast.config import ConfigError, parse_config
+from unikd_fast.data.sets import open_data
+from unikd_fast.data.settings import DataSettings
+from unikd_fast.data.splits import DataSplits, ImageFiles
+from unikd_fast.io import write_file
+
+_LOOKED_AT = 64
+_SIZES = (32, 64, 96, 128, 160, 224)
+_PRETRAINED_FROM = 96  # pixels: below, published weights have seen nothing like it
+_BATCHES = (8, 16, 32, 64)
+_STEPS = 3000  # of optimisation that a small network needs from pretrained weights, about
+_VAL_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder of images holds.
+
+    Attributes:
+        splits: its images.
+        val_samples: number of images held out of it; 0 if it has a val folder.
+        sizes: smallest, median and largest short side in pixels, of some of the training images.
+    """
+
+    splits: DataSplits
+    val_samples: int
+    sizes: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        counts = f"{len(self.splits.train):,} training and {len(self.splits.val):,} validation images"
+        held_out = ", held out of the same folders" if self.val_samples else ""
+        low, middle, high = self.sizes
+        return f"{self.splits.num_classes} classes, {counts}{held_out}; short sides {low} to {high} px, median {middle}"
+
+
+def look(root: Path) -> Folder:
+    """Look at a folder with train/<class> and val/<class>, or with <class> alone.
+
+    Raises:
+        ConfigError: it holds neither, or too few images.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"{root} is not a folder; give the folder of your images")
+    try:
+        val_samples = 0
+        if not ((root / "train").is_dir() and (root / "val").is_dir()):
+            val_samples = _held_out(root)
+        data = DataSettings(name="image_folder", root=str(root), image_size=32, val_samples=val_samples)
+        splits = open_data(data)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(splits.train, ImageFiles)
+    return Folder(splits, val_samples, _sizes(splits.train.paths))
+
+
+def _held_out(root: Path) -> int:
+    """Return how many images to hold out of a folder of class folders."""
+    counts = [sum(len(names) for *_, names in os.walk(entry)) for entry in sorted(root.iterdir()) if entry.is_dir()]
+    if len(counts) < 2 or min(counts) < 2:
+        raise ConfigError(
+            f"{root} has no train and val, and {len(counts)} folders of classes, the smallest with "
+            f"{min(counts, default=0)} files; it must hold train/<class>/<image> and val/<class>/<image>, or at least "
+            "two folders <class>/<image> with two images each"
+        )
+    return max(len(counts), round(_VAL_SHARE * sum(counts)))
+
+
+def _sizes(paths: Sequence[str]) -> tuple[int, int, int]:
+    from PIL import Image
+
+    sides = []
+    for path in paths[:: max(1, len(paths) // _LOOKED_AT)]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except OSError:
+            continue  # the loader names it
+    if not sides:
+        raise ConfigError(f"none of the images looked at can be opened, the first is {paths[0]}; see data.bad_images")
+    return min(sides), int(median(sides)), max(sides)
+
+
+def configuration(
+    root: Path, found: Folder, *, teacher: str | None = None, student: str | None = None
+) -> dict[str, Any]:
+    """Return a configuration for a folder.
+
+    Args:
+        root: folder.
+        found: what it holds.
+        teacher, student: names of networks. If None, common ones for the size of the images.
+    """
+    size = max((each for each in _SIZES if each <= found.sizes[1]), default=_SIZES[0])
+    pretrained = size >= _PRETRAINED_FROM
+    batch = max(each for each in _BATCHES if each == _BATCHES[0] or 16 * each <= len(found.splits.train))
+    steps = max(1, len(found.splits.train) // batch)
+    epochs = max(10, min(200, round(_STEPS / steps)))
+    rate = 0.01 if pretrained else 0.05
+    weights = {"weights": "pretrained"} if pretrained else {}
+    names = ("timm/resnet50", "timm/mobilenetv3_small_100") if pretrained else ("cifar/resnet56", "cifar/resnet8x4")
+    data: dict[str, Any] = {"name": "image_folder", "root": str(root), "image_size": size}
+    if found.val_samples:
+        data["val_samples"] = found.val_samples
+    if not pretrained:
+        data["augmentation"] = {"scale": [0.5, 1.0]}
+    return {
+        "$schema": str(files("unikd_fast").joinpath("configs/schema.json")),
+        "data": data,
+        "teacher": {"model": teacher or names[0], **weights, "training": {"total_epochs": max(5, epochs // 3)}},
+        "student": {"model": student or names[1], **weights},
+        "distill": {"method": "unikd"},
+        "train": {
+            "total_epochs": epochs,
+            "global_batch_size": batch,
+            "learning_rate": rate,
+            "weight_decay": 1e-4 if pretrained else 5e-4,
+            "warmup_epochs": 1,
+        },
+    }
+
+
+def init(root: Path, target: Path, *, teacher: str | None, student: str | None, force: bool) -> str:
+    """Write a configuration for a folder of images, and return what was found and what to do next.
+
+    Raises:
+        ConfigError: the folder cannot be used, or the target exists.
+    """
+    if target.exists() and not force:
+        raise ConfigError(f"--to {target} exists; give another name, or --force to replace it")
+    found = look(root)
+    raw = configuration(root, found, teacher=teacher, student=student)
+    parse_config(raw, name=target.stem, source=str(target))
+    write_file(target, json.dumps(raw, indent=2) + "\n")
+    return (
+        f"{root}: {found}\nwrote {target}: {raw['teacher']['model']} teaches {raw['student']['model']} at "
+        f"{raw['data']['image_size']} px for {raw['train']['total_epochs']} epochs\n"
+        f"look first:  unikd train --config {target} --dry-run\ntrain:       unikd train --config {target}"
+    )
