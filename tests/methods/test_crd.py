@@ -151,7 +151,7 @@ def test_a_hybrid_adds_cross_entropy_once_and_keeps_the_banks() -> None:
     alone, part = build(), build()
     hybrid = build_method(Hybrid, {"kd": build_method(KD), "crd": part})
     assert hybrid.term_names == ("ce", "logit_kl", "crd")
-    assert hybrid.needs == Needs(embedding=True, hard_labels=True)
+    assert hybrid.needs == Needs(embedding=True, labels=True, hard_labels=True)
     assert hybrid.uncacheable is not None and "CRD needs its embeddings" in hybrid.uncacheable
     assert hybrid.adapter is not None and hybrid.companion is not None
     assert [tuple(p.shape) for p in hybrid.companion.parameters()] == [(WIDTH, TEACHER), (WIDTH,)]

@@ -150,7 +150,7 @@ def test_the_teachers_weights_are_a_copy_without_gradient() -> None:
 def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     method = flg(gamma=2.0)
     hybrid = build(Hybrid, {"flg": method, "dkd": build(DKD, alpha=1.0, beta=1.0, ramp_epochs=0.0)})
-    assert hybrid.needs == Needs(embedding=True, hard_labels=True, two_classes=True)
+    assert hybrid.needs == Needs(embedding=True, labels=True, hard_labels=True, two_classes=True)
     assert hybrid.uncacheable == "FLG needs its embeddings, not only its logits"
     assert hybrid.adapter is not None
     h_s, h_t = embeddings()

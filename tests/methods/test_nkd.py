@@ -103,8 +103,8 @@ def test_a_hybrid_adds_the_cross_entropy_once() -> None:
     hybrid = build(
         Hybrid, {"nkd": build(NKD, gamma=2.0), "dkd": build(DKD, alpha=0.0, beta=3.0, temperature=1.0, ramp_epochs=0.0)}
     )
-    assert hybrid.needs == Needs(hard_labels=True, two_classes=True)
-    assert build(NKD).needs == Needs(two_classes=True)
+    assert hybrid.needs == Needs(labels=True, hard_labels=True, two_classes=True)
+    assert build(NKD).needs == Needs(labels=True, two_classes=True)
     student, teacher = logits(1), logits(2)
     target, others = parts(student, teacher, 1.0)
     (_, entropy), (_, divergence) = parts(teacher, teacher, 1.0), parts(student, teacher, 1.0)

@@ -13,10 +13,11 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from unikd_fast.models import Preprocessing, preprocessing_in_words, published_preprocessing, stored_preprocessing
+from unikd_fast.models import Preprocessing, StudentCard, published_preprocessing, stored_preprocessing
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OWN = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", 32 / 37, False, 32)
+CARD = StudentCard("my_models:Net", {"width": 8}, 2, ("a, b", "ü"), OWN)
 
 
 def test_preprocessing_matches_timm_for_all_weights() -> None:
@@ -108,11 +109,16 @@ def test_the_test_crop_is_used_at_its_size() -> None:
 
 def test_metadata_in_the_file_comes_first(tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
-    save_file({"weight": torch.zeros(1)}, path, preprocessing_in_words(OWN))
+    save_file({"weight": torch.zeros(1)}, path, CARD.in_words())
+    assert StudentCard.read(path) == CARD == StudentCard.from_dict(json.loads(json.dumps(CARD.as_dict())))
     assert published_preprocessing("timm/vit_base_patch16_224", str(path)) == stored_preprocessing(path) == OWN
     assert OWN.short_side(32) == 37
     save_file({"weight": torch.zeros(1)}, path)
     assert stored_preprocessing(path) is None
+    assert StudentCard.read(path) is None
+    save_file({"weight": torch.zeros(1)}, path, {**CARD.in_words(), "student": "{}"})
+    with pytest.raises(ValueError, match=r"the metadata 'student' of .*student.safetensors cannot be used"):
+        StudentCard.read(path)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_metadata_in_the_file_comes_first(tmp_path: Path) -> None:
 )
 def test_malformed_metadata_is_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
     path = tmp_path / "student.safetensors"
-    fields = json.loads(preprocessing_in_words(OWN)["preprocessing"])
+    fields = json.loads(CARD.in_words()["preprocessing"])
     save_file({"weight": torch.zeros(1)}, path, {"preprocessing": json.dumps({**fields, **change})})
     with pytest.raises(ValueError, match=said) as caught:
         stored_preprocessing(path)
