@@ -119,6 +119,7 @@ def test_only_what_is_trained_is_a_parameter(teacher: nn.Module) -> None:
     kd = distiller(teacher, "unikd")
     student = kd.module.network.plain
     found = {id(parameter) for parameter in kd.parameters()}
+    assert found == {id(parameter) for _, parameter in kd.named_parameters() if parameter.requires_grad}
     assert {id(parameter) for parameter in student.parameters()} < found
     assert kd.head is not None and not found & {id(parameter) for parameter in kd.head.parameters()}
     assert not found & {id(parameter) for parameter in teacher.parameters()}

@@ -110,6 +110,8 @@ class Distiller(nn.Module):
             )
         self.module = StudentModule(networks["student"], self.method.adapter, self.method.companion).to(device)
         self.head = None if self.method.fixed_head is None else self.method.fixed_head.module
+        if self.head is not None:
+            self.head.requires_grad_(False)  # DistributedDataParallel would wait for its gradients
         # Not a submodule: it is neither trained nor saved, and stays in eval mode and in its own precision.
         self._teacher = [OnlineTeacher(networks["teacher"].eval(), channels_last=device.type == "cuda")]
         self._settled = False
@@ -141,6 +143,7 @@ class Distiller(nn.Module):
             return
         if steps is not None:
             head.steps = steps
+        head.module.requires_grad_(True).train()
         self.method.prepare(self._features(loader))
         if dist.is_initialized() and dist.get_world_size() > 1:
             for tensor in (*head.module.parameters(), *head.module.buffers()):
