@@ -1,5 +1,7 @@
 """NKD, knowledge distillation with a normalised loss of the non-target classes (Yang et al., ICCV 2023)."""
 
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
@@ -25,7 +27,7 @@ class NKDSettings:
 
 
 class NKD(Method[NKDSettings]):
-    """L = w L_CE - p_y ln q_y - gamma τ² Σ_{k != y} p'_k ln q'_k, averaged over the batch.
+    """L = w L_CE - p_y ln q_y - gamma τ² Σ_{k != y} p'_k ln q'_k, averaged over the labelled samples.
 
     p and q are the teacher's and the student's probabilities at τ = 1; p' and q' those at τ over the classes other than
     the label y, renormalised. As in the published code (cls_KD), p_y and q_y stay at τ = 1 whatever τ is, and the label
@@ -55,14 +57,18 @@ class NKD(Method[NKDSettings]):
             temperature=self.settings.temperature,
             impl=self.impl,
         )
-        label = labels[:, None]
+        ignored = reference.is_ignored(labels, -100)
+        label = labels.long().masked_fill(ignored, 0)[:, None]
+        mean = partial(
+            reference.reduce_rows, reduction="batchmean", classes=student.logits.shape[-1], ignore_mask=ignored
+        )
         with torch.no_grad():
             teacher = at_least_fp32(dense_logits(target.logits))
             p_y = teacher.softmax(dim=-1).gather(-1, label)
             others = teacher.scatter(-1, label, -torch.inf) / self.settings.temperature
-            entropy = self.settings.temperature**2 * torch.special.entr(others.softmax(dim=-1)).sum(dim=-1).mean()
+            entropy = self.settings.temperature**2 * mean(torch.special.entr(others.softmax(dim=-1)).sum(dim=-1))
         log_q_y = F.log_softmax(at_least_fp32(student.logits), dim=-1).gather(-1, label)
-        of_target, of_others = -(p_y * log_q_y).mean(), divergence + entropy
+        of_target, of_others = mean(-(p_y * log_q_y).squeeze(-1)), divergence + entropy
         total = self.ce_weight * ce + of_target + self.settings.gamma * of_others
         terms = {"ce": ce.detach(), "nkd_target": of_target.detach(), "nkd_non_target": of_others.detach()}
         return Loss(total, terms)
