@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from unikd_fast.models import FeatureExtractor, LogitsOnly, extract_features
 from unikd_fast.models.hooks import NoLogits
@@ -86,6 +88,45 @@ def test_a_level_that_training_does_not_compute_is_named() -> None:
     assert len(extractor.eval()(images()).levels) == 2
     with pytest.raises(ValueError, match="does not run spare in training mode, whose outputs are levels; name others"):
         extractor.train()(images())
+
+
+class Nested(nn.Module):
+    """A stage whose output, a map with its height and width, is the first of a tuple, as in PVTv2 of transformers."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Any) -> Any:
+        x = self.stage(x[0][0] if isinstance(x, tuple) else x)
+        return (x,), *x.shape[2:]
+
+
+def test_levels_in_nested_outputs_and_a_named_argument() -> None:
+    model = Branching()
+    model.stages = nn.ModuleList(map(Nested, model.stages))
+    model.head.forward = lambda input: functional.linear(input, model.head.weight)  # type: ignore[method-assign]
+
+    def forward(x: Tensor) -> Tensor:
+        x = model.stem(x)
+        for stage in model.stages:
+            x = stage(x)
+        vector = x[0][0].mean((2, 3))
+        return model.head(input=vector) if vector.sum() < 1e9 else vector
+
+    model.forward = forward  # type: ignore[method-assign]
+    extractor = extract_features(model, image_size=16, embedding=True)
+    assert extractor.level_names == ("stages.0", "stages.1", "stages.2")
+    features = extractor(images())
+    assert torch.equal(features.embedding, features.levels[-1].mean((2, 3)))
+
+
+def test_tokens_of_images_that_are_not_square_are_refused() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, dynamic_img_size=True)
+    extractor = extract_features(network, image_size=32)
+    assert extractor(torch.zeros(1, 3, 48, 48)).levels[0].shape[2:] == (6, 6)
+    with pytest.raises(ValueError, match="got 16x64 pixels; crop them to squares"):
+        extractor(torch.zeros(1, 3, 16, 64))  # of 2 x 8 patches, which would pass for 4 x 4
 
 
 def test_features_before_activation_are_refused() -> None:

@@ -104,6 +104,12 @@ class FeatureExtractor(nn.Module):
         features = Features(*forward(self.plain, images))
         if self._as_computed:
             return features
+        height, width = images.shape[-2:]
+        if height != width and any(level.layout == "tokens" for level in self.levels):
+            raise ValueError(
+                f"extract_features: levels of {type(self.plain).__name__} are tokens, which need square images, "
+                f"got {height}x{width} pixels; crop them to squares"
+            )
         maps = tuple(level.as_map(output) for level, output in zip(self.levels, features.levels, strict=True))
         return features._replace(levels=maps)
 

@@ -128,7 +128,9 @@ class HookedForward:
         ]
         if self._classifier is not None:
             linear = model.get_submodule(self._classifier)
-            hooks.append(linear.register_forward_pre_hook(lambda _, inputs: keep("", inputs)))
+            hooks.append(
+                linear.register_forward_pre_hook(lambda _, given, named: keep("", given or named), with_kwargs=True)
+            )
         try:
             output = model(images)
         finally:
@@ -145,9 +147,7 @@ class HookedForward:
 
 
 def _tensor(output: Any) -> Tensor | None:
-    """Return the tensor in a module's output: itself, the first of a tuple, or the first value of a mapping."""
-    if isinstance(output, Mapping):
-        output = next(iter(output.values()), None)
-    if isinstance(output, tuple | list):
-        output = output[0] if output else None
+    """Return the tensor in a module's output: itself, or the first of a tuple or mapping, which may be nested."""
+    while isinstance(output, Mapping | tuple | list):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output), None)
     return output if isinstance(output, Tensor) else None
