@@ -153,6 +153,75 @@ def test_autocast_and_compile_take_it(teacher: nn.Module, method: str) -> None:
     assert all(parameter.grad is not None for parameter in kd.module.network.parameters())
 
 
+def test_the_fitted_head_stays_as_it_was_fitted(teacher: nn.Module) -> None:
+    """A loop calls train() after each evaluation."""
+    kd = distiller(teacher)
+    kd.eval()
+    kd.fit_teacher(list(batches(3)), steps=5)
+    kd.train()
+    assert kd.head is not None and kd.module.training
+    before = copy.deepcopy(kd.head.state_dict())
+    kd(*next(batches(1)))
+    assert not kd.head.training
+    assert all(torch.equal(value, before[name]) for name, value in kd.head.state_dict().items())
+
+
+def test_a_loop_takes_nothing_of_an_unfitted_head(teacher: nn.Module) -> None:
+    """DistributedDataParallel would wait for gradients of what it finds before fit_teacher."""
+    kd = distiller(teacher)
+    trained = {name for name, parameter in kd.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("module.") for name in trained)
+
+
+def test_a_head_can_be_fitted_again_after_an_older_state(teacher: nn.Module) -> None:
+    kd = distiller(teacher)
+    older = copy.deepcopy(kd.state_dict())
+    kd.fit_teacher(list(batches(2)), steps=2)
+    fitted = copy.deepcopy(kd.state_dict())
+    kd.load_state_dict(older)
+    assert kd.head is not None
+    with torch.no_grad():
+        kd.fit_teacher(list(batches(2)), steps=2)
+    assert any(not torch.equal(value, fitted[f"head.{name}"]) for name, value in kd.head.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in kd.head.parameters())
+
+
+@pytest.mark.parametrize("method", ["nkd", "dkd"])
+def test_samples_without_a_label_are_left_out(teacher: nn.Module, method: str) -> None:
+    kd = distiller(teacher, method).eval()
+    images, labels = next(batches(1))
+    labels[::3] = -100
+    kept = labels != -100
+    some, whole = kd(images, labels), kd(images[kept], labels[kept])
+    torch.testing.assert_close(some.total, whole.total)
+    none = kd(images, torch.full_like(labels, -100))
+    none.total.backward()
+    assert none.total == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"feature_nodes": {"studnet": ["one", "two"]}}, "feature_nodes has 'studnet'"),
+        ({"method": []}, "name at least one method"),
+        ({"method": ["kd", "kd"]}, "each once"),
+        ({"method": ["kd", "unikd"], "kd": 3}, "kd = 3: settings of several methods are dictionaries"),
+    ],
+)
+def test_a_mistaken_argument_is_refused(teacher: nn.Module, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        distiller(teacher, **settings)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(0, "steps must be 1 or more, got 0"), (3, "can be read only once"), (1, "yields no batches")]
+)
+def test_a_loader_that_does_not_suffice_is_refused(teacher: nn.Module, steps: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        distiller(teacher).fit_teacher(batches(min(2, steps - 1)), steps=steps)
+
+
 def test_a_transformer_teaches_a_convolutional_network() -> None:
     teacher = build_model(
         "timm/vit_tiny_patch16_224", num_classes=CLASSES, model_args={"img_size": 32, "patch_size": 8, "depth": 4}

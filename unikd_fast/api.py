@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Self
@@ -72,7 +73,11 @@ class Distiller(nn.Module):
         chosen = _settings(method, settings)
         self.needs = needs_of(chosen)
         _refuse(list(chosen), self.needs.teacher_batch_statistics)
+        if epochs is not None and not epochs > 0:
+            raise ValueError(f"Distiller: epochs must be above 0, got {epochs}; None stands for {_USUAL_EPOCHS}")
         nodes = feature_nodes or {}
+        if spare := sorted(nodes.keys() - {"student", "teacher"}):
+            raise ValueError(f"Distiller: feature_nodes has {spare[0]!r}; its keys are 'student' and 'teacher'")
         networks: dict[str, FeatureExtractor | LogitsOnly] = {}
         for role, network in (("student", student), ("teacher", copy.deepcopy(teacher))):
             networks[role] = with_features(
@@ -142,9 +147,12 @@ class Distiller(nn.Module):
         if head is None or self._fitted:
             return
         if steps is not None:
+            if operator.index(steps) < 1:
+                raise ValueError(f"Distiller.fit_teacher: steps must be 1 or more, got {steps}")
             head.steps = steps
         head.module.requires_grad_(True).train()
-        self.method.prepare(self._features(loader))
+        with torch.enable_grad():
+            self.method.prepare(self._features(loader))
         if dist.is_initialized() and dist.get_world_size() > 1:
             for tensor in (*head.module.parameters(), *head.module.buffers()):
                 dist.broadcast(tensor.detach(), 0)  # running statistics are each process's own
@@ -205,6 +213,13 @@ class Distiller(nn.Module):
             head.fix()
         self._fitted = bool(state["fitted"])
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of what is trained; the fitted head stays in eval mode."""
+        super().train(mode)
+        if self.head is not None and self._fitted:
+            self.head.eval()
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         device = _device(self.module)
@@ -222,16 +237,19 @@ class Distiller(nn.Module):
         self._settled = True
 
     def _features(self, loader: Iterable[Any]) -> Iterator[Features]:
-        device, empty = _device(self.module), False
-        for _ in itertools.count():
-            if empty:
-                raise ValueError("Distiller.fit_teacher: the loader yields no batches; give one that does")
+        device = _device(self.module)
+        for read in itertools.count():
             empty = True
             for batch in loader:
                 empty = False
                 images = _images(batch).to(device)
                 self._settle(images)
                 yield self.teacher(images)
+            if empty:
+                what = "can be read only once, and has too few batches" if read else "yields no batches"
+                raise ValueError(
+                    f"Distiller.fit_teacher: the loader {what}; give one that can be read again, such as a DataLoader"
+                )
 
 
 def _settings(method: str | Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,18 +259,20 @@ def _settings(method: str | Sequence[str], given: Mapping[str, Any]) -> dict[str
         ValueError: a method or setting is unknown, or a value is out of range.
     """
     names = [method] if isinstance(method, str) else list(method)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Distiller: method = {names}; name at least one method, and each once")
     for name in names:
         if name not in METHODS:
             near = get_close_matches(name, METHODS, n=3, cutoff=0.4)
             raise ValueError(f"Distiller: no method {name!r}; nearest: {', '.join(near or METHODS)}")
-    by_name = {names[0]: dict(given)} if len(names) == 1 else {name: dict(given.get(name, {})) for name in names}
-    spare = [] if len(names) == 1 else sorted(given.keys() - set(names))
+    one = len(names) == 1
+    spare = [] if one else sorted(key for key in given if key not in names or not isinstance(given[key], Mapping))
     if spare:
         raise ValueError(
             f"Distiller: {spare[0]} = {given[spare[0]]!r}: settings of several methods are dictionaries by their "
             f"names, {', '.join(f'{name}={{...}}' for name in names)}"
         )
-    return {name: _validated(name, own) for name, own in by_name.items()}
+    return {name: _validated(name, given if one else given.get(name, {})) for name in names}
 
 
 def _validated(name: str, given: Mapping[str, Any]) -> Any:
