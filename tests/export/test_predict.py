@@ -1,7 +1,9 @@
 """unikd predict: the classes of images, by a run and by every file it is exported to."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,3 +82,46 @@ def test_what_cannot_be_predicted_is_refused(runs: Runs, photos: list[Path], tmp
         done = call("predict", source, image)
         assert (done.returncode, done.stdout) == (code, ""), (source, done.stderr)
         assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_file_for_another_image_size_predicts(runs: Runs, photos: list[Path], tmp_path: Path) -> None:
+    assert export(runs.alone, tmp_path / "large.onnx", "--image-size", "24") == 0
+    done = call("predict", tmp_path / "large.onnx", photos[0])
+    assert done.returncode == 0, done.stderr
+    # The card of large.onnx is not replaced by that of another size, which ONNX would not take.
+    assert export(runs.alone, tmp_path / "large.pt", "--image-size", "32") == 2
+    assert not (tmp_path / "large.pt").exists()
+    assert json.loads((tmp_path / "large.json").read_text())["preprocessing"]["image_size"] == 24
+    assert export(runs.alone, tmp_path / "large.pt", "--image-size", "24") == 0
+
+
+def test_a_damaged_best_checkpoint_of_a_run_is_named(runs: Runs, photos: list[Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs.alone, tmp_path / "torn")
+    best = run / "checkpoints" / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:300])
+    done = call("predict", run, photos[0])
+    assert done.returncode == 6 and "best.safetensors is damaged" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ending", "changed", "code", "said"),
+    [
+        ("onnx", {"class_names": ["cat"]}, 1, "card.json is damaged (10 classes with the names"),
+        ("onnx", {"num_classes": 7, "class_names": None}, 1, "returns logits (1, 10) for 1 images"),
+        ("safetensors", {"model": "no_such_networks:Net"}, 2, "student.model = no_such_networks:Net"),
+        ("onnx", None, 1, "card.onnx cannot be read"),
+        ("pt", None, 1, "card.pt cannot be read"),
+    ],
+)
+def test_a_damaged_file_or_card_is_named(
+    runs: Runs, photos: list[Path], tmp_path: Path, ending: str, changed: Any, code: int, said: str
+) -> None:
+    path = tmp_path / f"card.{ending}"
+    assert export(runs.alone, path) == 0
+    if changed is None:
+        path.write_bytes(b"no network")
+    else:
+        card = path.with_suffix(".json")
+        card.write_text(json.dumps({**json.loads(card.read_text()), **changed}))
+    done = call("predict", path, photos[0])
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr

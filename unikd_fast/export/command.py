@@ -1,8 +1,9 @@
 """What `unikd export` does: write a student, read the file back, and compare the outputs."""
 
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from unikd_fast.config import Config, ConfigError, run_configs
 from unikd_fast.config.load import read_stored, run_path, teacher_config
 from unikd_fast.errors import RunError
-from unikd_fast.io import make_folder, new_path, write_json
+from unikd_fast.io import make_folder, new_path, read_json, write_json
 
 if TYPE_CHECKING:
     from unikd_fast.export.student import Average
@@ -52,7 +53,7 @@ def export_run(
     with redirect_stdout(sys.stderr):
         from unikd_fast.engine.folder import BEST
         from unikd_fast.engine.inputs import as_config_errors
-        from unikd_fast.export.formats import check, format_of, plain_logits, random_images, with_logits
+        from unikd_fast.export.formats import FORMATS, check, format_of, plain_logits, random_images, with_logits
         from unikd_fast.export.student import load_student, read_weights
         from unikd_fast.models import StudentCard, parameter_count
 
@@ -68,7 +69,12 @@ def export_run(
     )
     # The mean and deviation may be measured on the data, which need not be here: the run's own file holds them.
     with as_config_errors():
-        student = replace(student, card=StudentCard.read(run / BEST))
+        card = StudentCard.read(run / BEST)
+    if card is not None:
+        if image_size is not None:  # some formats take images of this size alone
+            card = replace(card, preprocessing=replace(card.preprocessing, image_size=image_size))
+        _refuse_another_card(target, card.as_dict(), tuple(FORMATS), force=force)
+    student = replace(student, card=card)
     images = random_images(image_size or config.data.image_size)
     student = replace(student, logits=with_logits(student.network, images))
     logits = plain_logits(student.logits, images)
@@ -87,8 +93,8 @@ def export_run(
         size = unfinished.stat().st_size
         _refuse_existing(target, force=force)  # it may have been written meanwhile
         beside = ""
-    if student.card is not None:
-        write_json(card_path(target), student.card.as_dict())
+    if card is not None:
+        write_json(card_path(target), card.as_dict())
         beside = f", and how to use it in {card_path(target).name}"
     compared = (
         "which is bit for bit the plain network"
@@ -178,6 +184,21 @@ def _refuse(run: Path, target: Path, *, force: bool) -> None:
     if not force and beside.exists() and "preprocessing" not in _content(beside):
         raise ConfigError(
             f"--to {target}: how to use it is written to {beside}, which exists and is not of an export; give another "
+            "name, or --force to replace it"
+        )
+
+
+def _refuse_another_card(target: Path, card: Mapping[str, object], suffixes: Sequence[str], *, force: bool) -> None:
+    """Raise ConfigError if the file that says how to use the export would no longer hold for an export beside it.
+
+    Raises:
+        ConfigError: it would not.
+    """
+    beside = card_path(target)
+    others = [other for suffix in suffixes if (other := target.with_suffix(suffix)) != target and other.exists()]
+    if not force and others and beside.exists() and read_json(beside) != json.loads(json.dumps(card)):
+        raise ConfigError(
+            f"--to {target}: {beside} says how to use {others[0]}, which is of other classes or images; give another "
             "name, or --force to replace it"
         )
 

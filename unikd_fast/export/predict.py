@@ -14,7 +14,7 @@ from unikd_fast.data.loader import build_loader
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.engine.folder import BEST, import_student
-from unikd_fast.errors import FileError
+from unikd_fast.errors import FileError, RunError
 from unikd_fast.export.command import card_path, read_run
 from unikd_fast.export.formats import FORMATS, open_onnx, open_torchscript, with_logits
 from unikd_fast.export.student import load_student, read_weights
@@ -64,7 +64,13 @@ def predict(source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: s
     done = 0
     for batch in _batches(card, images):
         with torch.no_grad():
-            probabilities, classes = run(batch).float().softmax(1).topk(min(top, card.num_classes), dim=1)
+            logits = run(batch).float()
+        if logits.shape != (len(batch), card.num_classes):
+            raise FileError(
+                f"{source} returns logits {tuple(logits.shape)} for {len(batch)} images, and what is known of it has "
+                f"{card.num_classes} classes; export the student again"
+            )
+        probabilities, classes = logits.softmax(1).topk(min(top, card.num_classes), dim=1)
         for row, shares in zip(classes.tolist(), probabilities.tolist(), strict=True):
             yield Prediction(str(images[done]), tuple(names[place] for place in row), tuple(shares))
             done += 1
@@ -72,10 +78,12 @@ def predict(source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: s
 
 def _of_run(folder: Path, checkpoint: str) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
     config = read_run(folder)
-    card = StudentCard.read(folder / BEST)
-    if card is None:
+    if not (folder / BEST).is_file():
         raise ConfigError(f"{folder} has no {BEST}, which its first evaluation writes; let it train that far")
     weights = read_weights(folder, checkpoint, "auto", has_average=config.train.ema_decay is not None)
+    card = StudentCard.read(folder / BEST)
+    if card is None:
+        raise FileError(f"{folder / BEST} is damaged, or does not say how to use the student; train it again")
     student = load_student(
         config.student.model,
         config.student.weights,
@@ -99,13 +107,28 @@ def _of_file(path: Path) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
         card = StudentCard.from_dict(read_json(beside))
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{beside} is damaged ({error}); export the student again") from error
-    return card, _opened(card, path)
+    try:
+        return card, _opened(card, path)
+    except (RunError, MemoryError):
+        raise
+    except Exception as error:  # of one of three libraries, each with its own kinds
+        said = str(error).partition("\n")[0]
+        raise FileError(f"{path} cannot be read ({type(error).__name__}: {said}); export the student again") from error
 
 
 def _opened(card: StudentCard, path: Path) -> Callable[[Tensor], Tensor]:
     """Return the student of an exported file: images to logits."""
     if path.suffix == ".safetensors":
-        network = bare_model(card.model, num_classes=card.num_classes, model_args=card.model_args, weights=str(path))
+        try:
+            network = bare_model(
+                card.model,
+                num_classes=card.num_classes,
+                model_args=card.model_args,
+                weights=str(path),
+                role="student",
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         import_student(network, path)
         return with_logits(network.eval(), torch.zeros(2, 3, *2 * (card.preprocessing.image_size,)))
     return open_onnx(path) if path.suffix == ".onnx" else open_torchscript(path)

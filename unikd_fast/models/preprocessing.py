@@ -98,11 +98,13 @@ class StudentCard:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        names, fields = found["class_names"], found["preprocessing"]
+        names, fields, classes = found["class_names"], found["preprocessing"], int(found["num_classes"])
+        if classes < 1 or (names is not None and len(names) != classes):
+            raise ValueError(f"{classes} classes with the names {names}")
         return cls(
             str(found["model"]),
             dict(found["model_args"]),
-            int(found["num_classes"]),
+            classes,
             None if names is None else tuple(map(str, names)),
             Preprocessing(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])}),
         )
