@@ -166,13 +166,6 @@ def test_the_fitted_head_stays_as_it_was_fitted(teacher: nn.Module) -> None:
     assert all(torch.equal(value, before[name]) for name, value in kd.head.state_dict().items())
 
 
-def test_a_loop_takes_nothing_of_an_unfitted_head(teacher: nn.Module) -> None:
-    """DistributedDataParallel would wait for gradients of what it finds before fit_teacher."""
-    kd = distiller(teacher)
-    trained = {name for name, parameter in kd.named_parameters() if parameter.requires_grad}
-    assert trained and all(name.startswith("module.") for name in trained)
-
-
 def test_a_head_can_be_fitted_again_after_an_older_state(teacher: nn.Module) -> None:
     kd = distiller(teacher)
     older = copy.deepcopy(kd.state_dict())
