@@ -153,6 +153,17 @@ def test_autocast_and_compile_take_it(teacher: nn.Module, method: str) -> None:
     assert all(parameter.grad is not None for parameter in kd.module.network.parameters())
 
 
+def test_a_copy_has_a_teacher_of_its_own(teacher: nn.Module) -> None:
+    kd = distiller(teacher, "kd")
+    other = copy.deepcopy(kd)
+    images, labels = next(batches(1))
+    expected = kd(images, labels).total
+    with torch.no_grad():
+        for parameter in kd.teacher.parameters():
+            parameter.zero_()
+    assert torch.equal(other(images, labels).total, expected)
+
+
 def test_the_fitted_head_stays_as_it_was_fitted(teacher: nn.Module) -> None:
     """A loop calls train() after each evaluation."""
     kd = distiller(teacher)

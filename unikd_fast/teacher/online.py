@@ -288,6 +288,10 @@ class OnlineTeacher(nn.Module):
             tensor.data = original.to(tensor.device)
         self._hold("bf16")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._run, self._is_compiled = _function(self.network, self._affine, self.dtype), False  # a copy runs its own
+
     def _tensors(self) -> list[Tensor]:
         return [*self.network.parameters(), *self.network.buffers()]
 
