@@ -1,6 +1,7 @@
 """Networks by name and published weights by identifier."""
 
 from pathlib import Path
+from urllib.parse import urlparse
 
 import huggingface_hub.constants
 import pytest
@@ -115,6 +116,30 @@ def test_class_counts_are_compared_before_downloading(name: str, weights: str) -
 def test_unknown_identifiers(name: str, weights: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(name, num_classes=1000, weights=weights, role="teacher")
+
+
+def test_pretrained_weights_get_a_new_classifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "unikd_fast")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    published = torchvision.models.squeezenet1_1()
+    url = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url
+    torch.save(published.state_dict(), tmp_path / "hub" / "checkpoints" / Path(urlparse(url).path).name)
+    same = build_model("torchvision/squeezenet1_1", num_classes=1000, weights="pretrained", new_classifier=True)
+    assert all(torch.equal(value, published.state_dict()[name]) for name, value in same.state_dict().items())
+    assert not caplog.text
+    own = build_model(
+        "torchvision/squeezenet1_1", num_classes=5, weights="pretrained", new_classifier=True, role="student"
+    ).state_dict()
+    for name, value in published.state_dict().items():
+        if name.startswith("classifier."):
+            assert own[name].shape[0] == 5
+        else:
+            assert torch.equal(own[name], value)
+    assert "student: a new classifier for 5 classes, the weights IMAGENET1K_V1 are for 1000" in caplog.text
 
 
 def test_failed_downloads_name_the_identifier_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
