@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from unikd_fast.config import ConfigError, parse_config
+from unikd_fast.data.images import FORMATS
 from unikd_fast.data.sets import open_data
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import DataSplits, ImageFiles
@@ -82,7 +83,7 @@ def _sizes(paths: Sequence[str]) -> tuple[int, int, int]:
     sides = []
     for path in paths[:: max(1, len(paths) // _LOOKED_AT)]:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
         except OSError:
             continue  # the loader names it
