@@ -44,8 +44,21 @@ def load_image_folder(root: Path, image_size: int, *, val_samples: int = 0) -> D
         >>> splits.num_classes
         1000
     """
-    if val_samples:
-        return _held_out(root, image_size, val_samples)
+    names, train, val = _held_out(root, val_samples) if val_samples else _published(root)
+    return DataSplits(
+        train=train,
+        val=val,
+        test=val,
+        num_classes=len(names),
+        class_names=tuple(names),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size=image_size,
+    )
+
+
+def _published(root: Path) -> tuple[list[str], ImageFiles, ImageFiles]:
+    """Return the classes of a root with train and val, and its splits."""
     folders = {part: root / part for part in ("train", "val")}
     for folder in (root, *folders.values()):
         if not folder.is_dir():
@@ -62,22 +75,14 @@ def load_image_folder(root: Path, image_size: int, *, val_samples: int = 0) -> D
             f"that differs is {name!r}, in {has} but not in {lacks}; both need the same class folders"
         )
     val = _list_images(folders["val"], val_names)
-    return DataSplits(
-        train=_list_images(folders["train"], train_names),
-        val=val,
-        test=val,
-        num_classes=len(train_names),
-        class_names=tuple(train_names),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        image_size=image_size,
-    )
+    return train_names, _list_images(folders["train"], train_names), val
 
 
 _HOLD_OUT_SEED = 0
 
 
-def _held_out(root: Path, image_size: int, val_samples: int) -> DataSplits:
+def _held_out(root: Path, val_samples: int) -> tuple[list[str], ImageFiles, ImageFiles]:
+    """Return the classes of a root of class folders alone, and its images in two parts."""
     names = _class_names(root)
     if {"train", "val"} <= set(names):
         raise ValueError(
@@ -91,17 +96,7 @@ def _held_out(root: Path, image_size: int, val_samples: int) -> DataSplits:
             f"of the {len(whole)} images in {root}, got {val_samples}"
         )
     kept, held_out = stratified_split(whole.labels, (len(whole) - val_samples, val_samples), seed=_HOLD_OUT_SEED)
-    train, val = whole.select(kept), whole.select(held_out)
-    return DataSplits(
-        train=train,
-        val=val,
-        test=val,
-        num_classes=len(names),
-        class_names=tuple(names),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        image_size=image_size,
-    )
+    return names, whole.select(kept), whole.select(held_out)
 
 
 def _class_names(folder: Path) -> list[str]:
