@@ -126,6 +126,15 @@ def test_only_what_is_trained_is_a_parameter(teacher: nn.Module) -> None:
     assert not any(name.startswith("_teacher") for name in kd.state_dict())
 
 
+@pytest.mark.parametrize("method", ["kd", "unikd"])
+def test_modes_of_the_student_are_left_as_they_are(teacher: nn.Module, method: str) -> None:
+    student = Stages(4).train()
+    student.one[1].eval()  # a frozen BatchNorm
+    modes = [module.training for module in student.modules()]
+    Distiller(teacher, student, method=method, image_size=SIZE)
+    assert [module.training for module in student.modules()] == modes
+
+
 def test_a_saved_distiller_goes_on(teacher: nn.Module, tmp_path: Any) -> None:
     kd = distiller(teacher)
     kd.fit_teacher(list(batches(3)), steps=5)

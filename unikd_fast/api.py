@@ -16,6 +16,7 @@ from unikd_fast.engine.networks import StudentModule, with_features
 from unikd_fast.methods import METHODS, Method, RunContext, build_method, needs_of
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.models.blocks import split_at_levels
+from unikd_fast.models.graph import in_mode
 from unikd_fast.teacher import OnlineTeacher
 from unikd_fast.values import Batch, Features, Loss
 
@@ -323,11 +324,12 @@ def _device(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def _classes(network: nn.Module, image_size: int) -> int:
+def _classes(network: FeatureExtractor | LogitsOnly, image_size: int) -> int:
+    if isinstance(network, FeatureExtractor):  # found when it was built
+        return network.num_classes
     images = torch.zeros(2, 3, image_size, image_size, device=_device(network))
-    training = network.training
-    logits: Tensor = network.eval()(images).logits
-    network.train(training)
+    with in_mode(network, training=False):
+        logits: Tensor = network(images).logits
     if logits.dim() != 2:
         raise ValueError(f"Distiller: a network must return logits (N, K), got {tuple(logits.shape)} for two images")
     return logits.shape[1]
