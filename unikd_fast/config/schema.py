@@ -73,8 +73,8 @@ class TeacherConfig(Section):
     """The frozen network that the student learns from."""
 
     model: Text
-    """torchvision/<name>, timm/<name>, cifar/<name>, or <module>:<class> for your own, imported also from the current
-    folder."""
+    """torchvision/<name>, timm/<name>, cifar/<name>, hf/<name or folder> for Hugging Face, or <module>:<class> for your
+    own, imported also from the current folder."""
     model_args: dict[str, Any] = Field(default={})
     """Further arguments of the network's class or function; num_classes is given to it."""
     weights: Text | None = None
@@ -121,8 +121,8 @@ class StudentConfig(Section):
     """The network that is trained."""
 
     model: Text
-    """torchvision/<name>, timm/<name>, cifar/<name>, or <module>:<class> for your own, imported also from the current
-    folder."""
+    """torchvision/<name>, timm/<name>, cifar/<name>, hf/<name or folder> for Hugging Face, or <module>:<class> for your
+    own, imported also from the current folder."""
     model_args: dict[str, Any] = Field(default={})
     """Further arguments of the network's class or function; num_classes is given to it."""
     weights: Text | None = None

@@ -1,4 +1,4 @@
-"""Networks by name, from torchvision, timm, the CIFAR family or one's own module, with random or given weights."""
+"""Networks by name, from torchvision, timm, Hugging Face, the CIFAR family or one's own module, and their weights."""
 
 import difflib
 import importlib
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unikd_fast.models.cifar import CIFAR_MODELS
+from unikd_fast.models.hugging_face import hugging_face_model
 from unikd_fast.models.weights import (
     another_classifier,
     classifier_tensor,
@@ -38,13 +39,15 @@ def build_model(
     """Build a classifier: a plain network that maps images (N, 3, H, W) to logits (N, num_classes).
 
     Args:
-        name: name of the network: "torchvision/<name>", "timm/<name>", "cifar/<name>", or "<module>:<name>" for a class
-            or function of a module that can be imported, from the current folder too.
+        name: name of the network: "torchvision/<name>", "timm/<name>", "cifar/<name>", "hf/<name>" for a model of
+            Hugging Face's hub or a folder that `save_pretrained` wrote, or "<module>:<name>" for a class or function of
+            a module that can be imported, from the current folder too.
         num_classes: number of classes K; a function of one's own gets it if it takes ``num_classes``.
         model_args: further arguments of the network's class or function. If None, there are none.
         weights: path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors, .bin or .tar), or an
             identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1", a timm tag such as "a1_in1k", or
-            "pretrained" for the default of either. If None or "random", they are initialised at random.
+            "pretrained" for the default of either and for those of a Hugging Face model. If None or "random", they are
+            initialised at random.
         weights_key: key of the state dict in a checkpoint. If None, see `load_weights`.
         new_classifier: whether weights of another number of classes are accepted: the network then gets a classifier
             with random weights, and the log says so.
@@ -108,6 +111,8 @@ def bare_model(
         return _constructed(build, {**arguments, **(model_args or {})}, name, role)
     if source == "cifar":
         return _constructed(CIFAR_MODELS[model_name], {**arguments, **(model_args or {})}, name, role)
+    if source == "hf":
+        return hugging_face_model(model_name, num_classes, model_args or {}, pretrained=False, role=role)
     if source == "torchvision":
         import torchvision
 
@@ -189,9 +194,11 @@ def _parsed(name: str, num_classes: int, role: str) -> tuple[str, str]:
     """
     if num_classes < 1:
         raise ValueError(f"build_model: num_classes of the {role} must be 1 or more, got {num_classes}")
+    source, _, model_name = name.partition("/")
+    if source == "hf" and model_name:
+        return source, model_name
     if ":" in name:
         return "own", name
-    source, _, model_name = name.partition("/")
     arch = model_name.split(".")[0] if source == "timm" else model_name
     if source not in _NAMED or arch not in _names(source):
         raise ValueError(f"build_model: no network {name!r} for the {role}; nearest: {_nearest(name)}")
@@ -260,6 +267,14 @@ def _timm_weights(
     return _downloaded(lambda: _constructed(build, arguments, f"timm/{name}", role), "timm/" + arch, tag, role)
 
 
+def _hugging_face_weights(
+    name: str, num_classes: int, model_args: Mapping[str, Any], weights: str, new_classifier: bool, role: str
+) -> nn.Module:
+    if weights != "pretrained":
+        raise _unknown_identifier(f"hf/{name}", weights, role, ["pretrained"])
+    return hugging_face_model(name, num_classes, model_args, pretrained=True, new_classifier=new_classifier, role=role)
+
+
 def _no_weights(
     name: str, num_classes: int, model_args: Mapping[str, Any], weights: str, new_classifier: bool, role: str
 ) -> nn.Module:
@@ -274,6 +289,7 @@ _BUILDERS: dict[str, Callable[[str, int, Mapping[str, Any], str, bool, str], nn.
     "torchvision": _torchvision_weights,
     "timm": _timm_weights,
     "cifar": _no_weights,
+    "hf": _hugging_face_weights,
     "own": _no_weights,
 }
 
@@ -284,6 +300,8 @@ _NAMED = tuple(source for source in _BUILDERS if source != "own")
 def _names(source: str) -> list[str]:
     if source == "cifar":
         return list(CIFAR_MODELS)
+    if source == "hf":
+        return []  # those of the hub are not listed
     if source == "timm":
         import timm
 

@@ -141,14 +141,15 @@ def published_preprocessing(name: str, weights: str | None, *, image_size: int |
 
     A .safetensors file may state it (`METADATA_KEY`; students that we write do). Any other file is treated like the
     default weights of the network's name, as in timm: for "timm/vit_base_patch16_224.augreg_in21k" those of the tag.
-    Nothing is downloaded, and errors about missing weights are left to `build_model`.
+    Of a Hugging Face model, the processor that belongs to it. No weights are downloaded, and errors about missing ones
+    are left to `build_model`.
 
     Args:
         name, weights: as in `build_model`.
         image_size: height and width of the images; if timm states a test crop for this size, it is used.
 
     Raises:
-        ValueError: see `stored_preprocessing`.
+        ValueError: see `stored_preprocessing`; or the processor of a Hugging Face model does something else.
 
     Example:
         >>> published_preprocessing("timm/vit_base_patch16_224", "augreg_in21k_ft_in1k").mean
@@ -161,6 +162,10 @@ def published_preprocessing(name: str, weights: str | None, *, image_size: int |
     source, _, model = name.partition("/")
     if source == "torchvision":
         return _of_torchvision(model, weights)
+    if source == "hf":
+        from unikd_fast.models.hugging_face import hugging_face_preprocessing
+
+        return hugging_face_preprocessing(model)
     return _of_timm(model, weights, image_size) if source == "timm" else None
 
 
