@@ -188,3 +188,5 @@ def test_every_method_is_in_the_reference() -> None:
     for name, method in METHODS.items():
         assert f"::: {method.__module__}\n" in TEXTS["docs/api/methods.md"], name
         assert f"`{name}`" in TEXTS["README.md"] and f"| `{name}` |" in TEXTS["docs/methods.md"], name
+        (row,) = (line for line in TEXTS["docs/methods.md"].splitlines() if line.startswith(f"| `{name}` |"))
+        assert row.endswith("| of all |") == method.needs_of(method.settings_class()).labels, name

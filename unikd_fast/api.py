@@ -18,10 +18,8 @@ from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.models.graph import in_mode
 from unikd_fast.teacher import OnlineTeacher
-from unikd_fast.values import Batch, Features, Loss
+from unikd_fast.values import NO_LABEL, Batch, Features, Loss
 
-NO_LABEL = -100
-"""Label of a sample without one: the cross-entropy leaves it out."""
 _STEPS_PER_EPOCH = 1000  # of a loop whose length is not known: `fit_teacher` takes 1,000 batches, ramps count epochs
 _USUAL_EPOCHS = 250
 

@@ -98,12 +98,17 @@ def _add_init(commands: Any) -> None:
         extra="train",
         help="write a configuration for a folder of images",
         description="Look at a folder of images, with train/<class> and val/<class>, or with <class> alone, and write "
-        "a configuration that trains on it as it is.",
+        "a configuration that trains on it as it is. Images in a folder unlabeled of it, or in a train without class "
+        "folders, have no labels.",
         epilog="exit codes: 0 done; 1 the file cannot be written; 2 the folder or an option is not usable",
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder of images")
     parser.add_argument("--teacher", metavar="NAME", help="network of the teacher, such as timm/resnet50")
+    parser.add_argument(
+        "--teacher-weights", metavar="FILE", help="weights of the teacher (default: it is trained first)"
+    )
     parser.add_argument("--student", metavar="NAME", help="network of the student")
+    parser.add_argument("--unlabeled", metavar="FOLDER", help="further training images, without labels")
     parser.add_argument("--to", metavar="FILE", help="file to write (default: the folder's name, .json)")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
@@ -113,7 +118,16 @@ def _init(options: argparse.Namespace) -> int:
 
     root = Path(options.folder)
     target = Path(options.to or f"{root.resolve().name}.json")
-    print(init(root, target, teacher=options.teacher, student=options.student, force=options.force))
+    said = init(
+        root,
+        target,
+        unlabelled=None if options.unlabeled is None else Path(options.unlabeled),
+        force=options.force,
+        teacher=options.teacher,
+        teacher_weights=options.teacher_weights,
+        student=options.student,
+    )
+    print(said)
     return 0
 
 
@@ -484,11 +498,13 @@ def _check_paths(configs: "Sequence[Config]") -> None:
     Raises:
         ConfigError: what is missing, and the remedy.
     """
-    from unikd_fast.data.roots import check_root, expand_weights
+    from unikd_fast.data.roots import check_root, check_unlabeled_root, expand_weights
 
     for config in configs:
         try:
-            check_root(config.data.name, config.data.root, val_samples=config.data.val_samples)
+            data = config.data
+            without_labels = check_unlabeled_root(data.name, data.unlabeled_root)
+            check_root(data.name, data.root, val_samples=data.val_samples, needs_train=without_labels is None)
             for role, network in (("student", config.student), ("teacher", config.teacher)):
                 if network is not None and network.weights is not None:
                     expand_weights(role, network.weights)

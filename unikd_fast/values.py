@@ -14,12 +14,15 @@ Channels = tuple[float, float, float]
 Interpolation = Literal["bilinear", "bicubic"]
 """Interpolation used to resize images, with antialiasing."""
 
+NO_LABEL = -100
+"""Label of a sample without one: the cross-entropy leaves it out."""
+
 
 class Batch(NamedTuple):
     """One micro-batch on one process."""
 
     images: Tensor  # (N, 3, H, W) float, normalised
-    labels: Tensor  # (N,) int64; (N, K) float class weights if training samples are mixed
+    labels: Tensor  # (N,) int64, perhaps NO_LABEL; (N, K) float class weights if training samples are mixed
     sample_ids: Tensor  # (N,) int64, position of each sample in its data set
     second: Tensor | None = None  # another view of the same samples, if the loader makes one
 

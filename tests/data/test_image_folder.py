@@ -172,7 +172,7 @@ def test_a_long_list_of_empty_folders_is_cut(tmp_path: Path) -> None:
 
 def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
     populate(tmp_path, {"train": ["1.jpg"], "val": ["1.jpg"]})
-    with pytest.raises(ValueError, match=r"has no class folders; images belong in .*/train/<class>/"):
+    with pytest.raises(ValueError, match=r"has no class folders; images belong in .*/val/<class>/"):
         load_image_folder(tmp_path, 32)
 
 

@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from support.real_runs import call
+from unikd_fast.models import build_model
 from unikd_fast.recipes.own_images import configuration, look
+
+SMALL = {"augmentation": {"scale": [0.5, 1.0]}}
 
 
 def write(folder: Path, counts: dict[str, int], *, size: tuple[int, int] = (40, 30)) -> Path:
@@ -39,7 +43,7 @@ def test_a_folder_of_classes_is_split_and_trains(tmp_path: Path, monkeypatch: py
         "root": "my photos",
         "image_size": 32,
         "val_samples": 8,
-        "augmentation": {"scale": [0.5, 1.0]},
+        **SMALL,
     }
     assert Path(raw["$schema"]).is_file()
     short = ["train.total_epochs=2", "teacher.training.total_epochs=2", "distill.unikd.head_steps=2", "run.dir=run"]
@@ -91,3 +95,49 @@ def test_what_is_not_such_a_folder_is_refused(tmp_path: Path, monkeypatch: pytes
         assert said in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "good.json").read_text() == "mine"
     assert call("init", "good", "--force").returncode == 0
+
+
+def test_a_folder_named_unlabeled_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside class folders alone, and elsewhere if it is named; a few labelled images are a batch of their own."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("parts/train"), {"a": 6, "b": 6})
+    write(Path("parts/val"), {"a": 2, "b": 2})
+    write(Path("classes"), {"a": 6, "b": 6})
+    write(Path("more"), {"monday": 510})
+    for folder in ("parts", "classes"):
+        Path(folder, "unlabeled").symlink_to(tmp_path / "more")
+    cases = [("parts", [], 12, 4), ("classes", [], 10, 2), ("classes", ["--unlabeled", "more"], 10, 2)]
+    for folder, options, labelled, held_out in cases:
+        if options:
+            Path(folder, "unlabeled").unlink()
+        done = call("init", folder, *options, "--force")
+        assert done.returncode == 0, done.stderr
+        count = f"2 classes, {labelled + 510} training (510 without a label) and {held_out} validation images"
+        assert count in done.stdout
+        raw = json.loads(Path(f"{folder}.json").read_text())
+        assert raw["data"]["unlabeled_root"] == (options[1] if options else f"{folder}/unlabeled")
+        assert (raw["train"]["global_batch_size"], raw["teacher"]["training"]["global_batch_size"]) == (
+            32,
+            labelled // 4,
+        )
+        assert ("val_samples" in raw["data"]) == (folder == "classes")
+
+
+def test_without_any_label_a_trained_teacher_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("photos/val"), {"a": 2, "b": 2})
+    write(Path("photos"), {"train": 40})
+    done = call("init", "photos", "--teacher", "cifar/resnet14")
+    assert done.returncode == 2
+    assert "none of the training images of photos has a label" in done.stderr
+    assert "by --teacher NAME and --teacher-weights FILE" in done.stderr
+    torch.save(build_model("cifar/resnet14", num_classes=2).state_dict(), "teacher.pth")
+    given = ["--teacher", "cifar/resnet14", "--teacher-weights", "teacher.pth", "--student", "cifar/resnet8"]
+    assert call("init", "photos", *given).returncode == 0
+    raw = json.loads(Path("photos.json").read_text())
+    assert raw["teacher"] == {"model": "cifar/resnet14", "weights": "teacher.pth"}
+    assert raw["data"] == {"name": "image_folder", "root": "photos", "image_size": 32, **SMALL}
+    options = ["train.max_steps=1", "run.dir=run", "teacher.min_accuracy=0", "distill.unikd.head_steps=1"]
+    run = call("train", "--config", "photos.json", *(part for each in options for part in ("--set", each)))
+    assert run.returncode == 0, run.stderr
+    assert "40 training samples, 40 of them without a label" in run.stderr

@@ -32,7 +32,7 @@ _MAY_CHANGE: Any = {
         "probe",
         "show_head",
     },
-    "data": {"root", "workers", "dali_threads"},
+    "data": {"root", "unlabeled_root", "workers", "dali_threads"},
     "teacher": {"cache": {"dir"}, "min_accuracy": True},
     "train": {"accumulation_steps"},
     "deepspeed": True,
@@ -46,6 +46,8 @@ def config_hash(config: Config) -> str:
     micro-batches and shards its steps are split into.
     """
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
+    if config.data.unlabeled_root is not None:
+        content["data"]["unlabelled"] = True  # wherever they are
     # An experiment keeps its name when a method is added whose section it does not have.
     content["distill"] = {key: value for key, value in content["distill"].items() if value is not None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

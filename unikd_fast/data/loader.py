@@ -141,7 +141,7 @@ def build_loader(
     return MixedLoader(
         inner,
         data.mixing,
-        splits.num_classes,
+        None if splits.unlabelled == len(splits.train) else splits.num_classes,
         seed=seed,
         accumulation_steps=accumulation_steps,
         rank=rank,

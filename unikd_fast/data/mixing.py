@@ -131,13 +131,13 @@ def draw_mix(
     return Mix(partners, 1 - box[2] * box[3] / (height * width), box)
 
 
-def apply_mix(batch: Batch, mix: Mix, num_classes: int) -> Batch:
+def apply_mix(batch: Batch, mix: Mix, num_classes: int | None) -> Batch:
     """Mix images and labels; both views of a sample alike, so that one label holds for both.
 
     Args:
         batch: batch of N samples with integer labels.
         mix: what is done to it.
-        num_classes: number of classes K.
+        num_classes: number of classes K. If None, no sample has a label, and labels stay as they are.
 
     Returns:
         The batch with labels (N, K) fp32 that sum to 1, one-hot where nothing is mixed.
@@ -148,13 +148,13 @@ def apply_mix(batch: Batch, mix: Mix, num_classes: int) -> Batch:
         tensor([[0.7500, 0.2500],
                 [0.2500, 0.7500]])
     """
-    own = F.one_hot(batch.labels, num_classes).float()
+    labels = batch.labels if num_classes is None else F.one_hot(batch.labels, num_classes).float()
     if mix.share == 1:
-        return batch._replace(labels=own)
-    partners = to_device(torch.from_numpy(mix.partners), own.device)
+        return batch._replace(labels=labels)
+    partners = to_device(torch.from_numpy(mix.partners), labels.device)
     return batch._replace(
         images=_mixed(batch.images, partners, mix),
-        labels=own * mix.share + own[partners] * (1 - mix.share),
+        labels=labels if num_classes is None else labels * mix.share + labels[partners] * (1 - mix.share),
         second=None if batch.second is None else _mixed(batch.second, partners, mix),
     )
 
@@ -177,7 +177,7 @@ class MixedLoader:
     Args:
         loader: loader of the batches to mix.
         mixing: settings of what to draw.
-        num_classes: number of classes K of the labels, (N, K) fp32.
+        num_classes: number of classes K of the labels, (N, K) fp32. If None, no sample has a label.
         seed, accumulation_steps, rank, world_size: arguments that the loader was built with.
 
     Raises:
@@ -192,7 +192,7 @@ class MixedLoader:
         self,
         loader: "Loader",
         mixing: Mixing,
-        num_classes: int,
+        num_classes: int | None,
         *,
         seed: int,
         accumulation_steps: int = 1,

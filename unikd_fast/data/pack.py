@@ -82,6 +82,11 @@ def pack_folder(
             raise ValueError(f"pack_folder: {name} must be at least 1, got {value}")
     _check_target(source, target)
     data = load_image_folder(source, 1)
+    if data.unlabelled:
+        raise ValueError(
+            f"pack_folder: {source / 'train'} has no class folders, and a store needs a label for every image; train "
+            "on the folder itself"
+        )
     identity = _identity(data, raw, images_per_file)
     make_folder(target)
     with _only_packer(target):

@@ -29,13 +29,14 @@ _ROOTS: dict[str, str | None] = {
 DATA_NAMES = tuple(_ROOTS)
 
 
-def check_root(name: str, root: str | None, *, val_samples: int = 0) -> Path | None:
+def check_root(name: str, root: str | None, *, val_samples: int = 0, needs_train: bool = True) -> Path | None:
     """Return the folder of a data set, or None for those that need none.
 
     Args:
         name: one of `DATA_NAMES`.
         root: path; `${VARIABLE}` and `~` are expanded. The root of cifar100 may be the unpacked folder or its parent.
         val_samples: number of samples held out for validation; an image_folder then needs no val of its own.
+        needs_train: whether an image folder must have train, because there is no `data.unlabeled_root`.
 
     Raises:
         ValueError: the data set is unknown, or the root is not given or names an environment variable that is not set.
@@ -64,12 +65,34 @@ def check_root(name: str, root: str | None, *, val_samples: int = 0) -> Path | N
         folder = folder / _CIFAR_FOLDER
     parts = () if name == "image_folder" and val_samples else _LAYOUTS[name]
     for part in parts:
-        if not (folder / part).exists():
+        if not (folder / part).exists() and (part != "train" or needs_train):
             shown = Path(root, *folder.parts[len(Path(expanded).expanduser().parts) :], part)
             raise FileNotFoundError(
                 f"check_root: {shown} is missing; the root of data set {name} must hold {layout}; "
                 f"{_remedy(name, _VARIABLE.findall(root))}"
             )
+    return folder
+
+
+def check_unlabeled_root(name: str, root: str | None) -> Path | None:
+    """Return the folder of images without labels that belongs to a data set, or None if there is none.
+
+    Raises:
+        ValueError: the data set cannot have one, or the root names an environment variable that is not set.
+        FileNotFoundError: the folder is missing.
+    """
+    if root is None:
+        return None
+    if name not in ("image_folder", "imagenet"):
+        raise ValueError(
+            f"data.unlabeled_root = {root!r} with data.name = {name!r}: images without labels go with image_folder and "
+            "imagenet; set it to null, or unpack the data set into folders"
+        )
+    expanded = _expand(root, "data.unlabeled_root", lambda variable: f"set it by `export {variable}=/path/to/images`")
+    folder = Path(expanded).expanduser()
+    if not folder.is_dir():
+        state = "is not a folder" if folder.exists() else "is missing"
+        raise FileNotFoundError(f"data.unlabeled_root = {root} {state}; give a folder of images, or null")
     return folder
 
 

@@ -23,6 +23,10 @@ class DataSettings:
     WebDataset tars, an imagefolder). synthetic and fine_grained are generated."""
     root: Text | None = None
     """Folder of the data set, for data that are read from disk. Environment variables are written ${IMAGENET_ROOT}."""
+    unlabeled_root: Text | None = None
+    """Folder of further training images, at any depth, without labels: the student learns from the teacher on them, and
+    an epoch shows each of them once as it does the others. For image_folder and imagenet, whose root needs no train
+    then. If null, there are none."""
     loader: LoaderKind = "auto"
     """device: tensors in the device's memory, augmented by gathers; dali: files decoded by NVIDIA DALI, on the GPU if
     there is one; torchvision: files decoded by Pillow in worker processes; auto: device for data held in memory, and
@@ -34,7 +38,8 @@ class DataSettings:
     labels are plain numbers (if null, one more than the largest). For all other data only their own number is
     accepted."""
     train_samples: PositiveInt | None = None
-    """Number of training samples, in a class-balanced subset. If null, all are used."""
+    """Number of training samples with a label, in a class-balanced subset. If null, all are used. Images without a
+    label are used in any case."""
     val_samples: Annotated[int, Ge(0)] = 0
     """Number of samples held out of the training split for validation, stratified, the same in every run. For
     cifar100: with 0, the test split is used for validation, as in the literature. For an image_folder without train and

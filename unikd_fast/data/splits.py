@@ -16,7 +16,7 @@ from torch import Tensor, from_numpy, uint8
 from unikd_fast.data.images import StoredImage
 from unikd_fast.data.philox import FIRST_RESERVED_STREAM, sort_keys, uniforms
 from unikd_fast.errors import DataError
-from unikd_fast.values import Channels, Interpolation
+from unikd_fast.values import NO_LABEL, Channels, Interpolation
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
@@ -28,7 +28,7 @@ class TensorImages:
 
     Args:
         images: (N, 3, H, W) uint8.
-        labels: (N,) int64.
+        labels: (N,) int64, `NO_LABEL` for a training image without one.
         ids: (N,) position of each sample in the published split that it comes from. If None, the split is whole. Views
             and caches are keyed on these, so they stay valid when a run takes part of a data set.
 
@@ -155,7 +155,8 @@ class DataSplits:
     """A data set, ready for a loader.
 
     Args:
-        train, val, test: splits. If none is published for testing, `test` is `val`, and `test_is_val` is true.
+        train, val, test: splits. If none is published for testing, `test` is `val`, and `test_is_val` is true. Only
+            training images may lack a label.
         num_classes: number of classes K.
         class_names: K names, or None.
         mean, std: mean and deviation per channel, of images in [0, 1].
@@ -191,11 +192,21 @@ class DataSplits:
                     f"DataSplits: labels of {name} must be below the number of classes, {self.num_classes}, got "
                     f"{largest} at position {int(split.labels.argmax())}; correct the label or the number of classes"
                 )
+            if name != "train" and split.labels.min(initial=0) < 0:
+                raise ValueError(
+                    f"DataSplits: {name} has no label at position {int(split.labels.argmin())}, and accuracies need "
+                    "one for every image; add it, or leave the image out"
+                )
 
     @property
     def test_is_val(self) -> bool:
         """Whether `test` is the same split as `val`, so that its accuracy is that of a split used for selection."""
         return self.test is self.val
+
+    @property
+    def unlabelled(self) -> int:
+        """Return the number of training images without a label."""
+        return int((self.train.labels == NO_LABEL).sum())
 
 
 def _check_numbers(kind: str, count: int, labels: NDArray, ids: NDArray | None) -> None:
@@ -206,10 +217,13 @@ def _check_numbers(kind: str, count: int, labels: NDArray, ids: NDArray | None) 
             raise ValueError(f"{kind}: {count} images need {count} {name}, got an array of shape {numbers.shape}")
         if numbers.dtype.kind not in "iu":
             raise ValueError(f"{kind}: {name} must be whole numbers, got {numbers.dtype}")
-        if count and numbers.min() < 0:
-            place = int(numbers.argmin())
-            # Of labels, losses leave out the negative ones without a word.
-            raise ValueError(f"{kind}: {name} must be at least 0, got {numbers[place]} at position {place}; correct it")
+        wrong = (numbers < 0) & ((numbers != NO_LABEL) | (name == "ids"))
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise ValueError(
+                f"{kind}: {name} must be at least 0{f', or {NO_LABEL} for none' if name == 'labels' else ''}, got "
+                f"{numbers[place]} at position {place}; correct it"
+            )
 
 
 _SUBSET_STREAM = FIRST_RESERVED_STREAM + 1
@@ -310,8 +324,8 @@ def hash_split(split: Split) -> str:
 
     Images in memory are hashed with their shape. Of images on disk only names and sizes are: one overwritten by another
     of the same size goes unnoticed, because to read all of ImageNet would cost as much as an epoch. Names are relative
-    to the deepest folder that holds all, so a data set may move, and a folder and the files packed from it are the same
-    data set. Pixels in Arrow files that have no names are hashed as a whole.
+    to the deepest folder that holds all, or all without a label, so a data set may move, and a folder and the files
+    packed from it are the same data set. Pixels in Arrow files that have no names are hashed as a whole.
 
     Args:
         split: N samples.
@@ -346,8 +360,12 @@ def _pixels(split: TensorImages) -> Iterator[memoryview]:
 
 
 def _files(split: ImageFiles) -> Iterator[bytes]:
-    """Yield a line of JSON [folder, name, size in bytes] for each file; folders are relative to the one of them all."""
-    relative = _relative(split.paths)
+    """Yield a line of JSON [folder, name, size in bytes] for each file; folders are relative to the one of them all, or
+    of all without a label."""
+    groups: tuple[list[str], list[str]] = [], []
+    for path, label in zip(split.paths, split.labels.tolist(), strict=True):
+        groups[label == NO_LABEL].append(path)
+    relative = _relative(groups[0]) | _relative(groups[1])
 
     def describe(paths: Sequence[str]) -> bytes:
         return "".join(_line(relative, path, _size(path)) for path in paths).encode()

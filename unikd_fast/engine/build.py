@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +27,11 @@ from unikd_fast.engine.networks import StudentModule, build_network, build_teach
 from unikd_fast.engine.preflight import require_agreement
 from unikd_fast.engine.teacher import start_teacher
 from unikd_fast.engine.zero import local_batch_size, zero_stage
-from unikd_fast.methods import Method, Needs, RunContext, build_method, needs_of
+from unikd_fast.methods import METHODS, Method, Needs, RunContext, build_method, needs_of
 from unikd_fast.models import FeatureExtractor, LogitsOnly, StudentCard
 from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.teacher import OnlineTeacher
-from unikd_fast.values import Batch, Target
+from unikd_fast.values import NO_LABEL, Batch, Target
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,18 @@ def _build(config: Config, processes: Processes) -> Experiment:
     batch = local_batch_size(config, processes)
     needs = needs_of(config.distill.settings)
     check_needs(config, needs)
-    splits = build_data(config, processes)
+    splits = usable(config, needs, build_data(config, processes))
     check_classes(config, needs, splits.num_classes)
     if processes.is_first:
         log_inputs(config, splits, config.data.first_augmentation)
     loader = build_data_loader(config, splits, processes, second_view=needs.second_view)
     total_steps = _total_steps(config, loader.steps_per_epoch)
-    facts = {"training_samples": len(splits.train), "classes": splits.num_classes, "steps": total_steps}
+    facts = {
+        "training_samples": len(splits.train),
+        "without_label": splits.unlabelled,
+        "classes": splits.num_classes,
+        "steps": total_steps,
+    }
     require_agreement(processes, facts)
 
     torch.manual_seed(config.run.seed)
@@ -199,6 +205,37 @@ def check_needs(config: Config, needs: Needs) -> None:
             "distill.unikd.teacher_head = 'literal' with deepspeed.zero_optimization.stage = 3, which shards the "
             "head's weights where the loss needs them whole; set the stage to 2 or less"
         )
+
+
+def usable(config: Config, needs: Needs, splits: DataSplits) -> DataSplits:
+    """Return the data that the method of a run learns from: without a teacher that is the images with a label.
+
+    Raises:
+        ConfigError: the method, the training of the teacher or mixing needs labels that are not there.
+    """
+    without, total = splits.unlabelled, len(splits.train)
+    if not without:
+        return splits
+    label, mixing = config.distill.label, config.data.mixing
+    if without == total and (not needs.teacher or (config.teacher is not None and config.teacher.training is not None)):
+        raise ConfigError(
+            f"distill.method = 'none' and teacher.training learn from labels, and none of the {total} training images "
+            "has one; give a teacher that is trained already (teacher.weights, without teacher.training)"
+        )
+    if not needs.teacher:
+        return replace(splits, train=splits.train.select(np.flatnonzero(splits.train.labels != NO_LABEL)))
+    if needs.labels:
+        others = [name for name, kind in METHODS.items() if not kind.needs_of(kind.settings_class()).labels]
+        raise ConfigError(
+            f"distill.method = {label!r} needs the class of every training image, and {without} of {total} have no "
+            f"label; leave them out (data.unlabeled_root = null), or use a method that needs none: {', '.join(others)}"
+        )
+    if mixing.is_on and without < total:
+        raise ConfigError(
+            f"data.mixing.mixup_alpha = {mixing.mixup_alpha} and cutmix_alpha = {mixing.cutmix_alpha} mix labels, and "
+            f"{without} of {total} training images have none; set both alphas to 0, or train without any label"
+        )
+    return splits
 
 
 def check_classes(config: Config, needs: Needs, classes: int) -> None:

@@ -18,8 +18,9 @@ _logger = logging.getLogger("unikd_fast")
 
 def data_line(config: Config, experiment: Experiment) -> str:
     splits = experiment.splits
+    without = f", {splits.unlabelled} of them without a label" if splits.unlabelled else ""
     return (
-        f"data      {config.data.name}: {len(splits.train)} training samples, {splits.num_classes} classes, "
+        f"data      {config.data.name}: {len(splits.train)} training samples{without}, {splits.num_classes} classes, "
         f"{config.data.image_size} x {config.data.image_size}"
     )
 

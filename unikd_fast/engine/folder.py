@@ -28,6 +28,7 @@ from torch import nn
 
 from unikd_fast.config import Config, ConfigError, config_hash
 from unikd_fast.config.load import read_stored
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.errors import FileError
 from unikd_fast.io import (
@@ -275,7 +276,7 @@ def student_result(
     *,
     label: str,
     steps: int,
-    test_is_val: bool,
+    splits: DataSplits,
     best: tuple[Mapping[str, Any], Mapping[str, Any]],
     last: tuple[Mapping[str, Any], Mapping[str, Any]],
     weights: Path,
@@ -286,7 +287,7 @@ def student_result(
         config: configuration of the run.
         label: name of the run in tables.
         steps: number of training steps.
-        test_is_val: whether the test split is the validation split.
+        splits: data that it was trained on.
         best, last: metrics of an evaluation on the validation split and on the test split.
         weights: file of the last student.
     """
@@ -305,7 +306,8 @@ def student_result(
         "method": config.distill.label,
         "model": config.student.model,
         "steps": steps,
-        "test_is_val": test_is_val,
+        "test_is_val": splits.test_is_val,
+        **({"unlabelled": splits.unlabelled} if splits.unlabelled else {}),
         "best": figures(best),
         "last": figures(last),
         "weights": str(weights),

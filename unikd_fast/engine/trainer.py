@@ -361,7 +361,7 @@ class Trainer:
             self.config,
             label=self.label,
             steps=self.step,
-            test_is_val=self.experiment.splits.test_is_val,
+            splits=self.experiment.splits,
             best=(best, best_test),
             last=(last, last_test),
             weights=self.folder / STUDENT,

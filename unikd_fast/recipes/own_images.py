@@ -30,44 +30,67 @@ class Folder:
 
     Attributes:
         splits: its images.
+        unlabelled: folder of further training images without labels. If None, there is none.
         val_samples: number of images held out of it; 0 if it has a val folder.
         sizes: smallest, median and largest short side in pixels, of some of the training images.
     """
 
     splits: DataSplits
+    unlabelled: Path | None
     val_samples: int
     sizes: tuple[int, int, int]
 
+    @property
+    def labelled(self) -> int:
+        """Return the number of training images with a label."""
+        return len(self.splits.train) - self.splits.unlabelled
+
     def __str__(self) -> str:
-        counts = f"{len(self.splits.train):,} training and {len(self.splits.val):,} validation images"
+        without = f" ({self.splits.unlabelled:,} without a label)" if self.splits.unlabelled else ""
+        counts = f"{len(self.splits.train):,} training{without} and {len(self.splits.val):,} validation images"
         held_out = ", held out of the same folders" if self.val_samples else ""
         low, middle, high = self.sizes
         return f"{self.splits.num_classes} classes, {counts}{held_out}; short sides {low} to {high} px, median {middle}"
 
 
-def look(root: Path) -> Folder:
-    """Look at a folder with train/<class> and val/<class>, or with <class> alone.
+def look(root: Path, unlabelled: Path | None = None) -> Folder:
+    """Look at a folder with train/<class> and val/<class>, with <class> alone, or with images in train and val/<class>.
+
+    Args:
+        root: folder.
+        unlabelled: folder of further training images without labels. If None, ``unlabeled`` in the root, if it exists.
 
     Raises:
         ConfigError: it holds neither, or too few images.
     """
     if not root.is_dir():
         raise ConfigError(f"{root} is not a folder; give the folder of your images")
+    if unlabelled is None and (root / "unlabeled").is_dir():
+        unlabelled = root / "unlabeled"
     try:
         val_samples = 0
-        if not ((root / "train").is_dir() and (root / "val").is_dir()):
-            val_samples = _held_out(root)
-        data = DataSettings(name="image_folder", root=str(root), image_size=32, val_samples=val_samples)
+        if not ((root / "val").is_dir() and (unlabelled is not None or (root / "train").is_dir())):
+            val_samples = _held_out(root, unlabelled)
+        data = DataSettings(
+            name="image_folder",
+            root=str(root),
+            unlabeled_root=None if unlabelled is None else str(unlabelled),
+            image_size=32,
+            val_samples=val_samples,
+        )
         splits = open_data(data)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     assert isinstance(splits.train, ImageFiles)
-    return Folder(splits, val_samples, _sizes(splits.train.paths))
+    return Folder(splits, unlabelled, val_samples, _sizes(splits.train.paths))
 
 
-def _held_out(root: Path) -> int:
+def _held_out(root: Path, unlabelled: Path | None) -> int:
     """Return how many images to hold out of a folder of class folders."""
-    counts = [sum(len(names) for *_, names in os.walk(entry)) for entry in sorted(root.iterdir()) if entry.is_dir()]
+    entries = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    if unlabelled is not None:
+        entries = [entry for entry in entries if not unlabelled.samefile(entry)]
+    counts = [sum(len(names) for *_, names in os.walk(entry)) for entry in entries]
     if len(counts) < 2 or min(counts) < 2:
         raise ConfigError(
             f"{root} has no train and val, and {len(counts)} folders of classes, the smallest with "
@@ -93,7 +116,12 @@ def _sizes(paths: Sequence[str]) -> tuple[int, int, int]:
 
 
 def configuration(
-    root: Path, found: Folder, *, teacher: str | None = None, student: str | None = None
+    root: Path,
+    found: Folder,
+    *,
+    teacher: str | None = None,
+    teacher_weights: str | None = None,
+    student: str | None = None,
 ) -> dict[str, Any]:
     """Return a configuration for a folder.
 
@@ -101,7 +129,16 @@ def configuration(
         root: folder.
         found: what it holds.
         teacher, student: names of networks. If None, common ones for the size of the images.
+        teacher_weights: file of a teacher that is trained on these classes. If None, it is trained first.
+
+    Raises:
+        ConfigError: no training image has a label, so that a teacher cannot be trained on them.
     """
+    if not found.labelled and (teacher is None or teacher_weights is None):
+        raise ConfigError(
+            f"none of the training images of {root} has a label, so a teacher cannot be trained on them; give one that "
+            "is trained on these classes by --teacher NAME and --teacher-weights FILE"
+        )
     size = max((each for each in _SIZES if each <= found.sizes[1]), default=_SIZES[0])
     pretrained = size >= _PRETRAINED_FROM
     batch = max(each for each in _BATCHES if each == _BATCHES[0] or 16 * each <= len(found.splits.train))
@@ -111,14 +148,20 @@ def configuration(
     weights = {"weights": "pretrained"} if pretrained else {}
     names = ("timm/resnet50", "timm/mobilenetv3_small_100") if pretrained else ("cifar/resnet56", "cifar/resnet8x4")
     data: dict[str, Any] = {"name": "image_folder", "root": str(root), "image_size": size}
+    if found.unlabelled is not None:
+        data["unlabeled_root"] = str(found.unlabelled)
     if found.val_samples:
         data["val_samples"] = found.val_samples
     if not pretrained:
         data["augmentation"] = {"scale": [0.5, 1.0]}
+    training: dict[str, Any] = {"total_epochs": max(5, epochs // 3)}
+    if batch > found.labelled:
+        training["global_batch_size"] = max(2, found.labelled // 4)
+    taught = {**weights, "training": training} if teacher_weights is None else {"weights": teacher_weights}
     return {
         "$schema": str(files("unikd_fast").joinpath("configs/schema.json")),
         "data": data,
-        "teacher": {"model": teacher or names[0], **weights, "training": {"total_epochs": max(5, epochs // 3)}},
+        "teacher": {"model": teacher or names[0], **taught},
         "student": {"model": student or names[1], **weights},
         "distill": {"method": "unikd"},
         "train": {
@@ -131,16 +174,22 @@ def configuration(
     }
 
 
-def init(root: Path, target: Path, *, teacher: str | None, student: str | None, force: bool) -> str:
+def init(root: Path, target: Path, *, unlabelled: Path | None, force: bool, **networks: str | None) -> str:
     """Write a configuration for a folder of images, and return what was found and what to do next.
+
+    Args:
+        root, unlabelled: see `look`.
+        target: file to write.
+        force: whether to replace it.
+        networks: see `configuration`.
 
     Raises:
         ConfigError: the folder cannot be used, or the target exists.
     """
     if target.exists() and not force:
         raise ConfigError(f"--to {target} exists; give another name, or --force to replace it")
-    found = look(root)
-    raw = configuration(root, found, teacher=teacher, student=student)
+    found = look(root, unlabelled)
+    raw = configuration(root, found, **networks)
     parse_config(raw, name=target.stem, source=str(target))
     write_file(target, json.dumps(raw, indent=2) + "\n")
     return (

@@ -126,6 +126,8 @@ def _remarks(group: RunGroup) -> list[str]:
         return remarks
     if data.get("train_samples"):
         remarks.append(f"trained on {data['train_samples']:,} samples")
+    if unlabelled := group.runs[0].result.get("unlabelled"):
+        remarks.append(f"{unlabelled:,} of the training samples have no label")
     if train.get("total_epochs") != _EPOCHS[dataset]:
         remarks.append(f"trained for {train.get('total_epochs')} epochs; the usual recipe has {_EPOCHS[dataset]}")
     if train.get("max_steps"):

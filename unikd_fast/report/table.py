@@ -34,13 +34,15 @@ def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -
         f"{_epoch(r['last'])} | {r['last']['test']['accuracy']:.2f} | {r['last']['test']['ce']:.4f} |"
         for r in results
     ]
+    unlabelled = max((result.get("unlabelled", 0) for result in results), default=0)
+    further = f" and {unlabelled:,} without a label" if unlabelled else ""
     return "\n".join(
         [
             f"# {data['name']}: {config['student']['model']}",
             "",
             results_table(results),
             "",
-            f"{data['train_samples'] or 'All'} training samples, {train['total_epochs']} epochs, batch "
+            f"{data['train_samples'] or 'All'} training samples{further}, {train['total_epochs']} epochs, batch "
             f"{train['global_batch_size']}. The configuration is in config.json, versions and hardware in "
             "environment.json (of later starts in starts.jsonl), each run's course in its metrics.jsonl.",
             "",

@@ -4,21 +4,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from unikd_fast.data.roots import check_root
+import numpy as np
+
+from unikd_fast.data.roots import check_root, check_unlabeled_root
 from unikd_fast.data.sets.fine_grained import load_fine_grained
 from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.sets.in_memory import CIFAR_SIZE, load_cifar100, load_digits
 from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import DataSplits, class_balanced_subset
+from unikd_fast.values import NO_LABEL
 
 
 def open_data(data: DataSettings) -> DataSplits:
     """Open a data set.
 
     If it is not set, the number of classes is 10 for synthetic, 50 for fine_grained, and for arrow with plain numbers
-    as labels one more than the largest. A subset keeps the ids of its samples, and mean and deviation stay those of the
-    whole.
+    as labels one more than the largest. A subset keeps the ids of its samples and all images without a label, and mean
+    and deviation stay those of the whole.
 
     Raises:
         ValueError: a setting does not fit the data set, or its files are not what they should be.
@@ -29,7 +32,8 @@ def open_data(data: DataSettings) -> DataSplits:
         10
     """
     name, image_size, num_classes = data.name, data.image_size, data.num_classes
-    folder = check_root(name, data.root, val_samples=data.val_samples)
+    unlabelled = check_unlabeled_root(name, data.unlabeled_root)
+    folder = check_root(name, data.root, val_samples=data.val_samples, needs_train=unlabelled is None)
 
     def cifar100() -> DataSplits:
         if image_size != CIFAR_SIZE:
@@ -47,8 +51,10 @@ def open_data(data: DataSettings) -> DataSplits:
     openers: dict[str, Callable[[], DataSplits]] = {
         "digits": lambda: load_digits(image_size),
         "cifar100": cifar100,
-        "image_folder": lambda: load_image_folder(_given(folder), image_size, val_samples=data.val_samples),
-        "imagenet": lambda: load_image_folder(_given(folder), image_size),
+        "image_folder": lambda: load_image_folder(
+            _given(folder), image_size, val_samples=data.val_samples, unlabelled=unlabelled
+        ),
+        "imagenet": lambda: load_image_folder(_given(folder), image_size, unlabelled=unlabelled),
         "arrow": arrow,
         "synthetic": lambda: load_synthetic(data.synthetic_samples, num_classes or 10, image_size, seed=data.seed),
         "fine_grained": lambda: load_fine_grained(
@@ -68,8 +74,15 @@ def open_data(data: DataSettings) -> DataSplits:
         )
     if data.train_samples is None:
         return splits
-    subset = class_balanced_subset(splits.train.labels, data.train_samples, seed=data.seed)
-    return replace(splits, train=splits.train.select(subset))
+    without = splits.train.labels == NO_LABEL
+    labelled = np.flatnonzero(~without)
+    if not len(labelled):
+        raise ValueError(
+            f"open_data: train_samples is a number of images with a label, and no training image has one; got "
+            f"{data.train_samples}, set it to null"
+        )
+    subset = labelled[class_balanced_subset(splits.train.labels[labelled], data.train_samples, seed=data.seed)]
+    return replace(splits, train=splits.train.select(np.concatenate((subset, np.flatnonzero(without)))))
 
 
 def _given(folder: Path | None) -> Path:
