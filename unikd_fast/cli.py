@@ -202,7 +202,7 @@ def _add_export(commands: Any) -> None:
         "--image-size",
         type=_positive,
         metavar="N",
-        help="height and width of the images that .pt and .onnx are made for (default: data.image_size)",
+        help="height and width of the images that .pt and .onnx are made for (default: the student's own)",
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 

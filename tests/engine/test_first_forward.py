@@ -32,7 +32,9 @@ SIZES = {
 def test_an_unsupported_image_size_is_refused(tmp_path: Path, case: str) -> None:
     sections, named = SIZES[case]
     path = write_config(tmp_path, **sections)
-    said = rf"^{named} does not take images of 32x32 \(\w+: .+\); set data\.image_size to the size it was built for"
+    role = named.partition("\\")[0]
+    remedy = rf"set {role}\.image_size to the size it was built for, and data\.image_size to at least that"
+    said = rf"^{named} does not take images of 32x32 \(\w+: .+\); {remedy}"
     with pytest.raises(ConfigError, match=said):
         describe(load_config(path), ALONE)
     with pytest.raises(ConfigError, match=said):

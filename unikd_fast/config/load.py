@@ -48,8 +48,11 @@ def config_hash(config: Config) -> str:
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
     if config.data.unlabeled_root is not None:
         content["data"]["unlabelled"] = True  # wherever they are
-    # An experiment keeps its name when a method is added whose section it does not have.
+    # An experiment keeps its name when a method is added whose section it does not have, and with a size of its data.
     content["distill"] = {key: value for key, value in content["distill"].items() if value is not None}
+    for section in filter(None, (content["teacher"], content["student"])):
+        if section["image_size"] is None:
+            del section["image_size"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -241,6 +244,7 @@ def teacher_config(config: Config) -> Config:
         **_without_sections(config, ()),
         "student.model": config.teacher.model,
         "student.model_args": config.teacher.model_args,
+        "student.image_size": config.teacher.image_size,
         "student.feature_nodes": config.teacher.feature_nodes,
         "student.weights": config.teacher.weights,
         "student.weights_key": config.teacher.weights_key,

@@ -103,6 +103,9 @@ class TeacherConfig(Section):
     not checked."""
     cache: TeacherCache = TeacherCache()
     """The teacher's outputs, stored on disk."""
+    image_size: PositiveInt | None = None
+    """Height and width of the images that the teacher sees: those of the loader, resized on the device by antialiased
+    bilinear interpolation. At most data.image_size, which is what null stands for."""
     feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages."""
 
@@ -130,6 +133,9 @@ class StudentConfig(Section):
     than the data. If null, random."""
     weights_key: Text | None = None
     """Key of the state dict in a weights file that holds several, as for the teacher."""
+    image_size: PositiveInt | None = None
+    """Height and width of the images that the student sees: those of the loader, resized on the device by antialiased
+    bilinear interpolation. At most data.image_size, which is what null stands for."""
     feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages."""
 
@@ -391,3 +397,14 @@ class Config(Section):
     deepspeed: dict[str, Any] = Field(default={})
     """Passed to DeepSpeed unchanged. What this schema already states (batch size, precision, clipping, optimiser) may
     not be repeated here."""
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> "Config":
+        shown = self.data.image_size
+        for role, section in (("teacher", self.teacher), ("student", self.student)):
+            if section is not None and section.image_size is not None and section.image_size > shown:
+                raise ValueError(
+                    f"{role}.image_size = {section.image_size} is above data.image_size = {shown}: the loader's images "
+                    f"are only made smaller; set data.image_size to {section.image_size} or more"
+                )
+        return self

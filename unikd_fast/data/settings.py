@@ -32,7 +32,8 @@ class DataSettings:
     there is one; torchvision: files decoded by Pillow in worker processes; auto: device for data held in memory, and
     for files dali if it works, otherwise torchvision."""
     image_size: PositiveInt = 224
-    """Height and width, in pixels, of the images that the networks see."""
+    """Height and width, in pixels, of the loader's images, which the networks see unless they have an image_size of
+    their own."""
     num_classes: PositiveInt | None = None
     """Number of classes of generated data (if null, 10 for synthetic and 50 for fine_grained), and of arrow data whose
     labels are plain numbers (if null, one more than the largest). For all other data only their own number is

@@ -19,6 +19,7 @@ from unikd_fast.engine.inputs import (
     build_data,
     build_data_loader,
     log_inputs,
+    network_size,
     preprocessing_of,
     teacher_affine,
 )
@@ -169,12 +170,13 @@ def _build(config: Config, processes: Processes) -> Experiment:
 def student_card(experiment: Experiment) -> StudentCard:
     """Return what one must know to use the student of a run."""
     splits, student = experiment.splits, experiment.config.student
+    preprocessing = preprocessing_of(splits, experiment.loader.schedule.augmentation)
     return StudentCard(
         student.model,
         student.model_args,
         splits.num_classes,
         splits.class_names,
-        preprocessing_of(splits, experiment.loader.schedule.augmentation),
+        replace(preprocessing, image_size=network_size(experiment.config, "student")),  # crop_pct is relative to it
     )
 
 

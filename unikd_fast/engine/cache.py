@@ -66,6 +66,7 @@ def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly
         "teacher": {
             "model": teacher.model,
             **({"model_args": teacher.model_args} if teacher.model_args else {}),
+            **({"image_size": teacher.image_size} if teacher.image_size not in (None, splits.image_size) else {}),
             "weights": hash_tensors(network.plain.state_dict()),
             "precision": _precision(config, experiment.processes.device),
             "fold_batch_norm": teacher.fold_batch_norm,

@@ -6,6 +6,7 @@ from torch import nn
 
 from unikd_fast.config import Config
 from unikd_fast.config.load import cache_dir
+from unikd_fast.config.schema import StudentConfig, TeacherConfig
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache_commands import plan_experiment, without_cache
 from unikd_fast.engine.distributed import Processes
@@ -27,7 +28,9 @@ def data_line(config: Config, experiment: Experiment) -> str:
 
 def student_line(config: Config, experiment: Experiment) -> str:
     role = "network" if config.distill.method == "none" else "student"
-    return f"{role}   {config.student.model}: {count_parameters(experiment.student):,} parameters"
+    return (
+        f"{role}   {config.student.model}: {count_parameters(experiment.student):,} parameters{_size(config.student)}"
+    )
 
 
 def teacher_line(config: Config, experiment: Experiment) -> str | None:
@@ -39,8 +42,13 @@ def teacher_line(config: Config, experiment: Experiment) -> str | None:
         return f"teacher   {teacher.model}: outputs of {cache_dir(config)}"
     return (
         f"teacher   {teacher.model}: {count_parameters(experiment.teacher):,} parameters, weights "
-        f"{teacher.weights or 'trained first'}"
+        f"{teacher.weights or 'trained first'}{_size(teacher)}"
     )
+
+
+def _size(section: StudentConfig | TeacherConfig) -> str:
+    size = section.image_size
+    return "" if size is None else f", images resized to {size} x {size}"
 
 
 def method_lines(config: Config, experiment: Experiment) -> list[str]:

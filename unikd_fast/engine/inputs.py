@@ -68,6 +68,12 @@ def teacher_constants(config: Config, splits: DataSplits) -> tuple[Channels, Cha
     return (splits.mean, splits.std) if wanted is None else (wanted.mean, wanted.std)
 
 
+def network_size(config: Config, role: str) -> int:
+    """Return the height and width of the images that the teacher or student sees."""
+    section = config.student if role == "student" else config.teacher
+    return config.data.image_size if section is None or section.image_size is None else section.image_size
+
+
 def teacher_affine(config: Config, splits: DataSplits) -> Affine | None:
     """Return the scale and shift from the loader's images to the teacher's, or None if they are the same."""
     mean, std = teacher_constants(config, splits)
@@ -92,11 +98,11 @@ def log_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -
     if teacher_affine(config, splits) is not None:
         mean, std = teacher_constants(config, splits)
         parts.append(f"renormalised for the teacher to mean {_short(mean)}, std {_short(std)}")
-    for _, name, wanted in found:
+    for role, name, wanted in found:
         own = _resize(wanted.interpolation, wanted.short_side(splits.image_size), squash=wanted.squash)
         differs = [] if own == shown else [own]
-        if wanted.image_size != splits.image_size:
-            differs.append(f"{wanted.image_size} px instead of {splits.image_size}")
+        if wanted.image_size != network_size(config, role):
+            differs.append(f"{wanted.image_size} px instead of {network_size(config, role)}")
         if differs:
             parts.append(f"{name} was trained with {', '.join(differs)}")
     _log_once(f"images: {'; '.join(parts)}")
@@ -129,7 +135,7 @@ def _preprocessing(config: Config, role: str) -> Preprocessing | None:
         if role == "teacher" and config.distill.method == "none":
             return None  # such a run does without its teacher's file
         raise
-    return published_preprocessing(section.model, weights, image_size=config.data.image_size)
+    return published_preprocessing(section.model, weights, image_size=network_size(config, role))
 
 
 def _resize(interpolation: str, short_side: int, *, squash: bool) -> str:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.roots import named_as_configured
 from unikd_fast.data.splits import DataSplits
+from unikd_fast.engine.inputs import network_size
 from unikd_fast.engine.memory import lacks_memory
 from unikd_fast.methods import Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, bare_model, build_model, checkpoint_blocks, extract_features
@@ -26,6 +27,7 @@ def check_forward(
     *,
     what: str,
     image_size: int,
+    key: str = "data.image_size",
     batch: int = 2,
     device: torch.device | str = "cpu",
 ) -> T:
@@ -39,6 +41,7 @@ def check_forward(
         modes: networks that it runs, and whether each is in training mode meanwhile.
         what: key and value that the networks come from.
         image_size: H and W.
+        key: key that decides on the size, for the message.
         batch: samples of a micro-batch.
         device: device of the networks.
 
@@ -64,8 +67,9 @@ def check_forward(
                 f"{what} cannot be trained on micro-batches of 1 image of {size} ({said}): BatchNorm "
                 "needs more than one sample a process; raise train.global_batch_size or lower train.accumulation_steps"
             ) from error
+        larger = "" if key == "data.image_size" else ", and data.image_size to at least that"
         raise ConfigError(
-            f"{what} does not take images of {size} ({said}); set data.image_size to the size it was built for"
+            f"{what} does not take images of {size} ({said}); set {key} to the size it was built for{larger}"
         ) from error
 
 
@@ -172,9 +176,12 @@ def build_network(
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
     what = f"{role}.model = {section.model}"
-    _check_logits(LogitsOnly(model), what, splits, batch)
-    nodes, size = section.feature_nodes, splits.image_size
-    return with_features(model, role, needs, image_size=size, nodes=nodes, max_levels=config.distill.max_levels)
+    size = network_size(config, role)
+    _check_logits(LogitsOnly(model), what, splits, batch, image_size=size, key=f"{role}.image_size")
+    nodes, most = section.feature_nodes, config.distill.max_levels
+    network = with_features(model, role, needs, image_size=size, nodes=nodes, max_levels=most)
+    network.resize_to = None if size == splits.image_size else size
+    return network
 
 
 def with_features(
@@ -219,9 +226,11 @@ def _drop_running_statistics(model: nn.Module) -> None:
             module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
-def _check_logits(network: LogitsOnly, what: str, splits: DataSplits, batch: int | None) -> None:
+def _check_logits(
+    network: LogitsOnly, what: str, splits: DataSplits, batch: int | None, *, image_size: int, key: str
+) -> None:
     """Refuse a network that cannot be evaluated on these images, or with ``batch`` that cannot be trained on them."""
-    settings: dict[str, Any] = {"what": what, "image_size": splits.image_size}
+    settings: dict[str, Any] = {"what": what, "image_size": image_size, "key": key}
     logits = check_forward(network, {network: False}, **settings).logits
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (2, splits.num_classes):

@@ -75,7 +75,7 @@ def export_run(
             card = replace(card, preprocessing=replace(card.preprocessing, image_size=image_size))
         _refuse_another_card(target, card.as_dict(), tuple(FORMATS), force=force)
     student = replace(student, card=card)
-    images = random_images(image_size or config.data.image_size)
+    images = random_images(image_size or config.student.image_size or config.data.image_size)
     student = replace(student, logits=with_logits(student.network, images))
     logits = plain_logits(student.logits, images)
     make_folder(target.parent)

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unikd_fast.models.activations import ANOTHER_METHOD, find_classifier, kept, norm_before
 from unikd_fast.models.activations import before_activation as find_before_activation
@@ -16,8 +17,26 @@ from unikd_fast.values import Features
 _logger = logging.getLogger("unikd_fast")
 
 
+def resized(images: Tensor, side: int | None) -> Tensor:
+    """Return images (N, 3, H, W) as (N, 3, side, side), by antialiased bilinear interpolation in fp32.
+
+    Images of this size, and all if side is None, are returned as they are.
+
+    Example:
+        >>> resized(torch.zeros(2, 3, 32, 32), 24).shape
+        torch.Size([2, 3, 24, 24])
+    """
+    if side is None or images.shape[-2:] == (side, side):
+        return images
+    smaller = F.interpolate(images.float(), (side, side), mode="bilinear", align_corners=False, antialias=True)
+    return smaller.to(images.dtype)
+
+
 class LogitsOnly(nn.Module):
     """Runs a network and returns `Features((), logits)`.
+
+    Attributes:
+        resize_to: side that images are resized to first, see `resized`. If None, they are not.
 
     Args:
         plain: network that maps images (N, 3, H, W) to logits (N, K), to a tuple starting with them (auxiliary heads),
@@ -28,12 +47,14 @@ class LogitsOnly(nn.Module):
         ()
     """
 
+    resize_to: int | None = None
+
     def __init__(self, plain: nn.Module) -> None:
         super().__init__()
         self.plain = plain
 
     def forward(self, images: Tensor) -> Features:
-        return Features((), logits_of(self.plain(images), self.plain))
+        return Features((), logits_of(self.plain(resized(images, self.resize_to)), self.plain))
 
 
 class FeatureExtractor(nn.Module):
@@ -48,12 +69,15 @@ class FeatureExtractor(nn.Module):
         returned_as_computed: whether a level that the next operation overwrites is returned as it was before.
         norms_before_activation: path of the BatchNorm that computes each level's pre-activation, None if there is none;
             empty if these features were not requested.
+        resize_to: side that images are resized to first, see `resized`. If None, they are not.
 
     Example:
         >>> features = extract_features(build_model("cifar/resnet20", num_classes=100), image_size=32)(images)
         >>> [tuple(level.shape) for level in features.levels]
         [(64, 16, 32, 32), (64, 32, 16, 16), (64, 64, 8, 8)]
     """
+
+    resize_to: int | None = None
 
     def __init__(
         self,
@@ -100,6 +124,7 @@ class FeatureExtractor(nn.Module):
         return None if self._classifier is None else self.classifier_weight.shape[1]
 
     def forward(self, images: Tensor) -> Features:
+        images = resized(images, self.resize_to)
         forward = self._train_forward if self.plain.training else self._eval_forward
         features = Features(*forward(self.plain, images))
         if self._as_computed:
