@@ -43,7 +43,7 @@ def test_the_hash_depends_on_the_experiment_not_its_folder() -> None:
     same = [
         load_config(DIGITS),
         load_config(DIGITS, ["run.dir=elsewhere"]),
-        load_config(DIGITS, ["run.tensorboard=false"]),
+        load_config(DIGITS, ["run.trackers=[]"]),
     ]
     other = [load_config(DIGITS, ["run.seed=1"]), load_config(DIGITS, ["distill.max_levels=3"])]
     assert len({config_hash(c) for c in same}) == 1

@@ -171,7 +171,7 @@ def test_any_full_disk_is_a_one_line_error(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
         name="run",
-        run={"tensorboard": True, "checkpoint_every_steps": None, "dir": str(disk / "run")},
+        run={"trackers": ["tensorboard"], "checkpoint_every_steps": None, "dir": str(disk / "run")},
         data={"image_size": 16, "synthetic_samples": 32},
         student={"model": "cifar/resnet8"},
         distill={"method": "kd"},
@@ -193,5 +193,5 @@ def test_any_full_disk_is_a_one_line_error(tmp_path: Path) -> None:
     assert done.returncode == 0, done
     assert len(failed) > 10
     named = " ".join(failed)
-    for name in ("environment.json", "config.json", "teacher.json", "tensorboard", "metrics.jsonl", "checkpoints/"):
+    for name in ("environment.json", "config.json", "teacher.json", "metrics.jsonl", "checkpoints/"):
         assert f"run/{name}" in named, named

@@ -21,7 +21,7 @@ SHORT = {"total_epochs": 1, "max_steps": 2, "accumulation_steps": 1}
 )
 def test_every_launcher_leaves_a_complete_folder(tmp_path: Path, launcher: str, processes: int) -> None:
     config = write_config(
-        tmp_path, name="short", train=SHORT, run={"tensorboard": True}, distill={"teacher_head": "prefit"}
+        tmp_path, name="short", train=SHORT, run={"trackers": ["tensorboard"]}, distill={"teacher_head": "prefit"}
     )
     done = launch(config, launcher=launcher, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr

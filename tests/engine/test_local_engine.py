@@ -153,7 +153,7 @@ def test_one_process_imports_no_deepspeed(tmp_path: Path) -> None:
     config = write_config(tmp_path, train={"max_steps": 2}, student={"model": "cifar/resnet8"})
     script = tmp_path / "alone.py"
     script.write_text(ALONE_PROGRAM)
-    command = [sys.executable, str(script), "--config", str(config), "--set", "run.tensorboard=false"]
+    command = [sys.executable, str(script), "--config", str(config), "--set", "run.trackers=[]"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )

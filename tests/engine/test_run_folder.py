@@ -19,6 +19,7 @@ from unikd_fast.engine import folder as run_folder
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.folder import import_student, open_run_folder, read_result, read_teacher
 from unikd_fast.engine.metrics import MetricsWriter, read_metrics
+from unikd_fast.engine.trackers import TrackedRun, Trackers
 from unikd_fast.errors import ConfigError, FileError
 
 Train = Callable[..., Done]
@@ -310,7 +311,7 @@ def test_links_in_the_folder_are_not_written_through(tmp_path: Path, train: Trai
 def test_every_file_has_the_mode_of_umask(tmp_path: Path, train: Train) -> None:
     before = os.umask(0o027)
     try:
-        done = train(run={"tensorboard": True})
+        done = train(run={"trackers": ["tensorboard"]})
     finally:
         os.umask(before)
     assert done.returncode == 0, done.stderr
@@ -320,19 +321,29 @@ def test_every_file_has_the_mode_of_umask(tmp_path: Path, train: Train) -> None:
 
 
 @pytest.mark.usefixtures("small_files")
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
-def test_a_full_disk_while_training_is_named(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    events = name == "tensorboard"
-    writer = MetricsWriter(tmp_path, ALONE, label="x", total_steps=9, start_step=0, tensorboard=events)
-    said = ""
-    with pytest.raises(FileError, match=rf"{name} cannot be written: File too large, .*make room"):
+def test_a_full_disk_while_training_is_named(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, ALONE, label="x", total_steps=9, start_step=0)
+    with pytest.raises(FileError, match=r"metrics\.jsonl cannot be written: File too large, .*make room"):
         for step in range(1, 1000):
-            if events:
-                (tmp_path / "metrics.jsonl").unlink()
-            writer.write("train", step, {f"a figure of step {step}": 0.5} if events else {"loss": 0.5})
-            said += capfd.readouterr().err  # what captures it is a file, too, and TensorBoard writes late
+            writer.write("train", step, {"loss": 0.5})
     writer.close()
+
+
+@pytest.mark.usefixtures("small_files")
+def test_tensorboard_without_room_is_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tracked = Trackers(["tensorboard"], TrackedRun(tmp_path, "x", "x, seed 0", {}, "unknown", 0))
+    said = ""
+    for step in range(1, 1000):
+        tracked.log("train", step, {f"a figure of step {step}": 0.5})
+        said += capfd.readouterr().err  # what captures it is a file, too, and TensorBoard writes late
+    tracked.close(finished=True)
     assert "Traceback" not in said + capfd.readouterr().err
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "[x, seed 0] tracking with tensorboard ends here, and the run goes on: " in warnings[0]
+    assert "File too large" in warnings[0]
 
 
 def test_other_ranks_get_the_error_of_rank_0(tmp_path: Path) -> None:
@@ -343,7 +354,7 @@ def test_other_ranks_get_the_error_of_rank_0(tmp_path: Path) -> None:
 
     with pytest.raises(FileError, match=r"^metrics\.jsonl cannot be written$"):
         second = Second(1, 2, 1, ALONE.device)
-        MetricsWriter(tmp_path, second, label="x", total_steps=9, start_step=0, tensorboard=False)
+        MetricsWriter(tmp_path, second, label="x", total_steps=9, start_step=0)
     assert list(tmp_path.iterdir()) == []
 
 

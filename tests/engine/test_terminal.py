@@ -35,9 +35,7 @@ def written(folder: Path, monkeypatch: pytest.MonkeyPatch, *, hidden: str | None
     with os.fdopen(its, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         label = "student + UniKD with a long name, seed 12345"
-        writer = MetricsWriter(
-            folder, ALONE, label=label, total_steps=300_000, start_step=0, tensorboard=False, hidden=hidden
-        )
+        writer = MetricsWriter(folder, ALONE, label=label, total_steps=300_000, start_step=0, hidden=hidden)
         for step in (100_000, 200_000):
             writer.advance(step)
             writer.write("train", step, {"epoch": 1.0, "total": 2.3456, "ce": 1.0, "images_per_s": 123.4, "lr": 0.1})

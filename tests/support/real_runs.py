@@ -40,7 +40,7 @@ LAUNCHERS = {
 # Small, but with everything that has state: dropout, BatchNorm, momentum, a ramp, a head with its own optimiser,
 # augmentation, several epochs.
 TINY: dict[str, Any] = {
-    "run": {"log_every_steps": 1, "checkpoint_every_steps": 1, "tensorboard": False},
+    "run": {"log_every_steps": 1, "checkpoint_every_steps": 1, "trackers": []},
     "data": {
         "name": "synthetic",
         "image_size": 32,

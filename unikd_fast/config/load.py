@@ -23,7 +23,7 @@ _MAY_CHANGE: Any = {
         "dir",
         "nodes",
         "timeout_minutes",
-        "tensorboard",
+        "trackers",
         "log_every_steps",
         "checkpoint_every_steps",
         "keep_checkpoints",

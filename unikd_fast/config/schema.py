@@ -360,8 +360,8 @@ class RunConfig(Section):
     show_head: bool = False
     """Also print the metrics of the method's head (head_accuracy, head_mean_std, head_variance) at every evaluation;
     they are always in metrics.jsonl."""
-    tensorboard: bool = True
-    """Write TensorBoard events next to metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Programs that show the course of runs beside metrics.jsonl: tensorboard, wandb, mlflow; see docs/training.md."""
 
 
 class CompareConfig(Section):

@@ -1,13 +1,11 @@
 """Loss terms, summed on the device and read by the host once per log line, and the metrics that are written."""
 
 import json
-import logging
 import math
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,10 @@ from unikd_fast.data.images import check_bad_share
 from unikd_fast.data.loader import Loader
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.gradients import GradientWatch
+from unikd_fast.engine.trackers import Trackers
 from unikd_fast.errors import FileError, NonFiniteLoss
-from unikd_fast.io import append_line, naming, write_file
+from unikd_fast.io import append_line, write_file
 from unikd_fast.values import Loss
-
-_logger = logging.getLogger("unikd_fast")
 
 
 class LossMeter:
@@ -106,7 +103,7 @@ class LossMeter:
 
 
 class MetricsWriter:
-    """metrics.jsonl, TensorBoard events and the terminal, on the first process; silent on the others.
+    """metrics.jsonl, trackers and the terminal, on the first process; silent on the others.
 
     All processes must create it; an error is raised on all of them.
 
@@ -116,7 +113,7 @@ class MetricsWriter:
         label: label used in log messages.
         total_steps: number of steps of the run, for the progress bar and the ETA.
         start_step: first step; records of later steps, left by an interrupted run, are removed.
-        tensorboard: whether to write TensorBoard events.
+        track: function that starts the trackers. If None, there are none.
         hidden: prefix of metrics that are recorded but not printed. If None, all are printed.
     """
 
@@ -128,7 +125,7 @@ class MetricsWriter:
         label: str,
         total_steps: int,
         start_step: int,
-        tensorboard: bool,
+        track: Callable[[], Trackers] | None = None,
         hidden: str | None = None,
     ) -> None:
         self._path = folder / "metrics.jsonl"
@@ -137,19 +134,15 @@ class MetricsWriter:
         self._explained: set[str] = set()
         self._began = time.perf_counter()
         self._bar: Any = None
-        self._events: Any = None
-        self._events_folder = folder / "tensorboard"
-        processes.from_first(lambda: self._begin(folder, tensorboard=tensorboard))
+        self._trackers: Trackers | None = None
+        self._finished = False
+        processes.from_first(lambda: self._begin(folder, track))
 
-    def _begin(self, folder: Path, *, tensorboard: bool) -> None:
+    def _begin(self, folder: Path, track: Callable[[], Trackers] | None) -> None:
         kept = [record for record in read_metrics(folder) if record["step"] <= self._start]
         write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = _without_tensorboard
-            with naming(self._events_folder):
-                self._events = SummaryWriter(self._events_folder, purge_step=self._start + 1)
+        if track is not None:
+            self._trackers = track()
         if sys.stderr.isatty():
             # It fits into 80 columns; the rest is in metrics.jsonl.
             self._bar = tqdm(
@@ -166,7 +159,7 @@ class MetricsWriter:
             self._bar.update(step - self._bar.n)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Write a record: a line of metrics.jsonl, a scalar per number, and a line or a postfix on the terminal.
+        """Write a record: a line of metrics.jsonl, its numbers to trackers, and a line or a postfix on the terminal.
 
         Raises:
             FileError: the disk is full.
@@ -174,11 +167,8 @@ class MetricsWriter:
         if not self._active:
             return
         append_line(self._path, json.dumps({"kind": kind, "step": step, **values}))
-        if self._events is not None:
-            with naming(self._events_folder):
-                for name, value in values.items():
-                    if isinstance(value, int | float):
-                        self._events.add_scalar(f"{kind}/{name}", value, step)
+        if self._trackers is not None:
+            self._trackers.log(kind, step, values)
         shown = {name: value for name, value in values.items() if not self._hidden or not name.startswith(self._hidden)}
         text = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
         if kind == "train":
@@ -198,22 +188,18 @@ class MetricsWriter:
         seconds = (time.perf_counter() - self._began) / max(1, step - self._start) * (self._total - step)
         return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
+    def finish(self, step: int, result: dict[str, Any]) -> None:
+        """Show trackers the result of the run, which is finished."""
+        self._finished = True
+        if self._trackers is not None:
+            self._trackers.log("result", step, result)
+
     def close(self) -> None:
-        """Close the progress bar and TensorBoard; what TensorBoard cannot write any more is lost, with a warning."""
+        """Close the progress bar and the trackers."""
         if self._bar is not None:
             self._bar.close()
-        if self._events is not None:
-            try:
-                with naming(self._events_folder):
-                    self._events.close()
-            except FileError as error:
-                _logger.warning(f"[{self._label}] {error}; its last points are lost")
-
-
-def _without_tensorboard(failure: threading.ExceptHookArgs) -> None:
-    """Print no traceback of TensorBoard's thread, whose errors `MetricsWriter.write` raises."""
-    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
-        threading.__excepthook__(failure)
+        if self._trackers is not None:
+            self._trackers.close(finished=self._finished)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

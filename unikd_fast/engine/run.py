@@ -20,6 +20,7 @@ from unikd_fast.engine.folder import REPORT, open_run_folder, read_result, requi
 from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.preflight import describe_launch, program_facts, require_agreement
 from unikd_fast.engine.teacher import evaluate_teacher
+from unikd_fast.engine.trackers import require_trackers
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.engine.zero import check_engine
 from unikd_fast.errors import LostProcess, RunError
@@ -62,8 +63,10 @@ def launch(config: Config, *, resume: bool = False, dry_run: bool = False) -> Pa
         _show(config, results, processes)
         processes.leave()
         return Path(config.run.dir)
+    # Before the folder exists:
+    processes.from_first(lambda: require_trackers(config.run.trackers))
     for *_, single in run_configs(config):
-        check_engine(single, processes)  # before the folder exists
+        check_engine(single, processes)
     with (
         _as_lost_process(config),
         open_run_folder(config, processes, resume=resume) as folder,

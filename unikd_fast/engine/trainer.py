@@ -19,6 +19,7 @@ from unikd_fast.engine.evaluate import BatchLogits, Probe, evaluate, head_indica
 from unikd_fast.engine.folder import (
     BEST,
     STUDENT,
+    commit,
     export_student,
     import_student,
     student_result,
@@ -32,6 +33,7 @@ from unikd_fast.engine.optimizer import StudentAverage, learning_rate
 from unikd_fast.engine.step import EagerSteps, Steps
 from unikd_fast.engine.teacher import check_teacher, prepare_method
 from unikd_fast.engine.timing import StepClock, Throughput, loader_rate
+from unikd_fast.engine.trackers import TrackedRun, Trackers
 from unikd_fast.engine.zero import autocast_dtype, gathered, restore_optimizer_state, start_engine, zero_stage
 from unikd_fast.errors import CheckpointError, Interrupted, NonFiniteLoss
 from unikd_fast.io import make_folder, remove_leftovers
@@ -128,7 +130,7 @@ class Trainer:
             label=self.name,
             total_steps=experiment.total_steps,
             start_step=self.step,
-            tensorboard=config.run.tensorboard,
+            track=self._start_trackers,
             hidden=None if config.run.show_head else "head_",
         )
         self.evaluations = processes.from_first(
@@ -201,6 +203,19 @@ class Trainer:
         if teacher is None or not self.config.run.probe:
             return None
         return Probe(teacher, lambda: loader.evaluate("val"), self.processes, known)
+
+    def _start_trackers(self) -> Trackers:
+        return Trackers(
+            self.config.run.trackers,
+            TrackedRun(
+                folder=self.folder,
+                group=Path(self.config.run.dir).resolve().name,
+                name=self.name,
+                settings=self.config.model_dump(mode="json", exclude={"json_schema"}),
+                commit=commit() if self.config.run.trackers else "",
+                step=self.step,
+            ),
+        )
 
     def _start_throughput(self) -> Throughput:
         """Measure the loader first, if the run is long, to be able to tell whether the run is loader-bound."""
@@ -367,6 +382,7 @@ class Trainer:
             weights=self.folder / STUDENT,
         )
         self.processes.from_first(lambda: write_result(self.folder, result))
+        self.writer.finish(self.step, result)
         return result
 
 
