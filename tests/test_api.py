@@ -53,7 +53,7 @@ def teacher() -> nn.Module:
     return network.train()
 
 
-def distiller(teacher: nn.Module, method: Any = "unikd", **settings: Any) -> Distiller:
+def distiller(teacher: Any, method: Any = "unikd", **settings: Any) -> Distiller:
     torch.manual_seed(1)
     return Distiller(teacher, Stages(4), method=method, image_size=SIZE, **settings)
 
@@ -324,3 +324,33 @@ IMAGES = torch.zeros(4, 3, SIZE, SIZE)
 def test_what_cannot_work_is_refused(teacher: nn.Module, use: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         use(teacher)
+
+
+def test_several_teachers_are_one(teacher: nn.Module) -> None:
+    """The weighted mean of their logits; a head on the features is fitted to it."""
+    torch.manual_seed(5)
+    others = [Stages(8), Stages(12)]
+    kd = distiller([teacher, *others], "kd", ce_weight=0.0, beta=1.0, temperature=2.0, teacher_weights=[2.0, 1.0, 1.0])
+    images, labels = next(batches(1))
+    student = copy.deepcopy(kd.module.network.plain).train()(images)
+    with torch.no_grad():
+        each = [copy.deepcopy(network).eval()(images) for network in (teacher, *others)]
+        # In the precision of this processor, perhaps bf16, whose logits are off by half a percent.
+        torch.testing.assert_close(
+            kd.teacher(images).logits, (2 * each[0] + each[1] + each[2]) / 4, rtol=0.05, atol=0.1
+        )
+        expected = softmax_kl(student, kd.teacher(images).logits, temperature=2.0)
+    torch.testing.assert_close(kd(images, labels).total, expected, rtol=1e-4, atol=1e-5)
+    unikd = distiller([teacher, others[0]])
+    unikd.fit_teacher(list(batches(2)), steps=2)
+    unikd(images).total.backward()
+    assert all(parameter.grad is not None for parameter in unikd.parameters())
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        ([], {}, "the list of teachers is empty"),
+        ([teacher, others[0]], {"teacher_weights": [1.0]}, "2 networks and 1 weights"),
+        (teacher, {"teacher_weights": [1.0]}, "at least two networks and a weight for each, got 1"),
+        ([teacher, Stages(8, 7)], {}, "the student has 5 classes and the teacher 7"),
+    ]
+    for given, settings, said in cases:
+        with pytest.raises(ValueError, match=said):
+            distiller(given, "kd", **settings)

@@ -17,7 +17,7 @@ from unikd_fast.methods import METHODS, Method, RunContext, build_method, needs_
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.models.graph import in_mode
-from unikd_fast.teacher import OnlineTeacher
+from unikd_fast.teacher import Ensemble, OnlineTeacher
 from unikd_fast.values import NO_LABEL, Batch, Features, Loss
 
 _STEPS_PER_EPOCH = 1000  # of a loop whose length is not known: `fit_teacher` takes 1,000 batches, ramps count epochs
@@ -33,8 +33,10 @@ class Distiller(nn.Module):
 
     Args:
         teacher: trained network that maps images (N, 3, H, W) to logits (N, K), to a tuple that starts with them, or to
-            an object or dictionary that has ``logits``. It is copied and left as it is.
+            an object or dictionary that has ``logits``. It is copied and left as it is. Of several, a list, the logits
+            are the weighted mean, and features are those of the first.
         student: network of the same kind, which is trained in place.
+        teacher_weights: weight of each of several teachers. If None, all are the same.
         method: name of a method, or a list, which is their sum; see docs/methods.md.
         image_size: H and W of the images.
         epochs: number of epochs that will be trained, which limits warm-ups to 8 % of them. If None, 250.
@@ -58,9 +60,10 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
         student: nn.Module,
         *,
+        teacher_weights: Sequence[float] | None = None,
         method: str | Sequence[str] = "unikd",
         image_size: int = 224,
         epochs: float | None = None,
@@ -77,8 +80,12 @@ class Distiller(nn.Module):
         nodes = feature_nodes or {}
         if spare := sorted(nodes.keys() - {"student", "teacher"}):
             raise ValueError(f"Distiller: feature_nodes has {spare[0]!r}; its keys are 'student' and 'teacher'")
+        teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        if not teachers:
+            raise ValueError("Distiller: the list of teachers is empty; give one network or more")
+        first, *others = teachers
         networks: dict[str, FeatureExtractor | LogitsOnly] = {}
-        for role, network in (("student", student), ("teacher", copy.deepcopy(teacher))):
+        for role, network in (("student", student), ("teacher", copy.deepcopy(first))):
             networks[role] = with_features(
                 network,
                 role,
@@ -86,16 +93,19 @@ class Distiller(nn.Module):
                 image_size=image_size,
                 nodes=nodes.get(role),
             )
-        ours, theirs = (_classes(networks[role], image_size) for role in ("student", "teacher"))
-        if ours != theirs:
-            raise ValueError(
-                f"Distiller: the student has {ours} classes and the teacher {theirs}; fine-tune the teacher on the "
-                "student's classes, or give the student the teacher's"
-            )
+        members = [networks["teacher"], *(LogitsOnly(copy.deepcopy(other)) for other in others)]
+        ours = _classes(networks["student"], image_size)
+        for member in members:
+            if (theirs := _classes(member, image_size)) != ours:
+                raise ValueError(
+                    f"Distiller: the student has {ours} classes and the teacher {theirs}; fine-tune the teacher on the "
+                    "student's classes, or give the student the teacher's"
+                )
+        whole: nn.Module = Ensemble(members, teacher_weights) if others or teacher_weights is not None else members[0]
         device = _device(student)
         extractors = {role: each if isinstance(each, FeatureExtractor) else None for role, each in networks.items()}
         blocks = extractors["teacher"]
-        networks["teacher"].to(device)
+        whole.to(device)
         context = RunContext(
             student=extractors["student"],
             teacher=extractors["teacher"],
@@ -117,7 +127,7 @@ class Distiller(nn.Module):
         if self.head is not None:
             self.head.requires_grad_(False)  # DistributedDataParallel would wait for its gradients
         # Not a submodule: it is neither trained nor saved, and stays in eval mode and in its own precision.
-        self._teacher = [OnlineTeacher(networks["teacher"].eval(), channels_last=device.type == "cuda")]
+        self._teacher = [OnlineTeacher(whole.eval(), channels_last=device.type == "cuda")]
         self._settled = False
         self._fitted = self.head is None
         self.method.set_progress(float("inf"))

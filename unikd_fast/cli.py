@@ -505,9 +505,11 @@ def _check_paths(configs: "Sequence[Config]") -> None:
             data = config.data
             without_labels = check_unlabeled_root(data.name, data.unlabeled_root)
             check_root(data.name, data.root, val_samples=data.val_samples, needs_train=without_labels is None)
-            for role, network in (("student", config.student), ("teacher", config.teacher)):
-                if network is not None and network.weights is not None:
-                    expand_weights(role, network.weights)
+            given = [("student", config.student.weights)]
+            given += [("teacher", network.weights) for network in (config.teacher.networks if config.teacher else ())]
+            for role, weights in given:
+                if weights is not None:
+                    expand_weights(role, weights)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
 

@@ -48,11 +48,14 @@ def config_hash(config: Config) -> str:
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
     if config.data.unlabeled_root is not None:
         content["data"]["unlabelled"] = True  # wherever they are
-    # An experiment keeps its name when a method is added whose section it does not have, and with a size of its data.
+    # An experiment keeps its name when a method is added whose section it does not have, with a size of its data, and
+    # with a teacher of one network.
     content["distill"] = {key: value for key, value in content["distill"].items() if value is not None}
     for section in filter(None, (content["teacher"], content["student"])):
         if section["image_size"] is None:
             del section["image_size"]
+    if content["teacher"] is not None and not content["teacher"]["ensemble"]:
+        del content["teacher"]["ensemble"], content["teacher"]["weight"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -257,6 +260,17 @@ def teacher_config(config: Config) -> Config:
     return override(config, settings, "teacher.training")
 
 
+def single_teachers(config: Config) -> list[Config]:
+    """Return a configuration for each network of the teacher, which has this one alone."""
+    assert config.teacher is not None
+    alone = config.teacher.model_copy(update={"ensemble": (), "weight": 1.0})
+    of_others = [
+        alone.model_copy(update={"feature_nodes": None, **dict(member), "weight": 1.0})
+        for member in config.teacher.ensemble
+    ]
+    return [config.model_copy(update={"teacher": teacher}) for teacher in (alone, *of_others)]
+
+
 def _without_sections(config: Config, methods: tuple[str, ...]) -> dict[str, Any]:
     """Return settings that remove the sections of other methods."""
     return {f"distill.{name}": None for name in config.distill.unused_sections(methods)}
@@ -273,6 +287,7 @@ __all__ = [
     "read_stored",
     "run_configs",
     "run_path",
+    "single_teachers",
     "teacher_config",
 ]
 

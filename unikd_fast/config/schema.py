@@ -69,6 +69,23 @@ class TeacherCache(Section):
         return self
 
 
+class TeacherMember(Section):
+    """A further network of a teacher."""
+
+    model: Text
+    """Name of the network, as for the teacher."""
+    model_args: dict[str, Any] = Field(default={})
+    """Further arguments of the network's class or function; num_classes is given to it."""
+    weights: Text
+    """Weights, as for the teacher."""
+    weights_key: Text | None = None
+    """Key of the state dict in a weights file that holds several, as for the teacher."""
+    image_size: PositiveInt | None = None
+    """Height and width of the images that it sees, as for the teacher."""
+    weight: Positive = 1.0
+    """Weight of its logits in the mean."""
+
+
 class TeacherConfig(Section):
     """The frozen network that the student learns from."""
 
@@ -108,6 +125,27 @@ class TeacherConfig(Section):
     bilinear interpolation. At most data.image_size, which is what null stands for."""
     feature_nodes: tuple[Text, ...] | None = None
     """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages."""
+    ensemble: tuple[TeacherMember, ...] = ()
+    """Further networks, each with model and weights and, if needed, model_args, weights_key, image_size and weight: the
+    logits are the mean of all of them by their weights (1 where not set); features are those of the first network,
+    teacher.model."""
+    weight: Positive = 1.0
+    """Weight of the logits of the first network in that mean."""
+
+    @property
+    def networks(self) -> "tuple[TeacherConfig | TeacherMember, ...]":
+        """Return the settings of all its networks."""
+        return (self, *self.ensemble)
+
+    @property
+    def label(self) -> str:
+        """Return the names of all its networks."""
+        return " + ".join(network.model for network in self.networks)
+
+    @property
+    def all_weights(self) -> str:
+        """Return the weights of all its networks."""
+        return ", ".join(network.weights or "trained first" for network in self.networks)
 
     @property
     def is_trained(self) -> bool:
@@ -117,6 +155,23 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _key_of_a_file(self) -> "TeacherConfig":
         _require_weights("teacher", self.weights, self.weights_key)
+        for number, member in enumerate(self.ensemble):
+            _require_weights(f"teacher.ensemble[{number}]", member.weights, member.weights_key)
+        return self
+
+    @model_validator(mode="after")
+    def _trained_before(self) -> "TeacherConfig":
+        if self.ensemble and (self.is_trained or self.weights is None):
+            raise ValueError(
+                f"teacher.ensemble names {len(self.ensemble)} networks with teacher.weights = {self.weights!r} and "
+                "teacher.training: networks that teach together are trained before; train each in a run of its own "
+                "(distill.method = 'none') and give its student.safetensors as weights, without teacher.training"
+            )
+        if self.weight != 1 and not self.ensemble:
+            raise ValueError(
+                f"teacher.weight = {self.weight} without teacher.ensemble: it is the weight among several networks; "
+                "name the others, or remove it"
+            )
         return self
 
 
@@ -401,7 +456,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _large_enough(self) -> "Config":
         shown = self.data.image_size
-        for role, section in (("teacher", self.teacher), ("student", self.student)):
+        further = () if self.teacher is None else self.teacher.ensemble
+        members = [(f"teacher.ensemble[{number}]", member) for number, member in enumerate(further)]
+        for role, section in (("teacher", self.teacher), ("student", self.student), *members):
             if section is not None and section.image_size is not None and section.image_size > shown:
                 raise ValueError(
                     f"{role}.image_size = {section.image_size} is above data.image_size = {shown}: the loader's images "

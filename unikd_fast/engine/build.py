@@ -24,7 +24,14 @@ from unikd_fast.engine.inputs import (
     teacher_affine,
 )
 from unikd_fast.engine.memory import oom_hint
-from unikd_fast.engine.networks import StudentModule, build_network, build_teacher_network, check_forward
+from unikd_fast.engine.networks import (
+    StudentModule,
+    TeacherNetwork,
+    build_network,
+    build_teacher_network,
+    check_forward,
+    first_network,
+)
 from unikd_fast.engine.preflight import require_agreement
 from unikd_fast.engine.teacher import start_teacher
 from unikd_fast.engine.zero import local_batch_size, zero_stage
@@ -124,7 +131,8 @@ def _build(config: Config, processes: Processes) -> Experiment:
 
     torch.manual_seed(config.run.seed)
     student = build_network(config, "student", splits, needs=needs, batch=batch)
-    network, cached = None, False
+    network: TeacherNetwork | None = None
+    cached = False
     if needs.teacher:
         assert config.teacher is not None
         cached = config.teacher.cache.mode != "off"
@@ -136,7 +144,8 @@ def _build(config: Config, processes: Processes) -> Experiment:
         network = build_teacher_network(config, splits, needs=needs, with_weights=with_weights, batch=trained)
     # The method's own weights come last, so that all methods of a comparison start from the same student.
     torch.manual_seed(config.run.seed + 2)
-    features = network if isinstance(network, FeatureExtractor) else None
+    first = None if network is None else first_network(network)
+    features = first if isinstance(first, FeatureExtractor) else None
     context = RunContext(
         student=student if isinstance(student, FeatureExtractor) else None,
         teacher=features,
@@ -255,7 +264,7 @@ def check_classes(config: Config, needs: Needs, classes: int) -> None:
 
 def _check_method(
     experiment: Experiment,
-    teacher: FeatureExtractor | LogitsOnly | None,
+    teacher: TeacherNetwork | None,
     head: nn.Module | None,
     batch: int,
 ) -> None:

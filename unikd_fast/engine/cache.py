@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unikd_fast.config import Config, ConfigError
-from unikd_fast.config.load import cache_dir
+from unikd_fast.config.load import cache_dir, single_teachers
 from unikd_fast.config.schema import TeacherCache
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
 from unikd_fast.data.loader import Loader
@@ -21,9 +21,9 @@ from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.distributed import Processes, StopSignal
-from unikd_fast.engine.inputs import as_config_errors, teacher_affine, teacher_constants
+from unikd_fast.engine.inputs import as_config_errors, network_size, teacher_affine, teacher_constants
 from unikd_fast.engine.memory import oom_hint
-from unikd_fast.engine.networks import build_teacher_network
+from unikd_fast.engine.networks import TeacherNetwork, build_teacher_network
 from unikd_fast.engine.teacher import (
     VALIDATION,
     make_teacher,
@@ -34,8 +34,8 @@ from unikd_fast.engine.teacher import (
 )
 from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.methods import Method
-from unikd_fast.models import FeatureExtractor, LogitsOnly
-from unikd_fast.teacher import OnlineTeacher, resolve_precision
+from unikd_fast.models import LogitsOnly
+from unikd_fast.teacher import Ensemble, OnlineTeacher, resolve_precision
 from unikd_fast.teacher.cache import Attachment, CacheFolder, CacheKey, Codec, build_cache, hash_tensors
 from unikd_fast.teacher.cache.files import default_records_per_shard, stored_bytes
 from unikd_fast.teacher.cache.outputs import Recheck, check_outputs, output_differences, read_ahead
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from unikd_fast.engine.build import Experiment
 
 
-def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly) -> dict[str, Any]:
+def outputs_key(experiment: "Experiment", network: TeacherNetwork) -> dict[str, Any]:
     """Return what the outputs of this run's teacher are made from, for a CacheKey.
 
     The student, the batch size and the loss are not part of it, so all students of a teacher share a cache; but a
@@ -62,12 +62,16 @@ def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly
     teacher = config.teacher
     assert teacher is not None
     mean, std = teacher_constants(config, splits)
+    members = list(network.members) if isinstance(network, Ensemble) else [network]
+    first, *others = (
+        _network_key(single, each, splits) for single, each in zip(single_teachers(config), members, strict=True)
+    )
+    weights = getattr(network, "weights", ())
+    further = [{**other, "weight": weight} for other, weight in zip(others, weights[1:], strict=True)]
     return {
         "teacher": {
-            "model": teacher.model,
-            **({"model_args": teacher.model_args} if teacher.model_args else {}),
-            **({"image_size": teacher.image_size} if teacher.image_size not in (None, splits.image_size) else {}),
-            "weights": hash_tensors(network.plain.state_dict()),
+            **{key: first[key] for key in first if key not in ("mean", "std")},
+            **({"ensemble": further} if further else {}),
             "precision": _precision(config, experiment.processes.device),
             "fold_batch_norm": teacher.fold_batch_norm,
             "compile": teacher.compile,
@@ -85,6 +89,21 @@ def outputs_key(experiment: "Experiment", network: FeatureExtractor | LogitsOnly
             "seed": config.run.seed,
         },
         "head": _head(config, network, experiment.method),
+    }
+
+
+def _network_key(config: Config, network: Any, splits: DataSplits) -> dict[str, Any]:
+    """Return what the outputs of one network of a teacher are made from."""
+    assert config.teacher is not None
+    size = network_size(config, "teacher")
+    mean, std = teacher_constants(config, splits)
+    return {
+        "model": config.teacher.model,
+        **({"model_args": config.teacher.model_args} if config.teacher.model_args else {}),
+        **({"image_size": size} if size != splits.image_size else {}),
+        "weights": hash_tensors(network.plain.state_dict()),
+        "mean": list(mean),
+        "std": list(std),
     }
 
 
@@ -120,10 +139,10 @@ def _precision(config: Config, device: torch.device) -> str:
     return "fp16, or bf16 where it overflows" if asked == "auto" and resolved == "fp16" else resolved
 
 
-def _head(config: Config, network: FeatureExtractor | LogitsOnly, method: Method) -> dict[str, Any] | None:
+def _head(config: Config, network: TeacherNetwork, method: Method) -> dict[str, Any] | None:
     if method.fixed_head is None:
         return None
-    assert isinstance(network, FeatureExtractor)
+    assert not isinstance(network, LogitsOnly)
     return {
         "levels": list(network.level_names),
         "initial_weights": hash_tensors(method.fixed_head.module.state_dict()),
@@ -148,9 +167,7 @@ class OutputCache:
         record: what the run folder says about the teacher. If None, the cache is not ready.
     """
 
-    def __init__(
-        self, folder: CacheFolder, views: int, network: FeatureExtractor | LogitsOnly | None, missing: int
-    ) -> None:
+    def __init__(self, folder: CacheFolder, views: int, network: TeacherNetwork | None, missing: int) -> None:
         self.folder, self.views, self.network, self.missing = folder, views, network, missing
         self.record: dict[str, Any] | None = None
 
@@ -176,7 +193,7 @@ class OutputCache:
         return f"teacher.cache.dir = {self.folder.path}"
 
 
-def open_output_cache(experiment: "Experiment", network: FeatureExtractor | LogitsOnly) -> OutputCache:
+def open_output_cache(experiment: "Experiment", network: TeacherNetwork) -> OutputCache:
     """Find or make the cache that ``config.teacher.cache`` describes, and compare what it was made from.
 
     Args:
@@ -255,8 +272,8 @@ def refuse_uncacheable(method: Method, network: nn.Module, splits: DataSplits) -
     if method.uncacheable is None:
         return
     amount = ""
-    if isinstance(network, FeatureExtractor) and network.level_shapes:
-        a_sample = 2 * sum(channels * height * width for channels, height, width in network.level_shapes)
+    if shapes := getattr(network, "level_shapes", ()):
+        a_sample = 2 * sum(channels * height * width for channels, height, width in shapes)
         amount = f"; in half precision the levels are {size(a_sample * len(splits.train))} a view of all samples"
     raise ConfigError(
         f"the teacher's outputs cannot be cached: {method.uncacheable}{amount}; set teacher.cache.mode = 'off'"
@@ -436,7 +453,7 @@ def _progress(cache: OutputCache, processes: Processes, name: str) -> Any:
     return tqdm(total=share, desc=f"[{name}] teacher's outputs", unit="view", disable=hidden, leave=False)
 
 
-def _network(experiment: "Experiment") -> FeatureExtractor | LogitsOnly:
+def _network(experiment: "Experiment") -> TeacherNetwork:
     cache = _cache(experiment)
     network, cache.network = cache.network, None  # making a teacher changes it
     if network is None:

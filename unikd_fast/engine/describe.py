@@ -39,10 +39,10 @@ def teacher_line(config: Config, experiment: Experiment) -> str | None:
     if teacher is None or config.distill.method == "none":
         return None
     if experiment.teacher is None:
-        return f"teacher   {teacher.model}: outputs of {cache_dir(config)}"
+        return f"teacher   {teacher.label}: outputs of {cache_dir(config)}"
     return (
-        f"teacher   {teacher.model}: {count_parameters(experiment.teacher):,} parameters, weights "
-        f"{teacher.weights or 'trained first'}{_size(teacher)}"
+        f"teacher   {teacher.label}: {count_parameters(experiment.teacher):,} parameters, weights "
+        f"{teacher.all_weights}{_size(teacher)}"
     )
 
 

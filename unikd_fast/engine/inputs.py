@@ -76,12 +76,16 @@ def network_size(config: Config, role: str) -> int:
 
 def teacher_affine(config: Config, splits: DataSplits) -> Affine | None:
     """Return the scale and shift from the loader's images to the teacher's, or None if they are the same."""
-    mean, std = teacher_constants(config, splits)
-    if (mean, std) == (splits.mean, splits.std):
+    return affine_between((splits.mean, splits.std), teacher_constants(config, splits))
+
+
+def affine_between(given: tuple[Channels, Channels], wanted: tuple[Channels, Channels]) -> Affine | None:
+    """Return the scale and shift from images of one mean and deviation to those of another, None if they are equal."""
+    if given == wanted:
         return None
     red, green, blue = (
         (own_std / to_std, (own_mean - to_mean) / to_std)
-        for own_mean, own_std, to_mean, to_std in zip(splits.mean, splits.std, mean, std, strict=True)
+        for own_mean, own_std, to_mean, to_std in zip(*given, *wanted, strict=True)
     )
     return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 

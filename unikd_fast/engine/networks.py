@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unikd_fast.config import Config, ConfigError
+from unikd_fast.config.load import single_teachers
 from unikd_fast.data.roots import named_as_configured
 from unikd_fast.data.splits import DataSplits
-from unikd_fast.engine.inputs import network_size
+from unikd_fast.engine.inputs import affine_between, network_size, teacher_constants
 from unikd_fast.engine.memory import lacks_memory
 from unikd_fast.methods import Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, bare_model, build_model, checkpoint_blocks, extract_features
 from unikd_fast.models.graph import in_mode
+from unikd_fast.teacher import Ensemble
 from unikd_fast.values import Features, StudentOutput
 
 T = TypeVar("T")
+TeacherNetwork = FeatureExtractor | LogitsOnly | Ensemble
 
 
 def check_forward(
@@ -244,7 +247,7 @@ def _check_logits(
 
 def build_teacher_network(
     config: Config, splits: DataSplits, *, needs: Needs, with_weights: bool = True, batch: int | None = None
-) -> FeatureExtractor | LogitsOnly:
+) -> TeacherNetwork:
     """Build the teacher as `build_network` does; random weights must be requested, and are those of the seed."""
     assert config.teacher is not None
     if config.teacher.weights is None:
@@ -254,4 +257,24 @@ def build_teacher_network(
             "teacher.weights=random"
         )
     torch.manual_seed(config.run.seed + 1)
-    return build_network(config, "teacher", splits, needs=needs, with_weights=with_weights, batch=batch)
+    first, *others = single_teachers(config)
+    network = build_network(first, "teacher", splits, needs=needs, with_weights=with_weights, batch=batch)
+    if not others:
+        return network
+    members: list[nn.Module] = [network]
+    for number, single in enumerate(others):
+        try:
+            members.append(build_network(single, "teacher", splits, needs=Needs(), with_weights=with_weights))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"teacher.ensemble[{number}]: {error}") from error
+    constants = [teacher_constants(single, splits) for single in (first, *others)]
+    return Ensemble(
+        members,
+        [config.teacher.weight, *(member.weight for member in config.teacher.ensemble)],
+        [affine_between(constants[0], own) for own in constants],
+    )
+
+
+def first_network(network: TeacherNetwork) -> FeatureExtractor | LogitsOnly:
+    """Return the network whose features a method sees: the teacher itself, or the first of several."""
+    return cast(LogitsOnly, network.first) if isinstance(network, Ensemble) else network

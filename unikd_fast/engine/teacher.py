@@ -129,9 +129,11 @@ def start_teacher(
     batches = [batch.images for batch in islice(loader.train(0), needed)] if needed else []
     if first_call:  # compiles here, and not in the first step
         teacher.settle(all(processes.gather(teacher.is_finite(batches))))
+    several = [dict(member) for member in section.ensemble]
     teacher.record |= {
         "model": section.model,
         "weights": section.weights,
+        **({"weight": section.weight, "ensemble": several} if several else {}),
         "precision": teacher.precision,
         "folded_batch_norms": teacher.folded,
         "compile": section.compile,
@@ -241,9 +243,9 @@ def require_accuracy(config: Config, found: dict[str, float], classes: int, proc
     if share < required:
         but = f"chance is {100 / classes:.2f} %" if asked is None else f"teacher.min_accuracy is {asked:g}"
         raise ConfigError(
-            f"the teacher, {config.teacher.model} with teacher.weights = {config.teacher.weights}, classifies {said} "
-            f"correctly, and {but}; check that the weights are for these classes, in this order, or train from it "
-            "nevertheless with --set teacher.min_accuracy=0"
+            f"the teacher, {config.teacher.label} with teacher.weights = {config.teacher.all_weights}, classifies "
+            f"{said} correctly, and {but}; check that the weights are for these classes, in this order, or train from "
+            "it nevertheless with --set teacher.min_accuracy=0"
         )
     if processes.is_first:
         _logger.info("[%s] the teacher classifies %s correctly", name, said)
@@ -385,7 +387,7 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         "label": label,
         "seed": config.run.seed,
         "method": "given",
-        "model": config.teacher.model,
+        "model": config.teacher.label,
         "steps": 0,
         "test_is_val": splits.test_is_val,
         "best": figures,

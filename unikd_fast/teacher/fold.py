@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from unikd_fast.teacher.ensemble import Ensemble
+
 _logger = logging.getLogger("unikd_fast")
 
 # Exactly these types: a subclass may compute its weight in every forward pass (weight standardisation).
@@ -32,7 +34,7 @@ def fold_batch_norm(network: nn.Module) -> int:
 
     Args:
         network: network in eval mode, preferably in fp32: half-precision weights would be rounded twice. A
-            FeatureExtractor, a LogitsOnly, or any module that takes one tensor.
+            FeatureExtractor, a LogitsOnly, an Ensemble of them, or any module that takes one tensor.
 
     Raises:
         ValueError: the network is in training mode, where BatchNorm uses the statistics of the batch.
@@ -43,6 +45,8 @@ def fold_batch_norm(network: nn.Module) -> int:
     """
     if network.training:
         raise ValueError("fold_batch_norm: the network must be in eval mode, got training mode; call network.eval()")
+    if isinstance(network, Ensemble):  # one that cannot be traced must not keep the others from it
+        return sum(map(fold_batch_norm, network.members))
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return 0
     graph = _graph(network)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unikd_fast.teacher import online as formats
+from unikd_fast.teacher.ensemble import Affine
 from unikd_fast.teacher.fold import fold_batch_norm
-from unikd_fast.values import Channels, Features
+from unikd_fast.values import Features
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -158,9 +159,6 @@ _logger = logging.getLogger("unikd_fast")
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-
-Affine = tuple[Channels, Channels]
-"""Scale and shift per channel."""
 
 
 class OnlineTeacher(nn.Module):
