@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unikd_fast.api import Distiller
+    from unikd_fast.distillation import Run, distill
     from unikd_fast.distribution import FeatureDistributionPrediction
     from unikd_fast.fusion import AdaptiveFeatureFusion
     from unikd_fast.losses import (
@@ -36,9 +37,11 @@ __all__ = [
     "GaussianKL",
     "LossTerms",
     "QuantizedLogits",
+    "Run",
     "SoftmaxKL",
     "TopKLogits",
     "UniKDLoss",
+    "distill",
     "dkd_loss",
     "gaussian_kl",
     "quantize_logits",
@@ -50,6 +53,8 @@ __all__ = [
 _HOME = {
     "AdaptiveFeatureFusion": "fusion",
     "Distiller": "api",
+    "Run": "distillation",
+    "distill": "distillation",
     "FeatureDistributionPrediction": "distribution",
     "DKDLoss": "losses.modules",
     "GaussianKL": "losses.modules",
@@ -70,7 +75,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"unikd_fast.{home}"), name)
     except ModuleNotFoundError as error:
-        if home != "api":
+        if home not in ("api", "distillation"):
             raise
         raise ImportError(f"unikd_fast.{name} needs {error.name}; pip install 'unikd-fast[train]'") from error
 

@@ -4,8 +4,9 @@ import atexit
 import logging
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,7 @@ from unikd_fast.data.device import Normalise
 from unikd_fast.data.images import BadImage, BadImageTally, StoredImage, read_rgb, stand_ins
 from unikd_fast.data.sampler import Schedule
 from unikd_fast.data.settings import BadImages
-from unikd_fast.data.splits import DataSplits, Split, StoredImages
+from unikd_fast.data.splits import DatasetImages, DataSplits, Split, StoredImages
 from unikd_fast.data.views import ViewWindow, Windows, strong_pixels, strong_views
 from unikd_fast.errors import DataError, LoaderError
 from unikd_fast.values import Batch, Interpolation
@@ -46,7 +47,7 @@ _logger = logging.getLogger("unikd_fast")
 class DecodeRequest:
     """One micro-batch to decode."""
 
-    images: tuple[StoredImage, ...]
+    images: tuple[Any, ...]  # where they are: StoredImage, or DatasetItem
     labels: NDArray[np.int64]  # (N,)
     sample_ids: NDArray[np.int64]  # (N,)
     views: ViewParameters | None  # None: the view for evaluation
@@ -108,7 +109,7 @@ class Decoder:
         )
         labels, sample_ids = torch.from_numpy(request.labels), torch.from_numpy(request.sample_ids)
         batch = DecodedBatch(images, labels, sample_ids, second[0] if second else None, list(bad.values()))
-        return _without_bad(batch, list(bad), request.on_bad) if bad else batch
+        return without_bad(batch, list(bad), request.on_bad) if bad else batch
 
     def _read(self, stored: StoredImage) -> Image.Image:
         image = read_rgb(stored)
@@ -141,7 +142,7 @@ def _crop(image: Image.Image, top: int, left: int, height: int, width: int) -> I
     return image.crop((left, top, left + width, top + height))
 
 
-def _without_bad(batch: DecodedBatch, places: Sequence[int], on_bad: OnBad) -> DecodedBatch:
+def without_bad(batch: DecodedBatch, places: Sequence[int], on_bad: OnBad) -> DecodedBatch:
     """Return a batch in which the samples at these places are replaced or left out."""
     good = np.ones(len(batch.labels), np.bool_)
     good[places] = False
@@ -221,7 +222,13 @@ class FileRequests:
         shown, others, other_stream = epoch if view_epoch is None else view_epoch, self._second, stream + SECOND_VIEWS
         on_bad: OnBad = "replace" if self._skip_bad else "raise"
         requests = (
-            self._request(rows, views, None if others is None else others.views(rows, shown, other_stream), on_bad)
+            self._request(
+                rows,
+                views,
+                None if others is None else others.views(rows, shown, other_stream),
+                on_bad,
+                seeds=((shown, stream),) if others is None else ((shown, stream), (shown, other_stream)),
+            )
             for rows, views in micro_batches
         )
         self._trained = self._new_tally("training", self.schedule.samples_per_epoch)
@@ -232,7 +239,7 @@ class FileRequests:
 
         Nothing can stand in for a sample that was asked for, so a bad file is an error in any case.
         """
-        requests = (self._request(rows, self.schedule.views(rows, epoch)) for rows, epoch in asked)
+        requests = (self._request(rows, self.schedule.views(rows, epoch), seeds=((epoch, 0),)) for rows, epoch in asked)
         return Requested(requests, self._new_tally("views", 0))
 
     def evaluation(self, split: Literal["val", "test"]) -> tuple[Requested, int]:
@@ -254,9 +261,17 @@ class FileRequests:
         views: ViewParameters,
         second: ViewParameters | None = None,
         on_bad: OnBad = "raise",
+        *,
+        seeds: tuple[tuple[int, int], ...],
     ) -> DecodeRequest:
+        """Return the request for a batch; ``seeds`` are the epoch and the stream of each of its views."""
         files = self._train_files
-        return DecodeRequest(files.images(rows), files.labels[rows], files.sample_ids[rows], views, second, on_bad)
+        images: tuple[Any, ...]
+        if isinstance(files, DatasetImages):  # whose items draw random numbers of their own
+            images = files.images(rows, *(self.schedule.seeds(rows, epoch, stream) for epoch, stream in seeds))
+        else:
+            images = files.images(rows)
+        return DecodeRequest(images, files.labels[rows], files.sample_ids[rows], views, second, on_bad)
 
     def _new_tally(self, purpose: str, samples: int) -> BadImageTally:
         return BadImageTally(purpose, samples=samples, max_share=self._max_bad_share, logged=self._logged)
@@ -361,8 +376,19 @@ class FolderLoader:
         self._files = files
         self._device = device
         self._workers = workers
-        self._normalise = Normalise(splits.mean, splits.std, device=device, channels_last=channels_last)
-        self._decoder = Decoder(Windows.of(splits, files.augmentation), splits.interpolation)
+        self._is_resized = splits.is_resized
+        self._normalise: Callable[[Tensor], Tensor] = Normalise(
+            splits.mean, splits.std, device=device, channels_last=channels_last
+        )
+        windows = Windows.of(splits, files.augmentation)
+        self._decoder = Decoder(windows, splits.interpolation)
+        if isinstance(splits.train, DatasetImages):
+            from unikd_fast.data.datasets import DatasetDecoder
+
+            self._decoder = DatasetDecoder.of(splits, windows)
+            if not splits.is_resized:
+                layout = torch.channels_last if channels_last else torch.contiguous_format
+                self._normalise = partial(Tensor.contiguous, memory_format=layout)
         self._requests = _Requests()
         self._train_workers = self._data_loader(self._requests, persistent=workers > 0)
         self._latest_train = 0
@@ -380,6 +406,8 @@ class FolderLoader:
     @property
     def pixels(self) -> dict[str, str]:
         """Return what decides a view's pixels besides its numbers; see `Loader.pixels`."""
+        if not self._is_resized:
+            return {"decoder": "the data set's own", "resize": "the data set's own"}
         # Versions of libjpeg differ in how they round; the other formats have one decoding.
         turbo = features.version("libjpeg_turbo")
         library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"

@@ -17,7 +17,7 @@ from unikd_fast.data.images import BadImage
 from unikd_fast.data.mixing import MixedLoader
 from unikd_fast.data.sampler import Schedule
 from unikd_fast.data.settings import DataSettings, LoaderKind
-from unikd_fast.data.splits import DataSplits, TensorImages
+from unikd_fast.data.splits import DatasetImages, DataSplits, TensorImages
 from unikd_fast.values import Batch
 
 _logger = logging.getLogger("unikd_fast")
@@ -187,13 +187,17 @@ def _build_unmixed(
 
 def _fitting_kind(kind: LoaderKind, splits: DataSplits) -> LoaderKind:
     """Return the kind that loads the data, "auto" resolved."""
-    fitting: tuple[LoaderKind, ...] = ("device",) if isinstance(splits.train, TensorImages) else ("dali", "torchvision")
+    fitting: tuple[LoaderKind, ...] = ("dali", "torchvision")
+    if isinstance(splits.train, TensorImages):
+        fitting = ("device",)
+    elif isinstance(splits.train, DatasetImages):
+        fitting = ("torchvision",)
     if kind not in ("auto", *fitting):
         raise ValueError(
             f"build_loader: kind {kind!r} does not load {type(splits.train).__name__}; use "
             f"{', '.join(map(repr, fitting))} or 'auto'"
         )
-    if kind == "torchvision" or fitting == ("device",):
+    if kind == "torchvision" or len(fitting) == 1:
         return fitting[-1]
     problem = dali_problem()
     if kind == "dali" and problem is not None:

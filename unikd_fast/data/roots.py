@@ -25,6 +25,7 @@ _ROOTS: dict[str, str | None] = {
     "arrow": "a store of `unikd data pack`, or what Hugging Face datasets reads",
     "synthetic": None,
     "fine_grained": None,
+    "given": None,
 }
 DATA_NAMES = tuple(_ROOTS)
 

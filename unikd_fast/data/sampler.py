@@ -217,6 +217,10 @@ class Schedule:
             stream=stream,
         )
 
+    def seeds(self, positions: NDArray[np.int64], epoch: int, stream: int = 0) -> NDArray[np.uint64]:
+        """Return a seed for the view in an epoch of each of the samples at these positions (N,)."""
+        return sort_keys(self._sampler.seed, epoch, self._sample_ids[positions], stream=stream)
+
     def order(self, epoch: int, start_step: int = 0) -> Iterator[NDArray[np.int64]]:
         """Yield the positions (N,) of each micro-batch of an epoch from optimiser step `start_step` on."""
         for step in range(start_step, self.steps_per_epoch):

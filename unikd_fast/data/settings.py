@@ -17,16 +17,19 @@ BadImages = Literal["error", "skip"]
 class DataSettings:
     """The data set and how it is read."""
 
-    name: Literal["digits", "cifar100", "image_folder", "imagenet", "arrow", "synthetic", "fine_grained"]
+    name: Literal["digits", "cifar100", "image_folder", "imagenet", "arrow", "synthetic", "fine_grained", "given"]
     """Name of the data set. digits ships with scikit-learn. cifar100, image_folder and imagenet are read from root, as
     is arrow: anything that Hugging Face datasets opens (stores of unikd data pack or save_to_disk, Parquet files,
-    WebDataset tars, an imagefolder). synthetic and fine_grained are generated."""
+    WebDataset tars, an imagefolder). synthetic and fine_grained are generated. given: data sets passed to
+    unikd_fast.distill."""
     root: Text | None = None
     """Folder of the data set, for data that are read from disk. Environment variables are written ${IMAGENET_ROOT}."""
     unlabeled_root: Text | None = None
     """Folder of further training images, at any depth, without labels: the student learns from the teacher on them, and
     an epoch shows each of them once as it does the others. For image_folder and imagenet, whose root needs no train
     then. If null, there are none."""
+    digest: Text | None = None
+    """Digest of data sets passed to unikd_fast.distill, which writes it; for no other data."""
     loader: LoaderKind = "auto"
     """device: tensors in the device's memory, augmented by gathers; dali: files decoded by NVIDIA DALI, on the GPU if
     there is one; torchvision: files decoded by Pillow in worker processes; auto: device for data held in memory, and

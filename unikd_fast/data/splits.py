@@ -1,13 +1,15 @@
 """A data set as the loaders see it: its splits, parts of them, and the hash that identifies one."""
 
 import hashlib
+import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -146,8 +148,73 @@ class ArrowImages:
         return tuple(StoredImage(self.files[file], row, self.column) for file, row in places)
 
 
-StoredImages = ImageFiles | ArrowImages
-Split = TensorImages | ImageFiles | ArrowImages
+class DatasetItem(NamedTuple):
+    """One sample of a data set given as an object; what a worker process is told to read."""
+
+    part: str  # "train", "val" or "test"
+    row: int
+    label: int
+    seeds: tuple[int, ...] = (0,)  # of the data set's own random numbers, for each view
+
+    @property
+    def name(self) -> str:
+        """Return what messages call it."""
+        return f"item {self.row} of the {self.part} data set"
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetImages:
+    """A split of a map-style data set, given as an object; labels and ids as for `TensorImages`.
+
+    Args:
+        dataset: data set whose items are an image and a label; see `datasets.load_datasets`.
+        part: "train", "val" or "test".
+        is_ready: whether its images are inputs of the networks, (3, H, W) of floats, made by transforms of its own.
+        rows: (N,) items that the split takes.
+        labels, ids: as for `TensorImages`.
+
+    Raises:
+        ValueError: the labels are not one per item, or a number is negative.
+
+    Example:
+        >>> DatasetImages(CIFAR10("data"), "train", False, np.arange(8), np.zeros(8, np.int64)).images([5])[0].name
+        'item 5 of the train data set'
+    """
+
+    dataset: Any
+    part: str
+    is_ready: bool
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers("DatasetImages", len(self.rows), self.labels, self.ids)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """Return the (N,) position of each sample in the published split."""
+        return np.arange(len(self)) if self.ids is None else self.ids
+
+    def select(self, positions: NDArray[np.int64]) -> "DatasetImages":
+        """Return the samples at these positions; they keep their ids."""
+        rows, labels, ids = self.rows[positions], self.labels[positions], self.sample_ids[positions]
+        return DatasetImages(self.dataset, self.part, self.is_ready, rows, labels, ids)
+
+    def images(self, positions: Iterable[int], *seeds: NDArray[np.uint64]) -> tuple[DatasetItem, ...]:
+        """Return the items at these N positions, with the seeds (N,) of each view; without seeds they are 0."""
+        own = zip(*(each.tolist() for each in seeds), strict=True) if seeds else itertools.repeat((0,))
+        return tuple(
+            DatasetItem(self.part, int(self.rows[i]), int(self.labels[i]), each)
+            for i, each in zip(positions, own, strict=False)
+        )
+
+
+StoredImages = ImageFiles | ArrowImages | DatasetImages
+Split = TensorImages | StoredImages
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +232,8 @@ class DataSplits:
         eval_resize: length in pixels that the short side of image files is resized to for evaluation, unless the
             augmentation has another. If None, 8/7 of the image size.
         squash: whether both sides are resized to `eval_resize`.
+        is_described: whether the fields above say how images are preprocessed; of images that are ready it may be
+            unknown.
 
     Example:
         >>> splits = open_data("digits", root=None, image_size=32)
@@ -183,6 +252,7 @@ class DataSplits:
     interpolation: Interpolation = "bilinear"
     eval_resize: int | None = None
     squash: bool = False
+    is_described: bool = True
 
     def __post_init__(self) -> None:
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
@@ -197,6 +267,16 @@ class DataSplits:
                     f"DataSplits: {name} has no label at position {int(split.labels.argmin())}, and accuracies need "
                     "one for every image; add it, or leave the image out"
                 )
+        (name, count), *_ = Counter(self.class_names or ("",)).most_common(1)
+        if count > 1:
+            raise ValueError(f"DataSplits: {count} classes have the name {name!r}; rename them, or make them one")
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether a loader resizes, crops and normalises the images as the networks' weights ask for; those in memory,
+        and those that are ready, are taken as they are."""
+        ready = isinstance(self.train, DatasetImages) and self.train.is_ready
+        return not (ready or isinstance(self.train, TensorImages))
 
     @property
     def test_is_val(self) -> bool:
@@ -325,7 +405,8 @@ def hash_split(split: Split) -> str:
     Images in memory are hashed with their shape. Of images on disk only names and sizes are: one overwritten by another
     of the same size goes unnoticed, because to read all of ImageNet would cost as much as an epoch. Names are relative
     to the deepest folder that holds all, or all without a label, so a data set may move, and a folder and the files
-    packed from it are the same data set. Pixels in Arrow files that have no names are hashed as a whole.
+    packed from it are the same data set. Pixels in Arrow files that have no names are hashed as a whole. Of data sets
+    given as objects a few items are hashed, and their number.
 
     Args:
         split: N samples.
@@ -343,6 +424,10 @@ def hash_split(split: Split) -> str:
     chunks: Iterator[bytes | memoryview]
     if isinstance(split, TensorImages):
         header, chunks = ["images", *split.images.shape], _pixels(split)
+    elif isinstance(split, DatasetImages):
+        from unikd_fast.data.datasets import describe_items
+
+        header, chunks = ["items", len(split)], describe_items(split)
     else:
         header, chunks = ["files", len(split)], _files(split) if isinstance(split, ImageFiles) else _rows(split)
     # The header says how many ids of 8 bytes, and how many images or lines, come after it.

@@ -176,10 +176,12 @@ def _build(config: Config, processes: Processes) -> Experiment:
     return experiment
 
 
-def student_card(experiment: Experiment) -> StudentCard:
-    """Return what one must know to use the student of a run."""
+def student_card(experiment: Experiment) -> StudentCard | None:
+    """Return what one must know to use the student of a run, or None if its images' preprocessing is not known."""
     splits, student = experiment.splits, experiment.config.student
     preprocessing = preprocessing_of(splits, experiment.loader.schedule.augmentation)
+    if preprocessing is None:
+        return None
     return StudentCard(
         student.model,
         student.model_args,

@@ -17,7 +17,7 @@ from unikd_fast.config.load import cache_dir, single_teachers
 from unikd_fast.config.schema import TeacherCache
 from unikd_fast.data.augmentation import AUGMENTATION_VERSION, Augmentation
 from unikd_fast.data.loader import Loader
-from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
+from unikd_fast.data.splits import DataSplits, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
 from unikd_fast.engine.distributed import Processes, StopSignal
@@ -123,7 +123,7 @@ def _views(augmentation: Augmentation, splits: DataSplits) -> dict[str, Any]:
         del views["policy"]
     if not augmentation.erase_probability:
         del views["erase_probability"], views["erase_scale"], views["erase_ratio"]
-    if augmentation.crop != "resized" and not isinstance(splits.train, TensorImages):
+    if augmentation.crop != "resized" and splits.is_resized:
         # Cut from the view for evaluation.
         windows = Windows.of(splits, augmentation)
         views["short_side"] = windows.short_side

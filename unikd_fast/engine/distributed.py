@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -226,6 +227,8 @@ def reuse_freed_memory() -> None:
 class StopSignal:
     """Context manager that catches SIGTERM, SIGHUP and SIGINT; `agreed` reports them on all processes at the same step.
 
+    Outside the main thread, where Python catches no signals, there are none.
+
     Launchers signal one process after another, so a process that acted on its own signal would leave the others waiting
     in a collective. The requests are compared by a small all-reduce in a separate gloo group, started at one step and
     read at the next, without synchronising the device. A second Ctrl-C interrupts at once.
@@ -240,7 +243,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in stop_signals():
+        for number in stop_signals() if threading.current_thread() is threading.main_thread() else ():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

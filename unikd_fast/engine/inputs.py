@@ -3,7 +3,8 @@
 Mean, deviation, interpolation and crop are shared by teacher and student. They follow the student if its weights define
 a preprocessing, else the teacher, else the data set, so that a student from scratch sees what its teacher sees. If a
 teacher needs another mean and deviation, its images are renormalised on the device; another interpolation, crop or
-resolution cannot be provided for the same images, and the log says so. Data sets in memory keep their own constants.
+resolution cannot be provided for the same images, and the log says so. Data sets in memory, and those whose own
+transforms make tensors, keep their constants.
 """
 
 import logging
@@ -18,11 +19,12 @@ from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.roots import expand_weights
 from unikd_fast.data.sets import open_data
-from unikd_fast.data.splits import DataSplits, TensorImages
+from unikd_fast.data.splits import DataSplits
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.errors import RunError
-from unikd_fast.models import Preprocessing, published_preprocessing, stored_preprocessing
+from unikd_fast.given import find, is_given
+from unikd_fast.models import Preprocessing, attached_preprocessing, published_preprocessing, stored_preprocessing
 from unikd_fast.teacher import Affine
 from unikd_fast.values import Channels
 
@@ -39,8 +41,8 @@ def followed_preprocessing(config: Config) -> Preprocessing | None:
 
 
 def follow(splits: DataSplits, wanted: Preprocessing | None) -> DataSplits:
-    """Return a data set with this preprocessing; one in memory is returned as it is."""
-    if wanted is None or isinstance(splits.train, TensorImages):
+    """Return a data set with this preprocessing; one that is not resized is returned as it is."""
+    if wanted is None or not splits.is_resized:
         return splits
     return replace(
         splits,
@@ -52,19 +54,20 @@ def follow(splits: DataSplits, wanted: Preprocessing | None) -> DataSplits:
     )
 
 
-def preprocessing_of(splits: DataSplits, augmentation: Augmentation) -> Preprocessing:
-    """Return the preprocessing of a run's images, for users of its student."""
-    size, windows = splits.image_size, None
-    if not isinstance(splits.train, TensorImages):
+def preprocessing_of(splits: DataSplits, augmentation: Augmentation) -> Preprocessing | None:
+    """Return the preprocessing of a run's images, for users of its student, or None if it is not known."""
+    if not splits.is_described:
+        return None
+    size, short_side, squash = splits.image_size, splits.eval_resize or splits.image_size, splits.squash
+    if splits.is_resized:
         windows = Windows.of(splits, augmentation)
-    crop_pct = 1.0 if windows is None else size / windows.short_side
-    squash = windows is not None and windows.squash
-    return Preprocessing(splits.mean, splits.std, splits.interpolation, crop_pct, squash, size)
+        short_side, squash = windows.short_side, windows.squash
+    return Preprocessing(splits.mean, splits.std, splits.interpolation, size / short_side, squash, size)
 
 
 def teacher_constants(config: Config, splits: DataSplits) -> tuple[Channels, Channels]:
     """Return the mean and deviation of the teacher's images, after they are renormalised for it."""
-    wanted = None if isinstance(splits.train, TensorImages) else _preprocessing(config, "teacher")
+    wanted = _preprocessing(config, "teacher") if splits.is_resized else None
     return (splits.mean, splits.std) if wanted is None else (wanted.mean, wanted.std)
 
 
@@ -93,7 +96,7 @@ def affine_between(given: tuple[Channels, Channels], wanted: tuple[Channels, Cha
 def log_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -> None:
     """Log in one line the preprocessing, the network it follows, and which network was trained with another."""
     found = list(_published(config))
-    if not found or isinstance(splits.train, TensorImages):
+    if not found or not splits.is_resized:
         return
     windows = Windows.of(splits, augmentation)
     shown = _resize(splits.interpolation, windows.short_side, squash=windows.squash)
@@ -133,6 +136,9 @@ def _preprocessing(config: Config, role: str) -> Preprocessing | None:
     section = config.student if role == "student" else config.teacher
     if section is None or section.weights is None:
         return None
+    if is_given(section.weights):  # of a student it is not known whether it is pretrained
+        given = find(section.weights, f"{role}.weights")
+        return attached_preprocessing(given) if role == "teacher" else None
     try:
         weights = expand_weights(role, section.weights)
     except ValueError:
@@ -167,7 +173,7 @@ def as_config_errors() -> Iterator[None]:
 def build_data(config: Config, processes: Processes) -> DataSplits:
     """Open the data set, with the preprocessing of the networks' weights; all processes must call it."""
     splits = open_data(config.data)
-    if isinstance(splits.train, TensorImages):
+    if not splits.is_resized:
         return splits
     # On the first process: if outputs are cached, others may not have the teacher's file.
     return follow(splits, processes.from_first(lambda: followed_preprocessing(config)))

@@ -1,5 +1,6 @@
 """Teacher and student as configured, and their first forward pass."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -14,6 +15,7 @@ from unikd_fast.data.roots import named_as_configured
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.inputs import affine_between, network_size, teacher_constants
 from unikd_fast.engine.memory import lacks_memory
+from unikd_fast.given import find, is_given
 from unikd_fast.methods import Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, bare_model, build_model, checkpoint_blocks, extract_features
 from unikd_fast.models.graph import in_mode
@@ -160,7 +162,9 @@ def build_network(
     key, classes = section.weights_key, splits.num_classes
     naming = nullcontext() if section.weights is None else named_as_configured(role, section.weights)
     with naming as weights:
-        if with_weights:
+        if is_given(weights):
+            model = copy.deepcopy(find(weights, f"{role}.weights"))
+        elif with_weights:
             model = build_model(
                 section.model,
                 num_classes=classes,

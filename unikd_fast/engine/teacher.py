@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import cache_dir
 from unikd_fast.data.loader import Loader
-from unikd_fast.data.splits import DataSplits, TensorImages, hash_split
+from unikd_fast.data.splits import DataSplits, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.distributed import Processes, StopSignal, average_buffers
 from unikd_fast.engine.evaluate import BatchLogits, evaluate, write_outputs
@@ -420,7 +420,7 @@ def _evaluate(
 def _test_images(config: Config, splits: DataSplits) -> str:
     """Return what the metrics depend on: the samples, and how they are resized, which is not part of a cache's key."""
     samples = hash_split(splits.test)
-    if isinstance(splits.test, TensorImages):
+    if not splits.is_resized:
         return samples
     windows = Windows.of(splits, config.data.first_augmentation)
     return f"{samples}, {'both sides' if windows.squash else 'short side'} {windows.short_side}"

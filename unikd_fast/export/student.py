@@ -1,5 +1,6 @@
 """The student of a run: its weights from any of the run's checkpoints, and the plain network with them."""
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ from unikd_fast.engine.checkpoint.state import mean_buffer
 from unikd_fast.engine.folder import BEST
 from unikd_fast.engine.metrics import read_metrics
 from unikd_fast.errors import CheckpointError, ConfigError
+from unikd_fast.given import find, is_given
 from unikd_fast.models import StudentCard, bare_model
 from unikd_fast.tasks.classification import best_evaluation
 
@@ -251,6 +253,9 @@ def _build_plain(
     num_classes: int,
 ) -> nn.Module:
     weights = started_from
+    if is_given(weights):
+        network: nn.Module = copy.deepcopy(find(weights, "student.weights"))
+        return network
     if weights is not None:
         with suppress(ValueError):  # a variable that is not set on the exporting machine
             weights = expand_weights("student", weights)

@@ -7,6 +7,7 @@ from unikd_fast.models.features import FeatureExtractor, LogitsOnly, extract_fea
 from unikd_fast.models.preprocessing import (
     Preprocessing,
     StudentCard,
+    attached_preprocessing,
     published_preprocessing,
     stored_preprocessing,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "LogitsOnly",
     "Preprocessing",
     "StudentCard",
+    "attached_preprocessing",
     "bare_model",
     "build_model",
     "checkpoint_blocks",

@@ -169,6 +169,26 @@ def published_preprocessing(name: str, weights: str | None, *, image_size: int |
     return _of_timm(model, weights, image_size) if source == "timm" else None
 
 
+def attached_preprocessing(network: Any) -> Preprocessing | None:
+    """Return how images are preprocessed for a network that timm built, or None for another network.
+
+    Example:
+        >>> attached_preprocessing(timm.create_model("resnet10t")).crop_pct
+        0.95
+    """
+    cfg = getattr(network, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) or not {"mean", "std", "input_size", "interpolation"} <= cfg.keys():
+        return None
+    return Preprocessing(
+        tuple(cfg["mean"]),
+        tuple(cfg["std"]),
+        cast(Interpolation, cfg["interpolation"]),
+        cfg.get("crop_pct") or 0.875,
+        cfg.get("crop_mode") == "squash",
+        cfg["input_size"][-1],
+    )
+
+
 def stored_preprocessing(path: Path) -> Preprocessing | None:
     """Return what a .safetensors file holds under `METADATA_KEY`, or None if there is nothing or for other files.
 

@@ -13,6 +13,7 @@ from unikd_fast.data.sets.in_memory import CIFAR_SIZE, load_cifar100, load_digit
 from unikd_fast.data.sets.synthetic import load_synthetic
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import DataSplits, class_balanced_subset
+from unikd_fast.given import find
 from unikd_fast.values import NO_LABEL
 
 
@@ -60,6 +61,7 @@ def open_data(data: DataSettings) -> DataSplits:
         "fine_grained": lambda: load_fine_grained(
             data.synthetic_samples, num_classes or 50, image_size, seed=data.seed
         ),
+        "given": lambda: find(data.digest, "data.digest"),
     }
     if data.val_samples and name not in ("cifar100", "image_folder"):
         raise ValueError(

@@ -1,0 +1,377 @@
+"""The front door for Python: a whole run with networks and data sets that are given as objects."""
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from unikd_fast.config import ConfigError, parse_config
+from unikd_fast.config.load import assign
+from unikd_fast.config.schema import LossConfig, RunConfig, TrainConfig
+from unikd_fast.data.datasets import digest, first_size, load_datasets
+from unikd_fast.data.settings import DataSettings
+from unikd_fast.engine.distributed import Processes, start_processes
+from unikd_fast.engine.folder import STUDENT, import_student, read_result
+from unikd_fast.engine.networks import check_forward
+from unikd_fast.engine.run import launch
+from unikd_fast.given import PREFIX, giving
+from unikd_fast.methods import METHODS
+from unikd_fast.models import LogitsOnly
+from unikd_fast.teacher.cache.key import hash_tensors
+
+_SECTIONS: dict[str, Any] = {"train": TrainConfig, "loss": LossConfig, "run": RunConfig, "data": DataSettings}
+_OWN = {"total_epochs": "epochs", "name": None, "root": None, "digest": None, "num_classes": None, "loader": None}
+_BATCHES = (8, 16, 32, 64, 128)
+_SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler)
+
+_logger = logging.getLogger("unikd_fast")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of `distill`.
+
+    Attributes:
+        student: trained network, the one that was passed, with the weights of the last step.
+        folder: run folder: metrics, checkpoints, configuration, result.
+        result: content of result.json: accuracy and cross-entropy of the last and the best evaluation.
+    """
+
+    student: nn.Module
+    folder: Path
+    result: Mapping[str, Any]
+    _objects: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def accuracy(self) -> float:
+        """Return the student's accuracy in percent on the test data, or on the validation data if there are none."""
+        return float(self.result["last"]["test"]["accuracy"])
+
+    def report(self, target: str | Path | None = None) -> Path:
+        """Write the page about the run and return its path.
+
+        Args:
+            target: HTML file, which is replaced if it exists. If None, report.html in the run folder.
+
+        Raises:
+            ReportError: the target is not the name of an HTML file.
+        """
+        from unikd_fast.report.command import write_report
+        from unikd_fast.report.runs import find_runs
+
+        page = self.folder / "report.html" if target is None else Path(target)
+        write_report(find_runs([self.folder]), page, force=True)
+        return page
+
+    def export(self, target: str | Path, *, checkpoint: str = "last", force: bool = False) -> Path:
+        """Write the student to a file of its own, as `unikd export` does, and return its path.
+
+        Args:
+            target: file; its suffix is the format: .safetensors, .onnx or .pt.
+            checkpoint: "last" or "best".
+            force: whether to replace an existing file.
+
+        Raises:
+            ConfigError: the file exists, or the suffix is unknown.
+            RunError: the network cannot be exported to this format.
+        """
+        from unikd_fast.export.command import export_run
+
+        with giving(self._objects):
+            _logger.info(export_run(self.folder, Path(target), checkpoint=checkpoint, force=force))
+        return Path(target)
+
+
+def distill(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    train: Any,
+    val: Any,
+    test: Any = None,
+    *,
+    method: str | Sequence[str] = "unikd",
+    epochs: int = 30,
+    image_size: int | None = None,
+    dir: str | Path | None = None,
+    resume: bool = False,
+    feature_nodes: Mapping[str, Sequence[str]] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """Distil a teacher into a student, as `unikd train` does, and return the run with the trained student.
+
+    One process needs no launcher; the same call in a script that torchrun or deepspeed starts trains on all processes.
+
+    Args:
+        teacher: trained network that maps images (N, 3, H, W) to logits (N, K), to a tuple that starts with them, or to
+            an object or dictionary that has ``logits``. It is left as it is. May be None for method "none".
+        student: network of the same kind, which gets the trained weights.
+        train, val: map-style data sets whose items are (image, label), or DataLoaders of such data sets, whose batch
+            size and number of workers are taken. Images are PIL images or uint8 tensors (3, H, W), which are augmented
+            as ``data.augmentation`` says, or float tensors (3, S, S) that the data set's own transforms made. Labels
+            are 0 to K - 1.
+        test: data for the final accuracy. If None, those of val.
+        method: name of a method, or a list, which is their sum; see docs/methods.md.
+        epochs: number of epochs.
+        image_size: height and width in pixels of the images that the networks see. If None, those of the float tensors,
+            or the short side of the first image and at most 224.
+        dir: run folder. If None, a new folder in runs/.
+        resume: whether to continue the run in ``dir``, or show it if it is finished.
+        feature_nodes: names of the modules whose outputs are the levels, by "teacher" and "student". If None, the ends
+            of the stages.
+        config: any other setting by its key in a configuration file, such as {"teacher.precision": "fp32"}.
+        settings: settings of the method and of the sections train, loss, run and data, such as ``temperature=2.0`` or
+            ``learning_rate=0.1``; of several methods a dictionary for each by its name. If they are not given, the
+            batch size is 128 or what fits 16 times into the data, the learning rate of sgd 0.05 and of adamw 0.001, the
+            weight decay 5e-4, with a warm-up of one epoch in runs of five or more.
+
+    Raises:
+        ConfigError: something does not fit together; the message says what to change.
+        RunError: the run ended early, as for `unikd train`.
+
+    Example:
+        >>> run = distill(teacher, student, train_set, val_set, method="unikd", epochs=30)
+        >>> run.accuracy
+        93.1
+    """
+    processes = start_processes()
+    raw, objects = _described(
+        teacher,
+        student,
+        (train, val, test),
+        processes,
+        method=method,
+        epochs=epochs,
+        image_size=image_size,
+        settings=settings,
+    )
+    for key, value in {"train.total_epochs": epochs, **(config or {})}.items():
+        assign(raw, key, value, "config")
+    for role, nodes in (feature_nodes or {}).items():
+        if role not in raw:
+            raise ConfigError(f"feature_nodes has {role!r}; its keys are 'student' and 'teacher'")
+        raw[role]["feature_nodes"] = list(nodes)
+    if raw.get("compare"):
+        raise ConfigError("config has compare; call distill once for each method and seed")
+    if resume and dir is None:
+        raise ConfigError("resume = True without dir; give the folder of the run to continue")
+    label = method if isinstance(method, str) else "+".join(method)
+    folder = processes.from_first(lambda: dir or _new_folder(f"{label}-{type(student).__name__}"))
+    raw.setdefault("run", {})["dir"] = str(folder)
+    with giving(objects):
+        done = launch(parse_config(raw, name=label, source="distill"), resume=resume)
+    assert done is not None
+    result = read_result(done)
+    assert result is not None
+    import_student(student, done / STUDENT)
+    return Run(student, done, result, objects)
+
+
+def _described(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    data: tuple[Any, Any, Any],
+    processes: Processes,
+    *,
+    method: str | Sequence[str],
+    epochs: int,
+    image_size: int | None,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of a configuration file, and the objects that it names."""
+    train, loader_batch, loader_workers = _dataset(data[0], "train")
+    val, test = _dataset(data[1], "val")[0], None if data[2] is None else _dataset(data[2], "test")[0]
+    networks = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    for role, network in networks.items():
+        if not isinstance(network, nn.Module):
+            raise ConfigError(
+                f"the {role} is a {type(network).__name__}; give a torch.nn.Module, such as "
+                "timm.create_model('resnet18', num_classes=10)"
+            )
+    if teacher is None and method != "none":
+        raise ConfigError(f"method = {method!r} without a teacher; give one, or train alone with method = 'none'")
+    sections = _sorted(method, settings)
+    try:
+        size = first_size(train, image_size)
+        classes = {role: _classes(network, role, size) for role, network in networks.items()}
+        splits = load_datasets(
+            train,
+            val,
+            test,
+            num_classes=classes["student"],
+            image_size=size,
+            workers=sections["data"].setdefault(
+                "workers", DataSettings.workers if loader_workers is None else loader_workers
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if len(set(classes.values())) > 1:
+        raise ConfigError(
+            f"the student has {classes['student']} classes and the teacher {classes['teacher']}; fine-tune the teacher "
+            "on the student's classes, or give the student the teacher's"
+        )
+    if not splits.is_resized and (spare := sorted(sections["data"].keys() & {"augmentation", "second_view"})):
+        raise ConfigError(
+            f"{spare[0]} = {sections['data'][spare[0]]!r} with images that the data set's transforms turn into float "
+            "tensors; leave it out, or give a data set whose items are PIL images or uint8 tensors"
+        )
+    if not splits.is_described and processes.is_first:
+        _logger.warning(
+            "exports will not say how images are preprocessed: the transforms of the val data set are not Resize, "
+            "CenterCrop, ToTensor and Normalize of torchvision alone"
+        )
+    if processes.world_size > 1:
+        for tensor in student.state_dict().values():  # other processes may have drawn other random weights
+            _broadcast(tensor, processes)
+    objects: dict[str, Any] = {PREFIX + digest(splits): splits}
+    (data_name,) = objects
+    names = {role: _name(network) for role, network in networks.items()}
+    objects |= {names[role]: network for role, network in networks.items()}
+    batch = loader_batch and loader_batch * processes.world_size
+    raw: dict[str, Any] = {
+        **{role: {"model": _class_name(network), "weights": names[role]} for role, network in networks.items()},
+        "distill": sections.pop("distill"),
+        **sections,
+    }
+    raw["data"] |= {"name": "given", "digest": data_name, "image_size": size, "num_classes": classes["student"]}
+    raw["train"] = (
+        _usual({"total_epochs": epochs, **raw["train"]}, len(splits.train), batch, processes.world_size) | raw["train"]
+    )
+    return raw, objects
+
+
+def _usual(given: Mapping[str, Any], samples: int, batch: int | None, world_size: int) -> dict[str, Any]:
+    """Return the settings of the training that were not given."""
+    if batch is None:
+        fitting = [each for each in _BATCHES if each <= samples // 16]
+        batch = math.ceil(max(fitting, default=_BATCHES[0]) / world_size) * world_size
+    adam = "adamw" in str(given.get("optimizer", "sgd"))
+    return {
+        "global_batch_size": batch,
+        "learning_rate": 0.001 if adam else 0.05,
+        "weight_decay": 5e-4,
+        "warmup_epochs": 1 if given.get("total_epochs", 0) >= 5 else 0,
+    }
+
+
+def _sorted(method: str | Sequence[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return keyword arguments by section of the configuration.
+
+    Raises:
+        ConfigError: one is unknown.
+    """
+    names = [method] if isinstance(method, str) else list(method)
+    found: dict[str, dict[str, Any]] = {section: {} for section in ("distill", *_SECTIONS)}
+    found["distill"]["method"] = method if isinstance(method, str) else names
+    known = {name: _keys(METHODS[name].settings_class) for name in names if name in METHODS}
+    for key, value in settings.items():
+        own = next((name for name, keys in known.items() if key in keys), None)
+        if len(names) > 1 and key in names:
+            found["distill"][key] = value
+        elif own is not None and len(names) == 1:
+            found["distill"].setdefault(own, {})[key] = value
+        elif section := next((name for name, kind in _SECTIONS.items() if key in _keys(kind) - _OWN.keys()), None):
+            found[section][key] = value
+        else:
+            raise ConfigError(_unknown(key, value, names, known))
+    return found
+
+
+def _unknown(key: str, value: Any, names: Sequence[str], known: Mapping[str, set[str]]) -> str:
+    instead = _OWN.get(key)
+    if instead is not None:
+        return f"{key} = {value!r}: distill calls it {instead}"
+    if key in _OWN:
+        return f"{key} = {value!r}: distill takes it from the networks and data sets that it is given; leave it out"
+    if len(names) > 1 and (own := next((name for name, keys in known.items() if key in keys), None)):
+        return f"{key} = {value!r}: settings of several methods are dictionaries by their names: {own}={{{key!r}: ...}}"
+    everything = {each for keys in known.values() for each in keys}
+    everything |= {each for kind in _SECTIONS.values() for each in _keys(kind)} - _OWN.keys()
+    near = get_close_matches(key, sorted(everything), n=3)
+    return (
+        f"distill has no setting {key!r}; nearest: {', '.join(near) or 'none'}; others are given by their keys in a "
+        "configuration: config={'teacher.precision': 'fp32'}"
+    )
+
+
+@functools.cache
+def _keys(kind: Any) -> set[str]:
+    return set(kind.model_fields if issubclass(kind, BaseModel) else kind.__dataclass_fields__)
+
+
+def _dataset(given: Any, part: str) -> tuple[Any, int | None, int | None]:
+    """Return a data set, and the batch size and number of workers if it was given in a DataLoader.
+
+    Raises:
+        ConfigError: the DataLoader does what the engine would not do.
+    """
+    if not isinstance(given, DataLoader):
+        return given, None, None
+    if isinstance(given.dataset, IterableDataset):
+        return given.dataset, None, None  # which is refused where all data sets are looked at
+    remedy = "give the data set itself, or use unikd_fast.Distiller in a loop of your own"
+    if given.collate_fn is not default_collate:
+        raise ConfigError(
+            f"the DataLoader of {part} has a collate_fn of its own, and distill makes batches itself; {remedy}"
+        )
+    if (
+        given.batch_size is None
+        or type(given.batch_sampler) is not BatchSampler
+        or not isinstance(given.sampler, _SAMPLERS)
+    ):
+        kind = type(given.sampler if isinstance(given.batch_sampler, BatchSampler) else given.batch_sampler).__name__
+        raise ConfigError(f"the DataLoader of {part} has a {kind}, and distill shuffles by itself; {remedy}")
+    return given.dataset, given.batch_size, given.num_workers
+
+
+def _classes(network: nn.Module, role: str, image_size: int) -> int:
+    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    logits = check_forward(
+        LogitsOnly(network), {network: False}, what=f"the {role}", image_size=image_size, device=device
+    ).logits
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(f"the {role} must return logits (N, K), got {shape} for two images; give it a classifier")
+    return logits.shape[1]
+
+
+def _broadcast(tensor: torch.Tensor, processes: Processes) -> None:
+    """Give all processes the first one's tensor."""
+    shared = tensor.detach().to(processes.device)
+    dist.broadcast(shared, 0)
+    tensor.detach().copy_(shared)
+
+
+def _name(network: nn.Module) -> str:
+    """Return the name of a network: a digest of its classes, their settings and its tensors."""
+    return PREFIX + sha256((repr(network) + hash_tensors(network.state_dict())).encode()).hexdigest()[:12]
+
+
+def _class_name(network: nn.Module) -> str:
+    kind = type(network)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _new_folder(name: str) -> Path:
+    return next(path for number in itertools.count(1) if not (path := Path("runs") / f"{name}-{number}").exists())
