@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unikd_fast.api import Distiller
-    from unikd_fast.distillation import Run, distill
+    from unikd_fast.distillation import distill
     from unikd_fast.distribution import FeatureDistributionPrediction
     from unikd_fast.fusion import AdaptiveFeatureFusion
     from unikd_fast.losses import (
@@ -37,7 +37,6 @@ __all__ = [
     "GaussianKL",
     "LossTerms",
     "QuantizedLogits",
-    "Run",
     "SoftmaxKL",
     "TopKLogits",
     "UniKDLoss",
@@ -53,7 +52,6 @@ __all__ = [
 _HOME = {
     "AdaptiveFeatureFusion": "fusion",
     "Distiller": "api",
-    "Run": "distillation",
     "distill": "distillation",
     "FeatureDistributionPrediction": "distribution",
     "DKDLoss": "losses.modules",

@@ -1,8 +1,8 @@
 """Map-style data sets of (image, label) that are given as objects: their labels, and how their items are read.
 
 An item's random transforms draw from torch's, NumPy's and Python's generators, which are seeded for each item by the
-run's seed, the epoch and the sample. A sample so has one view an epoch, as with the transforms of this package, whatever
-the batch size, the number of workers or the process, and after a resume. Generators of a transform's own are not seeded.
+run's seed, the epoch and the sample. A sample so has one view an epoch, as by our own augmentation, whatever the batch
+size, the number of workers or processes, and after a resume. Generators of a transform's own are not seeded.
 """
 
 import hashlib
@@ -53,8 +53,8 @@ def load_datasets(
         workers: number of processes that read labels.
 
     Raises:
-        ValueError: a data set cannot be indexed or is empty; an item is not an image and a label; a label is not in 0 to
-            K - 1; images of train and val are of different kinds or sizes.
+        ValueError: a data set cannot be indexed or is empty; an item is not an image and a label; a label is outside 0
+            to K - 1; images of train and val are of different kinds or sizes.
 
     Example:
         >>> load_datasets(CIFAR10("data"), CIFAR10("data", train=False), None, num_classes=10).image_size
