@@ -41,8 +41,8 @@ def load_datasets(
     """Return the splits of data sets given as objects.
 
     Images are PIL images or uint8 tensors (3, H, W), of which the loader makes views, or float tensors (3, S, S), which
-    are taken as they are. Labels are whole numbers, -100 for a training image without one; they are found in ``targets`` or ``labels``, in the columns of a
-    Hugging Face data set, or else every item is read once.
+    are taken as they are. Labels are whole numbers, -100 for a training image without one; they are found in
+    ``targets`` or ``labels``, in the columns of a Hugging Face data set, or else every item is read once.
 
     Args:
         train, val: map-style data sets whose items are (image, label), or dictionaries with "image" and "label".
