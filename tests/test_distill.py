@@ -315,6 +315,20 @@ def test_a_timm_teacher_sees_its_own_mean_and_deviation() -> None:
     assert card is not None and card.preprocessing.mean == (0.5, 0.5, 0.5) and card.preprocessing.image_size == 32
 
 
+def test_a_network_may_see_smaller_images() -> None:
+    class Fixed(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.shape[-1] == 8, f"made for 8 pixels, got {images.shape[-1]}"
+            return super().forward(images)
+
+    torch.manual_seed(0)
+    config = {**FAST["config"], "teacher.image_size": 8}
+    run = distill(Fixed(8), net(1), tensors(), tensors(6), **{**FAST, "config": config})
+    assert run.result["steps"] == 3
+    with pytest.raises(ConfigError, match=r"teacher.* does not take images of 16x16 .*set teacher.image_size"):
+        distill(Fixed(8), net(1), tensors(), tensors(6), **FAST)
+
+
 class Labelled(Dataset):
     """A data set without a list of its labels."""
 

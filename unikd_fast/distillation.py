@@ -164,6 +164,7 @@ def distill(
         epochs=epochs,
         image_size=image_size,
         settings=settings,
+        config=config or {},
     )
     for key, value in {"train.total_epochs": epochs, **(config or {})}.items():
         assign(raw, key, value, "config")
@@ -197,6 +198,7 @@ def _described(
     epochs: int,
     image_size: int | None,
     settings: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of a configuration file, and the objects that it names."""
     train, loader_batch, loader_workers = _dataset(data[0], "train")
@@ -213,7 +215,10 @@ def _described(
     sections = _sorted(method, settings)
     try:
         size = first_size(train, image_size)
-        classes = {role: _classes(network, role, size) for role, network in networks.items()}
+        classes = {
+            role: _classes(network, role, config.get(f"{role}.image_size") or size)
+            for role, network in networks.items()
+        }
         splits = load_datasets(
             train,
             val,
@@ -348,7 +353,12 @@ def _dataset(given: Any, part: str) -> tuple[Any, int | None, int | None]:
 def _classes(network: nn.Module, role: str, image_size: int) -> int:
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     logits = check_forward(
-        LogitsOnly(network), {network: False}, what=f"the {role}", image_size=image_size, device=device
+        LogitsOnly(network),
+        {network: False},
+        what=f"the {role}",
+        image_size=image_size,
+        key=f"{role}.image_size",
+        device=device,
     ).logits
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

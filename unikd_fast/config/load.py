@@ -48,12 +48,11 @@ def config_hash(config: Config) -> str:
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
     if config.data.unlabeled_root is not None:
         content["data"]["unlabelled"] = True  # wherever they are
-    # An experiment keeps its name when a method is added whose section it does not have, with a size of its data, and
-    # with a teacher of one network.
+    # An experiment keeps its name when a method or a key is added that it does not have.
     content["distill"] = {key: value for key, value in content["distill"].items() if value is not None}
-    for section in filter(None, (content["teacher"], content["student"])):
-        if section["image_size"] is None:
-            del section["image_size"]
+    for section, key in (("teacher", "image_size"), ("student", "image_size"), ("data", "digest")):
+        if content[section] is not None and content[section][key] is None:
+            del content[section][key]
     if content["teacher"] is not None and not content["teacher"]["ensemble"]:
         del content["teacher"]["ensemble"], content["teacher"]["weight"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -163,7 +163,7 @@ def build_network(
     naming = nullcontext() if section.weights is None else named_as_configured(role, section.weights)
     with naming as weights:
         if is_given(weights):
-            model = copy.deepcopy(find(weights, f"{role}.weights"))
+            model = copy.deepcopy(find(weights, f"{role}.weights")).to("cpu", torch.float32)
         elif with_weights:
             model = build_model(
                 section.model,
