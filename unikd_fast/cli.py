@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unikd_fast.command import run_command
-from unikd_fast.errors import CacheError, ConfigError, RunError
+from unikd_fast.errors import CacheError, ConfigError, DataError, RunError
 from unikd_fast.recipes import command as reproduce
 from unikd_fast.recipes.experiments import add_experiment_arguments, read_experiment
 
@@ -232,7 +232,8 @@ def _add_predict(commands: Any) -> None:
         help="name the classes of images",
         description="Print the most probable classes of images, by the student of a run or of a file that unikd export "
         "wrote. The images are preprocessed as in the run's evaluation.",
-        epilog="exit codes: 0 done; 1 a file cannot be read; 2 an argument is not usable; 5 an image cannot be decoded",
+        epilog="exit codes: 0 done; 1 a file cannot be read; 2 an argument is not usable; 5 images that cannot be "
+        "decoded are named, and the others predicted",
     )
     parser.add_argument("source", metavar="SOURCE", help="run folder, or a file that unikd export wrote")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="paths of images")
@@ -245,12 +246,16 @@ def _add_predict(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):
-        from unikd_fast.export.predict import as_json, predict
+        from unikd_fast.export.predict import Prediction, as_json, predict
 
-    paths = [Path(image) for image in options.images]
+    paths, code = [Path(image) for image in options.images], 0
     for found in predict(Path(options.source), paths, top=options.top, checkpoint=options.checkpoint):
-        print(as_json(found) if options.json else found)
-    return 0
+        if isinstance(found, Prediction):
+            print(as_json(found) if options.json else found)
+        else:  # the others are worth having
+            print(f"unikd predict: error: {found.reason}", file=sys.stderr)
+            code = DataError.exit_code
+    return code
 
 
 def _add_cache(commands: Any) -> None:

@@ -84,6 +84,21 @@ def test_what_cannot_be_predicted_is_refused(runs: Runs, photos: list[Path], tmp
         assert said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_one_bad_image_does_not_lose_the_others(runs: Runs, photos: list[Path], tmp_path: Path) -> None:
+    """Two of a batch of 16, and one alone in the last."""
+    bad = [tmp_path / f"{place}.png" for place in range(3)]
+    for path, content in zip(bad, (b"", b"no image", photos[0].read_bytes()[:-40]), strict=True):
+        path.write_bytes(content)
+    given = [*photos[:3], bad[0], *photos[3:9], bad[1], *photos[9:14], bad[2]]
+    assert len(given) == 17
+    done, whole = (call("predict", runs.alone, *paths, "--json") for paths in (given, photos[:14]))
+    assert (done.returncode, whole.returncode) == (5, 0)
+    assert done.stdout == whole.stdout and done.stdout.count("\n") == 14
+    said = done.stderr.splitlines()
+    assert [line for line in said if "unikd predict: error: cannot decode" in line] == said[-3:]
+    assert all(str(path) in line for path, line in zip(bad, said[-3:], strict=True))
+
+
 def test_a_file_for_another_image_size_predicts(runs: Runs, photos: list[Path], tmp_path: Path) -> None:
     assert export(runs.alone, tmp_path / "large.onnx", "--image-size", "24") == 0
     done = call("predict", tmp_path / "large.onnx", photos[0])

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from unikd_fast.config import ConfigError
-from unikd_fast.data.loader import build_loader
-from unikd_fast.data.settings import DataSettings
+from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.device import Normalise
+from unikd_fast.data.files import Decoder, DecodeRequest
+from unikd_fast.data.images import BadImage
 from unikd_fast.data.splits import DataSplits, ImageFiles
+from unikd_fast.data.views import Windows
 from unikd_fast.engine.folder import BEST, import_student
 from unikd_fast.errors import FileError, RunError
 from unikd_fast.export.command import card_path, read_run
@@ -43,8 +46,11 @@ class Prediction:
         return f"{self.image}: {', '.join(shown)}"
 
 
-def predict(source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: str = "best") -> Iterator[Prediction]:
-    """Yield the predictions for images, preprocessed as the student's were in its evaluation.
+def predict(
+    source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: str = "best"
+) -> Iterator[Prediction | BadImage]:
+    """Yield the predictions for images, preprocessed as the student's were in its evaluation, and those that cannot be
+    decoded, of 16 images at a time.
 
     Args:
         source: run folder, or a file that `unikd export` wrote.
@@ -54,15 +60,16 @@ def predict(source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: s
 
     Raises:
         ConfigError: the source is neither, or nothing is known of its preprocessing; an image does not exist.
-        DataError: an image cannot be decoded.
     """
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise ConfigError(f"there is no image {missing[0]}; give the paths of image files")
     card, run = _of_run(source, checkpoint) if source.is_dir() else _of_file(source)
     names = card.class_names or tuple(map(str, range(card.num_classes)))
-    done = 0
-    for batch in _batches(card, images):
+    for batch, places, bad in _batches(card, images):
+        yield from bad
+        if not len(batch):
+            continue
         with torch.no_grad():
             logits = run(batch).float()
         if logits.shape != (len(batch), card.num_classes):
@@ -71,9 +78,8 @@ def predict(source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: s
                 f"{card.num_classes} classes; export the student again"
             )
         probabilities, classes = logits.softmax(1).topk(min(top, card.num_classes), dim=1)
-        for row, shares in zip(classes.tolist(), probabilities.tolist(), strict=True):
-            yield Prediction(str(images[done]), tuple(names[place] for place in row), tuple(shares))
-            done += 1
+        for at, row, shares in zip(places, classes.tolist(), probabilities.tolist(), strict=True):
+            yield Prediction(str(images[at]), tuple(names[place] for place in row), tuple(shares))
 
 
 def _of_run(folder: Path, checkpoint: str) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
@@ -134,8 +140,8 @@ def _opened(card: StudentCard, path: Path) -> Callable[[Tensor], Tensor]:
     return open_onnx(path) if path.suffix == ".onnx" else open_torchscript(path)
 
 
-def _batches(card: StudentCard, images: Sequence[Path]) -> Iterator[Tensor]:
-    """Yield the images as the loader shows them in an evaluation."""
+def _batches(card: StudentCard, images: Sequence[Path]) -> Iterator[tuple[Tensor, list[int], Sequence[BadImage]]]:
+    """Yield images as the loader shows them in an evaluation, with their places, and those that cannot be decoded."""
     wanted = card.preprocessing
     files = ImageFiles([str(path) for path in images], np.zeros(len(images), np.int64))
     splits = DataSplits(
@@ -151,10 +157,13 @@ def _batches(card: StudentCard, images: Sequence[Path]) -> Iterator[Tensor]:
         eval_resize=wanted.short_side(wanted.image_size),
         squash=wanted.squash,
     )
-    data = DataSettings(name="image_folder", image_size=wanted.image_size, loader="torchvision", workers=0)
-    loader = build_loader(splits, data, seed=0, global_batch_size=min(_BATCH, len(images)), device="cpu")
-    for batch in loader.evaluate("val"):
-        yield batch.images
+    decoder = Decoder(Windows.of(splits, Augmentation()), splits.interpolation)
+    normalise = Normalise(splits.mean, splits.std, device=torch.device("cpu"))
+    for start in range(0, len(files), _BATCH):
+        part = slice(start, min(start + _BATCH, len(files)))
+        stored, ids = files.images(range(part.start, part.stop)), files.sample_ids[part]
+        found = decoder[DecodeRequest(stored, files.labels[part], ids, None, on_bad="leave_out")]
+        yield normalise(found.images), found.sample_ids.tolist(), found.bad
 
 
 def as_json(prediction: Prediction) -> str:
