@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from support.odd_images import encoded
-from support.real_runs import ALONE, run, run_ranks, write_config
+from support.real_runs import ALONE, run, run_ranks, train_records, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.dali import dali_problem
+from unikd_fast.data.sampler import EpochSampler
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.folder import read_result
@@ -147,6 +148,28 @@ def test_a_cache_excludes_skipping(tmp_path: Path) -> None:
     load_config(path, ["data.bad_images=error"])
     load_config(path, ["teacher.cache.mode=off"])
     load_config(path, ["distill.method=none"])
+
+
+def test_a_run_that_a_bad_file_ended_continues_without_it(tmp_path: Path) -> None:
+    """In the middle of an epoch, as one that skipped bad files from the start."""
+    root = write_folder(tmp_path / "images")
+    (root / "val" / "class_0" / "000.png").write_bytes(encoded("PNG"))
+    # One whose second step has the bad sample.
+    seed = next(seed for seed in range(32) if 0 in EpochSampler(32, 16, seed=seed).global_batch(0, 1))
+    common: dict[str, Any] = {"student": {"model": "cifar/resnet8"}, "run": {"seed": seed}}
+    sections = {name: data_section(root, bad_images=name, image_size=16) for name in ("error", "skip")}
+    sections["error"]["max_bad_share"] = 0.001
+    paths = {name: write_config(tmp_path, name=name, data=data, **common) for name, data in sections.items()}
+    ended = run(paths["error"])
+    assert ended.returncode == 5
+    before = (tmp_path / "error" / "metrics.jsonl").read_text().count('"train"')
+    options = ["data.bad_images=skip", "data.max_bad_share=0.1"]
+    resumed = run(paths["error"], "--resume", "auto", *(part for each in options for part in ("--set", each)))
+    assert resumed.returncode == 0, resumed.stderr
+    assert run(paths["skip"]).returncode == 0
+    records = [train_records(tmp_path / name) for name in ("error", "skip")]
+    kept = [[record for record in each if record["kind"] != "bad_samples"] for each in records]  # type: ignore[comparison-overlap]
+    assert kept[0] == kept[1] and before == 1
 
 
 @pytest.mark.slow

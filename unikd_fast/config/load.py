@@ -42,10 +42,12 @@ _MAY_CHANGE: Any = {
 def config_hash(config: Config) -> str:
     """Return eight hex digits that identify the experiment: everything its result depends on, apart from rounding.
 
-    A run may be resumed with everything else changed: where and how often it writes, how its data is read, and how many
-    micro-batches and shards its steps are split into.
+    A run may be resumed with everything else changed: where and how often it writes, how its data is read, what becomes
+    of bad files, and how many micro-batches and shards its steps are split into.
     """
     content = config.model_dump(mode="json", exclude=_MAY_CHANGE)
+    # What becomes of bad files changes nothing that was trained before one was met.
+    content["data"] |= {"bad_images": "error", "max_bad_share": 0.001}
     if config.data.unlabeled_root is not None:
         content["data"]["unlabelled"] = True  # wherever they are
     # An experiment keeps its name when a method or a key is added that it does not have.
