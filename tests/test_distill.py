@@ -315,6 +315,27 @@ def test_a_timm_teacher_sees_its_own_mean_and_deviation() -> None:
     assert card is not None and card.preprocessing.mean == (0.5, 0.5, 0.5) and card.preprocessing.image_size == 32
 
 
+def test_several_teachers_teach_their_mean() -> None:
+    class Constant(Net):
+        """A network whose logits are the same for all images."""
+
+        def __init__(self, logits: list[float]) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor(logits))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return 0 * super().forward(images) + self.logits
+
+    first, second = Constant([4.0, 0.0, 0.0]), Constant([0.0, 8.0, 0.0])
+    runs = [
+        distill(teacher, net(1), tensors(), tensors(6), **FAST, teacher_weights=weights)
+        for teacher, weights in (([first, second], [3, 1]), (Constant([3.0, 2.0, 0.0]), None))
+    ]
+    together, alone = (run.student.state_dict() for run in runs)
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+    assert len(json.loads((runs[0].folder / "config.json").read_text())["teacher"]["ensemble"]) == 1
+
+
 def test_a_network_may_see_smaller_images() -> None:
     class Fixed(Net):
         def forward(self, images: Tensor) -> Tensor:
@@ -465,6 +486,9 @@ class TwoHeads(nn.Module):
         ((net(0, 8), net(1)), {"temperature": -1.0}, "temperature"),
         ((net(0, 8), net(1)), {"method": "kdd"}, "kdd"),
         ((net(0, 8), net(1)), {"method": ["kd", "at"], "temperature": 2.0}, "kd={'temperature': ...}"),
+        (([], net(1)), {}, r"method = 'kd' without a teacher"),
+        (([net(0, 8), net(0, 8, 4)], net(1)), {}, r"the student has 3 classes and the teacher 4"),
+        ((net(0, 8), net(1)), {"teacher_weights": [1.0]}, r"teacher_weights has 1 numbers for 1 teachers"),
         ((net(0, 8), net(1)), {"resume": True}, "resume = True without dir"),
         ((net(0, 8), net(1)), {"feature_nodes": {"pupil": ["one"]}}, "feature_nodes has 'pupil'"),
         ((net(0, 8), net(1)), {"augmentation": {"crop": "pad"}}, "augmentation = .* float tensors; leave it out"),

@@ -1,5 +1,6 @@
 """What README and docs/ show must run, name what exists, and link to what is there."""
 
+import json
 import os
 import re
 import shlex
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import unikd_fast
+from support.folder_images import write_images
 from unikd_fast import cli
 from unikd_fast.config.schema import Config
 from unikd_fast.methods import METHODS
@@ -72,13 +76,53 @@ def test_the_front_page_is_short() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 150
 
 
+def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `unikd_fast.distill` train for one epoch, with any teacher."""
+    whole = unikd_fast.distill
+
+    def one_epoch(*given: Any, **settings: Any) -> Any:
+        config = {**settings.pop("config", {}), "teacher.min_accuracy": 0, "train.total_epochs": 1}
+        few = {"head_steps": 2} if settings["method"] == "unikd" else {}
+        return whole(*given, **{**settings, **few, "global_batch_size": 8, "workers": 0}, config=config)
+
+    monkeypatch.setattr(unikd_fast, "distill", one_epoch)
+
+
+def test_the_call_of_the_front_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shortened(monkeypatch)
+    torch.manual_seed(0)
+    teacher, student = (build_model(f"cifar/{name}", num_classes=2) for name in ("resnet14", "resnet8"))
+    labels = torch.arange(64) % 2
+    data = TensorDataset(torch.randn(64, 3, 32, 32) + 2 * labels[:, None, None, None], labels)
+    names: dict[str, Any] = {"teacher": teacher, "student": student, "train_set": data, "val_set": data}
+    exec(blocks("README.md", "python")[0], names)
+    assert names["run"].student is student and names["run"].result["steps"] == 8
+    assert Path("student.onnx").is_file() and (names["run"].folder / "report.html").is_file()
+
+
+def test_the_page_about_python_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shortened(monkeypatch)
+    write_images(tmp_path / "photos", {"train": 24, "val": 9}, fixed_size=32)
+    torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), "teacher.pth")
+    first, second = blocks("docs/python.md", "python")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert names["run"].result["method"] == "unikd" and 0 <= names["run"].accuracy <= 100
+    exec(second, names)
+    config = json.loads((names["run"].folder / "config.json").read_text())
+    assert config["distill"]["kd"]["temperature"] == 2.0 and config["teacher"]["cache"]["mode"] == "read_write"
+    assert names["run"].result["seed"] == 1
+
+
 def test_the_loop_of_the_front_page_trains() -> None:
     torch.manual_seed(0)
     teacher, student = (build_model(f"cifar/{name}", num_classes=10) for name in ("resnet14", "resnet8"))
     before = [p.detach().clone() for p in student.parameters()]
     loader = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
     names: dict[str, Any] = {"teacher": teacher, "student": student, "loader": loader}
-    exec(blocks("README.md", "python")[0], names)
+    exec(blocks("README.md", "python")[1], names)
     assert names["loss"].terms.keys() == {"ce", "feature_kl", "logit_kl"}
     assert float(names["loss"].terms["ce"]) < 1.5  # of 2.3 at first
     assert all(not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True))

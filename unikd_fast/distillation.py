@@ -103,12 +103,13 @@ class Run:
 
 
 def distill(
-    teacher: nn.Module | None,
+    teacher: nn.Module | Sequence[nn.Module] | None,
     student: nn.Module,
     train: Any,
     val: Any,
     test: Any = None,
     *,
+    teacher_weights: Sequence[float] | None = None,
     method: str | Sequence[str] = "unikd",
     epochs: int = 30,
     image_size: int | None = None,
@@ -124,13 +125,15 @@ def distill(
 
     Args:
         teacher: trained network that maps images (N, 3, H, W) to logits (N, K), to a tuple that starts with them, or to
-            an object or dictionary that has ``logits``. It is left as it is. May be None for method "none".
+            an object or dictionary that has ``logits``. It is left as it is. Of a list of networks the student learns
+            the mean of the logits, and the features of the first. May be None for method "none".
         student: network of the same kind, which gets the trained weights.
         train, val: map-style data sets whose items are (image, label), or DataLoaders of such data sets, whose batch
             size and number of workers are taken. Images are PIL images or uint8 tensors (3, H, W), which are augmented
             as ``data.augmentation`` says, or float tensors (3, S, S) that the data set's own transforms made. Labels
             are 0 to K - 1.
         test: data for the final accuracy. If None, those of val.
+        teacher_weights: weight of each network of a list. If None, all have the same.
         method: name of a method, or a list, which is their sum; see docs/methods.md.
         epochs: number of epochs.
         image_size: height and width in pixels of the images that the networks see. If None, those of the float tensors,
@@ -155,8 +158,9 @@ def distill(
         93.1
     """
     processes = start_processes()
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module | str) else list(teacher)
     raw, objects = _described(
-        teacher,
+        teachers,
         student,
         (train, val, test),
         processes,
@@ -178,7 +182,9 @@ def distill(
         raise ConfigError("resume = True without dir; give the folder of the run to continue")
     label = method if isinstance(method, str) else "+".join(method)
     folder = processes.from_first(lambda: dir or _new_folder(f"{label}-{type(student).__name__}"))
-    raw.setdefault("run", {})["dir"] = str(folder)
+    raw["run"]["dir"] = str(folder)
+    if teacher_weights is not None:
+        _weigh(raw, teacher_weights)
     with giving(objects):
         done = launch(parse_config(raw, name=label, source="distill"), resume=resume)
     assert done is not None
@@ -189,7 +195,7 @@ def distill(
 
 
 def _described(
-    teacher: nn.Module | None,
+    teachers: Sequence[nn.Module],
     student: nn.Module,
     data: tuple[Any, Any, Any],
     processes: Processes,
@@ -203,27 +209,26 @@ def _described(
     """Return the content of a configuration file, and the objects that it names."""
     train, loader_batch, loader_workers = _dataset(data[0], "train")
     val, test = _dataset(data[1], "val")[0], None if data[2] is None else _dataset(data[2], "test")[0]
-    networks = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    for role, network in networks.items():
+    networks = [("student", student), *(("teacher", teacher) for teacher in teachers)]
+    for role, network in networks:
         if not isinstance(network, nn.Module):
             raise ConfigError(
                 f"the {role} is a {type(network).__name__}; give a torch.nn.Module, such as "
                 "timm.create_model('resnet18', num_classes=10)"
             )
-    if teacher is None and method != "none":
+    if not teachers and method != "none":
         raise ConfigError(f"method = {method!r} without a teacher; give one, or train alone with method = 'none'")
     sections = _sorted(method, settings)
     try:
         size = first_size(train, image_size)
-        classes = {
-            role: _classes(network, role, config.get(f"{role}.image_size") or size)
-            for role, network in networks.items()
-        }
+        classes, *of_teachers = (
+            _classes(network, role, config.get(f"{role}.image_size") or size) for role, network in networks
+        )
         splits = load_datasets(
             train,
             val,
             test,
-            num_classes=classes["student"],
+            num_classes=classes,
             image_size=size,
             workers=sections["data"].setdefault(
                 "workers", DataSettings.workers if loader_workers is None else loader_workers
@@ -231,10 +236,10 @@ def _described(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if len(set(classes.values())) > 1:
+    if other := next((each for each in of_teachers if each != classes), None):
         raise ConfigError(
-            f"the student has {classes['student']} classes and the teacher {classes['teacher']}; fine-tune the teacher "
-            "on the student's classes, or give the student the teacher's"
+            f"the student has {classes} classes and the teacher {other}; fine-tune the teacher on the student's "
+            "classes, or give the student the teacher's"
         )
     if not splits.is_resized and (spare := sorted(sections["data"].keys() & {"augmentation", "second_view"})):
         raise ConfigError(
@@ -251,19 +256,33 @@ def _described(
             _broadcast(tensor, processes)
     objects: dict[str, Any] = {PREFIX + digest(splits): splits}
     (data_name,) = objects
-    names = {role: _name(network) for role, network in networks.items()}
-    objects |= {names[role]: network for role, network in networks.items()}
+    described: list[dict[str, Any]] = []
+    for _, network in networks:
+        name = _name(network)
+        objects[name] = network
+        described.append({"model": _class_name(network), "weights": name})
+    raw: dict[str, Any] = {"student": described[0], "distill": sections.pop("distill"), **sections}
+    if teachers:
+        raw["teacher"] = {**described[1], "ensemble": described[2:]}
     batch = loader_batch and loader_batch * processes.world_size
-    raw: dict[str, Any] = {
-        **{role: {"model": _class_name(network), "weights": names[role]} for role, network in networks.items()},
-        "distill": sections.pop("distill"),
-        **sections,
-    }
-    raw["data"] |= {"name": "given", "digest": data_name, "image_size": size, "num_classes": classes["student"]}
+    raw["data"] |= {"name": "given", "digest": data_name, "image_size": size, "num_classes": classes}
     raw["train"] = (
         _usual({"total_epochs": epochs, **raw["train"]}, len(splits.train), batch, processes.world_size) | raw["train"]
     )
     return raw, objects
+
+
+def _weigh(raw: dict[str, Any], weights: Sequence[float]) -> None:
+    """Add the weight of each teacher."""
+    teacher = raw.get("teacher", {"ensemble": []})
+    members = [teacher, *teacher["ensemble"]]
+    if len(weights) != len(members) or len(members) < 2:
+        raise ConfigError(
+            f"teacher_weights has {len(weights)} numbers for {len(members)} teachers; give a list of teachers, and one "
+            "weight for each"
+        )
+    for member, weight in zip(members, weights, strict=True):
+        member["weight"] = weight
 
 
 def _usual(given: Mapping[str, Any], samples: int, batch: int | None, world_size: int) -> dict[str, Any]:
