@@ -201,6 +201,13 @@ def test_one_line_says_what_differs(files: Path, tmp_path: Path, caplog: pytest.
         f"teacher.model = {TEACHER}{guessed}"
     ]
     assert said(caplog, lambda: experiment(files, tmp_path, {"teacher.weights": "random"})) == []
+    member = {"model": STUDENT, "weights": str(files / "student.pth"), "image_size": 128}
+    several = {"teacher.ensemble": [member], "data.image_size": 160}
+    assert said(caplog, lambda: experiment(files, tmp_path, several)) == [
+        "images: mean 0.5/0.5/0.5, std 0.5/0.5/0.5, bicubic, short side 168 before the central crop: those of "
+        f"teacher.model = {TEACHER}{guessed}; teacher.model = {STUDENT} was trained with bilinear, short side 182 "
+        "before the central crop, 224 px instead of 128"
+    ]
 
 
 def key_of(files: Path, tmp_path: Path, changes: dict[str, Any]) -> dict[str, Any]:

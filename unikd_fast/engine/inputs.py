@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from unikd_fast.config import Config, ConfigError
+from unikd_fast.config.load import single_teachers
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.loader import Loader, build_loader
 from unikd_fast.data.roots import expand_weights
@@ -100,28 +101,37 @@ def log_inputs(config: Config, splits: DataSplits, augmentation: Augmentation) -
         return
     windows = Windows.of(splits, augmentation)
     shown = _resize(splits.interpolation, windows.short_side, squash=windows.squash)
-    role, name, _ = found[0]
-    parts = [f"mean {_short(splits.mean)}, std {_short(splits.std)}, {shown}: those of {name}{_guessed(config, role)}"]
+    role, single, _ = found[0]
+    name = f"{_named(single, role)}{_guessed(single, role)}"
+    parts = [f"mean {_short(splits.mean)}, std {_short(splits.std)}, {shown}: those of {name}"]
     if teacher_affine(config, splits) is not None:
         mean, std = teacher_constants(config, splits)
         parts.append(f"renormalised for the teacher to mean {_short(mean)}, std {_short(std)}")
-    for role, name, wanted in found:
+    for role, single, wanted in found:
+        size = network_size(single, role)
         own = _resize(wanted.interpolation, wanted.short_side(splits.image_size), squash=wanted.squash)
         differs = [] if own == shown else [own]
-        if wanted.image_size != network_size(config, role):
-            differs.append(f"{wanted.image_size} px instead of {network_size(config, role)}")
+        if wanted.image_size != size:
+            differs.append(f"{wanted.image_size} px instead of {size}")
         if differs:
-            parts.append(f"{name} was trained with {', '.join(differs)}")
+            parts.append(f"{_named(single, role)} was trained with {', '.join(differs)}")
     _log_once(f"images: {'; '.join(parts)}")
 
 
-def _published(config: Config) -> Iterator[tuple[str, str, Preprocessing]]:
-    """Yield role, name and preprocessing of the networks whose weights define one, the student first."""
-    for role in ("student", "teacher"):
-        wanted = _preprocessing(config, role)
-        section = config.student if role == "student" else config.teacher
-        if wanted is not None and section is not None:
-            yield role, f"{role}.model = {section.model}", wanted
+def _published(config: Config) -> Iterator[tuple[str, Config, Preprocessing]]:
+    """Yield the networks whose weights define a preprocessing, the student first, and that preprocessing: each as its
+    role in a configuration in which no other has this role."""
+    teachers = [] if config.teacher is None else single_teachers(config)
+    for role, single in (("student", config), *(("teacher", each) for each in teachers)):
+        wanted = _preprocessing(single, role)
+        if wanted is not None:
+            yield role, single, wanted
+
+
+def _named(config: Config, role: str) -> str:
+    section = config.student if role == "student" else config.teacher
+    assert section is not None
+    return f"{role}.model = {section.model}"
 
 
 def _guessed(config: Config, role: str) -> str:

@@ -271,12 +271,11 @@ def build_teacher_network(
             members.append(build_network(single, "teacher", splits, needs=Needs(), with_weights=with_weights))
         except (ValueError, OSError) as error:
             raise ConfigError(f"teacher.ensemble[{number}]: {error}") from error
+    weights = [network.weight for network in config.teacher.networks]
+    if not with_weights:  # nor perhaps the files that say how images are made
+        return Ensemble(members, weights)
     constants = [teacher_constants(single, splits) for single in (first, *others)]
-    return Ensemble(
-        members,
-        [config.teacher.weight, *(member.weight for member in config.teacher.ensemble)],
-        [affine_between(constants[0], own) for own in constants],
-    )
+    return Ensemble(members, weights, [affine_between(constants[0], own) for own in constants])
 
 
 def first_network(network: TeacherNetwork) -> FeatureExtractor | LogitsOnly:
