@@ -24,8 +24,23 @@ IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
 
+class _Samples:
+    """N samples, numbered by their place in the published split."""
+
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """Return the (N,) position of each sample in the published split."""
+        return np.arange(len(self)) if self.ids is None else self.ids
+
+
 @dataclass(frozen=True, eq=False)
-class TensorImages:
+class TensorImages(_Samples):
     """A split held in memory.
 
     Args:
@@ -54,21 +69,13 @@ class TensorImages:
             )
         _check_numbers("TensorImages", len(self.images), self.labels, self.ids)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def sample_ids(self) -> NDArray[np.int64]:
-        """Return the (N,) position of each sample in the published split."""
-        return np.arange(len(self)) if self.ids is None else self.ids
-
     def select(self, positions: NDArray[np.int64]) -> "TensorImages":
         """Return the samples at these positions; they keep their ids."""
         return TensorImages(self.images[from_numpy(positions)], self.labels[positions], self.sample_ids[positions])
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFiles:
+class ImageFiles(_Samples):
     """A split of image files; paths (N,), labels and ids as for `TensorImages`.
 
     Raises:
@@ -86,14 +93,6 @@ class ImageFiles:
     def __post_init__(self) -> None:
         _check_numbers("ImageFiles", len(self.paths), self.labels, self.ids)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def sample_ids(self) -> NDArray[np.int64]:
-        """Return the (N,) position of each sample in the published split."""
-        return np.arange(len(self)) if self.ids is None else self.ids
-
     def select(self, positions: NDArray[np.int64]) -> "ImageFiles":
         """Return the samples at these positions; they keep their ids."""
         return ImageFiles([self.paths[i] for i in positions], self.labels[positions], self.sample_ids[positions])
@@ -104,7 +103,7 @@ class ImageFiles:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrowImages:
+class ArrowImages(_Samples):
     """A split of images in Arrow files; labels and ids as for `TensorImages`.
 
     Args:
@@ -128,14 +127,6 @@ class ArrowImages:
 
     def __post_init__(self) -> None:
         _check_numbers("ArrowImages", len(self.rows), self.labels, self.ids)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def sample_ids(self) -> NDArray[np.int64]:
-        """Return the (N,) position of each sample in the published split."""
-        return np.arange(len(self)) if self.ids is None else self.ids
 
     def select(self, positions: NDArray[np.int64]) -> "ArrowImages":
         """Return the samples at these positions; they keep their ids."""
@@ -163,7 +154,7 @@ class DatasetItem(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class DatasetImages:
+class DatasetImages(_Samples):
     """A split of a map-style data set, given as an object; labels and ids as for `TensorImages`.
 
     Args:
@@ -190,14 +181,6 @@ class DatasetImages:
 
     def __post_init__(self) -> None:
         _check_numbers("DatasetImages", len(self.rows), self.labels, self.ids)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def sample_ids(self) -> NDArray[np.int64]:
-        """Return the (N,) position of each sample in the published split."""
-        return np.arange(len(self)) if self.ids is None else self.ids
 
     def select(self, positions: NDArray[np.int64]) -> "DatasetImages":
         """Return the samples at these positions; they keep their ids."""
