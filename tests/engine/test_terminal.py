@@ -23,6 +23,7 @@ from unikd_fast.engine.distributed import explain_bad_evaluation
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.metrics import MetricsWriter
 from unikd_fast.engine.run import _Once
+from unikd_fast.models import build_model
 from unikd_fast.values import Batch, Features
 
 HEAD = {"accuracy": 50.0, "ce": 1.5, "head_accuracy": 0.5, "head_mean_std": 0.2}
@@ -111,12 +112,18 @@ def test_a_message_is_logged_once() -> None:
     assert [once.filter(record) for record in records] == [True, True, False]
 
 
-def test_a_teacher_trained_first_is_not_called_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    teacher = {"weights": None, "training": {"total_epochs": 1}}
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_a_teacher_trained_first_is_not_called_random(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fine_tuned: bool
+) -> None:
+    weights = str(tmp_path / "teacher.pth") if fine_tuned else None
+    if weights is not None:
+        torch.save(build_model("cifar/resnet8", num_classes=7).state_dict(), weights)
+    teacher = {"weights": weights, "training": {"total_epochs": 1}}
     config = load_config(write_config(tmp_path, teacher=teacher, train={"total_epochs": 1}))
     with caplog.at_level(logging.INFO, logger="unikd_fast"):
         said = describe(config, ALONE)
-    assert "weights trained first" in said
+    assert f"weights {weights or 'trained first'}" in said
     assert "fidelity not checked: the run trains the teacher first" in said
     assert "random" not in said + caplog.text
 

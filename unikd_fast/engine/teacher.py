@@ -170,6 +170,8 @@ def _why_unchecked(config: Config, precision: str) -> str | None:
     assert section is not None
     if section.weights == "random":
         return "teacher.weights=random, whose classes mean nothing"
+    if section.is_trained:  # a dry run, which may see a new classifier
+        return "the run trains the teacher first"
     if section.fidelity.batches == 0:
         return "teacher.fidelity.batches=0"
     if _as_given(config, precision):
