@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "teacher": {"errors", "io", "losses", "values"},
     "tasks": set(),
     "report": {"errors", "io", "tasks"},
-    "recipes": {"config", "data", "errors", "io", "report", "units"},
+    "recipes": {"config", "data", "errors", "io", "models", "report", "units"},
     "engine": {
         "config",
         "errors",

@@ -13,7 +13,7 @@ from support.real_runs import call
 from unikd_fast.models import build_model
 from unikd_fast.recipes.own_images import configuration, look
 
-SMALL = {"augmentation": {"scale": [0.5, 1.0]}}
+SMALL = {"augmentation": {"scale": [0.5, 1.0], "eval_resize": 32}}
 
 
 def write(folder: Path, counts: dict[str, int], *, size: tuple[int, int] = (40, 30)) -> Path:
@@ -31,6 +31,7 @@ def write(folder: Path, counts: dict[str, int], *, size: tuple[int, int] = (40, 
 def test_a_folder_of_classes_is_split_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "my photos", {"cat": 20, "dog ü": 30})
+    Path("my photos/cat/boxes.txt").write_text("not an image")
     done = call("init", "my photos", "--teacher", "cifar/resnet14", "--student", "cifar/resnet8")
     assert done.returncode == 0, done.stderr
     assert (
@@ -70,6 +71,23 @@ def test_sizes_decide_networks_and_weights(tmp_path: Path, size: tuple[int, int]
     assert raw["train"]["global_batch_size"] == 8 and raw["train"]["total_epochs"] == 200
 
 
+def test_a_network_that_is_named_gets_its_weights(tmp_path: Path) -> None:
+    """At any size, and the rate of fine-tuning; from scratch those that have none."""
+    write(tmp_path, {"a": 8, "b": 8}, size=(32, 32))
+    found = look(tmp_path)
+    names = ["timm/tf_efficientnet_lite0", "torchvision/resnet18", "timm/mobilenetv4_conv_small_035", "own:Net"]
+    for name, published in zip(names, (True, True, False, False), strict=True):
+        raw = configuration(tmp_path, found, teacher=name)
+        assert raw["teacher"].get("weights") == ("pretrained" if published else None)
+        assert raw["teacher"]["training"].get("learning_rate", raw["train"]["learning_rate"]) == (
+            0.01 if published else 0.05
+        )
+        raw = configuration(tmp_path, found, teacher="cifar/resnet8", student=name)
+        assert raw["student"].get("weights") == ("pretrained" if published else None)
+        assert (raw["teacher"]["training"].get("learning_rate") == 0.05) == published
+        assert raw["train"]["learning_rate"] == (0.01 if published else 0.05)
+
+
 def test_what_is_not_such_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "one", {"a": 5})
@@ -83,8 +101,8 @@ def test_what_is_not_such_a_folder_is_refused(tmp_path: Path, monkeypatch: pytes
             (tmp_path / "broken" / name / f"{i}.png").write_bytes(b"no image")
     cases = [
         ("absent", "absent is not a folder"),
-        ("one", "1 folders of classes, the smallest with 5 files; it must hold train/<class>"),
-        ("few", "the smallest with 1 files"),
+        ("one", "1 folders of classes, the smallest with 5 images; it must hold train/<class>"),
+        ("few", "the smallest with 1 images"),
         ("empty", "0 folders of classes"),
         ("broken", "none of the images looked at can be opened"),
         ("good", "--to good.json exists; give another name, or --force"),
@@ -93,6 +111,9 @@ def test_what_is_not_such_a_folder_is_refused(tmp_path: Path, monkeypatch: pytes
         done = call("init", folder)
         assert (done.returncode, done.stdout) == (2, ""), folder
         assert said in done.stderr and "Traceback" not in done.stderr
+    done = call("init", "good", "--to", "new.json", "--student", "timm/resnet5O")
+    assert (done.returncode, done.stdout) == (2, "") and "nearest: timm/resnet50" in done.stderr
+    assert not Path("new.json").exists()
     assert (tmp_path / "good.json").read_text() == "mine"
     assert call("init", "good", "--force").returncode == 0
 

@@ -205,6 +205,29 @@ def _parsed(name: str, num_classes: int, role: str) -> tuple[str, str]:
     return source, model_name
 
 
+def has_published_weights(name: str) -> bool:
+    """Return whether a network has weights under the identifier "pretrained"; nothing is downloaded.
+
+    A name of the Hugging Face hub is taken to have them.
+
+    Args:
+        name: name of the network, as in `build_model`.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Example:
+        >>> has_published_weights("timm/resnet50"), has_published_weights("cifar/resnet56")
+        (True, False)
+    """
+    source, model_name = _parsed(name, 1, "network")
+    if source == "torchvision":
+        import torchvision
+
+        return len(torchvision.models.get_model_weights(model_name)) > 0
+    return source == "hf" or (source == "timm" and bool(_timm_tags(model_name.partition(".")[0])))
+
+
 def _is_file(weights: str) -> bool:
     return "/" in weights or os.sep in weights or weights.endswith(_FILE_SUFFIXES)
 

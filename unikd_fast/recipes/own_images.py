@@ -12,13 +12,15 @@ from typing import Any
 from unikd_fast.config import ConfigError, parse_config
 from unikd_fast.data.images import FORMATS
 from unikd_fast.data.sets import open_data
+from unikd_fast.data.sets.image_folder import EXTENSIONS
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.io import write_file
+from unikd_fast.models import has_published_weights
 
 _LOOKED_AT = 64
 _SIZES = (32, 64, 96, 128, 160, 224)
-_PRETRAINED_FROM = 96  # pixels: below, published weights have seen nothing like it
+_PRETRAINED_FROM = 96  # pixels, for networks that nobody named: below, those of the CIFAR family
 _BATCHES = (8, 16, 32, 64)
 _STEPS = 3000  # of optimisation that a small network needs from pretrained weights, about
 _VAL_SHARE = 0.15
@@ -90,11 +92,13 @@ def _held_out(root: Path, unlabelled: Path | None) -> int:
     entries = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
     if unlabelled is not None:
         entries = [entry for entry in entries if not unlabelled.samefile(entry)]
-    counts = [sum(len(names) for *_, names in os.walk(entry)) for entry in entries]
+    counts = [
+        sum(name.lower().endswith(EXTENSIONS) for *_, names in os.walk(entry) for name in names) for entry in entries
+    ]
     if len(counts) < 2 or min(counts) < 2:
         raise ConfigError(
             f"{root} has no train and val, and {len(counts)} folders of classes, the smallest with "
-            f"{min(counts, default=0)} files; it must hold train/<class>/<image> and val/<class>/<image>, or at least "
+            f"{min(counts, default=0)} images; it must hold train/<class>/<image> and val/<class>/<image>, or at least "
             "two folders <class>/<image> with two images each"
         )
     return max(len(counts), round(_VAL_SHARE * sum(counts)))
@@ -133,6 +137,7 @@ def configuration(
 
     Raises:
         ConfigError: no training image has a label, so that a teacher cannot be trained on them.
+        ValueError: a network is unknown.
     """
     if not found.labelled and (teacher is None or teacher_weights is None):
         raise ConfigError(
@@ -140,38 +145,51 @@ def configuration(
             "is trained on these classes by --teacher NAME and --teacher-weights FILE"
         )
     size = max((each for each in _SIZES if each <= found.sizes[1]), default=_SIZES[0])
-    pretrained = size >= _PRETRAINED_FROM
+    large = size >= _PRETRAINED_FROM
     batch = max(each for each in _BATCHES if each == _BATCHES[0] or 16 * each <= len(found.splits.train))
     steps = max(1, len(found.splits.train) // batch)
     epochs = max(10, min(200, round(_STEPS / steps)))
-    rate = 0.01 if pretrained else 0.05
-    weights = {"weights": "pretrained"} if pretrained else {}
-    names = ("timm/resnet50", "timm/mobilenetv3_small_100") if pretrained else ("cifar/resnet56", "cifar/resnet8x4")
+    names = ("timm/resnet50", "timm/mobilenetv3_small_100") if large else ("cifar/resnet56", "cifar/resnet8x4")
+    first, second = teacher or names[0], student or names[1]
+    published = {name: has_published_weights(name) for name in (first, second)}
     data: dict[str, Any] = {"name": "image_folder", "root": str(root), "image_size": size}
     if found.unlabelled is not None:
         data["unlabeled_root"] = str(found.unlabelled)
     if found.val_samples:
         data["val_samples"] = found.val_samples
-    if not pretrained:
-        data["augmentation"] = {"scale": [0.5, 1.0]}
+    if not large:  # a crop out of the centre, or of an eighth of the area, leaves little of a small image
+        data["augmentation"] = {"scale": [0.5, 1.0], "eval_resize": size}
     training: dict[str, Any] = {"total_epochs": max(5, epochs // 3)}
+    if published[first] != published[second]:
+        training["learning_rate"] = _rate(published[first])
     if batch > found.labelled:
         training["global_batch_size"] = max(2, found.labelled // 4)
-    taught = {**weights, "training": training} if teacher_weights is None else {"weights": teacher_weights}
+    taught: dict[str, Any] = {"weights": teacher_weights}
+    if teacher_weights is None:
+        taught = {**_weights(published[first]), "training": training}
     return {
         "$schema": str(files("unikd_fast").joinpath("configs/schema.json")),
         "data": data,
-        "teacher": {"model": teacher or names[0], **taught},
-        "student": {"model": student or names[1], **weights},
+        "teacher": {"model": first, **taught},
+        "student": {"model": second, **_weights(published[second])},
         "distill": {"method": "unikd"},
         "train": {
             "total_epochs": epochs,
             "global_batch_size": batch,
-            "learning_rate": rate,
-            "weight_decay": 1e-4 if pretrained else 5e-4,
+            "learning_rate": _rate(published[second]),
+            "weight_decay": 1e-4 if published[second] else 5e-4,
             "warmup_epochs": 1,
+            "channels_last": True,
         },
     }
+
+
+def _weights(published: bool) -> dict[str, str]:
+    return {"weights": "pretrained"} if published else {}
+
+
+def _rate(published: bool) -> float:
+    return 0.01 if published else 0.05
 
 
 def init(root: Path, target: Path, *, unlabelled: Path | None, force: bool, **networks: str | None) -> str:
@@ -189,7 +207,10 @@ def init(root: Path, target: Path, *, unlabelled: Path | None, force: bool, **ne
     if target.exists() and not force:
         raise ConfigError(f"--to {target} exists; give another name, or --force to replace it")
     found = look(root, unlabelled)
-    raw = configuration(root, found, **networks)
+    try:
+        raw = configuration(root, found, **networks)
+    except ValueError as error:  # an unknown network
+        raise ConfigError(str(error)) from error
     parse_config(raw, name=target.stem, source=str(target))
     write_file(target, json.dumps(raw, indent=2) + "\n")
     return (
