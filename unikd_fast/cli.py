@@ -204,6 +204,11 @@ def _add_export(commands: Any) -> None:
         metavar="N",
         help="height and width of the images that .pt and .onnx are made for (default: the student's own)",
     )
+    parser.add_argument(
+        "--preprocess",
+        action="store_true",
+        help="of ONNX: the file takes uint8 images of any size, and resizes, crops and normalises them itself",
+    )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
 
@@ -217,6 +222,7 @@ def _export(options: argparse.Namespace) -> int:
         average=options.average,
         opset=options.opset,
         image_size=options.image_size,
+        preprocess=options.preprocess,
         force=options.force,
     )
     print(said)

@@ -21,6 +21,9 @@ class _NotBlank:
 
 Text = Annotated[str, _NotBlank()]
 PositiveInt = Annotated[int, Ge(1)]
+LARGEST_IMAGE = 4096
+ImageSize = Annotated[int, Ge(1), Le(LARGEST_IMAGE)]
+"""Height and width of square images, in pixels."""
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Positive = Annotated[float, Gt(0.0)]

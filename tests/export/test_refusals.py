@@ -59,6 +59,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
         (["{run}", "--to", "{there}/a"], "the ending '' is not a format"),
         (["{run}", "--to", "{there}"], "is a folder"),
         (["{run}", "--to", "{there}/a.pt", "--opset", "18"], "--opset 18 is for ONNX"),
+        (["{run}", "--to", "{there}/a.onnx", "--image-size", "99999"], "--image-size 99999 is too large; give at most"),
         (["{run}", "--to", "{there}/a.onnx", "--opset", "11"], "torch writes opset 18 and later"),
         (["{run}", "--to", "{there}/a.pt", "--checkpoint", "step-77"], "there are step-000000001, step-000000002"),
         (["{run}", "--to", "{there}/a.pt", "--checkpoint", "newest"], "there is no such path; give last, best, step-"),

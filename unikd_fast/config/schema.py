@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.methods import METHODS
-from unikd_fast.settings import Fraction, NonNegative, Positive, PositiveInt, Text
+from unikd_fast.settings import Fraction, ImageSize, NonNegative, Positive, PositiveInt, Text
 
 
 class Section(BaseModel):
@@ -120,7 +120,7 @@ class TeacherConfig(Section):
     not checked."""
     cache: TeacherCache = TeacherCache()
     """The teacher's outputs, stored on disk."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """Height and width of the images that the teacher sees: those of the loader, resized on the device by antialiased
     bilinear interpolation. At most data.image_size, which is what null stands for."""
     feature_nodes: tuple[Text, ...] | None = None
@@ -188,7 +188,7 @@ class StudentConfig(Section):
     than the data. If null, random."""
     weights_key: Text | None = None
     """Key of the state dict in a weights file that holds several, as for the teacher."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """Height and width of the images that the student sees: those of the loader, resized on the device by antialiased
     bilinear interpolation. At most data.image_size, which is what null stands for."""
     feature_nodes: tuple[Text, ...] | None = None

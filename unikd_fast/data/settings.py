@@ -7,7 +7,7 @@ from annotated_types import Ge, Lt
 
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.mixing import Mixing
-from unikd_fast.settings import Fraction, PositiveInt, Text, settings
+from unikd_fast.settings import Fraction, ImageSize, PositiveInt, Text, settings
 
 LoaderKind = Literal["auto", "device", "dali", "torchvision"]
 BadImages = Literal["error", "skip"]
@@ -34,7 +34,7 @@ class DataSettings:
     """device: tensors in the device's memory, augmented by gathers; dali: files decoded by NVIDIA DALI, on the GPU if
     there is one; torchvision: files decoded by Pillow in worker processes; auto: device for data held in memory, and
     for files dali if it works, otherwise torchvision."""
-    image_size: PositiveInt = 224
+    image_size: ImageSize = 224
     """Height and width, in pixels, of the loader's images, which the networks see unless they have an image_size of
     their own."""
     num_classes: PositiveInt | None = None

@@ -252,7 +252,12 @@ def require_accuracy(config: Config, found: dict[str, float], classes: int, proc
     if processes.is_first:
         _logger.info("[%s] the teacher classifies %s correctly", name, said)
         if share < usual:
-            _logger.warning("[%s] the teacher's accuracy is low: chance is %.2f %%", name, 100 / classes)
+            _logger.warning(
+                "[%s] the teacher's accuracy is low: chance is %.2f %%; check that the weights are for these classes, "
+                "in this order, or train it longer",
+                name,
+                100 / classes,
+            )
 
 
 def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: bool) -> dict[int, Tensor] | None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from unikd_fast.config import Config, ConfigError, run_configs
 from unikd_fast.config.load import read_stored, run_path, teacher_config
-from unikd_fast.errors import RunError
+from unikd_fast.errors import FileError, RunError
 from unikd_fast.io import make_folder, new_path, read_json, write_json
+from unikd_fast.settings import LARGEST_IMAGE
 
 if TYPE_CHECKING:
     from unikd_fast.export.student import Average
@@ -29,6 +30,7 @@ def export_run(
     average: "Average" = "auto",
     opset: int | None = None,
     image_size: int | None = None,
+    preprocess: bool = False,
     force: bool = False,
 ) -> str:
     """Write the student of a run to a file of its own, and return a one-line summary.
@@ -40,6 +42,7 @@ def export_run(
         average: see `read_weights`.
         opset: ONNX opset. If None, torch's default.
         image_size: height and width of the images that the file is made for. If None, those of the run.
+        preprocess: whether the file preprocesses images itself (ONNX).
         force: whether to replace an existing file.
 
     Raises:
@@ -47,17 +50,27 @@ def export_run(
         CheckpointError: the checkpoint is damaged or missing.
         RunError: the file cannot be written, or its outputs differ.
     """
+    if image_size is not None and image_size > LARGEST_IMAGE:
+        raise ConfigError(f"--image-size {image_size} is too large; give at most {LARGEST_IMAGE}")
     config = read_run(run)
     _refuse(run, target, force=force)
     # Import torchvision and DeepSpeed only now. What DeepSpeed prints must not precede our line.
     with redirect_stdout(sys.stderr):
         from unikd_fast.engine.folder import BEST
         from unikd_fast.engine.inputs import as_config_errors
-        from unikd_fast.export.formats import FORMATS, check, format_of, plain_logits, random_images, with_logits
+        from unikd_fast.export.formats import (
+            FORMATS,
+            check,
+            check_preprocessing,
+            format_of,
+            plain_logits,
+            random_images,
+            with_logits,
+        )
         from unikd_fast.export.student import load_student, read_weights
         from unikd_fast.models import StudentCard, parameter_count
 
-    file_format = format_of(target, opset)
+    file_format = format_of(target, opset, preprocesses=preprocess)
     has_average = config.train.ema_decay is not None
     weights = read_weights(run, checkpoint, average, has_average=has_average)
     student = load_student(
@@ -71,9 +84,12 @@ def export_run(
     with as_config_errors():
         card = StudentCard.read(run / BEST)
     if card is not None:
+        card = replace(card, preprocesses=preprocess)
         if image_size is not None:  # some formats take images of this size alone
             card = replace(card, preprocessing=replace(card.preprocessing, image_size=image_size))
-        _refuse_another_card(target, card.as_dict(), tuple(FORMATS), force=force)
+        _refuse_card(target, card.as_dict(), tuple(FORMATS), force=force)
+    elif preprocess:
+        raise ConfigError(f"--preprocess: {run} does not say how its images are made; train it again, or leave it out")
     student = replace(student, card=card)
     images = random_images(image_size or config.student.image_size or config.data.image_size)
     student = replace(student, logits=with_logits(student.network, images))
@@ -83,7 +99,10 @@ def export_run(
         try:
             file_format.write(student, unfinished, images[:2], opset)
             run_again = file_format.read(student, unfinished)
-            agreement = check(run_again, student.logits, images, logits, exact=file_format.exact)
+            if card is not None and preprocess:
+                agreement = check_preprocessing(run_again, student.logits, card.preprocessing)
+            else:
+                agreement = check(run_again, student.logits, images, logits, exact=file_format.exact)
         except OSError:
             raise
         except Exception as error:  # of one of three libraries, each with its own kinds
@@ -99,8 +118,8 @@ def export_run(
     compared = (
         "which is bit for bit the plain network"
         if file_format.exact
-        else f"for images of {images.shape[-1]} pixels; logits differ by at most {agreement.difference:.1e} of their "
-        f"size ({agreement.allowed:.1e} allowed)"
+        else f"for {'uint8 images of any size' if preprocess else f'images of {images.shape[-1]} pixels'}; logits "
+        f"differ by at most {agreement.difference:.1e} of their size ({agreement.allowed:.1e} allowed)"
     )
     return (
         f"{target}: {student.name} of {run} from {weights.origin}; {student.num_classes} classes, "
@@ -180,31 +199,33 @@ def _refuse(run: Path, target: Path, *, force: bool) -> None:
     if target.is_dir():
         raise ConfigError(f"--to {target} is a folder; give the name of a file in it")
     _refuse_existing(target, force=force)
-    beside = card_path(target)
-    if not force and beside.exists() and "preprocessing" not in _content(beside):
-        raise ConfigError(
-            f"--to {target}: how to use it is written to {beside}, which exists and is not of an export; give another "
-            "name, or --force to replace it"
-        )
 
 
-def _refuse_another_card(target: Path, card: Mapping[str, object], suffixes: Sequence[str], *, force: bool) -> None:
-    """Raise ConfigError if the file that says how to use the export would no longer hold for an export beside it.
+def _refuse_card(target: Path, card: Mapping[str, object], suffixes: Sequence[str], *, force: bool) -> None:
+    """Raise ConfigError if the file that says how to use the export is another's, or would no longer hold for an export
+    beside it.
 
     Raises:
-        ConfigError: it would not.
+        ConfigError: it is, or would not.
     """
     beside = card_path(target)
+    if force or not beside.exists():
+        return
+    try:
+        found = read_json(beside)
+    except FileError:
+        found = {}
     others = [other for suffix in suffixes if (other := target.with_suffix(suffix)) != target and other.exists()]
-    if not force and others and beside.exists() and read_json(beside) != json.loads(json.dumps(card)):
-        raise ConfigError(
-            f"--to {target}: {beside} says how to use {others[0]}, which is of other classes or images; give another "
-            "name, or --force to replace it"
-        )
-
-
-def _content(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    if "preprocessing" not in found:
+        what = "is not of an export"
+    elif others and found != json.loads(json.dumps(card)):
+        what = f"says how to use {others[0]}, which is of other classes or images"
+    else:
+        return
+    raise ConfigError(
+        f"--to {target}: how to use it is written to {beside}, which {what}; give another name, or --force to replace "
+        "it"
+    )
 
 
 def _refuse_existing(target: Path, *, force: bool) -> None:

@@ -13,11 +13,11 @@ from unikd_fast.config import ConfigError
 from unikd_fast.data.augmentation import Augmentation
 from unikd_fast.data.device import Normalise
 from unikd_fast.data.files import Decoder, DecodeRequest
-from unikd_fast.data.images import BadImage
+from unikd_fast.data.images import BadImage, StoredImage, read_rgb
 from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.folder import BEST, import_student
-from unikd_fast.errors import FileError, RunError
+from unikd_fast.errors import DataError, FileError, RunError
 from unikd_fast.export.command import card_path, read_run
 from unikd_fast.export.formats import FORMATS, open_onnx, open_torchscript, with_logits
 from unikd_fast.export.student import load_student, read_weights
@@ -66,7 +66,7 @@ def predict(
         raise ConfigError(f"there is no image {missing[0]}; give the paths of image files")
     card, run = _of_run(source, checkpoint) if source.is_dir() else _of_file(source)
     names = card.class_names or tuple(map(str, range(card.num_classes)))
-    for batch, places, bad in _batches(card, images):
+    for batch, places, bad in _raw(images) if card.preprocesses else _batches(card, images):
         yield from bad
         if not len(batch):
             continue
@@ -140,8 +140,23 @@ def _opened(card: StudentCard, path: Path) -> Callable[[Tensor], Tensor]:
     return open_onnx(path) if path.suffix == ".onnx" else open_torchscript(path)
 
 
-def _batches(card: StudentCard, images: Sequence[Path]) -> Iterator[tuple[Tensor, list[int], Sequence[BadImage]]]:
-    """Yield images as the loader shows them in an evaluation, with their places, and those that cannot be decoded."""
+Shown = tuple[Tensor, list[int], Sequence[BadImage]]
+"""Images as a student takes them, their places, and those that cannot be decoded."""
+
+
+def _raw(images: Sequence[Path]) -> Iterator[Shown]:
+    """Yield each image as it is decoded, (1, H, W, 3) uint8, for a file that preprocesses it."""
+    for place, path in enumerate(images):
+        try:
+            image = read_rgb(StoredImage(str(path)))
+        except DataError as error:
+            yield torch.empty(0), [], [BadImage(str(path), place, str(error))]
+        else:
+            yield torch.from_numpy(np.array(image))[None], [place], []
+
+
+def _batches(card: StudentCard, images: Sequence[Path]) -> Iterator[Shown]:
+    """Yield images as the loader shows them in an evaluation."""
     wanted = card.preprocessing
     files = ImageFiles([str(path) for path in images], np.zeros(len(images), np.int64))
     splits = DataSplits(

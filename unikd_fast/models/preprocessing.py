@@ -75,6 +75,7 @@ class StudentCard:
         num_classes: number of classes K.
         class_names: K names, or None.
         preprocessing: how an image becomes its input.
+        preprocesses: whether an exported file does that itself, and takes uint8 images (N, H, W, 3) of any size.
 
     Example:
         >>> StudentCard.read(Path("runs/photos/student.safetensors")).class_names
@@ -86,6 +87,7 @@ class StudentCard:
     num_classes: int
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing
+    preprocesses: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of student.json."""
@@ -107,6 +109,7 @@ class StudentCard:
             classes,
             None if names is None else tuple(map(str, names)),
             Preprocessing(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])}),
+            bool(found.get("preprocesses", False)),
         )
 
     def in_words(self) -> dict[str, str]:
