@@ -11,13 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
 from support.long_rounds import quick
 from support.real_runs import call, newest_checkpoint, run, run_ranks, train_here, train_records, write_config
-from unikd_fast.config import load_config
+from unikd_fast import distill
+from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.load import config_hash
 from unikd_fast.engine.checkpoint import FOLDER, checkpoint_name
 from unikd_fast.methods import METHODS
+from unikd_fast.models import build_model
+from unikd_fast.values import NO_LABEL
 
 SIZE = 16
 NEEDS = ("dkd", "nkd", "crd")
@@ -102,7 +106,8 @@ def test_methods_that_need_labels_are_refused(tmp_path: Path, root: Path, method
     name = method if isinstance(method, str) else "+".join(method)
     assert done.returncode == 2
     assert f"distill.method = '{name}' needs the class of every training image, and 20 of 32 have no" in done.stderr
-    assert f"use a method that needs none: {', '.join(WITHOUT)}" in done.stderr
+    remedy = "leave them out (data.unlabeled_root = null), or use a method that needs none"
+    assert f"{remedy}: {', '.join(WITHOUT)}" in done.stderr
     assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
 
 
@@ -175,6 +180,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, root: Path) -> N
     train_here(config, resume=True)
     assert train_records(folder) == records
     assert newest_checkpoint(folder)["run"]["step"] == whole["run"]["step"] == 8
+
+
+def test_a_data_set_given_as_an_object_may_lack_labels(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(24, 3, SIZE, SIZE, generator=generator), torch.arange(24) % 2
+    known = TensorDataset(images[:8], labels[:8])
+    train = TensorDataset(images, torch.where(torch.arange(24) < 12, labels, NO_LABEL))
+
+    def trained(method: str) -> Path:
+        teacher, student = (build_model("cifar/resnet8", num_classes=2) for _ in range(2))
+        settings: dict[str, Any] = {"global_batch_size": 4, "trackers": (), "config": {"teacher.min_accuracy": 0}}
+        return distill(
+            teacher, student, train, known, method=method, epochs=1, dir=tmp_path / method, **settings
+        ).folder
+
+    assert [json.loads((trained(method) / "result.json").read_text())["steps"] for method in ("kd", "none")] == [6, 3]
+    with pytest.raises(ConfigError, match="12 of 24 have no label; leave them out, or use a method that needs none"):
+        trained("dkd")
 
 
 def test_mixing_needs_all_labels_or_none(tmp_path: Path, root: Path) -> None:

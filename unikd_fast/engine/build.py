@@ -239,9 +239,10 @@ def usable(config: Config, needs: Needs, splits: DataSplits) -> DataSplits:
         return replace(splits, train=splits.train.select(np.flatnonzero(splits.train.labels != NO_LABEL)))
     if needs.labels:
         others = [name for name, kind in METHODS.items() if not kind.needs_of(kind.settings_class()).labels]
+        key = "" if config.data.unlabeled_root is None else " (data.unlabeled_root = null)"
         raise ConfigError(
             f"distill.method = {label!r} needs the class of every training image, and {without} of {total} have no "
-            f"label; leave them out (data.unlabeled_root = null), or use a method that needs none: {', '.join(others)}"
+            f"label; leave them out{key}, or use a method that needs none: {', '.join(others)}"
         )
     if mixing.is_on and without < total:
         raise ConfigError(
