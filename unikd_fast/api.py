@@ -137,6 +137,11 @@ class Distiller(nn.Module):
         """Return the frozen teacher as it runs."""
         return self._teacher[0]
 
+    @property
+    def student(self) -> nn.Module:
+        """Return the network that is trained: the one that was given, or in a copy of the Distiller its copy."""
+        return self.module.network.get_submodule("plain")
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Yield what is to be trained: the student and what the method trains beside it."""
         return self.module.parameters(recurse)
@@ -211,16 +216,16 @@ class Distiller(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.method.loss(student, target, Batch(images, labels, labels.new_zeros(len(images))))
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return what ``state_dict`` holds besides tensors."""
-        return {"fitted": self._fitted}
+    def get_extra_state(self) -> Tensor:
+        """Return whether the head is fitted, as a 0-d tensor: files of tensors alone (safetensors) hold it too."""
+        return torch.tensor(self._fitted)
 
-    def set_extra_state(self, state: Any) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned."""
         head = self.method.fixed_head
-        if head is not None and state["fitted"]:
+        self._fitted = bool(state)
+        if head is not None and self._fitted:
             head.fix()
-        self._fitted = bool(state["fitted"])
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of what is trained; the fitted head stays in eval mode."""

@@ -1,6 +1,7 @@
 """A frozen network split at its levels, as functions that gradients can pass through."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,30 +52,37 @@ def split_at_levels(extractor: FeatureExtractor) -> list[Block]:
             _require_idempotent(model, name, level)
     ends = [*levels[1:], traced.logits]
     return [
-        _block(
-            model, _cut(model, traced.graph, start, end, known), copies=values[start].overwritten, last=end is ends[-1]
+        _Block(
+            model,
+            compiled_code(model, _cut(model, traced.graph, start, end, known)),
+            copies=values[start].overwritten,
+            last=end is ends[-1],
         )
         for start, end in zip(levels, ends, strict=True)
     ]
 
 
-def _block(model: nn.Module, graph: fx.Graph, *, copies: bool, last: bool) -> Block:
-    run = compiled_code(model, graph)
+@dataclass(frozen=True)
+class _Block:
+    """A part of a network's graph; a deep copy of network and blocks runs the copy."""
 
-    def block(level: Tensor) -> Tensor:
-        if model.training:  # a caller switched it
-            model.eval()
+    model: nn.Module
+    run: Callable[[nn.Module, Tensor], Tensor]
+    copies: bool  # whether the level is overwritten inside
+    last: bool
+
+    def __call__(self, level: Tensor) -> Tensor:
+        if self.model.training:  # a caller switched it
+            self.model.eval()
         # Determined in every call: the teacher may fold and cast after it was split. Norms, whose parameters are
         # vectors, stay in fp32.
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() > 1)
+        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.dim() > 1)
         with torch.autocast(level.device.type, enabled=False):
             inside = level.to(dtype)
-            if copies and inside is level:
+            if self.copies and inside is level:
                 inside = level.clone()
-            output: Tensor = run(model, inside)
-        return output.float() if last else output
-
-    return block
+            output = self.run(self.model, inside)
+        return output.float() if self.last else output
 
 
 def _cut(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Graph:
