@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "values",
     },
-    "export": {"config", "data", "engine", "errors", "given", "io", "models", "tasks"},
+    "export": {"config", "data", "engine", "errors", "given", "io", "models", "settings", "tasks"},
     "api": {"engine", "methods", "models", "teacher", "values"},
     "distillation": {
         "api",

@@ -1,13 +1,16 @@
 """The accuracy table: means over seeds by hand, and when a printed figure stands beside them."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.report_runs import config, write_result, write_run_folder
-from unikd_fast.report.accuracy import accuracy_rows, accuracy_section, single_runs_section, spread
+from support.report_runs import COST, config, write_json, write_result, write_run_folder
+from unikd_fast.report.accuracy import accuracy_rows, accuracy_section, cost_section, single_runs_section, spread
+from unikd_fast.report.page import Missing, Table
+from unikd_fast.report.run_files import RunFileError
 from unikd_fast.report.runs import RunGroup, find_runs, group_runs
 
 
@@ -154,3 +157,27 @@ def test_every_single_run_has_a_row(tmp_path: Path) -> None:
     (table,) = single_runs_section(groups_of(tmp_path / "r", config(), method=["kd", "at"])).parts
     assert [row[:3] for row in table.rows] == [("it", "0", "kd+at"), ("it", "1", "kd+at")]
     assert table.rows[1][4:] == ("7", "72.00", "9", "70.00", "90.00", "1.2500")
+
+
+def test_the_cost_of_teacher_and_student_is_a_table(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "r", config())
+    write_result(folder, "a", model="s")
+    path = write_result(folder / "teacher", "teacher", model="t") / "result.json"
+    teacher = {**COST, "parameters": 312_168, "multiply_adds": 50_006_528, "latency_ms": {"1": 2.0, "32": 32.0}}
+    write_json(path, {**json.loads(path.read_text()), "cost": teacher})
+    (table,) = cost_section(group_runs(find_runs([folder]).runs)).parts
+    assert isinstance(table, Table)
+    assert table.rows == (
+        ("teacher", "t", "32 px", "0.31 M", "50.0 M", "1.00 MiB", "2 ms", "32 ms"),
+        ("student", "s", "32 px", "0.08 M", "12.5 M", "1.00 MiB", "0.5 ms", "8 ms"),
+    )
+    assert "on a processor" in table.caption
+    written = json.loads(path.read_text())
+    write_json(path, {**written, "cost": {**teacher, "latency_ms": {"1": "fast"}}})
+    with pytest.raises(RunFileError, match="cost must have numbers for image_size, parameters"):
+        find_runs([folder])
+    del written["cost"]
+    for place in (path, folder / "result.json"):
+        write_json(place, {**written, "label": "a"})
+    (missing,) = cost_section(group_runs(find_runs([folder]).runs)).parts
+    assert isinstance(missing, Missing) and "120 micro-batches" in missing.text

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -68,6 +69,28 @@ def test_values_over_decades_get_a_logarithmic_axis() -> None:
     assert scale([199.0, 5.0, 2.0]) == "linear"
     assert scale([200.0, 5.0, 0.0]) == "linear"  # zero has no logarithm
     assert scale([200.0, 5.0, 2.0], (0.0, None)) == "linear"
+
+
+def test_outliers_do_not_flatten_a_panel() -> None:
+    x = np.arange(40.0)
+    usual = 0.5 + 0.4 * np.exp(-x / 8)
+    first = np.concatenate([[60.0], usual[1:]])
+
+    def axes_of(*values: np.ndarray) -> Axes:
+        lines = tuple(line(name, x, one[None]) for name, one in zip("ab", values, strict=False))
+        (axes,) = draw_curves([Panel("one", "x", "y", lines)], LIGHT, ["a", "b"]).axes
+        return axes
+
+    axes = axes_of(first, usual)
+    low, high = axes.get_ylim()
+    assert usual.min() > low > 0.4 and 1.0 > high > usual.max() and axes.get_yscale() == "linear"
+    marks = [one for one in axes.lines if one.get_marker() == "^" and len(one.get_xdata())]
+    assert [list(one.get_xdata()) for one in marks] == [[0.0]]
+    assert [text.get_text() for text in axes.texts] == ["▲ outside: up to 60"]
+    for whole in (axes_of(usual), axes_of(100 * np.exp(-x / 4), usual), axes_of(np.ones(40))):
+        assert not whole.texts  # a curve over decades is no outlier
+    assert axes_of(-first).get_ylim()[0] > -1.0
+    assert axes_of(np.where(x == 3, np.nan, first)).texts
 
 
 def test_names_are_not_parsed_as_markup() -> None:

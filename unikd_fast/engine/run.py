@@ -152,7 +152,7 @@ def _finished(config: Config) -> Results | None:
         return None  # opening the folder reports the error
     require_same_config(folder, config)
     try:
-        return _results(config, folder, lambda _, own, label: kept(own), lambda _, own: kept(own))
+        return _results(config, folder, lambda _, own, label: kept(own), lambda _, own, cost: kept(own))
     except _Unfinished:
         return None
 
@@ -163,7 +163,7 @@ def _run_all(config: Config, folder: Path, processes: Processes, stop: StopSigna
         config,
         folder,
         lambda single, own, label: _run(single, own, processes, stop, label=label, resume=resume),
-        lambda single, own: evaluate_teacher(single, own, processes, label=TEACHER),
+        lambda single, own, cost: evaluate_teacher(single, own, processes, label=TEACHER, with_cost=cost),
     )
 
 
@@ -171,7 +171,7 @@ def _results(
     config: Config,
     folder: Path,
     run: Callable[[Config, Path, str], dict[str, Any]],
-    evaluate: Callable[[Config, Path], dict[str, Any]],
+    evaluate: Callable[[Config, Path, bool], dict[str, Any]],
 ) -> Results:
     """Return the results of every run of an experiment, in the order of its table.
 
@@ -179,7 +179,8 @@ def _results(
         config: configuration of the experiment.
         folder: its folder.
         run: function from configuration, folder and label of a single run to its result.
-        evaluate: function from configuration and folder to the result of a run's teacher that was not trained.
+        evaluate: function from configuration, folder and whether to measure the cost to the result of a run's teacher
+            that was not trained.
     """
     results: Results = []
     teachers: dict[int, Path] = {}
@@ -200,7 +201,7 @@ def _results(
         results.append(run(single, folder / run_path(config, label, seed), label))
         if single.distill.method != "none" and not any(result["label"] == TEACHER for result in results):
             # After the run, whose cache may hold it already.
-            results.insert(0, evaluate(single, folder / "teacher"))
+            results.insert(0, evaluate(single, folder / "teacher", "cost" in results[-1]))
     return results
 
 

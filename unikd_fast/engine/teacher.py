@@ -17,6 +17,7 @@ from unikd_fast.config.load import cache_dir
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits, hash_split
 from unikd_fast.data.views import Windows
+from unikd_fast.engine.cost import cost_of
 from unikd_fast.engine.distributed import Processes, StopSignal, average_buffers
 from unikd_fast.engine.evaluate import BatchLogits, evaluate, write_outputs
 from unikd_fast.engine.folder import VALIDATION, read_result, read_teacher, write_result
@@ -368,10 +369,19 @@ TEACHER_RESULT = "teacher_result.json"
 
 
 @oom_hint("teacher")
-def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, label: str) -> dict[str, Any]:
+def evaluate_teacher(
+    config: Config, folder: Path, processes: Processes, *, label: str, with_cost: bool = False
+) -> dict[str, Any]:
     """Return the accuracy of a given teacher on the test split, in the form of a run's result; it is kept in a folder.
 
     If the teacher's outputs are cached, the metrics are stored next to them, and later runs need not load the teacher.
+
+    Args:
+        config: configuration of a run with a teacher.
+        folder: folder that keeps the result.
+        processes: processes of the run.
+        label: name of the teacher in tables.
+        with_cost: whether to measure what the teacher costs, where it is loaded.
     """
     known = processes.from_first(lambda: read_result(folder))
     if known is not None:
@@ -383,9 +393,14 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         kept = _result_path(config) is not None
         test_split = processes.from_first(lambda: _test_images(config, splits)) if kept else ""
         found = processes.from_first(lambda: _read_figures(config, test_split))
+        cost: dict[str, Any] = {}
         if found is None:
+            network = build_teacher_network(config, splits, needs=Needs())
+            if with_cost:
+                device = processes.device
+                cost = processes.from_first(lambda: cost_of(network.to(device), config.data.image_size, device))
             outputs: list[BatchLogits] | None = [] if config.run.test_logits else None
-            found = _evaluate(config, splits, processes, outputs)
+            found = _evaluate(config, network, splits, processes, outputs)
             if outputs is not None:
                 write_outputs(folder, outputs, processes, split="test")
             processes.from_first(partial(_keep_figures, config, test_split, found))
@@ -400,6 +415,7 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
         "best": figures,
         "last": figures,
         "weights": config.teacher.weights,
+        **cost,
     }
 
     def write() -> None:
@@ -411,10 +427,9 @@ def evaluate_teacher(config: Config, folder: Path, processes: Processes, *, labe
 
 
 def _evaluate(
-    config: Config, splits: DataSplits, processes: Processes, keep: list[BatchLogits] | None
+    config: Config, network: nn.Module, splits: DataSplits, processes: Processes, keep: list[BatchLogits] | None
 ) -> dict[str, float]:
     assert config.teacher is not None
-    network = build_teacher_network(config, splits, needs=Needs())
     loader = build_data_loader(config, splits, processes)
     # "auto" is fp32 here, whose range needs no check. Not compiled: it runs once over the split.
     precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision

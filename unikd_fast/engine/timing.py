@@ -118,6 +118,18 @@ FIRST, COUNT = 10, 10
 """Steps that are measured, counted from the process's first; earlier ones warm up caches and kernels."""
 
 
+def describe_hardware(device: torch.device) -> str:
+    """Return what a figure was measured on.
+
+    Example:
+        >>> describe_hardware(torch.device("cuda"))
+        'NVIDIA H200'
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 class StepClock:
     """Records when the parts of a step end; on a GPU by events, which are waited for in `write` only.
 
@@ -158,8 +170,7 @@ class StepClock:
         if self._device is None or self._steps < FIRST + COUNT or not self._marks:
             return
         spent = self._milliseconds()
-        on_gpu = self._device.type == "cuda"
-        hardware = torch.cuda.get_device_name(self._device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        hardware = describe_hardware(self._device)
         if self._whole:
             write_whole_step_time(folder, data_ms=spent["data"], step_ms=spent["step"], hardware=hardware)
         else:

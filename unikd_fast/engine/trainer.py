@@ -12,6 +12,7 @@ from torch import Tensor
 from unikd_fast.engine import checkpoint as ckpt
 from unikd_fast.engine.build import Experiment, student_card
 from unikd_fast.engine.cache import ready_cache
+from unikd_fast.engine.cost import cost_of
 from unikd_fast.engine.cuda_graph import CapturedSteps, captures
 from unikd_fast.engine.describe import log_run
 from unikd_fast.engine.distributed import StopSignal, average_buffers, explain_bad_evaluation
@@ -353,6 +354,10 @@ class Trainer:
     def _export(self, name: Path) -> None:
         export_student(self.evaluated.plain, self.folder / name, student_card(self.experiment))
 
+    def _cost(self) -> dict[str, Any]:
+        size = self.config.student.image_size or self.config.data.image_size
+        return cost_of(self.evaluated.plain, size, self.processes.device)
+
     def _finish(self) -> dict[str, Any]:
         """Export the student, and evaluate its last and best weights on the test split."""
         self.processes.from_first(self.checkpoints.finish)
@@ -381,6 +386,8 @@ class Trainer:
             last=(last, last_test),
             weights=self.folder / STUDENT,
         )
+        if self.step * self.config.train.accumulation_steps >= _WORTH_MEASURING:
+            result |= self.processes.from_first(self._cost)
         self.processes.from_first(lambda: write_result(self.folder, result))
         self.writer.finish(self.step, result)
         return result

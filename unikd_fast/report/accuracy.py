@@ -137,6 +137,41 @@ def _remarks(group: RunGroup) -> list[str]:
     return remarks
 
 
+def cost_section(groups: Sequence[RunGroup]) -> Section:
+    """Build the table of what teacher and student cost, one row per network."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for group in groups:
+        for run in group.runs:
+            role = "teacher" if group.is_teacher else "student"
+            measured = found.setdefault((role, str(run.result["model"])), [])
+            if run.result.get("cost"):
+                measured.append(run.result["cost"])
+    rows = tuple((role, model, *_costs(measured)) for (role, model), measured in found.items() if measured)
+    if not rows:
+        text = "What the networks cost is missing: runs of at least 120 micro-batches measure it at their end."
+        return Section("cost", "Cost", (Missing(text),))
+    every = [cost for measured in found.values() for cost in measured]
+    hardware = ", ".join(dict.fromkeys(str(cost["hardware"]) for cost in every))
+    caption = (
+        "What the networks cost in evaluation: multiply-adds of one image (convolutions, matrix products, attention), "
+        "the weights as a file, and the median time of a batch of 1 and of 32 images, in fp32 and eager mode, measured "
+        f"at the end of a run on {hardware}."
+    )
+    header = ("", "model", "image", "parameters", "multiply-adds", "file", "batch of 1", "batch of 32")
+    return Section("cost", "Cost", (Table(caption, header, rows),))
+
+
+def _costs(measured: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    first = measured[0]
+    return (
+        f"{first['image_size']} px",
+        f"{first['parameters'] / 1e6:.2f} M",
+        f"{first['multiply_adds'] / 1e6:,.1f} M",
+        f"{first['bytes'] / 2**20:.2f} MiB",
+        *(f"{statistics.median(cost['latency_ms'][size] for cost in measured):.3g} ms" for size in ("1", "32")),
+    )
+
+
 _MINUS, _NONE = "\u2212", "–"
 _METRICS: tuple[tuple[Metric, str], ...] = (("top1", "top-1"), ("top5", "top-5"))
 

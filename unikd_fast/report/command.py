@@ -73,7 +73,7 @@ def _draw(target: Path, pictures: "Sequence[Picture]", *, force: bool) -> dict[P
 
 
 def _sections(found: Found) -> "list[Section]":
-    from unikd_fast.report.accuracy import accuracy_section, single_runs_section
+    from unikd_fast.report.accuracy import accuracy_section, cost_section, single_runs_section
     from unikd_fast.report.run_data import gather
     from unikd_fast.report.sections import (
         collapse_section,
@@ -87,6 +87,7 @@ def _sections(found: Found) -> "list[Section]":
     students = gather([group for group in groups if not group.is_teacher])
     return [
         accuracy_section(groups, found.unfinished),
+        cost_section(groups),
         convergence_section(students),
         *logit_sections(students),
         collapse_section(students),

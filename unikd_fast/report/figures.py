@@ -210,7 +210,7 @@ class Panel(NamedTuple):
         title, x_label, y_label: labels, with units.
         lines: lines to draw; a group has the same colour in every panel of a figure.
         x_limits, y_limits: limits of the axes. If None, they fit the lines; values over two decades or more then get a
-            logarithmic y-axis.
+            logarithmic y-axis, and a few values far from all others are marked at its edge.
     """
 
     title: str
@@ -397,17 +397,61 @@ def _draw_panel(place: Axes, panel: Panel, names: Sequence[str], theme: Theme, w
     place.set_xlabel(panel.x_label)
     place.set_ylabel(panel.y_label)
     place.set_xlim(*panel.x_limits)
-    if panel.y_limits == (None, None) and _spans_decades(panel.lines):
+    if panel.y_limits != (None, None):
+        place.set_ylim(*panel.y_limits)
+        return drawn
+    shown, limits = _without_outliers(panel.lines)
+    if _spans_decades(shown):
         place.set_yscale("log")
         place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         place.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        place.set_ylim(*panel.y_limits)
+    if limits is not None:
+        place.set_ylim(*limits)
+        _mark_outside(place, panel.lines, limits, names, theme)
     return drawn
 
 
-def _spans_decades(lines: Sequence[Line]) -> bool:
+def _mark_outside(
+    place: Axes, lines: Sequence[Line], limits: tuple[float, float], names: Sequence[str], theme: Theme
+) -> None:
+    """Mark, at the edge of the axes, where points lie outside of their limits, and write how far they reach."""
+    for edge, marker, beyond, reach in ((limits[1], "^", np.greater, np.max), (limits[0], "v", np.less, np.min)):
+        outside = [line.mean[beyond(line.mean, edge)] for line in lines]
+        for line in lines:
+            x = line.x[beyond(line.mean, edge)]
+            colour = theme.line_style(names.index(line.name))["color"]
+            (marks,) = place.plot(x, np.full(len(x), edge), marker, color=colour, markersize=6, clip_on=False)
+            marks.set(linestyle="none", in_layout=False)
+        if (found := np.concatenate(outside)).size:
+            text = f"{'▲' if marker == '^' else '▼'} outside: {'up' if marker == '^' else 'down'} to {reach(found):.3g}"
+            said = place.text(0.98, 0.94 if marker == "^" else 0.06, text, transform=place.transAxes, ha="right")
+            said.set(va="center", in_layout=False, fontsize="small")
+            said.set_bbox({"facecolor": theme.surface, "alpha": 0.8, "linewidth": 0.0, "pad": 1.0})
+
+
+def _without_outliers(lines: Sequence[Line]) -> tuple[Floats, tuple[float, float] | None]:
+    """Return the values that an axis should show, and its limits; None for those that fit all lines.
+
+    A value is left out that lies beyond the quartiles by more than three times their distance, on the scale that the
+    axis would have, if all such values together would leave the others less than a third of the axis.
+    """
+    ends = [values for line in lines for values in (line.low, line.high)] or [np.zeros(1)]
+    values = np.concatenate(ends)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return values, None
+    scaled = np.log(values) if _spans_decades(values) else values
+    low, high = np.percentile(scaled, (25, 75))
+    inside = np.abs(scaled - np.clip(scaled, low, high)) <= 3 * (high - low)
+    shown = values[inside]
+    if 3 * np.ptp(scaled[inside]) >= np.ptp(scaled):
+        return values, None
+    if _spans_decades(shown):
+        return shown, (float(shown.min() / 1.3), float(shown.max() * 1.3))
+    room = 0.06 * float(np.ptp(shown)) or 0.06 * abs(float(shown[0])) or 1.0
+    return shown, (float(shown.min()) - room, float(shown.max()) + room)
+
+
+def _spans_decades(values: Floats) -> bool:
     """Return whether a linear axis would show most of the values as one: all are positive, over two decades or more."""
-    values = np.concatenate([ends for line in lines for ends in (line.low, line.high)] or [np.zeros(1)])
-    finite = values[np.isfinite(values)]
-    return bool(finite.size and finite.min() > 0 and finite.max() >= 100 * finite.min())
+    return bool(values.size and values.min() > 0 and values.max() >= 100 * values.min())

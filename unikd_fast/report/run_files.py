@@ -96,6 +96,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise RunFileError(f"{path} lacks {', '.join(missing)}; was it written by this version of unikd_fast?")
     for key, kind in kinds.items():
         _require(path, key, result[key], kind)
+    _require_cost(path, result.get("cost"))
     for which in ("best", "last"):
         _require(path, f"{which}.test", result[which].get("test"), dict)
         for split, figure in ((split, figure) for split in ("val", "test") for figure in FIGURES):
@@ -107,6 +108,16 @@ def read_result(path: Path) -> dict[str, Any]:
             ):
                 raise RunFileError(f"{path}: {which}.{split}.{figure} must be a finite number, got {value!r}")
     return result
+
+
+def _require_cost(path: Path, cost: object) -> None:
+    if cost is None:
+        return
+    latency = cost.get("latency_ms") if isinstance(cost, dict) else None
+    figures = [cost.get(key) for key in _COSTS] if isinstance(cost, dict) else []
+    times = [latency.get(size) for size in ("1", "32")] if isinstance(latency, dict) else [None]
+    if not figures or not all(is_number(value) and 0 <= value < math.inf for value in (*figures, *times)):
+        raise RunFileError(f"{path}: cost must have numbers for {', '.join(_COSTS)} and latency_ms, got {cost!r}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -133,6 +144,9 @@ def read_config(path: Path) -> dict[str, Any]:
     for seed in compare.get("seeds", []):
         _require(path, "compare.seeds", seed, int)
     return config
+
+
+_COSTS = ("image_size", "parameters", "bytes", "multiply_adds")
 
 
 def is_number(value: object) -> bool:
