@@ -90,6 +90,63 @@ def test_a_level_that_training_does_not_compute_is_named() -> None:
         extractor.train()(images())
 
 
+class Lists(Branching):
+    """Embeddings of all stages in one list, and their blocks in lists of lists, as in PoolFormer of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = self.stages
+        del self.stages
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()) for _ in range(2)) for c in (8, 16, 32)
+        )
+
+    def forward(self, images: Tensor) -> Any:
+        x = self.stem(images)
+        for embedding, blocks in zip(self.embeddings, self.blocks, strict=True):
+            x = embedding(x)
+            for block in blocks:
+                x = block(x)
+        return self.head(x.mean((2, 3)) if x.sum() < 1e9 else x)
+
+
+def test_stages_end_in_the_last_block_of_their_list() -> None:
+    extractor = extract_features(Lists(), image_size=16)
+    assert extractor.level_names == ("blocks.0.1", "blocks.1.1", "blocks.2.1")
+
+
+class Pixels(nn.Module):
+    """A block that returns pixels of patches (16 N, 4, C) before its map (N, C, H, W), as in TNT of timm."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Any) -> tuple[Tensor, Tensor]:
+        x = self.block(x[1] if isinstance(x, tuple) else x)
+        return x.new_ones(16 * len(x), 4, 5), x
+
+
+def test_of_several_outputs_the_one_of_the_images_is_the_level() -> None:
+    model = Branching()
+    model.stages = nn.ModuleList(map(Pixels, model.stages))
+    extractor = extract_features(Unwrapping(model), image_size=16)
+    assert extractor.level_shapes == ((8, 8, 8), (16, 4, 4), (32, 2, 2))
+    assert extractor(images()).levels[0].shape == (4, 8, 8, 8)
+
+
+class Unwrapping(nn.Module):
+    def __init__(self, model: Branching) -> None:
+        super().__init__()
+        self.stem, self.stages, self.head = model.stem, model.stages, model.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x[1].mean((2, 3)) if x[1].sum() < 1e9 else x[1])
+
+
 class Nested(nn.Module):
     """A stage whose output, a map with its height and width, is the first of a tuple, as in PVTv2 of transformers."""
 

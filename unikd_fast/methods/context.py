@@ -107,7 +107,8 @@ class RunContext:
             if norm is None:
                 raise ValueError(
                     f"teacher level {level!r} of {type(network.plain).__name__} is not computed by a BatchNorm before "
-                    "its activation; use another teacher, or other levels (teacher.feature_nodes)"
+                    "its activation; use another method, such as unikd, reviewkd, at or kd, or other levels "
+                    "(teacher.feature_nodes)"
                 )
         found = [network.plain.get_submodule(str(norm)) for norm in network.norms_before_activation]
         norms = [norm for norm in found if isinstance(norm, nn.BatchNorm2d)]

@@ -18,7 +18,8 @@ _ACTIVATIONS = (
 _ACTIVATION_NAMES = {"relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "mish", "gelu", "hardswish"}
 _REARRANGING = (nn.ChannelShuffle, nn.Identity)
 _REARRANGING_NAMES = {"cat", "view", "reshape", "permute", "transpose", "contiguous", "flatten"}
-_LINEAR = (_BatchNorm, nn.Conv2d)
+_LINEAR = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Conv2d, nn.Linear)
+_LINEAR_NAMES = {"layer_norm", "group_norm"}
 _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 _SUMS = {"add", "iadd"}
 
@@ -27,6 +28,9 @@ def before_activation(
     model: nn.Module, graph: fx.Graph, level: fx.Node, values: Mapping[fx.Node, NodeValue], *, name: str
 ) -> fx.Node:
     """Return the node that holds a level before its activation; an in-place activation does not overwrite it.
+
+    A level that no activation follows is that value itself: a linear bottleneck (MobileNetV2), and the sum of a
+    residual stream that is never rectified (ConvNeXt, vision transformers).
 
     Args:
         model: network.
@@ -52,11 +56,11 @@ def before_activation(
             return _split(graph, norm)
         if _is(model, norm, _BatchNorm) and any(_is_activation(model, user) for user in norm.users):
             return kept(graph, norm, values)
-    if _is_linear(model, level):
-        return level
+    if _is_linear(model, level) or _is_stream(model, level, values):
+        return kept(graph, level, values)
     raise ValueError(
         f"extract_features: level {name!r} of {type(model).__name__} has no value before an activation: it comes "
-        f"from {_describe(model, level)}, which is neither an activation, nor read by one, nor a linear bottleneck; "
+        f"from {_describe(model, level)}, which is neither an activation, nor read by one, nor a linear layer or sum; "
         "name other levels (feature_nodes), turn off train.activation_checkpointing, which hides them inside blocks, "
         f"or {ANOTHER_METHOD}"
     )
@@ -76,7 +80,7 @@ def norm_before(model: nn.Module, before: fx.Node) -> str | None:
         (before,) = before.all_input_nodes
     if before.target is _normalise:
         return str(before.all_input_nodes[0].target)
-    terms = before.all_input_nodes if _name(before) in _SUMS else [before]
+    terms = [_passed(model, term) for term in (before.all_input_nodes if _name(before) in _SUMS else [before])]
     # A term that others are computed from is the skip; so is, by convention, the last one: a projection.
     norms = [term for term in terms if _is(model, term, _BatchNorm) and not any(_feeds(term, other) for other in terms)]
     return str(norms[0].target) if norms else None
@@ -148,13 +152,37 @@ def _holds_activation(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _is_linear(model: nn.Module, node: fx.Node) -> bool:
-    """Return whether this is a convolution or BatchNorm without activation, or a sum of them."""
+    """Return whether this is a convolution, linear layer or norm without activation, or a sum of them."""
     if _is(model, node, _LINEAR):
         return not _holds_activation(model, node)
-    passing = (*_PASSING, *imported("torchvision.ops.StochasticDepth", "timm.layers.DropPath"))
-    if _is(model, node, passing) or _name(node) in _SUMS:
+    if _name(node) in _LINEAR_NAMES:
+        return True
+    if _passes(model, node) or _name(node) in _SUMS:
         return all(_is_linear(model, source) for source in node.all_input_nodes)
     return False
+
+
+def _is_stream(model: nn.Module, node: fx.Node, values: Mapping[fx.Node, NodeValue]) -> bool:
+    """Return whether this is a sum of tensors none of which is the output of an activation, perhaps rearranged."""
+    terms = [source for source in node.all_input_nodes if source in values]
+    if _name(node) in _SUMS:
+        rectified = any(_is_activation(model, term) or _holds_activation(model, term) for term in terms)
+        return len(terms) > 1 and not rectified
+    rearranges = _is(model, node, _REARRANGING) or _name(node) in _REARRANGING_NAMES - {"cat"}
+    if not (rearranges or _passes(model, node)) or len(terms) != 1:
+        return False
+    return _is_linear(model, terms[0]) or _is_stream(model, terms[0], values)
+
+
+def _passed(model: nn.Module, node: fx.Node) -> fx.Node:
+    """Return what this value was before dropout, stochastic depth and identities."""
+    while _passes(model, node):
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _passes(model: nn.Module, node: fx.Node) -> bool:
+    return _is(model, node, (*_PASSING, *imported("torchvision.ops.StochasticDepth", "timm.layers.DropPath")))
 
 
 def _feeds(source: fx.Node, node: fx.Node) -> bool:
@@ -218,6 +246,7 @@ def find_classifier(model: nn.Module, traced: Trace, values: Mapping[fx.Node, No
         given = type(model.get_submodule(str(node.target))).__name__ if node.op == "call_module" else node.target
         raise ValueError(
             f"extract_features: {type(model).__name__} has no embedding: its logits come from node {str(node)!r} "
-            f"({given}), not from a linear layer on (N, D); take a network that ends in one"
+            f"({given}), not from a linear layer on (N, D); take a network that ends in one, or a method without "
+            "embeddings, such as unikd or kd"
         )
     return Classifier(source, weight)

@@ -135,8 +135,11 @@ class FeatureExtractor(nn.Module):
                 f"extract_features: levels of {type(self.plain).__name__} are tokens, which need square images, "
                 f"got {height}x{width} pixels; crop them to squares"
             )
-        maps = tuple(level.as_map(output) for level, output in zip(self.levels, features.levels, strict=True))
-        return features._replace(levels=maps)
+        levels, before = (
+            tuple(level.as_map(output) for level, output in zip(self.levels, outputs, strict=False))
+            for outputs in (features.levels, features.before_activation)
+        )
+        return features._replace(levels=levels, before_activation=before)
 
 
 def extract_features(
@@ -222,11 +225,6 @@ def _traced(
     else:
         names = check_nodes(model, nodes, shapes) if nodes else ()
     found = _levels(model, names, shapes)
-    if before_activation and any(level.layout != "map" for level in found):
-        raise ValueError(
-            f"extract_features: levels of {type(model).__name__} are {found[-1].layout}, which have no features before "
-            f"an activation; {ANOTHER_METHOD}"
-        )
     num_classes = _num_classes(model, values[evaluation.logits].shape)
     classifier = find_classifier(model, evaluation, values).weight if embedding else None
 

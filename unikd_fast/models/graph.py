@@ -21,6 +21,9 @@ Forward = Callable[[nn.Module, Tensor], tuple[tuple[Tensor, ...], Tensor, tuple[
 
 _SERIAL = itertools.count()
 
+IMAGES = 2
+"""Number of images that networks are probed with; no other number matters to a network."""
+
 
 def imported(*paths: str) -> tuple[Any, ...]:
     """Return those of some modules, classes and functions of libraries that are imported.
@@ -286,7 +289,7 @@ def numbers(model: nn.Module, traced: Trace, *, image_size: int) -> dict[fx.Node
     return {node: number for node, number in two.items() if number == three[node]}
 
 
-def _probed(model: nn.Module, traced: Trace, image_size: int, training: bool, *, batch: int = 2) -> _Prober:
+def _probed(model: nn.Module, traced: Trace, image_size: int, training: bool, *, batch: int = IMAGES) -> _Prober:
     prober = _Prober(model, traced.graph)
     parameter = next(model.parameters(), None)
     device, dtype = ("cpu", torch.float32) if parameter is None else (parameter.device, parameter.dtype)

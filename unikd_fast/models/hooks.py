@@ -1,12 +1,12 @@
 """Outputs of a network's modules by hooks, for networks that torch.fx cannot trace."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from unikd_fast.models.graph import in_mode
+from unikd_fast.models.graph import IMAGES, in_mode
 
 
 class NoLogits(ValueError):
@@ -71,14 +71,14 @@ def record_outputs(model: nn.Module, *, image_size: int) -> Outputs:
     linear: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, output: Any) -> None:
-        tensor = _tensor(output)
+        tensor = _tensor(output, IMAGES)
         shapes[name] = None if tensor is None else tuple(tensor.shape)
         if isinstance(module, nn.Linear) and tensor is not None:
             linear[name] = tensor
 
     parameter = next(model.parameters(), None)
     device, dtype = ("cpu", torch.float32) if parameter is None else (parameter.device, parameter.dtype)
-    images = torch.zeros(2, 3, image_size, image_size, device=device, dtype=dtype)
+    images = torch.zeros(IMAGES, 3, image_size, image_size, device=device, dtype=dtype)
     hooks = [
         module.register_forward_hook(lambda module, _, output, name=name: record(name, module, output))
         for name, module in model.named_modules()
@@ -119,7 +119,7 @@ class HookedForward:
         found: dict[str, Tensor] = {}
 
         def keep(name: str, output: Any) -> None:
-            if (tensor := _tensor(output)) is not None:
+            if (tensor := _tensor(output, len(images))) is not None:
                 found[name] = tensor
 
         hooks = [
@@ -146,8 +146,18 @@ class HookedForward:
         return tuple(found[name] for name in self._names), logits_of(output, model), (), found.get("")
 
 
-def _tensor(output: Any) -> Tensor | None:
-    """Return the tensor in a module's output: itself, or the first of a tuple or mapping, which may be nested."""
-    while isinstance(output, Mapping | tuple | list):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output), None)
-    return output if isinstance(output, Tensor) else None
+def _tensor(output: Any, count: int) -> Tensor | None:
+    """Return the tensor in a module's output: itself, or the first of a tuple or mapping, which may be nested.
+
+    Of several tensors (TNT returns pixels of patches first) it is the first that has a row for each of `count` images.
+    """
+    found = list(_tensors(output))
+    return next((tensor for tensor in found if tensor.dim() > 0 and len(tensor) == count), found[0] if found else None)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)

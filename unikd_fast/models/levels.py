@@ -1,6 +1,7 @@
 """Which modules end a network's stages, and how their outputs become maps (N, C, H, W)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from math import isqrt
 from typing import Literal, NamedTuple
@@ -8,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from unikd_fast.models.graph import NodeValue, Trace, probe
+from unikd_fast.models.graph import IMAGES, NodeValue, Trace, Untraceable, probe
 
 # Below this size the last stages of ImageNet networks shrink to 1x1 and look like pooled vectors.
 _REFERENCE_SIZE = 128
@@ -40,14 +41,14 @@ class Level(NamedTuple):
         """Return how an output of this shape holds a map, or None if it does not.
 
         Args:
-            shape: shape of the output for a batch of square images.
+            shape: shape of the output for two square images; others, such as windows (N 16, T, C), hold no map.
             prefix: number of tokens before the grid, if known. If None, as few as leave a square.
 
         Example:
             >>> Level.of((2, 197, 768))
             Level(layout='tokens', channels=768, side=14, prefix=1)
         """
-        if shape is None or len(shape) not in (3, 4):
+        if shape is None or len(shape) not in (3, 4) or shape[0] != IMAGES:
             return None
         if len(shape) == 4:
             _, second, third, last = shape
@@ -106,7 +107,8 @@ def find_stages(
     names = _stated(model, traced.outputs)
     if names is None:
         if image_size < _REFERENCE_SIZE:
-            values = probe(model, traced, image_size=image_size * -(-_REFERENCE_SIZE // image_size))
+            with suppress(Untraceable):  # a network of one size alone
+                values = probe(model, traced, image_size=image_size * -(-_REFERENCE_SIZE // image_size))
         names = _found(model, traced, values)
         if len(names) < 2:
             return ()
@@ -116,8 +118,8 @@ def find_stages(
 def find_modules(model: nn.Module, shapes: Shapes, *, max_levels: int) -> tuple[str, ...]:
     """Return the names of the modules that end the coarsest `max_levels` stages, from the shapes of outputs alone.
 
-    The stages are the children of one module: of the one whose children have most resolutions, the last at each; if
-    all have one, of the one with most children of the same class and shape, at even distances.
+    The stages are the children of one module, or of a list of lists: of the one whose children have most resolutions,
+    the last at each; if all have one, of the one with most children of the same class and shape, at even distances.
 
     Args:
         model: network.
@@ -132,8 +134,7 @@ def find_modules(model: nn.Module, shapes: Shapes, *, max_levels: int) -> tuple[
         prefix, order = prefix_tokens(model), {name: place for place, name in enumerate(shapes)}
         families = list[dict[str, Level]]()
         for parent, module in model.named_modules():
-            children = (f"{parent}.{name}".lstrip(".") for name, child in module.named_children() if _counts(child))
-            called = sorted((name for name in children if name in order), key=order.__getitem__)
+            called = sorted(_called(module, parent, order), key=order.__getitem__)
             levels = {name: Level.of(shapes[name], prefix=prefix) for name in called}
             families.append({name: level for name, level in levels.items() if level is not None and level.side > 1})
         stages = max(map(_stages_of, families), key=lambda own: (len(own), order[own[-1]] if own else 0), default=[])
@@ -208,8 +209,14 @@ def _most_alike(model: nn.Module, family: Mapping[str, Level]) -> list[str]:
     return [name for name, kind in kinds.items() if kind == most]
 
 
-def _counts(module: nn.Module) -> bool:
-    return not isinstance(module, _NO_FEATURES)
+def _called(module: nn.Module, path: str, names: Container[str]) -> Iterator[str]:
+    """Yield the names of the children, and in a list of lists of theirs, that forward calls and that make features."""
+    for name, child in module.named_children():
+        full = f"{path}.{name}".lstrip(".")
+        if isinstance(child, nn.ModuleList) and isinstance(module, nn.ModuleList):
+            yield from _called(child, full, names)
+        elif full in names and not isinstance(child, _NO_FEATURES):
+            yield full
 
 
 def _stated(model: nn.Module, outputs: Mapping[str, object]) -> list[str] | None:
