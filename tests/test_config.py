@@ -378,3 +378,11 @@ def test_a_configuration_cannot_be_changed_after_loading() -> None:
     config = load_config(DIGITS)
     with pytest.raises(ValueError, match="frozen"):
         config.train.total_epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "key", ["train.learning_rate", "run.timeout_minutes", "distill.unikd.alpha", "train.weight_decay"]
+)
+def test_absurd_numbers_are_refused_by_their_key(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} = 1e\+300 is not valid; (allowed: )?less than"):
+        load_config(DIGITS, [f"{key}=1e300"])

@@ -19,14 +19,31 @@ class _NotBlank:
         return core_schema.str_schema(pattern=r"\S")
 
 
+LARGEST_FP32 = 3.4e38
+
+
+class _FitsFp32:
+    """A number that tensors can hold: a larger one would fail in the first step."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import PydanticCustomError, core_schema
+
+        def check(value: float) -> float:
+            if value > LARGEST_FP32:
+                raise PydanticCustomError("fits_fp32", "Input should be less than 3.4e38, the largest number of fp32")
+            return value
+
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+
 Text = Annotated[str, _NotBlank()]
 PositiveInt = Annotated[int, Ge(1)]
 LARGEST_IMAGE = 4096
 ImageSize = Annotated[int, Ge(1), Le(LARGEST_IMAGE)]
 """Height and width of square images, in pixels."""
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
-NonNegative = Annotated[float, Ge(0.0)]
-Positive = Annotated[float, Gt(0.0)]
+NonNegative = Annotated[float, Ge(0.0), _FitsFp32()]
+Positive = Annotated[float, Gt(0.0), _FitsFp32()]
 
 T = TypeVar("T")
 

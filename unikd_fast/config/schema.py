@@ -390,7 +390,7 @@ class RunConfig(Section):
     same experiment always has the same folder, and no other experiment does."""
     nodes: PositiveInt | None = None
     """Number of nodes that the run must be started on. If null, any number."""
-    timeout_minutes: Positive = 10.0
+    timeout_minutes: Annotated[float, Field(gt=0.0, le=525_600.0)] = 10.0
     """How long processes wait for each other before giving up: longer than the slowest work of a single process, such
     as writing a checkpoint of a large student to a slow disk."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
