@@ -143,7 +143,7 @@ def test_the_section_shows_printed_figures_and_differences(tmp_path: Path) -> No
     assert remarks.rows[0][0] == "it"
     assert remarks.rows[0][1].startswith("75.35 (T1) and 76.35 (T5): Table 1 prints 75.35")
     assert section.parts[-1] == ("x is not finished.",)
-    assert "maximum on the test split" in section.parts[0]
+    assert "best epoch is the maximum on it" in section.parts[0]
 
 
 def test_the_section_names_what_has_no_printed_figure(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_rows_are_statistics_over_seeds_with_the_teacher_first() -> None:
 
 def test_the_caption_states_how_the_best_epoch_was_chosen() -> None:
     assert "chosen on the validation split" in results_table([result("a", 0, 1.0, 1.0)])
-    assert "maximum on the test split" in results_table([result("a", 0, 1.0, 1.0, test_is_val=True)])
+    assert "best epoch is the maximum on it" in results_table([result("a", 0, 1.0, 1.0, test_is_val=True)])
 
 
 def test_the_report_lists_every_single_run() -> None:

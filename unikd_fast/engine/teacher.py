@@ -346,7 +346,7 @@ def prepare_method(
         OutOfMemory: the memory is not sufficient for the head and its optimiser.
     """
     if method.fixed_head is not None and processes.is_first:
-        _logger.info("[%s] the teacher's head is fitted first", name)
+        _logger.info("[%s] the teacher's head is fitted first, on %d batches", name, method.fixed_head.steps)
     method.prepare(_features_without_end(loader, teacher, stop, name))
     if method.fixed_head is not None:
         average_buffers(method.fixed_head.module, processes)

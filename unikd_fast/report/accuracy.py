@@ -259,11 +259,11 @@ def _how_chosen(runs: Sequence[Run]) -> str:
     on_test = {bool(run.result["test_is_val"]) for run in runs}
     if on_test == {True}:
         return (
-            "There is no validation split: best epoch is the maximum on the test split, as the literature reports it; "
+            "One split is for validation and the test: best epoch is the maximum on it, as the literature reports it; "
             "last epoch has no such choice."
         )
     chosen = "The best epoch was chosen on the validation split; the test split was used once, at the end."
-    return chosen if on_test == {False} else f"{chosen} Runs without a validation split chose it on the test split."
+    return chosen if on_test == {False} else f"{chosen} Runs with one split for both chose it on that."
 
 
 def _nothing_printed(groups: Sequence[RunGroup]) -> str:

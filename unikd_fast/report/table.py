@@ -59,8 +59,8 @@ def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -
 def _caption(results: Sequence[dict[str, Any]]) -> str:
     if any(result["test_is_val"] for result in results):
         return (
-            "Test top-1 accuracy (%), mean ± standard deviation over seeds. There is no validation split: best epoch "
-            "is the maximum on the test split, as the literature reports it; last epoch has no such choice."
+            "Test top-1 accuracy (%), mean ± standard deviation over seeds. One split is for validation and the test: "
+            "best epoch is the maximum on it, as the literature reports it; last epoch has no such choice."
         )
     return (
         "Test top-1 accuracy (%), mean ± standard deviation over seeds. The best epoch was chosen on the validation "
