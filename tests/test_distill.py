@@ -483,7 +483,7 @@ def test_it_runs_outside_the_main_thread() -> None:
     assert runs and runs[0].result["steps"] == 3
 
 
-def test_runs_in_threads_do_not_disturb_each_other() -> None:
+def test_runs_in_threads_come_one_after_the_other() -> None:
     steps: dict[int, int] = {}
 
     def train(epochs: int) -> None:
@@ -684,6 +684,15 @@ class TwoHeads(nn.Module):
         ((net(0, 8), net(1)), {"augmentation": {"crop": "pad"}}, "augmentation = .* float tensors; leave it out"),
         ((net(0, 8), net(1)), {"config": {"compare": {"seeds": [0], "runs": {"a": {}}}}}, "call distill once for each"),
         ((net(0, 8), net(1)), {"config": {"teacher.presision": "fp32"}}, "teacher.presision"),
+        ((net(0, 8), net(1)), {"config": {"student.weights": "random"}}, "student.weights = 'random', which the arg"),
+        ((net(0, 8), net(1)), {"config": {"run.dir": "mine"}}, "run.dir = 'mine', which the arguments of distill"),
+        ((net(0, 8), net(1)), {"config": {"teacher": {"precision": "fp32"}}}, "replace the whole section; name each"),
+        ((net(0, 8), net(1)), {"config": ["bf16"]}, r"config = \['bf16'\]; give a dictionary by keys"),
+        ((net(0, 8), net(1)), {"method": nn.KLDivLoss()}, r"method = KLDivLoss\(\); give the name of a method"),
+        ((net(0, 8), net(1)), {"epochs": "3"}, "epochs = '3'; give a whole number"),
+        ((net(0, 8), net(1)), {"image_size": 8}, r"image_size = 8 with images .* make \(3, 16, 16\); leave it out"),
+        ((net(0, 8), net(1)), {"feature_nodes": {"student": "one"}}, "give a list of names for each network"),
+        ((None, net(1)), {"method": "none", "teacher_weights": [1]}, "teacher_weights has 1 numbers for 1 teachers"),
     ],
 )
 def test_unusable_arguments_are_refused(networks: Any, settings: dict[str, Any], message: str) -> None:

@@ -6,11 +6,13 @@ import itertools
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import sha256
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,20 @@ from unikd_fast.teacher.cache.key import hash_tensors
 
 _SECTIONS: dict[str, Any] = {"train": TrainConfig, "loss": LossConfig, "run": RunConfig, "data": DataSettings}
 _OWN = {"total_epochs": "epochs", "name": None, "root": None, "digest": None, "num_classes": None, "loader": None}
+_NETWORK = ("model", "model_args", "weights", "weights_key", "training", "ensemble")
+_CONFIGURED = {  # sections, and what of them is not the caller's to configure
+    "student": _NETWORK,
+    "teacher": _NETWORK,
+    "data": ("name", "root", "digest", "num_classes", "image_size", "loader"),
+    "distill": ("method",),
+    "run": ("dir", "name"),
+    "train": (),
+    "loss": (),
+}
 _BATCHES = (8, 16, 32, 64, 128)
 _SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler)
+
+_ONE_AT_A_TIME = threading.RLock()  # those settings are torch's, not a thread's, and so are torch.fx's patches
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -125,6 +139,7 @@ def distill(
     """Distil a teacher into a student, as `unikd train` does, and return the run with the trained student.
 
     One process needs no launcher; the same call in a script that torchrun or deepspeed starts trains on all processes.
+    Calls in several threads run one after the other.
 
     Args:
         teacher: trained network that maps images (N, 3, H, W) to logits (N, K), to a tuple that starts with them, or to
@@ -164,6 +179,7 @@ def distill(
     if isinstance(teacher, list | tuple):
         teachers = list(teacher)
     plain = _unwrapped(student)
+    _check_arguments(method, epochs, config or {}, feature_nodes or {})
     with _undisturbed():
         processes = start_processes()
         raw, objects = _described(
@@ -203,6 +219,30 @@ def distill(
     return Run(student, done, result, objects)
 
 
+def _check_arguments(method: Any, epochs: Any, config: Any, feature_nodes: Any) -> None:
+    """Refuse arguments of other types, and keys of a configuration that are arguments."""
+    names = [method] if isinstance(method, str) else method
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"method = {method!r}; give the name of a method, or a list of names: {', '.join(METHODS)}")
+    if not isinstance(epochs, Real):
+        raise ConfigError(f"epochs = {epochs!r}; give a whole number")
+    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+        raise ConfigError(f"config = {config!r}; give a dictionary by keys, such as {{'teacher.precision': 'fp32'}}")
+    for key, value in config.items():
+        section, _, name = key.partition(".")
+        if section in _CONFIGURED and not name:
+            raise ConfigError(
+                f"config has {section} = {value!r}, which would replace the whole section; name each of its keys, such "
+                "as {'teacher.precision': 'fp32'}"
+            )
+        if name.partition(".")[0] in _CONFIGURED.get(section, ()):
+            raise ConfigError(f"config has {key} = {value!r}, which the arguments of distill decide; leave it out")
+    if not isinstance(feature_nodes, Mapping) or any(isinstance(nodes, str) for nodes in feature_nodes.values()):
+        raise ConfigError(
+            f"feature_nodes = {feature_nodes!r}; give a list of names for each network: {{'student': ['layer1', ...]}}"
+        )
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Run with gradients, in fp32 on the CPU by default, whatever the caller's settings are, and restore those.
@@ -210,9 +250,9 @@ def _undisturbed() -> Iterator[None]:
     Restored are also torch's random numbers, its number of threads, cuDNN's choice of algorithms and the variables of
     launchers.
     """
-    dtype, threads, benchmark = torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cudnn.benchmark
-    variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    with ExitStack() as stack:
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        dtype, threads, benchmark = torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+        variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -311,8 +351,8 @@ def _described(
 
 def _weigh(raw: dict[str, Any], weights: Sequence[float]) -> None:
     """Add the weight of each teacher."""
-    teacher = raw.get("teacher", {"ensemble": []})
-    members = [teacher, *teacher["ensemble"]]
+    teacher = raw.get("teacher", {})
+    members = [teacher, *teacher.get("ensemble", [])]
     if len(weights) != len(members) or len(members) < 2:
         raise ConfigError(
             f"teacher_weights has {len(weights)} numbers for {len(members)} teachers; give a list of teachers, and one "

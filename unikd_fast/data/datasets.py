@@ -131,7 +131,14 @@ def first_size(dataset: Any, image_size: int | None) -> int:
     """
     image, _ = _first(dataset, "train")
     if isinstance(image, Tensor):
+        if image_size not in (None, image.shape[-1]):
+            raise ValueError(
+                f"image_size = {image_size!r} with images that the data set's transforms make {tuple(image.shape)}; "
+                "leave it out, or change the transforms"
+            )
         return image.shape[-1]
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size = {image_size!r}; give the height and width as one number of pixels")
     return min(image.height, image.width, _LARGEST_DEFAULT) if image_size is None else image_size
 
 
