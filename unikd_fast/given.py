@@ -5,13 +5,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from unikd_fast.errors import ConfigError
 
 PREFIX = "given:"
-_objects: ContextVar[Mapping[str, Any]] = ContextVar("objects", default={})  # noqa: B039  never changed in place
+_objects: dict[str, Any] = {}
 
 
 @contextmanager
@@ -21,11 +20,13 @@ def giving(objects: Mapping[str, Any]) -> Iterator[None]:
     Args:
         objects: objects by name; a name is `PREFIX` and a digest.
     """
-    before = _objects.set({**_objects.get(), **objects})
+    before = dict(_objects)
+    _objects.update(objects)
     try:
         yield
     finally:
-        _objects.reset(before)
+        _objects.clear()
+        _objects.update(before)
 
 
 def is_given(name: str | None) -> bool:
@@ -48,10 +49,9 @@ def find(name: str | None, key: str) -> Any:
     Raises:
         ConfigError: no call with this object is in progress.
     """
-    objects = _objects.get()
-    if name is None or name not in objects:
+    if name not in _objects:
         raise ConfigError(
             f"{key} = {name!r} is an object that was passed to unikd_fast.distill, and no file holds it; call "
             "unikd_fast.distill with it again"
         )
-    return objects[name]
+    return _objects[name]
