@@ -2,10 +2,12 @@
 
 import copy
 import json
+import logging
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
 from support.folder_images import write_images
 from support.ranks import Ranks
 from unikd_fast import distill
 from unikd_fast.config import ConfigError, parse_config
 from unikd_fast.data.augmentation import Augmentation
-from unikd_fast.data.datasets import load_datasets
+from unikd_fast.data.datasets import load_datasets, read_item
 from unikd_fast.data.loader import build_loader
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.distillation import Run
@@ -83,13 +86,13 @@ class Changing(Dataset):
     targets = tuple(i % CLASSES for i in range(24))
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return 24
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         image = torch.rand(3, SIZE, SIZE)
         image[0] += np.random.rand()  # noqa: NPY002
         image[1] += random.random()
-        return image, self.targets[row]
+        return image, row % CLASSES
 
 
 @pytest.fixture(autouse=True)
@@ -302,6 +305,29 @@ def test_unknown_transforms_leave_the_card_out(caplog: pytest.LogCaptureFixture)
     assert "exports will not say how images are preprocessed" in caplog.text
 
 
+RESIZE, CROP, TENSOR = transforms.Resize(20), transforms.CenterCrop(SIZE), transforms.ToTensor()
+
+
+@pytest.mark.parametrize(
+    ("steps", "resized"),
+    [
+        ([v2.ToImage(), v2.Resize(20), v2.CenterCrop(SIZE), v2.ToDtype(torch.float32, scale=True)], 20),
+        ([v2.ToImage(), v2.Resize((SIZE, SIZE)), v2.ToDtype(torch.float32)], None),
+        ([CROP, TENSOR], None),
+        ([transforms.CenterCrop(20), transforms.Resize(SIZE), TENSOR], None),
+        ([transforms.Resize(20, max_size=40), CROP, TENSOR], None),
+        ([RESIZE, CROP, TENSOR, transforms.GaussianBlur(3)], None),
+    ],
+    ids=["v2", "levels of 0 to 255", "crop alone", "crop before resize", "largest side", "another step"],
+)
+def test_only_known_transforms_are_told(steps: list[Any], resized: int | None) -> None:
+    root = write_images(Path("images"), {"val": 6})
+    val = datasets.ImageFolder(str(root / "val"), transforms.Compose(steps))
+    splits = load_datasets(val, val, None, num_classes=CLASSES)
+    assert splits.is_described == (resized is not None)
+    assert resized is None or splits.eval_resize == resized
+
+
 def test_a_timm_teacher_sees_its_own_mean_and_deviation() -> None:
     root = write_images(Path("images"), {"train": 24, "val": 9}, fixed_size=32)
     train, val = (datasets.ImageFolder(str(root / part)) for part in ("train", "val"))
@@ -371,6 +397,43 @@ class Folder(Labelled):
         self.targets, self.target_transform = labels, target_transform
 
 
+class Named(Labelled):
+    """A data set whose list of labels has the names of classes, and its items their numbers."""
+
+    labels = ("dog", "cat", "cow")
+
+
+class Damaged(Changing):
+    """A data set of which one item cannot be read."""
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        if row == 7:
+            raise OSError("cut off")
+        return super().__getitem__(row)
+
+
+def test_items_that_cannot_be_read_are_skipped_if_asked() -> None:
+    with pytest.raises(DataError, match=r"item 7 of the train data set cannot be read .OSError: cut off.; correct it"):
+        distill(net(0, 8), net(1), Damaged(), tensors(6), **FAST)
+    run = distill(net(0, 8), net(1), Damaged(), tensors(6), **FAST, bad_images="skip", max_bad_share=0.1)
+    assert run.result["steps"] == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_item_without_known_label_is_named(workers: int) -> None:
+    train = Damaged()
+    train.targets = ()  # of another number
+    with pytest.raises(ConfigError, match=r"item 7 of the train data set cannot be read .OSError: cut off.; correct"):
+        distill(net(0, 8), net(1), train, tensors(6), **{**FAST, "workers": workers})
+
+
+def test_levels_of_16_bits_are_scaled_not_clipped() -> None:
+    grey = Image.fromarray(np.full((SIZE, SIZE), 0x4321, np.uint16))
+    splits = load_datasets(Labelled([0], grey), Labelled([0], grey), None, num_classes=1)
+    image = read_item(splits.train.dataset, splits.train.images([0])[0])  # type: ignore[union-attr]
+    assert isinstance(image, Image.Image) and image.getpixel((0, 0)) == (0x43, 0x43, 0x43)
+
+
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
@@ -380,8 +443,9 @@ class Folder(Labelled):
         (Subset(Folder([0, 1, 2], None), [2, 0]), [2, 0]),
         (ConcatDataset([Folder([0, 1], None), Labelled([2])]), [0, 1, 2]),
         (tensors(4), [0, 1, 2, 0]),
+        (Named([2, 0, 1]), [2, 0, 1]),
     ],
-    ids=["items", "scalars", "target transform", "subset", "concatenation", "tensors"],
+    ids=["items", "scalars", "target transform", "subset", "concatenation", "tensors", "names"],
 )
 def test_labels_are_found(dataset: Any, expected: list[int]) -> None:
     splits = load_datasets(dataset, tensors(3), None, num_classes=CLASSES)
@@ -417,6 +481,60 @@ def test_it_runs_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert runs and runs[0].result["steps"] == 3
+
+
+def test_runs_in_threads_come_one_after_the_other() -> None:
+    steps: dict[int, int] = {}
+
+    def train(epochs: int) -> None:
+        settings = {**FAST, "epochs": epochs, "dir": f"run-{epochs}"}
+        steps[epochs] = distill(net(epochs, 8), net(9), tensors(), tensors(6), **settings).result["steps"]
+
+    threads = [threading.Thread(target=train, args=(epochs,)) for epochs in (1, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert steps == {1: 3, 3: 9}
+
+
+@contextmanager
+def doubles() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), doubles],
+    ids=["no grad", "inference", "autocast", "float64"],
+)
+def test_settings_of_the_caller_neither_count_nor_change(setting: Any) -> None:
+    data, students = (Changing(), tensors(6)), [net(1), net(1)]
+    distill(net(0, 8), students[0], *data, **FAST)
+    teacher, threads = net(0, 8), torch.get_num_threads()
+    with setting():
+        before = torch.get_rng_state(), random.getstate(), torch.is_grad_enabled(), torch.get_default_dtype()
+        distill(teacher, students[1], *data, **FAST)
+        after = torch.get_rng_state(), random.getstate(), torch.is_grad_enabled(), torch.get_default_dtype()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:] and torch.get_num_threads() == threads
+    ours, theirs = (student.state_dict() for student in students)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_log_of_the_caller_shows_messages_once(capsys: pytest.CaptureFixture[str]) -> None:
+    handler, logger = logging.StreamHandler(), logging.getLogger("unikd_fast")
+    kept, logger.handlers = logger.handlers, []
+    logging.getLogger().addHandler(handler)
+    try:
+        distill(net(0, 8), net(1), tensors(), tensors(6), **FAST)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        logger.handlers = kept
+    assert capsys.readouterr().err.count("the teacher's accuracy is low") == 1
 
 
 class Endless(IterableDataset):
@@ -466,6 +584,73 @@ def test_unusable_data_is_refused(train: Any, message: str) -> None:
     assert not Path("runs").exists()
 
 
+def same(student: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = student.state_dict(), other.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def trained(teacher: nn.Module, student: nn.Module) -> nn.Module:
+    return distill(teacher, student, tensors(), tensors(6), **FAST).student
+
+
+def test_wrapped_networks_train_as_what_they_wrap() -> None:
+    student = torch.compile(nn.DataParallel(net(1)), backend="eager")
+    run = distill(nn.DataParallel(net(0, 8)), student, tensors(), tensors(6), **{**FAST, "method": "at"})
+    plain = net(1)
+    distill(net(0, 8), plain, tensors(), tensors(6), **{**FAST, "method": "at"})
+    assert run.student is student and same(plain, student._orig_mod.module)
+    assert load_file(run.folder / "student.safetensors").keys() == plain.state_dict().keys()
+
+
+def test_networks_of_other_precisions_train_in_fp32() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        student, plain = net(1).to(dtype), net(1).to(dtype).float()
+        teacher = net(0, 8).to(dtype)
+        assert same(trained(teacher, student), trained(copy.deepcopy(teacher).float(), plain).to(dtype))
+        assert student.head.weight.dtype == dtype == teacher.head.weight.dtype
+
+
+def test_imaginary_parts_of_a_network_are_kept() -> None:
+    class Wave(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("wave", torch.tensor([1 + 2j]))
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert self.wave.is_complex()
+            return super().forward(images) * self.wave.imag
+
+    torch.manual_seed(1)
+    assert trained(net(0, 8), Wave()).wave.tolist() == [1 + 2j]
+
+
+def test_a_frozen_copy_of_the_student_may_teach() -> None:
+    student = net(1)
+    trained(copy.deepcopy(student).requires_grad_(False), student)
+    assert not torch.equal(student.head.weight, net(1).head.weight)
+
+
+def test_a_teacher_of_tuples_teaches_as_one_of_logits() -> None:
+    class Auxiliary(Net):
+        def forward(self, images: Tensor) -> Any:
+            logits = super().forward(images)
+            return logits, 2 * logits
+
+    torch.manual_seed(0)
+    assert same(trained(Auxiliary(8), net(1)), trained(net(0, 8), net(1)))
+
+
+def changed(student: nn.Module, **members: Any) -> nn.Module:
+    for name, value in members.items():
+        setattr(student, name, value)
+    return student
+
+
+class Stateful(Net):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+
 class TwoHeads(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"scores": images.mean((2, 3))}
@@ -478,7 +663,12 @@ class TwoHeads(nn.Module):
         (("timm/resnet18", net(1)), {}, "the teacher is a str; give a torch.nn.Module"),
         ((net(0, 8, 4), net(1)), {}, "the student has 3 classes and the teacher 4; fine-tune the teacher"),
         ((nn.Conv2d(3, 3, 1), net(1)), {}, r"the teacher must return logits \(N, K\), got \(2, 3, 16, 16\)"),
-        ((TwoHeads(), net(1)), {}, "scores"),
+        ((TwoHeads(), net(1)), {}, r"the teacher: TwoHeads returns dict with \['scores'\], which has no logits"),
+        ((lambda images: images, net(1)), {}, "the teacher is a function; give a torch.nn.Module"),
+        ((net(0, 8), net(1).requires_grad_(False)), {}, "the student, a Net, has no parameter with requires_grad"),
+        ((net(0, 8), net(1).to("meta")), {}, "the student's one.0.weight is on the device meta, without data"),
+        ((net(0, 8), changed(net(1), lock=threading.Lock())), {}, "the student, a Net, cannot be copied .*keep locks"),
+        ((net(0, 8), Stateful()), {}, "the student's state dict has _extra_state, a dict"),
         ((nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), net(1)), {}, "the teacher does not take images of 16x16"),
         ((net(0, 8), net(1)), {"learning_rat": 1.0}, "no setting 'learning_rat'; nearest: learning_rate"),
         ((net(0, 8), net(1)), {"total_epochs": 3}, "total_epochs = 3: distill calls it epochs"),
@@ -494,6 +684,15 @@ class TwoHeads(nn.Module):
         ((net(0, 8), net(1)), {"augmentation": {"crop": "pad"}}, "augmentation = .* float tensors; leave it out"),
         ((net(0, 8), net(1)), {"config": {"compare": {"seeds": [0], "runs": {"a": {}}}}}, "call distill once for each"),
         ((net(0, 8), net(1)), {"config": {"teacher.presision": "fp32"}}, "teacher.presision"),
+        ((net(0, 8), net(1)), {"config": {"student.weights": "random"}}, "student.weights = 'random', which the arg"),
+        ((net(0, 8), net(1)), {"config": {"run.dir": "mine"}}, "run.dir = 'mine', which the arguments of distill"),
+        ((net(0, 8), net(1)), {"config": {"teacher": {"precision": "fp32"}}}, "replace the whole section; name each"),
+        ((net(0, 8), net(1)), {"config": ["bf16"]}, r"config = \['bf16'\]; give a dictionary by keys"),
+        ((net(0, 8), net(1)), {"method": nn.KLDivLoss()}, r"method = KLDivLoss\(\); give the name of a method"),
+        ((net(0, 8), net(1)), {"epochs": "3"}, "epochs = '3'; give a whole number"),
+        ((net(0, 8), net(1)), {"image_size": 8}, r"image_size = 8 with images .* make \(3, 16, 16\); leave it out"),
+        ((net(0, 8), net(1)), {"feature_nodes": {"student": "one"}}, "give a list of names for each network"),
+        ((None, net(1)), {"method": "none", "teacher_weights": [1]}, "teacher_weights has 1 numbers for 1 teachers"),
     ],
 )
 def test_unusable_arguments_are_refused(networks: Any, settings: dict[str, Any], message: str) -> None:

@@ -1,13 +1,18 @@
 """The front door for Python: a whole run with networks and data sets that are given as objects."""
 
+import copy
 import functools
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import sha256
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +46,20 @@ from unikd_fast.teacher.cache.key import hash_tensors
 
 _SECTIONS: dict[str, Any] = {"train": TrainConfig, "loss": LossConfig, "run": RunConfig, "data": DataSettings}
 _OWN = {"total_epochs": "epochs", "name": None, "root": None, "digest": None, "num_classes": None, "loader": None}
+_NETWORK = ("model", "model_args", "weights", "weights_key", "training", "ensemble")
+_CONFIGURED = {  # sections, and what of them is not the caller's to configure
+    "student": _NETWORK,
+    "teacher": _NETWORK,
+    "data": ("name", "root", "digest", "num_classes", "image_size", "loader"),
+    "distill": ("method",),
+    "run": ("dir", "name"),
+    "train": (),
+    "loss": (),
+}
 _BATCHES = (8, 16, 32, 64, 128)
 _SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler)
+
+_ONE_AT_A_TIME = threading.RLock()  # those settings are torch's, not a thread's, and so are torch.fx's patches
 
 _logger = logging.getLogger("unikd_fast")
 
@@ -122,6 +139,7 @@ def distill(
     """Distil a teacher into a student, as `unikd train` does, and return the run with the trained student.
 
     One process needs no launcher; the same call in a script that torchrun or deepspeed starts trains on all processes.
+    Calls in several threads run one after the other.
 
     Args:
         teacher: trained network that maps images (N, 3, H, W) to logits (N, K), to a tuple that starts with them, or to
@@ -157,41 +175,104 @@ def distill(
         >>> run.accuracy
         93.1
     """
-    processes = start_processes()
-    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module | str) else list(teacher)
-    raw, objects = _described(
-        teachers,
-        student,
-        (train, val, test),
-        processes,
-        method=method,
-        epochs=epochs,
-        image_size=image_size,
-        settings=settings,
-        config=config or {},
-    )
-    for key, value in {"train.total_epochs": epochs, **(config or {})}.items():
-        assign(raw, key, value, "config")
-    for role, nodes in (feature_nodes or {}).items():
-        if role not in raw:
-            raise ConfigError(f"feature_nodes has {role!r}; its keys are 'student' and 'teacher'")
-        raw[role]["feature_nodes"] = list(nodes)
-    if raw.get("compare"):
-        raise ConfigError("config has compare; call distill once for each method and seed")
-    if resume and dir is None:
-        raise ConfigError("resume = True without dir; give the folder of the run to continue")
-    label = method if isinstance(method, str) else "+".join(method)
-    folder = processes.from_first(lambda: dir or _new_folder(f"{label}-{type(student).__name__}"))
-    raw["run"]["dir"] = str(folder)
-    if teacher_weights is not None:
-        _weigh(raw, teacher_weights)
-    with giving(objects):
-        done = launch(parse_config(raw, name=label, source="distill"), resume=resume)
-    assert done is not None
-    result = read_result(done)
-    assert result is not None
-    import_student(student, done / STUDENT)
+    teachers: list[Any] = [] if teacher is None else [teacher]
+    if isinstance(teacher, list | tuple):
+        teachers = list(teacher)
+    plain = _unwrapped(student)
+    _check_arguments(method, epochs, config or {}, feature_nodes or {})
+    with _undisturbed():
+        processes = start_processes()
+        raw, objects = _described(
+            [_unwrapped(each) for each in teachers],
+            plain,
+            (train, val, test),
+            processes,
+            method=method,
+            epochs=epochs,
+            image_size=image_size,
+            settings=settings,
+            config=config or {},
+        )
+        for key, value in {"train.total_epochs": epochs, **(config or {})}.items():
+            assign(raw, key, value, "config")
+        for role, nodes in (feature_nodes or {}).items():
+            if role not in raw:
+                raise ConfigError(f"feature_nodes has {role!r}; its keys are 'student' and 'teacher'")
+            raw[role]["feature_nodes"] = list(nodes)
+        if raw.get("compare"):
+            raise ConfigError("config has compare; call distill once for each method and seed")
+        if resume and dir is None:
+            raise ConfigError("resume = True without dir; give the folder of the run to continue")
+        label = method if isinstance(method, str) else "+".join(method)
+        folder = processes.from_first(lambda: dir or _new_folder(f"{label}-{type(plain).__name__}"))
+        raw["run"]["dir"] = str(folder)
+        if teacher_weights is not None:
+            _weigh(raw, teacher_weights)
+        if _logger.hasHandlers() and not _logger.handlers:  # the caller has set up logging, and gets each message once
+            _logger.addHandler(logging.NullHandler())
+        with giving(objects):
+            done = launch(parse_config(raw, name=label, source="distill"), resume=resume)
+        assert done is not None
+        result = read_result(done)
+        assert result is not None
+        import_student(plain, done / STUDENT)
     return Run(student, done, result, objects)
+
+
+def _check_arguments(method: Any, epochs: Any, config: Any, feature_nodes: Any) -> None:
+    """Refuse arguments of other types, and keys of a configuration that are arguments."""
+    names = [method] if isinstance(method, str) else method
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"method = {method!r}; give the name of a method, or a list of names: {', '.join(METHODS)}")
+    if not isinstance(epochs, Real):
+        raise ConfigError(f"epochs = {epochs!r}; give a whole number")
+    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+        raise ConfigError(f"config = {config!r}; give a dictionary by keys, such as {{'teacher.precision': 'fp32'}}")
+    for key, value in config.items():
+        section, _, name = key.partition(".")
+        if section in _CONFIGURED and not name:
+            raise ConfigError(
+                f"config has {section} = {value!r}, which would replace the whole section; name each of its keys, such "
+                "as {'teacher.precision': 'fp32'}"
+            )
+        if name.partition(".")[0] in _CONFIGURED.get(section, ()):
+            raise ConfigError(f"config has {key} = {value!r}, which the arguments of distill decide; leave it out")
+    if not isinstance(feature_nodes, Mapping) or any(isinstance(nodes, str) for nodes in feature_nodes.values()):
+        raise ConfigError(
+            f"feature_nodes = {feature_nodes!r}; give a list of names for each network: {{'student': ['layer1', ...]}}"
+        )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Run with gradients, in fp32 on the CPU by default, whatever the caller's settings are, and restore those.
+
+    Restored are also torch's random numbers, its number of threads, cuDNN's choice of algorithms and the variables of
+    launchers.
+    """
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        dtype, threads, benchmark = torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+        variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            torch.backends.cudnn.benchmark = benchmark
+            for name, value in variables.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _described(
@@ -211,11 +292,7 @@ def _described(
     val, test = _dataset(data[1], "val")[0], None if data[2] is None else _dataset(data[2], "test")[0]
     networks = [("student", student), *(("teacher", teacher) for teacher in teachers)]
     for role, network in networks:
-        if not isinstance(network, nn.Module):
-            raise ConfigError(
-                f"the {role} is a {type(network).__name__}; give a torch.nn.Module, such as "
-                "timm.create_model('resnet18', num_classes=10)"
-            )
+        _check_network(network, role)
     if not teachers and method != "none":
         raise ConfigError(f"method = {method!r} without a teacher; give one, or train alone with method = 'none'")
     sections = _sorted(method, settings)
@@ -257,8 +334,8 @@ def _described(
     objects: dict[str, Any] = {PREFIX + digest(splits): splits}
     (data_name,) = objects
     described: list[dict[str, Any]] = []
-    for _, network in networks:
-        name = _name(network)
+    for role, network in networks:
+        name = _name(network, role)
         objects[name] = network
         described.append({"model": _class_name(network), "weights": name})
     raw: dict[str, Any] = {"student": described[0], "distill": sections.pop("distill"), **sections}
@@ -274,8 +351,8 @@ def _described(
 
 def _weigh(raw: dict[str, Any], weights: Sequence[float]) -> None:
     """Add the weight of each teacher."""
-    teacher = raw.get("teacher", {"ensemble": []})
-    members = [teacher, *teacher["ensemble"]]
+    teacher = raw.get("teacher", {})
+    members = [teacher, *teacher.get("ensemble", [])]
     if len(weights) != len(members) or len(members) < 2:
         raise ConfigError(
             f"teacher_weights has {len(weights)} numbers for {len(members)} teachers; give a list of teachers, and one "
@@ -369,10 +446,60 @@ def _dataset(given: Any, part: str) -> tuple[Any, int | None, int | None]:
     return given.dataset, given.batch_size, given.num_workers
 
 
+def _check_network(network: Any, role: str) -> None:
+    """Refuse what is not a network with weights, or whose weights no file of a run can hold."""
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"the {role} is a {type(network).__name__}; give a torch.nn.Module, such as "
+            "timm.create_model('resnet18', num_classes=10)"
+        )
+    kind = type(network).__name__
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ConfigError(
+            f"the {role} is a {kind}, a network of TorchScript, which cannot be changed; give the network that it was "
+            "made from"
+        )
+    if role == "student" and not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ConfigError(
+            f"the student, a {kind}, has no parameter with requires_grad = True; set it for those that are to be "
+            "trained"
+        )
+    for name, value in network.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            if role == "student":
+                raise ConfigError(
+                    f"the student's state dict has {name}, a {type(value).__name__}, and distill writes tensors alone; "
+                    "give a network without get_extra_state"
+                )
+        elif value.is_meta:
+            raise ConfigError(f"the {role}'s {name} is on the device meta, without data; load its weights first")
+        elif value.is_inference():
+            raise ConfigError(f"the {role} was made in torch.inference_mode, for good; make it outside, or in no_grad")
+    try:
+        copy.deepcopy(network)
+    except Exception as error:
+        raise ConfigError(
+            f"the {role}, a {kind}, cannot be copied ({type(error).__name__}: {error}), and a copy is what runs; keep "
+            "locks, files and generators out of the network, or give it a __deepcopy__"
+        ) from error
+
+
+def _unwrapped(network: Any) -> Any:
+    """Return the network that torch.compile, DataParallel or DistributedDataParallel wraps, or itself."""
+    while isinstance(network, nn.Module):
+        wrapped = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = network.module if wrapped else getattr(network, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
+        network = inner
+    return network
+
+
 def _classes(network: nn.Module, role: str, image_size: int) -> int:
-    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    first = next((each for each in network.parameters() if each.is_floating_point()), torch.empty(0))
+    device, run = first.device, LogitsOnly(network)
     logits = check_forward(
-        LogitsOnly(network),
+        lambda images: run(images.to(first.dtype)),
         {network: False},
         what=f"the {role}",
         image_size=image_size,
@@ -392,9 +519,10 @@ def _broadcast(tensor: torch.Tensor, processes: Processes) -> None:
     tensor.detach().copy_(shared)
 
 
-def _name(network: nn.Module) -> str:
-    """Return the name of a network: a digest of its classes, their settings and its tensors."""
-    return PREFIX + sha256((repr(network) + hash_tensors(network.state_dict())).encode()).hexdigest()[:12]
+def _name(network: nn.Module, role: str) -> str:
+    """Return the name of a network: a digest of its role, its classes, their settings and its tensors."""
+    tensors = {name: each for name, each in network.state_dict().items() if isinstance(each, torch.Tensor)}
+    return PREFIX + sha256((role + repr(network) + hash_tensors(tensors)).encode()).hexdigest()[:12]
 
 
 def _class_name(network: nn.Module) -> str:

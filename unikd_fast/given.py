@@ -5,12 +5,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from unikd_fast.errors import ConfigError
 
 PREFIX = "given:"
-_objects: dict[str, Any] = {}
+_objects: ContextVar[Mapping[str, Any]] = ContextVar("objects", default={})  # noqa: B039  never changed in place
 
 
 @contextmanager
@@ -20,13 +21,11 @@ def giving(objects: Mapping[str, Any]) -> Iterator[None]:
     Args:
         objects: objects by name; a name is `PREFIX` and a digest.
     """
-    before = dict(_objects)
-    _objects.update(objects)
+    before = _objects.set({**_objects.get(), **objects})
     try:
         yield
     finally:
-        _objects.clear()
-        _objects.update(before)
+        _objects.reset(before)
 
 
 def is_given(name: str | None) -> bool:
@@ -49,9 +48,10 @@ def find(name: str | None, key: str) -> Any:
     Raises:
         ConfigError: no call with this object is in progress.
     """
-    if name not in _objects:
+    objects = _objects.get()
+    if name is None or name not in objects:
         raise ConfigError(
             f"{key} = {name!r} is an object that was passed to unikd_fast.distill, and no file holds it; call "
             "unikd_fast.distill with it again"
         )
-    return _objects[name]
+    return objects[name]

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
-from unikd_fast.data.files import DecodedBatch, Decoder, DecodeRequest, without_bad
-from unikd_fast.data.images import BadImage
+from unikd_fast.data.files import DecodedBatch, Decoder, DecodeRequest, without_bad, worker_died
+from unikd_fast.data.images import BadImage, as_rgb
 from unikd_fast.data.splits import IMAGENET_MEAN, IMAGENET_STD, DatasetImages, DatasetItem, DataSplits
 from unikd_fast.data.views import Windows
 from unikd_fast.errors import DataError
@@ -29,7 +29,7 @@ from unikd_fast.values import NO_LABEL, Interpolation
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values")
 _LABEL_KEYS = ("label", "labels", "fine_label", "target")
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
-_PLAIN_STEPS = ("CenterCrop", "ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype", "MaybeToTensor")
+_PLAIN_STEPS = ("ToTensor", "PILToTensor", "ToImage", "ConvertImageDtype", "MaybeToTensor")
 _HASHED_ITEMS = 32
 _SEEDS_OF_NUMPY = 2**32
 _LARGEST_DEFAULT = 224
@@ -98,15 +98,21 @@ def _described_by(dataset: Any, splits: DataSplits) -> DataSplits:
     transform = getattr(_base(dataset), "transform", None)
     changes: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     for step in getattr(transform, "transforms", [transform]):
-        name = type(step).__name__
+        name, known = type(step).__name__, False
         if name == "Resize":
             sides = step.size if isinstance(step.size, Sequence) else [step.size]
-            changes |= {"eval_resize": sides[0], "squash": len(sides) == 2, "interpolation": step.interpolation.value}
-            if len(set(sides)) > 1 or step.interpolation.value not in get_args(Interpolation):
-                return replace(splits, is_described=False)
-        elif name == "Normalize" and len(step.mean) == len(step.std) == 3:
+            interpolation = getattr(step.interpolation, "value", step.interpolation)  # v2 holds the value alone
+            known = len(set(sides)) == 1 and sides[0] is not None and interpolation in get_args(Interpolation)
+            known = known and step.max_size is None and "eval_resize" not in changes
+            changes |= {"eval_resize": sides[0], "squash": len(sides) == 2, "interpolation": interpolation}
+        elif name == "CenterCrop":
+            known = "eval_resize" in changes  # otherwise it crops images as they are, which is not told to users
+        elif name == "Normalize":
+            known = len(step.mean) == len(step.std) == 3
             changes |= {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
-        elif name not in _PLAIN_STEPS:
+        elif name == "ToDtype":
+            known = step.scale  # otherwise levels stay 0 to 255
+        if not known and name not in _PLAIN_STEPS:
             return replace(splits, is_described=False)
     return replace(splits, **changes)
 
@@ -125,7 +131,14 @@ def first_size(dataset: Any, image_size: int | None) -> int:
     """
     image, _ = _first(dataset, "train")
     if isinstance(image, Tensor):
+        if image_size not in (None, image.shape[-1]):
+            raise ValueError(
+                f"image_size = {image_size!r} with images that the data set's transforms make {tuple(image.shape)}; "
+                "leave it out, or change the transforms"
+            )
         return image.shape[-1]
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size = {image_size!r}; give the height and width as one number of pixels")
     return min(image.height, image.width, _LARGEST_DEFAULT) if image_size is None else image_size
 
 
@@ -141,10 +154,14 @@ def digest(splits: DataSplits) -> str:
 
 
 def describe_items(split: DatasetImages) -> Iterator[bytes]:
-    """Yield the pixels of a few items, evenly spread."""
+    """Yield the pixels of a few items, evenly spread; of those that cannot be read, that they cannot."""
     for position in range(0, len(split), max(1, len(split) // _HASHED_ITEMS)):
         (item,) = split.images([position])
-        image = read_item(split.dataset, item)
+        try:
+            image = read_item(split.dataset, item)
+        except DataError:  # the loader does what data.bad_images says
+            yield b"unreadable\n"
+            continue
         pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
         yield f"{pixels.shape} {pixels.dtype}\n".encode() + np.ascontiguousarray(pixels).tobytes()
 
@@ -155,17 +172,8 @@ def read_item(dataset: Any, item: DatasetItem, view: int = 0) -> Image.Image | T
     Raises:
         DataError: the data set raises an error, or the item is not an image with the label that it had before.
     """
-    with _seeded(item.seeds[view]):
-        try:
-            found = dataset[item.row]
-        except Exception as error:
-            if isinstance(error, MemoryError) or "DataLoader worker" in str(error):
-                raise
-            raise DataError(
-                f"{item.name} cannot be read ({type(error).__name__}: {error}); correct it, or take a subset without it"
-            ) from error
+    image, label = _read(dataset, item.row, item.name, item.seeds[view])
     try:
-        image, label = _pair(found)
         own = _as_label(label)
     except ValueError as error:
         raise DataError(f"{item.name}: {error}") from error
@@ -174,6 +182,23 @@ def read_item(dataset: Any, item: DatasetItem, view: int = 0) -> Image.Image | T
             f"{item.name} has the label {own}, and had {item.label} before; make labels the same every time"
         )
     return image
+
+
+def _read(dataset: Any, row: int, name: str, seed: int) -> tuple[Image.Image | Tensor, Any]:
+    """Return the image and the label of an item, whose random numbers are those of a seed."""
+    with _seeded(seed):
+        try:
+            found = dataset[row]
+        except Exception as error:
+            if isinstance(error, MemoryError) or "DataLoader worker" in str(error):
+                raise
+            raise DataError(
+                f"{name} cannot be read ({type(error).__name__}: {error}); correct it, or take a subset without it"
+            ) from error
+    try:
+        return _pair(found)
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -261,17 +286,7 @@ def _first(dataset: Any, part: str) -> tuple[Image.Image | Tensor, Any]:
         )
     if not len(dataset):
         raise ValueError(f"the {part} data set, a {kind}, is empty; give one with images")
-    with _seeded(0):
-        try:
-            found = dataset[0]
-        except Exception as error:
-            raise ValueError(
-                f"item 0 of the {part} data set cannot be read ({type(error).__name__}: {error})"
-            ) from error
-    try:
-        return _pair(found)
-    except ValueError as error:
-        raise ValueError(f"item 0 of the {part} data set: {error}") from error
+    return _read(dataset, 0, f"item 0 of the {part} data set", 0)
 
 
 def _split(dataset: Any, part: str, num_classes: int, workers: int) -> DatasetImages:
@@ -309,7 +324,12 @@ def _pair(item: Any) -> tuple[Image.Image | Tensor, Any]:
 
 def _as_image(image: Any) -> Image.Image | Tensor:
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        try:
+            return as_rgb(image)
+        except OSError as error:  # it was opened, and is decoded here
+            raise ValueError(
+                f"its image cannot be decoded: {error}; repair the file, or take a subset without it"
+            ) from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4)):
             return Image.fromarray(image).convert("RGB")
@@ -321,11 +341,13 @@ def _as_image(image: Any) -> Image.Image | Tensor:
     if image.ndim != 3 or image.shape[0] != 3:
         grey = ", such as image.expand(3, -1, -1) of a grey one" if image.ndim == 3 and image.shape[0] == 1 else ""
         raise ValueError(f"its image is a tensor {tuple(image.shape)}; it must be (3, H, W){grey}")
+    if image.layout != torch.strided or image.is_meta:
+        raise ValueError(f"its image is a tensor of layout {image.layout} on {image.device}; it must be dense")
     if image.dtype == torch.uint8:
-        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
     if not image.is_floating_point():
         raise ValueError(f"its image is a tensor of {image.dtype}; it must be uint8, or floating-point")
-    return image.float()
+    return image.detach().to("cpu", torch.float32)
 
 
 def _shape(split: DatasetImages) -> tuple[int, int]:
@@ -345,27 +367,46 @@ def _shape(split: DatasetImages) -> tuple[int, int]:
 def _labels(dataset: Any, part: str, workers: int) -> NDArray[np.int64]:
     """Return the (N,) labels of a data set, without reading its items if they are known otherwise."""
     known = _known_labels(dataset)
-    ends = (0, len(dataset) - 1)
-    if known is None or any(_as_label(known[place]) != _as_label(_pair(dataset[place])[1]) for place in ends):
-        items: Any = _LabelsOf(dataset)
-        known = list(DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator()))
+    items: Any = _LabelsOf(dataset, part)
+    if known is None or not _agrees(known, items):
+        try:
+            known = list(DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator()))
+        except RuntimeError as error:  # those of items are returned
+            raise worker_died(error) from error
+    if (bad := next((label for label in known if isinstance(label, DataError)), None)) is not None:
+        raise bad
     try:
         return np.array([_as_label(label) for label in known], np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"labels of the {part} data set: {error}") from error
 
 
-class _LabelsOf:
-    """A data set of another's labels."""
+def _agrees(known: Sequence[Any], items: "_LabelsOf") -> bool:
+    """Return whether these are the labels of the first and the last item."""
+    for place in (0, len(items) - 1):
+        label = items[place]
+        try:
+            if not isinstance(label, DataError) and _as_label(known[place]) != _as_label(label):
+                return False
+        except ValueError:
+            return False  # such as names of classes
+    return True
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+
+class _LabelsOf:
+    """A data set of another's labels, or of the DataErrors of items that cannot be read."""
+
+    def __init__(self, dataset: Any, part: str) -> None:
+        self._dataset, self._part = dataset, part
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, row: int) -> Any:
-        return _pair(self._dataset[row])[1]
+        try:
+            return _read(self._dataset, row, f"item {row} of the {self._part} data set", 0)[1]
+        except DataError as error:
+            return error
 
 
 def _known_labels(dataset: Any) -> Sequence[Any] | None:

@@ -153,7 +153,7 @@ def is_plain_jpeg(image: Image.Image, content: bytes) -> bool:
 def to_rgb(image: Image.Image, stored: StoredImage) -> Image.Image:
     """Decode an opened image as `read_rgb` does, which lists the errors."""
     with naming_bad_file(stored):
-        return _converted(image)
+        return as_rgb(image)
 
 
 @contextmanager
@@ -178,7 +178,12 @@ def _tile(image: Image.Image) -> tuple[int, int]:
     return image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)
 
 
-def _converted(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, decoded; of 16-bit levels the upper 8 bits are kept.
+
+    Raises:
+        ValueError: its levels have no known range; other errors are Pillow's.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         # PIL would clip: all above 255 of 65535 would be white. Of 16-bit RGB it takes the upper byte as well.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

@@ -19,6 +19,7 @@ from unikd_fast.given import find, is_given
 from unikd_fast.methods import Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, bare_model, build_model, checkpoint_blocks, extract_features
 from unikd_fast.models.graph import in_mode
+from unikd_fast.models.hooks import NoLogits
 from unikd_fast.teacher import Ensemble
 from unikd_fast.values import Features, StudentOutput
 
@@ -65,6 +66,8 @@ def check_forward(
     except Exception as error:
         if lacks_memory(error):
             raise
+        if isinstance(error, NoLogits):
+            raise ConfigError(f"{what}: {error}") from error
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         size = f"{image_size}x{image_size}"
         if count == 1 and any(modes.values()) and _succeeds(lambda: attempt(2)):
@@ -163,7 +166,8 @@ def build_network(
     naming = nullcontext() if section.weights is None else named_as_configured(role, section.weights)
     with naming as weights:
         if is_given(weights):
-            model = copy.deepcopy(find(weights, f"{role}.weights")).to("cpu", torch.float32)
+            # Not to(torch.float32), which takes the real part of complex tensors.
+            model = copy.deepcopy(find(weights, f"{role}.weights")).cpu().float()
         elif with_weights:
             model = build_model(
                 section.model,

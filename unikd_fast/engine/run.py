@@ -106,7 +106,7 @@ def _as_lost_process(config: Config) -> Iterator[None]:
 def _show_log(processes: Processes) -> None:
     """Print log messages on the terminal, each once; from processes other than the first only warnings."""
     logger = logging.getLogger("unikd_fast")
-    logger.setLevel(logging.INFO if processes.is_first else logging.WARNING)
+    logger.setLevel(max(logger.level, logging.INFO if processes.is_first else logging.WARNING))  # a caller's is kept
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.addFilter(_Once())

@@ -28,8 +28,8 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if found is None and isinstance(output, tuple | list) and output:
         found = output[0]
-    if isinstance(found, Tensor):
-        return found
+    if isinstance(found, Tensor | fx.Proxy):
+        return cast(Tensor, found)
     names = f" with {list(output)}" if isinstance(output, Mapping) else ""
     raise NoLogits(
         f"{type(model).__name__} returns {type(output).__name__}{names}, which has no logits; return a tensor (N, K), "
