@@ -276,6 +276,8 @@ def test_report_and_export(capsys: pytest.CaptureFixture[str]) -> None:
     exported = run.export("student.onnx")
     image = next((root / "val").rglob("*.png"))
     (found,) = predict(exported, [image])
+    (whole,) = predict(run.export("whole.onnx", preprocess=True), [image])
+    assert whole.classes[0] == found.classes[0]
     assert set(found.classes) == {"class_0", "class_1", "class_2"}
     with pytest.raises(ConfigError, match=r"passed to unikd_fast.distill, and no file holds it"):
         next(predict(run.folder, [image]))

@@ -100,12 +100,15 @@ class Run:
         write_report(find_runs([self.folder]), page, force=True)
         return page
 
-    def export(self, target: str | Path, *, checkpoint: str = "last", force: bool = False) -> Path:
+    def export(
+        self, target: str | Path, *, checkpoint: str = "last", preprocess: bool = False, force: bool = False
+    ) -> Path:
         """Write the student to a file of its own, as `unikd export` does, and return its path.
 
         Args:
             target: file; its suffix is the format: .safetensors, .onnx or .pt.
             checkpoint: "last" or "best".
+            preprocess: whether the file, ONNX, takes images of any size and preprocesses them itself.
             force: whether to replace an existing file.
 
         Raises:
@@ -115,7 +118,8 @@ class Run:
         from unikd_fast.export.command import export_run
 
         with giving(self._objects):
-            _logger.info(export_run(self.folder, Path(target), checkpoint=checkpoint, force=force))
+            said = export_run(self.folder, Path(target), checkpoint=checkpoint, preprocess=preprocess, force=force)
+            _logger.info(said)
         return Path(target)
 
 
