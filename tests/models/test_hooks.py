@@ -115,6 +115,31 @@ def test_stages_end_in_the_last_block_of_their_list() -> None:
     assert extractor.level_names == ("blocks.0.1", "blocks.1.1", "blocks.2.1")
 
 
+class Encodings(Branching):
+    """A list of blocks for each stage, whose encodings are modules of the network, as in CoaT of timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsampling = self.stages
+        del self.stages
+        for stage, c in enumerate((8, 16, 32)):
+            self.add_module(f"encoding{stage}", nn.Conv2d(c, c, 3, padding=1))
+            self.add_module(f"blocks{stage}", nn.ModuleList(nn.Conv2d(c, c, 1) for _ in range(2)))
+
+    def forward(self, images: Tensor) -> Any:
+        x = self.stem(images)
+        for stage, downsampling in enumerate(self.downsampling):
+            x = downsampling(x)
+            for block in self.get_submodule(f"blocks{stage}"):  # type: ignore[attr-defined]
+                x = block(self.get_submodule(f"encoding{stage}")(x))
+        return self.head(x.mean((2, 3)) if x.sum() < 1e9 else x)
+
+
+def test_a_list_beside_other_modules_ends_a_stage() -> None:
+    extractor = extract_features(Encodings(), image_size=16)
+    assert extractor.level_names == ("stem", "blocks0.1", "blocks1.1", "blocks2.1")
+
+
 class Pixels(nn.Module):
     """A block that returns pixels of patches (16 N, 4, C) before its map (N, C, H, W), as in TNT of timm."""
 

@@ -1,4 +1,4 @@
-"""The second half of timm's networks as teachers; two files, so that two processes share them."""
+"""The second third of timm's networks as teachers; three files, so that processes share them."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from support.timm_networks import NAMES, check_levels_and_a_step
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("name", NAMES[1::2])
+@pytest.mark.parametrize("name", NAMES[1::3])
 def test_levels_and_a_step(name: str) -> None:
     check_levels_and_a_step(name)

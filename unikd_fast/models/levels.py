@@ -210,11 +210,15 @@ def _most_alike(model: nn.Module, family: Mapping[str, Level]) -> list[str]:
 
 
 def _called(module: nn.Module, path: str, names: Container[str]) -> Iterator[str]:
-    """Yield the names of the children, and in a list of lists of theirs, that forward calls and that make features."""
+    """Yield the names of the children that forward calls and that make features.
+
+    In a list of lists theirs count as well; beside other modules, a list counts as the last of its own (CoaT).
+    """
     for name, child in module.named_children():
         full = f"{path}.{name}".lstrip(".")
-        if isinstance(child, nn.ModuleList) and isinstance(module, nn.ModuleList):
-            yield from _called(child, full, names)
+        if isinstance(child, nn.ModuleList):
+            inner = list(_called(child, full, names))
+            yield from inner if isinstance(module, nn.ModuleList) else inner[-1:]
         elif full in names and not isinstance(child, _NO_FEATURES):
             yield full
 
