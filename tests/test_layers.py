@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "fusion": {"kernels", "values"},
     "distribution": {"kernels", "values"},
     "methods": {"distribution", "fusion", "kernels", "losses", "settings", "values"},
-    "models": {"values"},
+    "models": {"errors", "values"},
     "data": {"errors", "given", "io", "settings", "values"},
     "teacher": {"errors", "io", "losses", "values"},
     "tasks": set(),

@@ -70,6 +70,20 @@ class Interrupted(RunError):
         self.exit_code = 128 + signal_number
 
 
+# Messages of torch's allocator for the CPU, and of the system.
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether an error means that the memory of the device or of the host was not sufficient."""
+    import torch  # seconds, and most errors need none of it
+
+    if isinstance(error, RunError):  # names its remedy already
+        return False
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+
+
 def stop_signals() -> tuple[signal.Signals, ...]:
     """Return the signals that ask a command to save and exit.
 

@@ -174,13 +174,13 @@ def test_what_it_cannot_be_is_refused(tmp_path: Path, files: list[Path]) -> None
     torch.save(build_model("cifar/resnet8", num_classes=7).state_dict(), tmp_path / "seven.pth")
     seven = ensemble_of(files, (tmp_path / "seven.pth", 1.0))
     said = refused(tmp_path, files, **seven)
-    assert said.startswith("teacher.ensemble[0]: ") and "has 7 classes" in said
+    assert said.startswith("teacher.ensemble[0].weights: ") and "has 7 classes" in said
     trained = {"weights": None, "training": {}}
     assert "train each in a run of its own (distill.method = 'none')" in refused(tmp_path, files, **trained)
     assert "train each in a run of its own" in refused(tmp_path, files, training={})
     assert "teacher.weight = 2.0 without teacher.ensemble" in refused(tmp_path, files, ensemble=[], weight=2.0)
     absent = ensemble_of(files, (tmp_path / "absent.pth", 1.0))
-    assert f"teacher.ensemble[0]: load_weights: no file {tmp_path}/absent.pth" in refused(tmp_path, files, **absent)
+    assert f"teacher.ensemble[0].weights: no file {tmp_path}/absent.pth" in refused(tmp_path, files, **absent)
     member = {"model": "cifar/resnet8", "weights": str(files[1])}
     assert "teacher.ensemble[0].image_size = 64 is above" in (
         refused(tmp_path, files, ensemble=[{**member, "image_size": 64}])

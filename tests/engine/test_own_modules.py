@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -39,8 +40,8 @@ class Nested:
 def options():
     return {"width": 4}
 
-def broken(num_classes):
-    raise KeyError("nothing")
+def broken(num_classes, error=KeyError("nothing")):
+    raise error
 
 number = 3
 """
@@ -84,6 +85,38 @@ def test_a_class_and_a_function_are_built(module: str) -> None:
 def test_what_cannot_be_built_is_named(name: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build_model(name, num_classes=5, model_args=arguments, role="student")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AttributeError, OSError, ImportError, ZeroDivisionError])
+def test_any_error_of_a_constructor_is_named(module: str, kind: type[Exception]) -> None:
+    said = (
+        rf"student.model = {module}:broken cannot be built with .*\({kind.__name__}: nothing\); correct student.model"
+    )
+    with pytest.raises(ValueError, match=said):
+        build_model(f"{module}:broken", num_classes=5, model_args={"error": kind("nothing")}, role="student")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("nothing"), RuntimeError("out of memory")])
+def test_a_lack_of_memory_is_not_an_error_of_arguments(module: str, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        build_model(f"{module}:broken", num_classes=5, model_args={"error": error}, role="student")
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "said"),
+    [
+        ("student", {"model": "cifar/resnet9"}, "student.model = cifar/resnet9: no network 'cifar/resnet9'"),
+        ("student", {"model": "my_own_networks:broken"}, "student.model = my_own_networks:broken cannot be built with"),
+        ("student", {"feature_nodes": ["layer9"]}, "student.model = torchvision/mobilenet_v3_small: no node 'layer9'"),
+        ("teacher", {"weights": "./absent.pth"}, "teacher.weights: no file absent.pth for the teacher"),
+    ],
+)
+@pytest.mark.usefixtures("module")
+def test_a_run_names_the_key_first(tmp_path: Path, role: str, settings: dict[str, Any], said: str) -> None:
+    done = run(write_config(tmp_path, **{role: settings}), "--dry-run")
+    assert done.returncode in (1, 2)
+    assert f"error: {said}" in done.stderr, done.stderr
 
 
 def test_there_are_no_weights_to_download(module: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unikd_fast.engine.zero import autocast_dtype, zero_stage
-from unikd_fast.errors import OutOfMemory, RunError
+from unikd_fast.errors import OutOfMemory, lacks_memory
 
 if TYPE_CHECKING:
     from unikd_fast.engine.build import Experiment
@@ -28,16 +28,6 @@ _REMEDIES: dict[Part, str] = {
     "run": "raise train.accumulation_steps, shard the student (deepspeed.zero_optimization.stage = 3), set "
     "teacher.precision = auto, or take smaller networks",
 }
-# Messages of torch's allocator for the CPU, and of the system.
-_WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Return whether an error means that the memory of the device or of the host was not sufficient."""
-    if isinstance(error, RunError):  # names its remedy already
-        return False
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS))
 
 
 @contextmanager

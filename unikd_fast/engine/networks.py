@@ -14,7 +14,7 @@ from unikd_fast.config.load import single_teachers
 from unikd_fast.data.roots import named_as_configured
 from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.inputs import affine_between, network_size, teacher_constants
-from unikd_fast.engine.memory import lacks_memory
+from unikd_fast.errors import lacks_memory
 from unikd_fast.given import find, is_given
 from unikd_fast.methods import Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, bare_model, build_model, checkpoint_blocks, extract_features
@@ -25,6 +25,9 @@ from unikd_fast.values import Features, StudentOutput
 
 T = TypeVar("T")
 TeacherNetwork = FeatureExtractor | LogitsOnly | Ensemble
+
+# What the messages of functions begin with, and the keys that a user knows.
+_KEYS = {"build_model": "model", "extract_features": "model", "load_weights": "weights"}
 
 
 def check_forward(
@@ -163,8 +166,9 @@ def build_network(
     section = config.student if role == "student" else config.teacher
     assert section is not None
     key, classes = section.weights_key, splits.num_classes
+    what = f"{role}.model = {section.model}"
     naming = nullcontext() if section.weights is None else named_as_configured(role, section.weights)
-    with naming as weights:
+    with _named_first(role, what), naming as weights:
         if is_given(weights):
             # Not to(torch.float32), which takes the real part of complex tensors.
             model = copy.deepcopy(find(weights, f"{role}.weights")).cpu().float()
@@ -186,13 +190,26 @@ def build_network(
         _drop_running_statistics(model)
     if role == "student" and config.train.activation_checkpointing:
         checkpoint_blocks(model)
-    what = f"{role}.model = {section.model}"
     size = network_size(config, role)
     _check_logits(LogitsOnly(model), what, splits, batch, image_size=size, key=f"{role}.image_size")
     nodes, most = section.feature_nodes, config.distill.max_levels
-    network = with_features(model, role, needs, image_size=size, nodes=nodes, max_levels=most)
+    with _named_first(role, what):
+        network = with_features(model, role, needs, image_size=size, nodes=nodes, max_levels=most)
     network.resize_to = None if size == splits.image_size else size
     return network
+
+
+@contextmanager
+def _named_first(role: str, what: str) -> Iterator[None]:
+    """Begin messages of the functions of `models`, which a configuration does not name, with key and value."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        function, _, said = str(error).partition(": ")
+        if function not in _KEYS:
+            raise
+        key = what if _KEYS[function] == "model" else f"{role}.{_KEYS[function]}"
+        raise type(error)(said if said.startswith(f"{role}.") else f"{key}: {said}") from error
 
 
 def with_features(
@@ -274,7 +291,9 @@ def build_teacher_network(
         try:
             members.append(build_network(single, "teacher", splits, needs=Needs(), with_weights=with_weights))
         except (ValueError, OSError) as error:
-            raise ConfigError(f"teacher.ensemble[{number}]: {error}") from error
+            said = str(error)
+            said = said.removeprefix("teacher") if said.startswith("teacher.") else f": {said}"
+            raise ConfigError(f"teacher.ensemble[{number}]{said}") from error
     weights = [network.weight for network in config.teacher.networks]
     if not with_weights:  # nor perhaps the files that say how images are made
         return Ensemble(members, weights)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unikd_fast.errors import lacks_memory
 from unikd_fast.models.cifar import CIFAR_MODELS
 from unikd_fast.models.hugging_face import hugging_face_model
 from unikd_fast.models.weights import (
@@ -129,14 +130,19 @@ def bare_model(
     return _constructed(build, {**arguments, **(model_args or {})}, name, role)
 
 
-def _constructed(build: Callable[..., Any], arguments: dict[str, Any], name: str, role: str) -> nn.Module:
-    """Call a class or function that builds a network, and name it in an error about its arguments."""
+def _constructed(
+    build: Callable[..., Any], arguments: dict[str, Any], name: str, role: str, *, downloads: bool = False
+) -> nn.Module:
+    """Call a class or function that builds a network, and name it in its errors, apart from those of a download."""
     try:
         network = build(**arguments)
-    except (TypeError, ValueError, AssertionError, KeyError) as error:
+    except Exception as error:  # one's own code raises anything
+        if lacks_memory(error) or (downloads and isinstance(error, OSError)):
+            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"build_model: {role}.model = {name} cannot be built with {arguments} ({said}); correct {role}.model_args"
+            + (", or its code" if ":" in name else "")
         ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
@@ -251,8 +257,9 @@ def _torchvision_weights(
     count = len(entry.meta["categories"])
     if not new_classifier:
         _check_class_count("torchvision", name, count, num_classes, weights, role)
-    build = partial(torchvision.models.get_model, name, weights=entry)
-    model = _downloaded(lambda: _constructed(build, dict(model_args), full_name, role), full_name, weights, role)
+    download = partial(torchvision.models.get_model, name, weights=entry)
+    build = partial(_constructed, download, dict(model_args), full_name, role, downloads=True)
+    model = _downloaded(build, full_name, weights, role)
     if count == num_classes:
         return model
     state = model.state_dict()
@@ -283,11 +290,10 @@ def _timm_weights(
         _check_class_count("timm", arch, count, num_classes, tag, role)
     elif count != num_classes:
         log_new_classifier(f"timm/{full_name}", count, num_classes, role)
-    build, arguments = (
-        partial(timm.create_model, full_name, pretrained=True),
-        {"num_classes": num_classes, **model_args},
-    )
-    return _downloaded(lambda: _constructed(build, arguments, f"timm/{name}", role), "timm/" + arch, tag, role)
+    download = partial(timm.create_model, full_name, pretrained=True)
+    arguments = {"num_classes": num_classes, **model_args}
+    build = partial(_constructed, download, arguments, f"timm/{name}", role, downloads=True)
+    return _downloaded(build, "timm/" + arch, tag, role)
 
 
 def _hugging_face_weights(
