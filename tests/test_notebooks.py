@@ -42,7 +42,7 @@ def test_a_notebook_is_committed_without_outputs(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_own_loop_is_better_than_labels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy = "teacher=teacher_accuracy, alone=alone_accuracy, student=student_accuracy"
     found = run("own_loop", tmp_path, monkeypatch, accuracy)
@@ -61,3 +61,16 @@ def test_own_images_end_in_a_file_that_predicts(tmp_path: Path, monkeypatch: pyt
     right = [Path(path).parent.name == words[0] for path, *words in predictions]
     assert len(right) == 6 and sum(right) >= 4  # the accuracy, less what six images allow for
     assert "<html" in (tmp_path / found["page"]).read_text().lower()
+
+
+@pytest.mark.long
+def test_a_vit_teaches_a_cnn_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(
+        "vit_to_cnn",
+        tmp_path,
+        monkeypatch,
+        "teacher=teacher_accuracy, kd=kd_accuracy, unikd=unikd_accuracy",
+    )
+    assert found["teacher"] > 85
+    # Nothing but the teacher tells it of the classes; in a few hundred steps it comes near.
+    assert min(found["kd"], found["unikd"]) > found["teacher"] - 8
