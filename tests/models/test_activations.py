@@ -253,6 +253,8 @@ NORMS = {
     "cifar/ShuffleV1": ["layer1.3.bn3", "layer2.7.bn3", "layer3.3.bn3"],
     "cifar/ShuffleV2": [None, None, None],
     "torchvision/resnet18": ["layer1.1.bn2", "layer2.1.bn2", "layer3.1.bn2", "layer4.1.bn2"],
+    # Identities follow the activation that is part of the norm.
+    "timm/mobilenetv4_conv_small": ["blocks.0.1.bn1", "blocks.1.1.bn1", "blocks.2.5.pw_proj.bn", "blocks.4.0.bn1"],
 }
 
 

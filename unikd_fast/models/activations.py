@@ -76,8 +76,7 @@ def norm_before(model: nn.Module, before: fx.Node) -> str | None:
         >>> norm_before(resnet18, before_activation(resnet18, graph, layer1, values, name="layer1"))
         'layer1.1.bn2'
     """
-    if _name(before) == "clone":
-        (before,) = before.all_input_nodes
+    before = _passed(model, before)
     if before.target is _normalise:
         return str(before.all_input_nodes[0].target)
     terms = [_passed(model, term) for term in (before.all_input_nodes if _name(before) in _SUMS else [before])]
@@ -175,8 +174,8 @@ def _is_stream(model: nn.Module, node: fx.Node, values: Mapping[fx.Node, NodeVal
 
 
 def _passed(model: nn.Module, node: fx.Node) -> fx.Node:
-    """Return what this value was before dropout, stochastic depth and identities."""
-    while _passes(model, node):
+    """Return what this value was before dropout, stochastic depth, identities and copies."""
+    while _passes(model, node) or _name(node) == "clone":
         (node,) = node.all_input_nodes
     return node
 
