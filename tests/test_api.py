@@ -229,6 +229,13 @@ def test_a_mistaken_argument_is_refused(teacher: nn.Module, settings: dict[str, 
         distiller(teacher, **settings)
 
 
+@pytest.mark.parametrize("method", ["kd", "unikd"])
+def test_a_scripted_teacher_is_refused(method: str) -> None:
+    scripted = torch.jit.trace(Stages(4).eval(), torch.zeros(2, 3, SIZE, SIZE))
+    with pytest.raises(ValueError, match=r"the teacher is a TorchScript module, .*; give the network it was made of"):
+        distiller(scripted, method)
+
+
 @pytest.mark.parametrize(
     ("steps", "said"), [(0, "steps must be 1 or more, got 0"), (3, "can be read only once"), (1, "yields no batches")]
 )

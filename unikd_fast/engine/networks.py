@@ -230,8 +230,12 @@ def with_features(
         image_size, nodes, max_levels: see `extract_features`.
 
     Raises:
-        ValueError: the network lacks what is needed.
+        ValueError: the network lacks what is needed, or is a TorchScript module.
     """
+    if isinstance(model, torch.jit.ScriptModule):  # neither hooks nor copies that can be frozen
+        raise ValueError(
+            f"the {role} is a TorchScript module, which cannot be distilled; give the network it was made of"
+        )
     before_activation = needs.before_activation_of(role)
     levels = needs.levels or before_activation
     if not levels and not needs.embedding:
