@@ -1,6 +1,7 @@
 """Feature extraction against hooks on the plain network, in both modes, and what it must leave alone."""
 
 import copy
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -284,3 +285,24 @@ def test_errors_name_cause_and_remedy(model: nn.Module, arguments: dict[str, obj
         extract_features(model, **{"image_size": 16, **arguments})
     assert set(vars(model)) == attributes
     assert model.training
+
+
+class OneSize(nn.Module):
+    """A network with a parameter for each place, which takes images of 32 pixels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.places, self.head = nn.Parameter(torch.zeros(1, 8, 16, 16)), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.two(self.one(images) + self.places).mean((2, 3)))
+
+
+def test_a_network_of_one_size_is_probed_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(logger, "handle", lambda record: None if logger.disabled else said.append(record.getMessage()))
+    assert extract_features(OneSize(), image_size=32).level_names == ("one", "two")
+    assert not said
+    assert not logger.disabled

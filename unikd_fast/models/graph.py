@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import linecache
+import logging
 import math
 import sys
 from collections import Counter
@@ -310,6 +311,9 @@ def _fake_tensors(model: nn.Module, fake: FakeTensorMode) -> Iterator[None]:
     # In training mode BatchNorm would count a step: FakeTensorMode alone writes into its real counter.
     holders: list[Any] = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
     originals = [dict(holder) for holder in holders]
+    # It logs a traceback of what we catch: a network that takes images of one size alone.
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    disabled, logger.disabled = logger.disabled, True
     try:
         for holder in holders:
             for name, tensor in holder.items():
@@ -317,5 +321,6 @@ def _fake_tensors(model: nn.Module, fake: FakeTensorMode) -> Iterator[None]:
                     holder[name] = fake.from_tensor(tensor)
         yield
     finally:
+        logger.disabled = disabled
         for holder, original in zip(holders, originals, strict=True):
             holder.update(original)
