@@ -211,7 +211,7 @@ def test_a_finished_run_is_shown_and_another_teacher_refused() -> None:
     trained = distill(net(0, 8), net(1), tensors(), tensors(6), **settings)
     with pytest.raises(ConfigError, match=r"mine holds a finished run"):
         distill(net(0, 8), net(1), tensors(), tensors(6), **settings)
-    student = net(1)
+    student = net(5)
     shown = distill(net(0, 8), student, tensors(), tensors(6), **settings, resume=True)
     assert shown.result == trained.result
     assert torch.equal(student.head.weight, trained.student.head.weight)
@@ -240,7 +240,7 @@ def test_a_stopped_run_continues_bit_for_bit() -> None:
     whole = distill(net(0, 8), net(1), counted, tensors(6), **settings).student
     with pytest.raises(DataError, match=r"cannot be read .OSError: stopped"):
         distill(net(0, 8), net(1), Stopping(counted.reads - 12), tensors(6), **settings, dir="stopped")
-    continued = net(1)
+    continued = net(5)  # of other weights, in whose place come those of the checkpoint
     distill(net(0, 8), continued, Changing(), tensors(6), **settings, dir="stopped", resume=True)
     assert (Path("stopped") / "starts.jsonl").read_text().count("\n") == 1
     ours, theirs = whole.state_dict(), continued.state_dict()
@@ -673,6 +673,8 @@ class TwoHeads(nn.Module):
         ((net(0, 8), Stateful()), {}, "the student's state dict has _extra_state, a dict"),
         ((nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), net(1)), {}, "the teacher does not take images of 16x16"),
         ((net(0, 8), net(1)), {"learning_rat": 1.0}, "no setting 'learning_rat'; nearest: learning_rate"),
+        ((net(0, 8), net(1)), {"lr": 1.0}, r"no setting 'lr'; nearest: learning_rate"),
+        ((net(0, 8), net(1)), {"epoch": 1}, r"no setting 'epoch'; nearest: epochs"),
         ((net(0, 8), net(1)), {"total_epochs": 3}, "total_epochs = 3: distill calls it epochs"),
         ((net(0, 8), net(1)), {"num_classes": 3}, "distill takes it from the networks and data sets"),
         ((net(0, 8), net(1)), {"temperature": -1.0}, "temperature"),

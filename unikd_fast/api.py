@@ -3,8 +3,10 @@
 import copy
 import inspect
 import itertools
+import logging
+import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from difflib import get_close_matches
 from typing import Any, Self
 
@@ -19,6 +21,8 @@ from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.models.graph import in_mode
 from unikd_fast.teacher import Ensemble, OnlineTeacher
 from unikd_fast.values import NO_LABEL, Batch, Features, Loss
+
+_logger = logging.getLogger("unikd_fast")
 
 _STEPS_PER_EPOCH = 1000  # of a loop whose length is not known: `fit_teacher` takes 1,000 batches, ramps count epochs
 _USUAL_EPOCHS = 250
@@ -129,6 +133,8 @@ class Distiller(nn.Module):
         # Not a submodule: it is neither trained nor saved, and stays in eval mode and in its own precision.
         self._teacher = [OnlineTeacher(whole.eval(), channels_last=device.type == "cuda")]
         self._settled = False
+        as_asked = any(getattr(own, "head_steps", None) for own in chosen.values())
+        self._training_epochs = None if as_asked else epochs
         self._fitted = self.head is None
         self.method.set_progress(float("inf"))
 
@@ -152,7 +158,8 @@ class Distiller(nn.Module):
         Args:
             loader: batches of training images: tensors (N, 3, H, W), tuples that start with one, or dictionaries with
                 "images", "image" or "pixel_values". It is read again as often as needed.
-            steps: number of batches. If None, ``head_steps`` of the method, by default 1,000.
+            steps: number of batches. If None, ``head_steps`` of the method, by default 1,000 and at most as many as the
+                training has, where ``epochs`` and the length of the loader say that.
 
         Raises:
             ValueError: the loader is empty, or a batch has no images.
@@ -164,6 +171,9 @@ class Distiller(nn.Module):
             if operator.index(steps) < 1:
                 raise ValueError(f"Distiller.fit_teacher: steps must be 1 or more, got {steps}")
             head.steps = steps
+        elif self._training_epochs is not None and isinstance(loader, Sized):
+            head.steps = max(1, min(head.steps, math.ceil(self._training_epochs * len(loader))))
+        _logger.info("the teacher's head is fitted first, on %d batches", head.steps)
         head.module.requires_grad_(True).train()
         with torch.enable_grad():
             self.method.prepare(self._features(loader))

@@ -56,6 +56,7 @@ _CONFIGURED = {  # sections, and what of them is not the caller's to configure
     "train": (),
     "loss": (),
 }
+_OTHER_NAMES = {"lr": "learning_rate", "batch_size": "global_batch_size", "wd": "weight_decay"}
 _BATCHES = (8, 16, 32, 64, 128)
 _SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler)
 
@@ -413,7 +414,9 @@ def _unknown(key: str, value: Any, names: Sequence[str], known: Mapping[str, set
         return f"{key} = {value!r}: settings of several methods are dictionaries by their names: {own}={{{key!r}: ...}}"
     everything = {each for keys in known.values() for each in keys}
     everything |= {each for kind in _SECTIONS.values() for each in _keys(kind)} - _OWN.keys()
-    near = get_close_matches(key, sorted(everything), n=3)
+    arguments = {"epochs", "image_size", "dir", "resume", "method", "feature_nodes", "teacher_weights", "config"}
+    near = get_close_matches(key, sorted(everything | arguments), n=3)
+    near = [_OTHER_NAMES[key], *near] if key in _OTHER_NAMES else near
     return (
         f"distill has no setting {key!r}; nearest: {', '.join(near) or 'none'}; others are given by their keys in a "
         "configuration: config={'teacher.precision': 'fp32'}"
@@ -524,8 +527,13 @@ def _broadcast(tensor: torch.Tensor, processes: Processes) -> None:
 
 
 def _name(network: nn.Module, role: str) -> str:
-    """Return the name of a network: a digest of its role, its classes, their settings and its tensors."""
+    """Return the name of a network: a digest of its role, its classes, their settings and its tensors.
+
+    Of the student only the shapes count: a run is continued from a checkpoint's weights, whatever the new object has.
+    """
     tensors = {name: each for name, each in network.state_dict().items() if isinstance(each, torch.Tensor)}
+    if role == "student":
+        tensors = {name: torch.tensor(each.shape) for name, each in tensors.items()}
     return PREFIX + sha256((role + repr(network) + hash_tensors(tensors)).encode()).hexdigest()[:12]
 
 

@@ -209,7 +209,7 @@ def _refuse_card(target: Path, card: Mapping[str, object], suffixes: Sequence[st
         ConfigError: it is, or would not.
     """
     beside = card_path(target)
-    if force or not beside.exists():
+    if not beside.exists():
         return
     try:
         found = read_json(beside)
@@ -217,14 +217,15 @@ def _refuse_card(target: Path, card: Mapping[str, object], suffixes: Sequence[st
         found = {}
     others = [other for suffix in suffixes if (other := target.with_suffix(suffix)) != target and other.exists()]
     if "preprocessing" not in found:
-        what = "is not of an export"
-    elif others and found != json.loads(json.dumps(card)):
-        what = f"says how to use {others[0]}, which is of other classes or images"
+        if force:
+            return
+        what, remedy = "is not of an export", "--force to replace it"
+    elif others and found != json.loads(json.dumps(card)):  # which would be read wrongly from now on
+        what, remedy = f"says how to use {others[0]}, which is of other classes or images", f"remove {others[0]}"
     else:
         return
     raise ConfigError(
-        f"--to {target}: how to use it is written to {beside}, which {what}; give another name, or --force to replace "
-        "it"
+        f"--to {target}: how to use it is written to {beside}, which {what}; give another name, or {remedy}"
     )
 
 

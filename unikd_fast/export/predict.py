@@ -117,6 +117,8 @@ def _of_file(path: Path) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
         return card, _opened(card, path)
     except (RunError, MemoryError):
         raise
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{path} needs {error.name}, not installed: pip install 'unikd-fast[export]'") from error
     except Exception as error:  # of one of three libraries, each with its own kinds
         said = str(error).partition("\n")[0]
         raise FileError(f"{path} cannot be read ({type(error).__name__}: {said}); export the student again") from error

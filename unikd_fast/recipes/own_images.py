@@ -149,7 +149,7 @@ def configuration(
     batch = max(each for each in _BATCHES if each == _BATCHES[0] or 16 * each <= len(found.splits.train))
     steps = max(1, len(found.splits.train) // batch)
     epochs = max(10, min(200, round(_STEPS / steps)))
-    names = ("timm/resnet50", "timm/mobilenetv3_small_100") if large else ("cifar/resnet56", "cifar/resnet8x4")
+    names = ("timm/resnet50", "timm/mobilenetv3_small_100") if large else ("cifar/resnet56", "cifar/resnet20")
     first, second = teacher or names[0], student or names[1]
     published = {name: has_published_weights(name) for name in (first, second)}
     data: dict[str, Any] = {"name": "image_folder", "root": str(root), "image_size": size}

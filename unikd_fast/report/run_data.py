@@ -268,7 +268,7 @@ def _run_data(run: Run) -> RunData:
 
 def _compare(run: Run) -> tuple[LogitComparison | None, str, str]:
     if run.teacher is None:
-        return None, "it has no teacher folder", ""
+        return None, "it was trained without a teacher", ""
     own, other = read_test_logits(run.folder), read_test_logits(run.teacher)
     if own is None or other is None:
         lacking = [whose for whose, found in (("the student", own), ("its teacher", other)) if found is None]
