@@ -158,7 +158,7 @@ def _parallel(distiller: Distiller, rank: int, processes: int) -> dict[str, Tens
     return distiller.state_dict()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     done = Ranks(partial(_one_of_two, tmp_path), tmp_path, processes=2).done()
     assert done.returncode == 0, done.stderr

@@ -208,7 +208,7 @@ def epoch_hashes(forms: dict[str, DataSplits]) -> list[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_process_shows_the_same(forms: dict[str, DataSplits], tmp_path: Path) -> None:
     """Of its own copy of the images."""
     program = """

@@ -121,7 +121,7 @@ def test_concurrent_runs_build_every_shard_once(together: Together) -> None:
     assert same_student(*together.runs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_or_stopped_build_continues(tmp_path: Path, weights: Path, together: Together) -> None:
     config = cached_config(tmp_path, weights, name="struck", **SLOW)
     folder = in_small_shards(config)

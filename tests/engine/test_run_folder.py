@@ -69,6 +69,7 @@ def said_once(said: Done, message: str) -> None:
     assert "Traceback" not in said.stderr
 
 
+@pytest.mark.long
 def test_a_full_disk_at_any_file_can_be_resumed(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each start gets one file further than the one before; the last trains no step again."""
     folder = tmp_path / "run"
