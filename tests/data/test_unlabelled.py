@@ -74,7 +74,7 @@ def test_a_train_with_images_and_no_folders_has_no_labels(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("where", ["train", "elsewhere"])
 def test_no_train_is_needed_beside_them(tmp_path: Path, where: str) -> None:
-    """The folder may be train itself, whose sub-folders then are no classes."""
+    """The folder may be train itself; its sub-folders are then not classes."""
     touch(tmp_path, f"{where}/monday/1.png", f"{where}/tuesday/2.png", "val/a/3.png", "val/b/4.png")
     splits = opened(tmp_path, unlabeled_root=str(tmp_path / where))
     assert listed(splits, tmp_path) == [f"{where}/monday/1.png", f"{where}/tuesday/2.png"]
@@ -87,7 +87,7 @@ def test_no_train_is_needed_beside_them(tmp_path: Path, where: str) -> None:
 
 
 def test_held_out_images_keep_their_ids(tmp_path: Path) -> None:
-    """A folder inside of one with classes alone is no class, and its ids follow on those of all that have one."""
+    """A folder among class folders is not a class, and its ids follow those of all labelled images."""
     names = [f"{name}/{i}.png" for name in ("a", "b") for i in range(5)]
     touch(tmp_path, *names, "unlabeled/c/x.png", "unlabeled/y.png")
     splits = load_image_folder(tmp_path, 8, val_samples=4, unlabelled=tmp_path / "unlabeled")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from unikd_fast.engine.timing import describe_hardware
+from unikd_fast.models import parameter_count
 from unikd_fast.models.graph import in_mode
 
 _logger = logging.getLogger("unikd_fast")
@@ -50,7 +51,7 @@ def measure_cost(network: nn.Module, image_size: int, device: torch.device) -> d
         latency = {str(size): _latency_ms(network, images[:size]) for size in LATENCY_BATCHES}
     return {
         "image_size": image_size,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": parameter_count(network),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
         "multiply_adds": counter.get_total_flops() // 2,
         "latency_ms": latency,

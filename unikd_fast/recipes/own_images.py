@@ -20,7 +20,7 @@ from unikd_fast.models import has_published_weights
 
 _LOOKED_AT = 64
 _SIZES = (32, 64, 96, 128, 160, 224)
-_PRETRAINED_FROM = 96  # pixels, for networks that nobody named: below, those of the CIFAR family
+_PRETRAINED_FROM = 96  # pixels: smaller images get networks of the CIFAR family, unless others are named
 _BATCHES = (8, 16, 32, 64)
 _STEPS = 3000  # of optimisation that a small network needs from pretrained weights, about
 _VAL_SHARE = 0.15
