@@ -96,6 +96,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise RunFileError(f"{path} lacks {', '.join(missing)}; was it written by this version of unikd_fast?")
     for key, kind in kinds.items():
         _require(path, key, result[key], kind)
+    _require(path, "unlabelled", result.get("unlabelled", 0), int)
     _require_cost(path, result.get("cost"))
     for which in ("best", "last"):
         _require(path, f"{which}.test", result[which].get("test"), dict)
@@ -113,11 +114,16 @@ def read_result(path: Path) -> dict[str, Any]:
 def _require_cost(path: Path, cost: object) -> None:
     if cost is None:
         return
-    latency = cost.get("latency_ms") if isinstance(cost, dict) else None
-    figures = [cost.get(key) for key in _COSTS] if isinstance(cost, dict) else []
-    times = [latency.get(size) for size in ("1", "32")] if isinstance(latency, dict) else [None]
-    if not figures or not all(is_number(value) and 0 <= value < math.inf for value in (*figures, *times)):
-        raise RunFileError(f"{path}: cost must have numbers for {', '.join(_COSTS)} and latency_ms, got {cost!r}")
+    _require(path, "cost", cost, dict)
+    assert isinstance(cost, dict)
+    latency = cost.get("latency_ms")
+    _require(path, "cost.latency_ms", latency, dict)
+    _require(path, "cost.hardware", cost.get("hardware"), str)
+    figures = {f"cost.{key}": cost.get(key) for key in _COSTS}
+    figures |= {f"cost.latency_ms.{size}": latency.get(size) for size in ("1", "32")}
+    for key, value in figures.items():
+        if not (is_number(value) and 0 <= value < math.inf):
+            raise RunFileError(f"{path}: {key} must be a finite number that is not negative, got {value!r}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
