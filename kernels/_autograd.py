@@ -13,6 +13,7 @@ of its own would read both rows again. What is left for backward is the upstream
 - A second backward pass through the same graph finds the buffer gone and computes the gradient anew.
 - fp16 gradients before the multiplication by a loss scale would underflow: for fp16 inputs nothing is computed in
   forward, and backward computes the gradient with the upstream factor inside.
+- So it is for a loss a row (`per_row`) whose gradient sums over rows, as that of a weight does.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +23,7 @@ import torch
 from torch import Tensor
 
 from unikd_fast.kernels._launch import flat, on_device
-from unikd_fast.kernels._multiply import multiplied, multiply_in_place
-from unikd_fast.kernels.reference import transform_of
+from unikd_fast.kernels.reference import at_least_fp32, transform_of
 
 Tensors = Sequence[Tensor | None]
 Allocate = Callable[..., tuple[Tensor, list[Tensor]]]
@@ -41,7 +41,9 @@ class FusedLoss:
             per row of the first input if there is a setting `per_row` and it is true.
         launch: `launch(inputs, outputs, gradients, upstream, **settings)` fills the outputs and the dense gradients of
             the inputs, those that are not None. It is called on the inputs' device if they have any rows. `upstream`
-            holds for each differentiable output None or a dense factor to multiply its gradients by.
+            holds for each differentiable output None or a dense factor to multiply its gradients by. If there is a
+            setting `fused` and it is false, it is plain PyTorch, and Triton is not needed.
+        sums_rows: whether an input that receives a gradient has no axis of rows.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class FusedLoss:
         outputs: int,
         launch: Callable[..., None],
         differentiable: int = 1,
+        sums_rows: bool = False,
     ) -> None:
         self.name, self.inputs, self.gradient_of, self.settings = name, tuple(inputs), tuple(gradient_of), settings
+        self.sums_rows = sums_rows
         self.outputs, self.differentiable, self.launch = outputs, differentiable, launch
         arguments = [f"Tensor{'' if i == 0 else '?'} {x}" for i, x in enumerate(inputs)]
         arguments += ["bool[] wanted", *(f"Tensor? upstream{i}" for i in range(differentiable))]
@@ -79,12 +83,13 @@ class FusedLoss:
             torch.is_grad_enabled() and output >= 0 and x is not None and x.requires_grad
             for x, output in zip(tensors, self.gradient_of, strict=True)
         ]
+        now = [False] * len(wanted) if self.sums_rows and settings.get("per_row") else _now(tensors, wanted)
         if torch.compiler.is_compiling():
             ordered = [settings[name] for name in self.settings]
-            results = self.operator(*tensors, _now(tensors, wanted), *[None] * self.differentiable, *ordered)
+            results = self.operator(*tensors, now, *[None] * self.differentiable, *ordered)
             return tuple(results[: self.outputs])
         with torch.no_grad():
-            outputs, gradients = self.compute(tensors, _now(tensors, wanted), None, settings)
+            outputs, gradients = self.compute(tensors, now, None, settings)
         for output in range(self.differentiable):
             members = [i for i, of in enumerate(self.gradient_of) if of == output and wanted[i]]
             if members:
@@ -119,7 +124,8 @@ class FusedLoss:
         outputs: list[Tensor | None] = [None] * self.outputs
         if upstream is None:
             shape = first.shape[:-1] if settings.get("per_row") else ()
-            outputs = [torch.empty(shape, dtype=torch.float32, device=first.device) for _ in outputs]
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            outputs = [torch.empty(shape, dtype=dtype, device=first.device) for _ in outputs]
         gradients = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if w and x is not None else None
             for x, w in zip(tensors, wanted, strict=True)
@@ -200,7 +206,7 @@ class _GradientInForward(torch.autograd.Function):
         tensors = ctx.saved_tensors  # raises if an input was changed in place since
         gradients, ctx.gradients = ctx.gradients, [None] * len(members)
         missing = [i for i, g in zip(members, gradients, strict=True) if g is None]
-        multiply_in_place([(g, upstream) for g in gradients if g is not None])
+        _scale([g for g in gradients if g is not None], upstream, fused=settings.get("fused", True))
         if missing:
             wanted = [i in missing for i in range(len(tensors))]
             factors = [upstream if o == output else None for o in range(loss.differentiable)]
@@ -208,6 +214,27 @@ class _GradientInForward(torch.autograd.Function):
             gradients = [computed[i] if g is None else g for i, g in zip(members, gradients, strict=True)]
         inputs = [tensors[i] for i in members]
         return (None, *(once(g, x) for g, x in zip(gradients, inputs, strict=True)))
+
+
+def multiplied(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return a gradient (..., K) times a factor, 0-d or (...,), out of place and in plain PyTorch."""
+    x = at_least_fp32(gradient)  # a 0-d factor would be rounded to the gradient's dtype before the product
+    product = x * (factor[..., None] if factor.ndim else factor)
+    return torch.where(x == 0, 0.0, product).to(gradient.dtype)
+
+
+def _scale(gradients: Sequence[Tensor], factor: Tensor, *, fused: bool) -> None:
+    """Multiply gradients in place."""
+    if fused and gradients:
+        from unikd_fast.kernels._multiply import multiply_in_place
+
+        multiply_in_place([(g, factor) for g in gradients])
+        return
+    for gradient in gradients:
+        if factor.device.type != "cpu":
+            gradient.copy_(multiplied(gradient, factor))
+        elif factor != 1:
+            gradient.mul_(factor.item())
 
 
 def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:
@@ -362,6 +389,6 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
         raise RuntimeError(
-            "the kernels can be differentiated once, got a second derivative; use impl='reference' for it, and for AFF "
-            "path='stagewise'"
+            "the kernels can be differentiated once, got a second derivative; use impl='reference' for it, for AFF "
+            "path='stagewise', and softmax_kl of the logits for linear_softmax_kl"
         )

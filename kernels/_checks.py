@@ -8,6 +8,7 @@ of top-k logits.
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -160,6 +161,51 @@ def check_teacher(function: str, student: Tensor, teacher: Tensor | QuantizedLog
                 f"{function}: student and teacher must be on one device, got {student.device} and {x.device}; "
                 f"move one of them"
             )
+
+
+def check_linear(function: str, role: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless hidden states (..., D), weight (K, D) and bias (K,) make a linear layer."""
+    named = {f"{role}_hidden": hidden, f"{role}_weight": weight, f"{role}_bias": bias}
+    for name, x in named.items():
+        if x is not None:
+            _check_floating(function, name, x)
+    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1] or weight.numel() == 0:
+        raise ValueError(
+            f"{function}: {role}_hidden must be (..., D) and {role}_weight (K, D) with at least one class, got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; pass the weight of a torch.nn.Linear"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{function}: {role}_bias must have one entry per class, got {tuple(bias.shape)} for {role}_weight "
+            f"{tuple(weight.shape)}"
+        )
+    for name, x in named.items():
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{function}: {role}_hidden and {name} must have one dtype, got {hidden.dtype} and {x.dtype}; cast "
+                f"one, or use torch.autocast"
+            )
+        if x is not None and x.device != hidden.device:
+            raise ValueError(
+                f"{function}: {role}_hidden and {name} must be on one device, got {hidden.device} and {x.device}; "
+                f"move one of them"
+            )
+
+
+def check_constant(function: str, **tensors: Tensor | None) -> None:
+    """Raise if one of the tensors, by argument, wants a gradient that it would not get."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{function}: {name} is a constant, got a tensor that requires a gradient; detach it")
+
+
+def check_transforms(function: str, tensors: Sequence[Tensor], remedy: str) -> None:
+    transform = transform_of(*tensors)
+    if transform is not None:
+        raise RuntimeError(
+            f"{function}: can be differentiated in reverse mode by autograd, got a tensor under {transform}; use "
+            f"{remedy}"
+        )
 
 
 def check_topk_settings(function: str, temperature: float, divergence: str, standardized: bool, impl: str) -> None:

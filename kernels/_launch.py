@@ -10,7 +10,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 # Number of classes that a tile holds without spilling registers; longer rows are read twice, block by block.
@@ -59,7 +58,7 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = Fa
         device: properties of the device.
         heavy: whether the kernel keeps many numbers per class, so that a quarter of the classes fit on chip.
     """
-    block = max(16, triton.next_power_of_2(classes))
+    block = max(16, _next_power_of_2(classes))
     if block <= LARGEST_SINGLE_BLOCK // (4 if heavy else 1):
         rows = max(1, 2048 // block)
         return Launch(rows, block, True, _warps(rows * block, 8 if heavy else 16, device), MAX_PROGRAMS, device.amd)
@@ -72,7 +71,7 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = Fa
 
 def elementwise_launch(classes: int, device: Device) -> Launch:
     """Return the launch for kernels that need no statistics of a row before its elements."""
-    block = min(2048, max(16, triton.next_power_of_2(classes)))
+    block = min(2048, max(16, _next_power_of_2(classes)))
     rows = max(1, 2048 // block)
     return Launch(rows, block, classes <= block, _warps(rows * block, 16, device), MAX_PROGRAMS, device.amd)
 
@@ -80,6 +79,10 @@ def elementwise_launch(classes: int, device: Device) -> Launch:
 def _warps(elements: int, per_thread: int, device: Device) -> int:
     # At most half of the threads of a block, which leaves 128 registers for each.
     return min(max(elements // (device.warp_size * per_thread), 1), 512 // device.warp_size)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def row_launch_for(student: Tensor, teacher: Tensor, *, heavy: bool = False) -> Launch:

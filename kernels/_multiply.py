@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,13 +17,6 @@ def multiply_in_place(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Multiply each dense gradient (..., K) by its factor, 0-d or (...,), all in one launch without a host read."""
     for start in range(0, len(pairs), MOST_BUFFERS):
         _multiply(pairs[start : start + MOST_BUFFERS])
-
-
-def multiplied(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Return the result of `multiply_in_place`, out of place and in plain PyTorch, for compiled graphs."""
-    x = gradient.float()  # a 0-d factor would be rounded to the gradient's dtype before the product
-    product = x * (factor[..., None] if factor.ndim else factor)
-    return torch.where(x == 0, 0.0, product).to(gradient.dtype)
 
 
 def _multiply(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
         LossTerms,
         dkd_loss,
         gaussian_kl,
+        linear_softmax_kl,
         quantize_logits,
         softmax_kl,
         top_k_logits,
         unikd_loss,
     )
-    from unikd_fast.losses.modules import DKDLoss, GaussianKL, SoftmaxKL, UniKDLoss
+    from unikd_fast.losses.modules import DKDLoss, GaussianKL, LinearSoftmaxKL, SoftmaxKL, UniKDLoss
     from unikd_fast.values import Batch, Features, Gaussian, QuantizedLogits, TopKLogits
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "Features",
     "Gaussian",
     "GaussianKL",
+    "LinearSoftmaxKL",
     "LossTerms",
     "QuantizedLogits",
     "SoftmaxKL",
@@ -43,6 +45,7 @@ __all__ = [
     "distill",
     "dkd_loss",
     "gaussian_kl",
+    "linear_softmax_kl",
     "quantize_logits",
     "softmax_kl",
     "top_k_logits",
@@ -56,6 +59,7 @@ _HOME = {
     "FeatureDistributionPrediction": "distribution",
     "DKDLoss": "losses.modules",
     "GaussianKL": "losses.modules",
+    "LinearSoftmaxKL": "losses.modules",
     "SoftmaxKL": "losses.modules",
     "UniKDLoss": "losses.modules",
     "Batch": "values",

@@ -26,7 +26,8 @@ from support.kernel_inputs import (
 from support.numerics import relative_error
 from unikd_fast import SoftmaxKL, dkd_loss, softmax_kl
 from unikd_fast.kernels import _autograd
-from unikd_fast.kernels._multiply import MOST_BUFFERS, multiplied, multiply_in_place
+from unikd_fast.kernels._autograd import multiplied
+from unikd_fast.kernels._multiply import MOST_BUFFERS, multiply_in_place
 
 pytestmark = quiet
 

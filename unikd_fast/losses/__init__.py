@@ -3,13 +3,21 @@
 The formulas live in `unikd_fast.kernels.reference`, the checks in `unikd_fast.kernels._checks`.
 """
 
-from unikd_fast.losses.functional import LossTerms, dkd_loss, gaussian_kl, softmax_kl, unikd_loss
+from unikd_fast.losses.functional import (
+    LossTerms,
+    dkd_loss,
+    gaussian_kl,
+    linear_softmax_kl,
+    softmax_kl,
+    unikd_loss,
+)
 from unikd_fast.losses.stored import quantize_logits, top_k_logits
 
 __all__ = [
     "LossTerms",
     "dkd_loss",
     "gaussian_kl",
+    "linear_softmax_kl",
     "quantize_logits",
     "softmax_kl",
     "top_k_logits",

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from unikd_fast.kernels import _checks as checks
@@ -106,6 +107,142 @@ def softmax_kl(
         values, scale = stored_rows(teacher_logits)
         return fused_softmax_kl(student_logits, values, scale, **settings)
     return reference.softmax_kl(student_logits, dense_logits(teacher_logits), **settings)
+
+
+def linear_softmax_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | QuantizedLogits,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    ce_weight: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    scale_by_t2: bool = True,
+    ignore_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Return `softmax_kl` of two linear layers, and the cross-entropy with labels, without the logits of all rows.
+
+        L = L_L( h_t W_tᵀ + b_t, h_s W_sᵀ + b_s ) + w L_CE( h_s W_sᵀ + b_s, y )
+
+    For language models and heads of many classes, whose logits are the largest tensors of a step. The rows are taken
+    in chunks, and the gradients of the student's hidden states, weight and bias are computed with the loss: beside
+    them, for 4,096 rows and more, one eighth of the student's logits is all the memory it takes.
+
+    Args:
+        student_hidden: h_s (..., D_s), the input of the last layer; all axes before the last one count rows. Where no
+            view flattens them, as in hidden[:, :-1], they are copied: leave rows out by `ignore_mask` instead.
+        student_weight: W_s (K, D_s), of h_s's dtype. Under autocast both are cast as a linear layer would.
+        teacher: h_t (..., D_t) with a teacher_weight; without, the teacher's logits (..., K), or `QuantizedLogits`.
+            The teacher is a constant.
+        teacher_weight: W_t (K, D_t).
+        labels: (...,) integer, as in `unikd_loss`. If None, there is no cross-entropy.
+        student_bias: b_s (K,).
+        teacher_bias: b_t (K,).
+        ce_weight: w.
+        temperature: τ > 0 of L_L; L_CE has none.
+        reduction: as in `softmax_kl`. L_CE is the mean over the labelled rows, for "sum" their sum; "none" is without
+            labels, and computes its gradient in backward, with the logits once more.
+        scale_by_t2: whether to multiply L_L by τ².
+        ignore_mask: (...,) bool, True for rows to leave out of both terms.
+        ignore_index: label of the rows to leave out of L_CE only. In language models, where these have no target
+            at all, pass ignore_mask=labels == ignore_index too.
+        divergence, beta: as in `softmax_kl`.
+        normalizer: number or 0-d tensor that both sums over rows are divided by instead of the numbers of rows, as in
+            `unikd_loss`.
+        impl: "auto" computes each chunk's loss by the kernels on a GPU and in plain PyTorch elsewhere, "reference"
+            always in plain PyTorch; "fused" uses the kernels or raises.
+
+    Returns:
+        A scalar, or (...,) for "none"; fp32 (fp64 for fp64 inputs), under autocast too; 0 if no row is kept. It can be
+        differentiated once, in reverse mode.
+
+    Raises:
+        TypeError: If a tensor has the wrong dtype.
+        ValueError: If shapes or devices differ, the teacher requires a gradient, a label is out of range, or a setting
+            is not valid.
+        RuntimeError: If impl="fused" and the kernels cannot run, or a tensor is under a transform of torch.func.
+
+    Example:
+        >>> head, teacher_head = torch.nn.Linear(16, 1000), torch.nn.Linear(64, 1000).requires_grad_(False)
+        >>> hidden, teacher_hidden = torch.randn(8, 16, requires_grad=True), torch.randn(8, 64)
+        >>> linear_softmax_kl(hidden, head.weight, teacher_hidden, teacher_head.weight, temperature=2.0).backward()
+    """
+    name = "linear_softmax_kl"
+    checks.check_temperature(name, temperature)
+    checks.check_reduction(name, reduction)
+    checks.check_divergence(name, divergence, beta)
+    if isinstance(teacher, TopKLogits):
+        raise TypeError(f"{name}: needs all of the teacher's logits, got TopKLogits; store QuantizedLogits instead")
+    student_hidden, student_weight, student_bias = _as_autocast(student_hidden, student_weight, student_bias)
+    checks.check_linear(name, "student", student_hidden, student_weight, student_bias)
+    student_logits = _shape_of_logits(student_hidden, student_weight)
+    values, scale = stored_rows(teacher)
+    if teacher_weight is not None and scale is None:
+        values, teacher_weight, teacher_bias = _as_autocast(values, teacher_weight, teacher_bias)
+        checks.check_linear(name, "teacher", values, teacher_weight, teacher_bias)
+        checks.check_teacher(name, student_logits, _shape_of_logits(values, teacher_weight))
+    elif teacher_weight is None and teacher_bias is None:
+        checks.check_teacher(name, student_logits, teacher)
+    else:
+        raise ValueError(
+            f"{name}: teacher_weight goes with hidden states and teacher_bias with a teacher_weight, got a "
+            f"{'teacher_bias alone' if teacher_weight is None else 'teacher_weight for QuantizedLogits'}; leave it out"
+        )
+    checks.check_mask(name, ignore_mask, student_logits)
+    checks.check_normalizer(name, normalizer, student_logits)
+    if labels is not None:
+        checks.check_labels(name, labels, student_logits, ignore_index)
+        if reduction == "none":
+            raise ValueError(f"{name}: reduction='none' has no cross-entropy, got labels; leave them out")
+    constants = {"teacher": values, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
+    checks.check_constant(name, **constants)
+    present = [x for x in (student_hidden, student_weight, student_bias, *constants.values()) if x is not None]
+    checks.check_transforms(name, present, "softmax_kl of the logits")
+    from unikd_fast.kernels.linear_softmax_kl import linear_softmax_kl as compute
+
+    return compute(
+        student_hidden,
+        student_weight,
+        student_bias,
+        values,
+        teacher_weight,
+        teacher_bias,
+        scale,
+        labels,
+        fused=checks.choose_impl(name, impl, *present) == "fused",
+        temperature=temperature,
+        reduction=reduction,
+        scale_by_t2=scale_by_t2,
+        ignore_mask=ignore_mask,
+        divergence=divergence,
+        beta=beta,
+        ce_weight=ce_weight,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+    )
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Return the tensors as a linear layer would take them: under autocast in its dtype, but for fp64."""
+    device = next(x.device.type for x in tensors if x is not None)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def _shape_of_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor with the shape, dtype and device of the logits, and without memory."""
+    return hidden.detach().new_empty(()).expand(*hidden.shape[:-1], weight.shape[0])
 
 
 def dkd_loss(

@@ -5,7 +5,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from unikd_fast.kernels import _checks as checks
-from unikd_fast.losses.functional import GaussianPair, LossTerms, dkd_loss, gaussian_kl, softmax_kl, unikd_loss
+from unikd_fast.losses.functional import (
+    GaussianPair,
+    LossTerms,
+    dkd_loss,
+    gaussian_kl,
+    linear_softmax_kl,
+    softmax_kl,
+    unikd_loss,
+)
 from unikd_fast.values import QuantizedLogits, TopKLogits
 
 
@@ -69,6 +77,64 @@ class SoftmaxKL(_Loss):
     ) -> Tensor:
         """Return L_L for logits (..., K)."""
         return softmax_kl(student_logits, teacher_logits, ignore_mask=ignore_mask, **self.settings)
+
+
+class LinearSoftmaxKL(_Loss):
+    """`linear_softmax_kl` with fixed settings.
+
+    Example:
+        >>> head, hidden, teacher_logits = torch.nn.Linear(4, 10, bias=False), torch.randn(8, 4), torch.randn(8, 10)
+        >>> LinearSoftmaxKL(temperature=2.0)(hidden, head.weight, teacher_logits).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        ce_weight: float = 1.0,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        scale_by_t2: bool = True,
+        ignore_index: int = -100,
+        divergence: str = "forward",
+        beta: float = 0.5,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(
+            ce_weight=ce_weight,
+            temperature=temperature,
+            reduction=reduction,
+            scale_by_t2=scale_by_t2,
+            ignore_index=ignore_index,
+            divergence=divergence,
+            beta=beta,
+            impl=impl,
+        )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: Tensor | QuantizedLogits,
+        teacher_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        ignore_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss for hidden states (..., D) and weights (K, D)."""
+        return linear_softmax_kl(
+            student_hidden,
+            student_weight,
+            teacher,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            ignore_mask=ignore_mask,
+            **self.settings,
+        )
 
 
 class DKDLoss(_Loss):
