@@ -1,8 +1,9 @@
 """Any teacher with any student: a step of training, or a refusal that names methods that work."""
 
+import copy
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -55,23 +56,32 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 WITHOUT = {"hugging face", "own"}
 REFUSED_TEACHERS = {"reviewkd": WITHOUT, "ofd": WITHOUT | {"convnext", "vit", "swin"}}
 REFUSED_STUDENTS = {"ofd": WITHOUT}
+# OFD asks one thing of a teacher and another of a student: it meets every one of both.
+PAIRS = list(itertools.product(NETWORKS, NETWORKS))
+CASES = [(method, *pair) for method in ("unikd", "kd", "reviewkd") for pair in PAIRS]
+CASES += [("ofd", *pair) for pair in PAIRS if pair[0] == "mobilenet" or pair[1] == "resnet"]
 
 
-@pytest.mark.parametrize("method", ["unikd", "kd", "reviewkd", "ofd"])
-@pytest.mark.parametrize(("teacher", "student"), itertools.product(NETWORKS, NETWORKS))
+@cache
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name]()
+
+
+@pytest.mark.parametrize(("method", "teacher", "student"), CASES)
 def test_every_pair_trains_or_is_refused_by_name(method: str, teacher: str, student: str) -> None:
     torch.manual_seed(0)
-    pair = NETWORKS[teacher](), NETWORKS[student]()
+    pair = built(teacher), copy.deepcopy(built(student))  # the Distiller copies the teacher
     if teacher in REFUSED_TEACHERS.get(method, ()) or student in REFUSED_STUDENTS.get(method, ()):
         with pytest.raises(ValueError, match=r"use (a method that needs none|another method), such as unikd, .*kd"):
             Distiller(*pair, method=method, image_size=SIZE)
         return
     distiller = Distiller(*pair, method=method, image_size=SIZE)
-    images = torch.randn(4, 3, SIZE, SIZE)
+    images = torch.randn(2, 3, SIZE, SIZE)
     distiller.fit_teacher([images], steps=1)
     before = [parameter.detach().clone() for parameter in distiller.parameters()]
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
-    loss = distiller(images, torch.arange(4))
+    loss = distiller(images, torch.arange(2))
     loss.total.backward()
     optimizer.step()
     assert loss.total.isfinite()
