@@ -4,6 +4,7 @@ The ranks of a run are what torchrun or DeepSpeed's launcher would start: the sa
 and exit codes of their own. What the launchers themselves do, `real_runs.launch` shows.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -20,8 +21,15 @@ import torch
 from support.free_ports import free_port
 
 LIMIT_S = 300
-# Once for all processes: nothing of it computes, so that the server can be forked.
-_IMPORTED = ["unikd_fast.cli", "unikd_fast.engine.run", "deepspeed", "torchvision"]
+# Once for all processes: nothing of it computes, so that the server can be forked. DeepSpeed would import the last for
+# ZeRO, and with it all of torch.compile.
+_IMPORTED = [
+    "unikd_fast.cli",
+    "unikd_fast.engine.run",
+    "deepspeed",
+    "torchvision",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 def _process(target: Callable[..., None], *arguments: Any) -> Any:
@@ -124,6 +132,7 @@ class Ranks:
 
 
 def _rank(body: Callable[[], int], variables: dict[str, str], said: list[Path]) -> None:
+    gc.freeze()  # what was imported stays the server's: to look through it would copy it
     os.setsid()
     signal.alarm(LIMIT_S)  # ends it where the test was killed before it could
     for number, path in enumerate(said, 1):
