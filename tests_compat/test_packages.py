@@ -55,6 +55,7 @@ def test_the_names_users_import_are_replaced() -> None:
     with patch("torchdistill", device=DEVICE), patch("liger", device=DEVICE):
         assert torchdistill_names["KDLoss"].__module__ == "unikd_fast.compat.torchdistill"
         assert liger.LigerJSD.__module__ == liger.LigerKLDIVLoss.__module__ == "unikd_fast.compat.liger"
+        assert liger.LigerFusedLinearJSD.__module__ == "unikd_fast.compat.liger"
     assert torchdistill_names["KDLoss"].__module__ == "torchdistill.losses.mid_level"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from support.loss_inputs import randn
 from support.oracles import assert_same, jsd, jsd_terms
 from unikd_fast import softmax_kl
-from unikd_fast.compat.liger import LigerJSD, LigerKLDIVLoss
+from unikd_fast.compat.liger import LigerFusedLinearJSD, LigerJSD, LigerKLDIVLoss
 from unikd_fast.compat.trl import generalized_jsd_loss
 
 N, K = 6, 5
@@ -112,6 +112,49 @@ class TestLigerJSD:
             LigerJSD(1.5)(unnormalised(1), unnormalised(2))
         with pytest.raises(ValueError, match="reduction must be one of mean, batchmean, sum, none, got 'avg'"):
             LigerKLDIVLoss(reduction="avg")(unnormalised(1), unnormalised(2))
+
+
+class TestLigerFusedLinearJSD:
+    STUDENT, TEACHER = (randn(N, 3, seed=1), randn(K, 3, seed=2)), (randn(N, 4, seed=3), randn(K, 4, seed=4))
+
+    @pytest.mark.parametrize("labels", [None, torch.tensor([0, 7, 2, 7, 7, 3])])
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_formula(self, beta: float, labels: Tensor | None) -> None:
+        kept = torch.ones(N, dtype=torch.bool) if labels is None else labels != 7
+
+        def oracle(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+            logits = hidden @ weight.T, (teacher @ teacher_weight.T).detach()
+            return jsd_terms(*logits, beta, 2.0)[kept].sum() / kept.sum()
+
+        loss = LigerFusedLinearJSD(beta, ignore_index=7, temperature=2.0)
+        assert_same(lambda *x: loss(*x, labels), oracle, *self.STUDENT, *self.TEACHER)
+
+    def test_it_is_liger_jsd_of_the_log_probabilities(self) -> None:
+        (hidden, weight), (teacher, teacher_weight) = self.STUDENT, self.TEACHER
+        labels = torch.tensor([0, -100, 2, 1, -100, 3])
+        log_q, log_p = (hidden @ weight.T).log_softmax(-1), (teacher @ teacher_weight.T).log_softmax(-1)
+        for beta in BETAS:
+            fused = LigerFusedLinearJSD(beta)(hidden, weight, teacher, teacher_weight, labels)
+            torch.testing.assert_close(fused, LigerJSD(beta)(log_q, log_p, labels))
+
+    def test_no_rows_kept_give_0(self) -> None:
+        labels = torch.full((N,), -100)
+        assert LigerFusedLinearJSD()(*self.STUDENT, *self.TEACHER, labels).item() == 0
+
+    def test_half_precision_gives_fp32(self) -> None:
+        inputs = [x.bfloat16() for x in (*self.STUDENT, *self.TEACHER)]
+        assert LigerFusedLinearJSD(accum_dtype=torch.bfloat16)(*inputs, None).dtype == torch.float32
+
+    def test_refusals(self) -> None:
+        inputs = [*self.STUDENT, *self.TEACHER]
+        with pytest.raises(ValueError, match=r"shift_labels must be \(6,\), one per row, got \(5,\)"):
+            LigerFusedLinearJSD()(*inputs, torch.zeros(5))
+        with pytest.raises(ValueError, match=r"LigerFusedLinearJSD: jsd_beta must lie in \[0, 1\], got -1"):
+            LigerFusedLinearJSD(-1)(*inputs, None)
+        with pytest.raises(
+            ValueError, match=r"accum_dtype must be that of the weight, torch\.float64, got torch\.float32"
+        ):
+            LigerFusedLinearJSD(accum_dtype=torch.float32)(*inputs, None)
 
 
 class TestTRL:

@@ -26,6 +26,8 @@ class Case(NamedTuple):
 
 _ROWS: tuple[tuple[int, ...], ...] = ((64, 100), (32, 1000))
 _MAPS: tuple[tuple[int, ...], ...] = (*_ROWS, (4, 19, 6, 5))
+_FUSED_ROWS = 64
+_FUSED: tuple[tuple[int, ...], ...] = ((_FUSED_ROWS + 100, 32), (_FUSED_ROWS + 1000, 32))
 _TOKENS: tuple[tuple[int, ...], ...] = ((4, 9, 257),)
 
 
@@ -90,6 +92,13 @@ def _liger_kl(settings: dict[str, Any], loss: Loss, s: Tensor, t: Tensor) -> Ten
 
 def _liger_jsd(beta: float, labelled: bool, loss: Loss, s: Tensor, t: Tensor) -> Tensor:
     return loss(beta)(s, t, _some_ignored(s.shape[:1], s.device) if labelled else None)
+
+
+def _liger_fused_jsd(beta: float, labelled: bool, temperature: float, loss: Loss, s: Tensor, t: Tensor) -> Tensor:
+    """Return the loss of hidden states and weights, which lie below each other so that both get a gradient."""
+    labels = _some_ignored((_FUSED_ROWS,), s.device) if labelled else None
+    (hidden, weight), (teacher, teacher_weight) = ((x[:_FUSED_ROWS], x[_FUSED_ROWS:] / 16) for x in (s, t))
+    return loss(beta, temperature=temperature)(hidden, weight, teacher, teacher_weight, labels)
 
 
 def _liger_eps(eps: float) -> float:
@@ -197,6 +206,16 @@ LIGER_JSD = _over(
     },
     _log_softmax,
     _log_softmax,
+)
+LIGER_FUSED_JSD = _over(
+    _FUSED,
+    {
+        f"β = {beta:g}, τ = {temperature:g}{', shift_labels' * labelled}": partial(
+            _liger_fused_jsd, beta, labelled, temperature
+        )
+        for beta, temperature in ((0.0, 1.0), (0.1, 2.0), (0.5, 1.0), (1.0, 2.0))
+        for labelled in (False, True)
+    },
 )
 TRL = _over(
     (*_TOKENS, (2, 5, 1000)),

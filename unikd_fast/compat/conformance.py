@@ -28,17 +28,18 @@ _INTRODUCTION = """# Conformance
 <!-- Written by `make conformance`; do not edit. -->
 
 How closely each drop-in of `unikd_fast.compat` agrees with what it stands in for, on random inputs: logits normal with
-a standard deviation of 3 (log-probabilities and probabilities of such logits for Liger), seeds {seeds}, the shapes and
-settings of `unikd_fast/compat/_cases.py`. Gradients are by the student's and by the teacher's inputs; one that only
-one side has would be an infinite difference. For `dkd_loss` the teacher is a constant: the original's gradient for it
-is NaN, the drop-in's is not.
+a standard deviation of 3 (for Liger log-probabilities and probabilities of such logits, or hidden states and weights),
+seeds {seeds}, the shapes and settings of `unikd_fast/compat/_cases.py`. Gradients are by the student's and by the
+teacher's inputs; one that only one side has would be an infinite difference. For `dkd_loss` the teacher is a constant:
+the original's gradient for it is NaN, the drop-in's is not.
 
 - **value, gradient**: the largest difference from the original, and in parentheses relative to the largest entry of
   the original's value or gradient.
 - **own error**: the largest relative error, value / gradient, against the original in fp64 on the same rounded inputs;
   for Liger, which computes in fp32 at most, against the drop-in in fp64. The drop-ins compute in fp32 whatever the
   inputs, and most originals in the dtype of the inputs: in bf16 the difference is their rounding, as this shows.
-  Gradients are rounded to bf16 by both, as is the cross-entropy that some losses add.
+  Gradients are rounded to bf16 by both, as are the cross-entropy that some losses add and the logits that
+  `LigerFusedLinearJSD` makes.
 - "the formula, restated" marks a codebase that no package index holds, or a release too old to install beside the
   others: its formula is restated in `unikd_fast/compat/_published.py`.
 

@@ -128,6 +128,12 @@ PRESETS: dict[str, Preset] = {
             Target(
                 ("liger_kernel.transformers.jsd:LigerJSD",), _HERE + "liger:LigerJSD", cases.LIGER_JSD, in_fp64=False
             ),
+            Target(
+                ("liger_kernel.transformers.fused_linear_jsd:LigerFusedLinearJSD",),
+                _HERE + "liger:LigerFusedLinearJSD",
+                cases.LIGER_FUSED_JSD,
+                in_fp64=False,
+            ),
         ),
     ),
     "trl": Preset(
