@@ -20,97 +20,134 @@ import triton
 import triton.language as tl
 
 from unikd_fast.kernels._blend_device import through_the_blend
-from unikd_fast.kernels._pooled_device import load_centred, row_of
+from unikd_fast.kernels._pooled_device import (
+    load_centred,
+    number,
+    offsets_in_image,
+    pixels_before,
+    pixels_of,
+    quotient,
+    reciprocal_of,
+    row_of,
+    seen_before,
+    within,
+)
 
 
 @triton.jit
-def groups_of(N, LARGEST: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
+def groups_of(N, LARGEST, P, BLOCK_P: tl.constexpr):
     """The number of programs that share the pixels of a level."""
-    return tl.minimum(N * ((P + BLOCK_P - 1) // BLOCK_P), LARGEST)
+    return tl.minimum(N * tl.cdiv(P, BLOCK_P), LARGEST)
 
 
 @triton.jit
-def _seen_gradient(grad_seen, grad_a, r, p, LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
-    """∂S at the pixels p, (rows, pixels): for the own gate's taps it is ∂a, shifted back."""
-    P: tl.constexpr = H * W
-    total = tl.zeros([r.shape[0], p.shape[0]], tl.float32)
-    if LEVEL > 0:
-        inside = (r < 9 * LEVEL)[:, None] & (p < P)[None, :]
-        total += tl.load(grad_seen + r[:, None].to(tl.int64) * P + p[None, :], mask=inside, other=0.0)
+def parts_before(GROUPS, LEVEL: tl.constexpr, ROWS: tl.constexpr, CS: tl.constexpr):
+    """Where the parts of ∂M of a level begin."""
+    total = 0
+    for i in tl.static_range(LEVEL):
+        total += number(GROUPS, i) * (ROWS[i] * (CS[i] + 1))
+    return total
+
+
+@triton.jit
+def _seen_gradient(
+    grad_seen, grad_a, item, N, r, HS, WS,
+    L: tl.constexpr, LEVEL: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """∂S at the pixels of an item, (rows, pixels), 0 past the last: for the own gate's taps it is ∂a, shifted back."""
+    GATES: tl.constexpr = L - 1
+    H = number(HS, LEVEL)
+    W = number(WS, LEVEL)
+    P = H * W
+    blocks_p = tl.cdiv(P, BLOCK_P)
+    image = (N - 1 - item // blocks_p).to(tl.int64)
+    p = item % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tl.where(image >= 0, p, P)
+    grad_seen += image * seen_before(HS, WS, L)
+    grad_a += image * pixels_before(HS, WS, L)
+    blended = grad_seen + r[:, None].to(tl.int64) * P + p[None, :]
+    inside = (r < 9 * LEVEL)[:, None] & (p < P)[None, :]
     if LEVEL < GATES:
         tap = r - 9 * LEVEL
-        y = (p // W)[None, :] - (tap // 3 - 1)[:, None]
-        x = (p % W)[None, :] - (tap % 3 - 1)[:, None]
-        inside = ((tap >= 0) & (tap < 9))[:, None] & (p < P)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        total += tl.load(grad_a + y * W + x, mask=inside, other=0.0)
-    return total
+        row = quotient(p, reciprocal_of(W))
+        y = row[None, :] - (tap // 3 - 1)[:, None]
+        x = (p - row * W)[None, :] - (tap % 3 - 1)[:, None]
+        there = (p < P)[None, :] & within(y, H) & within(x, W) & ((tap >= 0) & (tap < 9))[:, None]
+        shifted = grad_a + (p[None, :] - ((tap // 3 - 1) * W + (tap % 3 - 1))[:, None])
+        if LEVEL == 0:
+            return tl.load(shifted, mask=there, other=0.0)
+        return tl.load(tl.where((tap < 0)[:, None], blended, shifted), mask=inside | there, other=0.0)
+    else:
+        return tl.load(blended, mask=inside, other=0.0)
 
 
 @triton.jit
 def _feature_gradient(
     feature, mean, slope, offset, matrix, gates, remaining, grad_average, grad_blend, grad_seen, grad_a, grad_feature,
-    parts, N, program, groups,
-    LEVEL: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-    SC: tl.constexpr, SP: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, PIXEL_SIZE: tl.constexpr,
-    SEEN_SIZE: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, EXACT: tl.constexpr,
-    FINE_H: tl.constexpr, FINE_W: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
-    FINE_SC: tl.constexpr, FINE_SP: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-    REACH_Y: tl.constexpr, REACH_X: tl.constexpr, NEAREST: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    parts, N, program, groups, HS, WS, REACH_Y, REACH_X,
+    L: tl.constexpr, LEVEL: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr, FINE_LAYOUT: tl.constexpr,
+    COLUMN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, EXACT: tl.constexpr,
+    NEAREST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    P: tl.constexpr = H * W
-    BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    P = pixels_of(number(HS, LEVEL), number(WS, LEVEL), LAYOUT)
+    blocks_p = tl.cdiv(P, BLOCK_P)
+    pixel_size = pixels_before(HS, WS, L)
     element = feature.dtype.element_ty
     if EXACT:
         element = tl.float32
     c = program % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     group = program // BLOCKS_C
     r = tl.arange(0, ROWS_PADDED)
-    rows = row_of(r, LEVEL, GATES).to(tl.int64)
+    rows = row_of(r, LEVEL, L - 1).to(tl.int64)
     total = tl.zeros([ROWS_PADDED, BLOCK_C], tl.float32)
-    bias_total = tl.zeros([ROWS_PADDED], tl.float32)
+    bias_total = tl.zeros([ROWS_PADDED, BLOCK_P], tl.float32)
     if ROWS > 0:
         inside = (r < ROWS)[:, None] & (c < C)[None, :]
-        m = tl.load(matrix + COLUMN + rows[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
-        m_t = tl.trans(m).to(element)
-    for item in range(group, N * BLOCKS_P, groups):
-        image = (0 * group + item).to(tl.int64) // BLOCKS_P  # the interpreter counts in Python
-        p = item % BLOCKS_P * BLOCK_P + tl.arange(0, BLOCK_P)
+        m = tl.load(matrix + COLUMN + rows[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0).to(element)
+        ahead = _seen_gradient(grad_seen, grad_a, group, N, r, HS, WS, L, LEVEL, BLOCK_P)
+    for counted in range(group, N * blocks_p, groups):
+        item = 0 * group + counted  # the interpreter counts in Python
+        # The last image first: it was read last, and may still be in the cache.
+        image = (N - 1 - item // blocks_p).to(tl.int64)
+        p = item % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
         at = image * (C * P)
         if ROWS > 0:
-            seen = _seen_gradient(grad_seen + image * SEEN_SIZE, grad_a + image * PIXEL_SIZE, r, p, LEVEL, GATES, H, W)
-            bias_total += tl.sum(seen, axis=1)
-            seen = seen.to(element)
+            bias_total += ahead
+            seen = ahead.to(element)
+            # Loaded an item ahead, in registers: as an operand it would be read in fp32 from shared memory, twice.
+            ahead = _seen_gradient(grad_seen, grad_a, item + groups, N, r, HS, WS, L, LEVEL, BLOCK_P)
         if parts is not None:
             if ROWS > 0:
-                x = load_centred(feature + at, mean, c, p, C, P, SC, SP, COLUMN, EXACT)
-                total += tl.dot(seen, tl.trans(x), input_precision="ieee")
+                x = load_centred(feature + at, mean, c[None, :], p[:, None], P, C, LAYOUT, COLUMN, EXACT)
+                total = tl.dot(seen, x, total, input_precision="ieee")
         if grad_feature is not None:
             if grad_blend is not None:
-                grad = through_the_blend(
-                    grad_blend + image * (C * FINE_H * FINE_W), gates + image * PIXEL_SIZE, c, p, LEVEL, C,
-                    FINE_H, FINE_W, SMALL_H, SMALL_W, FINE_SC, FINE_SP, RY, RX, REACH_Y, REACH_X,
-                    NEAREST,
+                grad = tl.trans(
+                    through_the_blend(
+                        grad_blend + image * (C * number(HS, 0) * number(WS, 0)), gates + image * pixel_size, c, p,
+                        number(HS, 0), number(WS, 0), number(HS, 1 % L), number(WS, 1 % L), number(REACH_Y, 0),
+                        number(REACH_X, 0), LEVEL, C, FINE_LAYOUT, NEAREST,
+                    )
                 )  # fmt: skip
             else:
-                w = tl.load(gates + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
-                w *= tl.load(remaining + image * PIXEL_SIZE + p, mask=p < P, other=0.0)
-                grad = tl.load(grad_average + image * COLUMNS + c, mask=c < C, other=0.0)[:, None] * w[None, :]
+                w = tl.load(gates + image * pixel_size + p, mask=p < P, other=0.0)
+                w *= tl.load(remaining + image * pixel_size + p, mask=p < P, other=0.0)
+                grad = tl.load(grad_average + image * COLUMNS + c, mask=c < C, other=0.0)[None, :] * w[:, None]
             if ROWS > 0:
-                grad += tl.dot(m_t, seen, input_precision="ieee")
+                grad = tl.dot(tl.trans(seen), m, grad, input_precision="ieee")
             if slope is not None:
-                x = load_centred(feature + at, mean, c, p, C, P, SC, SP, COLUMN, True)
-                grad += x * tl.load(slope + COLUMN + c, mask=c < C, other=0.0)[:, None]
-                grad += tl.load(offset + COLUMN + c, mask=c < C, other=0.0)[:, None]
-            out = grad_feature + at + c[:, None].to(tl.int64) * SC + p[None, :].to(tl.int64) * SP
-            tl.store(out, grad.to(grad_feature.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
+                x = load_centred(feature + at, mean, c[None, :], p[:, None], P, C, LAYOUT, COLUMN, True)
+                grad += x * tl.load(slope + COLUMN + c, mask=c < C, other=0.0)[None, :]
+                grad += tl.load(offset + COLUMN + c, mask=c < C, other=0.0)[None, :]
+            out = grad_feature + at + offsets_in_image(c[None, :], p[:, None], P, C, LAYOUT)
+            tl.store(out, grad.to(grad_feature.dtype.element_ty), mask=(c < C)[None, :] & (p < P)[:, None])
     if parts is not None:
         if ROWS > 0:
             part = parts + group * (ROWS * (C + 1)) + r.to(tl.int64) * (C + 1)
             tl.store(part[:, None] + c[None, :], total, mask=(r < ROWS)[:, None] & (c < C)[None, :])
             if program % BLOCKS_C == 0:
-                tl.store(part + C, bias_total, mask=r < ROWS)
+                tl.store(part + C, tl.sum(bias_total, axis=1), mask=r < ROWS)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -120,35 +157,27 @@ def feature_gradient_kernel(
     slope_ptr,  # (COLUMNS,), or None
     offset_ptr,
     matrix_ptr,  # (18 G, COLUMNS) in the features' dtype, or None without gates
-    gate_ptr,  # (N, PIXEL_SIZE)
-    remaining_ptr,  # (N, PIXEL_SIZE)
+    gate_ptr,  # (N, pixels of all levels)
+    remaining_ptr,  # the same
     grad_average_ptr,  # (N, COLUMNS), or None for a blend
     grad_blend_ptr,  # (N, C, P) of the finer of two levels, as it; or None for averages
-    grad_seen_ptr,  # (N, SEEN_SIZE), or None without gates
-    grad_a_ptr,  # (N, PIXEL_SIZE), or None without gates
+    grad_seen_ptr,  # (N, what the finer gates' taps see), or None without gates
+    grad_a_ptr,  # (N, pixels of all levels)
     grad_features,  # as the features, or None
     parts_ptr,  # (groups, rows, C + 1) of each level, or None
     N,
+    HS,  # of each level, `number`
+    WS,
+    GROUPS,  # at most, of each level
+    REACH_Y,  # of each transition, and one more
+    REACH_X,
     L: tl.constexpr,
-    HS: tl.constexpr,
-    WS: tl.constexpr,
     CS: tl.constexpr,
-    SCS: tl.constexpr,
-    SPS: tl.constexpr,
+    LAYOUTS: tl.constexpr,
     COLUMN: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    PIXEL_SIZE: tl.constexpr,
-    SEEN: tl.constexpr,
-    SEEN_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    RYS: tl.constexpr,
-    RXS: tl.constexpr,
-    REACH_Y: tl.constexpr,
-    REACH_X: tl.constexpr,
     NEAREST: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -156,31 +185,30 @@ def feature_gradient_kernel(
 ):
     first = 0
     for i in tl.static_range(L):
-        groups = groups_of(N, GROUPS[i], HS[i] * WS[i], BLOCK_P)
+        groups = groups_of(N, number(GROUPS, i), number(HS, i) * number(WS, i), BLOCK_P)
         end = first + groups * ((CS[i] + BLOCK_C - 1) // BLOCK_C)
         if (tl.program_id(0) >= first) & (tl.program_id(0) < end):
             parts = parts_ptr
             if parts_ptr is not None:
-                parts = parts_ptr + PARTS[i]
+                parts = parts_ptr + parts_before(GROUPS, i, ROWS, CS)
             grad_seen = grad_seen_ptr
             grad_a = grad_a_ptr
             if L > 1:
-                grad_seen = grad_seen_ptr + SEEN[i]
-                grad_a = grad_a_ptr + PIXELS[i]
+                grad_seen = grad_seen_ptr + seen_before(HS, WS, i)
+                grad_a = grad_a_ptr + pixels_before(HS, WS, i)
             gates = gate_ptr
             remaining = remaining_ptr
             grad_average = grad_average_ptr
             if grad_blend_ptr is None:
-                gates = gate_ptr + PIXELS[i]
-                remaining = remaining_ptr + PIXELS[i]
+                gates = gate_ptr + pixels_before(HS, WS, i)
+                remaining = remaining_ptr + pixels_before(HS, WS, i)
                 grad_average = grad_average_ptr + COLUMN[i]
             _feature_gradient(
                 features[i], mean_ptr, slope_ptr, offset_ptr, matrix_ptr, gates, remaining, grad_average,
                 grad_blend_ptr, grad_seen, grad_a, grad_features[i], parts, N,
-                tl.program_id(0) - first, groups,
-                i, L - 1, HS[i], WS[i], CS[i], SCS[i], SPS[i], COLUMN[i], COLUMNS, PIXEL_SIZE, SEEN_SIZE,
-                ROWS[i], ROWS_PADDED[i], EXACT, HS[0], WS[0], HS[1 % L], WS[1 % L], SCS[0], SPS[0],
-                RYS[0], RXS[0], REACH_Y[0], REACH_X[0], NEAREST, BLOCK_P, BLOCK_C,
+                tl.program_id(0) - first, groups, HS, WS, REACH_Y, REACH_X,
+                L, i, CS[i], LAYOUTS[i], LAYOUTS[0], COLUMN[i], COLUMNS, ROWS[i], ROWS_PADDED[i], EXACT,
+                NEAREST, BLOCK_P, BLOCK_C,
             )  # fmt: skip
         first = end
 
@@ -207,14 +235,14 @@ def sum_parts_kernel(
     parts_ptr,
     grad_matrix_ptr,  # (18 G, COLUMNS), 0 where a row does not look at a level
     N,
+    HS,
+    WS,
+    GROUPS,
     L: tl.constexpr,
-    PS: tl.constexpr,
     CS: tl.constexpr,
     COLUMN: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -227,9 +255,9 @@ def sum_parts_kernel(
                 row = r + 9 * (L - 1)
             out = grad_matrix_ptr + row.to(tl.int64) * COLUMNS
             _sum_parts(
-                parts_ptr + PARTS[i], out + COLUMN[i], out + COLUMN[L] + i,
-                groups_of(N, GROUPS[i], PS[i], BLOCK_P), r, (tl.program_id(0) - FIRST[i]) // ROWS[i],
-                CS[i], ROWS[i], BLOCK,
+                parts_ptr + parts_before(GROUPS, i, ROWS, CS), out + COLUMN[i], out + COLUMN[L] + i,
+                groups_of(N, number(GROUPS, i), number(HS, i) * number(WS, i), BLOCK_P), r,
+                (tl.program_id(0) - FIRST[i]) // ROWS[i], CS[i], ROWS[i], BLOCK,
             )  # fmt: skip
 
 
@@ -243,8 +271,9 @@ def norm_gradient_kernel(
     slope_ptr,  # (COLUMNS,), filled where there are channels
     offset_ptr,
     N,
+    HS,
+    WS,
     L: tl.constexpr,
-    PS: tl.constexpr,
     COLUMN: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -255,10 +284,10 @@ def norm_gradient_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < COLUMN[L]
     level = tl.zeros([BLOCK_C], tl.int32)
-    pixels = tl.full([BLOCK_C], PS[0], tl.int32)
+    pixels = tl.zeros([BLOCK_C], tl.int32) + number(HS, 0) * number(WS, 0)
     for i in tl.static_range(1, L):
         level = tl.where(c >= COLUMN[i], i, level)
-        pixels = tl.where(c >= COLUMN[i], PS[i], pixels)
+        pixels = tl.where(c >= COLUMN[i], number(HS, i) * number(WS, i), pixels)
     beside = COLUMN[L] + level
     drift = tl.zeros([BLOCK, BLOCK_C], tl.float32)
     stretch = tl.zeros([BLOCK, BLOCK_C], tl.float32)

@@ -18,10 +18,9 @@ from torch import Tensor
 from unikd_fast.kernels._autograd import FusedFunction
 from unikd_fast.kernels._blend_device import blend_kernel, gate_gradient_kernel
 from unikd_fast.kernels._launch import MAX_PROGRAMS, Launch, describe, on_device
-from unikd_fast.kernels._pooled_plan import plan_for
+from unikd_fast.kernels._pooled_plan import Level, layout_of, levels_of, plan_for
 from unikd_fast.kernels.pixel_weights import (
     ScalarMaps,
-    axis_of,
     empty_maps,
     pixel_weights_backward,
     pixel_weights_forward,
@@ -30,8 +29,6 @@ from unikd_fast.kernels.pooled_fusion import averages, dense, feature_gradients,
 from unikd_fast.kernels.reference import autocast_off
 from unikd_fast.kernels.reference_fusion import check_blend
 from unikd_fast.kernels.reference_pooled import TAPS
-
-Level = tuple[int, int, int, bool]  # (C, H, W, channels_last)
 
 
 def fused_blend(
@@ -66,56 +63,39 @@ def fused_blend(
 
 
 class BlendPlan(NamedTuple):
-    """Sizes and constants of the kernels that see both levels; none depends on the number of images."""
+    """Sizes, and arguments of the kernels that see both levels; none depends on the number of images."""
 
     blocks: int  # of fine pixels
     constants: dict[str, Any]
 
 
 def blend_plan(fine: Tensor, coarse: Tensor, upsample: str) -> BlendPlan:
-    return plan_of(_level(fine), _level(coarse), upsample, fine.device)
-
-
-def _level(x: Tensor) -> Level:
-    _, c, h, w = x.shape
-    return c, h, w, not x.is_contiguous()
+    return plan_of(*levels_of([fine, coarse]), upsample, fine.device)
 
 
 @functools.lru_cache(maxsize=256)
 def plan_of(fine: Level, coarse: Level, upsample: str, device: torch.device) -> BlendPlan:
     channels, h, w, _ = fine
     _, small_h, small_w, _ = coarse
-    y, x = axis_of(small_h, h, upsample), axis_of(small_w, w, upsample)
     description = describe(device)
     launch = Launch(1, 64, True, 128 // description.warp_size, MAX_PROGRAMS, description.amd)
-    block_p, block_c = (min(size, max(16, triton.next_power_of_2(x))) for size, x in ((32, h * w), (64, channels)))
-    (sc, sp), (small_sc, small_sp) = _strides(fine), _strides(coarse)
+    block_p, block_c = 32, min(64, max(16, triton.next_power_of_2(channels)))
     return BlendPlan(
         math.ceil(h * w / block_p),
         {
-            "C": channels,
             "H": h,
             "W": w,
             "SMALL_H": small_h,
             "SMALL_W": small_w,
-            "SC": sc,
-            "SP": sp,
-            "SMALL_SC": small_sc,
-            "SMALL_SP": small_sp,
-            "RY": y.ratio,
-            "RX": x.ratio,
+            "C": channels,
+            "LAYOUT": layout_of(*fine[1:]),
+            "SMALL_LAYOUT": layout_of(*coarse[1:]),
             "NEAREST": upsample == "nearest",
             "BLOCK_P": block_p,
             "BLOCK_C": block_c,
             **launch.options,
         },
     )
-
-
-def _strides(level: Level) -> tuple[int, int]:
-    """Return (channel stride, pixel stride)."""
-    channels, h, w, channels_last = level
-    return (1, channels) if channels_last else (h * w, 1)
 
 
 def _laid_out_as(x: Tensor, upstream: Tensor) -> Tensor:
@@ -140,7 +120,7 @@ def _forward(tensors: Sequence[Tensor], output: Tensor, saved: Sequence[Tensor],
         pixel_weights_forward(maps, own, bias, plan.layout, upsample)
         blend = blend_plan(levels[0], levels[1], upsample)
         blend_kernel[(len(output) * blend.blocks,)](
-            *levels, maps.gates, output, GATE_N=plan.layout.pixel_size, **blend.constants,
+            *levels, maps.gates, output, **blend.constants,
         )  # fmt: skip
 
 
@@ -162,7 +142,7 @@ def _backward(
             grad_gates = torch.zeros_like(gates)
             blend = blend_plan(levels[0], levels[1], upsample)
             gate_gradient_kernel[(len(gates) * blend.blocks,)](
-                *levels, upstream, grad_gates, GATE_N=plan.layout.pixel_size, **blend.constants,
+                *levels, upstream, grad_gates, **blend.constants,
             )  # fmt: skip
             # Between two levels nothing is blended that a finer gate would look at.
             maps = ScalarMaps(gates, gates, gates, torch.ones_like(gates))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from unikd_fast.kernels._launch import MAX_PROGRAMS, Launch, describe, on_device
@@ -27,74 +28,85 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 class Geometry(NamedTuple):
-    """The layout of the levels in the buffers of one image: constants of the kernel, nothing on a device."""
+    """The levels' sizes, which the kernels take as arguments, and those of the buffers of one image."""
 
     heights: tuple[int, ...]
     widths: tuple[int, ...]
-    pixels: tuple[int, ...]  # offset of each level in a buffer of one map a level
-    seen: tuple[int, ...]  # in that of what the finer gates' taps see
-    own: tuple[int, ...]  # in that of what the own gate's taps see
-    state: tuple[int, ...]  # in that of Z
-    pixel_size: int
-    seen_size: int
-    own_size: int
-    state_size: int
-    ratio_y: tuple[int, ...]
-    ratio_x: tuple[int, ...]
-    reach_y: tuple[int, ...]
+    reach_y: tuple[int, ...]  # of each transition, fine to coarse, and 1: there is always one
     reach_x: tuple[int, ...]
-
-
-class Axis(NamedTuple):
-    """Up along one axis."""
-
-    ratio: int  # r where the fine position i is a copy of the coarse i // r, else 0
-    reach: int  # how many fine positions from the first on a coarse one reaches at most
+    reach: tuple[int, ...]  # of both axes, in whole steps
+    pixel_size: int  # of a buffer of one map a level
+    seen_size: int  # of what the finer gates' taps see
+    own_size: int  # of what the own gate's taps see
+    state_size: int  # of Z
+    table_size: int  # in the scratch memory of an image
+    scratch_size: int
 
 
 @functools.lru_cache(maxsize=256)
-def axis_of(coarse: int, fine: int, upsample: str) -> Axis:
-    """Return what `_resize_device` needs to know about an axis, from PyTorch's interpolation of the unit vectors.
+def reach_of(coarse: int, fine: int, upsample: str) -> int:
+    """Return how many fine positions of an axis, from the first on, a coarse one reaches at most.
 
-    A first position may be one too early where the two round differently: its weight is 0.
+    That is what Upᵀ visits: from PyTorch's interpolation of the unit vectors. A first position
+    (`_resize_device.first_reached`) may be one too early where the two round differently: its weight is 0.
     """
     unit_vectors = torch.eye(coarse, dtype=torch.float32, device="cpu")[None, None]
     used = resize(unit_vectors, (fine, coarse), upsample)[0, 0] != 0  # (fine, coarse); columns stay as they are
     rows, columns = torch.arange(fine, device="cpu"), torch.arange(coarse, device="cpu")
-    ratio = -(-fine // coarse)
-    if torch.equal(used, columns == rows[:, None] // ratio):
-        return Axis(ratio, ratio)
     first = (columns * fine + coarse - 1) // coarse
     if upsample == "bilinear":
         first = ((2 * columns - 1) * fine + coarse).clamp(min=0) // (2 * coarse)
     last = torch.where(used, rows[:, None], -1).amax(0)
-    return Axis(0, max(int((last - first).max()) + 1, 1))
+    return max(int((last - first).max()) + 1, 1)
 
 
 @functools.lru_cache(maxsize=64)
 def geometry(sizes: Sizes, upsample: str) -> Geometry:
-    """Return the layout for levels of (H_l, W_l), fine to coarse."""
+    """Return the layout for levels of (H_l, W_l), fine to coarse.
+
+    Raises:
+        ValueError: a map has too many pixels for the kernels' divisions (`quotient`).
+    """
+    for level, (h, w) in enumerate(sizes[:-1]):
+        limit = 2**31 // (TAPS * (level + 1))
+        if h * w * max(h, w) >= limit:
+            raise ValueError(
+                f"AFF: at level {level} the kernels take features of H W max(H, W) < {limit}, got {h} x {w} pixels; "
+                f"use impl='reference'"
+            )
     pixels, seen, own, state = map_sizes([h * w for h, w in sizes])
     y, x = (
-        [axis_of(coarse[i], fine[i], upsample) for fine, coarse in itertools.pairwise(sizes)]  # fine to coarse
-        for i in range(2)
+        (*(reach_of(coarse[i], fine[i], upsample) for fine, coarse in itertools.pairwise(sizes)), 1) for i in range(2)
     )
+    # Of a coarse position as many fine ones as are unrolled at a time; one too many has weight 0.
+    step = 2 if upsample == "nearest" else 4
+    reach = tuple(-(-max(pair) // step) * step for pair in zip(y, x, strict=True))
+    tables, columns = [0], [0]
+    for i, ((h, w), (small_h, small_w)) in enumerate(itertools.pairwise(sizes)):
+        tables.append((small_h + small_w) * (reach[i] + 1))
+        # Upᵀ along x of all maps at once, or Up along x for the three rows of a gate's taps.
+        columns.append(max((TAPS * i + 3) * h * small_w, 3 * small_h * w))
     return Geometry(
         tuple(h for h, _ in sizes),
         tuple(w for _, w in sizes),
-        offsets(pixels)[0],
-        offsets(seen)[0],
-        offsets(own)[0],
-        offsets(state)[0],
+        y,
+        x,
+        reach,
         sum(pixels),
         sum(seen),
         sum(own),
         sum(state),
-        tuple(axis.ratio for axis in y),
-        tuple(axis.ratio for axis in x),
-        tuple(axis.reach for axis in y),
-        tuple(axis.reach for axis in x),
+        max(tables),
+        max(tables) + max(columns),
     )
+
+
+def varying(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Return numbers as a launch takes them without a new compilation: odd ones (`_pooled_device.number`).
+
+    Of a tuple Triton makes 1 a constant and multiples of 16 known as such, whatever it is told about the argument.
+    """
+    return tuple(2 * x + 1 for x in numbers)
 
 
 def map_sizes(areas: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -113,29 +125,24 @@ def offsets(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
     return tuple(ends[:-1]), ends[-1]
 
 
-def _constants(layout: Geometry, upsample: str, where: torch.device, *, backward: bool = False) -> dict[str, Any]:
+def _options(layout: Geometry, upsample: str, where: torch.device) -> dict[str, Any]:
     device = describe(where)
-    # One pixel a thread, or two; those of backward would not fit into the registers of sm_120.
-    block = 512 if device.amd or backward else 1024
+    # One pixel of one group of taps a thread: in `_gate_gradient` the copies of a tile that a larger launch would have
+    # could read what has been replaced.
+    block = 512
+    gates = len(layout.heights) - 1
     return {
+        "HS": varying(layout.heights),
+        "WS": varying(layout.widths),
+        "REACH": varying(layout.reach),
+        "TABLES": layout.table_size,
+        "SCRATCH": layout.scratch_size,
+        "TAP_ROWS": 3,
         "L": len(layout.heights),
-        "HS": layout.heights,
-        "WS": layout.widths,
-        "PIXELS": layout.pixels,
-        "SEEN": layout.seen,
-        "OWN": layout.own,
-        "STATE": layout.state,
-        "PIXEL_SIZE": layout.pixel_size,
-        "SEEN_SIZE": layout.seen_size,
-        "OWN_SIZE": layout.own_size,
-        "STATE_SIZE": layout.state_size,
-        "RYS": layout.ratio_y,
-        "RXS": layout.ratio_x,
-        "REACH_Y": layout.reach_y,
-        "REACH_X": layout.reach_x,
+        "GROUPS": tuple(triton.next_power_of_2(max(gate, 1)) for gate in range(gates)),
         "NEAREST": upsample == "nearest",
         "BLOCK": block,
-        **Launch(1, block, True, 512 // device.warp_size, MAX_PROGRAMS, device.amd).options,
+        **Launch(1, block, True, block // device.warp_size, MAX_PROGRAMS, device.amd).options,
     }
 
 
@@ -167,7 +174,7 @@ def pixel_weights_forward(maps: ScalarMaps, own: Tensor, biases: Tensor, layout:
     with on_device(own):
         pixel_weights_kernel[(len(own),)](
             maps.seen, own, biases, maps.gates, maps.states, maps.remaining,
-            **_constants(layout, upsample, own.device),
+            own.new_empty(len(own), layout.scratch_size), **_options(layout, upsample, own.device),
         )  # fmt: skip
 
 
@@ -181,6 +188,6 @@ def pixel_weights_backward(maps: ScalarMaps, grad_weights: Tensor, layout: Geome
     with on_device(gates):
         pixel_weights_backward_kernel[(images,)](
             seen, gates, states, remaining, grad_weights, grads.a, grad_states, grads.seen, grads.biases,
-            **_constants(layout, upsample, gates.device, backward=True),
+            gates.new_empty(images, layout.scratch_size), **_options(layout, upsample, gates.device),
         )  # fmt: skip
     return grads

@@ -212,7 +212,7 @@ def feature_gradients(
         matrix = None if grad_maps is None else composite.to(features[0].dtype)
         feature_gradient_kernel[(plan.gradient_programs(images),)](
             tuple(features), *norm, matrix, gates, remaining, grad_averages, grad_blend, seen, a, tuple(grad_features),
-            parts, images, **plan.feature_gradient,
+            parts, images, **(plan.feature_gradient if grad_blend is None else plan.blend_gradient),
         )  # fmt: skip
     if parts is not None:
         sum_parts_kernel[(plan.sum_programs,)](parts, grad_composite, images, **plan.sum_parts)

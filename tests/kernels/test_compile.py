@@ -113,6 +113,17 @@ def test_channels_last_features_load_16_bytes(reports: Reports) -> None:
 
 
 @pytest.mark.slow
+def test_new_image_size_compiles_nothing() -> None:
+    """The fusions take sizes as arguments: one variant for each kind of launch."""
+    process = python(COMPILE_CHECK, "--variants")
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    found = json.loads(out.splitlines()[-1])
+    assert any(len(kernels) > 7 for kernels in found.values())
+    assert not [(case, x) for case, kernels in found.items() for x in kernels.items() if x[1] > 1]
+
+
+@pytest.mark.slow
 def test_row_offsets_have_64_bits(reports: Reports) -> None:
     assert not [x for rows in reports.values() for x in rows if x["int32_row_offsets"]]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from support.kernel_inputs import drawn, long
 from support.numerics import assert_no_worse_than_eager, outputs_and_gradients, relative_error
 from unikd_fast import AdaptiveFeatureFusion
+from unikd_fast.kernels._pooled_plan import plan_of
 from unikd_fast.kernels.pixel_weights import empty_maps, geometry, pixel_weights_forward
 from unikd_fast.kernels.pooled_fusion import fused_pool
 from unikd_fast.kernels.reference_fusion import fuse_stagewise
@@ -283,6 +284,14 @@ def test_pixel_weights_sum_to_one(upsample: str) -> None:
     torch.testing.assert_close(total, torch.ones_like(total))
     for w, expected in zip(weights, pixel_weights(projections, biases, upsample), strict=True):
         torch.testing.assert_close(w, expected)
+
+
+def test_features_too_large_are_rejected() -> None:
+    geometry(((64, 1024), (32, 512)), "nearest")
+    with pytest.raises(ValueError, match=r"at level 1 .* H W max\(H, W\) < 119304647, got 500 x 500 pixels; use impl="):
+        geometry(((600, 600), (500, 500), (5, 5)), "nearest")
+    with pytest.raises(ValueError, match=r"at most 2\^31 values an image, got 4096 x 512 x 1024; use impl='reference'"):
+        plan_of(((4096, 512, 1024, True),), torch.bfloat16, "nearest", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("examples", [6, long(30)])

@@ -8,28 +8,23 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from unikd_fast.kernels._resize_device import first_reached, reach_weight, up
-from unikd_fast.kernels.pixel_weights import axis_of
+from unikd_fast.kernels._resize_device import axis, first_reached, reach_weight, up
+from unikd_fast.kernels.pixel_weights import reach_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@triton.jit
-def _resize_kernel(
-    x_ptr, out_ptr, weights_ptr,
-    SIZE: tl.constexpr, SMALL: tl.constexpr, RATIO: tl.constexpr, REACH: tl.constexpr, NEAREST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["SIZE", "SMALL", "REACH"])
+def _resize_kernel(x_ptr, out_ptr, weights_ptr, SIZE, SMALL, REACH, NEAREST: tl.constexpr, BLOCK: tl.constexpr):
     """Up of one row, and Upᵀ as a matrix (SMALL, SIZE)."""
     p = tl.arange(0, BLOCK)
-    result = up(x_ptr, 0 * p, p, p < SIZE, 1, SIZE, 1, SMALL, 1, RATIO, NEAREST)
-    tl.store(out_ptr + p, result, mask=p < SIZE)
-    _, first = first_reached(0 * p, p, 1, SIZE, 1, SMALL, 1, RATIO, NEAREST)
+    row = axis(SIZE // SIZE, SIZE // SIZE)
+    along = axis(SIZE, SMALL)
+    tl.store(out_ptr + p, up(x_ptr, 0 * p, p, p < SIZE, row, along, NEAREST), mask=p < SIZE)
+    first = first_reached(p, along, NEAREST)
     for d in range(REACH):
-        fine = first + d
-        inside = (p < SMALL) & (fine < SIZE)
-        weight = reach_weight(0 * p, p, 0 * p, fine, inside, 1, SIZE, 1, SMALL, 1, RATIO, NEAREST)
-        tl.store(weights_ptr + p * SIZE + fine, weight, mask=inside)
+        weight = reach_weight(p, first + d, along, NEAREST)
+        tl.store(weights_ptr + p * SIZE + first + d, weight, mask=(p < SMALL) & (first + d < SIZE))
 
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
@@ -43,11 +38,17 @@ def test_every_pair_of_sizes(upsample: str) -> None:
         (41, 97),
     ]
     for small, size in sizes:
-        axis = axis_of(small, size, upsample)
         x = torch.randn(small, generator=torch.Generator().manual_seed(small)).to(DEVICE)
         up_x, weights = torch.zeros(size, device=DEVICE), torch.zeros(small, size, device=DEVICE)
         _resize_kernel[(1,)](
-            x, up_x, weights, size, small, axis.ratio, axis.reach, upsample == "nearest", triton.next_power_of_2(size)
+            x,
+            up_x,
+            weights,
+            size,
+            small,
+            reach_of(small, size, upsample),
+            upsample == "nearest",
+            triton.next_power_of_2(size),
         )
         mode = {"nearest": "nearest", "bilinear": "linear"}[upsample]
         torch.testing.assert_close(up_x, F.interpolate(x[None, None], size=size, mode=mode)[0, 0], rtol=1e-5, atol=1e-6)
@@ -57,10 +58,10 @@ def test_every_pair_of_sizes(upsample: str) -> None:
             assert torch.equal(weights, matrix)
 
 
-def test_ratio_and_reach_of_an_axis() -> None:
-    """Copies by whole ratios need no look at the positions; a coarse position of ratio 2 is seen by four bilinearly."""
-    assert [axis_of(7, size, "nearest") for size in (7, 14, 21)] == [(1, 1), (2, 2), (3, 3)]
-    assert axis_of(7, 14, "bilinear") == (0, 4)
-    assert axis_of(1, 9, "bilinear") == (9, 9)
-    assert axis_of(7, 7, "bilinear") == (1, 1)
-    assert axis_of(5, 8, "nearest") == (0, 2)
+def test_reach_of_an_axis() -> None:
+    """A coarse position is copied by as many fine ones as the ratio; of ratio 2 it is seen by four bilinearly."""
+    assert [reach_of(7, size, "nearest") for size in (7, 14, 21)] == [1, 2, 3]
+    assert reach_of(7, 14, "bilinear") == 4
+    assert reach_of(1, 9, "bilinear") == 9
+    assert reach_of(7, 7, "bilinear") == 1
+    assert reach_of(5, 8, "nearest") == 2

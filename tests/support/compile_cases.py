@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.compile_check import TARGETS, compile_launch, recorded
+from support.compile_check import TARGETS, compile_key, compile_launch, recorded
 from unikd_fast.kernels import (
     _launch,
     _multiply,
@@ -88,11 +88,19 @@ def multiply_case(classes: int) -> None:
     _multiply.multiply_in_place(pairs)
 
 
-def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str, normalised: bool = False) -> None:
-    """Forward and backward on the features of a ResNet-50 at 224 pixels."""
-    shapes = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+def pooled_case(
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    upsample: str,
+    normalised: bool = False,
+    *,
+    images: int = 2,
+    sizes: Sequence[int] = (56, 28, 14, 7),
+) -> None:
+    """Forward and backward on the features of a ResNet-50, at 224 pixels if nothing is said."""
+    shapes = list(zip((256, 512, 1024, 2048), sizes, strict=True))
     width, gates = 8, len(shapes) - 1
-    features = [torch.zeros(2, c, size, size, dtype=dtype).contiguous(memory_format=layout) for c, size in shapes]
+    features = [torch.zeros(images, c, size, size, dtype=dtype).contiguous(memory_format=layout) for c, size in shapes]
     parameters = [
         [torch.zeros(width, c, 1, 1) for c, _ in shapes],
         [torch.zeros(width) for _ in shapes],
@@ -105,10 +113,12 @@ def pooled_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str, 
     pooled_fusion.fused_pool(features, *parameters, upsample=upsample, statistics=statistics).sum().backward()
 
 
-def blend_case(dtype: torch.dtype, layout: torch.memory_format, upsample: str) -> None:
-    """Forward and backward of the finest stage at 224 pixels."""
+def blend_case(
+    dtype: torch.dtype, layout: torch.memory_format, upsample: str, *, sizes: Sequence[int] = (56, 28)
+) -> None:
+    """Forward and backward of the finest stage, at 224 pixels if nothing is said."""
     width = 256
-    maps = [torch.zeros(2, width, size, size, dtype=dtype).contiguous(memory_format=layout) for size in (56, 28)]
+    maps = [torch.zeros(2, width, size, size, dtype=dtype).contiguous(memory_format=layout) for size in sizes]
     parameters = [torch.zeros(1, 2 * width, 3, 3), torch.zeros(1)]
     for x in (*maps, *parameters):
         x.requires_grad_()
@@ -181,6 +191,36 @@ KERNELS = [
     (pooled_fusion, "sum_parts_kernel"),
     (pooled_fusion, "norm_gradient_kernel"),
 ]
+
+
+# The fusions at several image sizes: multiples of 16, odd, single pixels; contiguous ones with the same whole channels.
+PYRAMIDS = ((56, 28, 14, 7), (64, 32, 16, 8), (57, 29, 15, 8), (9, 5, 3, 1), (112, 1, 1, 1))
+WHOLE = ((56, 28, 14, 7), (40, 20, 10, 5))
+RESIZED: dict[str, list[Callable[[], None]]] = {}
+for upsample in ("nearest", "bilinear"):
+    for name, layout, pyramids in (
+        ("channels_last", torch.channels_last, PYRAMIDS),
+        ("contiguous", torch.contiguous_format, WHOLE),
+    ):
+        RESIZED[f"pooled_fusion-{upsample}-{name}"] = [
+            partial(pooled_case, torch.bfloat16, layout, upsample, True, sizes=sizes) for sizes in pyramids
+        ]
+        RESIZED[f"blend-{upsample}-{name}"] = [
+            partial(blend_case, torch.bfloat16, layout, upsample, sizes=sizes[:2]) for sizes in pyramids
+        ]
+
+
+def variants(name: str) -> dict[str, int]:
+    """Return how many times each kernel is compiled for an entry of `RESIZED`, launches of other kinds apart."""
+    keys: dict[str, set[str]] = {}
+    for case in RESIZED[name]:
+        with recorded([module for module, _ in KERNELS], [kernel for _, kernel in KERNELS]) as recorders:
+            case()
+        for recorder in recorders:
+            for i, (bound, options) in enumerate(recorder.launches):
+                key = compile_key(recorder.kernel, bound, options)
+                keys.setdefault(f"{recorder.kernel.fn.__name__}-{i}", set()).add(key)
+    return {kernel: len(found) for kernel, found in keys.items()}
 
 
 def reports(name: str, targets: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 Run as a process of its own, because `TRITON_INTERPRET` is read when a kernel is defined:
 
-    python tests/support/compile_check.py --list | CASE[:TARGET] [CASE[:TARGET] ...]
+    python tests/support/compile_check.py --list | --variants | CASE[:TARGET] [CASE[:TARGET] ...]
 
-prints one JSON line per compiled launch, for all targets if none is named. The launching code runs on CPU tensors with
-its kernels replaced by a recorder; what it would launch is compiled, and registers and spills are read from the binary.
+prints one JSON line per compiled launch, for all targets if none is named; or how many variants of each kernel the
+image sizes of `RESIZED` need. The launching code runs on CPU tensors with its kernels replaced by a recorder; what it
+would launch is compiled, and registers and spills are read from the binary.
 """
 
 import inspect
@@ -37,7 +38,7 @@ class Recorder:
     """Stands in for a kernel: remembers its launches."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches = kernel, []
+        self.kernel, self.launches, self.grids = kernel, [], []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -46,6 +47,7 @@ class Recorder:
             bound = dict(zip(names, args, strict=False)) | kwargs
             assert set(bound) == set(names), f"{self.kernel.fn.__name__}: {set(names) ^ set(bound)}"
             self.launches.append((bound, options))
+            self.grids.append(grid)
 
         return launch
 
@@ -77,6 +79,14 @@ class WithoutGPU:
 
     def get_current_stream(self, device: str) -> int:
         return 0
+
+
+def compile_key(kernel: Any, bound: dict[str, Any], options: dict[str, Any]) -> str:
+    """Return what Triton looks a launch up by among what it has compiled."""
+    driver.set_active(WithoutGPU(TARGETS["sm_90"]))
+    *_, binder = kernel.device_caches[driver.active.get_current_device()]
+    _, specialization, rest = binder(**bound, **options)
+    return f"{specialization} {rest}"
 
 
 def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], target: str) -> dict[str, Any]:
@@ -164,10 +174,13 @@ def int32_row_offsets(ttir: str) -> int:
 
 if __name__ == "__main__":
     sys.path[:0] = map(str, Path(__file__).parents[1:3])
-    from support.compile_cases import LAUNCHES, reports
+    from support.compile_cases import LAUNCHES, RESIZED, reports, variants
 
     if sys.argv[1:] == ["--list"]:
         print("\n".join(LAUNCHES))
+        sys.exit()
+    if sys.argv[1:] == ["--variants"]:
+        print(json.dumps({name: variants(name) for name in RESIZED}))
         sys.exit()
     for argument in sys.argv[1:]:
         name, _, target = argument.partition(":")
