@@ -8,6 +8,7 @@ import fusion_cases
 import fusion_errors
 import fusion_measurement
 import measurement
+import pooled_model
 import pytest
 import step_share
 import torch
@@ -194,3 +195,33 @@ def test_share_of_a_step(without_a_gpu: None) -> None:
     (target,) = row["targets"]
     assert (target["measured"], target["reached"]) == (100.0, False)
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_the_model_follows_loops() -> None:
+    """A loop of `size` / 64 rounds, in each of which 16 bytes are loaded; a block that thread 0 of program 1 skips."""
+    ptx = """
+    .visible .entry kernel(.param .u32 kernel_param_0)
+    {
+        .reg .pred %p<3>;
+        ld.param.b32 %r1, [kernel_param_0];
+        mov.u32 %r2, %ctaid.x;
+        setp.ne.b32 %p1, %r2, 0;
+        @%p1 bra $L__BB0_2;
+        mul.lo.s32 %r1, %r1, 2;
+    $L__BB0_2:
+        mov.b32 %r3, 0;
+    $L__BB0_3:
+        // begin inline asm
+        @%p2 ld.global.v4.b32 { %r4, %r5, %r6, %r7 }, [ %rd1 + 0 ];
+        // end inline asm
+        add.s32 %r3, %r3, 64;
+        setp.lt.s32 %p1, %r3, %r1;
+        @%p1 bra $L__BB0_3;
+        bar.sync 0;
+        ret;
+    }
+    """
+    program = pooled_model.Program(ptx)
+    assert program.run(0, [640]) == (5 + 1 + 20 * 4 + 2, 20, 1)
+    assert program.run(1, [640]) == (4 + 1 + 10 * 4 + 2, 10, 1)
+    assert program.loaded_bytes(3) == 16
