@@ -49,6 +49,7 @@ def assert_no_worse_than_eager(
     inputs: Sequence[Any],
     *,
     units: float = 1.0,
+    output_units: float | None = None,
     factor: float = 1.0,
     truth: Computation | None = None,
 ) -> None:
@@ -66,6 +67,7 @@ def assert_no_worse_than_eager(
         inputs: arguments; the floating-point tensors are in the dtype under test, and those that require a gradient
             are compared. All must come out unchanged.
         units: how many ε.
+        output_units: how many of an output, whose dtype may be another than the gradients'. If None, as many.
         factor: multiple of the reference's error; above 1 needs a written reason.
         truth: what to run in float64 if that is not `reference`.
 
@@ -81,11 +83,14 @@ def assert_no_worse_than_eager(
     for x, kept in zip(inputs, before, strict=True):
         if isinstance(x, Tensor):
             assert torch.allclose(x, kept, rtol=0, atol=0, equal_nan=True), "an input was changed in place"
-    for kind, position in (("output", 0), ("gradient", 1)):
+    for kind, position, allowed in (
+        ("output", 0, units if output_units is None else output_units),
+        ("gradient", 1, units),
+    ):
         expected, plain, tested = (result[position] for result in results)
         assert len(expected) == len(plain) == len(tested), f"number of {kind}s: {len(plain)} and {len(tested)}"
         for i, (e, p, t) in enumerate(zip(expected, plain, tested, strict=True)):
-            _assert_no_worse(f"{kind} {i}", e, p, t, units=units, factor=factor)
+            _assert_no_worse(f"{kind} {i}", e, p, t, units=allowed, factor=factor)
 
 
 def _double(x: Tensor) -> Tensor:
