@@ -74,7 +74,7 @@ SMALL: dict[str, Any] = {"teacher_head": "anchored", "max_levels": 2, "width": 1
 CASES = [
     pytest.param(WHOLE, 12, ("collapsed", "reference"), id="collapsed"),
     pytest.param({"teacher_head": "prefit", "head_steps": 2}, 12, ("collapsed", "reference"), id="prefit"),
-    pytest.param(SMALL, 2, ("collapsed", "fused"), id="collapsed kernels", marks=pytest.mark.slow),
+    pytest.param(SMALL, 2, ("collapsed", "fused"), id="collapsed kernels", marks=pytest.mark.long),
     pytest.param(SMALL, 4, ("stagewise", "fused"), id="stage-wise kernels", marks=pytest.mark.long),
 ]
 

@@ -66,7 +66,7 @@ def scaled_by_more(config: Path) -> int:
 @pytest.mark.parametrize(
     ("stage", "processes"),
     [
-        (0, 1),
+        pytest.param(0, 1, marks=pytest.mark.long),
         pytest.param(1, 2, marks=pytest.mark.long),
         pytest.param(2, 2, marks=pytest.mark.long),
         pytest.param(3, 2, marks=pytest.mark.long),

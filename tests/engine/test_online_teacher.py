@@ -139,6 +139,7 @@ def test_two_ranks_record_pooled_fidelity(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `test_online_compile` has the compiled teacher itself
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_run_with_a_compiled_teacher(tmp_path: Path) -> None:
     config = write_config(tmp_path, name="compiled", teacher={"compile": "default"}, train={"max_steps": 2})

@@ -13,6 +13,7 @@ from support.crd_inputs import (
     build,
     step,
 )
+from support.long_rounds import long
 
 
 def _one_of_two(rank: int, folder: str) -> None:
@@ -47,9 +48,7 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "stage"), [("fp32", 0), pytest.param("bf16", 0, marks=pytest.mark.long), ("bf16", 3)]
-)
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), long("bf16", 0), long("bf16", 3)])
 def test_a_run_learns_contrastively_and_resumes(tmp_path: Path, precision: str, stage: int) -> None:
     from support.real_runs import (
         cached_config,

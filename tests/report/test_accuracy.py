@@ -174,7 +174,8 @@ def test_the_cost_of_teacher_and_student_is_a_table(tmp_path: Path) -> None:
     assert "on a processor" in table.caption
     written = json.loads(path.read_text())
     write_json(path, {**written, "cost": {**teacher, "latency_ms": {"1": "fast"}}})
-    with pytest.raises(RunFileError, match=r"cost\.latency_ms\.1 must be a finite number that is not negative, got 'fast'"):
+    said = r"cost\.latency_ms\.1 must be a finite number that is not negative, got 'fast'"
+    with pytest.raises(RunFileError, match=said):
         find_runs([folder])
     del written["cost"]
     for place in (path, folder / "result.json"):

@@ -115,12 +115,11 @@ def _require_cost(path: Path, cost: object) -> None:
     if cost is None:
         return
     _require(path, "cost", cost, dict)
-    assert isinstance(cost, dict)
-    latency = cost.get("latency_ms")
-    _require(path, "cost.latency_ms", latency, dict)
-    _require(path, "cost.hardware", cost.get("hardware"), str)
-    figures = {f"cost.{key}": cost.get(key) for key in _COSTS}
-    figures |= {f"cost.latency_ms.{size}": latency.get(size) for size in ("1", "32")}
+    found: dict[str, Any] = dict(cost) if isinstance(cost, dict) else {}
+    _require(path, "cost.latency_ms", found.get("latency_ms"), dict)
+    _require(path, "cost.hardware", found.get("hardware"), str)
+    figures: dict[str, Any] = {f"cost.{key}": found.get(key) for key in _COSTS}
+    figures |= {f"cost.latency_ms.{size}": found["latency_ms"].get(size) for size in ("1", "32")}
     for key, value in figures.items():
         if not (is_number(value) and 0 <= value < math.inf):
             raise RunFileError(f"{path}: {key} must be a finite number that is not negative, got {value!r}")
