@@ -13,7 +13,7 @@ summed by `addmm` in its own dtype: the products are summed in fp32, and the sum
 times, which errs like two or three roundings. A sum in fp32 would take 4 K D_s bytes, for 8,192 rows and D_s = 4096 as
 much as all of the student's logits in bf16.
 
-Bytes moved: for each chunk W_s twice and its gradient read and written, for each tile W_s and W_t; g and logits as in
+Bytes moved: for each chunk W_s once and its gradient read and written, for each tile W_s and W_t; g and logits as in
 `softmax_kl`, and once more by the products.
 """
 

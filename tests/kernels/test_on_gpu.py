@@ -15,10 +15,13 @@ from support.kernel_inputs import (
     compare,
     every_dtype,
     every_loss,
+    labels_for,
     leaves_of,
+    randn,
     rows_for,
     softmax_kl,
 )
+from unikd_fast import linear_softmax_kl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +82,27 @@ def test_cuda_graph(name: str, dtype: torch.dtype) -> None:
         for a, b, c in zip(replayed, again, step(name, inputs, factor), strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_last_layer_in_a_cuda_graph(labelled: bool) -> None:
+    """Several chunks and an ignored row: captured, so without synchronisation, and the same to the bit."""
+    hidden, weight = (randn(n, 64, seed=n, scale=1, dtype=torch.bfloat16, grad=True) for n in (700, 1000))
+    teacher, teacher_weight = (randn(n, 32, seed=n + 1, scale=1, dtype=torch.bfloat16) for n in (700, 1000))
+    labels = labels_for(700, 1000, ignored=(3,)) if labelled else None
+    mask = torch.arange(700, device="cuda") == 5
+    factor = torch.tensor(3.0, device="cuda")
+
+    def run() -> list[Tensor]:
+        loss = linear_softmax_kl(hidden, weight, teacher, teacher_weight, labels, ignore_mask=mask, impl="fused")
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight), factor)]
+
+    graph, captured = capture(run)
+    with torch.no_grad():
+        hidden.copy_(torch.roll(hidden, 1, 0))
+    graph.replay()
+    for a, b in zip([x.clone() for x in captured], run(), strict=True):
+        assert torch.equal(a, b)
 
 
 @every_loss
