@@ -10,6 +10,16 @@ FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
 JSD = tl.constexpr(2)
 
+LN2 = tl.constexpr(0.6931471805599453)
+# A maximum before there is one, and what stands past the last class: a difference of two is 0, that of two -inf NaN.
+LOWEST = tl.constexpr(-1e36)
+# Below, the error of a row's divergence, some ε, is too much.
+CLOSE_BELOW = tl.constexpr(2.0**-7)
+CLOSE_BELOW_LOGS = tl.constexpr(2.0**-5)  # of sums of p ln(p / m), to whose error each logarithm adds its own
+# A class has nearly all of a distribution if Σ exp(z - max z) is below.
+DOMINANT_SUM = tl.constexpr(1.25)
+SMALLEST = tl.constexpr(2.0**-126)
+
 
 @triton.jit
 def scalar(value, IS_POINTER: tl.constexpr):
@@ -41,6 +51,202 @@ def load_logits(row_ptrs, cols, live, stride: tl.constexpr, K: tl.constexpr):
     ptrs = tile_pointers(row_ptrs, cols, stride)
     x = tl.load(ptrs, mask=live[:, None] & inside, other=0).to(tl.float32)
     return tl.where(inside, x, -float("inf"))
+
+
+@triton.jit
+def load_tile(row_ptrs, cols, live, stride: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr):
+    """Logits at the classes of a tile (`tile_cols`), in fp32; LOWEST past the last class if PADDED."""
+    if stride == 1:
+        ptrs = row_ptrs + cols
+    else:
+        ptrs = row_ptrs + cols.to(tl.int64) * stride
+    if not PADDED:
+        return tl.load(ptrs, mask=live[:, None], other=0).to(tl.float32)
+    inside = cols < K
+    if ptrs.dtype.element_ty == tl.bfloat16 or ptrs.dtype.element_ty == tl.float32:
+        return tl.load(ptrs, mask=live[:, None] & inside, other=LOWEST).to(tl.float32)
+    return tl.where(inside, tl.load(ptrs, mask=live[:, None] & inside, other=0).to(tl.float32), LOWEST)
+
+
+@triton.jit
+def tile_cols(block, BLOCK_K: tl.constexpr, LANE: tl.constexpr, SINGLE: tl.constexpr):
+    """Classes of a tile: all of them, (1, BLOCK_K), or those of a block, (LANES, LANE), neighbours in one lane."""
+    if SINGLE:
+        return tl.arange(0, BLOCK_K)[None, :]
+    else:
+        lanes = tl.arange(0, BLOCK_K // LANE)[:, None] * LANE
+        return block * BLOCK_K + lanes + tl.arange(0, LANE)[None, :]
+
+
+@triton.jit
+def tile_sum(x, SINGLE: tl.constexpr):
+    """Sum over the classes of a tile as `tile_cols` has them, (ROWS, 1)."""
+    if SINGLE:
+        return row_sum(x)
+    else:
+        return tl.sum(row_sum(x), axis=0)[:, None]
+
+
+@triton.jit
+def added(total, x, SINGLE: tl.constexpr):
+    """The tile that sums the tiles of a row, with one more; the only one as it is."""
+    if SINGLE:
+        return x
+    else:
+        return total + x
+
+
+@triton.jit
+def store_cols(row_ptrs, cols, live, x, PADDED: tl.constexpr, K: tl.constexpr):
+    ptrs = row_ptrs + cols
+    mask = live[:, None]
+    if PADDED:
+        mask = mask & (cols < K)
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def without_class(x, cols, excluded):
+    """A tile of logits with LOWEST for the excluded class of each row, (ROWS, 1), or as it is, for None."""
+    if excluded is None:
+        return x
+    else:
+        return tl.where(cols == excluded, LOWEST, x)
+
+
+@triton.jit
+def exponents(x, factor, largest):
+    """factor (x - largest): exactly 0 at the largest, of whatever size it is."""
+    return (x - largest) * factor
+
+
+@triton.jit
+def lane_sum(total, top, new, x, factor):
+    """Σ 2^(factor (x - top)) of each lane, (LANES, 1), for a new maximum and with x, (LANES, LANE)."""
+    return total * tl.exp2((top - new) * factor) + row_sum(tl.exp2(exponents(x, factor, new)))
+
+
+@triton.jit
+def lane_sums(
+    student_rows, teacher_rows, live, l_s, l_t, excluded,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Maxima of each lane of a row in blocks, and Σ 2^(l (z - maximum)): the student's, and the teacher's."""
+    max_s = tl.full([BLOCK_K // LANE, 1], LOWEST, tl.float32)
+    max_t = max_s
+    sum_s = tl.zeros([BLOCK_K // LANE, 1], tl.float32)
+    sum_t = sum_s
+    for i in range((K + BLOCK_K - 1) // BLOCK_K):
+        cols = tile_cols(i, BLOCK_K, LANE, False)
+        s = load_tile(student_rows, cols, live, STUDENT_COL, K % BLOCK_K != 0, K)
+        t = load_tile(teacher_rows, cols, live, TEACHER_COL, K % BLOCK_K != 0, K)
+        s = without_class(s, cols, excluded)
+        t = without_class(t, cols, excluded)
+        new_s = tl.maximum(max_s, tl.max(s, axis=1)[:, None])
+        new_t = tl.maximum(max_t, tl.max(t, axis=1)[:, None])
+        sum_s = lane_sum(sum_s, max_s, new_s, s, l_s)
+        sum_t = lane_sum(sum_t, max_t, new_t, t, l_t)
+        max_s = new_s
+        max_t = new_t
+    return max_s, sum_s, max_t, sum_t
+
+
+@triton.jit
+def join_lanes(top, total, factor):
+    """The maximum of all lanes, (1, 1), the sums with respect to it, (LANES, 1), and their sum, (1, 1)."""
+    largest = tl.max(top, axis=0)[:, None]
+    total = total * tl.exp2((top - largest) * factor)
+    return largest, total, tl.sum(total, axis=0)[:, None]
+
+
+@triton.jit
+def is_close(divergence, live, below: tl.constexpr, CARE: tl.constexpr):
+    """Whether the divergence of a live row, (ROWS, 1), is too small to be accurate, or not finite."""
+    if CARE == 0:
+        return False
+    elif CARE == 2:
+        return True
+    else:
+        accurate = (divergence >= below) & (divergence < float("inf"))
+        return tl.max(tl.where(live[:, None] & (accurate == 0), 1, 0)) > 0
+
+
+@triton.jit
+def has_dominant_class(sum_t, live):
+    """Whether a class has nearly all of the teacher's probability: then q - p cancels there."""
+    return tl.min(tl.where(live[:, None], sum_t, 2.0)) < DOMINANT_SUM
+
+
+@triton.jit
+def change(p, q, log_ratio, CARE: tl.constexpr):
+    """q - p; log_ratio is log2(q / p)."""
+    if CARE == 2:  # few classes: what one gains, another loses
+        u = log_ratio * LN2
+        return tl.where(tl.abs(u) < 0.5, p * (u + phi_near(u)), q - p)
+    else:
+        return q - p
+
+
+@triton.jit
+def without_cancellation(moved, p):
+    """q - p of rows, (ROWS, BLOCK_K): what they sum to, and should not, is what cancelled in a dominant class."""
+    return tl.where(p > 1 / DOMINANT_SUM, moved - row_sum(moved), moved)
+
+
+@triton.jit
+def dominant_class(
+    student_rows, teacher_rows, live, excluded, l_s, l_t, lanes, max_s, max_t, sums_s, sums_t, r_s, r_t,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """The dominant class of a row in blocks, its q - p, (1, 1), and its p: q - p is minus the sum over the others.
+
+    The lane that holds the class, known by its maximum in `lanes`, has lost the digits of the others: it is summed
+    again.
+    """
+    BLOCKS: tl.constexpr = triton.next_power_of_2((K + BLOCK_K - 1) // BLOCK_K)
+    of_lane = tl.arange(0, BLOCK_K // LANE)[:, None]
+    lane = tl.min(tl.where(lanes == max_t, of_lane, BLOCK_K // LANE - 1))
+    cols = tl.arange(0, BLOCKS)[:, None] * BLOCK_K + (lane * LANE + tl.arange(0, LANE)[None, :])
+    s = without_class(load_tile(student_rows, cols, live, STUDENT_COL, True, K), cols, excluded)
+    t = without_class(load_tile(teacher_rows, cols, live, TEACHER_COL, True, K), cols, excluded)
+    e_s = tl.exp2(exponents(s, l_s, max_s))
+    e_t = tl.exp2(exponents(t, l_t, max_t))
+    top = e_t > 1 / DOMINANT_SUM
+    others_s = tl.sum(tl.where(of_lane == lane, 0.0, sums_s)) + tl.sum(tl.where(top, 0.0, e_s))
+    others_t = tl.sum(tl.where(of_lane == lane, 0.0, sums_t)) + tl.sum(tl.where(top, 0.0, e_t))
+    moved = others_t * r_t - others_s * r_s
+    col = tl.max(tl.max(tl.where(top, cols, 0), axis=1), axis=0) + tl.zeros([1, 1], tl.int64)
+    return col, moved, tl.sum(tl.where(top, e_t, 0.0)) * r_t
+
+
+@triton.jit
+def store_class(row_ptrs, col, live, x):
+    """Store one class, (1, 1), after the row was stored, also by other threads."""
+    tl.debug_barrier()
+    ptrs = row_ptrs + col
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def close_kl(
+    student_rows, teacher_rows, live, excluded, l_s, l_t, max_s, max_t, r_s, r_t, log_ratio,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """KL(p || q) of rows (ROWS, 1), summed without cancellation."""
+    HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
+    terms = tl.zeros([HEIGHT, BLOCK_K if SINGLE else LANE], tl.float32)
+    shift = terms
+    for i in range((K + BLOCK_K - 1) // BLOCK_K):
+        cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+        s = load_tile(student_rows, cols, live, STUDENT_COL, K % BLOCK_K != 0, K)
+        t = load_tile(teacher_rows, cols, live, TEACHER_COL, K % BLOCK_K != 0, K)
+        d_s = exponents(without_class(s, cols, excluded), l_s, max_s)
+        d_t = exponents(without_class(t, cols, excluded), l_t, max_t)
+        q, p, u = close_probabilities(d_s, d_t, r_s, r_t, log_ratio)
+        terms = added(terms, kl_terms(p, q, u), SINGLE)
+        shift = added(shift, shift_terms(p, q, u), SINGLE)
+    return without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), 0.0, FORWARD)
 
 
 @triton.jit
@@ -130,44 +336,30 @@ def phi(u):
 
 
 @triton.jit
-def online_max_sum(top, count, rest, x, factor):
-    """Update the maximum of x, its count, and Σ exp(factor (x - maximum)) of the other entries by one more tile.
+def log2_quotient(a, b):
+    """log2(a / b) of positive numbers, exact where they are close: the quotient would be rounded to that of others."""
+    distance = log1p(tl.abs(a - b) / tl.minimum(a, b)) * (1 / LN2)
+    return tl.where(a < b, -distance, distance)
 
-    Σ exp = count + rest. The two are kept apart because rest is small where one class dominates: added to 1 its digits
-    would be lost, and with them the difference of two such sums. factor > 0 is (ROWS, 1).
+
+@triton.jit
+def close_probabilities(d_s, d_t, r_s, r_t, log_ratio):
+    """q, p and u = ln q - ln p from exponents of base 2, reciprocal sums and log2 of the sums' ratio."""
+    return tl.exp2(d_s) * r_s, tl.exp2(d_t) * r_t, ((d_s - d_t) - log_ratio) * LN2
+
+
+@triton.jit
+def mixture(d_s, d_t, log_ratio, beta):
+    """(1 - β) q and β p, both times Σ 2^d_s, and log2 of both over m = β p + (1 - β) q.
+
+    Times that sum the largest are about 1 and their logarithms about 0, where fp32 is fine.
     """
-    new = tl.maximum(top, tl.max(x, axis=1)[:, None])
-    at = tl.where(new == -float("inf"), 0.0, new)  # -inf - -inf is NaN
-    is_top = x == new
-    same = top == new
-    carried = tl.where(same, rest, (rest + count) * tl.exp((top - at) * factor))
-    count = tl.where(same, count, 0.0) + row_sum(is_top.to(tl.float32))
-    return new, count, carried + row_sum(tl.where(is_top, 0.0, tl.exp((x - at) * factor)))
-
-
-@triton.jit
-def log_sum(count, rest):
-    """ln(count + rest), exact where rest is small."""
-    return tl.log(count) + log1p(rest / count)
-
-
-@triton.jit
-def log_ratio_of(n_s, rest_s, n_t, rest_t):
-    """ln(n_s + rest_s) - ln(n_t + rest_t), from the difference of the sums: each logarithm has an error of ε ln K."""
-    difference = (n_s - n_t) + (rest_s - rest_t)
-    distance = log1p(tl.abs(difference) / tl.minimum(n_s + rest_s, n_t + rest_t))
-    return tl.where(difference < 0, -distance, distance)
-
-
-@triton.jit
-def probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio):
-    """q, p and u = ln q - ln p of a tile of student and teacher logits.
-
-    max and sum are those of `online_max_sum`, f its factors; log_ratio is that of the two sums.
-    """
-    d_s = (s - max_s) * f_s
-    d_t = (t - max_t) * f_t
-    return tl.exp(d_s) / sum_s, tl.exp(d_t) / sum_t, (d_s - d_t) - log_ratio
+    log_q = d_s + tl.log2(1 - beta)
+    log_p = d_t + (tl.log2(beta) + log_ratio)
+    q = tl.exp2(log_q)
+    p = tl.exp2(log_p)
+    log_m = tl.log2(tl.maximum(p + q, SMALLEST))
+    return q, p, log_q - log_m, log_p - log_m
 
 
 @triton.jit

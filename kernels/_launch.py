@@ -15,6 +15,7 @@ from torch import Tensor
 # Number of classes that a tile holds without spilling registers; longer rows are read twice, block by block.
 LARGEST_SINGLE_BLOCK = 8192
 MAX_PROGRAMS = 2048
+LOG2E = math.log2(math.e)
 
 
 class Launch(NamedTuple):
@@ -37,7 +38,8 @@ class Launch(NamedTuple):
         options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         if self.amd:
             return options | {"waves_per_eu": 1}
-        return options | {"maxnreg": min(65536 // (32 * self.num_warps), 255) // 8 * 8}
+        resident = 1 if self.single else 2  # whose loops hide the latency of memory alone
+        return options | {"maxnreg": min(65536 // (32 * self.num_warps * resident), 255) // 8 * 8}
 
 
 class Device(NamedTuple):
@@ -49,23 +51,25 @@ class Device(NamedTuple):
     amd: bool = False
 
 
-def row_launch(classes: int, row_bytes: int, device: Device, *, heavy: bool = False) -> Launch:
+def row_launch(classes: int, row_bytes: int, device: Device, *, numbers: int = 1) -> Launch:
     """Return the launch for kernels that reduce rows of logits.
 
     Args:
         classes: K.
         row_bytes: bytes of all logits read for one row.
         device: properties of the device.
-        heavy: whether the kernel keeps many numbers per class, so that a quarter of the classes fit on chip.
+        numbers: 1, 2 or 4, how many numbers the kernel keeps per class, roughly, in terms of the forward KL: so much
+            fewer classes fit on chip.
     """
     block = max(16, _next_power_of_2(classes))
-    if block <= LARGEST_SINGLE_BLOCK // (4 if heavy else 1):
-        rows = max(1, 2048 // block)
-        return Launch(rows, block, True, _warps(rows * block, 8 if heavy else 16, device), MAX_PROGRAMS, device.amd)
+    per_thread = 8 if numbers == 4 else 16
+    if block <= LARGEST_SINGLE_BLOCK // numbers:
+        rows = max(1, 1024 // block)
+        return Launch(rows, block, True, _warps(rows * block, per_thread, device), MAX_PROGRAMS, device.amd)
     # The second reading hits the L2 if few rows are in flight: two a multiprocessor, or one.
     resident = 2 if 2 * device.multiprocessors * row_bytes <= device.l2_bytes else 1
-    block = 2048 if heavy else 4096
-    warps = _warps(block, 8, device)
+    block = 2048 if numbers == 4 else 4096
+    warps = _warps(block, per_thread, device)
     return Launch(1, block, False, warps, resident * device.multiprocessors, device.amd)
 
 
@@ -85,15 +89,28 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_launch_for(student: Tensor, teacher: Tensor, *, heavy: bool = False) -> Launch:
+def row_launch_for(student: Tensor, teacher: Tensor, *, numbers: int = 1) -> Launch:
     """Return `row_launch` for two tensors (N, K) on their device."""
     classes = student.shape[-1]
     row_bytes = classes * (student.element_size() + teacher.element_size())
-    return row_launch(classes, row_bytes, describe(student.device), heavy=heavy)
+    return row_launch(classes, row_bytes, describe(student.device), numbers=numbers)
 
 
 def elementwise_launch_for(x: Tensor) -> Launch:
     return elementwise_launch(x.shape[-1], describe(x.device))
+
+
+def lane_of(student: Tensor) -> int:
+    """Return the number of neighbouring classes that a lane takes: 16 bytes of the student's."""
+    return 16 // student.element_size()
+
+
+def care_for(classes: int) -> int:
+    """Return when a row's divergence is summed term by term without cancellation: 1 if its textbook sum is small.
+
+    With few classes there are few errors to cancel: 2, always. (0, never, is what instructions are counted with.)
+    """
+    return 2 if classes <= 32 else 1
 
 
 def programs_for(launch: Launch, rows: int, device: torch.device) -> int:

@@ -4,25 +4,39 @@ import triton
 import triton.language as tl
 
 from unikd_fast.kernels._device import (
+    CLOSE_BELOW,
+    LN2,
+    LOWEST,
+    added,
     block_sum,
-    difference,
+    change,
+    close_kl,
+    dominant_class,
     exp,
-    kl_terms,
+    exponents,
+    has_dominant_class,
+    is_close,
+    join_lanes,
+    lane_sum,
     last_to_arrive,
     load_logits,
-    log_ratio_of,
-    log_sum,
+    load_tile,
+    log2_quotient,
     mean_std,
-    online_max_sum,
-    probabilities,
     row_pointers,
     row_sum,
     scalar,
+    store_class,
+    store_cols,
     store_tile,
     sum_of_partials,
-    tile_pointers,
+    tile_cols,
+    tile_sum,
+    without_cancellation,
 )
 from unikd_fast.kernels.gaussian_kl import gaussian_rows, load_dense
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -40,15 +54,14 @@ def _labelled_rows(labels_ptr, N, ignore_index):
 def _class_weights(
     labels_ptr, rows, target, cols, live, smoothing, SOFT: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr
 ):
-    """The class weights of the cross-entropy, (ROWS, BLOCK_K); 0 past the last class."""
-    inside = (cols < K)[None, :]
+    """The class weights of the cross-entropy for the classes `cols`; 0 past the last class."""
     if SOFT:
-        ptrs = tile_pointers(row_pointers(labels_ptr, rows, K), cols, 1)
-        weights = tl.load(ptrs, mask=live[:, None] & inside, other=0.0).to(tl.float32)
+        ptrs = row_pointers(labels_ptr, rows, K) + cols
+        weights = tl.load(ptrs, mask=live[:, None] & (cols < K), other=0.0).to(tl.float32)
     else:
-        weights = tl.where(cols[None, :] == target, 1.0, 0.0)
+        weights = tl.where(cols == target, 1.0, 0.0)
     if SMOOTH:
-        weights = tl.where(inside, (1 - smoothing) * weights + smoothing / K, 0.0)
+        weights = tl.where(cols < K, (1 - smoothing) * weights + smoothing / K, 0.0)
     return weights
 
 
@@ -119,6 +132,7 @@ def unikd_kernel(
     GAUSSIAN_ROWS,
     ignore_index,
     inverse_temperature,
+    exponent_scale,  # log2 e / τ, rounded once
     t2,  # τ², or 1
     ce_weight,
     smoothing,
@@ -139,11 +153,16 @@ def unikd_kernel(
     SINGLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LANE: tl.constexpr,
+    CARE: tl.constexpr,
     ROWS_G: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
+    HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
+    WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PADDED: tl.constexpr = K % BLOCK_K != 0
     pid = tl.program_id(0)
     a = scalar(alpha, ALPHA_IS_POINTER)
     b = scalar(beta, BETA_IS_POINTER)
@@ -161,93 +180,126 @@ def unikd_kernel(
     feature_sum = 0.0
     anchor_sum = 0.0
     if pid < LOGIT_PROGRAMS:
+        ce_factor = up * ce_weight / ce_norm
+        kl_scale = up * b * t2 / rows_norm * inverse_temperature
         for tile in range(pid, tl.cdiv(N, ROWS), LOGIT_PROGRAMS):
             rows = tile * ROWS + tl.arange(0, ROWS)
             live = rows < N
             student_rows = row_pointers(student_ptr, rows, STUDENT_ROW)
             if SOFT:
-                target = tl.zeros([ROWS, 1], tl.int64)
+                target = tl.zeros([ROWS, 1], tl.int32)
                 labelled = live
                 wrong = rows < 0
             else:
                 label = tl.load(labels_ptr + rows, mask=live, other=0).to(tl.int64)
                 labelled = live & (label != ignore_index)
                 wrong = labelled & ((label < 0) | (label >= K))
-                target = label[:, None]
-            f_s = tl.full([ROWS, 1], 1.0, tl.float32) * inverse_temperature
-            one = tl.full([ROWS, 1], 1.0, tl.float32)
-            f_t = f_s
+                target = label.to(tl.int32)[:, None]
+            a_t = tl.full([ROWS, 1], 1.0, tl.float32)
             teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
             if scale_ptr is not None:
-                f_t = f_s * tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
-            weight_sum = one
+                a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
+            l_t = a_t * exponent_scale
             if SINGLE:
-                cols0 = tl.arange(0, BLOCK_K)
-                s0 = load_logits(student_rows, cols0, live, STUDENT_COL, K)
+                cols = tile_cols(0, BLOCK_K, LANE, True)
+                s0 = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
                 max_s = tl.max(s0, axis=1)[:, None]
-                n_s = row_sum((s0 == max_s).to(tl.float32))
-                rest_1 = row_sum(tl.where(s0 == max_s, 0.0, tl.exp(s0 - max_s)))
-                t0 = load_logits(teacher_rows, cols0, live, TEACHER_COL, K)
                 max_t = tl.max(t0, axis=1)[:, None]
-                rest_s = row_sum(tl.where(s0 == max_s, 0.0, tl.exp((s0 - max_s) * f_s)))
-                n_t = row_sum((t0 == max_t).to(tl.float32))
-                rest_t = row_sum(tl.where(t0 == max_t, 0.0, tl.exp((t0 - max_t) * f_t)))
-                if SOFT:
-                    w0 = _class_weights(labels_ptr, rows, target, cols0, live, smoothing, SOFT, SMOOTH, K)
-                    weight_sum = row_sum(w0)
+                sum_1 = row_sum(tl.exp2(exponents(s0, LOG2E, max_s)))
+                sum_s = row_sum(tl.exp2(exponents(s0, exponent_scale, max_s)))
+                sum_t = row_sum(tl.exp2(exponents(t0, l_t, max_t)))
             else:
-                max_s = tl.full([ROWS, 1], -float("inf"), tl.float32)
-                n_s = tl.zeros([ROWS, 1], tl.float32)
-                rest_1 = n_s
-                max_t = max_s
-                max_2 = max_s
-                n_2 = n_s
-                rest_s = n_s
-                n_t = n_s
-                rest_t = n_s
-                if SOFT:
-                    weight_sum = n_s
+                lanes_s = tl.full([HEIGHT, 1], LOWEST, tl.float32)
+                lanes_t = lanes_s
+                sums_1 = tl.zeros([HEIGHT, 1], tl.float32)
+                sums_s = sums_1
+                sums_t = sums_1
                 for i in range(BLOCKS):
-                    cols = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                    s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                    max_s, n_s, rest_1 = online_max_sum(max_s, n_s, rest_1, s, one)
-                    t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                    max_2, n_2, rest_s = online_max_sum(max_2, n_2, rest_s, s, f_s)
-                    max_t, n_t, rest_t = online_max_sum(max_t, n_t, rest_t, t, f_t)
-                    if SOFT:
-                        w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
-                        weight_sum += row_sum(w)
-            sum_1 = n_s + rest_1
-            sum_s = n_s + rest_s
-            sum_t = n_t + rest_t
-            log_sum_1 = log_sum(n_s, rest_1)
-            log_ratio = log_ratio_of(n_s, rest_s, n_t, rest_t)
+                    cols = tile_cols(i, BLOCK_K, LANE, False)
+                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                    new_s = tl.maximum(lanes_s, tl.max(s, axis=1)[:, None])
+                    new_t = tl.maximum(lanes_t, tl.max(t, axis=1)[:, None])
+                    sums_1 = lane_sum(sums_1, lanes_s, new_s, s, LOG2E)
+                    sums_s = lane_sum(sums_s, lanes_s, new_s, s, exponent_scale)
+                    sums_t = lane_sum(sums_t, lanes_t, new_t, t, l_t)
+                    lanes_s = new_s
+                    lanes_t = new_t
+                max_s, sums_1, sum_1 = join_lanes(lanes_s, sums_1, LOG2E)
+                max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, exponent_scale)
+                max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
+            r_1 = 1.0 / sum_1
+            r_s = tl.div_rn(1.0, sum_s)
+            r_t = tl.div_rn(1.0, sum_t)
+            log_ratio = log2_quotient(r_t, r_s)  # so that it is that of q and p as they are rounded
             nan = tl.where(wrong[:, None], float("nan"), 1.0)
-            ce_scale = tl.where(labelled[:, None], nan * (up * ce_weight / ce_norm), 0.0)
-            kl_scale = f_s * (up * b * t2 / rows_norm)
-            ce_rows = tl.zeros([ROWS, 1], tl.float32)
-            kl_rows = tl.zeros([ROWS, 1], tl.float32)
+            ce_scale = tl.where(labelled[:, None], nan * ce_factor, 0.0)
+            weight_sum = tl.full([ROWS, 1], 1.0, tl.float32)
+            if SOFT:
+                weight_sum = tl.zeros([ROWS, 1], tl.float32)
+                for i in range(BLOCKS):
+                    cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+                    w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
+                    weight_sum += tile_sum(w, SINGLE)
+                r_1 *= weight_sum
+            dominated = has_dominant_class(sum_t, live)
+            if not SINGLE:
+                top_class = tl.zeros([1, 1], tl.int64)
+                top_moved = tl.zeros([1, 1], tl.float32)
+                _p = top_moved
+                if dominated:
+                    top_class, top_moved, _p = dominant_class(
+                        student_rows, teacher_rows, live, None, exponent_scale, l_t, lanes_t, max_s, max_t, sums_s,
+                        sums_t, r_s, r_t, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
+                    )  # fmt: skip
+            terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
+            balance = terms
+            picked = terms  # Σ w (z - max z)
             for i in range(BLOCKS):
-                cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
+                cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
                 if SINGLE:
                     s = s0
-                else:
-                    s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                d = s - max_s
-                w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
-                ce_rows += row_sum(tl.where(w != 0, w * (log_sum_1 - d), 0.0))
-                g = (tl.exp(d) / sum_1 * weight_sum - w) * ce_scale
-                # In the cross-entropy an unlabelled row may hold anything.
-                g = tl.where(labelled[:, None], g, 0.0)
-                if SINGLE:
                     t = t0
                 else:
-                    t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
-                kl_rows += row_sum(kl_terms(p, q, u))
-                g += difference(p, q, u) * kl_scale
+                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
+                if SOFT or SMOOTH:
+                    picked += tl.where(w != 0, w * (s - max_s), 0.0)
+                d_s = exponents(s, exponent_scale, max_s)
+                d_t = exponents(t, l_t, max_t)
+                p = tl.exp2(d_t) * r_t
+                u = (d_s - d_t) - log_ratio
+                moved = change(p, tl.exp2(d_s) * r_s, u, CARE)
+                terms = added(terms, p * u, SINGLE)
+                balance = added(balance, moved, SINGLE)
                 if student_grad_ptr is not None:
-                    store_tile(row_pointers(student_grad_ptr, rows, K), cols, live, g, K)
+                    if SINGLE:
+                        if dominated:
+                            moved = without_cancellation(moved, p)
+                    g = moved * kl_scale + tl.exp2(exponents(s, LOG2E, max_s)) * (r_1 * ce_scale)
+                    g = tl.where(w != 0, g - w * ce_scale, g)
+                    store_cols(row_pointers(student_grad_ptr, rows, K), cols, live, g, PADDED, K)
+            if student_grad_ptr is not None and not SINGLE:
+                if dominated:
+                    s = tl.load(student_rows + top_class * STUDENT_COL, mask=live[:, None], other=0).to(tl.float32)
+                    w = _class_weights(labels_ptr, rows, target, top_class, live, smoothing, SOFT, SMOOTH, K)
+                    g = top_moved * kl_scale + (tl.exp2(exponents(s, LOG2E, max_s)) * r_1 - w) * ce_scale
+                    store_class(row_pointers(student_grad_ptr, rows, K), top_class, live, g)
+            kl_rows = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
+            if is_close(kl_rows, live, CLOSE_BELOW, CARE):
+                kl_rows = close_kl(
+                    student_rows, teacher_rows, live, None, exponent_scale, l_t, max_s, max_t, r_s, r_t, log_ratio,
+                    STUDENT_COL, TEACHER_COL, K, SINGLE, ROWS, BLOCK_K, LANE,
+                )  # fmt: skip
+            if SOFT or SMOOTH:
+                ce_rows = tile_sum(picked, SINGLE)
+            else:
+                there = (labelled & (wrong == 0))[:, None]
+                z = tl.load(student_rows + target.to(tl.int64) * STUDENT_COL, mask=there, other=0).to(tl.float32)
+                ce_rows = tl.where(there, z - max_s, 0.0)
+            ce_rows = weight_sum * tl.log(sum_1) - ce_rows
             ce_sum += block_sum(tl.where(labelled[:, None], ce_rows * nan, 0.0))
             kl_sum += block_sum(tl.where(live[:, None], kl_rows, 0.0))
     else:

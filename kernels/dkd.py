@@ -5,7 +5,8 @@
     ∂L/∂z_y = τ α (q_y - p_y),    ∂L/∂z_k = τ ( β (q̂_k - p̂_k) - α (q_y - p_y) q̂_k )
 
 p_y is computed from the log-odds z_y/τ - lse of the others, so that neither p_y nor 1 - p_y loses digits near 0 or 1.
-Bytes moved: 3 N K size; the second reading of a row hits the cache.
+The sums over the others are those of `softmax_kl`. Bytes moved: 3 N K size; the second reading of a long row hits the
+cache.
 """
 
 import triton
@@ -14,30 +15,45 @@ from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
+    CLOSE_BELOW,
+    CLOSE_BELOW_LOGS,
+    LN2,
+    added,
     block_sum,
-    difference,
+    change,
+    close_kl,
+    dominant_class,
     exp,
     expm1,
-    kl_terms,
-    load_logits,
+    exponents,
+    has_dominant_class,
+    is_close,
+    join_lanes,
+    lane_sums,
+    load_tile,
     log1p,
-    log_ratio_of,
-    log_sum,
+    log2_quotient,
     mean_std,
-    online_max_sum,
     phi_near,
-    probabilities,
     row_pointers,
     row_sum,
     scalar,
     standardization_share,
-    store_tile,
+    store_class,
+    store_cols,
     store_total,
+    tile_cols,
+    tile_sum,
     times_upstream,
+    without_cancellation,
+    without_class,
 )
 from unikd_fast.kernels._launch import (
+    LOG2E,
     MAX_PROGRAMS,
+    care_for,
     flat,
+    lane_of,
     normalizer_of,
     normalizer_or_rows,
     partial_sums,
@@ -50,28 +66,13 @@ from unikd_fast.kernels.reference import is_ignored
 
 
 @triton.jit
-def _others(ptrs, target, live, factor, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
-    """`online_max_sum` over all classes but the target."""
-    top = tl.full([ROWS, 1], -float("inf"), tl.float32)
-    count = tl.zeros([ROWS, 1], tl.float32)
-    rest = count
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        x = load_logits(ptrs, cols, live, COL, K)
-        x = tl.where(cols[None, :] == target, -float("inf"), x)
-        top, count, rest = online_max_sum(top, count, rest, x, factor)
-    return top, count, rest
-
-
-@triton.jit
 def _sigmoids(top, total, odds):
-    """σ(odds), σ(-odds) and ln(1 + e^-|odds|) of odds = top - ln total, without the rounding of that logarithm."""
+    """σ(odds), σ(-odds) and e^-|odds| of odds = top - ln total, without the rounding of that logarithm."""
     negative = odds < 0
     e = exp(tl.where(negative, top, -top))
     e = tl.where(negative, e / total, e * total)
-    small = e / (1.0 + e)
     large = 1.0 / (1.0 + e)
-    return tl.where(negative, small, large), tl.where(negative, large, small), log1p(e)
+    return tl.where(negative, e * large, large), tl.where(negative, large, e * large), e
 
 
 @triton.jit
@@ -111,6 +112,7 @@ def _dkd_kernel(
     N,
     ignore_index,
     inverse_temperature,
+    exponent_scale,  # log2 e / τ, rounded once
     weight,
     STUDENT_ROW: tl.constexpr,
     STUDENT_COL: tl.constexpr,
@@ -122,13 +124,20 @@ def _dkd_kernel(
     NORMALIZER_IS_POINTER: tl.constexpr,
     ALPHA_IS_POINTER: tl.constexpr,
     BETA_IS_POINTER: tl.constexpr,
+    SINGLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LANE: tl.constexpr,
+    CARE: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
+    HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
+    WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PADDED: tl.constexpr = K % BLOCK_K != 0
     per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
     w_target = scalar(alpha, ALPHA_IS_POINTER)
-    w_others = scalar(beta, BETA_IS_POINTER)
+    w_others = scalar(beta, BETA_IS_POINTER) if K > 2 else 0.0  # one other class has all that the target leaves
     accumulated = 0.0
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
@@ -136,7 +145,7 @@ def _dkd_kernel(
         label = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
         live = inside & (label != ignore_index)
         wrong = live & ((label < 0) | (label >= K))
-        target = tl.where(live & (wrong == 0), label, 0)[:, None]
+        target = tl.where(live & (wrong == 0), label, 0).to(tl.int32)[:, None]
         student_rows = row_pointers(student_ptr, rows, STUDENT_ROW)
         teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
@@ -149,56 +158,113 @@ def _dkd_kernel(
             a_s = 1.0 / (std_s + 1e-7)
             a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature
-        f_t = a_t * inverse_temperature
-        max_s, n_s, rest_s = _others(student_rows, target, live, f_s, STUDENT_COL, K, BLOCK_K, ROWS)
-        max_t, n_t, rest_t = _others(teacher_rows, target, live, f_t, TEACHER_COL, K, BLOCK_K, ROWS)
-        z_s = tl.load(student_rows + target * STUDENT_COL, mask=live[:, None], other=0.0).to(tl.float32)
-        z_t = tl.load(teacher_rows + target * TEACHER_COL, mask=live[:, None], other=0).to(tl.float32)
-        sum_s = n_s + rest_s
-        sum_t = n_t + rest_t
-        log_ratio = log_ratio_of(n_s, rest_s, n_t, rest_t)
-        top_s = (z_s - max_s) * f_s
-        top_t = (z_t - max_t) * f_t
-        odds_s = top_s - log_sum(n_s, rest_s)
-        odds_t = top_t - log_sum(n_t, rest_t)
-        in_s, out_s, tail_s = _sigmoids(top_s, sum_s, odds_s)
-        in_t, out_t, tail_t = _sigmoids(top_t, sum_t, odds_t)
-        tail = tail_s - tail_t
+        l_s = a_s * exponent_scale
+        l_t = a_t * exponent_scale
+        # From here on p and q are of the classes other than the target.
+        if SINGLE:
+            cols = tile_cols(0, BLOCK_K, LANE, True)
+            s0 = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+            t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+            s1 = without_class(s0, cols, target)
+            t1 = without_class(t0, cols, target)
+            max_s = tl.max(s1, axis=1)[:, None]
+            max_t = tl.max(t1, axis=1)[:, None]
+            sum_s = row_sum(tl.exp2(exponents(s1, l_s, max_s)))
+            sum_t = row_sum(tl.exp2(exponents(t1, l_t, max_t)))
+        else:
+            lanes_s, sums_s, lanes_t, sums_t = lane_sums(
+                student_rows, teacher_rows, live, l_s, l_t, target, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE
+            )
+            max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, l_s)
+            max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
+        r_s = tl.div_rn(1.0, sum_s)
+        r_t = tl.div_rn(1.0, sum_t)
+        log_ratio = log2_quotient(r_t, r_s)  # so that it is that of q and p as they are rounded
+        z_s = tl.load(student_rows + target.to(tl.int64) * STUDENT_COL, mask=live[:, None], other=0.0).to(tl.float32)
+        z_t = tl.load(teacher_rows + target.to(tl.int64) * TEACHER_COL, mask=live[:, None], other=0).to(tl.float32)
+        above_s = (z_s - max_s) * f_s
+        above_t = (z_t - max_t) * (a_t * inverse_temperature)
+        odds_s = above_s - tl.log(sum_s)
+        odds_t = above_t - tl.log(sum_t)
+        in_s, out_s, e_s = _sigmoids(above_s, sum_s, odds_s)
+        in_t, out_t, e_t = _sigmoids(above_t, sum_t, odds_t)
         # σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b - a)), from the difference of the odds, more accurate than either.
-        delta = (top_s - top_t) - log_ratio
+        delta = (above_s - above_t) - LN2 * log_ratio
         moved = tl.where(delta >= 0, -in_s * out_t * expm1(-delta), in_t * out_s * expm1(delta))
         moved = tl.where(((in_s == 0) & (in_t == 0)) | ((out_s == 0) & (out_t == 0)), 0.0, moved)  # delta may be NaN
-        tckd = _kl_term(in_t, moved, _log_ratio(in_t, moved, _far_log_ratio(odds_s, odds_t, delta, tail)))
-        tckd += _kl_term(out_t, -moved, _log_ratio(out_t, -moved, _far_log_ratio(-odds_s, -odds_t, -delta, tail)))
+        tail = tl.log((1.0 + e_s) / (1.0 + e_t))
+        tckd = -tl.where(in_t > 0, in_t * _far_log_ratio(odds_s, odds_t, delta, tail), 0.0)
+        tckd -= tl.where(out_t > 0, out_t * _far_log_ratio(-odds_s, -odds_t, -delta, tail), 0.0)
+        if is_close(tckd, live, 2 * CLOSE_BELOW_LOGS, CARE):
+            tail = log1p(e_s) - log1p(e_t)
+            tckd = _kl_term(in_t, moved, _log_ratio(in_t, moved, _far_log_ratio(odds_s, odds_t, delta, tail)))
+            tckd += _kl_term(out_t, -moved, _log_ratio(out_t, -moved, _far_log_ratio(-odds_s, -odds_t, -delta, tail)))
         pull = w_target * moved  # α (q_y - p_y)
 
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
         row_weight = tl.where(wrong[:, None], float("nan"), row_weight)
-        nckd = tl.zeros([ROWS, 1], tl.float32)
+        dominated = has_dominant_class(sum_t, live)
+        if not SINGLE:
+            top_class = tl.zeros([1, 1], tl.int64)
+            top_moved = tl.zeros([1, 1], tl.float32)
+            top_p = top_moved
+            if dominated:
+                top_class, top_moved, top_p = dominant_class(
+                    student_rows, teacher_rows, live, target, l_s, l_t, lanes_t, max_s, max_t, sums_s, sums_t,
+                    r_s, r_t, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
+                )  # fmt: skip
         share = tl.zeros([ROWS, 1], tl.float32)
         if STANDARDIZED and grad_ptr is not None:
-            dot = tl.zeros([ROWS, 1], tl.float32)
-            for start in range(0, K, BLOCK_K):
-                cols = start + tl.arange(0, BLOCK_K)
-                s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
-                g = tl.where(cols[None, :] == target, pull, w_others * difference(p, q, u) - pull * q)
-                dot += row_sum(tl.where((cols < K)[None, :], g * ((s - mean_s) * a_s), 0.0))
-            share = standardization_share(dot * inverse_temperature, std_s, K)
-        for start in range(0, K, BLOCK_K):
-            cols = start + tl.arange(0, BLOCK_K)
-            s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-            t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-            is_target = cols[None, :] == target
-            q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
-            nckd += row_sum(tl.where(is_target, 0.0, kl_terms(p, q, u)))
+            dot = tl.zeros([HEIGHT, WIDTH], tl.float32)
+            for i in range(BLOCKS):
+                cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+                s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                p = tl.exp2(exponents(without_class(t, cols, target), l_t, max_t)) * r_t
+                q = tl.exp2(exponents(without_class(s, cols, target), l_s, max_s)) * r_s
+                g = tl.where(cols == target, pull, w_others * (q - p) - pull * q)
+                dot += tl.where(cols < K, g * ((s - mean_s) * a_s), 0.0)
+            share = standardization_share(tile_sum(dot, SINGLE) * inverse_temperature, std_s, K)
+        terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
+        balance = terms
+        for i in range(BLOCKS):
+            cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
+            if SINGLE:
+                s = s0
+                t = t0
+            else:
+                s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+            d_s = exponents(without_class(s, cols, target), l_s, max_s)
+            d_t = exponents(without_class(t, cols, target), l_t, max_t)
+            p = tl.exp2(d_t) * r_t
+            q = tl.exp2(d_s) * r_s
+            u = (d_s - d_t) - log_ratio
+            moved_other = change(p, q, u, CARE)
+            terms = added(terms, p * u, SINGLE)
+            balance = added(balance, moved_other, SINGLE)
             if grad_ptr is not None:
-                g = tl.where(is_target, pull, w_others * difference(p, q, u) - pull * q) * f_s
+                if SINGLE:
+                    if dominated:
+                        moved_other = without_cancellation(moved_other, p)
+                g = tl.where(cols == target, pull, w_others * moved_other - pull * q) * (f_s * row_weight)
                 if STANDARDIZED:
-                    g -= share * ((s - mean_s) * a_s)
-                g = tl.where(live[:, None], g * row_weight, 0.0)
-                store_tile(row_pointers(grad_ptr, rows, K), cols, inside, g, K)
+                    g -= (share * row_weight) * ((s - mean_s) * a_s)
+                g = tl.where(live[:, None], g, 0.0)
+                store_cols(row_pointers(grad_ptr, rows, K), cols, inside, g, PADDED, K)
+        if grad_ptr is not None and not SINGLE:
+            if dominated:
+                g = (w_others * top_moved - pull * (top_moved + top_p)) * (f_s * row_weight)
+                if STANDARDIZED:
+                    s = tl.load(student_rows + top_class * STUDENT_COL, mask=live[:, None], other=0).to(tl.float32)
+                    g -= (share * row_weight) * ((s - mean_s) * a_s)
+                store_class(row_pointers(grad_ptr, rows, K), top_class, live, g)
+        nckd = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
+        if is_close(nckd, live, CLOSE_BELOW, CARE):
+            nckd = close_kl(
+                student_rows, teacher_rows, live, target, l_s, l_t, max_s, max_t, r_s, r_t, log_ratio,
+                STUDENT_COL, TEACHER_COL, K, SINGLE, ROWS, BLOCK_K, LANE,
+            )  # fmt: skip
         if loss_ptr is not None:
             losses = tl.where(live[:, None], (w_target * tckd + w_others * nckd) * per_row_weight, 0.0)
             losses = tl.where(wrong[:, None], float("nan"), losses)
@@ -230,7 +296,7 @@ def _launch(
     assert teacher is not None
     s, t = rows_of(student), rows_of(teacher)
     rows, classes = s.shape
-    launch = row_launch_for(s, t, heavy=True)
+    launch = row_launch_for(s, t, numbers=4 if standardized else 1)
     _dkd_kernel[(programs_for(launch, rows, s.device),)](
         s,
         t,
@@ -246,6 +312,7 @@ def _launch(
         rows,
         ignore_index,
         1.0 / temperature,
+        LOG2E / temperature,
         weight,
         *strides(s),
         *strides(t),
@@ -255,8 +322,11 @@ def _launch(
         NORMALIZER_IS_POINTER=normalizer is not None,
         ALPHA_IS_POINTER=alpha is not None,
         BETA_IS_POINTER=beta is not None,
+        SINGLE=launch.single,
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
+        LANE=lane_of(s),
+        CARE=care_for(classes),
         PROGRAMS=MAX_PROGRAMS,
         **launch.options,
     )

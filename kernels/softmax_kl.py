@@ -6,6 +6,14 @@ D is one of `reference.divergence_rows`, the logits standardised first on reques
 gradient written: 3 N K size while a row fits on chip. Longer rows are read once more, backwards, so that the tail of
 the first reading is still in the L2; for reverse KL, JSD, standardisation and the teacher's gradient more often, since
 each needs a sum over the whole row first.
+
+With e = 2^(f z - f max z), p = e_t / Σ e_t, q likewise and u = log2(q / p) the forward KL is summed as
+
+    Σ (q - p) - ln 2 Σ p u
+
+where the first sum is not quite 0, and takes away what a common error of u adds to the second. Where the result is
+small or not finite, the row is read again and its terms are summed without cancellation (`_device.close_kl`).
+Instructions an element: docs/kernels.md.
 """
 
 import triton
@@ -14,31 +22,52 @@ from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._device import (
+    CLOSE_BELOW,
+    CLOSE_BELOW_LOGS,
+    FORWARD,
+    JSD,
+    LN2,
+    REVERSE,
+    added,
     block_sum,
-    difference,
+    change,
+    close_kl,
+    close_probabilities,
     divergence_terms,
-    load_logits,
-    log_ratio_of,
+    dominant_class,
+    exponents,
+    has_dominant_class,
+    is_close,
+    join_lanes,
+    lane_sums,
+    load_tile,
+    log2_quotient,
     mean_std,
-    online_max_sum,
-    probabilities,
+    mixture,
     row_pointers,
     row_sum,
     scalar,
     shift_terms,
     standardization_share,
-    store_tile,
+    store_class,
+    store_cols,
     store_total,
     student_gradient,
     student_slope,
     teacher_gradient,
     teacher_slope,
+    tile_cols,
+    tile_sum,
     times_upstream,
+    without_cancellation,
     without_shift,
 )
 from unikd_fast.kernels._launch import (
+    LOG2E,
     MAX_PROGRAMS,
+    care_for,
     flat,
+    lane_of,
     normalizer_of,
     normalizer_or_rows,
     partial_sums,
@@ -48,6 +77,108 @@ from unikd_fast.kernels._launch import (
     strides,
 )
 from unikd_fast.kernels.reference import DIVERGENCES
+
+
+@triton.jit
+def _terms(d_s, d_t, r_s, r_t, log_ratio, beta, KIND: tl.constexpr):
+    """Terms of the sums A and B of `_divergence`, for exponents d of base 2."""
+    if KIND == JSD:
+        q, p, log_q, log_p = mixture(d_s, d_t, log_ratio, beta)
+        return p * (log_p - tl.log2(beta)), q * (log_q - tl.log2(1 - beta))
+    else:
+        q, p = tl.exp2(d_s) * r_s, tl.exp2(d_t) * r_t
+        if KIND == FORWARD:
+            return p * ((d_s - d_t) - log_ratio), q - p
+        else:
+            return q * ((d_s - d_t) - log_ratio), p - q
+
+
+@triton.jit
+def _divergence(a, b, r_s, beta, KIND: tl.constexpr):
+    """The divergence of rows and the centres of `_gradients`, the student's and the teacher's.
+
+    A = Σ p log2(q / p) and B = Σ (q - p), which is not quite 0, or the same with q and p exchanged and the other sign;
+    for JSD A = β Σ p log2(p / m) and B = (1 - β) Σ q log2(q / m), before they are divided by the student's sum.
+    """
+    if KIND == FORWARD:
+        return b - LN2 * a, a, a
+    elif KIND == REVERSE:
+        return b + LN2 * a, a, a
+    else:
+        return LN2 * (a + b) * r_s, b * r_s / (1 - beta) + tl.log2(1 - beta), a * r_s / beta + tl.log2(beta)
+
+
+@triton.jit
+def _close_terms(d_s, d_t, r_s, r_t, log_ratio, beta, KIND: tl.constexpr):
+    """Terms of the divergence of close distributions, of its common error, and of the gradients' centres."""
+    q, p, u = close_probabilities(d_s, d_t, r_s, r_t, log_ratio)
+    one, two = divergence_terms(u, p, q, beta, KIND)
+    if KIND == JSD:
+        one = beta * one + (1 - beta) * two
+    centre_s = q * student_slope(u, q, beta, KIND)
+    return one, shift_terms(p, q, u), centre_s, p * teacher_slope(u, p, beta, KIND)
+
+
+@triton.jit
+def _gradients(d_s, d_t, row, beta, KIND: tl.constexpr, CLOSE: tl.constexpr):
+    """Derivatives of the divergence by the scaled logits of student and teacher."""
+    r_s, r_t, log_ratio, centre_s, centre_t = row
+    if CLOSE:
+        q, p, u = close_probabilities(d_s, d_t, r_s, r_t, log_ratio)
+        return student_gradient(u, p, q, centre_s, beta, KIND), teacher_gradient(u, p, q, centre_t, beta, KIND)
+    elif KIND == JSD:
+        q, p, log_q, log_p = mixture(d_s, d_t, log_ratio, beta)
+        return q * ((log_q - centre_s) * (LN2 * r_s)), p * ((log_p - centre_t) * (LN2 * r_s))
+    else:
+        q = tl.exp2(d_s) * r_s
+        p = tl.exp2(d_t) * r_t
+        if KIND == FORWARD:
+            return q - p, p * ((centre_t - ((d_s - d_t) - log_ratio)) * LN2)
+        else:
+            return q * ((((d_s - d_t) - log_ratio) - centre_s) * LN2), p - q
+
+
+@triton.jit
+def _store_gradients(
+    student_rows, teacher_rows, student_grad_ptr, teacher_grad_ptr, rows, inside, live, row, standard,
+    f_s, f_t, row_weight, inverse_temperature, beta,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+    STANDARDIZED: tl.constexpr, SINGLE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr, LANE: tl.constexpr, CLOSE: tl.constexpr,
+):  # fmt: skip
+    """Write the wanted gradients of a tile of rows."""
+    PADDED: tl.constexpr = K % BLOCK_K != 0
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    l_s, l_t, max_s, max_t = row[:4]
+    if STANDARDIZED:
+        mean_s, mean_t, a_s, a_t, std_s, std_t = standard
+        dot_s = tl.zeros([HEIGHT, WIDTH], tl.float32)  # Σ gradient z', of the standardised logits z'
+        dot_t = dot_s
+        for i in range(BLOCKS):
+            cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+            s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+            t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+            g_s, g_t = _gradients(exponents(s, l_s, max_s), exponents(t, l_t, max_t), row[4:], beta, KIND, CLOSE)
+            dot_s += tl.where(cols < K, g_s * ((s - mean_s) * a_s), 0.0)
+            dot_t += tl.where(cols < K, g_t * ((t - mean_t) * a_t), 0.0)
+        share_s = standardization_share(tile_sum(dot_s, SINGLE) * inverse_temperature, std_s, K)
+        share_t = standardization_share(tile_sum(dot_t, SINGLE) * inverse_temperature, std_t, K)
+    for i in range(BLOCKS):
+        cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
+        s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+        t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+        g_s, g_t = _gradients(exponents(s, l_s, max_s), exponents(t, l_t, max_t), row[4:], beta, KIND, CLOSE)
+        g_s *= f_s * row_weight
+        g_t *= f_t * row_weight
+        if STANDARDIZED:
+            g_s -= (share_s * row_weight) * ((s - mean_s) * a_s)
+            g_t -= (share_t * row_weight) * ((t - mean_t) * a_t)
+        if student_grad_ptr is not None:
+            g = tl.where(live[:, None], g_s, 0.0)
+            store_cols(row_pointers(student_grad_ptr, rows, K), cols, inside, g, PADDED, K)
+        if teacher_grad_ptr is not None:
+            g = tl.where(live[:, None], g_t, 0.0)
+            store_cols(row_pointers(teacher_grad_ptr, rows, K), cols, inside, g, PADDED, K)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -64,6 +195,7 @@ def _softmax_kl_kernel(
     teacher_grad_ptr,
     N,
     inverse_temperature,
+    exponent_scale,  # log2 e / τ, rounded once
     weight,  # of a row's divergence
     beta,
     STUDENT_ROW: tl.constexpr,
@@ -78,12 +210,17 @@ def _softmax_kl_kernel(
     SINGLE: tl.constexpr,  # a tile holds whole rows
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LANE: tl.constexpr,  # neighbours in one lane
+    CARE: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
+    HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
+    WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
+    PADDED: tl.constexpr = K % BLOCK_K != 0
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     WANT_GRAD: tl.constexpr = student_grad_ptr is not None or teacher_grad_ptr is not None
     # The gradient does not depend on the row's loss, so that both come from one pass.
-    FUSED_PASS: tl.constexpr = KIND == 0 and not STANDARDIZED and teacher_grad_ptr is None
+    FUSED_PASS: tl.constexpr = KIND == FORWARD and not STANDARDIZED and teacher_grad_ptr is None
     per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
     accumulated = 0.0
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
@@ -105,99 +242,128 @@ def _softmax_kl_kernel(
             a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature  # (ROWS, 1): softmax of f z
         f_t = a_t * inverse_temperature
+        l_s = a_s * exponent_scale
+        l_t = a_t * exponent_scale
 
         if SINGLE:
-            cols0 = tl.arange(0, BLOCK_K)
-            s0 = load_logits(student_rows, cols0, live, STUDENT_COL, K)
-            t0 = load_logits(teacher_rows, cols0, live, TEACHER_COL, K)
+            cols = tile_cols(0, BLOCK_K, LANE, True)
+            s0 = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+            t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
             max_s = tl.max(s0, axis=1)[:, None]
             max_t = tl.max(t0, axis=1)[:, None]
-            n_s = row_sum((s0 == max_s).to(tl.float32))
-            n_t = row_sum((t0 == max_t).to(tl.float32))
-            rest_s = row_sum(tl.where(s0 == max_s, 0.0, tl.exp((s0 - max_s) * f_s)))
-            rest_t = row_sum(tl.where(t0 == max_t, 0.0, tl.exp((t0 - max_t) * f_t)))
+            sum_s = row_sum(tl.exp2(exponents(s0, l_s, max_s)))
+            sum_t = row_sum(tl.exp2(exponents(t0, l_t, max_t)))
         else:
-            max_s = tl.full([ROWS, 1], -float("inf"), tl.float32)
-            max_t = max_s
-            n_s = tl.zeros([ROWS, 1], tl.float32)
-            n_t = n_s
-            rest_s = n_s
-            rest_t = n_s
-            for i in range(BLOCKS):
-                cols = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                max_s, n_s, rest_s = online_max_sum(max_s, n_s, rest_s, s, f_s)
-                max_t, n_t, rest_t = online_max_sum(max_t, n_t, rest_t, t, f_t)
-        sum_s = n_s + rest_s
-        sum_t = n_t + rest_t
-        log_ratio = log_ratio_of(n_s, rest_s, n_t, rest_t)
-
+            lanes_s, sums_s, lanes_t, sums_t = lane_sums(
+                student_rows, teacher_rows, live, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE
+            )
+            max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, l_s)
+            max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
+        r_s = tl.div_rn(1.0, sum_s)
+        r_t = tl.div_rn(1.0, sum_t)
+        log_ratio = log2_quotient(r_t, r_s)  # so that it is that of q and p as they are rounded
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
-        d1 = tl.zeros([ROWS, 1], tl.float32)
-        d2 = tl.zeros([ROWS, 1], tl.float32)
-        shift = tl.zeros([ROWS, 1], tl.float32)
-        centre_s = tl.zeros([ROWS, 1], tl.float32)
-        centre_t = tl.zeros([ROWS, 1], tl.float32)
-        for i in range(BLOCKS):
-            cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
-            if SINGLE:
-                s = s0
-                t = t0
-            else:
-                s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-            q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
-            terms1, terms2 = divergence_terms(u, p, q, beta, KIND)
-            d1 += row_sum(terms1)
-            d2 += row_sum(terms2)
-            shift += row_sum(shift_terms(p, q, u))
-            if student_grad_ptr is not None and KIND != 0:
-                centre_s += row_sum(q * student_slope(u, q, beta, KIND))
-            if teacher_grad_ptr is not None and KIND != 1:
-                centre_t += row_sum(p * teacher_slope(u, p, beta, KIND))
-            if FUSED_PASS and WANT_GRAD:
-                g = difference(p, q, u) * (row_weight * f_s)
-                store_tile(row_pointers(student_grad_ptr, rows, K), cols, inside, tl.where(live[:, None], g, 0.0), K)
 
-        if WANT_GRAD and not FUSED_PASS:
-            dot_s = tl.zeros([ROWS, 1], tl.float32)  # Σ gradient z', of the standardised logits z'
-            dot_t = tl.zeros([ROWS, 1], tl.float32)
-            if STANDARDIZED:
-                for i in range(BLOCKS):
-                    cols = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                    s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                    t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                    q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
-                    if student_grad_ptr is not None:
-                        g = student_gradient(u, p, q, centre_s, beta, KIND)
-                        dot_s += row_sum(tl.where((cols < K)[None, :], g * ((s - mean_s) * a_s), 0.0))
-                    if teacher_grad_ptr is not None:
-                        g = teacher_gradient(u, p, q, centre_t, beta, KIND)
-                        dot_t += row_sum(tl.where((cols < K)[None, :], g * ((t - mean_t) * a_t), 0.0))
+        terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
+        if FUSED_PASS:
+            balance = terms
+            dominated = has_dominant_class(sum_t, live)
+            if not SINGLE:
+                top_class = tl.zeros([1, 1], tl.int64)
+                top_moved = tl.zeros([1, 1], tl.float32)
+                _p = top_moved
+                if dominated:
+                    top_class, top_moved, _p = dominant_class(
+                        student_rows, teacher_rows, live, None, l_s, l_t, lanes_t, max_s, max_t, sums_s, sums_t,
+                        r_s, r_t, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
+                    )  # fmt: skip
             for i in range(BLOCKS):
-                cols = (BLOCKS - 1 - i) * BLOCK_K + tl.arange(0, BLOCK_K)
-                s = load_logits(student_rows, cols, live, STUDENT_COL, K)
-                t = load_logits(teacher_rows, cols, live, TEACHER_COL, K)
-                q, p, u = probabilities(s, t, max_s, max_t, f_s, f_t, sum_s, sum_t, log_ratio)
+                cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
+                if SINGLE:
+                    s = s0
+                    t = t0
+                else:
+                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                d_s = exponents(s, l_s, max_s)
+                d_t = exponents(t, l_t, max_t)
+                p = tl.exp2(d_t) * r_t
+                u = (d_s - d_t) - log_ratio
+                moved = change(p, tl.exp2(d_s) * r_s, u, CARE)
+                terms = added(terms, p * u, SINGLE)
+                balance = added(balance, moved, SINGLE)
                 if student_grad_ptr is not None:
-                    g = student_gradient(u, p, q, centre_s, beta, KIND) * f_s
-                    if STANDARDIZED:
-                        g -= standardization_share(dot_s * inverse_temperature, std_s, K) * ((s - mean_s) * a_s)
-                    g = tl.where(live[:, None], g * row_weight, 0.0)
-                    store_tile(row_pointers(student_grad_ptr, rows, K), cols, inside, g, K)
-                if teacher_grad_ptr is not None:
-                    g = teacher_gradient(u, p, q, centre_t, beta, KIND) * f_t
-                    if STANDARDIZED:
-                        g -= standardization_share(dot_t * inverse_temperature, std_t, K) * ((t - mean_t) * a_t)
-                    g = tl.where(live[:, None], g * row_weight, 0.0)
-                    store_tile(row_pointers(teacher_grad_ptr, rows, K), cols, inside, g, K)
+                    if SINGLE:
+                        if dominated:
+                            moved = without_cancellation(moved, p)
+                    g = moved * (row_weight * f_s)
+                    if mask_ptr is not None:
+                        g = tl.where(live[:, None], g, 0.0)
+                    store_cols(row_pointers(student_grad_ptr, rows, K), cols, inside, g, PADDED, K)
+            if student_grad_ptr is not None and not SINGLE:
+                if dominated:
+                    g = top_moved * (row_weight * f_s)
+                    store_class(row_pointers(student_grad_ptr, rows, K), top_class, live, g)
+            divergence = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
+            if loss_ptr is not None:
+                if is_close(divergence, live, CLOSE_BELOW, CARE):
+                    divergence = close_kl(
+                        student_rows, teacher_rows, live, None, l_s, l_t, max_s, max_t, r_s, r_t, log_ratio,
+                        STUDENT_COL, TEACHER_COL, K, SINGLE, ROWS, BLOCK_K, LANE,
+                    )  # fmt: skip
+        else:
+            others = terms
+            for i in range(BLOCKS):
+                cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+                if SINGLE:
+                    s = s0
+                    t = t0
+                else:
+                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                of_a, of_b = _terms(exponents(s, l_s, max_s), exponents(t, l_t, max_t), r_s, r_t, log_ratio, beta, KIND)
+                terms = added(terms, of_a, SINGLE)
+                others = added(others, of_b, SINGLE)
+            a = tile_sum(terms, SINGLE)
+            b = tile_sum(others, SINGLE)
+            divergence, centre_s, centre_t = _divergence(a, b, r_s, beta, KIND)
+            close = is_close(divergence, live, CLOSE_BELOW_LOGS if KIND == JSD else CLOSE_BELOW, CARE)
+            if close:
+                terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
+                shift = terms
+                slopes_s = terms
+                slopes_t = terms
+                for i in range(BLOCKS):
+                    cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                    one, error, of_s, of_t = _close_terms(
+                        exponents(s, l_s, max_s), exponents(t, l_t, max_t), r_s, r_t, log_ratio, beta, KIND
+                    )
+                    terms = added(terms, one, SINGLE)
+                    shift = added(shift, error, SINGLE)
+                    slopes_s = added(slopes_s, of_s, SINGLE)
+                    slopes_t = added(slopes_t, of_t, SINGLE)
+                divergence = without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), beta, KIND)
+                centre_s = tile_sum(slopes_s, SINGLE)
+                centre_t = tile_sum(slopes_t, SINGLE)
+            if WANT_GRAD:
+                row = (l_s, l_t, max_s, max_t, r_s, r_t, log_ratio, centre_s, centre_t)
+                standard = (mean_s, mean_t, a_s, a_t, std_s, std_t) if STANDARDIZED else ()
+                if close:
+                    _store_gradients(
+                        student_rows, teacher_rows, student_grad_ptr, teacher_grad_ptr, rows, inside, live, row,
+                        standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL, K, KIND,
+                        STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, True,
+                    )  # fmt: skip
+                else:
+                    _store_gradients(
+                        student_rows, teacher_rows, student_grad_ptr, teacher_grad_ptr, rows, inside, live, row,
+                        standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL, K, KIND,
+                        STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, False,
+                    )  # fmt: skip
 
         if loss_ptr is not None:
-            divergence = d1
-            if KIND == 2:
-                divergence = beta * d1 + (1 - beta) * d2
-            divergence = without_shift(divergence, shift, beta, KIND)
             losses = tl.where(live[:, None], divergence * per_row_weight, 0.0)
             if PER_ROW:
                 tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
@@ -226,7 +392,8 @@ def _launch(
     assert teacher is not None
     s, t = rows_of(student), rows_of(teacher)
     rows, classes = s.shape
-    launch = row_launch_for(s, t, heavy=divergence != "forward" or standardized or gradients[1] is not None)
+    general = divergence != "forward" or standardized or gradients[1] is not None
+    launch = row_launch_for(s, t, numbers=4 if general else 1)
     _softmax_kl_kernel[(programs_for(launch, rows, s.device),)](
         s,
         t,
@@ -239,6 +406,7 @@ def _launch(
         *gradients[:2],
         rows,
         1.0 / temperature,
+        LOG2E / temperature,
         weight,
         beta,
         *strides(s),
@@ -251,6 +419,8 @@ def _launch(
         SINGLE=launch.single,
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
+        LANE=lane_of(s),
+        CARE=care_for(classes),
         PROGRAMS=MAX_PROGRAMS,
         **launch.options,
     )

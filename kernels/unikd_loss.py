@@ -13,9 +13,12 @@ from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._launch import (
+    LOG2E,
     MAX_PROGRAMS,
+    care_for,
     elementwise_launch_for,
     flat,
+    lane_of,
     normalizer_or_rows,
     partial_sums,
     programs_for,
@@ -74,7 +77,7 @@ def _launch(
     gaussian_rows = 0 if dense[0] is None else dense[0].shape[0]
     # L_anchor has the rows of the logits, which need not be those of L_FL.
     other_rows = gaussian_rows if dense[4] is None else max(gaussian_rows, rows)
-    launch, gaussian = row_launch_for(s, t, heavy=True), elementwise_launch_for(of_dense)
+    launch, gaussian = row_launch_for(s, t, numbers=2), elementwise_launch_for(of_dense)
     logit_programs = programs_for(launch, rows, s.device) if rows else 0
     programs = logit_programs + (programs_for(gaussian, other_rows, s.device) if other_rows else 0)
     soft = labels.is_floating_point()
@@ -103,6 +106,7 @@ def _launch(
         gaussian_rows,
         ignore_index,
         1.0 / temperature,
+        LOG2E / temperature,
         temperature**2 if scale_by_t2 else 1.0,
         ce_weight,
         label_smoothing,
@@ -121,6 +125,8 @@ def _launch(
         SINGLE=launch.single,
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
+        LANE=lane_of(s),
+        CARE=care_for(classes),
         ROWS_G=gaussian.rows,
         BLOCK_G=gaussian.block_k,
         PROGRAMS=2 * MAX_PROGRAMS,

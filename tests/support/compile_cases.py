@@ -56,9 +56,11 @@ def gaussian_case(classes: int, *, teacher_gradient: bool = False, reduction: st
     gaussian_kl.fused_gaussian_kl(*parameters, reduction=reduction)
 
 
-def unikd_case(classes: int, *, soft: bool = False, anchor: bool = False, teacher: str = "same") -> None:
-    pair = (logits(classes, grad=True), logits(classes, grad=True))
-    fixed = (logits(classes), logits(classes))
+def unikd_case(
+    classes: int, *, soft: bool = False, anchor: bool = False, teacher: str = "same", gaussian: bool = True
+) -> None:
+    pair = (logits(classes, grad=True), logits(classes, grad=True)) if gaussian else None
+    fixed = (logits(classes), logits(classes)) if gaussian else None
     labels = torch.zeros(ROWS, classes) if soft else torch.zeros(ROWS, dtype=torch.int64)
     other, scale = logits(classes), None
     if teacher == "uint8":
@@ -223,24 +225,29 @@ def variants(name: str) -> dict[str, int]:
     return {kernel: len(found) for kernel, found in keys.items()}
 
 
+def launches_for(case: Callable[[], None], target: str) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """Return what a case launches, kernel, arguments and options, with the sizes that a target gets."""
+    description = TARGETS[target]
+    device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
+    users = (_launch, pixel_weights, _pooled_plan, feature_fusion)
+    original = _launch.describe
+    try:
+        for module in users:
+            module.describe = lambda _: device
+        _pooled_plan.plan_of.cache_clear()
+        feature_fusion.plan_of.cache_clear()
+        with recorded([module for module, _ in KERNELS], [kernel for _, kernel in KERNELS]) as recorders:
+            case()
+    finally:
+        for module in users:
+            module.describe = original
+    return [(r.kernel, *launch) for r in recorders for launch in r.launches]
+
+
 def reports(name: str, targets: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Compile what a case launches, for each target with the sizes that it gets."""
+    """Compile what a case launches, for each target."""
     for target in targets:
-        description = TARGETS[target]
-        device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
-        users = (_launch, pixel_weights, _pooled_plan, feature_fusion)
-        original = _launch.describe
-        try:
-            for module in users:
-                module.describe = lambda _, device=device: device
-            _pooled_plan.plan_of.cache_clear()
-            feature_fusion.plan_of.cache_clear()
-            with recorded([module for module, _ in KERNELS], [kernel for _, kernel in KERNELS]) as recorders:
-                LAUNCHES[name]()
-        finally:
-            for module in users:
-                module.describe = original
-        launches = [(r.kernel, *launch) for r in recorders for launch in r.launches]
+        launches = launches_for(LAUNCHES[name], target)
         assert launches, name
         for kernel, bound, options in launches:
             yield compile_launch(kernel, bound, options, target)

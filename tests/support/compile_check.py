@@ -89,10 +89,15 @@ def compile_key(kernel: Any, bound: dict[str, Any], options: dict[str, Any]) -> 
     return f"{specialization} {rest}"
 
 
-def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], target: str) -> dict[str, Any]:
-    """Compile one launch, its arguments handled as Triton does, and give what the assembler says of it."""
+def compiled_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], target: str) -> Any:
+    """Compile one launch, its arguments handled as Triton does."""
     driver.set_active(WithoutGPU(TARGETS[target]))
-    compiled = kernel.warmup(grid=(1,), **bound, **options)
+    return kernel.warmup(grid=(1,), **bound, **options)
+
+
+def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], target: str) -> dict[str, Any]:
+    """Compile one launch and give what the assembler says of it."""
+    compiled = compiled_launch(kernel, bound, options, target)
     report: dict[str, Any] = {"kernel": kernel.fn.__name__, "target": target, **options}
     if target.startswith("sm_"):
         report |= _nvidia(compiled, target)
@@ -102,8 +107,8 @@ def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], 
     return report
 
 
-def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
-    ptx = compiled.asm["ptx"]
+def resource_usage(compiled: Any) -> dict[str, int]:
+    """Return what one thread of a kernel for NVIDIA uses: REG, STACK and others."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -113,13 +118,18 @@ def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
             text=True,
             check=True,
         ).stdout
-    (registers,), (stack,) = (re.findall(rf"{name}:(\d+)", used) for name in ("REG", "STACK"))
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", used)}
+
+
+def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    used = resource_usage(compiled)
     widths = [_width(x) for x in re.findall(r"ld\.global[\w.:]*?((?:\.v\d)?\.b\d+)", ptx)]
     widths += [int(x, 0) for x in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, (0x\w+|\d+)[,;]", ptx)]
     stores = [_width(x) for x in re.findall(r"st\.global[\w.:]*?((?:\.v\d)?\.b\d+)", ptx)]
     return {
-        "spills": _spills(ptx, target) if int(stack) else 0,  # a stack may be there for other reasons
-        "registers": int(registers),
+        "spills": _spills(ptx, target) if used["STACK"] else 0,  # a stack may be there for other reasons
+        "registers": used["REG"],
         "widest_load": max(widths, default=0),
         "widest_store": max(stores, default=0),
     }

@@ -1,0 +1,87 @@
+"""Instructions an element, from the machine code: no more than docs/kernels.md says, and counted rightly."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import instruction_counts
+import pytest
+import triton
+from instruction_counts import Loop, committed, count_rows, instructions, programs_per_multiprocessor
+
+from support.long_rounds import long
+
+ROOT = Path(__file__).parents[2]
+VERSION, COMMITTED = committed((ROOT / "docs" / "kernels.md").read_text())
+ALLOWED = {
+    "softmax_kl 8192x32768": 42,
+    "softmax_kl 65536x1000": 42,
+    "softmax_kl 8192x128256": 42,
+    "softmax_kl 8192x8192": 42,
+    "unikd_loss 8192x32768": 55,
+    "unikd_loss 65536x1000": 55,
+    "dkd 8192x32768": 70,
+    "dkd 65536x1000": 70,
+    "softmax_kl jsd 8192x32768": 100,
+    "softmax_kl jsd 65536x1000": 100,
+}
+
+SASS = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/              @!P0 MUFU.EX2 R5, R4 ;
+.L_x_0:
+        /*0030*/                   LDG.E.128 R8, [R2.64] ;
+        /*0040*/                   LDG.E.128 R12, [R2.64+0x10] ;
+        /*0050*/                   MUFU.EX2 R5, R8 ;
+        /*0060*/               @P1 BRA `(.L_x_0) ;
+        /*0070*/                   STG.E [R2.64], R5 ;
+        /*0080*/               @P2 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_2);
+"""
+
+
+def test_what_is_promised_is_in_the_table() -> None:
+    assert ALLOWED.keys() <= COMMITTED.keys() == instruction_counts.cases().keys()
+    assert all(COMMITTED[case] <= most for case, most in ALLOWED.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton.__version__ != VERSION, reason=f"the table is from Triton {VERSION}")
+@pytest.mark.parametrize("wanted", [["softmax_kl 65536x1000"], long(list(COMMITTED))], ids=["one", "all"])
+def test_counts_do_not_grow(wanted: list[str]) -> None:
+    """In a process of its own: whether kernels are interpreted is decided when they are defined."""
+    command = [sys.executable, "-W", "ignore", "benchmarks/instruction_counts.py", *wanted]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True
+    )
+    counted = {row[0]: float(row[2]) for row in (line.split("   ") for line in done.stdout.splitlines())}
+    assert counted.keys() == set(wanted)
+    grown = {case: (COMMITTED[case], found) for case, found in counted.items() if found > 1.05 * COMMITTED[case]}
+    assert not grown
+
+
+def test_loops_and_predicates_are_found() -> None:
+    found, loops = instructions(SASS)
+    assert found[2] == "MUFU.EX2 R5, R4"
+    assert loops == [Loop(3, 6), Loop(1, 8)]
+
+
+def test_a_count_is_per_element_and_loop() -> None:
+    """A thread takes 8 of 1024 bf16 from each of two inputs in an iteration, and there are 128 threads."""
+    loops, rest, mufu = count_rows(SASS, classes=4096, rows=1, block=1024, threads=128, read_bytes=4)
+    assert loops == (4 / 8,)
+    assert rest == 4 * 128 / 4096
+    assert mufu == 1 / 8 + 1 * 128 / 4096
+    loops, *_ = count_rows(SASS, classes=4096 + 1024, rows=1, block=4096, threads=512, read_bytes=4)
+    assert loops == (4 / 8 * 4096 / 5120,)  # what is left of a row is counted with the rest
+
+
+def test_programs_of_a_multiprocessor() -> None:
+    assert programs_per_multiprocessor(128, 256, 0) == 2
+    assert programs_per_multiprocessor(129, 256, 0) == 1
+    assert programs_per_multiprocessor(16, 64, 0) == 32
+    assert programs_per_multiprocessor(16, 64, 100 * 1024) == 2
