@@ -1,9 +1,9 @@
 """What the collapsed AFF costs an H200, from its machine code: there need be no GPU.
 
-python benchmarks/pooled_model.py [nearest | bilinear] [BATCH]
+python benchmarks/pooled_model.py [nearest | bilinear] [normalised] [BATCH]
 
-prints it for the features of a ResNet-50 at 224 pixels in bf16, channels last; both and batches of 64 and 8 if nothing
-is said.
+prints it for the features of a ResNet-50 at 224 pixels in bf16, channels last, as they are or normalised; nearest and
+bilinear and batches of 64 and 8 if nothing is said.
 
 Each launch is compiled for sm_90 as it would be launched. Its PTX is then followed as thread 0 of some programs would
 run it, on integers alone: which branches are taken and how often loops run depends on sizes, never on what is loaded.
@@ -251,9 +251,13 @@ def cost(kernel: Any, bound: dict[str, Any], options: dict[str, Any], grid: int,
     return Cost(kernel.fn.__name__, grid, threads, registers, resident, instructions, moved / 1e6, share, seconds)
 
 
-def bytes_of(levels: list[tuple[int, int]], batch: int, parts: int) -> dict[str, float]:
-    """Return the bytes that each kernel moves: bf16 features, scalar maps and parts of ∂M in fp32."""
+def bytes_of(levels: list[tuple[int, int]], batch: int, bound: dict[str, Any]) -> dict[str, float]:
+    """Return the bytes that a launch of each kernel moves: bf16 features, scalar maps and parts of ∂M in fp32."""
     gates = len(levels) - 1
+    parts = 0 if bound.get("parts_ptr") is None else bound["parts_ptr"].numel()
+    reads = bool(parts) or bound.get("slope_ptr") is not None
+    writes = any(x is not None for x in bound.get("grad_features", ()))
+    rows = 4 * sum(c for c, _ in levels)
     areas = [size * size for _, size in levels]
     features = 2 * batch * sum(c * area for (c, _), area in zip(levels, areas, strict=True))
     seen = 4 * batch * sum(9 * i * area for i, area in enumerate(areas))
@@ -265,8 +269,9 @@ def bytes_of(levels: list[tuple[int, int]], batch: int, parts: int) -> dict[str,
         "average_kernel": features + 2 * pixels,
         "weight_gradient_kernel": features + pixels,
         "pixel_weights_backward_kernel": 0,
-        "feature_gradient_kernel": 2 * features + seen + 3 * pixels + 4 * parts,
+        "feature_gradient_kernel": (reads + writes) * features + seen + 3 * pixels + 4 * parts,
         "sum_parts_kernel": 4 * parts,
+        "norm_gradient_kernel": rows * (2 * batch + 3 * 18 * gates),
     }
 
 
@@ -274,7 +279,7 @@ RESNET50 = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
 FORWARD = ("project_kernel", "pixel_weights_kernel", "average_kernel")
 
 
-def costs(upsample: str, batch: int) -> list[Cost]:
+def costs(upsample: str, batch: int, *, normalised: bool) -> list[Cost]:
     import torch
 
     from support import compile_cases
@@ -288,26 +293,25 @@ def costs(upsample: str, batch: int) -> list[Cost]:
     _pooled_plan.describe = lambda _: _launch.describe(torch.device("cpu"))
     pooled_fusion.plan_for = plan_for
     with recorded([m for m, _ in compile_cases.KERNELS], [k for _, k in compile_cases.KERNELS]) as recorders:
-        compile_cases.pooled_case(torch.bfloat16, torch.channels_last, upsample, images=batch)
+        compile_cases.pooled_case(torch.bfloat16, torch.channels_last, upsample, normalised, images=batch)
     found = []
     for recorder in recorders:
         for (bound, options), grid in zip(recorder.launches, recorder.grids, strict=True):
-            parts = bound.get("parts_ptr")
-            moved = bytes_of(RESNET50, batch, 0 if parts is None else parts.numel())
-            name = recorder.kernel.fn.__name__
-            found.append(cost(recorder.kernel, bound, options, grid[0], moved[name]))
-    order = list(bytes_of(RESNET50, batch, 0))
+            moved = bytes_of(RESNET50, batch, bound)[recorder.kernel.fn.__name__]
+            found.append(cost(recorder.kernel, bound, options, grid[0], moved))
+    order = list(bytes_of(RESNET50, batch, {}))
     return sorted(found, key=lambda c: order.index(c.kernel))
 
 
 def main(arguments: list[str]) -> None:
     batches = [int(x) for x in arguments if x.isdigit()] or [64, 8]
-    modes = [x for x in arguments if not x.isdigit()] or ["nearest", "bilinear"]
+    normalised = "normalised" in arguments
+    modes = [x for x in arguments if x in ("nearest", "bilinear")] or ["nearest", "bilinear"]
     for upsample in modes:
         for batch in batches:
             floor = 2 * batch * sum(c * s * s for c, s in RESNET50) / COPY_BYTES_PER_S
-            print(f"{upsample}, batch {batch}")
-            found = costs(upsample, batch)
+            print(f"{upsample}, batch {batch}" + ", normalised" * normalised)
+            found = costs(upsample, batch, normalised=normalised)
             for c in found:
                 print(
                     f"  {c.kernel:30} {c.programs:6} x {c.threads}  registers {c.registers:3}  per SM {c.resident:2}  "

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from unikd_fast.kernels._blend_device import through_the_blend
 from unikd_fast.kernels._pooled_device import (
+    CHANNELS_LAST,
     load_centred,
     number,
     offsets_in_image,
@@ -87,7 +88,7 @@ def _feature_gradient(
     parts, N, program, groups, HS, WS, REACH_Y, REACH_X,
     L: tl.constexpr, LEVEL: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr, FINE_LAYOUT: tl.constexpr,
     COLUMN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, EXACT: tl.constexpr,
-    NEAREST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    NEAREST: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     P = pixels_of(number(HS, LEVEL), number(WS, LEVEL), LAYOUT)
@@ -106,7 +107,9 @@ def _feature_gradient(
         inside = (r < ROWS)[:, None] & (c < C)[None, :]
         m = tl.load(matrix + COLUMN + rows[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0).to(element)
         ahead = _seen_gradient(grad_seen, grad_a, group, N, r, HS, WS, L, LEVEL, BLOCK_P)
-    for counted in range(group, N * blocks_p, groups):
+    # Tiles that no product takes are loaded ahead only if the loop says so.
+    AHEAD: tl.constexpr = STAGES if slope is not None and LAYOUT == CHANNELS_LAST else None
+    for counted in tl.range(group, N * blocks_p, groups, num_stages=AHEAD):
         item = 0 * group + counted  # the interpreter counts in Python
         # The last image first: it was read last, and may still be in the cache.
         image = (N - 1 - item // blocks_p).to(tl.int64)
@@ -180,6 +183,7 @@ def feature_gradient_kernel(
     ROWS_PADDED: tl.constexpr,
     NEAREST: tl.constexpr,
     EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -208,7 +212,7 @@ def feature_gradient_kernel(
                 grad_blend_ptr, grad_seen, grad_a, grad_features[i], parts, N,
                 tl.program_id(0) - first, groups, HS, WS, REACH_Y, REACH_X,
                 L, i, CS[i], LAYOUTS[i], LAYOUTS[0], COLUMN[i], COLUMNS, ROWS[i], ROWS_PADDED[i], EXACT,
-                NEAREST, BLOCK_P, BLOCK_C,
+                NEAREST, STAGES, BLOCK_P, BLOCK_C,
             )  # fmt: skip
         first = end
 

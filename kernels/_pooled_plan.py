@@ -17,6 +17,7 @@ from unikd_fast.kernels.reference_pooled import TAPS
 
 # Programs that share the features in backward, a multiprocessor: as many as are resident. Each leaves a part of ∂M.
 SHARES = 2
+_STAGES = 4  # tiles that are under way or in use
 _SUM_BLOCK = 128
 _NORM_BLOCK = 64
 
@@ -121,10 +122,11 @@ def plan_of(levels: tuple[Level, ...], dtype: torch.dtype, upsample: str, device
             "REACH_X": varying(layout.reach_x),
             "NEAREST": upsample == "nearest",
             "EXACT": exact,
+            "STAGES": None if description.amd else _STAGES,
             "BLOCK_C": gradient_c,
         }
         | wide.options
-        | {"num_stages": 4}
+        | {"num_stages": _STAGES}
     )
     # With the taps of five levels' gates, or the pixels that a blend looks at, the registers are too few for that.
     resident = {}
