@@ -31,6 +31,18 @@ def scalar(value, IS_POINTER: tl.constexpr):
 
 
 @triton.jit
+def labelled_rows(labels_ptr, N, ignore_index):
+    """The number of rows with a label, at least 1."""
+    count = 0
+    for start in range(0, N, 1024):
+        at = start + tl.arange(0, 1024)
+        # Pad with 0: -100 would wrap around in small integer types.
+        label = tl.load(labels_ptr + at, mask=at < N, other=0).to(tl.int64)
+        count += tl.sum(((at < N) & (label != ignore_index)).to(tl.int32), axis=0)
+    return tl.maximum(count, 1).to(tl.float32)
+
+
+@triton.jit
 def row_pointers(ptr, rows, stride: tl.constexpr):
     """Pointers (ROWS, 1). The product is taken in 64 bits: N K may exceed 2^31."""
     return ptr + rows[:, None].to(tl.int64) * stride

@@ -16,6 +16,8 @@ from torch import Tensor
 LARGEST_SINGLE_BLOCK = 8192
 MAX_PROGRAMS = 2048
 LOG2E = math.log2(math.e)
+# Up to so many labels each program counts the labelled rows itself, which is cheaper than another launch.
+COUNTED_IN_KERNEL = 4096
 
 
 class Launch(NamedTuple):

@@ -17,6 +17,7 @@ from unikd_fast.kernels._device import (
     has_dominant_class,
     is_close,
     join_lanes,
+    labelled_rows,
     lane_sum,
     last_to_arrive,
     load_logits,
@@ -37,17 +38,6 @@ from unikd_fast.kernels._device import (
 from unikd_fast.kernels.gaussian_kl import gaussian_rows, load_dense
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _labelled_rows(labels_ptr, N, ignore_index):
-    count = 0
-    for start in range(0, N, 1024):
-        at = start + tl.arange(0, 1024)
-        # Pad with 0: -100 would wrap around in small integer types.
-        label = tl.load(labels_ptr + at, mask=at < N, other=0).to(tl.int64)
-        count += tl.sum(((at < N) & (label != ignore_index)).to(tl.int32), axis=0)
-    return tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
@@ -169,7 +159,7 @@ def unikd_kernel(
     rows_norm = scalar(normalizer, NORMALIZER_IS_POINTER)
     gaussian_norm = scalar(gaussian_normalizer, NORMALIZER_IS_POINTER)
     if COUNT_LABELS:
-        ce_norm = _labelled_rows(labels_ptr, N, ignore_index)
+        ce_norm = labelled_rows(labels_ptr, N, ignore_index)
     else:
         ce_norm = scalar(ce_normalizer, CE_NORMALIZER_IS_POINTER)
     up = 1.0

@@ -29,6 +29,7 @@ from unikd_fast.kernels._device import (
     has_dominant_class,
     is_close,
     join_lanes,
+    labelled_rows,
     lane_sums,
     load_tile,
     log1p,
@@ -49,6 +50,7 @@ from unikd_fast.kernels._device import (
     without_class,
 )
 from unikd_fast.kernels._launch import (
+    COUNTED_IN_KERNEL,
     LOG2E,
     MAX_PROGRAMS,
     care_for,
@@ -121,6 +123,7 @@ def _dkd_kernel(
     K: tl.constexpr,
     STANDARDIZED: tl.constexpr,
     PER_ROW: tl.constexpr,
+    COUNT_LABELS: tl.constexpr,
     NORMALIZER_IS_POINTER: tl.constexpr,
     ALPHA_IS_POINTER: tl.constexpr,
     BETA_IS_POINTER: tl.constexpr,
@@ -135,7 +138,10 @@ def _dkd_kernel(
     WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     PADDED: tl.constexpr = K % BLOCK_K != 0
-    per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
+    if COUNT_LABELS:
+        per_row_weight = weight / labelled_rows(labels_ptr, N, ignore_index)
+    else:
+        per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
     w_target = scalar(alpha, ALPHA_IS_POINTER)
     w_others = scalar(beta, BETA_IS_POINTER) if K > 2 else 0.0  # one other class has all that the target leaves
     accumulated = 0.0
@@ -289,13 +295,17 @@ def _launch(
     ignore_index: int,
     standardized: bool,
     per_row: bool,
-    normalizer_value: float,
+    normalizer_value: float,  # 0: the number of rows with a label
 ) -> None:
     student, teacher, scale, labels, normalizer, alpha, beta = tensors
     assert student is not None
     assert teacher is not None
+    assert labels is not None
     s, t = rows_of(student), rows_of(teacher)
     rows, classes = s.shape
+    count = normalizer is None and normalizer_value == 0
+    if count and rows > COUNTED_IN_KERNEL:
+        count, normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
     launch = row_launch_for(s, t, numbers=4 if standardized else 1)
     _dkd_kernel[(programs_for(launch, rows, s.device),)](
         s,
@@ -319,6 +329,7 @@ def _launch(
         classes,
         STANDARDIZED=standardized,
         PER_ROW=per_row,
+        COUNT_LABELS=count,
         NORMALIZER_IS_POINTER=normalizer is not None,
         ALPHA_IS_POINTER=alpha is not None,
         BETA_IS_POINTER=beta is not None,
@@ -367,10 +378,7 @@ def fused_dkd(
 ) -> Tensor:
     """Return `reference.dkd` from one launch; the teacher is a constant."""
     weight = temperature**2 / (student_logits.shape[-1] if reduction == "mean" else 1)
-    value, tensor = 1.0, None
-    if reduction in ("batchmean", "mean"):
-        # The rows kept are those with a label; counting them stays on the device.
-        value, tensor = normalizer_of(student_logits, reduction, is_ignored(labels, ignore_index), normalizer)
+    value, tensor = normalizer_of(student_logits, reduction, None, normalizer)
     weights = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
     (loss,) = _loss(
         (student_logits, teacher_logits, scale, labels, tensor, *weights),

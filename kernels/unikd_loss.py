@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._launch import (
+    COUNTED_IN_KERNEL,
     LOG2E,
     MAX_PROGRAMS,
     care_for,
@@ -28,10 +29,6 @@ from unikd_fast.kernels._launch import (
 )
 from unikd_fast.kernels._unikd_device import unikd_kernel
 from unikd_fast.kernels.reference import is_ignored
-
-# Up to so many labels each program counts the labelled rows itself, which is cheaper than another launch.
-COUNTED_IN_KERNEL = 4096
-
 
 _INPUTS = (
     "student_logits",
