@@ -199,12 +199,12 @@ HEADER = (
     "instructions an element, by loop",
     "in all",
     "MUFU",
-    "registers",
-    "programs an SM",
+    "registers x threads",
+    "programs a multiprocessor",
     "bytes an element",
     "issue floor",
     "memory floor",
-    "share of the roof",
+    "of the roof, at most",
 )
 
 
