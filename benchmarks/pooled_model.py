@@ -1,4 +1,4 @@
-"""What the collapsed AFF costs an H200, from its machine code: there need be no GPU.
+"""What the collapsed AFF costs an H200, from its machine code: there need be no GPU (`instruction_counts`).
 
 python benchmarks/pooled_model.py [nearest | bilinear] [normalised] [BATCH]
 
@@ -23,10 +23,19 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-MULTIPROCESSORS, SCHEDULERS, CLOCK_HZ, COPY_BYTES_PER_S = 132, 4, 1.83e9, 4.3e12
+from instruction_counts import (
+    CLOCK_HZ,
+    COPY_BYTES_PER_S,
+    MULTIPROCESSORS,
+    ROOT,
+    TARGET,
+    disassemble,
+    instructions,
+    programs_per_multiprocessor,
+)
+
+SCHEDULERS = 4  # of a multiprocessor
 LATENCY_CYCLES, BARRIER_CYCLES, IN_FLIGHT_BYTES = 250, 40, 40e3
-REGISTERS, SHARED_BYTES, MOST_THREADS = 65536, 227 * 1024, 2048
 SAMPLES = 48  # programs of a launch that are followed
 # Instructions that are many in the machine's code.
 LONG = {"div": 20, "rem": 20}
@@ -179,7 +188,6 @@ class Cost(NamedTuple):
 
 def assemble(ptx: str) -> int:
     """Return the machine instructions of PTX whose loops are not unrolled."""
-    from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
     kept = re.sub(r"(?m)^(\$L__BB\w+:)", r'\1\n.pragma "nounroll";', ptx)
@@ -187,8 +195,8 @@ def assemble(ptx: str) -> int:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(kept)
         subprocess.run([get_ptxas(90).path, "--gpu-name=sm_90a", str(source), "-o", str(binary)], check=True)
-        sass = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", str(binary)], capture_output=True, text=True).stdout
-    return len([x for x in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S+)", sass) if not x.startswith("NOP")])
+        found, _ = instructions(disassemble(binary.read_bytes()))
+    return sum(not text.startswith("NOP") for text in found)
 
 
 def flat(value: Any) -> list[Any]:
@@ -210,25 +218,11 @@ def arguments_of(kernel: Any, bound: dict[str, Any]) -> list[int]:
 
 def cost(kernel: Any, bound: dict[str, Any], options: dict[str, Any], grid: int, moved: float) -> Cost:
     """Return the cost of a launch that moves so many bytes; 0 for a recursion."""
-    from triton import knobs
-    from triton.runtime import driver
+    from support.compile_check import compiled_launch, resource_usage
 
-    from support.compile_check import TARGETS, WithoutGPU
-
-    driver.set_active(WithoutGPU(TARGETS["sm_90"]))
-    compiled = kernel.warmup(grid=(1,), **bound, **options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        used = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True
-        ).stdout
-    registers = int(re.search(r"REG:(\d+)", used)[1])
-    threads = 32 * options["num_warps"]
-    resident = min(
-        REGISTERS // (-(-registers // 8) * 8 * threads),
-        SHARED_BYTES // (compiled.metadata.shared + 1024),
-        MOST_THREADS // threads,
-    )
+    compiled = compiled_launch(kernel, bound, options, TARGET)
+    registers, threads = resource_usage(compiled)["REG"], 32 * options["num_warps"]
+    resident = programs_per_multiprocessor(registers, threads, compiled.metadata.shared)
     program = Program(compiled.asm["ptx"])
     ratio = assemble(compiled.asm["ptx"]) / program.static()
     arguments = arguments_of(kernel, bound)
@@ -236,11 +230,11 @@ def cost(kernel: Any, bound: dict[str, Any], options: dict[str, Any], grid: int,
     chosen = [int(grid * (0.618034 * (i + 1) % 1)) for i in range(SAMPLES)] if moved else [0]
     traces = [program.run(i, arguments) for i in chosen]
     each = ratio * sum(t.instructions for t in traces) / len(traces) * options["num_warps"]
-    instructions = each * grid
+    issued = each * grid
     rate = MULTIPROCESSORS * SCHEDULERS * CLOCK_HZ
     if moved:
         share = min(1.0, resident * threads * program.loaded_bytes(options.get("num_stages", 3)) / IN_FLIGHT_BYTES)
-        seconds = max(instructions / rate, moved / COPY_BYTES_PER_S / share)
+        seconds = max(issued / rate, moved / COPY_BYTES_PER_S / share)
     else:
         share = 1.0
         turns = -(-grid // (MULTIPROCESSORS * resident))
@@ -248,7 +242,7 @@ def cost(kernel: Any, bound: dict[str, Any], options: dict[str, Any], grid: int,
         waiting = LATENCY_CYCLES * traces[0].rounds + BARRIER_CYCLES * traces[0].barriers
         alone = each / options["num_warps"] + waiting
         seconds = turns * max(each * together / SCHEDULERS, alone) / CLOCK_HZ
-    return Cost(kernel.fn.__name__, grid, threads, registers, resident, instructions, moved / 1e6, share, seconds)
+    return Cost(kernel.fn.__name__, grid, threads, registers, resident, issued, moved / 1e6, share, seconds)
 
 
 def bytes_of(levels: list[tuple[int, int]], batch: int, bound: dict[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ one architecture, or, which takes a quarter of an hour, every case for every arc
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+POOLED_MODEL = str(Path(__file__).parents[2] / "benchmarks" / "pooled_model.py")
 COMPILE_CHECK = str(Path(__file__).parents[1] / "support" / "compile_check.py")
 ALIGNED = (1000, 8192, 16384, 32768, 128256)  # rows of whole 16 bytes, in bf16 too
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
@@ -121,6 +123,21 @@ def test_new_image_size_compiles_nothing() -> None:
     found = json.loads(out.splitlines()[-1])
     assert any(len(kernels) > 7 for kernels in found.values())
     assert not [(case, x) for case, kernels in found.items() for x in kernels.items() if x[1] > 1]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_pooled_backward_by_the_model() -> None:
+    """Half of its floor or better, and Up bilinearly at most half as much again as nearest."""
+    process = python(POOLED_MODEL, "64")
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    shares = [int(x) for x in re.findall(r"backward .* us, (\d+) % of its floor", out)]
+    assert len(shares) == 2
+    assert min(shares) >= 50, out
+    for kernel in ("pixel_weights_kernel", "pixel_weights_backward_kernel"):
+        nearest, bilinear = (float(x) for x in re.findall(rf"{kernel} .* (\d+\.\d) us", out))
+        assert bilinear <= 1.5 * nearest, out
 
 
 @pytest.mark.slow
