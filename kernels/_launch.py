@@ -68,11 +68,12 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, numbers: int = 1
     if block <= LARGEST_SINGLE_BLOCK // numbers:
         rows = max(1, 1024 // block)
         return Launch(rows, block, True, _warps(rows * block, per_thread, device), MAX_PROGRAMS, device.amd)
-    # The second reading hits the L2 if few rows are in flight: two a multiprocessor, or one.
-    resident = 2 if 2 * device.multiprocessors * row_bytes <= device.l2_bytes else 1
-    block = 2048 if numbers == 4 else 4096
+    # The second reading hits the L2 if few rows are in flight: as many as have the registers, or fewer.
+    block, resident = (1024, 3) if numbers == 4 else (4096, 2)
+    fitting = device.l2_bytes // (device.multiprocessors * row_bytes)
     warps = _warps(block, per_thread, device)
-    return Launch(1, block, False, warps, resident * device.multiprocessors, device.amd)
+    programs = min(max(fitting, 1), resident) * device.multiprocessors
+    return Launch(1, block, False, warps, programs, device.amd)
 
 
 def elementwise_launch(classes: int, device: Device) -> Launch:

@@ -51,6 +51,7 @@ from unikd_fast.kernels._device import (
 )
 from unikd_fast.kernels._launch import (
     COUNTED_IN_KERNEL,
+    LARGEST_SINGLE_BLOCK,
     LOG2E,
     MAX_PROGRAMS,
     care_for,
@@ -306,7 +307,7 @@ def _launch(
     count = normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:
         count, normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
-    launch = row_launch_for(s, t, numbers=4 if standardized else 1)
+    launch = row_launch_for(s, t, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK else 1)
     _dkd_kernel[(programs_for(launch, rows, s.device),)](
         s,
         t,

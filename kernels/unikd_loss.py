@@ -74,7 +74,7 @@ def _launch(
     gaussian_rows = 0 if dense[0] is None else dense[0].shape[0]
     # L_anchor has the rows of the logits, which need not be those of L_FL.
     other_rows = gaussian_rows if dense[4] is None else max(gaussian_rows, rows)
-    launch, gaussian = row_launch_for(s, t, numbers=2), elementwise_launch_for(of_dense)
+    launch, gaussian = row_launch_for(s, t, numbers=2 if s.dtype == t.dtype else 4), elementwise_launch_for(of_dense)
     logit_programs = programs_for(launch, rows, s.device) if rows else 0
     programs = logit_programs + (programs_for(gaussian, other_rows, s.device) if other_rows else 0)
     soft = labels.is_floating_point()
