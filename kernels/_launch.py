@@ -53,6 +53,7 @@ class Device(NamedTuple):
     amd: bool = False
 
 
+@functools.lru_cache(maxsize=256)
 def row_launch(classes: int, row_bytes: int, device: Device, *, numbers: int = 1) -> Launch:
     """Return the launch for kernels that reduce rows of logits.
 
