@@ -11,13 +11,14 @@ REVERSE = tl.constexpr(1)
 JSD = tl.constexpr(2)
 
 LN2 = tl.constexpr(0.6931471805599453)
-# A maximum before there is one, and what stands past the last class: a difference of two is 0, that of two -inf NaN.
+# A maximum before there is one, and what stands past the last class: a difference of two is 0, that of two -inf NaN. A
+# row without a logit above it gives NaN.
 LOWEST = tl.constexpr(-1e36)
 # Below, the error of a row's divergence, some ε, is too much.
-CLOSE_BELOW = tl.constexpr(2.0**-7)
+CLOSE_BELOW = tl.constexpr(2.0**-6)
 CLOSE_BELOW_LOGS = tl.constexpr(2.0**-5)  # of sums of p ln(p / m), to whose error each logarithm adds its own
-# A class has nearly all of a distribution if Σ exp(z - max z) is below.
-DOMINANT_SUM = tl.constexpr(1.25)
+# A class has more than half of a distribution if Σ exp(z - max z) is below.
+DOMINANT_SUM = tl.constexpr(2.0)
 SMALLEST = tl.constexpr(2.0**-126)
 
 
@@ -46,6 +47,16 @@ def labelled_rows(labels_ptr, N, ignore_index):
 def row_pointers(ptr, rows, stride: tl.constexpr):
     """Pointers (ROWS, 1). The product is taken in 64 bits: N K may exceed 2^31."""
     return ptr + rows[:, None].to(tl.int64) * stride
+
+
+@triton.jit
+def logit_pointers(ptr, rows, inner, outer_stride, stride: tl.constexpr):
+    """Pointers (ROWS, 1) to rows of logits on two axes (`_launch.Rows`), or on one: outer_stride is None."""
+    if outer_stride is None:
+        return row_pointers(ptr, rows, stride)
+    else:
+        outer = (rows // inner)[:, None].to(tl.int64) * outer_stride
+        return ptr + (outer + (rows % inner)[:, None].to(tl.int64) * stride)
 
 
 @triton.jit
@@ -127,6 +138,18 @@ def without_class(x, cols, excluded):
 
 
 @triton.jit
+def total_of(sums, largest):
+    """The sum of a row, or NaN if there is nothing in it: then what stands past the last class would be counted."""
+    return tl.where(largest > LOWEST, sums, float("nan"))
+
+
+@triton.jit
+def stored_scale(scale_ptr, rows, live):
+    """Scales (ROWS, 1) of stored teacher rows; a constant row has 0, under which nothing would be lower than it."""
+    return tl.maximum(tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None], 1e-30)
+
+
+@triton.jit
 def exponents(x, factor, largest):
     """factor (x - largest): exactly 0 at the largest, of whatever size it is."""
     return (x - largest) * factor
@@ -168,7 +191,7 @@ def join_lanes(top, total, factor):
     """The maximum of all lanes, (1, 1), the sums with respect to it, (LANES, 1), and their sum, (1, 1)."""
     largest = tl.max(top, axis=0)[:, None]
     total = total * tl.exp2((top - largest) * factor)
-    return largest, total, tl.sum(total, axis=0)[:, None]
+    return largest, total, total_of(tl.sum(total, axis=0)[:, None], largest)
 
 
 @triton.jit
@@ -185,8 +208,8 @@ def is_close(divergence, live, below: tl.constexpr, CARE: tl.constexpr):
 
 @triton.jit
 def has_dominant_class(sum_t, live):
-    """Whether a class has nearly all of the teacher's probability: then q - p cancels there."""
-    return tl.min(tl.where(live[:, None], sum_t, 2.0)) < DOMINANT_SUM
+    """Whether a class has most of the teacher's probability in a row: then q - p cancels there."""
+    return tl.min(tl.where(live[:, None], sum_t, DOMINANT_SUM)) < DOMINANT_SUM
 
 
 @triton.jit
@@ -201,8 +224,8 @@ def change(p, q, log_ratio, CARE: tl.constexpr):
 
 @triton.jit
 def without_cancellation(moved, p):
-    """q - p of rows, (ROWS, BLOCK_K): what they sum to, and should not, is what cancelled in a dominant class."""
-    return tl.where(p > 1 / DOMINANT_SUM, moved - row_sum(moved), moved)
+    """q - p of rows, (ROWS, BLOCK_K), that sum to 0: what they sum to is rounding, of p and q each in proportion."""
+    return moved - p * row_sum(moved)
 
 
 @triton.jit
@@ -223,7 +246,7 @@ def dominant_class(
     t = without_class(load_tile(teacher_rows, cols, live, TEACHER_COL, True, K), cols, excluded)
     e_s = tl.exp2(exponents(s, l_s, max_s))
     e_t = tl.exp2(exponents(t, l_t, max_t))
-    top = e_t > 1 / DOMINANT_SUM
+    top = t == max_t  # one alone, or the sum would be 2
     others_s = tl.sum(tl.where(of_lane == lane, 0.0, sums_s)) + tl.sum(tl.where(top, 0.0, e_s))
     others_t = tl.sum(tl.where(of_lane == lane, 0.0, sums_t)) + tl.sum(tl.where(top, 0.0, e_t))
     moved = others_t * r_t - others_s * r_s

@@ -145,10 +145,44 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def strides(x: Tensor) -> tuple[int, int]:
-    """Return (row stride, class stride) of (N, K); of an axis of one entry, whose stride is arbitrary, a fixed one."""
-    rows, classes = x.shape
-    return (x.stride(0) if rows > 1 else classes, x.stride(1) if classes > 1 else 1)
+class Rows(NamedTuple):
+    """Where a kernel finds row r of logits (..., K): at r // inner times `outer_stride` + r % inner times `row_stride`.
+
+    One step does for all rows where their axes lie behind one another: then there is no outer stride.
+    """
+
+    tensor: Tensor  # (..., K), of which the kernel gets the address
+    number: int  # of rows
+    inner: int
+    outer_stride: int | None
+    row_stride: int
+    class_stride: int
+
+
+def logit_rows(student: Tensor, teacher: Tensor) -> tuple[Rows, Rows]:
+    """Return both logits as rows: views where two steps reach all rows, as in logits[:, :-1], else copies."""
+    s, t = _rows(student), _rows(teacher)
+    if s.outer_stride is not None and t.outer_stride is not None and s.inner != t.inner:
+        t = _rows(teacher.contiguous())
+    return s, t
+
+
+def _rows(x: Tensor) -> Rows:
+    classes = x.shape[-1]
+    axes: list[tuple[int, int]] = []  # (size, stride) of those that one step does not reach from another
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return _rows(x.contiguous())
+    # The stride of an axis of one entry is arbitrary, and would be a constant of another kernel.
+    inner, row_stride = axes[-1] if axes else (1, classes)
+    outer_stride = axes[0][1] if len(axes) == 2 else None
+    return Rows(x, math.prod(x.shape[:-1]), inner, outer_stride, row_stride, x.stride(-1) if classes > 1 else 1)
 
 
 def flat(x: Tensor | None) -> Tensor | None:

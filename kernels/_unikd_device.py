@@ -23,6 +23,7 @@ from unikd_fast.kernels._device import (
     load_logits,
     load_tile,
     log2_quotient,
+    logit_pointers,
     mean_std,
     row_pointers,
     row_sum,
@@ -30,9 +31,11 @@ from unikd_fast.kernels._device import (
     store_class,
     store_cols,
     store_tile,
+    stored_scale,
     sum_of_partials,
     tile_cols,
     tile_sum,
+    total_of,
     without_cancellation,
 )
 from unikd_fast.kernels.gaussian_kl import gaussian_rows, load_dense
@@ -58,13 +61,14 @@ def _class_weights(
 @triton.jit
 def _anchor_rows(
     teacher_ptr, scale_ptr, mean_ptr, log_var_ptr, mean_grad_ptr, log_var_grad_ptr, rows, live, weight,
+    inner, teacher_outer,
     TEACHER_ROW: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Mean over k of 1/2 ((y - m)² e^-l + l), y the standardised logits (`reference.gaussian_anchor`), (ROWS, 1)."""
     scale = tl.full([ROWS, 1], 1.0, tl.float32)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
-    teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
+    teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
     centre, std = mean_std(teacher_rows, live, scale, K, TEACHER_COL, K, BLOCK_K, ROWS)
     # From 1e10 on the square would leave the range.
     factor = tl.div_rn(scale, tl.where(std < 1e10, tl.sqrt_rn(std * std + 1e-5), std))
@@ -85,7 +89,7 @@ def _anchor_rows(
     return total / K
 
 
-@triton.jit(do_not_specialize=["N", "LOGIT_PROGRAMS", "GAUSSIAN_ROWS"])
+@triton.jit(do_not_specialize=["N", "inner", "LOGIT_PROGRAMS", "GAUSSIAN_ROWS"])
 def unikd_kernel(
     student_ptr,  # (N, K)
     teacher_ptr,  # (N, K)
@@ -118,6 +122,9 @@ def unikd_kernel(
     anchor_mean_grad_ptr,
     anchor_log_var_grad_ptr,
     N,
+    inner,  # rows of the inner of two axes
+    student_outer,  # stride of the outer one, or None if there is one axis
+    teacher_outer,
     LOGIT_PROGRAMS,
     GAUSSIAN_ROWS,
     ignore_index,
@@ -175,7 +182,7 @@ def unikd_kernel(
         for tile in range(pid, tl.cdiv(N, ROWS), LOGIT_PROGRAMS):
             rows = tile * ROWS + tl.arange(0, ROWS)
             live = rows < N
-            student_rows = row_pointers(student_ptr, rows, STUDENT_ROW)
+            student_rows = logit_pointers(student_ptr, rows, inner, student_outer, STUDENT_ROW)
             if SOFT:
                 target = tl.zeros([ROWS, 1], tl.int32)
                 labelled = live
@@ -186,9 +193,9 @@ def unikd_kernel(
                 wrong = labelled & ((label < 0) | (label >= K))
                 target = label.to(tl.int32)[:, None]
             a_t = tl.full([ROWS, 1], 1.0, tl.float32)
-            teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
+            teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
             if scale_ptr is not None:
-                a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
+                a_t = stored_scale(scale_ptr, rows, live)
             l_t = a_t * exponent_scale
             if SINGLE:
                 cols = tile_cols(0, BLOCK_K, LANE, True)
@@ -196,9 +203,9 @@ def unikd_kernel(
                 t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
                 max_s = tl.max(s0, axis=1)[:, None]
                 max_t = tl.max(t0, axis=1)[:, None]
-                sum_1 = row_sum(tl.exp2(exponents(s0, LOG2E, max_s)))
-                sum_s = row_sum(tl.exp2(exponents(s0, exponent_scale, max_s)))
-                sum_t = row_sum(tl.exp2(exponents(t0, l_t, max_t)))
+                sum_1 = total_of(row_sum(tl.exp2(exponents(s0, LOG2E, max_s))), max_s)
+                sum_s = total_of(row_sum(tl.exp2(exponents(s0, exponent_scale, max_s))), max_s)
+                sum_t = total_of(row_sum(tl.exp2(exponents(t0, l_t, max_t))), max_t)
             else:
                 lanes_s = tl.full([HEIGHT, 1], LOWEST, tl.float32)
                 lanes_t = lanes_s
@@ -233,8 +240,8 @@ def unikd_kernel(
                     w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
                     weight_sum += tile_sum(w, SINGLE)
                 r_1 *= weight_sum
-            dominated = has_dominant_class(sum_t, live)
             if not SINGLE:
+                dominated = has_dominant_class(sum_t, live)
                 top_class = tl.zeros([1, 1], tl.int64)
                 top_moved = tl.zeros([1, 1], tl.float32)
                 _p = top_moved
@@ -266,8 +273,7 @@ def unikd_kernel(
                 balance = added(balance, moved, SINGLE)
                 if student_grad_ptr is not None:
                     if SINGLE:
-                        if dominated:
-                            moved = without_cancellation(moved, p)
+                        moved = without_cancellation(moved, p)
                     g = moved * kl_scale + tl.exp2(exponents(s, LOG2E, max_s)) * (r_1 * ce_scale)
                     g = tl.where(w != 0, g - w * ce_scale, g)
                     store_cols(row_pointers(student_grad_ptr, rows, K), cols, live, g, PADDED, K)
@@ -315,7 +321,7 @@ def unikd_kernel(
                 sums = _anchor_rows(
                     teacher_ptr, scale_ptr, anchor_mean_ptr, anchor_log_var_ptr,
                     anchor_mean_grad_ptr, anchor_log_var_grad_ptr, rows, rows < N, anchor_up / rows_norm,
-                    TEACHER_ROW, TEACHER_COL, K, ROWS_G, BLOCK_G,
+                    inner, teacher_outer, TEACHER_ROW, TEACHER_COL, K, ROWS_G, BLOCK_G,
                 )  # fmt: skip
                 anchor_sum += block_sum(sums)
     if total_ptr is not None:

@@ -34,6 +34,7 @@ from unikd_fast.kernels._device import (
     load_tile,
     log1p,
     log2_quotient,
+    logit_pointers,
     mean_std,
     phi_near,
     row_pointers,
@@ -43,9 +44,11 @@ from unikd_fast.kernels._device import (
     store_class,
     store_cols,
     store_total,
+    stored_scale,
     tile_cols,
     tile_sum,
     times_upstream,
+    total_of,
     without_cancellation,
     without_class,
 )
@@ -57,13 +60,12 @@ from unikd_fast.kernels._launch import (
     care_for,
     flat,
     lane_of,
+    logit_rows,
     normalizer_of,
     normalizer_or_rows,
     partial_sums,
     programs_for,
     row_launch_for,
-    rows_of,
-    strides,
 )
 from unikd_fast.kernels.reference import is_ignored
 
@@ -99,7 +101,7 @@ def _kl_term(p, moved, u):
     return tl.where(tl.abs(u) < 0.5, p * phi_near(u), moved - p * u)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "inner"])
 def _dkd_kernel(
     student_ptr,  # (N, K)
     teacher_ptr,  # (N, K)
@@ -113,6 +115,9 @@ def _dkd_kernel(
     partial_ptr,
     grad_ptr,  # (N, K) dense, or None
     N,
+    inner,  # rows of the inner of two axes
+    student_outer,  # stride of the outer one, or None if there is one axis
+    teacher_outer,
     ignore_index,
     inverse_temperature,
     exponent_scale,  # log2 e / τ, rounded once
@@ -153,12 +158,12 @@ def _dkd_kernel(
         live = inside & (label != ignore_index)
         wrong = live & ((label < 0) | (label >= K))
         target = tl.where(live & (wrong == 0), label, 0).to(tl.int32)[:, None]
-        student_rows = row_pointers(student_ptr, rows, STUDENT_ROW)
-        teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
+        student_rows = logit_pointers(student_ptr, rows, inner, student_outer, STUDENT_ROW)
+        teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
         a_t = a_s
         if scale_ptr is not None:
-            a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
+            a_t = stored_scale(scale_ptr, rows, live)
         if STANDARDIZED:
             mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
             _, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
@@ -176,8 +181,8 @@ def _dkd_kernel(
             t1 = without_class(t0, cols, target)
             max_s = tl.max(s1, axis=1)[:, None]
             max_t = tl.max(t1, axis=1)[:, None]
-            sum_s = row_sum(tl.exp2(exponents(s1, l_s, max_s)))
-            sum_t = row_sum(tl.exp2(exponents(t1, l_t, max_t)))
+            sum_s = total_of(row_sum(tl.exp2(exponents(s1, l_s, max_s))), max_s)
+            sum_t = total_of(row_sum(tl.exp2(exponents(t1, l_t, max_t))), max_t)
         else:
             lanes_s, sums_s, lanes_t, sums_t = lane_sums(
                 student_rows, teacher_rows, live, l_s, l_t, target, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE
@@ -210,8 +215,8 @@ def _dkd_kernel(
 
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
         row_weight = tl.where(wrong[:, None], float("nan"), row_weight)
-        dominated = has_dominant_class(sum_t, live)
         if not SINGLE:
+            dominated = has_dominant_class(sum_t, live)
             top_class = tl.zeros([1, 1], tl.int64)
             top_moved = tl.zeros([1, 1], tl.float32)
             top_p = top_moved
@@ -252,8 +257,7 @@ def _dkd_kernel(
             balance = added(balance, moved_other, SINGLE)
             if grad_ptr is not None:
                 if SINGLE:
-                    if dominated:
-                        moved_other = without_cancellation(moved_other, p)
+                    moved_other = without_cancellation(moved_other, p)
                 g = tl.where(cols == target, pull, w_others * moved_other - pull * q) * (f_s * row_weight)
                 if STANDARDIZED:
                     g -= (share * row_weight) * ((s - mean_s) * a_s)
@@ -302,15 +306,15 @@ def _launch(
     assert student is not None
     assert teacher is not None
     assert labels is not None
-    s, t = rows_of(student), rows_of(teacher)
-    rows, classes = s.shape
+    s, t = logit_rows(student, teacher)
+    rows, classes = s.number, student.shape[-1]
     count = normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:
         count, normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
-    launch = row_launch_for(s, t, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK else 1)
-    _dkd_kernel[(programs_for(launch, rows, s.device),)](
-        s,
-        t,
+    launch = row_launch_for(student, teacher, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK else 1)
+    _dkd_kernel[(programs_for(launch, rows, student.device),)](
+        s.tensor,
+        t.tensor,
         flat(scale),
         flat(labels),
         normalizer_or_rows(normalizer_value, normalizer, rows),
@@ -321,12 +325,17 @@ def _launch(
         partial_sums(outputs[0]),
         gradients[0],
         rows,
+        s.inner if t.outer_stride is None else t.inner,
+        s.outer_stride,
+        t.outer_stride,
         ignore_index,
         1.0 / temperature,
         LOG2E / temperature,
         weight,
-        *strides(s),
-        *strides(t),
+        s.row_stride,
+        s.class_stride,
+        t.row_stride,
+        t.class_stride,
         classes,
         STANDARDIZED=standardized,
         PER_ROW=per_row,
@@ -337,7 +346,7 @@ def _launch(
         SINGLE=launch.single,
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
-        LANE=lane_of(s),
+        LANE=lane_of(student),
         CARE=care_for(classes),
         PROGRAMS=MAX_PROGRAMS,
         **launch.options,

@@ -42,6 +42,7 @@ from unikd_fast.kernels._device import (
     lane_sums,
     load_tile,
     log2_quotient,
+    logit_pointers,
     mean_std,
     mixture,
     row_pointers,
@@ -52,6 +53,7 @@ from unikd_fast.kernels._device import (
     store_class,
     store_cols,
     store_total,
+    stored_scale,
     student_gradient,
     student_slope,
     teacher_gradient,
@@ -59,6 +61,7 @@ from unikd_fast.kernels._device import (
     tile_cols,
     tile_sum,
     times_upstream,
+    total_of,
     without_cancellation,
     without_shift,
 )
@@ -68,13 +71,12 @@ from unikd_fast.kernels._launch import (
     care_for,
     flat,
     lane_of,
+    logit_rows,
     normalizer_of,
     normalizer_or_rows,
     partial_sums,
     programs_for,
     row_launch_for,
-    rows_of,
-    strides,
 )
 from unikd_fast.kernels.reference import DIVERGENCES
 
@@ -181,7 +183,7 @@ def _store_gradients(
             store_cols(row_pointers(teacher_grad_ptr, rows, K), cols, inside, g, PADDED, K)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "inner"])
 def _softmax_kl_kernel(
     student_ptr,  # (N, K)
     teacher_ptr,  # (N, K)
@@ -194,6 +196,9 @@ def _softmax_kl_kernel(
     student_grad_ptr,  # (N, K) contiguous, or None
     teacher_grad_ptr,
     N,
+    inner,  # rows of the inner of two axes
+    student_outer,  # stride of the outer one, or None if there is one axis
+    teacher_outer,
     inverse_temperature,
     exponent_scale,  # log2 e / τ, rounded once
     weight,  # of a row's divergence
@@ -229,12 +234,12 @@ def _softmax_kl_kernel(
         live = inside
         if mask_ptr is not None:
             live = inside & (tl.load(mask_ptr + rows, mask=inside, other=1) == 0)
-        student_rows = row_pointers(student_ptr, rows, STUDENT_ROW)
-        teacher_rows = row_pointers(teacher_ptr, rows, TEACHER_ROW)
+        student_rows = logit_pointers(student_ptr, rows, inner, student_outer, STUDENT_ROW)
+        teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
         a_t = a_s
         if scale_ptr is not None:
-            a_t = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
+            a_t = stored_scale(scale_ptr, rows, live)
         if STANDARDIZED:
             mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
             mean_t, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
@@ -251,8 +256,8 @@ def _softmax_kl_kernel(
             t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
             max_s = tl.max(s0, axis=1)[:, None]
             max_t = tl.max(t0, axis=1)[:, None]
-            sum_s = row_sum(tl.exp2(exponents(s0, l_s, max_s)))
-            sum_t = row_sum(tl.exp2(exponents(t0, l_t, max_t)))
+            sum_s = total_of(row_sum(tl.exp2(exponents(s0, l_s, max_s))), max_s)
+            sum_t = total_of(row_sum(tl.exp2(exponents(t0, l_t, max_t))), max_t)
         else:
             lanes_s, sums_s, lanes_t, sums_t = lane_sums(
                 student_rows, teacher_rows, live, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE
@@ -267,8 +272,8 @@ def _softmax_kl_kernel(
         terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
         if FUSED_PASS:
             balance = terms
-            dominated = has_dominant_class(sum_t, live)
             if not SINGLE:
+                dominated = has_dominant_class(sum_t, live)
                 top_class = tl.zeros([1, 1], tl.int64)
                 top_moved = tl.zeros([1, 1], tl.float32)
                 _p = top_moved
@@ -294,8 +299,7 @@ def _softmax_kl_kernel(
                 balance = added(balance, moved, SINGLE)
                 if student_grad_ptr is not None:
                     if SINGLE:
-                        if dominated:
-                            moved = without_cancellation(moved, p)
+                        moved = without_cancellation(moved, p)
                     g = moved * (row_weight * f_s)
                     if mask_ptr is not None:
                         g = tl.where(live[:, None], g, 0.0)
@@ -390,13 +394,13 @@ def _launch(
     student, teacher, scale, mask, normalizer = tensors
     assert student is not None
     assert teacher is not None
-    s, t = rows_of(student), rows_of(teacher)
-    rows, classes = s.shape
+    s, t = logit_rows(student, teacher)
+    rows, classes = s.number, student.shape[-1]
     general = divergence != "forward" or standardized or gradients[1] is not None
-    launch = row_launch_for(s, t, numbers=4 if general else 1)
-    _softmax_kl_kernel[(programs_for(launch, rows, s.device),)](
-        s,
-        t,
+    launch = row_launch_for(student, teacher, numbers=4 if general else 1)
+    _softmax_kl_kernel[(programs_for(launch, rows, student.device),)](
+        s.tensor,
+        t.tensor,
         flat(scale),
         flat(mask),
         normalizer_or_rows(normalizer_value, normalizer, rows),
@@ -405,12 +409,17 @@ def _launch(
         partial_sums(outputs[0]),
         *gradients[:2],
         rows,
+        s.inner if t.outer_stride is None else t.inner,
+        s.outer_stride,
+        t.outer_stride,
         1.0 / temperature,
         LOG2E / temperature,
         weight,
         beta,
-        *strides(s),
-        *strides(t),
+        s.row_stride,
+        s.class_stride,
+        t.row_stride,
+        t.class_stride,
         classes,
         KIND=DIVERGENCES.index(divergence),
         STANDARDIZED=standardized,
@@ -419,7 +428,7 @@ def _launch(
         SINGLE=launch.single,
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
-        LANE=lane_of(s),
+        LANE=lane_of(student),
         CARE=care_for(classes),
         PROGRAMS=MAX_PROGRAMS,
         **launch.options,

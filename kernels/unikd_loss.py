@@ -20,12 +20,12 @@ from unikd_fast.kernels._launch import (
     elementwise_launch_for,
     flat,
     lane_of,
+    logit_rows,
     normalizer_or_rows,
     partial_sums,
     programs_for,
     row_launch_for,
     rows_of,
-    strides,
 )
 from unikd_fast.kernels._unikd_device import unikd_kernel
 from unikd_fast.kernels.reference import is_ignored
@@ -67,24 +67,25 @@ def _launch(
     assert student is not None
     assert teacher is not None
     assert labels is not None
-    s, t = rows_of(student), rows_of(teacher)
+    s, t = logit_rows(student, teacher)
     dense = [None if x is None else rows_of(x).contiguous() for x in parameters]
-    of_dense = next((x for x in dense if x is not None), s)
-    (rows, classes), width = s.shape, of_dense.shape[-1]
+    of_dense = next((x for x in dense if x is not None), student)
+    rows, classes, width = s.number, student.shape[-1], of_dense.shape[-1]
     gaussian_rows = 0 if dense[0] is None else dense[0].shape[0]
     # L_anchor has the rows of the logits, which need not be those of L_FL.
     other_rows = gaussian_rows if dense[4] is None else max(gaussian_rows, rows)
-    launch, gaussian = row_launch_for(s, t, numbers=2 if s.dtype == t.dtype else 4), elementwise_launch_for(of_dense)
-    logit_programs = programs_for(launch, rows, s.device) if rows else 0
-    programs = logit_programs + (programs_for(gaussian, other_rows, s.device) if other_rows else 0)
+    launch = row_launch_for(student, teacher, numbers=2 if student.dtype == teacher.dtype else 4)
+    gaussian = elementwise_launch_for(of_dense)
+    logit_programs = programs_for(launch, rows, student.device) if rows else 0
+    programs = logit_programs + (programs_for(gaussian, other_rows, student.device) if other_rows else 0)
     soft = labels.is_floating_point()
     row_normalizer = ce_normalizer = normalizer_or_rows(normalizer_value, normalizer, rows)
     count = not soft and normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:
         count, ce_normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
     unikd_kernel[(programs,)](
-        s,
-        t,
+        s.tensor,
+        t.tensor,
         flat(scale),
         rows_of(labels).contiguous() if soft else flat(labels),
         *dense,
@@ -99,6 +100,9 @@ def _launch(
         gradients[0],
         *gradients[4:10],
         rows,
+        s.inner if t.outer_stride is None else t.inner,
+        s.outer_stride,
+        t.outer_stride,
         logit_programs,
         gaussian_rows,
         ignore_index,
@@ -108,8 +112,10 @@ def _launch(
         ce_weight,
         label_smoothing,
         1.0 / width if mean_over_features else 1.0,
-        *strides(s),
-        *strides(t),
+        s.row_stride,
+        s.class_stride,
+        t.row_stride,
+        t.class_stride,
         classes,
         width,
         SOFT=soft,
@@ -122,7 +128,7 @@ def _launch(
         SINGLE=launch.single,
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
-        LANE=lane_of(s),
+        LANE=lane_of(student),
         CARE=care_for(classes),
         ROWS_G=gaussian.rows,
         BLOCK_G=gaussian.block_k,

@@ -201,7 +201,7 @@ def test_a_second_run_builds_nothing(tmp_path: Path, weights: Path) -> None:
     assert all(record["recheck"]["worst"] <= 2.0**-11 for record in records[:2])  # another batch rounds otherwise
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_cached_run_continues_bit_for_bit(tmp_path: Path, weights: Path) -> None:
     """The second run finds the first one's cache, and the third plans and checks before it goes on."""
     sections: dict[str, Any] = {

@@ -112,6 +112,7 @@ def test_a_run_stopped_by_a_full_disk_resumes(tmp_path: Path) -> None:
     assert records == train_records(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_damaged_checkpoints_are_skipped_on_resume(tmp_path: Path) -> None:
     config = small_config(tmp_path, "run", run={"checkpoint_every_steps": 2, "keep_checkpoints": 3})
     assert run(config).returncode == 0

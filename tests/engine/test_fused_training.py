@@ -54,7 +54,7 @@ def curve(trained: Path, method: str, impl: str) -> list[dict[str, float]]:
     return [{name: x[name] for name in TERMS[method]} for x in lines if x["kind"] == "train"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_fused_losses_match_the_reference_curve(trained: Path, method: str) -> None:
     plain, fused, auto = (curve(trained, method, impl) for impl in IMPLS)

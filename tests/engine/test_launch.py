@@ -1,6 +1,7 @@
 """How processes start: the launch line, ranks that differ or are missing, and what they listen on."""
 
 import os
+import sys
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -109,7 +110,8 @@ def talk() -> int:
         stop.agreed(), stop.agreed()
     assert processes.gather(processes.rank) == list(range(processes.world_size))
     assert float(processes.sum_(torch.ones(()))) == processes.world_size
-    print("listens", *listening())
+    sys.stdout.write(f"listens {' '.join(listening())}\n")  # at once: print() writes in pieces, between another rank's
+    sys.stdout.flush()
     processes.barrier()
     processes.leave()
     return 0

@@ -109,7 +109,7 @@ def test_a_skipped_step_changes_nothing(module: nn.Sequential) -> None:
 
 STAGES = [
     pytest.param(0, 1, id="stage 0"),
-    pytest.param(1, 2, id="stage 1"),
+    pytest.param(1, 2, marks=pytest.mark.long, id="stage 1"),
     pytest.param(3, 2, marks=pytest.mark.long, id="stage 3"),
 ]
 

@@ -122,7 +122,7 @@ def test_the_warning_is_logged_once(clock: Clock, caplog: pytest.LogCaptureFixtu
     assert caplog.text.count("loader-bound") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_bound_by_its_loader_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for part, count in (("train", 16), ("val", 4)):
         for i in range(count):

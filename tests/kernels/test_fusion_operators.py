@@ -69,6 +69,7 @@ def calls_of(compute: Callable[[], Any]) -> list[tuple[Any, list[Tensor], list[A
     return calls
 
 
+@pytest.mark.long
 @traced_forms
 def test_opcheck(name: str) -> None:
     """Schema, fake tensors, autograd and tracing with dynamic shapes; forward and backward operators."""
@@ -101,6 +102,7 @@ def test_compiled_is_eager(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(*results, rtol=4 * torch.finfo(dtype).eps, atol=1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.long
 @traced_forms
 def test_one_graph_for_all_batch_sizes(name: str) -> None:
     torch._dynamo.reset()

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from support.kernel_inputs import BACKEND, DEVICE, DTYPES, UNITS, Graphs, labels_for, quiet, randn
+from support.long_rounds import long, quick
 from support.numerics import assert_no_worse_than_eager
 from unikd_fast import LinearSoftmaxKL, linear_softmax_kl, quantize_logits, softmax_kl
 from unikd_fast.kernels import _launch
@@ -130,9 +131,9 @@ def gradients_of(loss: Tensor, inputs: list[Tensor | None], **settings: Any) -> 
     return list(torch.autograd.grad(loss, [x for x in inputs if x is not None and x.requires_grad], **settings))
 
 
-@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("labels", [long(False), True])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", quick(DTYPES, torch.bfloat16))
 def test_values_and_gradients(dtype: torch.dtype, divergence: str, labels: bool) -> None:
     """Two chunks and a part of one; widths of student and teacher differ."""
     inputs = inputs_for(2 * CHUNK + 21, dtype=dtype, labels=labels)
@@ -265,7 +266,7 @@ class TestIgnoredRows:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", quick(DTYPES, torch.float16))
 class TestUpstream:
     def test_two_backward_passes(self, dtype: torch.dtype, impl: str) -> None:
         inputs = inputs_for(CHUNK + 9, dtype=dtype, labels=True)

@@ -1,6 +1,8 @@
 """The kernel of softmax KL against plain PyTorch and float64."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from support.kernel_inputs import (
 )
 from support.numerics import relative_error
 from unikd_fast import quantize_logits, softmax_kl
-from unikd_fast.kernels import reference
+from unikd_fast.kernels import _launch, reference
 from unikd_fast.kernels._launch import LARGEST_SINGLE_BLOCK
 
 pytestmark = quiet
@@ -111,6 +113,33 @@ class TestExtremes:
             student, teacher = (randn(3, classes, seed=seed, dtype=dtype) for seed in (1, 2))
             student[:, 0], student[:, 1], teacher[:, 1], teacher[:, 2] = 1e4, -1e4, 1e4, -1e4
             compare(softmax_kl, [student.requires_grad_(), teacher.requires_grad_()], divergence=divergence)
+
+
+@pytest.mark.parametrize("classes", [100, MORE_BLOCKS])
+def test_constant_stored_rows(classes: int) -> None:
+    """Their scale is 0: all classes are equal, and what stands past the last one is still absent."""
+    stored = quantize_logits(torch.full((2, classes), 3.0, device=DEVICE))
+    compare(quantized_kl(stored.values), [randn(2, classes, seed=1, grad=True), stored.scale, stored.offset])
+
+
+@pytest.mark.parametrize("classes", [100, MORE_BLOCKS])
+def test_rows_without_logits_are_nan(classes: int) -> None:
+    student = randn(2, classes, seed=1)
+    for nothing in (-INF, torch.finfo(torch.float32).min):
+        teacher = torch.full((2, classes), nothing, device=DEVICE)
+        assert softmax_kl(student, teacher, impl="fused").isnan()
+
+
+@pytest.mark.parametrize(
+    ("share", "classes"), [(0.45, 100), (0.55, 100), (0.79, 100), (0.99, 100), (0.79, MORE_BLOCKS), (0.99, MORE_BLOCKS)]
+)
+def test_class_with_a_large_share(share: float, classes: int) -> None:
+    """Of close distributions, where q - p cancels; in blocks, a share of a half is known too late."""
+    teacher = randn(16, classes, seed=1)
+    others = teacher[:, 1:].logsumexp(1)
+    teacher[:, 0] = others + math.log(share / (1 - share))
+    student = teacher + randn(16, classes, seed=2, scale=0.01)
+    compare(softmax_kl, [student.detach().requires_grad_(), teacher], units=4, reduction="none")
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -259,6 +288,21 @@ class TestShapes:
         compare(softmax_kl, [student.requires_grad_(), teacher], reduction="none")
         compare(softmax_kl, [student.detach().contiguous().requires_grad_(), teacher])
 
+    @pytest.mark.parametrize("classes", [20, long(MORE_BLOCKS)])
+    def test_views_of_two_axes_are_not_copied(self, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Shifted sequences, on one side and on both, and class maps: rows that no single stride reaches."""
+        monkeypatch.setattr(_launch, "_rows", partial(_not_copied, _launch._rows))
+        student, teacher = (randn(3, 5, classes, seed=seed) for seed in (1, 2))
+        maps = randn(3, classes, 2, 2, seed=3).movedim(1, -1)
+        for s, t in (
+            (student[:, :-1], teacher[:, 1:]),
+            (student[:, :-1], randn(3, 4, classes, seed=4)),
+            (randn(12, classes, seed=4).reshape(3, 4, classes), teacher[:, :-1]),
+            (maps, randn(3, 2, 2, classes, seed=5)),
+            (randn(3, classes, 2, 2, seed=6).movedim(1, -1), maps),
+        ):
+            compare(softmax_kl, [s.detach().requires_grad_(), t], reduction="none")
+
     def test_one_row_without_axes(self) -> None:
         for reduction in ("none", "batchmean"):
             compare(softmax_kl, [randn(9, seed=1, grad=True), randn(9, seed=2)], reduction=reduction)
@@ -295,6 +339,12 @@ class TestShapes:
         stored = quantize_logits(randn(3, classes, seed=2))
         teacher.copy_(stored.values)
         compare(quantized_kl(teacher), [student.requires_grad_(), stored.scale, stored.offset], reduction="none")
+
+
+def _not_copied(rows: Callable[[Tensor], _launch.Rows], x: Tensor) -> _launch.Rows:
+    found = rows(x)
+    assert found.tensor is x, f"{tuple(x.shape)} was copied"
+    return found
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

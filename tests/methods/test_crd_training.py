@@ -25,7 +25,7 @@ def _one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_banks_and_draws(tmp_path: Path) -> None:
     mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
