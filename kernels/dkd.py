@@ -311,7 +311,7 @@ def _launch(
     count = normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:
         count, normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
-    launch = row_launch_for(student, teacher, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK else 1)
+    launch = row_launch_for(student, teacher, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK // 2 else 1)
     _dkd_kernel[(programs_for(launch, rows, student.device),)](
         s.tensor,
         t.tensor,
