@@ -140,6 +140,7 @@ def overwrite(folder: CacheFolder, content: NDArray[np.uint8]) -> None:
             writer.commit()
 
 
+@pytest.mark.long
 def test_recheck_finds_outputs_of_another_teacher(tmp_path: Path, weights: Path) -> None:
     folder = in_small_shards(cached_config(tmp_path, weights))
     own = payloads(ready(cached_config(tmp_path, weights)).cache.folder)  # type: ignore[union-attr]
@@ -199,6 +200,7 @@ def test_resuming_with_another_head_is_refused(tmp_path: Path, weights: Path) ->
         train_here(load_config(config), resume=True)
 
 
+@pytest.mark.long
 def test_a_run_resumes_with_a_rebuilt_cache(tmp_path: Path, weights: Path) -> None:
     whole = train_here(load_config(cached_config(tmp_path, weights, name="whole")))
     config = cached_config(tmp_path, weights, name="cut", cache={"dir": str(tmp_path / "its")})

@@ -66,7 +66,7 @@ def test_only_rank_0_loads_the_teacher(
     assert loads == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_do_not_change_cache_or_training(tmp_path: Path, weights: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 48), ("val", 10)):
@@ -142,7 +142,7 @@ def test_two_ranks_get_the_targets_of_one(tmp_path: Path, weights: Path) -> None
                 assert torch.equal(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_build_and_train_from_one_cache(tmp_path: Path, weights: Path) -> None:
     """ZeRO stage 1, accumulation and an average; and the outputs are those that one process builds."""
     sections: dict[str, Any] = {

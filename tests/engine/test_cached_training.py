@@ -120,6 +120,7 @@ def test_epochs_beyond_the_views_repeat_them(tmp_path: Path, weights: Path) -> N
     assert sum(equal) < 0.1 * len(equal)  # one in 50 has the same window and flip by chance
 
 
+@pytest.mark.long
 def test_dropout_does_not_affect_the_cache(tmp_path: Path) -> None:
     weights = save_teacher(tmp_path / "dropout.pth", "torchvision/mobilenet_v3_small", sharpness=100.0)
     teacher = {"model": "torchvision/mobilenet_v3_small", "weights": str(weights)}
@@ -148,6 +149,7 @@ def test_dropout_does_not_affect_the_cache(tmp_path: Path) -> None:
     assert not torch.allclose(made.network(batch.images).logits, shown, rtol=0.1)  # what it would be with dropout
 
 
+@pytest.mark.long
 def test_top_k_logits_bound_the_loss_from_below(tmp_path: Path, weights: Path) -> None:
     """KL over the classes kept and the rest as one class is at most KL over all (data processing)."""
     distill = {**KD, "temperature": 1.0}

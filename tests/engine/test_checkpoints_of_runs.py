@@ -90,6 +90,7 @@ def test_a_signal_at_a_saved_step_saves_nothing(tmp_path: Path, written: list[in
     assert written == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 def test_a_run_stopped_by_a_full_disk_resumes(tmp_path: Path) -> None:
     """The disk holds one checkpoint of 0.7 MB, and not a second one beside it."""
     disk = tmp_path / "disk"

@@ -102,7 +102,7 @@ def test_ofd_with_teacher_batch_statistics(tmp_path: Path, teachers: dict[str, P
     assert all(torch.equal(*pair) for pair in zip(found.method.margins, usual.method.margins, strict=True))  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ofd_trains_with_teacher_batch_statistics(tmp_path: Path, teachers: dict[str, Path]) -> None:
     distill = {"method": "ofd", "ofd": {"teacher_batch_statistics": True}}
     for precision in ("fp32", "bf16"):

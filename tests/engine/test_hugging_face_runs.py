@@ -47,6 +47,7 @@ def config_of(folder: Path, out: Path, **student: object) -> Path:
     )
 
 
+@pytest.mark.long
 def test_a_run_follows_its_processors_and_its_files_predict(folder: Path, tmp_path: Path) -> None:
     done = run(config_of(folder, tmp_path))
     assert done.returncode == 0, done.stderr

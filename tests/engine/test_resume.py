@@ -125,7 +125,7 @@ def test_more_ranks_train_alike(tmp_path: Path, whole: list[tuple[int, float]], 
 
 
 CHANGES = [
-    pytest.param((2, 3), (1, 0), id="2 at stage 3 to 1 at stage 0"),
+    pytest.param((2, 3), (1, 0), marks=pytest.mark.long, id="2 at stage 3 to 1 at stage 0"),
     pytest.param((1, 0), (4, 1), marks=pytest.mark.long, id="1 at stage 0 to 4 at stage 1"),
     pytest.param((2, 1), (2, 3), marks=pytest.mark.long, id="2 at stage 1 to stage 3"),
     pytest.param((4, 2), (2, 0), marks=pytest.mark.long, id="4 at stage 2 to 2 at stage 0"),

@@ -106,6 +106,7 @@ def test_a_second_ctrl_c_in_a_lock_is_one_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "unikd train: error: stopped by Ctrl-C\n"
 
 
+@pytest.mark.long
 def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
     """torchrun and deepspeed signal one process after another; both must still save together."""
     config = write_config(
