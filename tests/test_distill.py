@@ -254,7 +254,7 @@ def _two_processes() -> int:
     return 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_one_student(tmp_path: Path) -> None:
     done = Ranks(_two_processes, tmp_path, processes=2).done()
     assert done.returncode == 0, done.stderr

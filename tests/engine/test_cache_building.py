@@ -111,7 +111,7 @@ def waits_for(lock: Path, process: Ranks) -> bool:
     return lock in open_files(process)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_concurrent_runs_build_every_shard_once(together: Together) -> None:
     assert together.codes == (0, 0), together.outputs
     assert together.side_by_side  # both built

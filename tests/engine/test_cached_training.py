@@ -182,6 +182,7 @@ def test_top_k_logits_bound_the_loss_from_below(tmp_path: Path, weights: Path) -
     assert whole == pytest.approx(full, rel=1e-5)  # with all of them it is the loss; fp32
 
 
+@pytest.mark.long
 def test_a_second_run_builds_nothing(tmp_path: Path, weights: Path) -> None:
     configs = [
         cached_config(tmp_path, weights, name="first", cache={"recheck": 0.001}),

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 SHORT = {"total_epochs": 1, "max_steps": 2, "accumulation_steps": 1}
 
 
-@pytest.mark.parametrize(("launcher", "processes"), [long("python", 1), long("torchrun", 2), ("deepspeed", 1)])
+@pytest.mark.parametrize(("launcher", "processes"), [long("python", 1), long("torchrun", 2), long("deepspeed", 1)])
 def test_every_launcher_leaves_a_complete_folder(tmp_path: Path, launcher: str, processes: int) -> None:
     config = write_config(
         tmp_path, name="short", train=SHORT, run={"trackers": ["tensorboard"]}, distill={"teacher_head": "prefit"}

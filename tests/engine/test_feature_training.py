@@ -122,7 +122,7 @@ def values_of(term: str, config: Path) -> list[float]:
     return [record[term] for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["cifar/vgg8", long("cifar/wrn_16_1")])
 @pytest.mark.parametrize("name", TERMS)
 def test_a_term_falls_when_trained_on(tmp_path: Path, teachers: dict[str, Path], name: str, model: str) -> None:

@@ -149,6 +149,7 @@ def test_a_run_with_a_compiled_teacher(tmp_path: Path) -> None:
     assert "the teacher's fidelity is not checked: teacher.weights=random" in done.stderr
 
 
+@pytest.mark.long
 def test_weights_of_other_classes_are_fine_tuned_first(tmp_path: Path) -> None:
     pretrained = tmp_path / "seven.pth"
     trained = build_model("cifar/resnet8", num_classes=7)

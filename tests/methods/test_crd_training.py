@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), long("bf16", 0), long("bf16", 3)])
+@pytest.mark.parametrize(("precision", "stage"), [long("fp32", 0), long("bf16", 0), long("bf16", 3)])
 def test_a_run_learns_contrastively_and_resumes(tmp_path: Path, precision: str, stage: int) -> None:
     from support.real_runs import (
         cached_config,
