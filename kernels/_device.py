@@ -1,5 +1,6 @@
-"""Device functions that the loss kernels share. Everything is fp32; tiles are (ROWS, BLOCK_K), row sums (ROWS, 1).
+"""Device functions that the loss kernels share. Everything is fp32.
 
+A tile holds whole rows, (ROWS, BLOCK_K), with sums (ROWS, 1), or a block of one row, (LANES, LANE), with sums (1, 1).
 Letters as in `reference`: p the teacher's and q the student's probabilities, φ(u) = eᵘ - 1 - u.
 """
 

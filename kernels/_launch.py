@@ -110,9 +110,9 @@ def lane_of(student: Tensor) -> int:
 
 
 def care_for(classes: int) -> int:
-    """Return when a row's divergence is summed term by term without cancellation: 1 if its textbook sum is small.
+    """Return when rows are summed again without cancellation: 1 if they are close, 2 always, as few classes are cheap.
 
-    With few classes there are few errors to cancel: 2, always. (0, never, is what instructions are counted with.)
+    0, never, is what `benchmarks/instruction_counts.py` counts with.
     """
     return 2 if classes <= 32 else 1
 
