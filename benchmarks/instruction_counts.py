@@ -6,8 +6,8 @@ python benchmarks/instruction_counts.py --write        puts it into docs/kernels
 Each launch is compiled for sm_90 as it would be launched, and disassembled. A loop is what lies between a label and a
 branch back to it; the loop over rows contains those over the blocks of a row. All lanes of an instruction count, and
 what stands under a condition counts as if it were always done; only the rows that are summed a second time, with more
-care (`_device.is_close`), are left out. Floors are of an H200: its schedulers issue 4 instructions of 32 lanes per
-multiprocessor and cycle, of which special functions (MUFU) take 8 places, and its memory copies 4.3 TB/s.
+care (`_divergence_device.is_close`), are left out. Floors are of an H200: its schedulers issue 4 instructions of 32
+lanes per multiprocessor and cycle, of which special functions (MUFU) take 8 places, and its memory copies 4.3 TB/s.
 """
 
 import re

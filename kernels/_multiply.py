@@ -7,8 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unikd_fast.kernels._device import row_pointers, store_tile, tile_pointers
 from unikd_fast.kernels._launch import elementwise_launch_for, on_device, programs_for
+from unikd_fast.kernels._rows_device import (
+    row_pointers,
+    store_tile,
+    tile_pointers,
+)
 
 MOST_BUFFERS = 8
 

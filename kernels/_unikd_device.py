@@ -3,12 +3,9 @@
 import triton
 import triton.language as tl
 
-from unikd_fast.kernels._device import (
+from unikd_fast.kernels._divergence_device import (
     CLOSE_BELOW,
     LN2,
-    LOWEST,
-    added,
-    block_sum,
     change,
     close_kl,
     dominant_class,
@@ -17,12 +14,19 @@ from unikd_fast.kernels._device import (
     has_dominant_class,
     is_close,
     join_lanes,
-    labelled_rows,
     lane_sum,
+    log2_quotient,
+    total_of,
+    without_cancellation,
+)
+from unikd_fast.kernels._rows_device import (
+    LOWEST,
+    added,
+    block_sum,
+    labelled_rows,
     last_to_arrive,
     load_logits,
     load_tile,
-    log2_quotient,
     logit_pointers,
     mean_std,
     row_pointers,
@@ -35,8 +39,6 @@ from unikd_fast.kernels._device import (
     sum_of_partials,
     tile_cols,
     tile_sum,
-    total_of,
-    without_cancellation,
 )
 from unikd_fast.kernels.gaussian_kl import gaussian_rows, load_dense
 

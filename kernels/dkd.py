@@ -14,12 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
-from unikd_fast.kernels._device import (
+from unikd_fast.kernels._divergence_device import (
     CLOSE_BELOW,
     CLOSE_BELOW_LOGS,
     LN2,
-    added,
-    block_sum,
     change,
     close_kl,
     dominant_class,
@@ -29,28 +27,12 @@ from unikd_fast.kernels._device import (
     has_dominant_class,
     is_close,
     join_lanes,
-    labelled_rows,
     lane_sums,
-    load_tile,
     log1p,
     log2_quotient,
-    logit_pointers,
-    mean_std,
     phi_near,
-    row_pointers,
-    row_sum,
-    scalar,
-    standardization_share,
-    store_class,
-    store_cols,
-    store_total,
-    stored_scale,
-    tile_cols,
-    tile_sum,
-    times_upstream,
     total_of,
     without_cancellation,
-    without_class,
 )
 from unikd_fast.kernels._launch import (
     COUNTED_IN_KERNEL,
@@ -66,6 +48,26 @@ from unikd_fast.kernels._launch import (
     partial_sums,
     programs_for,
     row_launch_for,
+)
+from unikd_fast.kernels._rows_device import (
+    added,
+    block_sum,
+    labelled_rows,
+    load_tile,
+    logit_pointers,
+    mean_std,
+    row_pointers,
+    row_sum,
+    scalar,
+    standardization_share,
+    store_class,
+    store_cols,
+    store_total,
+    stored_scale,
+    tile_cols,
+    tile_sum,
+    times_upstream,
+    without_class,
 )
 from unikd_fast.kernels.reference import is_ignored
 

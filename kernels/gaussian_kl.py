@@ -11,18 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
-from unikd_fast.kernels._device import (
-    block_sum,
+from unikd_fast.kernels._divergence_device import (
     exp,
     expm1,
     phi,
-    row_pointers,
-    row_sum,
-    scalar,
-    store_tile,
-    store_total,
-    tile_pointers,
-    times_upstream,
 )
 from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
@@ -32,6 +24,16 @@ from unikd_fast.kernels._launch import (
     partial_sums,
     programs_for,
     rows_of,
+)
+from unikd_fast.kernels._rows_device import (
+    block_sum,
+    row_pointers,
+    row_sum,
+    scalar,
+    store_tile,
+    store_total,
+    tile_pointers,
+    times_upstream,
 )
 
 

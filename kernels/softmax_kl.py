@@ -12,8 +12,8 @@ With e = 2^(f z - f max z), p = e_t / Σ e_t, q likewise and u = log2(q / p) the
     Σ (q - p) - ln 2 Σ p u
 
 where the first sum is not quite 0, and takes away what a common error of u adds to the second. Where the result is
-small or not finite, the row is read again and its terms are summed without cancellation (`_device.close_kl`).
-Instructions an element: docs/kernels.md.
+small or not finite, the row is read again and its terms are summed without cancellation
+(`_divergence_device.close_kl`). Instructions an element: docs/kernels.md.
 """
 
 import triton
@@ -21,15 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
-from unikd_fast.kernels._device import (
+from unikd_fast.kernels._divergence_device import (
     CLOSE_BELOW,
     CLOSE_BELOW_LOGS,
     FORWARD,
     JSD,
     LN2,
     REVERSE,
-    added,
-    block_sum,
     change,
     close_kl,
     close_probabilities,
@@ -40,27 +38,13 @@ from unikd_fast.kernels._device import (
     is_close,
     join_lanes,
     lane_sums,
-    load_tile,
     log2_quotient,
-    logit_pointers,
-    mean_std,
     mixture,
-    row_pointers,
-    row_sum,
-    scalar,
     shift_terms,
-    standardization_share,
-    store_class,
-    store_cols,
-    store_total,
-    stored_scale,
     student_gradient,
     student_slope,
     teacher_gradient,
     teacher_slope,
-    tile_cols,
-    tile_sum,
-    times_upstream,
     total_of,
     without_cancellation,
     without_shift,
@@ -77,6 +61,24 @@ from unikd_fast.kernels._launch import (
     partial_sums,
     programs_for,
     row_launch_for,
+)
+from unikd_fast.kernels._rows_device import (
+    added,
+    block_sum,
+    load_tile,
+    logit_pointers,
+    mean_std,
+    row_pointers,
+    row_sum,
+    scalar,
+    standardization_share,
+    store_class,
+    store_cols,
+    store_total,
+    stored_scale,
+    tile_cols,
+    tile_sum,
+    times_upstream,
 )
 from unikd_fast.kernels.reference import DIVERGENCES
 

@@ -1,20 +1,26 @@
-"""Device functions that the loss kernels share. Everything is fp32.
+"""Device functions of divergences on tiles of rows (`_rows_device`). Everything is fp32.
 
-A tile holds whole rows, (ROWS, BLOCK_K), with sums (ROWS, 1), or a block of one row, (LANES, LANE), with sums (1, 1).
 Letters as in `reference`: p the teacher's and q the student's probabilities, φ(u) = eᵘ - 1 - u.
 """
 
 import triton
 import triton.language as tl
 
+from unikd_fast.kernels._rows_device import (
+    LOWEST,
+    added,
+    load_tile,
+    row_sum,
+    tile_cols,
+    tile_sum,
+    without_class,
+)
+
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
 JSD = tl.constexpr(2)
 
 LN2 = tl.constexpr(0.6931471805599453)
-# A maximum before there is one, and what stands past the last class: a difference of two is 0, that of two -inf NaN. A
-# row without a logit above it gives NaN.
-LOWEST = tl.constexpr(-1e36)
 # Below, the error of a row's divergence, some ε, is too much.
 CLOSE_BELOW = tl.constexpr(2.0**-6)
 CLOSE_BELOW_LOGS = tl.constexpr(2.0**-5)  # of sums of p ln(p / m), to whose error each logarithm adds its own
@@ -24,130 +30,9 @@ SMALLEST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def scalar(value, IS_POINTER: tl.constexpr):
-    """A number, passed by value or in a 0-d tensor."""
-    if IS_POINTER:
-        return tl.load(value).to(tl.float32)
-    else:
-        return value
-
-
-@triton.jit
-def labelled_rows(labels_ptr, N, ignore_index):
-    """The number of rows with a label, at least 1."""
-    count = 0
-    for start in range(0, N, 1024):
-        at = start + tl.arange(0, 1024)
-        # Pad with 0: -100 would wrap around in small integer types.
-        label = tl.load(labels_ptr + at, mask=at < N, other=0).to(tl.int64)
-        count += tl.sum(((at < N) & (label != ignore_index)).to(tl.int32), axis=0)
-    return tl.maximum(count, 1).to(tl.float32)
-
-
-@triton.jit
-def row_pointers(ptr, rows, stride: tl.constexpr):
-    """Pointers (ROWS, 1). The product is taken in 64 bits: N K may exceed 2^31."""
-    return ptr + rows[:, None].to(tl.int64) * stride
-
-
-@triton.jit
-def logit_pointers(ptr, rows, inner, outer_stride, stride: tl.constexpr):
-    """Pointers (ROWS, 1) to rows of logits on two axes (`_launch.Rows`), or on one: outer_stride is None."""
-    if outer_stride is None:
-        return row_pointers(ptr, rows, stride)
-    else:
-        outer = (rows // inner)[:, None].to(tl.int64) * outer_stride
-        return ptr + (outer + (rows % inner)[:, None].to(tl.int64) * stride)
-
-
-@triton.jit
-def tile_pointers(row_ptrs, cols, stride: tl.constexpr):
-    if stride == 1:
-        return row_ptrs + cols[None, :]
-    else:
-        return row_ptrs + cols[None, :].to(tl.int64) * stride
-
-
-@triton.jit
-def load_logits(row_ptrs, cols, live, stride: tl.constexpr, K: tl.constexpr):
-    """Logits (ROWS, BLOCK_K) in fp32, -inf past the last class, 0 in rows that are not live."""
-    inside = (cols < K)[None, :]
-    ptrs = tile_pointers(row_ptrs, cols, stride)
-    x = tl.load(ptrs, mask=live[:, None] & inside, other=0).to(tl.float32)
-    return tl.where(inside, x, -float("inf"))
-
-
-@triton.jit
-def load_tile(row_ptrs, cols, live, stride: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr):
-    """Logits at the classes of a tile (`tile_cols`), in fp32; LOWEST past the last class if PADDED."""
-    if stride == 1:
-        ptrs = row_ptrs + cols
-    else:
-        ptrs = row_ptrs + cols.to(tl.int64) * stride
-    if not PADDED:
-        return tl.load(ptrs, mask=live[:, None], other=0).to(tl.float32)
-    inside = cols < K
-    if ptrs.dtype.element_ty == tl.bfloat16 or ptrs.dtype.element_ty == tl.float32:
-        return tl.load(ptrs, mask=live[:, None] & inside, other=LOWEST).to(tl.float32)
-    return tl.where(inside, tl.load(ptrs, mask=live[:, None] & inside, other=0).to(tl.float32), LOWEST)
-
-
-@triton.jit
-def tile_cols(block, BLOCK_K: tl.constexpr, LANE: tl.constexpr, SINGLE: tl.constexpr):
-    """Classes of a tile: all of them, (1, BLOCK_K), or those of a block, (LANES, LANE), neighbours in one lane."""
-    if SINGLE:
-        return tl.arange(0, BLOCK_K)[None, :]
-    else:
-        lanes = tl.arange(0, BLOCK_K // LANE)[:, None] * LANE
-        return block * BLOCK_K + lanes + tl.arange(0, LANE)[None, :]
-
-
-@triton.jit
-def tile_sum(x, SINGLE: tl.constexpr):
-    """Sum over the classes of a tile as `tile_cols` has them, (ROWS, 1)."""
-    if SINGLE:
-        return row_sum(x)
-    else:
-        return tl.sum(row_sum(x), axis=0)[:, None]
-
-
-@triton.jit
-def added(total, x, SINGLE: tl.constexpr):
-    """The tile that sums the tiles of a row, with one more; the only one as it is."""
-    if SINGLE:
-        return x
-    else:
-        return total + x
-
-
-@triton.jit
-def store_cols(row_ptrs, cols, live, x, PADDED: tl.constexpr, K: tl.constexpr):
-    ptrs = row_ptrs + cols
-    mask = live[:, None]
-    if PADDED:
-        mask = mask & (cols < K)
-    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def without_class(x, cols, excluded):
-    """A tile of logits with LOWEST for the excluded class of each row, (ROWS, 1), or as it is, for None."""
-    if excluded is None:
-        return x
-    else:
-        return tl.where(cols == excluded, LOWEST, x)
-
-
-@triton.jit
 def total_of(sums, largest):
     """The sum of a row, or NaN if there is nothing in it: then what stands past the last class would be counted."""
     return tl.where(largest > LOWEST, sums, float("nan"))
-
-
-@triton.jit
-def stored_scale(scale_ptr, rows, live):
-    """Scales (ROWS, 1) of stored teacher rows; a constant row has 0, under which nothing would be lower than it."""
-    return tl.maximum(tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None], 1e-30)
 
 
 @triton.jit
@@ -256,14 +141,6 @@ def dominant_class(
 
 
 @triton.jit
-def store_class(row_ptrs, col, live, x):
-    """Store one class, (1, 1), after the row was stored, also by other threads."""
-    tl.debug_barrier()
-    ptrs = row_ptrs + col
-    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=live[:, None])
-
-
-@triton.jit
 def close_kl(
     student_rows, teacher_rows, live, excluded, l_s, l_t, max_s, max_t, r_s, r_t, log_ratio,
     STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr,
@@ -283,52 +160,6 @@ def close_kl(
         terms = added(terms, kl_terms(p, q, u), SINGLE)
         shift = added(shift, shift_terms(p, q, u), SINGLE)
     return without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), 0.0, FORWARD)
-
-
-@triton.jit
-def store_tile(row_ptrs, cols, live, x, K: tl.constexpr):
-    ptrs = row_ptrs + cols[None, :]
-    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=live[:, None] & (cols < K)[None, :])
-
-
-@triton.jit
-def row_sum(x):
-    return tl.sum(x, axis=1)[:, None]
-
-
-@triton.jit
-def mean_std(
-    ptrs, live, scale, COUNT: tl.constexpr, COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Mean (before the scale) and standard deviation (after it) of each row; its squares are divided by COUNT."""
-    mean = tl.zeros([ROWS, 1], tl.float32)
-    largest = tl.zeros([ROWS, 1], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        x = tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K), 0.0)
-        mean += row_sum(x * (1.0 / K))
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1)[:, None])
-    # In units of the power of two below the largest, which rounds nothing, no square leaves the range.
-    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
-    unit = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    total = tl.zeros([ROWS, 1], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        x = load_logits(ptrs, cols, live, COL, K) * inverse - mean * inverse
-        total += row_sum(tl.where((cols < K)[None, :], x * x, 0.0))
-    # Once a row, and squares and differences of what is divided by it follow: rounded, not approximate.
-    return mean, scale * unit * tl.sqrt_rn(tl.div_rn(total, tl.full([ROWS, 1], COUNT, tl.float32)))
-
-
-@triton.jit
-def standardization_share(dot, std, K: tl.constexpr):
-    """The factor of z' that standardisation subtracts from the gradient of z', where dot is Σ gradient z'.
-
-    The mean subtracts nothing from a gradient that sums to 0, the deviation this share; in a constant row it is 0.
-    """
-    return tl.where(std == 0, 0.0, dot / ((K - 1) * tl.where(std == 0, 1.0, std)))
 
 
 @triton.jit
@@ -497,48 +328,3 @@ def teacher_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
         return -difference(p, q, u)
     else:
         return p * (teacher_slope(u, p, beta, KIND) - centre)
-
-
-@triton.jit
-def block_sum(x):
-    """The sum of a (ROWS, 1) column."""
-    return tl.sum(tl.sum(x, axis=1), axis=0)
-
-
-@triton.jit
-def last_to_arrive(partial_ptr, SUMS: tl.constexpr):
-    """Whether this program is the last of the launch; if so, it sees all that the others stored before.
-
-    It takes an integer ticket, stored after the partial sums and 0 at the start. It is not a lock: no program waits.
-    """
-    tl.debug_barrier()
-    ticket_ptr = (partial_ptr + SUMS).to(tl.pointer_type(tl.int32), bitcast=True)
-    return tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1
-
-
-@triton.jit
-def sum_of_partials(partial_ptr, MAX_PROGRAMS: tl.constexpr):
-    """Sum over programs in a fixed order, bypassing the L1 cache, which may be older than other programs' stores."""
-    programs = tl.arange(0, MAX_PROGRAMS)
-    x = tl.load(partial_ptr + programs, mask=programs < tl.num_programs(0), other=0.0, cache_modifier=".cg")
-    return tl.sum(x, axis=0)
-
-
-@triton.jit
-def store_total(loss_ptr, partial_ptr, accumulated, MAX_PROGRAMS: tl.constexpr):
-    """Let the last program store the sum over programs of what each has accumulated."""
-    tl.store(partial_ptr + tl.program_id(0), accumulated)
-    if last_to_arrive(partial_ptr, MAX_PROGRAMS):
-        tl.store(loss_ptr, sum_of_partials(partial_ptr, MAX_PROGRAMS))
-
-
-@triton.jit
-def times_upstream(weight, upstream_ptr, rows, inside, PER_ROW: tl.constexpr, ROWS: tl.constexpr):
-    """The factor of each row's gradient (ROWS, 1): weight, times the upstream gradient if it is given."""
-    factor = tl.full([ROWS, 1], 1.0, tl.float32) * weight
-    if upstream_ptr is not None:
-        if PER_ROW:
-            factor *= tl.load(upstream_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-        else:
-            factor *= tl.load(upstream_ptr).to(tl.float32)
-    return factor
