@@ -10,6 +10,9 @@ of its own would read both rows again. What is left for backward is the upstream
 
 - It is 1 for a loss that is backpropagated as it is. Looking would cost a synchronisation, so a kernel looks, and
   touches the gradient only if it has to. It writes in place, since the buffer is used once.
+- Under torch.compile the product belongs to the graph. Inductor writes it into the buffer, which is donated, and fuses
+  it with elementwise neighbours, but it reads and writes the gradient whatever the factor is, 5 N K size in place of 3:
+  of an operator that mutates what forward saved it would make a copy first, which costs as much.
 - A second backward pass through the same graph finds the buffer gone and computes the gradient anew.
 - fp16 gradients before the multiplication by a loss scale would underflow: for fp16 inputs nothing is computed in
   forward, and backward computes the gradient with the upstream factor inside.
@@ -217,7 +220,7 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def multiplied(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Return a gradient (..., K) times a factor, 0-d or (...,), out of place and in plain PyTorch."""
+    """Return a gradient (..., K) times a factor, 0-d or (...,), in plain PyTorch: compiled, it may be in place."""
     x = at_least_fp32(gradient)  # a 0-d factor would be rounded to the gradient's dtype before the product
     product = x * (factor[..., None] if factor.ndim else factor)
     return torch.where(x == 0, 0.0, product).to(gradient.dtype)

@@ -1,11 +1,15 @@
 """The four losses at every size, where they refuse, as custom operators, and under torch.compile (case 15)."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 from support.kernel_inputs import (
     BACKEND,
@@ -230,6 +234,30 @@ def test_backward_of_a_compiled_loss_twice(name: str) -> None:
     for a, before, b in zip(first, kept, second, strict=True):
         assert torch.equal(a, before)
         assert torch.equal(b * 2, a)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:dynamo_pgo")
+@pytest.mark.parametrize("donated", [True, False])
+def test_inductor_multiplies_the_gradient_in_place(donated: bool) -> None:
+    """Where backward owns what forward saved; where it does not, a second pass finds the gradient as it was."""
+    torch._dynamo.reset()
+    hidden, teacher = randn(16, 8, seed=3), randn(16, 100, seed=2)
+    weight = randn(8, 100, seed=1, grad=True)
+    compiled = torch.compile(lambda x, w: softmax_kl(x @ w, teacher, impl="fused") * 3, fullgraph=True)
+    expected = torch.autograd.grad(softmax_kl(hidden @ weight, teacher) * 3, weight)[0]
+    with functorch_config.patch(donated_buffer=donated), inductor_config.patch(force_disable_caches=True):
+        losses: list[Tensor] = []
+
+        def step() -> Tensor:
+            losses.append(compiled(hidden, weight))
+            return torch.autograd.grad(losses[0], weight, retain_graph=not donated)[0]
+
+        first, (_, backward) = run_and_get_code(step)
+        assert len(re.findall(r"void +kernel\(|^def triton_", backward, re.M)) == 1
+        assert ("in_out_ptr" in backward) == donated
+        for gradient in [first] if donated else [first, torch.autograd.grad(losses[0], weight)[0]]:
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
 @some_losses
