@@ -24,16 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instruction_counts import (
-    CLOCK_HZ,
-    COPY_BYTES_PER_S,
-    MULTIPROCESSORS,
+    MACHINES,
     ROOT,
     TARGET,
     disassemble,
     instructions,
-    programs_per_multiprocessor,
 )
 
+MACHINE = MACHINES[TARGET]
 SCHEDULERS = 4  # of a multiprocessor
 LATENCY_CYCLES, BARRIER_CYCLES, IN_FLIGHT_BYTES = 250, 40, 40e3
 SAMPLES = 48  # programs of a launch that are followed
@@ -222,7 +220,7 @@ def cost(kernel: Any, bound: dict[str, Any], options: dict[str, Any], grid: int,
 
     compiled = compiled_launch(kernel, bound, options, TARGET)
     registers, threads = resource_usage(compiled)["REG"], 32 * options["num_warps"]
-    resident = programs_per_multiprocessor(registers, threads, compiled.metadata.shared)
+    resident = MACHINE.programs(registers, threads, compiled.metadata.shared)
     program = Program(compiled.asm["ptx"])
     ratio = assemble(compiled.asm["ptx"]) / program.static()
     arguments = arguments_of(kernel, bound)
@@ -231,17 +229,17 @@ def cost(kernel: Any, bound: dict[str, Any], options: dict[str, Any], grid: int,
     traces = [program.run(i, arguments) for i in chosen]
     each = ratio * sum(t.instructions for t in traces) / len(traces) * options["num_warps"]
     issued = each * grid
-    rate = MULTIPROCESSORS * SCHEDULERS * CLOCK_HZ
+    rate = MACHINE.multiprocessors * SCHEDULERS * MACHINE.clock_hz
     if moved:
         share = min(1.0, resident * threads * program.loaded_bytes(options.get("num_stages", 3)) / IN_FLIGHT_BYTES)
-        seconds = max(issued / rate, moved / COPY_BYTES_PER_S / share)
+        seconds = max(issued / rate, moved / MACHINE.copy_bytes_per_s / share)
     else:
         share = 1.0
-        turns = -(-grid // (MULTIPROCESSORS * resident))
-        together = min(resident, -(-grid // MULTIPROCESSORS))
+        turns = -(-grid // (MACHINE.multiprocessors * resident))
+        together = min(resident, -(-grid // MACHINE.multiprocessors))
         waiting = LATENCY_CYCLES * traces[0].rounds + BARRIER_CYCLES * traces[0].barriers
         alone = each / options["num_warps"] + waiting
-        seconds = turns * max(each * together / SCHEDULERS, alone) / CLOCK_HZ
+        seconds = turns * max(each * together / SCHEDULERS, alone) / MACHINE.clock_hz
     return Cost(kernel.fn.__name__, grid, threads, registers, resident, issued, moved / 1e6, share, seconds)
 
 
@@ -303,7 +301,7 @@ def main(arguments: list[str]) -> None:
     modes = [x for x in arguments if x in ("nearest", "bilinear")] or ["nearest", "bilinear"]
     for upsample in modes:
         for batch in batches:
-            floor = 2 * batch * sum(c * s * s for c, s in RESNET50) / COPY_BYTES_PER_S
+            floor = 2 * batch * sum(c * s * s for c, s in RESNET50) / MACHINE.copy_bytes_per_s
             print(f"{upsample}, batch {batch}" + ", normalised" * normalised)
             found = costs(upsample, batch, normalised=normalised)
             for c in found:

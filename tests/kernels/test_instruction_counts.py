@@ -8,7 +8,7 @@ from pathlib import Path
 import instruction_counts
 import pytest
 import triton
-from instruction_counts import Loop, committed, count_rows, instructions, programs_per_multiprocessor
+from instruction_counts import ISSUE, MACHINES, SPECIAL, VECTOR, Loop, committed, count_rows, instructions
 
 from support.long_rounds import long
 
@@ -43,6 +43,23 @@ SASS = """
         /*0090*/                   BRA `(.L_x_2);
 """
 
+AMDGCN = """
+.LBB0_1:
+	.loc	2 88 16
+	v_add_u32_e32 v21, 0x2000, v21
+.LBB0_2:                                ;   Parent Loop BB0_6 Depth=1
+	buffer_load_dwordx4 v[4:7], v21, s[24:27], 0 offen
+	buffer_load_dwordx4 v[8:11], v20, s[24:27], 0 offen
+	s_waitcnt vmcnt(0)
+	v_exp_f32_e32 v5, v8
+	v_pk_add_f32 v[4:5], v[4:5], v[8:9]
+	s_cmp_lg_u32 s2, 0
+	s_cbranch_scc1 .LBB0_2
+	v_add_u32_e32 v20, 0x2000, v21
+	s_branch .LBB0_1
+	s_endpgm
+"""
+
 
 def test_what_is_promised_is_in_the_table() -> None:
     assert ALLOWED.keys() <= COMMITTED.keys() == instruction_counts.cases().keys()
@@ -72,16 +89,30 @@ def test_loops_and_predicates_are_found() -> None:
 
 def test_a_count_is_per_element_and_loop() -> None:
     """A thread takes 8 of 1024 bf16 from each of two inputs in an iteration, and there are 128 threads."""
-    loops, rest, mufu = count_rows(SASS, classes=4096, rows=1, block=1024, threads=128, read_bytes=4)
-    assert loops == (4 / 8,)
-    assert rest == 4 * 128 / 4096
-    assert mufu == 1 / 8 + 1 * 128 / 4096
-    loops, *_ = count_rows(SASS, classes=4096 + 1024, rows=1, block=4096, threads=512, read_bytes=4)
-    assert loops == (4 / 8 * 4096 / 5120,)  # what is left of a row is counted with the rest
+    shape = {"rows": 1, "block": 1024, "threads": 128, "read_bytes": 4}
+    assert count_rows(SASS, ISSUE, classes=4096, **shape) == (4 / 8, 4 * 128 / 4096)
+    assert count_rows(SASS, ISSUE, classes=4096, moment_loops=1, **shape)[0] == 4 / 16  # of one input two iterations
+    assert count_rows(SASS, SPECIAL, classes=4096, **shape) == (8 / 8, 8 * 128 / 4096)
+    shape |= {"block": 4096, "threads": 512}
+    loop, _ = count_rows(SASS, ISSUE, classes=4096 + 1024, **shape)
+    assert loop == 4 / 8 * 4096 / 5120  # what is left of a row is counted with the rest
+
+
+def test_what_amd_issues_beside_vectors_is_free() -> None:
+    """A lane takes 8 of 1024 bf16 from each of two inputs; a wave has 64 lanes, and a special function four places."""
+    found, loops = instructions(AMDGCN)
+    assert found[4] == "v_exp_f32_e32 v5, v8"
+    assert loops == [Loop(1, 7), Loop(0, 9)]
+    assert count_rows(AMDGCN, VECTOR, classes=4096, rows=1, block=1024, threads=128, read_bytes=4) == (
+        (4 + 1) / 8,
+        2 * 128 / 4096,
+    )
 
 
 def test_programs_of_a_multiprocessor() -> None:
-    assert programs_per_multiprocessor(128, 256, 0) == 2
-    assert programs_per_multiprocessor(129, 256, 0) == 1
-    assert programs_per_multiprocessor(16, 64, 0) == 32
-    assert programs_per_multiprocessor(16, 64, 100 * 1024) == 2
+    h200, mi300x = MACHINES["sm_90"], MACHINES["gfx942"]
+    assert h200.programs(128, 256, 0) == 2
+    assert h200.programs(129, 256, 0) == 1
+    assert h200.programs(16, 64, 0) == 32
+    assert h200.programs(16, 64, 100 * 1024) == 2
+    assert mi300x.programs(128, 256, 0) == 4  # four SIMD units of 512 registers a lane

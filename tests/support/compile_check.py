@@ -121,6 +121,11 @@ def resource_usage(compiled: Any) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", used)}
 
 
+def register_count(compiled: Any, target: str) -> int:
+    """Return how many registers one thread of a kernel uses."""
+    return _amd(compiled)["registers"] if target == "gfx942" else resource_usage(compiled)["REG"]
+
+
 def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     used = resource_usage(compiled)
