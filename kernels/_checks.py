@@ -163,6 +163,22 @@ def check_teacher(function: str, student: Tensor, teacher: Tensor | QuantizedLog
             )
 
 
+def check_maps(function: str, student: Tensor, teacher: Tensor) -> None:
+    """Raise unless both are maps (N, C, ...) of one shape, with at least one position."""
+    _check_floating(function, "student maps", student)
+    _check_floating(function, "teacher maps", teacher)
+    shapes = f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+    if student.shape != teacher.shape:
+        raise ValueError(f"{function}: student and teacher maps must have one shape, {shapes}; resize or project one")
+    if student.ndim < 3 or 0 in student.shape[2:]:
+        raise ValueError(f"{function}: maps must be (N, C, ...) with at least one position, {shapes}; use softmax_kl")
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{function}: student and teacher maps must be on one device, got {student.device} and {teacher.device}; "
+            f"move one of them"
+        )
+
+
 def check_linear(function: str, role: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless hidden states (..., D), weight (K, D) and bias (K,) make a linear layer."""
     named = {f"{role}_hidden": hidden, f"{role}_weight": weight, f"{role}_bias": bias}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from unikd_fast.fusion import AdaptiveFeatureFusion
     from unikd_fast.losses import (
         LossTerms,
+        channel_wise_kl,
         dkd_loss,
         gaussian_kl,
         linear_softmax_kl,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
         top_k_logits,
         unikd_loss,
     )
-    from unikd_fast.losses.modules import DKDLoss, GaussianKL, LinearSoftmaxKL, SoftmaxKL, UniKDLoss
+    from unikd_fast.losses.modules import ChannelWiseKL, DKDLoss, GaussianKL, LinearSoftmaxKL, SoftmaxKL, UniKDLoss
     from unikd_fast.values import Batch, Features, Gaussian, QuantizedLogits, TopKLogits
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveFeatureFusion",
     "Batch",
+    "ChannelWiseKL",
     "DKDLoss",
     "Distiller",
     "FeatureDistributionPrediction",
@@ -42,6 +44,7 @@ __all__ = [
     "SoftmaxKL",
     "TopKLogits",
     "UniKDLoss",
+    "channel_wise_kl",
     "distill",
     "dkd_loss",
     "gaussian_kl",
@@ -57,6 +60,7 @@ _HOME = {
     "Distiller": "api",
     "distill": "distillation",
     "FeatureDistributionPrediction": "distribution",
+    "ChannelWiseKL": "losses.modules",
     "DKDLoss": "losses.modules",
     "GaussianKL": "losses.modules",
     "LinearSoftmaxKL": "losses.modules",

@@ -93,6 +93,15 @@ def test_mmrazor(reduction: str, shape: tuple[int, ...]) -> None:
         )
 
 
+def test_mmrazor_channel_by_channel() -> None:
+    """Over the positions of each of 3 x 5 channels; the teacher is not detached."""
+
+    def oracle(s: Tensor, t: Tensor) -> Tensor:
+        return 2.5 * T**2 * kl_of_rows(s.reshape(15, 8), t.reshape(15, 8), T, dim=1).sum() / 15
+
+    assert_same(mmrazor.ChannelWiseDivergence(T, 2.5), oracle, *pair(MAPS))
+
+
 def test_mmrazor_rejects_an_unknown_reduction() -> None:
     with pytest.raises(
         ValueError, match="KLDivergence: reduction must be one of none, batchmean, sum, mean, got 'avg'"

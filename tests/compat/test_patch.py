@@ -69,7 +69,9 @@ def test_classes_and_registries(tmp_path: Path) -> None:
         registry = import_module("mmrazor.registry")
         with patch("mmrazor", device="cpu") as done:
             assert registry.MODELS._module_dict["KLDivergence"] is mmrazor.KLDivergence
-            assert import_module("mmrazor.models.losses").KLDivergence is mmrazor.KLDivergence
+            losses = import_module("mmrazor.models.losses")
+            assert losses.KLDivergence is mmrazor.KLDivergence
+            assert losses.ChannelWiseDivergence is mmrazor.ChannelWiseDivergence
             assert "mmrazor.registry:MODELS['KLDivergence']" in done.replaced
         assert registry.MODELS._module_dict["KLDivergence"].__module__ == "mmrazor.models.losses.kl_divergence"
 

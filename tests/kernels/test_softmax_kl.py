@@ -23,7 +23,7 @@ from support.kernel_inputs import (
     randn,
 )
 from support.numerics import relative_error
-from unikd_fast import quantize_logits, softmax_kl
+from unikd_fast import channel_wise_kl, quantize_logits, softmax_kl
 from unikd_fast.kernels import _launch, reference
 from unikd_fast.kernels._launch import LARGEST_SINGLE_BLOCK
 
@@ -287,6 +287,12 @@ class TestShapes:
         student, teacher = (randn(2, 6, 3, 5, seed=seed).movedim(1, -1) for seed in (1, 2))
         compare(softmax_kl, [student.requires_grad_(), teacher], reduction="none")
         compare(softmax_kl, [student.detach().contiguous().requires_grad_(), teacher])
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_channels(self, layout: torch.memory_format) -> None:
+        """Maps whose rows are the channels, each a distribution over positions."""
+        maps = [randn(2, 3, 5, 8, seed=seed).to(memory_format=layout).requires_grad_() for seed in (1, 2)]
+        compare(channel_wise_kl, maps, temperature=2.0)
 
     @pytest.mark.parametrize("classes", [20, long(MORE_BLOCKS)])
     def test_views_of_two_axes_are_not_copied(self, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:

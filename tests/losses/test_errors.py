@@ -9,7 +9,7 @@ from torch import Tensor
 
 from support.loss_inputs import K, N, arguments, randn
 from support.numerics import relative_error
-from unikd_fast import gaussian_kl, softmax_kl, unikd_loss
+from unikd_fast import channel_wise_kl, gaussian_kl, softmax_kl, unikd_loss
 
 
 def changed(position: int, value: Any) -> list[Any]:
@@ -42,6 +42,27 @@ class TestErrors:
                 lambda: softmax_kl(logits(2, 3), logits(2, 3, device="meta")),
                 ValueError,
                 "must be on one device, got cpu and meta",
+            ),
+            (
+                lambda: channel_wise_kl(logits(2, 3, 4), logits(2, 3, 5)),
+                ValueError,
+                r"channel_wise_kl: student and teacher maps must have one shape, got \(2, 3, 4\) and \(2, 3, 5\); resi",
+            ),
+            (
+                lambda: channel_wise_kl(logits(2, 3), logits(2, 3)),
+                ValueError,
+                r"channel_wise_kl: maps must be \(N, C, ...\) with at least one position, got \(2, 3\) and \(2, 3\)",
+            ),
+            (lambda: channel_wise_kl(logits(2, 3, 0), logits(2, 3, 0)), ValueError, "at least one position"),
+            (
+                lambda: channel_wise_kl(logits(2, 3, 4), logits(2, 3, 4, dtype=torch.int32)),
+                TypeError,
+                "channel_wise_kl: teacher maps must be floating point, got torch.int32",
+            ),
+            (
+                lambda: channel_wise_kl(logits(2, 3, 4), logits(2, 3, 4, device="meta")),
+                ValueError,
+                "channel_wise_kl: student and teacher maps must be on one device, got cpu and meta",
             ),
             (lambda: softmax_kl(logits(2, 0), logits(2, 0)), ValueError, r"at least one class, got \(2, 0\)"),
             (lambda: softmax_kl(logits(2, 3), logits(2, 3), temperature=0), ValueError, "finite and above 0, got 0"),

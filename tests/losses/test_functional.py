@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from support.loss_inputs import K, arguments, randn
-from unikd_fast import Gaussian, GaussianKL, LossTerms, SoftmaxKL, UniKDLoss, gaussian_kl, softmax_kl, unikd_loss
+from unikd_fast import (
+    ChannelWiseKL,
+    Gaussian,
+    GaussianKL,
+    LossTerms,
+    SoftmaxKL,
+    UniKDLoss,
+    channel_wise_kl,
+    gaussian_kl,
+    softmax_kl,
+    unikd_loss,
+)
 from unikd_fast.kernels import reference
 
 
@@ -96,6 +107,30 @@ class TestUniKDLoss:
         assert torch.equal(unikd_loss(*inputs).total, unikd_loss(*inputs).total)
 
 
+class TestChannelWiseKL:
+    """The formula in float64, its sums written out, for maps and volumes in every layout."""
+
+    @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 7), (2, 3, 2, 2, 3)])
+    def test_is_the_mean_over_channels(self, shape: tuple[int, ...]) -> None:
+        student, teacher = (randn(*shape, seed=seed).requires_grad_() for seed in (1, 2))
+        expected = torch.zeros((), dtype=torch.float64)
+        for s, t in zip(student.reshape(6, -1), teacher.reshape(6, -1), strict=True):
+            q, p = (torch.exp(x / 3) / torch.exp(x / 3).sum() for x in (s, t))
+            expected = expected + 9 * (p * (p / q).log()).sum() / 6
+        loss = channel_wise_kl(student, teacher, temperature=3.0)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        gradients = (torch.autograd.grad(x, (student, teacher)) for x in (loss, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+    def test_layout_and_precision(self) -> None:
+        student, teacher = (randn(2, 3, 4, 5, seed=seed).float() for seed in (1, 2))
+        expected = channel_wise_kl(student.double(), teacher.double())
+        loss = channel_wise_kl(student.to(memory_format=torch.channels_last), teacher)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        assert channel_wise_kl(student[:0], teacher[:0]).item() == 0
+
+
 class TestAutocast:
     """Half inputs give what the same numbers give in fp32: autocast must not reach the arithmetic."""
 
@@ -180,6 +215,11 @@ class TestModules:
         labels[3] = 0
         whole = UniKDLoss(**settings)(student, teacher, labels, gaussian_s, gaussian_t)
         assert whole == unikd_loss(student, teacher, labels, gaussian_s, gaussian_t, **settings)
+
+    def test_channel_wise(self) -> None:
+        student, teacher = randn(2, 3, 4, 5, seed=1), randn(2, 3, 4, 5, seed=2)
+        expected = channel_wise_kl(student, teacher, temperature=3.0)
+        assert torch.equal(ChannelWiseKL(temperature=3.0)(student, teacher), expected)
 
     def test_call_weights_override_the_module(self) -> None:
         inputs = arguments()

@@ -45,7 +45,23 @@ MMRAZOR = {
     "mmrazor/__init__.py": "",
     "mmrazor/registry.py": "class Registry:\n    def __init__(self): self._module_dict = {}\nMODELS = Registry()",
     "mmrazor/models/__init__.py": "",
-    "mmrazor/models/losses/__init__.py": "from .kl_divergence import KLDivergence",
+    "mmrazor/models/losses/__init__.py": """
+from .cwd import ChannelWiseDivergence
+from .kl_divergence import KLDivergence
+""",
+    "mmrazor/models/losses/cwd.py": """
+import torch
+
+class ChannelWiseDivergence(torch.nn.Module):
+    def __init__(self, tau=1.0, loss_weight=1.0):
+        super().__init__()
+        self.tau, self.weight = tau, loss_weight
+
+    def forward(self, preds_S, preds_T):
+        log_q, log_p = (torch.log_softmax(x.flatten(2) / self.tau, 2) for x in (preds_S, preds_T))
+        rows = (log_p.exp() * (log_p - log_q)).sum(2)
+        return self.weight * self.tau ** 2 * rows.mean()
+""",
     "mmrazor/models/losses/kl_divergence.py": """
 import torch
 from mmrazor.registry import MODELS

@@ -6,7 +6,7 @@ One module per codebase. No codebase is imported until it is needed.
     unikd_fast.compat.logit_standardization   kd_loss, dkd_loss                         the fork of mdistiller
     unikd_fast.compat.rep_distiller           DistillKL
     unikd_fast.compat.torchdistill            KDLoss                                    `torchdistill_register` for YAML
-    unikd_fast.compat.mmrazor                 KLDivergence
+    unikd_fast.compat.mmrazor                 KLDivergence, ChannelWiseDivergence
     unikd_fast.compat.timm_distill            logit_distillation_loss, logit_distillation_forward
     unikd_fast.compat.modelopt                LogitsDistillationLoss, FlattenedLogitsDistillationLoss
     unikd_fast.compat.deit                    DistillationLoss

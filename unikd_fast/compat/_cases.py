@@ -171,6 +171,10 @@ MMRAZOR = _over(
         "teacher_detach = False": partial(_module, {"tau": 2.0, "teacher_detach": False}),
     },
 )
+CHANNEL_WISE = _over(
+    (_MAPS[-1],),
+    {f"tau, loss_weight = {t:g}, {w:g}": partial(_module, {"tau": t, "loss_weight": w}) for t, w in ((1, 3), (4, 1))},
+)
 TIMM = _over(_ROWS, {f"τ = {t:g}": partial(_timm, t) for t in _TEMPERATURES})
 MODELOPT = _over(
     (*_ROWS, *_TOKENS),

@@ -79,6 +79,19 @@ class KLDivergence(nn.Module):
         return self.loss_weight * self.tau**2 * F.kl_div(log_q, p, reduction=self.reduction)
 
 
+class ChannelWiseDivergence(nn.Module):
+    """mmrazor: the softmax over the positions of each channel, the sum over N·C, τ² and a weight."""
+
+    def __init__(self, tau: float = 1.0, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.tau, self.loss_weight = tau, loss_weight
+
+    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
+        N, C, H, W = preds_S.shape
+        terms = _terms(preds_S.reshape(-1, H * W), preds_T.reshape(-1, H * W), self.tau)
+        return self.loss_weight * self.tau**2 * terms.sum() / (N * C)
+
+
 class DistillationLoss(nn.Module):
     """DeiT: the soft term over N·K, the hard term on the teacher's argmax."""
 

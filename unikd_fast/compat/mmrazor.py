@@ -1,7 +1,7 @@
-"""Drop-in for the loss of mmrazor: `KLDivergence` of mmrazor.models.losses.
+"""Drop-ins for losses of mmrazor: `KLDivergence` and `ChannelWiseDivergence` of mmrazor.models.losses.
 
-mmrazor finds losses by name in its registry. To use this one by name, register it in a module that the configuration
-lists in `custom_imports`:
+mmrazor finds losses by name in its registry. To use one of these by name, register it in a module that the
+configuration lists in `custom_imports`:
 
     from mmrazor.registry import MODELS
     from unikd_fast.compat.mmrazor import KLDivergence
@@ -12,6 +12,7 @@ lists in `custom_imports`:
 from torch import Tensor, nn
 
 from unikd_fast.compat._kl_div import kl_div
+from unikd_fast.losses import channel_wise_kl
 
 _REDUCTIONS = ("none", "batchmean", "sum", "mean")
 
@@ -54,3 +55,31 @@ class KLDivergence(nn.Module):
         """
         teacher = preds_T.detach() if self.teacher_detach else preds_T
         return self.loss_weight * kl_div(preds_S, teacher, temperature=self.tau, reduction=self.reduction, dim=1)
+
+
+class ChannelWiseDivergence(nn.Module):
+    """mmrazor's `ChannelWiseDivergence`: the divergence over the positions of each channel, times τ² and a weight.
+
+        L = λ τ² / (N C) Σ_n Σ_c KL( softmax(t_nc / τ) || softmax(s_nc / τ) )
+
+    It computes in fp32 and returns it, where mmrazor keeps the dtype of the maps. The teacher gets a gradient if it
+    requires one.
+
+    Args:
+        tau: τ > 0.
+        loss_weight: λ.
+    """
+
+    def __init__(self, tau: float = 1.0, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.tau = tau
+        self.loss_weight = loss_weight
+
+    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
+        """Return the loss.
+
+        Args:
+            preds_S: student's maps (N, C, H, W).
+            preds_T: teacher's maps, the same shape.
+        """
+        return self.loss_weight * channel_wise_kl(preds_S, preds_T, temperature=self.tau)

@@ -74,6 +74,12 @@ PRESETS: dict[str, Preset] = {
                 cases.MMRAZOR,
                 "KLDivergence",
             ),
+            Target(
+                ("mmrazor.models.losses.cwd:ChannelWiseDivergence", "mmrazor.models.losses:ChannelWiseDivergence"),
+                _HERE + "mmrazor:ChannelWiseDivergence",
+                cases.CHANNEL_WISE,
+                "ChannelWiseDivergence",
+            ),
         ),
     ),
     "timm": Preset(

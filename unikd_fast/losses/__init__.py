@@ -5,6 +5,7 @@ The formulas live in `unikd_fast.kernels.reference`, the checks in `unikd_fast.k
 
 from unikd_fast.losses.functional import (
     LossTerms,
+    channel_wise_kl,
     dkd_loss,
     gaussian_kl,
     linear_softmax_kl,
@@ -15,6 +16,7 @@ from unikd_fast.losses.stored import quantize_logits, top_k_logits
 
 __all__ = [
     "LossTerms",
+    "channel_wise_kl",
     "dkd_loss",
     "gaussian_kl",
     "linear_softmax_kl",

@@ -109,6 +109,41 @@ def softmax_kl(
     return reference.softmax_kl(student_logits, dense_logits(teacher_logits), **settings)
 
 
+def channel_wise_kl(
+    student_maps: Tensor, teacher_maps: Tensor, *, temperature: float = 1.0, impl: str = "auto"
+) -> Tensor:
+    """Return the divergence of each channel's distribution over the positions (Shu et al., ICCV 2021, Eq. 3 and 4).
+
+        L = τ² / (N C) Σ_n Σ_c KL( softmax(t_nc / τ) || softmax(s_nc / τ) )
+
+    For dense prediction, on class maps or features; the softmax is over positions and not over classes: the pixel-wise
+    loss of class maps is `softmax_kl(student.movedim(1, -1), teacher.movedim(1, -1))`.
+
+    Args:
+        student_maps: s (N, C, ...), such as (N, C, H, W); all axes after the channels are positions.
+        teacher_maps: t, the same shape; it receives a gradient only if it requires one.
+        temperature: τ > 0.
+        impl: as in `softmax_kl`.
+
+    Returns:
+        A scalar; fp32 (fp64 for fp64 inputs), under autocast too; 0 if there is no channel.
+
+    Raises:
+        TypeError: If a tensor has the wrong dtype.
+        ValueError: If shapes or devices differ, or the temperature is not valid.
+        RuntimeError: If impl="fused" and the kernel cannot run.
+
+    Example:
+        >>> channel_wise_kl(torch.zeros(2, 19, 8, 8), torch.randn(2, 19, 8, 8), temperature=4.0) > 0
+        tensor(True)
+    """
+    name = "channel_wise_kl"
+    checks.check_temperature(name, temperature)
+    checks.check_maps(name, student_maps, teacher_maps)
+    impl = checks.choose_impl(name, impl, student_maps, teacher_maps)
+    return softmax_kl(student_maps.flatten(2), teacher_maps.flatten(2), temperature=temperature, impl=impl)
+
+
 def linear_softmax_kl(
     student_hidden: Tensor,
     student_weight: Tensor,

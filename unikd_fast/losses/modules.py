@@ -8,6 +8,7 @@ from unikd_fast.kernels import _checks as checks
 from unikd_fast.losses.functional import (
     GaussianPair,
     LossTerms,
+    channel_wise_kl,
     dkd_loss,
     gaussian_kl,
     linear_softmax_kl,
@@ -77,6 +78,22 @@ class SoftmaxKL(_Loss):
     ) -> Tensor:
         """Return L_L for logits (..., K)."""
         return softmax_kl(student_logits, teacher_logits, ignore_mask=ignore_mask, **self.settings)
+
+
+class ChannelWiseKL(_Loss):
+    """`channel_wise_kl` with fixed settings.
+
+    Example:
+        >>> ChannelWiseKL(temperature=4.0)(torch.randn(2, 19, 8, 8), torch.randn(2, 19, 8, 8)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, *, temperature: float = 1.0, impl: str = "auto") -> None:
+        super().__init__(temperature=temperature, impl=impl)
+
+    def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
+        """Return the loss for maps (N, C, ...)."""
+        return channel_wise_kl(student_maps, teacher_maps, **self.settings)
 
 
 class LinearSoftmaxKL(_Loss):
