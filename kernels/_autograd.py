@@ -16,7 +16,8 @@ of its own would read both rows again. What is left for backward is the upstream
 - A second backward pass through the same graph finds the buffer gone and computes the gradient anew.
 - fp16 gradients before the multiplication by a loss scale would underflow: for fp16 inputs nothing is computed in
   forward, and backward computes the gradient with the upstream factor inside.
-- So it is for a loss a row (`per_row`) whose gradient sums over rows, as that of a weight does.
+- So it is for a loss a row (`per_row`) whose gradient sums over rows, as that of a weight does, or is not dense in
+  rows: there a factor a row would have to be looked up for each element.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unikd_fast.kernels._launch import flat, on_device
+from unikd_fast.kernels._launch import Rows, flat, gradient_like, on_device, rows_in_place
 from unikd_fast.kernels.reference import at_least_fp32, transform_of
 
 Tensors = Sequence[Tensor | None]
@@ -42,11 +43,13 @@ class FusedLoss:
         settings: schema of the other arguments of `launch` by name, such as {"temperature": "float"}.
         outputs: number of outputs, of which the first `differentiable` carry gradients. They are 0-d, or one number
             per row of the first input if there is a setting `per_row` and it is true.
-        launch: `launch(inputs, outputs, gradients, upstream, **settings)` fills the outputs and the dense gradients of
-            the inputs, those that are not None. It is called on the inputs' device if they have any rows. `upstream`
-            holds for each differentiable output None or a dense factor to multiply its gradients by. If there is a
-            setting `fused` and it is false, it is plain PyTorch, and Triton is not needed.
+        launch: `launch(inputs, outputs, gradients, upstream, **settings)` fills the outputs and the gradients of the
+            inputs, those that are not None. They are dense in rows, those of logits as `gradient_like` says. It is
+            called on the inputs' device if they have any rows. `upstream` holds for each differentiable output None or
+            a dense factor to multiply its gradients by. If there is a setting `fused` and it is false, it is plain
+            PyTorch, and Triton is not needed.
         sums_rows: whether an input that receives a gradient has no axis of rows.
+        logits: whether the first two inputs are logits (..., K), read by their strides.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class FusedLoss:
         launch: Callable[..., None],
         differentiable: int = 1,
         sums_rows: bool = False,
+        logits: bool = False,
     ) -> None:
         self.name, self.inputs, self.gradient_of, self.settings = name, tuple(inputs), tuple(gradient_of), settings
-        self.sums_rows = sums_rows
+        self.sums_rows, self.logits = sums_rows, logits
         self.outputs, self.differentiable, self.launch = outputs, differentiable, launch
         arguments = [f"Tensor{'' if i == 0 else '?'} {x}" for i, x in enumerate(inputs)]
         arguments += ["bool[] wanted", *(f"Tensor? upstream{i}" for i in range(differentiable))]
@@ -86,7 +90,7 @@ class FusedLoss:
             torch.is_grad_enabled() and output >= 0 and x is not None and x.requires_grad
             for x, output in zip(tensors, self.gradient_of, strict=True)
         ]
-        now = [False] * len(wanted) if self.sums_rows and settings.get("per_row") else _now(tensors, wanted)
+        now = self.computed_in_forward(tensors, wanted, settings)
         if torch.compiler.is_compiling():
             ordered = [settings[name] for name in self.settings]
             results = self.operator(*tensors, now, *[None] * self.differentiable, *ordered)
@@ -99,6 +103,17 @@ class FusedLoss:
                 call = _Call(self, settings, tensors, gradients, outputs[output], output, members)
                 outputs[output] = _GradientInForward.apply(call, *(tensors[i] for i in members))
         return tuple(x for x in outputs if x is not None)
+
+    def computed_in_forward(self, tensors: Tensors, wanted: Sequence[bool], settings: dict[str, Any]) -> list[bool]:
+        """Tell which of the wanted gradients are computed with the loss: not in fp16, nor always for a loss a row."""
+        if settings.get("per_row") and (self.sums_rows or self._strided(tensors, wanted)):
+            return [False] * len(wanted)
+        return [bool(w and x is not None and x.dtype != torch.float16) for x, w in zip(tensors, wanted, strict=True)]
+
+    def _strided(self, tensors: Tensors, wanted: Sequence[bool]) -> bool:
+        """Tell whether a wanted gradient may be one that is not dense in rows."""
+        pairs = zip(tensors, wanted, strict=True)
+        return self.logits and any(w and x is not None and not x.is_contiguous() for x, w in pairs)
 
     def compute(
         self, tensors: Tensors, wanted: Sequence[bool], upstream: Tensors | None, settings: dict[str, Any]
@@ -129,9 +144,11 @@ class FusedLoss:
             shape = first.shape[:-1] if settings.get("per_row") else ()
             dtype = torch.promote_types(first.dtype, torch.float32)
             outputs = [torch.empty(shape, dtype=dtype, device=first.device) for _ in outputs]
+        rows: list[Rows | None] = [None] * len(tensors)
+        if self._strided(tensors, wanted) and tensors[1] is not None:
+            rows[:2] = rows_in_place(first, tensors[1])
         gradients = [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if w and x is not None else None
-            for x, w in zip(tensors, wanted, strict=True)
+            gradient_like(x, r) if w and x is not None else None for x, w, r in zip(tensors, wanted, rows, strict=True)
         ]
         return outputs, gradients
 
@@ -238,11 +255,6 @@ def _scale(gradients: Sequence[Tensor], factor: Tensor, *, fused: bool) -> None:
             gradient.copy_(multiplied(gradient, factor))
         elif factor != 1:
             gradient.mul_(factor.item())
-
-
-def _now(tensors: Tensors, wanted: Sequence[bool]) -> list[bool]:
-    """Tell which gradients are computed in forward: all but those in fp16."""
-    return [bool(w and x is not None and x.dtype != torch.float16) for x, w in zip(tensors, wanted, strict=True)]
 
 
 def _nothing(x: Tensor) -> Tensor:

@@ -158,16 +158,40 @@ class Rows(NamedTuple):
     row_stride: int
     class_stride: int
 
+    def holds(self, gradient: Tensor | None) -> bool:
+        """Tell whether a gradient of `gradient_like` has these strides; else it is dense in rows."""
+        return gradient is None or gradient.stride() == self.tensor.stride()
 
-def logit_rows(student: Tensor, teacher: Tensor) -> tuple[Rows, Rows]:
-    """Return both logits as rows: views where two steps reach all rows, as in logits[:, :-1], else copies."""
+
+def rows_in_place(student: Tensor, teacher: Tensor) -> tuple[Rows | None, Rows | None]:
+    """Return both logits as rows where they are, or None where two steps do not reach all rows of one of them."""
     s, t = _rows(student), _rows(teacher)
-    if s.outer_stride is not None and t.outer_stride is not None and s.inner != t.inner:
-        t = _rows(teacher.contiguous())
+    if s is not None and t is not None and s.outer_stride is not None and t.outer_stride is not None:
+        t = t if s.inner == t.inner else None
     return s, t
 
 
-def _rows(x: Tensor) -> Rows:
+def logit_rows(student: Tensor, teacher: Tensor) -> tuple[Rows, Rows]:
+    """Return both logits as rows: views where they can be, as in logits[:, :-1], else copies."""
+    s, t = rows_in_place(student, teacher)
+    return s or _dense_rows(student), t or _dense_rows(teacher)
+
+
+def gradient_like(x: Tensor, rows: Rows | None) -> Tensor:
+    """Return an empty gradient: with the strides of logits that are dense and read in place, else dense in rows."""
+    if rows is not None and not x.is_contiguous():
+        gradient = torch.empty_like(x)
+        if gradient.stride() == x.stride():
+            return gradient
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _dense_rows(x: Tensor) -> Rows:
+    number, classes = math.prod(x.shape[:-1]), x.shape[-1]
+    return Rows(x.contiguous(), number, number, None, classes, 1)
+
+
+def _rows(x: Tensor) -> Rows | None:
     classes = x.shape[-1]
     axes: list[tuple[int, int]] = []  # (size, stride) of those that one step does not reach from another
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
@@ -178,7 +202,7 @@ def _rows(x: Tensor) -> Rows:
         else:
             axes.append((size, stride))
     if len(axes) > 2:
-        return _rows(x.contiguous())
+        return None
     # The stride of an axis of one entry is arbitrary, and would be a constant of another kernel.
     inner, row_stride = axes[-1] if axes else (1, classes)
     outer_stride = axes[0][1] if len(axes) == 2 else None

@@ -18,7 +18,10 @@ MOST_BUFFERS = 8
 
 
 def multiply_in_place(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Multiply each dense gradient (..., K) by its factor, 0-d or (...,), all in one launch without a host read."""
+    """Multiply each gradient (..., K) by its factor, all in one launch without a host read.
+
+    A factor is 0-d, for a gradient that is dense in whatever order, or (...,), for one that is dense in rows.
+    """
     for start in range(0, len(pairs), MOST_BUFFERS):
         _multiply(pairs[start : start + MOST_BUFFERS])
 

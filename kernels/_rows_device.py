@@ -39,21 +39,43 @@ def row_pointers(ptr, rows, stride: tl.constexpr):
 
 
 @triton.jit
-def logit_pointers(ptr, rows, inner, outer_stride, stride: tl.constexpr):
-    """Pointers (ROWS, 1) to rows of logits on two axes (`_launch.Rows`), or on one: outer_stride is None."""
+def on_axes(rows, inner):
+    """Rows, (ROWS,), and where they are on the outer and on the inner of two axes (`_launch.Rows`)."""
+    return rows, rows // inner, rows % inner
+
+
+@triton.jit
+def logit_pointers(ptr, at, outer_stride, stride: tl.constexpr):
+    """Pointers (ROWS, 1) to rows of logits, `at` as `on_axes` has it; outer_stride is None if there is one axis."""
+    rows, outer, within = at
     if outer_stride is None:
         return row_pointers(ptr, rows, stride)
     else:
-        outer = (rows // inner)[:, None].to(tl.int64) * outer_stride
-        return ptr + (outer + (rows % inner)[:, None].to(tl.int64) * stride)
+        return ptr + (outer[:, None].to(tl.int64) * outer_stride + within[:, None].to(tl.int64) * stride)
+
+
+@triton.jit
+def gradient_pointers(ptr, at, outer_stride, stride: tl.constexpr, K: tl.constexpr, STRIDED: tl.constexpr):
+    """Pointers (ROWS, 1) to rows of a gradient: with the strides of the logits if STRIDED, else dense."""
+    if ptr is None:
+        return None
+    elif STRIDED:
+        return logit_pointers(ptr, at, outer_stride, stride)
+    else:
+        return row_pointers(ptr, at[0], K)
+
+
+@triton.jit
+def col_pointers(row_ptrs, cols, stride: tl.constexpr):
+    if stride == 1:
+        return row_ptrs + cols
+    else:
+        return row_ptrs + cols.to(tl.int64) * stride
 
 
 @triton.jit
 def tile_pointers(row_ptrs, cols, stride: tl.constexpr):
-    if stride == 1:
-        return row_ptrs + cols[None, :]
-    else:
-        return row_ptrs + cols[None, :].to(tl.int64) * stride
+    return col_pointers(row_ptrs, cols[None, :], stride)
 
 
 @triton.jit
@@ -68,10 +90,7 @@ def load_logits(row_ptrs, cols, live, stride: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def load_tile(row_ptrs, cols, live, stride: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr):
     """Logits at the classes of a tile (`tile_cols`), in fp32; LOWEST past the last class if PADDED."""
-    if stride == 1:
-        ptrs = row_ptrs + cols
-    else:
-        ptrs = row_ptrs + cols.to(tl.int64) * stride
+    ptrs = col_pointers(row_ptrs, cols, stride)
     if not PADDED:
         return tl.load(ptrs, mask=live[:, None], other=0).to(tl.float32)
     inside = cols < K
@@ -109,8 +128,8 @@ def added(total, x, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def store_cols(row_ptrs, cols, live, x, PADDED: tl.constexpr, K: tl.constexpr):
-    ptrs = row_ptrs + cols
+def store_cols(row_ptrs, cols, live, x, stride: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr):
+    ptrs = col_pointers(row_ptrs, cols, stride)
     mask = live[:, None]
     if PADDED:
         mask = mask & (cols < K)
@@ -133,10 +152,10 @@ def stored_scale(scale_ptr, rows, live):
 
 
 @triton.jit
-def store_class(row_ptrs, col, live, x):
+def store_class(row_ptrs, col, live, x, stride: tl.constexpr):
     """Store one class, (1, 1), after the row was stored, also by other threads."""
     tl.debug_barrier()
-    ptrs = row_ptrs + col
+    ptrs = col_pointers(row_ptrs, col, stride)
     tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=live[:, None])
 
 

@@ -23,12 +23,14 @@ from unikd_fast.kernels._rows_device import (
     LOWEST,
     added,
     block_sum,
+    gradient_pointers,
     labelled_rows,
     last_to_arrive,
     load_logits,
     load_tile,
     logit_pointers,
     mean_std,
+    on_axes,
     row_pointers,
     row_sum,
     scalar,
@@ -70,7 +72,7 @@ def _anchor_rows(
     scale = tl.full([ROWS, 1], 1.0, tl.float32)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None]
-    teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
+    teacher_rows = logit_pointers(teacher_ptr, on_axes(rows, inner), teacher_outer, TEACHER_ROW)
     centre, std = mean_std(teacher_rows, live, scale, K, TEACHER_COL, K, BLOCK_K, ROWS)
     # From 1e10 on the square would leave the range.
     factor = tl.div_rn(scale, tl.where(std < 1e10, tl.sqrt_rn(std * std + 1e-5), std))
@@ -116,7 +118,7 @@ def unikd_kernel(
     feature_kl_ptr,
     logit_kl_ptr,
     partial_ptr,  # (4 PROGRAMS + 1,)
-    student_grad_ptr,  # dense gradients, or None
+    student_grad_ptr,  # or None, as the other gradients, which are dense
     student_mean_grad_ptr,
     student_log_var_grad_ptr,
     teacher_mean_grad_ptr,
@@ -140,6 +142,7 @@ def unikd_kernel(
     STUDENT_COL: tl.constexpr,
     TEACHER_ROW: tl.constexpr,
     TEACHER_COL: tl.constexpr,
+    GRAD_STRIDED: tl.constexpr,  # with the strides of the student's logits, else dense
     K: tl.constexpr,
     KG: tl.constexpr,
     SOFT: tl.constexpr,
@@ -162,6 +165,7 @@ def unikd_kernel(
     WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     PADDED: tl.constexpr = K % BLOCK_K != 0
+    GRAD_COL: tl.constexpr = STUDENT_COL if GRAD_STRIDED else 1
     pid = tl.program_id(0)
     a = scalar(alpha, ALPHA_IS_POINTER)
     b = scalar(beta, BETA_IS_POINTER)
@@ -184,7 +188,8 @@ def unikd_kernel(
         for tile in range(pid, tl.cdiv(N, ROWS), LOGIT_PROGRAMS):
             rows = tile * ROWS + tl.arange(0, ROWS)
             live = rows < N
-            student_rows = logit_pointers(student_ptr, rows, inner, student_outer, STUDENT_ROW)
+            at = on_axes(rows, inner)
+            student_rows = logit_pointers(student_ptr, at, student_outer, STUDENT_ROW)
             if SOFT:
                 target = tl.zeros([ROWS, 1], tl.int32)
                 labelled = live
@@ -195,7 +200,8 @@ def unikd_kernel(
                 wrong = labelled & ((label < 0) | (label >= K))
                 target = label.to(tl.int32)[:, None]
             a_t = tl.full([ROWS, 1], 1.0, tl.float32)
-            teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
+            teacher_rows = logit_pointers(teacher_ptr, at, teacher_outer, TEACHER_ROW)
+            student_grads = gradient_pointers(student_grad_ptr, at, student_outer, STUDENT_ROW, K, GRAD_STRIDED)
             if scale_ptr is not None:
                 a_t = stored_scale(scale_ptr, rows, live)
             l_t = a_t * exponent_scale
@@ -278,13 +284,13 @@ def unikd_kernel(
                         moved = without_cancellation(moved, p)
                     g = moved * kl_scale + tl.exp2(exponents(s, LOG2E, max_s)) * (r_1 * ce_scale)
                     g = tl.where(w != 0, g - w * ce_scale, g)
-                    store_cols(row_pointers(student_grad_ptr, rows, K), cols, live, g, PADDED, K)
+                    store_cols(student_grads, cols, live, g, GRAD_COL, PADDED, K)
             if student_grad_ptr is not None and not SINGLE:
                 if dominated:
                     s = tl.load(student_rows + top_class * STUDENT_COL, mask=live[:, None], other=0).to(tl.float32)
                     w = _class_weights(labels_ptr, rows, target, top_class, live, smoothing, SOFT, SMOOTH, K)
                     g = top_moved * kl_scale + (tl.exp2(exponents(s, LOG2E, max_s)) * r_1 - w) * ce_scale
-                    store_class(row_pointers(student_grad_ptr, rows, K), top_class, live, g)
+                    store_class(student_grads, top_class, live, g, GRAD_COL)
             kl_rows = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
             if is_close(kl_rows, live, CLOSE_BELOW, CARE):
                 kl_rows = close_kl(

@@ -52,10 +52,12 @@ from unikd_fast.kernels._launch import (
 from unikd_fast.kernels._rows_device import (
     added,
     block_sum,
+    gradient_pointers,
     labelled_rows,
     load_tile,
     logit_pointers,
     mean_std,
+    on_axes,
     row_pointers,
     row_sum,
     scalar,
@@ -115,7 +117,7 @@ def _dkd_kernel(
     upstream_ptr,
     loss_ptr,
     partial_ptr,
-    grad_ptr,  # (N, K) dense, or None
+    grad_ptr,  # (N, K), or None
     N,
     inner,  # rows of the inner of two axes
     student_outer,  # stride of the outer one, or None if there is one axis
@@ -128,6 +130,7 @@ def _dkd_kernel(
     STUDENT_COL: tl.constexpr,
     TEACHER_ROW: tl.constexpr,
     TEACHER_COL: tl.constexpr,
+    GRAD_STRIDED: tl.constexpr,  # with the strides of the student's logits, else dense
     K: tl.constexpr,
     STANDARDIZED: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -146,6 +149,7 @@ def _dkd_kernel(
     WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     PADDED: tl.constexpr = K % BLOCK_K != 0
+    GRAD_COL: tl.constexpr = STUDENT_COL if GRAD_STRIDED else 1
     if COUNT_LABELS:
         per_row_weight = weight / labelled_rows(labels_ptr, N, ignore_index)
     else:
@@ -160,8 +164,10 @@ def _dkd_kernel(
         live = inside & (label != ignore_index)
         wrong = live & ((label < 0) | (label >= K))
         target = tl.where(live & (wrong == 0), label, 0).to(tl.int32)[:, None]
-        student_rows = logit_pointers(student_ptr, rows, inner, student_outer, STUDENT_ROW)
-        teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
+        at = on_axes(rows, inner)
+        student_rows = logit_pointers(student_ptr, at, student_outer, STUDENT_ROW)
+        teacher_rows = logit_pointers(teacher_ptr, at, teacher_outer, TEACHER_ROW)
+        grads = gradient_pointers(grad_ptr, at, student_outer, STUDENT_ROW, K, GRAD_STRIDED)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
         a_t = a_s
         if scale_ptr is not None:
@@ -264,14 +270,14 @@ def _dkd_kernel(
                 if STANDARDIZED:
                     g -= (share * row_weight) * ((s - mean_s) * a_s)
                 g = tl.where(live[:, None], g, 0.0)
-                store_cols(row_pointers(grad_ptr, rows, K), cols, inside, g, PADDED, K)
+                store_cols(grads, cols, inside, g, GRAD_COL, PADDED, K)
         if grad_ptr is not None and not SINGLE:
             if dominated:
                 g = (w_others * top_moved - pull * (top_moved + top_p)) * (f_s * row_weight)
                 if STANDARDIZED:
                     s = tl.load(student_rows + top_class * STUDENT_COL, mask=live[:, None], other=0).to(tl.float32)
                     g -= (share * row_weight) * ((s - mean_s) * a_s)
-                store_class(row_pointers(grad_ptr, rows, K), top_class, live, g)
+                store_class(grads, top_class, live, g, GRAD_COL)
         nckd = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
         if is_close(nckd, live, CLOSE_BELOW, CARE):
             nckd = close_kl(
@@ -338,6 +344,7 @@ def _launch(
         s.class_stride,
         t.row_stride,
         t.class_stride,
+        s.holds(gradients[0]),
         classes,
         STANDARDIZED=standardized,
         PER_ROW=per_row,
@@ -371,6 +378,7 @@ _loss = FusedLoss(
     },
     outputs=1,
     launch=_launch,
+    logits=True,
 )
 
 

@@ -65,9 +65,11 @@ from unikd_fast.kernels._launch import (
 from unikd_fast.kernels._rows_device import (
     added,
     block_sum,
+    gradient_pointers,
     load_tile,
     logit_pointers,
     mean_std,
+    on_axes,
     row_pointers,
     row_sum,
     scalar,
@@ -144,9 +146,10 @@ def _gradients(d_s, d_t, row, beta, KIND: tl.constexpr, CLOSE: tl.constexpr):
 
 @triton.jit
 def _store_gradients(
-    student_rows, teacher_rows, student_grad_ptr, teacher_grad_ptr, rows, inside, live, row, standard,
+    student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, standard,
     f_s, f_t, row_weight, inverse_temperature, beta,
-    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr,
+    STUDENT_GRAD_COL: tl.constexpr, TEACHER_GRAD_COL: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
     STANDARDIZED: tl.constexpr, SINGLE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr, LANE: tl.constexpr, CLOSE: tl.constexpr,
 ):  # fmt: skip
@@ -177,12 +180,12 @@ def _store_gradients(
         if STANDARDIZED:
             g_s -= (share_s * row_weight) * ((s - mean_s) * a_s)
             g_t -= (share_t * row_weight) * ((t - mean_t) * a_t)
-        if student_grad_ptr is not None:
+        if student_grads is not None:
             g = tl.where(live[:, None], g_s, 0.0)
-            store_cols(row_pointers(student_grad_ptr, rows, K), cols, inside, g, PADDED, K)
-        if teacher_grad_ptr is not None:
+            store_cols(student_grads, cols, inside, g, STUDENT_GRAD_COL, PADDED, K)
+        if teacher_grads is not None:
             g = tl.where(live[:, None], g_t, 0.0)
-            store_cols(row_pointers(teacher_grad_ptr, rows, K), cols, inside, g, PADDED, K)
+            store_cols(teacher_grads, cols, inside, g, TEACHER_GRAD_COL, PADDED, K)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -195,7 +198,7 @@ def _softmax_kl_kernel(
     upstream_ptr,  # 0-d, (N,), or None
     loss_ptr,  # (N,) if PER_ROW, else 0-d; None to leave it out
     partial_ptr,  # (PROGRAMS + 1,)
-    student_grad_ptr,  # (N, K) contiguous, or None
+    student_grad_ptr,  # (N, K), or None
     teacher_grad_ptr,
     N,
     inner,  # rows of the inner of two axes
@@ -209,6 +212,8 @@ def _softmax_kl_kernel(
     STUDENT_COL: tl.constexpr,
     TEACHER_ROW: tl.constexpr,
     TEACHER_COL: tl.constexpr,
+    STUDENT_GRAD_STRIDED: tl.constexpr,  # with the strides of the logits, else dense
+    TEACHER_GRAD_STRIDED: tl.constexpr,
     K: tl.constexpr,
     KIND: tl.constexpr,
     STANDARDIZED: tl.constexpr,
@@ -225,6 +230,8 @@ def _softmax_kl_kernel(
     WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     PADDED: tl.constexpr = K % BLOCK_K != 0
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    STUDENT_GRAD_COL: tl.constexpr = STUDENT_COL if STUDENT_GRAD_STRIDED else 1
+    TEACHER_GRAD_COL: tl.constexpr = TEACHER_COL if TEACHER_GRAD_STRIDED else 1
     WANT_GRAD: tl.constexpr = student_grad_ptr is not None or teacher_grad_ptr is not None
     # The gradient does not depend on the row's loss, so that both come from one pass.
     FUSED_PASS: tl.constexpr = KIND == FORWARD and not STANDARDIZED and teacher_grad_ptr is None
@@ -236,8 +243,11 @@ def _softmax_kl_kernel(
         live = inside
         if mask_ptr is not None:
             live = inside & (tl.load(mask_ptr + rows, mask=inside, other=1) == 0)
-        student_rows = logit_pointers(student_ptr, rows, inner, student_outer, STUDENT_ROW)
-        teacher_rows = logit_pointers(teacher_ptr, rows, inner, teacher_outer, TEACHER_ROW)
+        at = on_axes(rows, inner)
+        student_rows = logit_pointers(student_ptr, at, student_outer, STUDENT_ROW)
+        teacher_rows = logit_pointers(teacher_ptr, at, teacher_outer, TEACHER_ROW)
+        student_grads = gradient_pointers(student_grad_ptr, at, student_outer, STUDENT_ROW, K, STUDENT_GRAD_STRIDED)
+        teacher_grads = gradient_pointers(teacher_grad_ptr, at, teacher_outer, TEACHER_ROW, K, TEACHER_GRAD_STRIDED)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
         a_t = a_s
         if scale_ptr is not None:
@@ -305,11 +315,11 @@ def _softmax_kl_kernel(
                     g = moved * (row_weight * f_s)
                     if mask_ptr is not None:
                         g = tl.where(live[:, None], g, 0.0)
-                    store_cols(row_pointers(student_grad_ptr, rows, K), cols, inside, g, PADDED, K)
+                    store_cols(student_grads, cols, inside, g, STUDENT_GRAD_COL, PADDED, K)
             if student_grad_ptr is not None and not SINGLE:
                 if dominated:
                     g = top_moved * (row_weight * f_s)
-                    store_class(row_pointers(student_grad_ptr, rows, K), top_class, live, g)
+                    store_class(student_grads, top_class, live, g, STUDENT_GRAD_COL)
             divergence = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
             if loss_ptr is not None:
                 if is_close(divergence, live, CLOSE_BELOW, CARE):
@@ -358,14 +368,16 @@ def _softmax_kl_kernel(
                 standard = (mean_s, mean_t, a_s, a_t, std_s, std_t) if STANDARDIZED else ()
                 if close:
                     _store_gradients(
-                        student_rows, teacher_rows, student_grad_ptr, teacher_grad_ptr, rows, inside, live, row,
-                        standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL, K, KIND,
+                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row,
+                        standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL,
+                        STUDENT_GRAD_COL, TEACHER_GRAD_COL, K, KIND,
                         STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, True,
                     )  # fmt: skip
                 else:
                     _store_gradients(
-                        student_rows, teacher_rows, student_grad_ptr, teacher_grad_ptr, rows, inside, live, row,
-                        standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL, K, KIND,
+                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row,
+                        standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL,
+                        STUDENT_GRAD_COL, TEACHER_GRAD_COL, K, KIND,
                         STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, False,
                     )  # fmt: skip
 
@@ -422,6 +434,8 @@ def _launch(
         s.class_stride,
         t.row_stride,
         t.class_stride,
+        s.holds(gradients[0]),
+        t.holds(gradients[1]),
         classes,
         KIND=DIVERGENCES.index(divergence),
         STANDARDIZED=standardized,
@@ -452,6 +466,7 @@ _loss = FusedLoss(
     },
     outputs=1,
     launch=_launch,
+    logits=True,
 )
 
 

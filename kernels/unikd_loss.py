@@ -116,6 +116,7 @@ def _launch(
         s.class_stride,
         t.row_stride,
         t.class_stride,
+        s.holds(gradients[0]),
         classes,
         width,
         SOFT=soft,
@@ -156,6 +157,7 @@ _loss = FusedLoss(
     outputs=5,
     differentiable=2,
     launch=_launch,
+    logits=True,
 )
 
 

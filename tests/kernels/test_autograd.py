@@ -22,6 +22,7 @@ from support.kernel_inputs import (
     long,
     quiet,
     randn,
+    without_gaussians,
 )
 from support.numerics import relative_error
 from unikd_fast import SoftmaxKL, dkd_loss, softmax_kl
@@ -91,6 +92,42 @@ class TestBackwardTwice:
         loss.backward()
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()
+
+
+def of_maps(name: str, student: Tensor, teacher: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return a loss, times 3, and its inputs for logits (..., K) of any strides."""
+    rows = student.shape[:-1]
+    labels = torch.arange(rows.numel(), device=DEVICE).reshape(rows) % student.shape[-1]
+
+    def compute(*inputs: Tensor, **settings: Any) -> Tensor:
+        if name == "unikd_loss":
+            return without_gaussians(*inputs, **settings)[0] * 3
+        return LOSSES[name].compute(*inputs, **settings) * 3
+
+    return compute, [student.detach().requires_grad_(), teacher, *([] if name == "softmax_kl" else [labels])]
+
+
+@pytest.mark.parametrize("name", ["softmax_kl", "dkd_loss", "unikd_loss"])
+class TestStrides:
+    """Gradients of class maps, multiplied by an upstream one."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_of_dense_logits_are_theirs(self, name: str, dtype: torch.dtype) -> None:
+        student, teacher = (randn(2, 6, 4, 8, seed=seed, dtype=dtype).movedim(1, -1) for seed in (1, 2))
+        for other in (teacher, teacher.contiguous()):
+            compute, inputs = of_maps(name, student, other)
+            compare(compute, inputs)
+            gradient = torch.autograd.grad(compute(*inputs, impl="fused"), inputs[0])[0]
+            assert gradient.stride() == student.stride()
+
+    def test_of_parts_are_dense_rows(self, name: str) -> None:
+        """Rows of a map, and a map whose axes no two steps reach."""
+        student, teacher = (randn(2, 6, 4, 8, seed=seed).movedim(1, -1) for seed in (1, 2))
+        for s, t in ((student[:, :-1], teacher[:, 1:]), (student.transpose(0, 2), teacher.transpose(0, 2))):
+            compute, inputs = of_maps(name, s, t)
+            compare(compute, inputs)
+            gradient = torch.autograd.grad(compute(*inputs, impl="fused"), inputs[0])[0]
+            assert gradient.is_contiguous()
 
 
 @every_loss

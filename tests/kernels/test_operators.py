@@ -56,7 +56,8 @@ def operator_arguments(name: str, inputs: Sequence[Tensor], **settings: Any) -> 
     def record(_: _autograd.FusedLoss, tensors: _autograd.Tensors, **chosen: Any) -> list[Tensor]:
         wanted = [x is not None and x.requires_grad for x in tensors]
         ordered = [chosen[setting] for setting in loss.settings]
-        calls.append((*tensors, _autograd._now(tensors, wanted), *[None] * loss.differentiable, *ordered))
+        now = loss.computed_in_forward(tensors, wanted, chosen)
+        calls.append((*tensors, now, *[None] * loss.differentiable, *ordered))
         return [torch.zeros(())] * loss.outputs
 
     with pytest.MonkeyPatch.context() as patch:
@@ -78,6 +79,17 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
                 inputs = [x.detach() for x in inputs]
             arguments = operator_arguments(name, inputs, **chosen)
             torch.library.opcheck(MODULES[name]._loss.operator, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_opcheck_of_maps(reduction: str) -> None:
+    """Gradients with the strides of the logits: fake tensors have them too."""
+    inputs = [randn(2, 5, 4, 8, seed=seed).movedim(1, -1).requires_grad_() for seed in (1, 2)]
+    arguments = operator_arguments("softmax_kl", inputs, reduction=reduction)
+    torch.library.opcheck(softmax_kernel._loss.operator, arguments)
+    if reduction != "none":
+        results = softmax_kernel._loss.operator(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+        assert [x.stride() for x in results[1:3]] == [x.stride() for x in inputs]
 
 
 @some_losses
