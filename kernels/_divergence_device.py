@@ -6,15 +6,7 @@ Letters as in `reference`: p the teacher's and q the student's probabilities, φ
 import triton
 import triton.language as tl
 
-from unikd_fast.kernels._rows_device import (
-    LOWEST,
-    added,
-    load_tile,
-    row_sum,
-    tile_cols,
-    tile_sum,
-    without_class,
-)
+from unikd_fast.kernels._rows_device import LOWEST, added, load_tile, row_sum, tile_cols, tile_sum, without_class
 
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
@@ -48,36 +40,77 @@ def lane_sum(total, top, new, x, factor):
 
 
 @triton.jit
-def lane_sums(
-    student_rows, teacher_rows, live, l_s, l_t, excluded,
-    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Maxima of each lane of a row in blocks, and Σ 2^(l (z - maximum)): the student's, and the teacher's."""
-    max_s = tl.full([BLOCK_K // LANE, 1], LOWEST, tl.float32)
-    max_t = max_s
-    sum_s = tl.zeros([BLOCK_K // LANE, 1], tl.float32)
-    sum_t = sum_s
-    for i in range((K + BLOCK_K - 1) // BLOCK_K):
-        cols = tile_cols(i, BLOCK_K, LANE, False)
-        s = load_tile(student_rows, cols, live, STUDENT_COL, K % BLOCK_K != 0, K)
-        t = load_tile(teacher_rows, cols, live, TEACHER_COL, K % BLOCK_K != 0, K)
-        s = without_class(s, cols, excluded)
-        t = without_class(t, cols, excluded)
-        new_s = tl.maximum(max_s, tl.max(s, axis=1)[:, None])
-        new_t = tl.maximum(max_t, tl.max(t, axis=1)[:, None])
-        sum_s = lane_sum(sum_s, max_s, new_s, s, l_s)
-        sum_t = lane_sum(sum_t, max_t, new_t, t, l_t)
-        max_s = new_s
-        max_t = new_t
-    return max_s, sum_s, max_t, sum_t
-
-
-@triton.jit
 def join_lanes(top, total, factor):
     """The maximum of all lanes, (1, 1), the sums with respect to it, (LANES, 1), and their sum, (1, 1)."""
     largest = tl.max(top, axis=0)[:, None]
     total = total * tl.exp2((top - largest) * factor)
     return largest, total, total_of(tl.sum(total, axis=0)[:, None], largest)
+
+
+@triton.jit
+def load_pair(
+    student_rows, teacher_rows, cols, live,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Logits of student and teacher at the classes of a tile."""
+    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
+    return s, load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+
+
+@triton.jit
+def row_sums(
+    student_rows, teacher_rows, live, excluded, l_s, l_t, l_1,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Read rows without their excluded class, and sum 2^(l (z - max z)); the student's with l_1 too if there is one.
+
+    Returns the logits on chip, or (); the teacher's maxima and both sums of a row's lanes, on chip of the row; what
+    `forward_terms` needs of a row; the sums of student and teacher, and the student's with l_1.
+    """
+    if SINGLE:
+        cols = tile_cols(0, BLOCK_K, LANE, True)
+        tiles = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, K % BLOCK_K != 0)
+        s = without_class(tiles[0], cols, excluded)
+        t = without_class(tiles[1], cols, excluded)
+        max_s = tl.max(s, axis=1)[:, None]
+        max_t = tl.max(t, axis=1)[:, None]
+        sum_s = total_of(row_sum(tl.exp2(exponents(s, l_s, max_s))), max_s)
+        sum_t = total_of(row_sum(tl.exp2(exponents(t, l_t, max_t))), max_t)
+        lanes = (max_t, sum_s, sum_t)
+        sum_1 = sum_s
+        if l_1 is not None:
+            sum_1 = total_of(row_sum(tl.exp2(exponents(s, l_1, max_s))), max_s)
+    else:
+        tiles = ()
+        lanes_s = tl.full([BLOCK_K // LANE, 1], LOWEST, tl.float32)
+        lanes_t = lanes_s
+        sums_s = tl.zeros([BLOCK_K // LANE, 1], tl.float32)
+        sums_t = sums_s
+        sums_1 = sums_s
+        for i in range((K + BLOCK_K - 1) // BLOCK_K):
+            cols = tile_cols(i, BLOCK_K, LANE, False)
+            s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, K % BLOCK_K != 0)
+            s = without_class(s, cols, excluded)
+            t = without_class(t, cols, excluded)
+            new_s = tl.maximum(lanes_s, tl.max(s, axis=1)[:, None])
+            new_t = tl.maximum(lanes_t, tl.max(t, axis=1)[:, None])
+            if l_1 is not None:
+                sums_1 = lane_sum(sums_1, lanes_s, new_s, s, l_1)
+            sums_s = lane_sum(sums_s, lanes_s, new_s, s, l_s)
+            sums_t = lane_sum(sums_t, lanes_t, new_t, t, l_t)
+            lanes_s = new_s
+            lanes_t = new_t
+        max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, l_s)
+        max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
+        lanes = (lanes_t, sums_s, sums_t)
+        sum_1 = sum_s
+        if l_1 is not None:
+            _max, _sums, sum_1 = join_lanes(lanes_s, sums_1, l_1)
+    r_s = tl.div_rn(1.0, sum_s)
+    r_t = tl.div_rn(1.0, sum_t)
+    # The last so that it is that of q and p as they are rounded.
+    return tiles, lanes, (l_s, l_t, max_s, max_t, r_s, r_t, log2_quotient(r_t, r_s)), sum_s, sum_t, sum_1
 
 
 @triton.jit
@@ -90,12 +123,6 @@ def is_close(divergence, live, below: tl.constexpr, CARE: tl.constexpr):
     else:
         accurate = (divergence >= below) & (divergence < float("inf"))
         return tl.max(tl.where(live[:, None] & (accurate == 0), 1, 0)) > 0
-
-
-@triton.jit
-def has_dominant_class(sum_t, live):
-    """Whether a class has most of the teacher's probability in a row: then q - p cancels there."""
-    return tl.min(tl.where(live[:, None], sum_t, DOMINANT_SUM)) < DOMINANT_SUM
 
 
 @triton.jit
@@ -115,51 +142,71 @@ def without_cancellation(moved, p):
 
 
 @triton.jit
-def dominant_class(
-    student_rows, teacher_rows, live, excluded, l_s, l_t, lanes, max_s, max_t, sums_s, sums_t, r_s, r_t,
-    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """The dominant class of a row in blocks, its q - p, (1, 1), and its p: q - p is minus the sum over the others.
-
-    The lane that holds the class, known by its maximum in `lanes`, has lost the digits of the others: it is summed
-    again.
-    """
-    BLOCKS: tl.constexpr = triton.next_power_of_2((K + BLOCK_K - 1) // BLOCK_K)
-    of_lane = tl.arange(0, BLOCK_K // LANE)[:, None]
-    lane = tl.min(tl.where(lanes == max_t, of_lane, BLOCK_K // LANE - 1))
-    cols = tl.arange(0, BLOCKS)[:, None] * BLOCK_K + (lane * LANE + tl.arange(0, LANE)[None, :])
-    s = without_class(load_tile(student_rows, cols, live, STUDENT_COL, True, K), cols, excluded)
-    t = without_class(load_tile(teacher_rows, cols, live, TEACHER_COL, True, K), cols, excluded)
-    e_s = tl.exp2(exponents(s, l_s, max_s))
-    e_t = tl.exp2(exponents(t, l_t, max_t))
-    top = t == max_t  # one alone, or the sum would be 2
-    others_s = tl.sum(tl.where(of_lane == lane, 0.0, sums_s)) + tl.sum(tl.where(top, 0.0, e_s))
-    others_t = tl.sum(tl.where(of_lane == lane, 0.0, sums_t)) + tl.sum(tl.where(top, 0.0, e_t))
-    moved = others_t * r_t - others_s * r_s
-    col = tl.max(tl.max(tl.where(top, cols, 0), axis=1), axis=0) + tl.zeros([1, 1], tl.int64)
-    return col, moved, tl.sum(tl.where(top, e_t, 0.0)) * r_t
+def forward_terms(s, t, row, CARE: tl.constexpr):
+    """p, q, and the terms p log2(q / p) and q - p of `forward_kl`; row is that of `row_sums`."""
+    l_s, l_t, max_s, max_t, r_s, r_t, log_ratio = row
+    d_s = exponents(s, l_s, max_s)
+    d_t = exponents(t, l_t, max_t)
+    p = tl.exp2(d_t) * r_t
+    q = tl.exp2(d_s) * r_s
+    u = (d_s - d_t) - log_ratio
+    return p, q, p * u, change(p, q, u, CARE)
 
 
 @triton.jit
-def close_kl(
-    student_rows, teacher_rows, live, excluded, l_s, l_t, max_s, max_t, r_s, r_t, log_ratio,
-    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+def forward_kl(
+    student_rows, teacher_rows, live, excluded, row, terms, balance,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_K: tl.constexpr, LANE: tl.constexpr, CARE: tl.constexpr,
 ):  # fmt: skip
-    """KL(p || q) of rows (ROWS, 1), summed without cancellation."""
-    HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
-    terms = tl.zeros([HEIGHT, BLOCK_K if SINGLE else LANE], tl.float32)
-    shift = terms
-    for i in range((K + BLOCK_K - 1) // BLOCK_K):
-        cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-        s = load_tile(student_rows, cols, live, STUDENT_COL, K % BLOCK_K != 0, K)
-        t = load_tile(teacher_rows, cols, live, TEACHER_COL, K % BLOCK_K != 0, K)
-        d_s = exponents(without_class(s, cols, excluded), l_s, max_s)
-        d_t = exponents(without_class(t, cols, excluded), l_t, max_t)
-        q, p, u = close_probabilities(d_s, d_t, r_s, r_t, log_ratio)
-        terms = added(terms, kl_terms(p, q, u), SINGLE)
-        shift = added(shift, shift_terms(p, q, u), SINGLE)
-    return without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), 0.0, FORWARD)
+    """KL(p || q) of rows (ROWS, 1) from the sums of `forward_terms`; close rows are summed without cancellation."""
+    divergence = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
+    if is_close(divergence, live, CLOSE_BELOW, CARE):
+        terms = tl.zeros_like(terms)
+        shift = terms
+        for i in range((K + BLOCK_K - 1) // BLOCK_K):
+            cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+            s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, K % BLOCK_K != 0)
+            q, p, u = close_probabilities(without_class(s, cols, excluded), without_class(t, cols, excluded), row)
+            terms = added(terms, kl_terms(p, q, u), SINGLE)
+            shift = added(shift, shift_terms(p, q, u), SINGLE)
+        divergence = without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), 0.0, FORWARD)
+    return divergence
+
+
+@triton.jit
+def dominant_class(
+    student_rows, teacher_rows, live, excluded, row, lanes, sum_t,
+    STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Whether a class has most of the teacher's probability in a row in blocks; which, its q - p, (1, 1), and its p.
+
+    There q - p cancels: it is minus the sum over the others. The lane that holds the class, known by its maximum, has
+    lost the digits of the others: it is summed again.
+    """
+    BLOCKS: tl.constexpr = triton.next_power_of_2((K + BLOCK_K - 1) // BLOCK_K)
+    col = tl.zeros([1, 1], tl.int64)
+    moved = tl.zeros([1, 1], tl.float32)
+    top_p = moved
+    dominated = tl.min(tl.where(live[:, None], sum_t, DOMINANT_SUM)) < DOMINANT_SUM
+    if dominated:
+        lanes_t, sums_s, sums_t = lanes
+        l_s, l_t, max_s, max_t, r_s, r_t, _log_ratio = row
+        of_lane = tl.arange(0, BLOCK_K // LANE)[:, None]
+        lane = tl.min(tl.where(lanes_t == max_t, of_lane, BLOCK_K // LANE - 1))
+        cols = tl.arange(0, BLOCKS)[:, None] * BLOCK_K + (lane * LANE + tl.arange(0, LANE)[None, :])
+        s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, True)
+        s = without_class(s, cols, excluded)
+        t = without_class(t, cols, excluded)
+        e_s = tl.exp2(exponents(s, l_s, max_s))
+        e_t = tl.exp2(exponents(t, l_t, max_t))
+        top = t == max_t  # one alone, or the sum would be 2
+        others_s = tl.sum(tl.where(of_lane == lane, 0.0, sums_s)) + tl.sum(tl.where(top, 0.0, e_s))
+        others_t = tl.sum(tl.where(of_lane == lane, 0.0, sums_t)) + tl.sum(tl.where(top, 0.0, e_t))
+        moved += others_t * r_t - others_s * r_s
+        col += tl.max(tl.max(tl.where(top, cols, 0), axis=1), axis=0)
+        top_p += tl.sum(tl.where(top, e_t, 0.0)) * r_t
+    return dominated, col, moved, top_p
 
 
 @triton.jit
@@ -210,8 +257,11 @@ def log2_quotient(a, b):
 
 
 @triton.jit
-def close_probabilities(d_s, d_t, r_s, r_t, log_ratio):
-    """q, p and u = ln q - ln p from exponents of base 2, reciprocal sums and log2 of the sums' ratio."""
+def close_probabilities(s, t, row):
+    """q, p and u = ln q - ln p; row is that of `row_sums`."""
+    l_s, l_t, max_s, max_t, r_s, r_t, log_ratio = row
+    d_s = exponents(s, l_s, max_s)
+    d_t = exponents(t, l_t, max_t)
     return tl.exp2(d_s) * r_s, tl.exp2(d_t) * r_t, ((d_s - d_t) - log_ratio) * LN2
 
 

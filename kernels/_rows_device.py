@@ -146,9 +146,12 @@ def without_class(x, cols, excluded):
 
 
 @triton.jit
-def stored_scale(scale_ptr, rows, live):
-    """Scales (ROWS, 1) of stored teacher rows; a constant row has 0, under which nothing would be lower than it."""
-    return tl.maximum(tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None], 1e-30)
+def teacher_scale(scale_ptr, rows, live, ROWS: tl.constexpr):
+    """Scales (ROWS, 1) of teacher rows, 1 unless stored; a constant row's is 0, under which nothing would be lower."""
+    if scale_ptr is None:
+        return tl.full([ROWS, 1], 1.0, tl.float32)
+    else:
+        return tl.maximum(tl.load(scale_ptr + rows, mask=live, other=1.0).to(tl.float32)[:, None], 1e-30)
 
 
 @triton.jit
@@ -236,6 +239,16 @@ def store_total(loss_ptr, partial_ptr, accumulated, MAX_PROGRAMS: tl.constexpr):
     tl.store(partial_ptr + tl.program_id(0), accumulated)
     if last_to_arrive(partial_ptr, MAX_PROGRAMS):
         tl.store(loss_ptr, sum_of_partials(partial_ptr, MAX_PROGRAMS))
+
+
+@triton.jit
+def added_losses(accumulated, loss_ptr, losses, rows, inside, PER_ROW: tl.constexpr):
+    """What a program has accumulated, with the losses (ROWS, 1) of a tile; if PER_ROW they are stored instead."""
+    if PER_ROW:
+        tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
+        return accumulated
+    else:
+        return accumulated + block_sum(losses)
 
 
 @triton.jit

@@ -4,30 +4,22 @@ import triton
 import triton.language as tl
 
 from unikd_fast.kernels._divergence_device import (
-    CLOSE_BELOW,
-    LN2,
-    change,
-    close_kl,
     dominant_class,
     exp,
     exponents,
-    has_dominant_class,
-    is_close,
-    join_lanes,
-    lane_sum,
-    log2_quotient,
-    total_of,
+    forward_kl,
+    forward_terms,
+    load_pair,
+    row_sums,
     without_cancellation,
 )
 from unikd_fast.kernels._rows_device import (
-    LOWEST,
     added,
     block_sum,
     gradient_pointers,
     labelled_rows,
     last_to_arrive,
     load_logits,
-    load_tile,
     logit_pointers,
     mean_std,
     on_axes,
@@ -37,8 +29,8 @@ from unikd_fast.kernels._rows_device import (
     store_class,
     store_cols,
     store_tile,
-    stored_scale,
     sum_of_partials,
+    teacher_scale,
     tile_cols,
     tile_sum,
 )
@@ -199,45 +191,15 @@ def unikd_kernel(
                 labelled = live & (label != ignore_index)
                 wrong = labelled & ((label < 0) | (label >= K))
                 target = label.to(tl.int32)[:, None]
-            a_t = tl.full([ROWS, 1], 1.0, tl.float32)
             teacher_rows = logit_pointers(teacher_ptr, at, teacher_outer, TEACHER_ROW)
             student_grads = gradient_pointers(student_grad_ptr, at, student_outer, STUDENT_ROW, K, GRAD_STRIDED)
-            if scale_ptr is not None:
-                a_t = stored_scale(scale_ptr, rows, live)
-            l_t = a_t * exponent_scale
-            if SINGLE:
-                cols = tile_cols(0, BLOCK_K, LANE, True)
-                s0 = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-                max_s = tl.max(s0, axis=1)[:, None]
-                max_t = tl.max(t0, axis=1)[:, None]
-                sum_1 = total_of(row_sum(tl.exp2(exponents(s0, LOG2E, max_s))), max_s)
-                sum_s = total_of(row_sum(tl.exp2(exponents(s0, exponent_scale, max_s))), max_s)
-                sum_t = total_of(row_sum(tl.exp2(exponents(t0, l_t, max_t))), max_t)
-            else:
-                lanes_s = tl.full([HEIGHT, 1], LOWEST, tl.float32)
-                lanes_t = lanes_s
-                sums_1 = tl.zeros([HEIGHT, 1], tl.float32)
-                sums_s = sums_1
-                sums_t = sums_1
-                for i in range(BLOCKS):
-                    cols = tile_cols(i, BLOCK_K, LANE, False)
-                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-                    new_s = tl.maximum(lanes_s, tl.max(s, axis=1)[:, None])
-                    new_t = tl.maximum(lanes_t, tl.max(t, axis=1)[:, None])
-                    sums_1 = lane_sum(sums_1, lanes_s, new_s, s, LOG2E)
-                    sums_s = lane_sum(sums_s, lanes_s, new_s, s, exponent_scale)
-                    sums_t = lane_sum(sums_t, lanes_t, new_t, t, l_t)
-                    lanes_s = new_s
-                    lanes_t = new_t
-                max_s, sums_1, sum_1 = join_lanes(lanes_s, sums_1, LOG2E)
-                max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, exponent_scale)
-                max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
+            l_t = teacher_scale(scale_ptr, rows, live, ROWS) * exponent_scale
+            tiles, lanes, row, _sum_s, sum_t, sum_1 = row_sums(
+                student_rows, teacher_rows, live, None, exponent_scale, l_t, LOG2E,
+                STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE,
+            )  # fmt: skip
+            max_s = row[2]
             r_1 = 1.0 / sum_1
-            r_s = tl.div_rn(1.0, sum_s)
-            r_t = tl.div_rn(1.0, sum_t)
-            log_ratio = log2_quotient(r_t, r_s)  # so that it is that of q and p as they are rounded
             nan = tl.where(wrong[:, None], float("nan"), 1.0)
             ce_scale = tl.where(labelled[:, None], nan * ce_factor, 0.0)
             weight_sum = tl.full([ROWS, 1], 1.0, tl.float32)
@@ -249,35 +211,24 @@ def unikd_kernel(
                     weight_sum += tile_sum(w, SINGLE)
                 r_1 *= weight_sum
             if not SINGLE:
-                dominated = has_dominant_class(sum_t, live)
-                top_class = tl.zeros([1, 1], tl.int64)
-                top_moved = tl.zeros([1, 1], tl.float32)
-                _p = top_moved
-                if dominated:
-                    top_class, top_moved, _p = dominant_class(
-                        student_rows, teacher_rows, live, None, exponent_scale, l_t, lanes_t, max_s, max_t, sums_s,
-                        sums_t, r_s, r_t, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
-                    )  # fmt: skip
+                dominated, top_class, top_moved, _p = dominant_class(
+                    student_rows, teacher_rows, live, None, row, lanes, sum_t,
+                    STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
+                )  # fmt: skip
             terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
             balance = terms
             picked = terms  # Σ w (z - max z)
             for i in range(BLOCKS):
                 cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
                 if SINGLE:
-                    s = s0
-                    t = t0
+                    s, t = tiles
                 else:
-                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                    s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
                 w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
                 if SOFT or SMOOTH:
                     picked += tl.where(w != 0, w * (s - max_s), 0.0)
-                d_s = exponents(s, exponent_scale, max_s)
-                d_t = exponents(t, l_t, max_t)
-                p = tl.exp2(d_t) * r_t
-                u = (d_s - d_t) - log_ratio
-                moved = change(p, tl.exp2(d_s) * r_s, u, CARE)
-                terms = added(terms, p * u, SINGLE)
+                p, _q, term, moved = forward_terms(s, t, row, CARE)
+                terms = added(terms, term, SINGLE)
                 balance = added(balance, moved, SINGLE)
                 if student_grad_ptr is not None:
                     if SINGLE:
@@ -291,12 +242,10 @@ def unikd_kernel(
                     w = _class_weights(labels_ptr, rows, target, top_class, live, smoothing, SOFT, SMOOTH, K)
                     g = top_moved * kl_scale + (tl.exp2(exponents(s, LOG2E, max_s)) * r_1 - w) * ce_scale
                     store_class(student_grads, top_class, live, g, GRAD_COL)
-            kl_rows = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
-            if is_close(kl_rows, live, CLOSE_BELOW, CARE):
-                kl_rows = close_kl(
-                    student_rows, teacher_rows, live, None, exponent_scale, l_t, max_s, max_t, r_s, r_t, log_ratio,
-                    STUDENT_COL, TEACHER_COL, K, SINGLE, ROWS, BLOCK_K, LANE,
-                )  # fmt: skip
+            kl_rows = forward_kl(
+                student_rows, teacher_rows, live, None, row, terms, balance,
+                STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE, CARE,
+            )  # fmt: skip
             if SOFT or SMOOTH:
                 ce_rows = tile_sum(picked, SINGLE)
             else:

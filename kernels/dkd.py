@@ -15,23 +15,19 @@ from torch import Tensor
 
 from unikd_fast.kernels._autograd import FusedLoss, Tensors
 from unikd_fast.kernels._divergence_device import (
-    CLOSE_BELOW,
     CLOSE_BELOW_LOGS,
     LN2,
-    change,
-    close_kl,
     dominant_class,
     exp,
     expm1,
     exponents,
-    has_dominant_class,
+    forward_kl,
+    forward_terms,
     is_close,
-    join_lanes,
-    lane_sums,
+    load_pair,
     log1p,
-    log2_quotient,
     phi_near,
-    total_of,
+    row_sums,
     without_cancellation,
 )
 from unikd_fast.kernels._launch import (
@@ -51,21 +47,18 @@ from unikd_fast.kernels._launch import (
 )
 from unikd_fast.kernels._rows_device import (
     added,
-    block_sum,
+    added_losses,
     gradient_pointers,
     labelled_rows,
-    load_tile,
     logit_pointers,
     mean_std,
     on_axes,
-    row_pointers,
-    row_sum,
     scalar,
     standardization_share,
     store_class,
     store_cols,
     store_total,
-    stored_scale,
+    teacher_scale,
     tile_cols,
     tile_sum,
     times_upstream,
@@ -169,9 +162,7 @@ def _dkd_kernel(
         teacher_rows = logit_pointers(teacher_ptr, at, teacher_outer, TEACHER_ROW)
         grads = gradient_pointers(grad_ptr, at, student_outer, STUDENT_ROW, K, GRAD_STRIDED)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
-        a_t = a_s
-        if scale_ptr is not None:
-            a_t = stored_scale(scale_ptr, rows, live)
+        a_t = teacher_scale(scale_ptr, rows, live, ROWS)
         if STANDARDIZED:
             mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
             _, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
@@ -181,25 +172,10 @@ def _dkd_kernel(
         l_s = a_s * exponent_scale
         l_t = a_t * exponent_scale
         # From here on p and q are of the classes other than the target.
-        if SINGLE:
-            cols = tile_cols(0, BLOCK_K, LANE, True)
-            s0 = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-            t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-            s1 = without_class(s0, cols, target)
-            t1 = without_class(t0, cols, target)
-            max_s = tl.max(s1, axis=1)[:, None]
-            max_t = tl.max(t1, axis=1)[:, None]
-            sum_s = total_of(row_sum(tl.exp2(exponents(s1, l_s, max_s))), max_s)
-            sum_t = total_of(row_sum(tl.exp2(exponents(t1, l_t, max_t))), max_t)
-        else:
-            lanes_s, sums_s, lanes_t, sums_t = lane_sums(
-                student_rows, teacher_rows, live, l_s, l_t, target, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE
-            )
-            max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, l_s)
-            max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
-        r_s = tl.div_rn(1.0, sum_s)
-        r_t = tl.div_rn(1.0, sum_t)
-        log_ratio = log2_quotient(r_t, r_s)  # so that it is that of q and p as they are rounded
+        tiles, lanes, row, sum_s, sum_t, _sum_1 = row_sums(
+            student_rows, teacher_rows, live, target, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE
+        )  # fmt: skip
+        _l_s, _l_t, max_s, max_t, r_s, r_t, log_ratio = row
         z_s = tl.load(student_rows + target.to(tl.int64) * STUDENT_COL, mask=live[:, None], other=0.0).to(tl.float32)
         z_t = tl.load(teacher_rows + target.to(tl.int64) * TEACHER_COL, mask=live[:, None], other=0).to(tl.float32)
         above_s = (z_s - max_s) * f_s
@@ -224,22 +200,15 @@ def _dkd_kernel(
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
         row_weight = tl.where(wrong[:, None], float("nan"), row_weight)
         if not SINGLE:
-            dominated = has_dominant_class(sum_t, live)
-            top_class = tl.zeros([1, 1], tl.int64)
-            top_moved = tl.zeros([1, 1], tl.float32)
-            top_p = top_moved
-            if dominated:
-                top_class, top_moved, top_p = dominant_class(
-                    student_rows, teacher_rows, live, target, l_s, l_t, lanes_t, max_s, max_t, sums_s, sums_t,
-                    r_s, r_t, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
-                )  # fmt: skip
+            dominated, top_class, top_moved, top_p = dominant_class(
+                student_rows, teacher_rows, live, target, row, lanes, sum_t, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE
+            )  # fmt: skip
         share = tl.zeros([ROWS, 1], tl.float32)
         if STANDARDIZED and grad_ptr is not None:
             dot = tl.zeros([HEIGHT, WIDTH], tl.float32)
             for i in range(BLOCKS):
                 cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-                s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
+                s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
                 p = tl.exp2(exponents(without_class(t, cols, target), l_t, max_t)) * r_t
                 q = tl.exp2(exponents(without_class(s, cols, target), l_s, max_s)) * r_s
                 g = tl.where(cols == target, pull, w_others * (q - p) - pull * q)
@@ -250,18 +219,12 @@ def _dkd_kernel(
         for i in range(BLOCKS):
             cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
             if SINGLE:
-                s = s0
-                t = t0
+                s, t = tiles
             else:
-                s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-            d_s = exponents(without_class(s, cols, target), l_s, max_s)
-            d_t = exponents(without_class(t, cols, target), l_t, max_t)
-            p = tl.exp2(d_t) * r_t
-            q = tl.exp2(d_s) * r_s
-            u = (d_s - d_t) - log_ratio
-            moved_other = change(p, q, u, CARE)
-            terms = added(terms, p * u, SINGLE)
+                s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+            s1 = without_class(s, cols, target)
+            p, q, term, moved_other = forward_terms(s1, without_class(t, cols, target), row, CARE)
+            terms = added(terms, term, SINGLE)
             balance = added(balance, moved_other, SINGLE)
             if grad_ptr is not None:
                 if SINGLE:
@@ -278,19 +241,14 @@ def _dkd_kernel(
                     s = tl.load(student_rows + top_class * STUDENT_COL, mask=live[:, None], other=0).to(tl.float32)
                     g -= (share * row_weight) * ((s - mean_s) * a_s)
                 store_class(grads, top_class, live, g, GRAD_COL)
-        nckd = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
-        if is_close(nckd, live, CLOSE_BELOW, CARE):
-            nckd = close_kl(
-                student_rows, teacher_rows, live, target, l_s, l_t, max_s, max_t, r_s, r_t, log_ratio,
-                STUDENT_COL, TEACHER_COL, K, SINGLE, ROWS, BLOCK_K, LANE,
-            )  # fmt: skip
         if loss_ptr is not None:
+            nckd = forward_kl(
+                student_rows, teacher_rows, live, target, row, terms, balance,
+                STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE, CARE,
+            )  # fmt: skip
             losses = tl.where(live[:, None], (w_target * tckd + w_others * nckd) * per_row_weight, 0.0)
             losses = tl.where(wrong[:, None], float("nan"), losses)
-            if PER_ROW:
-                tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
-            else:
-                accumulated += block_sum(losses)
+            accumulated = added_losses(accumulated, loss_ptr, losses, rows, inside, PER_ROW)
     if loss_ptr is not None and not PER_ROW:
         store_total(loss_ptr, partial_ptr, accumulated, PROGRAMS)
 

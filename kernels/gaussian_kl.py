@@ -26,7 +26,7 @@ from unikd_fast.kernels._launch import (
     rows_of,
 )
 from unikd_fast.kernels._rows_device import (
-    block_sum,
+    added_losses,
     row_pointers,
     row_sum,
     scalar,
@@ -122,10 +122,7 @@ def _gaussian_kl_kernel(
         )  # fmt: skip
         if loss_ptr is not None:
             losses = sums * per_row_weight
-            if PER_ROW:
-                tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=live[:, None])
-            else:
-                accumulated += block_sum(losses)
+            accumulated = added_losses(accumulated, loss_ptr, losses, rows, live, PER_ROW)
     if loss_ptr is not None and not PER_ROW:
         store_total(loss_ptr, partial_ptr, accumulated, PROGRAMS)
 

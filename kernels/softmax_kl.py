@@ -13,7 +13,7 @@ With e = 2^(f z - f max z), p = e_t / Σ e_t, q likewise and u = log2(q / p) the
 
 where the first sum is not quite 0, and takes away what a common error of u adds to the second. Where the result is
 small or not finite, the row is read again and its terms are summed without cancellation
-(`_divergence_device.close_kl`). Instructions an element: docs/kernels.md.
+(`_divergence_device.forward_kl`). Instructions an element: docs/kernels.md.
 """
 
 import triton
@@ -28,24 +28,21 @@ from unikd_fast.kernels._divergence_device import (
     JSD,
     LN2,
     REVERSE,
-    change,
-    close_kl,
     close_probabilities,
     divergence_terms,
     dominant_class,
     exponents,
-    has_dominant_class,
+    forward_kl,
+    forward_terms,
     is_close,
-    join_lanes,
-    lane_sums,
-    log2_quotient,
+    load_pair,
     mixture,
+    row_sums,
     shift_terms,
     student_gradient,
     student_slope,
     teacher_gradient,
     teacher_slope,
-    total_of,
     without_cancellation,
     without_shift,
 )
@@ -64,20 +61,17 @@ from unikd_fast.kernels._launch import (
 )
 from unikd_fast.kernels._rows_device import (
     added,
-    block_sum,
+    added_losses,
     gradient_pointers,
-    load_tile,
     logit_pointers,
     mean_std,
     on_axes,
-    row_pointers,
-    row_sum,
     scalar,
     standardization_share,
     store_class,
     store_cols,
     store_total,
-    stored_scale,
+    teacher_scale,
     tile_cols,
     tile_sum,
     times_upstream,
@@ -86,8 +80,11 @@ from unikd_fast.kernels.reference import DIVERGENCES
 
 
 @triton.jit
-def _terms(d_s, d_t, r_s, r_t, log_ratio, beta, KIND: tl.constexpr):
-    """Terms of the sums A and B of `_divergence`, for exponents d of base 2."""
+def _terms(s, t, row, beta, KIND: tl.constexpr):
+    """Terms of the sums A and B of `_divergence`; row is that of `row_sums`."""
+    l_s, l_t, max_s, max_t, r_s, r_t, log_ratio = row
+    d_s = exponents(s, l_s, max_s)
+    d_t = exponents(t, l_t, max_t)
     if KIND == JSD:
         q, p, log_q, log_p = mixture(d_s, d_t, log_ratio, beta)
         return p * (log_p - tl.log2(beta)), q * (log_q - tl.log2(1 - beta))
@@ -115,9 +112,9 @@ def _divergence(a, b, r_s, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _close_terms(d_s, d_t, r_s, r_t, log_ratio, beta, KIND: tl.constexpr):
+def _close_terms(s, t, row, beta, KIND: tl.constexpr):
     """Terms of the divergence of close distributions, of its common error, and of the gradients' centres."""
-    q, p, u = close_probabilities(d_s, d_t, r_s, r_t, log_ratio)
+    q, p, u = close_probabilities(s, t, row)
     one, two = divergence_terms(u, p, q, beta, KIND)
     if KIND == JSD:
         one = beta * one + (1 - beta) * two
@@ -126,11 +123,14 @@ def _close_terms(d_s, d_t, r_s, r_t, log_ratio, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gradients(d_s, d_t, row, beta, KIND: tl.constexpr, CLOSE: tl.constexpr):
+def _gradients(s, t, row, centres, beta, KIND: tl.constexpr, CLOSE: tl.constexpr):
     """Derivatives of the divergence by the scaled logits of student and teacher."""
-    r_s, r_t, log_ratio, centre_s, centre_t = row
+    centre_s, centre_t = centres
+    l_s, l_t, max_s, max_t, r_s, r_t, log_ratio = row
+    d_s = exponents(s, l_s, max_s)
+    d_t = exponents(t, l_t, max_t)
     if CLOSE:
-        q, p, u = close_probabilities(d_s, d_t, r_s, r_t, log_ratio)
+        q, p, u = close_probabilities(s, t, row)
         return student_gradient(u, p, q, centre_s, beta, KIND), teacher_gradient(u, p, q, centre_t, beta, KIND)
     elif KIND == JSD:
         q, p, log_q, log_p = mixture(d_s, d_t, log_ratio, beta)
@@ -146,7 +146,7 @@ def _gradients(d_s, d_t, row, beta, KIND: tl.constexpr, CLOSE: tl.constexpr):
 
 @triton.jit
 def _store_gradients(
-    student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, standard,
+    student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, centres, standard,
     f_s, f_t, row_weight, inverse_temperature, beta,
     STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr,
     STUDENT_GRAD_COL: tl.constexpr, TEACHER_GRAD_COL: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
@@ -156,25 +156,22 @@ def _store_gradients(
     """Write the wanted gradients of a tile of rows."""
     PADDED: tl.constexpr = K % BLOCK_K != 0
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    l_s, l_t, max_s, max_t = row[:4]
     if STANDARDIZED:
         mean_s, mean_t, a_s, a_t, std_s, std_t = standard
         dot_s = tl.zeros([HEIGHT, WIDTH], tl.float32)  # Σ gradient z', of the standardised logits z'
         dot_t = dot_s
         for i in range(BLOCKS):
             cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-            s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-            t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-            g_s, g_t = _gradients(exponents(s, l_s, max_s), exponents(t, l_t, max_t), row[4:], beta, KIND, CLOSE)
+            s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+            g_s, g_t = _gradients(s, t, row, centres, beta, KIND, CLOSE)
             dot_s += tl.where(cols < K, g_s * ((s - mean_s) * a_s), 0.0)
             dot_t += tl.where(cols < K, g_t * ((t - mean_t) * a_t), 0.0)
         share_s = standardization_share(tile_sum(dot_s, SINGLE) * inverse_temperature, std_s, K)
         share_t = standardization_share(tile_sum(dot_t, SINGLE) * inverse_temperature, std_t, K)
     for i in range(BLOCKS):
         cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
-        s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-        t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-        g_s, g_t = _gradients(exponents(s, l_s, max_s), exponents(t, l_t, max_t), row[4:], beta, KIND, CLOSE)
+        s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+        g_s, g_t = _gradients(s, t, row, centres, beta, KIND, CLOSE)
         g_s *= f_s * row_weight
         g_t *= f_t * row_weight
         if STANDARDIZED:
@@ -249,9 +246,7 @@ def _softmax_kl_kernel(
         student_grads = gradient_pointers(student_grad_ptr, at, student_outer, STUDENT_ROW, K, STUDENT_GRAD_STRIDED)
         teacher_grads = gradient_pointers(teacher_grad_ptr, at, teacher_outer, TEACHER_ROW, K, TEACHER_GRAD_STRIDED)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
-        a_t = a_s
-        if scale_ptr is not None:
-            a_t = stored_scale(scale_ptr, rows, live)
+        a_t = teacher_scale(scale_ptr, rows, live, ROWS)
         if STANDARDIZED:
             mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
             mean_t, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
@@ -262,52 +257,27 @@ def _softmax_kl_kernel(
         l_s = a_s * exponent_scale
         l_t = a_t * exponent_scale
 
-        if SINGLE:
-            cols = tile_cols(0, BLOCK_K, LANE, True)
-            s0 = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-            t0 = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-            max_s = tl.max(s0, axis=1)[:, None]
-            max_t = tl.max(t0, axis=1)[:, None]
-            sum_s = total_of(row_sum(tl.exp2(exponents(s0, l_s, max_s))), max_s)
-            sum_t = total_of(row_sum(tl.exp2(exponents(t0, l_t, max_t))), max_t)
-        else:
-            lanes_s, sums_s, lanes_t, sums_t = lane_sums(
-                student_rows, teacher_rows, live, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE
-            )
-            max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, l_s)
-            max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
-        r_s = tl.div_rn(1.0, sum_s)
-        r_t = tl.div_rn(1.0, sum_t)
-        log_ratio = log2_quotient(r_t, r_s)  # so that it is that of q and p as they are rounded
+        tiles, lanes, row, _sum_s, sum_t, _sum_1 = row_sums(
+            student_rows, teacher_rows, live, None, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE
+        )  # fmt: skip
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
 
         terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
         if FUSED_PASS:
             balance = terms
             if not SINGLE:
-                dominated = has_dominant_class(sum_t, live)
-                top_class = tl.zeros([1, 1], tl.int64)
-                top_moved = tl.zeros([1, 1], tl.float32)
-                _p = top_moved
-                if dominated:
-                    top_class, top_moved, _p = dominant_class(
-                        student_rows, teacher_rows, live, None, l_s, l_t, lanes_t, max_s, max_t, sums_s, sums_t,
-                        r_s, r_t, STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
-                    )  # fmt: skip
+                dominated, top_class, top_moved, _p = dominant_class(
+                    student_rows, teacher_rows, live, None, row, lanes, sum_t,
+                    STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
+                )  # fmt: skip
             for i in range(BLOCKS):
                 cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
                 if SINGLE:
-                    s = s0
-                    t = t0
+                    s, t = tiles
                 else:
-                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-                d_s = exponents(s, l_s, max_s)
-                d_t = exponents(t, l_t, max_t)
-                p = tl.exp2(d_t) * r_t
-                u = (d_s - d_t) - log_ratio
-                moved = change(p, tl.exp2(d_s) * r_s, u, CARE)
-                terms = added(terms, p * u, SINGLE)
+                    s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                p, _q, term, moved = forward_terms(s, t, row, CARE)
+                terms = added(terms, term, SINGLE)
                 balance = added(balance, moved, SINGLE)
                 if student_grad_ptr is not None:
                     if SINGLE:
@@ -320,29 +290,25 @@ def _softmax_kl_kernel(
                 if dominated:
                     g = top_moved * (row_weight * f_s)
                     store_class(student_grads, top_class, live, g, STUDENT_GRAD_COL)
-            divergence = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
             if loss_ptr is not None:
-                if is_close(divergence, live, CLOSE_BELOW, CARE):
-                    divergence = close_kl(
-                        student_rows, teacher_rows, live, None, l_s, l_t, max_s, max_t, r_s, r_t, log_ratio,
-                        STUDENT_COL, TEACHER_COL, K, SINGLE, ROWS, BLOCK_K, LANE,
-                    )  # fmt: skip
+                divergence = forward_kl(
+                    student_rows, teacher_rows, live, None, row, terms, balance,
+                    STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE, CARE,
+                )  # fmt: skip
         else:
             others = terms
             for i in range(BLOCKS):
                 cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
                 if SINGLE:
-                    s = s0
-                    t = t0
+                    s, t = tiles
                 else:
-                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-                of_a, of_b = _terms(exponents(s, l_s, max_s), exponents(t, l_t, max_t), r_s, r_t, log_ratio, beta, KIND)
+                    s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                of_a, of_b = _terms(s, t, row, beta, KIND)
                 terms = added(terms, of_a, SINGLE)
                 others = added(others, of_b, SINGLE)
             a = tile_sum(terms, SINGLE)
             b = tile_sum(others, SINGLE)
-            divergence, centre_s, centre_t = _divergence(a, b, r_s, beta, KIND)
+            divergence, centre_s, centre_t = _divergence(a, b, row[4], beta, KIND)
             close = is_close(divergence, live, CLOSE_BELOW_LOGS if KIND == JSD else CLOSE_BELOW, CARE)
             if close:
                 terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
@@ -351,11 +317,8 @@ def _softmax_kl_kernel(
                 slopes_t = terms
                 for i in range(BLOCKS):
                     cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-                    s = load_tile(student_rows, cols, live, STUDENT_COL, PADDED, K)
-                    t = load_tile(teacher_rows, cols, live, TEACHER_COL, PADDED, K)
-                    one, error, of_s, of_t = _close_terms(
-                        exponents(s, l_s, max_s), exponents(t, l_t, max_t), r_s, r_t, log_ratio, beta, KIND
-                    )
+                    s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                    one, error, of_s, of_t = _close_terms(s, t, row, beta, KIND)
                     terms = added(terms, one, SINGLE)
                     shift = added(shift, error, SINGLE)
                     slopes_s = added(slopes_s, of_s, SINGLE)
@@ -364,18 +327,18 @@ def _softmax_kl_kernel(
                 centre_s = tile_sum(slopes_s, SINGLE)
                 centre_t = tile_sum(slopes_t, SINGLE)
             if WANT_GRAD:
-                row = (l_s, l_t, max_s, max_t, r_s, r_t, log_ratio, centre_s, centre_t)
+                centres = (centre_s, centre_t)
                 standard = (mean_s, mean_t, a_s, a_t, std_s, std_t) if STANDARDIZED else ()
                 if close:
                     _store_gradients(
-                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row,
+                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, centres,
                         standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL,
                         STUDENT_GRAD_COL, TEACHER_GRAD_COL, K, KIND,
                         STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, True,
                     )  # fmt: skip
                 else:
                     _store_gradients(
-                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row,
+                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, centres,
                         standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL,
                         STUDENT_GRAD_COL, TEACHER_GRAD_COL, K, KIND,
                         STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, False,
@@ -383,10 +346,7 @@ def _softmax_kl_kernel(
 
         if loss_ptr is not None:
             losses = tl.where(live[:, None], divergence * per_row_weight, 0.0)
-            if PER_ROW:
-                tl.store(row_pointers(loss_ptr, rows, 1), losses, mask=inside[:, None])
-            else:
-                accumulated += block_sum(losses)
+            accumulated = added_losses(accumulated, loss_ptr, losses, rows, inside, PER_ROW)
     if loss_ptr is not None and not PER_ROW:
         store_total(loss_ptr, partial_ptr, accumulated, PROGRAMS)
 
