@@ -179,22 +179,33 @@ def mean_std(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean (before the scale) and standard deviation (after it) of each row; its squares are divided by COUNT."""
-    mean = tl.zeros([ROWS, 1], tl.float32)
-    largest = tl.zeros([ROWS, 1], tl.float32)
+    SINGLE: tl.constexpr = K <= BLOCK_K
+    POWER: tl.constexpr = triton.next_power_of_2(K)
+    # Distances from the first element: in a constant row each is 0, and so is the deviation. In a unit that rounds
+    # nothing and in which their sum does not leave the range.
+    first = tl.load(ptrs, mask=live[:, None], other=0).to(tl.float32)
+    distance = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    size = distance
+    x = distance
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        x = tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K), 0.0)
-        mean += row_sum(x * (1.0 / K))
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1)[:, None])
+        x = tl.where((cols < K)[None, :], load_logits(ptrs, cols, live, COL, K), first)
+        distance = added(distance, x * (0.5 / POWER) - first * (0.5 / POWER), SINGLE)
+        size = tl.abs(x) if SINGLE else tl.maximum(size, tl.abs(x))
+    mean = 2.0 * (0.5 * first + row_sum(distance) * (POWER / K))
+    largest = tl.max(size, axis=1)[:, None]
     # In units of the power of two below the largest, which rounds nothing, no square leaves the range.
     exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
     unit = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    total = tl.zeros([ROWS, 1], tl.float32)
+    total = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        x = load_logits(ptrs, cols, live, COL, K) * inverse - mean * inverse
-        total += row_sum(tl.where((cols < K)[None, :], x * x, 0.0))
+        if not SINGLE:
+            x = load_logits(ptrs, cols, live, COL, K)
+        away = x * inverse - mean * inverse
+        total = added(total, tl.where((cols < K)[None, :], away * away, 0.0), SINGLE)
+    total = row_sum(total)
     # Once a row, and squares and differences of what is divided by it follow: rounded, not approximate.
     return mean, scale * unit * tl.sqrt_rn(tl.div_rn(total, tl.full([ROWS, 1], COUNT, tl.float32)))
 

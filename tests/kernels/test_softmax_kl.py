@@ -203,6 +203,15 @@ def test_standardized_rows_of_any_size(size: float, classes: int, divergence: st
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("classes", [100, 1003, TWO_BLOCKS])
+def test_standardized_constant_rows(classes: int) -> None:
+    """Their deviation is 0: whatever the mean is off by would be all that is left of them."""
+    student = torch.tensor([[2.0], [-0.3]], device=DEVICE).expand(2, classes).contiguous()
+    for divergence in DIVERGENCES:
+        inputs = [student.requires_grad_(), randn(2, classes, seed=2, grad=True)]
+        compare(softmax_kl, inputs, standardized=True, divergence=divergence)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_reductions(reduction: str, masked: bool) -> None:
