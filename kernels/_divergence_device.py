@@ -280,12 +280,6 @@ def mixture(d_s, d_t, log_ratio, beta):
 
 
 @triton.jit
-def difference(p, q, u):
-    """q - p; of a class that dominates p (eᵘ - 1), u = ln q - ln p: q and p are close to 1 then, and u to 0."""
-    return tl.where((p > 0.5) & (tl.abs(u) < 0.5), p * (u + phi_near(u)), q - p)
-
-
-@triton.jit
 def kl_terms(p, q, u):
     """p φ(u), u = ln q - ln p: terms that sum to KL(p || q) over all classes."""
     u = tl.where(p > 0, u, 1.0)  # where p is 0 the second form gives q, whatever u is
@@ -294,7 +288,7 @@ def kl_terms(p, q, u):
 
 @triton.jit
 def shift_terms(p, q, u):
-    """Terms that sum to e^δ - 1 over all classes, δ the common error of u = ln q - ln p in a row.
+    """q - p from u = ln q - ln p: terms that sum to e^δ - 1 over all classes, δ the common error of u in a row.
 
     It is the error of the logarithm of the sums; where both sides are nearly uniform it exceeds u.
     """
@@ -337,10 +331,8 @@ def divergence_terms(u, p, q, beta, KIND: tl.constexpr):
 
 @triton.jit
 def student_slope(u, q, beta, KIND: tl.constexpr):
-    """s in the student's gradient q (s - Σ q s); 0 where the gradient has another form."""
-    if KIND == FORWARD:
-        return 0.0 * q
-    elif KIND == REVERSE:
+    """s in the student's gradient q (s - Σ q s) of reverse KL and JSD."""
+    if KIND == REVERSE:
         return tl.where(q > 0, u, 0.0)
     else:
         _, to_q = mixture_log_ratios(u, beta)
@@ -349,11 +341,9 @@ def student_slope(u, q, beta, KIND: tl.constexpr):
 
 @triton.jit
 def teacher_slope(u, p, beta, KIND: tl.constexpr):
-    """The same for the teacher, under p."""
+    """The same for the teacher, under p, of forward KL and JSD."""
     if KIND == FORWARD:
         return -tl.where(p > 0, u, 0.0)
-    elif KIND == REVERSE:
-        return 0.0 * p
     else:
         to_p, _ = mixture_log_ratios(u, beta)
         return -beta * tl.where(p > 0, to_p, 0.0)
@@ -361,13 +351,13 @@ def teacher_slope(u, p, beta, KIND: tl.constexpr):
 
 @triton.jit
 def student_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
-    """Derivative of the divergence by the student's scaled logits; centre is Σ q `student_slope`.
+    """Derivative of the divergence by the student's scaled logits; centre is Σ q `student_slope`, or that of q - p.
 
-    That is the divergence itself, but summed like this it contains the common error of u in a row, which cancels in
-    the difference: at a high temperature that error is all there is.
+    The first is the divergence itself and the second 0, but summed like this they contain the common error of u in a
+    row, which cancels in the difference: at a high temperature that error is all there is.
     """
     if KIND == FORWARD:
-        return difference(p, q, u)
+        return shift_terms(p, q, u) - p * centre
     else:
         return q * (student_slope(u, q, beta, KIND) - centre)
 
@@ -375,6 +365,6 @@ def student_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
 @triton.jit
 def teacher_gradient(u, p, q, centre, beta, KIND: tl.constexpr):
     if KIND == REVERSE:
-        return -difference(p, q, u)
+        return -shift_terms(p, q, u) - p * centre
     else:
         return p * (teacher_slope(u, p, beta, KIND) - centre)

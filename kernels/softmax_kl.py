@@ -118,8 +118,10 @@ def _close_terms(s, t, row, beta, KIND: tl.constexpr):
     one, two = divergence_terms(u, p, q, beta, KIND)
     if KIND == JSD:
         one = beta * one + (1 - beta) * two
-    centre_s = q * student_slope(u, q, beta, KIND)
-    return one, shift_terms(p, q, u), centre_s, p * teacher_slope(u, p, beta, KIND)
+    shift = shift_terms(p, q, u)
+    centre_s = shift if KIND == FORWARD else q * student_slope(u, q, beta, KIND)
+    centre_t = -shift if KIND == REVERSE else p * teacher_slope(u, p, beta, KIND)
+    return one, shift, centre_s, centre_t
 
 
 @triton.jit

@@ -90,6 +90,14 @@ def test_softmax_kl(chosen: dict[str, Any]) -> None:
     compare(softmax_kl, inputs, **chosen)
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_both_gradients_of_two_classes(divergence: str) -> None:
+    """Where q - p is half cancelled, and what one class gains the other loses."""
+    for seed in (1000, 1004, 1008):
+        inputs = [randn(1, 2, seed=seed + i, scale=1.0, grad=True) for i in range(2)]
+        compare(softmax_kl, inputs, divergence=divergence, temperature=4.0)
+
+
 @pytest.mark.parametrize("chosen", [{"alpha": 1.0, "beta": 0.0}, {"standardized": True}], ids=str)
 @pytest.mark.parametrize("classes", [100, 4097])
 def test_dkd(classes: int, chosen: dict[str, Any]) -> None:
