@@ -173,9 +173,9 @@ def count_rows(
     for i, loop in enumerate(inner):
         widths = _load_widths(found[loop.first : loop.last + 1])
         wide = sum(width for width in widths if width == max(widths))
-        unrolled = max(1, round(wide * threads / (block * read_bytes) * (1 + (i < moment_loops))))
+        unrolled = max(1, round(wide * threads / (rows * block * read_bytes) * (1 + (i < moment_loops))))
         taken = sum(places[loop.first : loop.last + 1])
-        counts.append(taken * threads / (unrolled * block) * whole_blocks)
+        counts.append(taken * threads / (unrolled * rows * block) * whole_blocks)
         rest -= taken
     return (*counts, rest * threads / (rows * classes))
 
@@ -209,7 +209,7 @@ class Case(NamedTuple):
 
 
 def cases() -> dict[str, Case]:
-    from support.compile_cases import dkd_case, gaussian_case, softmax_case, unikd_case
+    from support.compile_cases import dkd_case, gaussian_case, maps_case, softmax_case, unikd_case
 
     found = {}
     for rows, classes in ((8192, 32768), (65536, 1000), (8192, 128256), (8192, 8192), (65536, 100)):
@@ -222,6 +222,7 @@ def cases() -> dict[str, Case]:
         found[f"softmax_kl standardized {rows}x{classes}"] = Case(launch, rows, classes, moment_loops=4)
         found[f"unikd_loss {rows}x{classes}"] = Case(partial(unikd_case, classes, gaussian=False), rows, classes)
         found[f"dkd {rows}x{classes}"] = Case(partial(dkd_case, classes), rows, classes)
+    found["softmax_kl 8x150x128x128"] = Case(partial(maps_case, 150), 8 * 128 * 128, 150)
     found["gaussian_kl 65536x1000"] = Case(partial(gaussian_case, 1000), 65536, 1000, maps=4, gradients=2)
     return found
 
@@ -242,7 +243,7 @@ def count(case: Case, target: str, changes: dict[str, Any] | None = None) -> Cou
     machine = MACHINES[target]
     compiled = compiled_launch(kernel, bound, options, target)
     # Without the rows that are summed again, which are not the usual ones.
-    usual = compiled_launch(kernel, bound | ({"CARE": 0} if "CARE" in bound else {}), options, target)
+    usual = compiled_launch(kernel, bound | ({"CARE": 0} if bound.get("CARE", 3) < 3 else {}), options, target)
     threads = machine.warp * options["num_warps"]
     code = usual.asm["amdgcn"] if target == "gfx942" else disassemble(usual.asm["cubin"])
     counts = [

@@ -40,11 +40,17 @@ def lane_sum(total, top, new, x, factor):
 
 
 @triton.jit
-def join_lanes(top, total, factor):
-    """The maximum of all lanes, (1, 1), the sums with respect to it, (LANES, 1), and their sum, (1, 1)."""
-    largest = tl.max(top, axis=0)[:, None]
-    total = total * tl.exp2((top - largest) * factor)
-    return largest, total, total_of(tl.sum(total, axis=0)[:, None], largest)
+def join_lanes(top, total, factor, SINGLE: tl.constexpr):
+    """The maximum of all lanes, (1, 1), the sums with respect to it, (LANES, 1), and their sum, (1, 1).
+
+    In a tile of several rows each row is a lane.
+    """
+    if SINGLE:
+        return top, total, total_of(total, top)
+    else:
+        largest = tl.max(top, axis=0)[:, None]
+        total = total * tl.exp2((top - largest) * factor)
+        return largest, total, total_of(tl.sum(total, axis=0)[:, None], largest)
 
 
 @triton.jit
@@ -68,7 +74,8 @@ def row_sums(
     Returns the logits on chip, or (); the teacher's maxima and both sums of a row's lanes, on chip of the row; what
     `forward_terms` needs of a row; the sums of student and teacher, and the student's with l_1.
     """
-    if SINGLE:
+    HEIGHT: tl.constexpr = student_rows.shape[0] if SINGLE else BLOCK_K // LANE
+    if SINGLE and K <= BLOCK_K:
         cols = tile_cols(0, BLOCK_K, LANE, True)
         tiles = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, K % BLOCK_K != 0)
         s = without_class(tiles[0], cols, excluded)
@@ -83,13 +90,13 @@ def row_sums(
             sum_1 = total_of(row_sum(tl.exp2(exponents(s, l_1, max_s))), max_s)
     else:
         tiles = ()
-        lanes_s = tl.full([BLOCK_K // LANE, 1], LOWEST, tl.float32)
+        lanes_s = tl.full([HEIGHT, 1], LOWEST, tl.float32)
         lanes_t = lanes_s
-        sums_s = tl.zeros([BLOCK_K // LANE, 1], tl.float32)
+        sums_s = tl.zeros([HEIGHT, 1], tl.float32)
         sums_t = sums_s
         sums_1 = sums_s
         for i in range((K + BLOCK_K - 1) // BLOCK_K):
-            cols = tile_cols(i, BLOCK_K, LANE, False)
+            cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
             s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, K % BLOCK_K != 0)
             s = without_class(s, cols, excluded)
             t = without_class(t, cols, excluded)
@@ -101,12 +108,12 @@ def row_sums(
             sums_t = lane_sum(sums_t, lanes_t, new_t, t, l_t)
             lanes_s = new_s
             lanes_t = new_t
-        max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, l_s)
-        max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t)
+        max_s, sums_s, sum_s = join_lanes(lanes_s, sums_s, l_s, SINGLE)
+        max_t, sums_t, sum_t = join_lanes(lanes_t, sums_t, l_t, SINGLE)
         lanes = (lanes_t, sums_s, sums_t)
         sum_1 = sum_s
         if l_1 is not None:
-            _max, _sums, sum_1 = join_lanes(lanes_s, sums_1, l_1)
+            _max, _sums, sum_1 = join_lanes(lanes_s, sums_1, l_1, SINGLE)
     r_s = tl.div_rn(1.0, sum_s)
     r_t = tl.div_rn(1.0, sum_t)
     # The last so that it is that of q and p as they are rounded.
@@ -118,7 +125,7 @@ def is_close(divergence, live, below: tl.constexpr, CARE: tl.constexpr):
     """Whether the divergence of a live row, (ROWS, 1), is too small to be accurate, or not finite."""
     if CARE == 0:
         return False
-    elif CARE == 2:
+    elif CARE >= 2:
         return True
     else:
         accurate = (divergence >= below) & (divergence < float("inf"))
@@ -143,14 +150,20 @@ def without_cancellation(moved, p):
 
 @triton.jit
 def forward_terms(s, t, row, CARE: tl.constexpr):
-    """p, q, and the terms p log2(q / p) and q - p of `forward_kl`; row is that of `row_sums`."""
+    """p, q, and the terms of `forward_kl`: p log2(q / p), or p φ(u) if CARE is 3, and q - p; row is of `row_sums`."""
     l_s, l_t, max_s, max_t, r_s, r_t, log_ratio = row
     d_s = exponents(s, l_s, max_s)
     d_t = exponents(t, l_t, max_t)
     p = tl.exp2(d_t) * r_t
     q = tl.exp2(d_s) * r_s
     u = (d_s - d_t) - log_ratio
-    return p, q, p * u, change(p, q, u, CARE)
+    if CARE == 3:
+        u = tl.where(p > 0, u * LN2, 1.0)
+        phi = phi_near(u)
+        moved = tl.where(tl.abs(u) < 0.5, p * (u + phi), q - p)
+        return p, q, tl.where(tl.abs(u) < 0.5, p * phi, moved - p * u), moved
+    else:
+        return p, q, p * u, change(p, q, u, CARE)
 
 
 @triton.jit
@@ -160,17 +173,20 @@ def forward_kl(
     BLOCK_K: tl.constexpr, LANE: tl.constexpr, CARE: tl.constexpr,
 ):  # fmt: skip
     """KL(p || q) of rows (ROWS, 1) from the sums of `forward_terms`; close rows are summed without cancellation."""
-    divergence = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
-    if is_close(divergence, live, CLOSE_BELOW, CARE):
-        terms = tl.zeros_like(terms)
-        shift = terms
-        for i in range((K + BLOCK_K - 1) // BLOCK_K):
-            cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-            s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, K % BLOCK_K != 0)
-            q, p, u = close_probabilities(without_class(s, cols, excluded), without_class(t, cols, excluded), row)
-            terms = added(terms, kl_terms(p, q, u), SINGLE)
-            shift = added(shift, shift_terms(p, q, u), SINGLE)
-        divergence = without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), 0.0, FORWARD)
+    if CARE == 3:
+        divergence = without_shift(tile_sum(terms, SINGLE), tile_sum(balance, SINGLE), 0.0, FORWARD)
+    else:
+        divergence = tile_sum(balance, SINGLE) - LN2 * tile_sum(terms, SINGLE)
+        if is_close(divergence, live, CLOSE_BELOW, CARE):
+            terms = tl.zeros_like(terms)
+            shift = terms
+            for i in range((K + BLOCK_K - 1) // BLOCK_K):
+                cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
+                s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, K % BLOCK_K != 0)
+                q, p, u = close_probabilities(without_class(s, cols, excluded), without_class(t, cols, excluded), row)
+                terms = added(terms, kl_terms(p, q, u), K <= BLOCK_K)
+                shift = added(shift, shift_terms(p, q, u), K <= BLOCK_K)
+            divergence = without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), 0.0, FORWARD)
     return divergence
 
 

@@ -15,6 +15,11 @@ from torch import Tensor
 # Number of classes that a tile holds without spilling registers; longer rows are read twice, block by block.
 LARGEST_SINGLE_BLOCK = 8192
 MAX_PROGRAMS = 2048
+# Logits of more classes are copied as rows if their classes lie apart: often they have few rows side by side, as a
+# channels-last map has channels, and tiles of them would leave most of a device idle.
+MOST_STRIDED_CLASSES = 512
+# The fewest pixels of an image for which tiles run along them.
+LEAST_PIXELS = 16
 LOG2E = math.log2(math.e)
 # Up to so many labels each program counts the labelled rows itself, which is cheaper than another launch.
 COUNTED_IN_KERNEL = 4096
@@ -25,10 +30,11 @@ class Launch(NamedTuple):
 
     rows: int  # rows of a tile
     block_k: int  # classes of a tile
-    single: bool  # whether a tile holds the whole row
+    single: bool  # whether a tile holds whole rows, or neighbouring pixels, but not a block of one row
     num_warps: int
     programs: int  # at most; each takes tiles in turn
     amd: bool = False
+    pixels: int = 0  # the largest power of 2, up to 16, that divides an image's pixels if tiles run along them, else 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,6 +83,26 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, numbers: int = 1
     return Launch(1, block, False, warps, programs, device.amd)
 
 
+def pixel_launch(pixels: int, classes: int, lane: int, device: Device, *, numbers: int = 1) -> Launch:
+    """Return the launch for the same kernels on class maps, whose rows are pixels side by side.
+
+    A lane has 16 bytes of neighbours and some of their classes: nothing is summed over lanes, and loads take whole
+    sectors. All classes are read block by block, twice. One warp is a program: maps have fewer pixels than elements.
+
+    Args:
+        pixels: of an image.
+        classes: K.
+        lane: pixels of a lane, at most; fewer where they are loaded one by one, or many numbers are kept for each.
+        device: properties of the device.
+        numbers: as in `row_launch`.
+    """
+    alignment = math.gcd(pixels, 16)
+    lane = min(lane, max(alignment, 2)) // (1 if numbers == 1 else 2)
+    rows = min(device.warp_size * lane, _next_power_of_2(pixels))
+    block = min(4, _next_power_of_2(classes)) if numbers == 1 else 1
+    return Launch(rows, block, True, 1, MAX_PROGRAMS // 2, device.amd, alignment)
+
+
 def elementwise_launch(classes: int, device: Device) -> Launch:
     """Return the launch for kernels that need no statistics of a row before its elements."""
     block = min(2048, max(16, _next_power_of_2(classes)))
@@ -93,11 +119,16 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_launch_for(student: Tensor, teacher: Tensor, *, numbers: int = 1) -> Launch:
-    """Return `row_launch` for two tensors (N, K) on their device."""
-    classes = student.shape[-1]
-    row_bytes = classes * (student.element_size() + teacher.element_size())
-    return row_launch(classes, row_bytes, describe(student.device), numbers=numbers)
+def row_launch_for(s: "Rows", t: "Rows", *, numbers: int = 1) -> Launch:
+    """Return `row_launch` for the logits of student and teacher on their device; `pixel_launch` if they are maps."""
+    classes, device = s.tensor.shape[-1], describe(s.tensor.device)
+    pixels = inner_rows(s, t)
+    if s.class_stride > 1 and s.row_stride == 1 and pixels >= LEAST_PIXELS:
+        alike = t.row_stride == 1 and t.tensor.dtype == s.tensor.dtype
+        numbers = max(numbers, 1 if alike else 2)  # else the teacher's logits are moved from lane to lane
+        return pixel_launch(pixels, classes, lane_of(s.tensor), device, numbers=numbers)
+    row_bytes = classes * (s.tensor.element_size() + t.tensor.element_size())
+    return row_launch(classes, row_bytes, device, numbers=numbers)
 
 
 def elementwise_launch_for(x: Tensor) -> Launch:
@@ -109,12 +140,13 @@ def lane_of(student: Tensor) -> int:
     return 16 // student.element_size()
 
 
-def care_for(classes: int) -> int:
+def care_for(classes: int, launch: Launch) -> int:
     """Return when rows are summed again without cancellation: 1 if they are close, 2 always, as few classes are cheap.
 
-    0, never, is what `benchmarks/instruction_counts.py` counts with.
+    0, never, is what `benchmarks/instruction_counts.py` counts with. 3 is without cancellation at once: of many pixels
+    some are always close.
     """
-    return 2 if classes <= 32 else 1
+    return 3 if launch.pixels else 2 if classes <= 32 else 1
 
 
 def programs_for(launch: Launch, rows: int, device: torch.device) -> int:
@@ -164,11 +196,16 @@ class Rows(NamedTuple):
 
 
 def rows_in_place(student: Tensor, teacher: Tensor) -> tuple[Rows | None, Rows | None]:
-    """Return both logits as rows where they are, or None where two steps do not reach all rows of one of them."""
+    """Return both logits as rows where they are, or None where two steps do not reach them, or too many classes."""
     s, t = _rows(student), _rows(teacher)
     if s is not None and t is not None and s.outer_stride is not None and t.outer_stride is not None:
         t = t if s.inner == t.inner else None
     return s, t
+
+
+def inner_rows(s: Rows, t: Rows) -> int:
+    """Return the rows of the inner axis that both have in common."""
+    return s.inner if t.outer_stride is None else t.inner
 
 
 def logit_rows(student: Tensor, teacher: Tensor) -> tuple[Rows, Rows]:
@@ -201,7 +238,7 @@ def _rows(x: Tensor) -> Rows | None:
             axes[-1] = (axes[-1][0] * size, stride)
         else:
             axes.append((size, stride))
-    if len(axes) > 2:
+    if len(axes) > 2 or (classes > MOST_STRIDED_CLASSES and x.stride(-1) > 1):
         return None
     # The stride of an axis of one entry is arbitrary, and would be a constant of another kernel.
     inner, row_stride = axes[-1] if axes else (1, classes)

@@ -1,6 +1,7 @@
 """Device functions of rows: their tiles, loads, stores, moments, and sums over programs. Everything is fp32.
 
 A tile holds whole rows, (ROWS, BLOCK_K), with sums (ROWS, 1), or a block of one row, (LANES, LANE), with sums (1, 1).
+Of class maps, whose rows are pixels side by side, it holds a block of the classes of neighbours, (ROWS, BLOCK_K).
 """
 
 import triton
@@ -39,6 +40,35 @@ def row_pointers(ptr, rows, stride: tl.constexpr):
 
 
 @triton.jit
+def tile_count(N, inner, ROWS: tl.constexpr, PIXELS: tl.constexpr):
+    """The number of tiles of N rows, and of rows on the inner axis: of pixels it comes divided by PIXELS.
+
+    So the compiler sees what divides it, and that a mask is the same for neighbours: then they are loaded together.
+    """
+    if PIXELS > 0:
+        return N // (inner * PIXELS) * tl.cdiv(inner * PIXELS, ROWS), inner * PIXELS
+    else:
+        return tl.cdiv(N, ROWS), inner
+
+
+@triton.jit
+def tile_rows(tile, N, inner, ROWS: tl.constexpr, PIXELS: tl.constexpr):
+    """The rows of a tile, (ROWS,), whether they exist, and where they are on both axes (`on_axes`).
+
+    Pixels of one image alone, or the compiler would not see that they lie side by side.
+    """
+    if PIXELS > 0:
+        tiles = tl.cdiv(inner, ROWS)
+        pixels = tile % tiles * ROWS + tl.arange(0, ROWS)
+        image = tile // tiles + tl.zeros([ROWS], tl.int32)
+        rows = image * inner + pixels
+        return rows, pixels < inner, (rows, image, pixels)
+    else:
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        return rows, rows < N, on_axes(rows, inner)
+
+
+@triton.jit
 def on_axes(rows, inner):
     """Rows, (ROWS,), and where they are on the outer and on the inner of two axes (`_launch.Rows`)."""
     return rows, rows // inner, rows % inner
@@ -67,7 +97,7 @@ def gradient_pointers(ptr, at, outer_stride, stride: tl.constexpr, K: tl.constex
 
 @triton.jit
 def col_pointers(row_ptrs, cols, stride: tl.constexpr):
-    if stride == 1:
+    if stride == 1 and cols.shape[1] > 1:
         return row_ptrs + cols
     else:
         return row_ptrs + cols.to(tl.int64) * stride
@@ -101,9 +131,9 @@ def load_tile(row_ptrs, cols, live, stride: tl.constexpr, PADDED: tl.constexpr, 
 
 @triton.jit
 def tile_cols(block, BLOCK_K: tl.constexpr, LANE: tl.constexpr, SINGLE: tl.constexpr):
-    """Classes of a tile: all of them, (1, BLOCK_K), or those of a block, (LANES, LANE), neighbours in one lane."""
+    """Classes of a tile: (1, BLOCK_K) of its rows, or those of a block, (LANES, LANE), neighbours in one lane."""
     if SINGLE:
-        return tl.arange(0, BLOCK_K)[None, :]
+        return block * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     else:
         lanes = tl.arange(0, BLOCK_K // LANE)[:, None] * LANE
         return block * BLOCK_K + lanes + tl.arange(0, LANE)[None, :]
@@ -119,10 +149,12 @@ def tile_sum(x, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def added(total, x, SINGLE: tl.constexpr):
-    """The tile that sums the tiles of a row, with one more; the only one as it is."""
-    if SINGLE:
+def added(total, x, ONLY: tl.constexpr):
+    """The tile that sums the tiles of a row, with one more: the only one as it is, of pixels its sum over classes."""
+    if ONLY:
         return x
+    elif total.shape[1] < x.shape[1]:
+        return total + row_sum(x)
     else:
         return total + x
 
@@ -160,6 +192,15 @@ def store_class(row_ptrs, col, live, x, stride: tl.constexpr):
     tl.debug_barrier()
     ptrs = col_pointers(row_ptrs, col, stride)
     tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def add_to_class(row_ptrs, which, live, x, stride: tl.constexpr):
+    """Add x, (ROWS, 1), to one stored class of each pixel: that of `which`, 1 + the class; 0 is none."""
+    tl.debug_barrier()
+    ptrs = col_pointers(row_ptrs, which - 1, stride)
+    mask = live[:, None] & (which > 0)
+    tl.store(ptrs, (tl.load(ptrs, mask=mask, other=0).to(tl.float32) + x).to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit

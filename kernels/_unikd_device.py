@@ -14,6 +14,7 @@ from unikd_fast.kernels._divergence_device import (
     without_cancellation,
 )
 from unikd_fast.kernels._rows_device import (
+    add_to_class,
     added,
     block_sum,
     gradient_pointers,
@@ -32,6 +33,8 @@ from unikd_fast.kernels._rows_device import (
     sum_of_partials,
     teacher_scale,
     tile_cols,
+    tile_count,
+    tile_rows,
     tile_sum,
 )
 from unikd_fast.kernels.gaussian_kl import gaussian_rows, load_dense
@@ -118,7 +121,7 @@ def unikd_kernel(
     anchor_mean_grad_ptr,
     anchor_log_var_grad_ptr,
     N,
-    inner,  # rows of the inner of two axes
+    inner,  # rows of the inner of two axes, of pixels divided by PIXELS
     student_outer,  # stride of the outer one, or None if there is one axis
     teacher_outer,
     LOGIT_PROGRAMS,
@@ -149,15 +152,17 @@ def unikd_kernel(
     BLOCK_K: tl.constexpr,
     LANE: tl.constexpr,
     CARE: tl.constexpr,
+    PIXELS: tl.constexpr,  # the power of 2 that divides those of an image if tiles run along them, else 0
     ROWS_G: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
-    WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    WIDTH: tl.constexpr = LANE if not SINGLE else BLOCK_K if BLOCKS == 1 else 1
     PADDED: tl.constexpr = K % BLOCK_K != 0
     GRAD_COL: tl.constexpr = STUDENT_COL if GRAD_STRIDED else 1
+    tiles_of_logits, inner = tile_count(N, inner, ROWS, PIXELS)
     pid = tl.program_id(0)
     a = scalar(alpha, ALPHA_IS_POINTER)
     b = scalar(beta, BETA_IS_POINTER)
@@ -177,10 +182,8 @@ def unikd_kernel(
     if pid < LOGIT_PROGRAMS:
         ce_factor = up * ce_weight / ce_norm
         kl_scale = up * b * t2 / rows_norm * inverse_temperature
-        for tile in range(pid, tl.cdiv(N, ROWS), LOGIT_PROGRAMS):
-            rows = tile * ROWS + tl.arange(0, ROWS)
-            live = rows < N
-            at = on_axes(rows, inner)
+        for tile in range(pid, tiles_of_logits, LOGIT_PROGRAMS):
+            rows, live, at = tile_rows(tile, N, inner, ROWS, PIXELS)
             student_rows = logit_pointers(student_ptr, at, student_outer, STUDENT_ROW)
             if SOFT:
                 target = tl.zeros([ROWS, 1], tl.int32)
@@ -218,26 +221,31 @@ def unikd_kernel(
             terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
             balance = terms
             picked = terms  # Σ w (z - max z)
+            top = tl.zeros([ROWS, 1], tl.int32)  # 1 + the dominant class of a pixel
             for i in range(BLOCKS):
                 cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
-                if SINGLE:
+                if BLOCKS == 1:
                     s, t = tiles
                 else:
                     s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
                 w = _class_weights(labels_ptr, rows, target, cols, live, smoothing, SOFT, SMOOTH, K)
                 if SOFT or SMOOTH:
-                    picked += tl.where(w != 0, w * (s - max_s), 0.0)
+                    picked = added(picked, tl.where(w != 0, w * (s - max_s), 0.0), BLOCKS == 1)
                 p, _q, term, moved = forward_terms(s, t, row, CARE)
-                terms = added(terms, term, SINGLE)
-                balance = added(balance, moved, SINGLE)
+                terms = added(terms, term, BLOCKS == 1)
+                balance = added(balance, moved, BLOCKS == 1)
                 if student_grad_ptr is not None:
-                    if SINGLE:
+                    if BLOCKS == 1:
                         moved = without_cancellation(moved, p)
+                    elif SINGLE:
+                        top = added(top, tl.where(p > 0.5, cols + 1, 0), False)
                     g = moved * kl_scale + tl.exp2(exponents(s, LOG2E, max_s)) * (r_1 * ce_scale)
                     g = tl.where(w != 0, g - w * ce_scale, g)
                     store_cols(student_grads, cols, live, g, GRAD_COL, PADDED, K)
-            if student_grad_ptr is not None and not SINGLE:
-                if dominated:
+            if student_grad_ptr is not None and BLOCKS > 1:
+                if SINGLE:  # what they sum to is the error of the class with more than half of a pixel
+                    add_to_class(student_grads, top, live, -balance * kl_scale, GRAD_COL)
+                elif dominated:
                     s = tl.load(student_rows + top_class * STUDENT_COL, mask=live[:, None], other=0).to(tl.float32)
                     w = _class_weights(labels_ptr, rows, target, top_class, live, smoothing, SOFT, SMOOTH, K)
                     g = top_moved * kl_scale + (tl.exp2(exponents(s, LOG2E, max_s)) * r_1 - w) * ce_scale

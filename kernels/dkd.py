@@ -37,6 +37,7 @@ from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     care_for,
     flat,
+    inner_rows,
     lane_of,
     logit_rows,
     normalizer_of,
@@ -46,13 +47,13 @@ from unikd_fast.kernels._launch import (
     row_launch_for,
 )
 from unikd_fast.kernels._rows_device import (
+    add_to_class,
     added,
     added_losses,
     gradient_pointers,
     labelled_rows,
     logit_pointers,
     mean_std,
-    on_axes,
     scalar,
     standardization_share,
     store_class,
@@ -60,6 +61,8 @@ from unikd_fast.kernels._rows_device import (
     store_total,
     teacher_scale,
     tile_cols,
+    tile_count,
+    tile_rows,
     tile_sum,
     times_upstream,
     without_class,
@@ -112,7 +115,7 @@ def _dkd_kernel(
     partial_ptr,
     grad_ptr,  # (N, K), or None
     N,
-    inner,  # rows of the inner of two axes
+    inner,  # rows of the inner of two axes, of pixels divided by PIXELS
     student_outer,  # stride of the outer one, or None if there is one axis
     teacher_outer,
     ignore_index,
@@ -136,11 +139,12 @@ def _dkd_kernel(
     BLOCK_K: tl.constexpr,
     LANE: tl.constexpr,
     CARE: tl.constexpr,
+    PIXELS: tl.constexpr,  # the power of 2 that divides those of an image if tiles run along them, else 0
     PROGRAMS: tl.constexpr,
 ):
     HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
-    WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    WIDTH: tl.constexpr = LANE if not SINGLE else BLOCK_K if BLOCKS == 1 else 1
     PADDED: tl.constexpr = K % BLOCK_K != 0
     GRAD_COL: tl.constexpr = STUDENT_COL if GRAD_STRIDED else 1
     if COUNT_LABELS:
@@ -150,22 +154,22 @@ def _dkd_kernel(
     w_target = scalar(alpha, ALPHA_IS_POINTER)
     w_others = scalar(beta, BETA_IS_POINTER) if K > 2 else 0.0  # one other class has all that the target leaves
     accumulated = 0.0
-    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = rows < N
+    tiles_of_rows, inner = tile_count(N, inner, ROWS, PIXELS)
+    for tile in range(tl.program_id(0), tiles_of_rows, tl.num_programs(0)):
+        rows, inside, at = tile_rows(tile, N, inner, ROWS, PIXELS)
         label = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
         live = inside & (label != ignore_index)
         wrong = live & ((label < 0) | (label >= K))
         target = tl.where(live & (wrong == 0), label, 0).to(tl.int32)[:, None]
-        at = on_axes(rows, inner)
+        read = inside if PIXELS > 0 else live  # a mask that differs from pixel to pixel would make the loads narrow
         student_rows = logit_pointers(student_ptr, at, student_outer, STUDENT_ROW)
         teacher_rows = logit_pointers(teacher_ptr, at, teacher_outer, TEACHER_ROW)
         grads = gradient_pointers(grad_ptr, at, student_outer, STUDENT_ROW, K, GRAD_STRIDED)
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
         a_t = teacher_scale(scale_ptr, rows, live, ROWS)
         if STANDARDIZED:
-            mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
-            _, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
+            mean_s, std_s = mean_std(student_rows, read, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
+            _, std_t = mean_std(teacher_rows, read, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
             a_s = 1.0 / (std_s + 1e-7)
             a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature
@@ -173,7 +177,7 @@ def _dkd_kernel(
         l_t = a_t * exponent_scale
         # From here on p and q are of the classes other than the target.
         tiles, lanes, row, sum_s, sum_t, _sum_1 = row_sums(
-            student_rows, teacher_rows, live, target, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE
+            student_rows, teacher_rows, read, target, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE
         )  # fmt: skip
         _l_s, _l_t, max_s, max_t, r_s, r_t, log_ratio = row
         z_s = tl.load(student_rows + target.to(tl.int64) * STUDENT_COL, mask=live[:, None], other=0.0).to(tl.float32)
@@ -208,34 +212,39 @@ def _dkd_kernel(
             dot = tl.zeros([HEIGHT, WIDTH], tl.float32)
             for i in range(BLOCKS):
                 cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-                s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                s, t = load_pair(student_rows, teacher_rows, cols, read, STUDENT_COL, TEACHER_COL, K, PADDED)
                 p = tl.exp2(exponents(without_class(t, cols, target), l_t, max_t)) * r_t
                 q = tl.exp2(exponents(without_class(s, cols, target), l_s, max_s)) * r_s
                 g = tl.where(cols == target, pull, w_others * (q - p) - pull * q)
-                dot += tl.where(cols < K, g * ((s - mean_s) * a_s), 0.0)
+                dot = added(dot, tl.where(cols < K, g * ((s - mean_s) * a_s), 0.0), BLOCKS == 1)
             share = standardization_share(tile_sum(dot, SINGLE) * inverse_temperature, std_s, K)
         terms = tl.zeros([HEIGHT, WIDTH], tl.float32)
         balance = terms
+        top = tl.zeros([ROWS, 1], tl.int32)  # 1 + the dominant class of a pixel
         for i in range(BLOCKS):
             cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
-            if SINGLE:
+            if BLOCKS == 1:
                 s, t = tiles
             else:
-                s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                s, t = load_pair(student_rows, teacher_rows, cols, read, STUDENT_COL, TEACHER_COL, K, PADDED)
             s1 = without_class(s, cols, target)
             p, q, term, moved_other = forward_terms(s1, without_class(t, cols, target), row, CARE)
-            terms = added(terms, term, SINGLE)
-            balance = added(balance, moved_other, SINGLE)
+            terms = added(terms, term, BLOCKS == 1)
+            balance = added(balance, moved_other, BLOCKS == 1)
             if grad_ptr is not None:
-                if SINGLE:
+                if BLOCKS == 1:
                     moved_other = without_cancellation(moved_other, p)
+                elif SINGLE:
+                    top = added(top, tl.where(p > 0.5, cols + 1, 0), False)
                 g = tl.where(cols == target, pull, w_others * moved_other - pull * q) * (f_s * row_weight)
                 if STANDARDIZED:
                     g -= (share * row_weight) * ((s - mean_s) * a_s)
                 g = tl.where(live[:, None], g, 0.0)
                 store_cols(grads, cols, inside, g, GRAD_COL, PADDED, K)
-        if grad_ptr is not None and not SINGLE:
-            if dominated:
+        if grad_ptr is not None and BLOCKS > 1:
+            if SINGLE:  # what they sum to is the error of the class with more than half of a pixel
+                add_to_class(grads, top, live, -balance * (w_others * f_s * row_weight), GRAD_COL)
+            elif dominated:
                 g = (w_others * top_moved - pull * (top_moved + top_p)) * (f_s * row_weight)
                 if STANDARDIZED:
                     s = tl.load(student_rows + top_class * STUDENT_COL, mask=live[:, None], other=0).to(tl.float32)
@@ -277,7 +286,7 @@ def _launch(
     count = normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:
         count, normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
-    launch = row_launch_for(student, teacher, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK // 2 else 1)
+    launch = row_launch_for(s, t, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK // 2 else 2)
     _dkd_kernel[(programs_for(launch, rows, student.device),)](
         s.tensor,
         t.tensor,
@@ -291,7 +300,7 @@ def _launch(
         partial_sums(outputs[0]),
         gradients[0],
         rows,
-        s.inner if t.outer_stride is None else t.inner,
+        inner_rows(s, t) // max(launch.pixels, 1),
         s.outer_stride,
         t.outer_stride,
         ignore_index,
@@ -314,7 +323,8 @@ def _launch(
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
         LANE=lane_of(student),
-        CARE=care_for(classes),
+        CARE=care_for(classes, launch),
+        PIXELS=launch.pixels,
         PROGRAMS=MAX_PROGRAMS,
         **launch.options,
     )

@@ -51,6 +51,7 @@ from unikd_fast.kernels._launch import (
     MAX_PROGRAMS,
     care_for,
     flat,
+    inner_rows,
     lane_of,
     logit_rows,
     normalizer_of,
@@ -60,12 +61,12 @@ from unikd_fast.kernels._launch import (
     row_launch_for,
 )
 from unikd_fast.kernels._rows_device import (
+    add_to_class,
     added,
     added_losses,
     gradient_pointers,
     logit_pointers,
     mean_std,
-    on_axes,
     scalar,
     standardization_share,
     store_class,
@@ -73,6 +74,8 @@ from unikd_fast.kernels._rows_device import (
     store_total,
     teacher_scale,
     tile_cols,
+    tile_count,
+    tile_rows,
     tile_sum,
     times_upstream,
 )
@@ -148,7 +151,7 @@ def _gradients(s, t, row, centres, beta, KIND: tl.constexpr, CLOSE: tl.constexpr
 
 @triton.jit
 def _store_gradients(
-    student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, centres, standard,
+    student_rows, teacher_rows, student_grads, teacher_grads, inside, live, read, row, centres, standard,
     f_s, f_t, row_weight, inverse_temperature, beta,
     STUDENT_COL: tl.constexpr, TEACHER_COL: tl.constexpr,
     STUDENT_GRAD_COL: tl.constexpr, TEACHER_GRAD_COL: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
@@ -164,15 +167,15 @@ def _store_gradients(
         dot_t = dot_s
         for i in range(BLOCKS):
             cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-            s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+            s, t = load_pair(student_rows, teacher_rows, cols, read, STUDENT_COL, TEACHER_COL, K, PADDED)
             g_s, g_t = _gradients(s, t, row, centres, beta, KIND, CLOSE)
-            dot_s += tl.where(cols < K, g_s * ((s - mean_s) * a_s), 0.0)
-            dot_t += tl.where(cols < K, g_t * ((t - mean_t) * a_t), 0.0)
+            dot_s = added(dot_s, tl.where(cols < K, g_s * ((s - mean_s) * a_s), 0.0), BLOCKS == 1)
+            dot_t = added(dot_t, tl.where(cols < K, g_t * ((t - mean_t) * a_t), 0.0), BLOCKS == 1)
         share_s = standardization_share(tile_sum(dot_s, SINGLE) * inverse_temperature, std_s, K)
         share_t = standardization_share(tile_sum(dot_t, SINGLE) * inverse_temperature, std_t, K)
     for i in range(BLOCKS):
         cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
-        s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+        s, t = load_pair(student_rows, teacher_rows, cols, read, STUDENT_COL, TEACHER_COL, K, PADDED)
         g_s, g_t = _gradients(s, t, row, centres, beta, KIND, CLOSE)
         g_s *= f_s * row_weight
         g_t *= f_t * row_weight
@@ -200,7 +203,7 @@ def _softmax_kl_kernel(
     student_grad_ptr,  # (N, K), or None
     teacher_grad_ptr,
     N,
-    inner,  # rows of the inner of two axes
+    inner,  # rows of the inner of two axes, of pixels divided by PIXELS
     student_outer,  # stride of the outer one, or None if there is one axis
     teacher_outer,
     inverse_temperature,
@@ -223,12 +226,13 @@ def _softmax_kl_kernel(
     BLOCK_K: tl.constexpr,
     LANE: tl.constexpr,  # neighbours in one lane
     CARE: tl.constexpr,
+    PIXELS: tl.constexpr,  # the power of 2 that divides those of an image if tiles run along them, else 0
     PROGRAMS: tl.constexpr,
 ):
     HEIGHT: tl.constexpr = ROWS if SINGLE else BLOCK_K // LANE
-    WIDTH: tl.constexpr = BLOCK_K if SINGLE else LANE
     PADDED: tl.constexpr = K % BLOCK_K != 0
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    WIDTH: tl.constexpr = LANE if not SINGLE else BLOCK_K if BLOCKS == 1 else 1
     STUDENT_GRAD_COL: tl.constexpr = STUDENT_COL if STUDENT_GRAD_STRIDED else 1
     TEACHER_GRAD_COL: tl.constexpr = TEACHER_COL if TEACHER_GRAD_STRIDED else 1
     WANT_GRAD: tl.constexpr = student_grad_ptr is not None or teacher_grad_ptr is not None
@@ -236,13 +240,13 @@ def _softmax_kl_kernel(
     FUSED_PASS: tl.constexpr = KIND == FORWARD and not STANDARDIZED and teacher_grad_ptr is None
     per_row_weight = weight / scalar(normalizer, NORMALIZER_IS_POINTER)
     accumulated = 0.0
-    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = rows < N
+    tiles_of_rows, inner = tile_count(N, inner, ROWS, PIXELS)
+    for tile in range(tl.program_id(0), tiles_of_rows, tl.num_programs(0)):
+        rows, inside, at = tile_rows(tile, N, inner, ROWS, PIXELS)
         live = inside
         if mask_ptr is not None:
             live = inside & (tl.load(mask_ptr + rows, mask=inside, other=1) == 0)
-        at = on_axes(rows, inner)
+        read = inside if PIXELS > 0 else live  # a mask that differs from pixel to pixel would make the loads narrow
         student_rows = logit_pointers(student_ptr, at, student_outer, STUDENT_ROW)
         teacher_rows = logit_pointers(teacher_ptr, at, teacher_outer, TEACHER_ROW)
         student_grads = gradient_pointers(student_grad_ptr, at, student_outer, STUDENT_ROW, K, STUDENT_GRAD_STRIDED)
@@ -250,8 +254,8 @@ def _softmax_kl_kernel(
         a_s = tl.full([ROWS, 1], 1.0, tl.float32)
         a_t = teacher_scale(scale_ptr, rows, live, ROWS)
         if STANDARDIZED:
-            mean_s, std_s = mean_std(student_rows, live, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
-            mean_t, std_t = mean_std(teacher_rows, live, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
+            mean_s, std_s = mean_std(student_rows, read, a_s, K - 1, STUDENT_COL, K, BLOCK_K, ROWS)
+            mean_t, std_t = mean_std(teacher_rows, read, a_t, K - 1, TEACHER_COL, K, BLOCK_K, ROWS)
             a_s = 1.0 / (std_s + 1e-7)
             a_t = a_t / (std_t + 1e-7)
         f_s = a_s * inverse_temperature  # (ROWS, 1): softmax of f z
@@ -260,7 +264,7 @@ def _softmax_kl_kernel(
         l_t = a_t * exponent_scale
 
         tiles, lanes, row, _sum_s, sum_t, _sum_1 = row_sums(
-            student_rows, teacher_rows, live, None, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE
+            student_rows, teacher_rows, read, None, l_s, l_t, None, STUDENT_COL, TEACHER_COL, K, SINGLE, BLOCK_K, LANE
         )  # fmt: skip
         row_weight = times_upstream(per_row_weight, upstream_ptr, rows, inside, PER_ROW, ROWS)
 
@@ -272,24 +276,29 @@ def _softmax_kl_kernel(
                     student_rows, teacher_rows, live, None, row, lanes, sum_t,
                     STUDENT_COL, TEACHER_COL, K, BLOCK_K, LANE,
                 )  # fmt: skip
+            top = tl.zeros([ROWS, 1], tl.int32)  # 1 + the dominant class of a pixel
             for i in range(BLOCKS):
                 cols = tile_cols(BLOCKS - 1 - i, BLOCK_K, LANE, SINGLE)
-                if SINGLE:
+                if BLOCKS == 1:
                     s, t = tiles
                 else:
-                    s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                    s, t = load_pair(student_rows, teacher_rows, cols, read, STUDENT_COL, TEACHER_COL, K, PADDED)
                 p, _q, term, moved = forward_terms(s, t, row, CARE)
-                terms = added(terms, term, SINGLE)
-                balance = added(balance, moved, SINGLE)
+                terms = added(terms, term, BLOCKS == 1)
+                balance = added(balance, moved, BLOCKS == 1)
                 if student_grad_ptr is not None:
-                    if SINGLE:
+                    if BLOCKS == 1:
                         moved = without_cancellation(moved, p)
+                    elif SINGLE:
+                        top = added(top, tl.where(p > 0.5, cols + 1, 0), False)
                     g = moved * (row_weight * f_s)
                     if mask_ptr is not None:
                         g = tl.where(live[:, None], g, 0.0)
                     store_cols(student_grads, cols, inside, g, STUDENT_GRAD_COL, PADDED, K)
-            if student_grad_ptr is not None and not SINGLE:
-                if dominated:
+            if student_grad_ptr is not None and BLOCKS > 1:
+                if SINGLE:  # what they sum to is the error of the class with more than half of a pixel
+                    add_to_class(student_grads, top, live, -balance * (row_weight * f_s), STUDENT_GRAD_COL)
+                elif dominated:
                     g = top_moved * (row_weight * f_s)
                     store_class(student_grads, top_class, live, g, STUDENT_GRAD_COL)
             if loss_ptr is not None:
@@ -301,13 +310,13 @@ def _softmax_kl_kernel(
             others = terms
             for i in range(BLOCKS):
                 cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-                if SINGLE:
+                if BLOCKS == 1:
                     s, t = tiles
                 else:
-                    s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                    s, t = load_pair(student_rows, teacher_rows, cols, read, STUDENT_COL, TEACHER_COL, K, PADDED)
                 of_a, of_b = _terms(s, t, row, beta, KIND)
-                terms = added(terms, of_a, SINGLE)
-                others = added(others, of_b, SINGLE)
+                terms = added(terms, of_a, BLOCKS == 1)
+                others = added(others, of_b, BLOCKS == 1)
             a = tile_sum(terms, SINGLE)
             b = tile_sum(others, SINGLE)
             divergence, centre_s, centre_t = _divergence(a, b, row[4], beta, KIND)
@@ -319,12 +328,12 @@ def _softmax_kl_kernel(
                 slopes_t = terms
                 for i in range(BLOCKS):
                     cols = tile_cols(i, BLOCK_K, LANE, SINGLE)
-                    s, t = load_pair(student_rows, teacher_rows, cols, live, STUDENT_COL, TEACHER_COL, K, PADDED)
+                    s, t = load_pair(student_rows, teacher_rows, cols, read, STUDENT_COL, TEACHER_COL, K, PADDED)
                     one, error, of_s, of_t = _close_terms(s, t, row, beta, KIND)
-                    terms = added(terms, one, SINGLE)
-                    shift = added(shift, error, SINGLE)
-                    slopes_s = added(slopes_s, of_s, SINGLE)
-                    slopes_t = added(slopes_t, of_t, SINGLE)
+                    terms = added(terms, one, BLOCKS == 1)
+                    shift = added(shift, error, BLOCKS == 1)
+                    slopes_s = added(slopes_s, of_s, BLOCKS == 1)
+                    slopes_t = added(slopes_t, of_t, BLOCKS == 1)
                 divergence = without_shift(tile_sum(terms, SINGLE), tile_sum(shift, SINGLE), beta, KIND)
                 centre_s = tile_sum(slopes_s, SINGLE)
                 centre_t = tile_sum(slopes_t, SINGLE)
@@ -333,14 +342,14 @@ def _softmax_kl_kernel(
                 standard = (mean_s, mean_t, a_s, a_t, std_s, std_t) if STANDARDIZED else ()
                 if close:
                     _store_gradients(
-                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, centres,
+                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, read, row, centres,
                         standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL,
                         STUDENT_GRAD_COL, TEACHER_GRAD_COL, K, KIND,
                         STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, True,
                     )  # fmt: skip
                 else:
                     _store_gradients(
-                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, row, centres,
+                        student_rows, teacher_rows, student_grads, teacher_grads, inside, live, read, row, centres,
                         standard, f_s, f_t, row_weight, inverse_temperature, beta, STUDENT_COL, TEACHER_COL,
                         STUDENT_GRAD_COL, TEACHER_GRAD_COL, K, KIND,
                         STANDARDIZED, SINGLE, HEIGHT, WIDTH, BLOCK_K, LANE, False,
@@ -373,7 +382,7 @@ def _launch(
     s, t = logit_rows(student, teacher)
     rows, classes = s.number, student.shape[-1]
     general = divergence != "forward" or standardized or gradients[1] is not None
-    launch = row_launch_for(student, teacher, numbers=4 if general else 1)
+    launch = row_launch_for(s, t, numbers=4 if general else 1)
     _softmax_kl_kernel[(programs_for(launch, rows, student.device),)](
         s.tensor,
         t.tensor,
@@ -385,7 +394,7 @@ def _launch(
         partial_sums(outputs[0]),
         *gradients[:2],
         rows,
-        s.inner if t.outer_stride is None else t.inner,
+        inner_rows(s, t) // max(launch.pixels, 1),
         s.outer_stride,
         t.outer_stride,
         1.0 / temperature,
@@ -407,7 +416,8 @@ def _launch(
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
         LANE=lane_of(student),
-        CARE=care_for(classes),
+        CARE=care_for(classes, launch),
+        PIXELS=launch.pixels,
         PROGRAMS=MAX_PROGRAMS,
         **launch.options,
     )

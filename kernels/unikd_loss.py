@@ -19,6 +19,7 @@ from unikd_fast.kernels._launch import (
     care_for,
     elementwise_launch_for,
     flat,
+    inner_rows,
     lane_of,
     logit_rows,
     normalizer_or_rows,
@@ -74,10 +75,12 @@ def _launch(
     gaussian_rows = 0 if dense[0] is None else dense[0].shape[0]
     # L_anchor has the rows of the logits, which need not be those of L_FL.
     other_rows = gaussian_rows if dense[4] is None else max(gaussian_rows, rows)
-    launch = row_launch_for(student, teacher, numbers=2 if student.dtype == teacher.dtype else 4)
+    launch = row_launch_for(s, t, numbers=2 if student.dtype == teacher.dtype else 4)
     gaussian = elementwise_launch_for(of_dense)
     logit_programs = programs_for(launch, rows, student.device) if rows else 0
-    programs = logit_programs + (programs_for(gaussian, other_rows, student.device) if other_rows else 0)
+    most = MAX_PROGRAMS if launch.pixels else 2 * MAX_PROGRAMS  # whose sums the last program adds
+    other_programs = min(programs_for(gaussian, other_rows, student.device), most // 2) if other_rows else 0
+    programs = logit_programs + other_programs
     soft = labels.is_floating_point()
     row_normalizer = ce_normalizer = normalizer_or_rows(normalizer_value, normalizer, rows)
     count = not soft and normalizer is None and normalizer_value == 0
@@ -100,7 +103,7 @@ def _launch(
         gradients[0],
         *gradients[4:10],
         rows,
-        s.inner if t.outer_stride is None else t.inner,
+        inner_rows(s, t) // max(launch.pixels, 1),
         s.outer_stride,
         t.outer_stride,
         logit_programs,
@@ -130,10 +133,11 @@ def _launch(
         ROWS=launch.rows,
         BLOCK_K=launch.block_k,
         LANE=lane_of(student),
-        CARE=care_for(classes),
+        CARE=care_for(classes, launch),
+        PIXELS=launch.pixels,
         ROWS_G=gaussian.rows,
         BLOCK_G=gaussian.block_k,
-        PROGRAMS=2 * MAX_PROGRAMS,
+        PROGRAMS=most,
         **launch.options,
     )
 

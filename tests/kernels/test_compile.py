@@ -24,6 +24,7 @@ KERNELS = 15  # of `compile_cases.KERNELS`
 QUICK = [
     "softmax_kl-1000:sm_90",
     "softmax_kl-1003:sm_90",
+    "softmax_kl-maps-150:sm_90",
     "dkd-1000:sm_90",
     "gaussian_kl-1000:sm_90",
     "unikd_loss-1000:sm_90",
@@ -100,6 +101,17 @@ def test_aligned_rows_move_16_bytes(reports: Reports) -> None:
                     assert x["widest_store"] == 16, x
             if classes == 1003:  # the figure is that of the rows: nothing else in a kernel is wide
                 assert x["widest_load"] < 16, x
+
+
+@pytest.mark.slow
+def test_class_maps_move_16_bytes(reports: Reports) -> None:
+    """Along pixels: their classes are 16,384 elements apart. Heavier kernels store 8."""
+    for case, compiled in reports.items():
+        for x in compiled:
+            if case in ("softmax_kl-maps-150", "softmax_kl-maps-19"):
+                assert x["widest_load"] == x["widest_store"] == 16, x
+            elif "maps" in case and "odd" not in case:
+                assert x["widest_load"] >= 8 and x["widest_store"] >= 8, x
 
 
 @pytest.mark.slow

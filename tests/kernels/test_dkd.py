@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from support.kernel_inputs import DEVICE, DTYPES, close_logits, compare, drawn, labels_for, long, quiet, randn
-from support.numerics import relative_error
+from support.numerics import assert_no_worse_than_eager, relative_error
 from unikd_fast import QuantizedLogits, dkd_loss, quantize_logits
 from unikd_fast.kernels.dkd import fused_dkd
 
@@ -175,6 +175,26 @@ class TestShapes:
         """Case 5."""
         with pytest.raises(ValueError, match=r"dkd_loss: student and teacher logits must have one shape"):
             dkd_loss(randn(2, 3), randn(2, 4), labels_for(2, 3), impl="fused")
+
+    @pytest.mark.parametrize("standardized", [False, True])
+    @pytest.mark.parametrize("size", [(3, 7), (4, 8)])
+    def test_class_maps(self, size: tuple[int, int], standardized: bool) -> None:
+        """Tiles along pixels, of which some have no label, one by one and 8 bytes at a time."""
+        student, teacher = (randn(2, 7, *size, seed=seed).movedim(1, -1) for seed in (1, 2))
+        labels = torch.arange(2 * size[0] * size[1], device=DEVICE).reshape(2, *size) % 9 - 1
+        labels = torch.where((labels < 0) | (labels > 6), -100, labels)
+        compare(dkd_loss, [student.requires_grad_(), teacher, labels], standardized=standardized)
+
+    def test_class_maps_close_and_certain(self) -> None:
+        """A class other than the target has most of the rest; sums over classes are sequential, eager's are not."""
+        student, teacher = (x.float().T.contiguous().reshape(1, 19, 4, 8).movedim(1, -1) for x in close_logits(19, 32))
+        labels = torch.arange(32, device=DEVICE).reshape(1, 4, 8) % 19
+        assert_no_worse_than_eager(
+            lambda *x: dkd_loss(*x, impl="fused"),
+            lambda *x: dkd_loss(*x, impl="reference"),
+            [student.requires_grad_(), teacher, labels],
+            factor=2.0,  # 1.5 to 1.9 were seen, 2e-5 of the largest entry
+        )
 
     def test_more_than_2_to_the_31_elements(self) -> None:
         """Case 2."""

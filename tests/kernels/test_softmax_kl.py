@@ -306,14 +306,15 @@ class TestShapes:
         """Shifted sequences, on one side and on both, and class maps: rows that no single stride reaches."""
         monkeypatch.setattr(_launch, "_dense_rows", _refuse_copy)
         student, teacher = (randn(3, 5, classes, seed=seed) for seed in (1, 2))
-        maps = randn(3, classes, 2, 2, seed=3).movedim(1, -1)
-        for s, t in (
+        pairs = [
             (student[:, :-1], teacher[:, 1:]),
             (student[:, :-1], randn(3, 4, classes, seed=4)),
             (randn(12, classes, seed=4).reshape(3, 4, classes), teacher[:, :-1]),
-            (maps, randn(3, 2, 2, classes, seed=5)),
-            (randn(3, classes, 2, 2, seed=6).movedim(1, -1), maps),
-        ):
+        ]
+        if classes <= _launch.MOST_STRIDED_CLASSES:
+            maps = randn(3, classes, 2, 2, seed=3).movedim(1, -1)
+            pairs += [(maps, randn(3, 2, 2, classes, seed=5)), (randn(3, classes, 2, 2, seed=6).movedim(1, -1), maps)]
+        for s, t in pairs:
             compare(softmax_kl, [s.detach().requires_grad_(), t], reduction="none")
 
     def test_one_row_without_axes(self) -> None:
@@ -352,6 +353,78 @@ class TestShapes:
         stored = quantize_logits(randn(3, classes, seed=2))
         teacher.copy_(stored.values)
         compare(quantized_kl(teacher), [student.requires_grad_(), stored.scale, stored.offset], reduction="none")
+
+
+class TestPixels:
+    """Class maps, whose tiles run along the pixels of an image."""
+
+    @staticmethod
+    def maps(
+        classes: int = 19, size: tuple[int, int] = (3, 7), dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (2, H, W, K) that lie in memory as (2, K, H, W)."""
+        student, teacher = (randn(2, classes, *size, seed=seed, dtype=dtype).movedim(1, -1) for seed in (1, 2))
+        s, t = _launch.logit_rows(student, teacher)
+        assert _launch.row_launch_for(s, t).pixels == math.gcd(size[0] * size[1], 16)
+        return student.requires_grad_(), teacher
+
+    # Odd, a multiple of 16, and two tiles an image of which the second is not full.
+    @pytest.mark.parametrize("size", [(3, 7), (4, 8), (4, 72)])
+    @pytest.mark.parametrize("classes", [2, 19])
+    def test_sizes(self, classes: int, size: tuple[int, int]) -> None:
+        for dtype in DTYPES:
+            compare(softmax_kl, self.maps(classes, size, dtype), temperature=3.0)
+
+    @pytest.mark.parametrize("standardized", [False, True])
+    @pytest.mark.parametrize("divergence", DIVERGENCES)
+    def test_divergences(self, divergence: str, standardized: bool) -> None:
+        inputs = [x.detach().requires_grad_() for x in self.maps(7)]
+        compare(softmax_kl, inputs, divergence=divergence, beta=0.3, standardized=standardized)
+
+    def test_ignored_pixels(self) -> None:
+        """They are read with their neighbours, and may hold anything."""
+        maps = [x.detach() for x in self.maps()]
+        mask = torch.arange(42, device=DEVICE).reshape(2, 3, 7) % 5 == 0
+        compare(softmax_kl, [x.requires_grad_() for x in maps], ignore_mask=mask, reduction="mean")
+        spoiled = [x.detach().clone().masked_fill_(mask[..., None], math.nan).requires_grad_() for x in maps]
+        assert all(x.stride() == maps[0].stride() for x in spoiled)
+        results = []
+        for inputs in (maps, spoiled):
+            loss = softmax_kl(*inputs, ignore_mask=mask, impl="fused")
+            results.append([loss, *torch.autograd.grad(loss, inputs)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_other_teachers(self) -> None:
+        """In rows, one image for all, of another dtype, and stored in a byte."""
+        student, teacher = self.maps()
+        compare(softmax_kl, [student, teacher.contiguous().requires_grad_()])
+        compare(softmax_kl, [student, teacher[:1].expand(2, 3, 7, 19)])
+        compare(softmax_kl, [student, teacher.bfloat16().requires_grad_()])
+        stored = quantize_logits(teacher)
+        values = stored.values.movedim(-1, 1).contiguous().movedim(1, -1)
+        compare(quantized_kl(values), [student, stored.scale, stored.offset], reduction="none")
+
+    def test_close_and_certain(self) -> None:
+        """Pixels whose teacher gives a class 0.999 and whose student is close to it: q - p must not cancel."""
+        maps = [x.T.contiguous().reshape(1, 19, 4, 8).movedim(1, -1) for x in close_logits(19, 32)]
+        for student, teacher in (maps, [x.float() for x in maps]):
+            compare(softmax_kl, [student.requires_grad_(), teacher])
+
+    def test_many_classes_are_copied_as_rows(self) -> None:
+        classes = _launch.MOST_STRIDED_CLASSES + 1
+        student, teacher = (randn(2, classes, 4, 4, seed=seed).movedim(1, -1) for seed in (1, 2))
+        assert [x.class_stride for x in _launch.logit_rows(student, teacher)] == [1, 1]
+        compare(softmax_kl, [student.requires_grad_(), teacher])
+
+    def test_more_than_2_to_the_31_elements(self) -> None:
+        """Case 2: the fifth class of the second image is beyond them."""
+        student, teacher = (randn(2, 4, 4, 5, seed=seed) for seed in (1, 2))
+        try:
+            storage = torch.empty(9 * 2**28 + 16, dtype=torch.bfloat16, device=DEVICE)
+        except RuntimeError:
+            pytest.skip("no room for 5 GiB of addresses")
+        logits = storage.as_strided((2, 4, 4, 5), (5 * 2**28, 4, 1, 2**28)).copy_(student)
+        compare(softmax_kl, [logits.requires_grad_(), teacher.bfloat16()], reduction="none")
 
 
 def _refuse_copy(x: Tensor) -> _launch.Rows:

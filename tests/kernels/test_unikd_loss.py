@@ -151,6 +151,24 @@ class TestShapes:
                 inputs = [student.detach().requires_grad_(), teacher, labels, *pairs]
                 compare(objective, inputs, ignore_index=3, normalizer=normalizer)
 
+    @pytest.mark.parametrize("size", [(3, 7), (4, 8)])
+    def test_class_maps(self, size: tuple[int, int]) -> None:
+        """Tiles along pixels, with labels, weights of classes and smoothing; and close to a certain teacher."""
+        student, teacher = (randn(2, 7, *size, seed=seed).movedim(1, -1) for seed in (1, 2))
+        labels = torch.arange(2 * size[0] * size[1], device=DEVICE).reshape(2, *size) % 7
+        compare(without_gaussians, [student.requires_grad_(), teacher, labels], ignore_index=3, label_smoothing=0.1)
+        compare(without_gaussians, [student, teacher, labels], ignore_index=3)
+        compare(without_gaussians, [student, teacher, teacher.softmax(-1)])
+
+    def test_class_maps_close_and_certain(self) -> None:
+        """Of a sum over classes near 1 the logarithm is known to ε, which is 1e-4 of such a cross-entropy."""
+        student, teacher = (x.float().T.contiguous().reshape(1, 19, 4, 8).movedim(1, -1) for x in close_logits(19, 32))
+        labels = torch.zeros(1, 4, 8, dtype=torch.int64, device=DEVICE)
+        ce, _, kl = without_gaussians(student, teacher, labels, impl="fused")[1:]
+        exact_ce, _, exact_kl = without_gaussians(student.double(), teacher.double(), labels)[1:]
+        assert abs(ce - exact_ce) <= torch.finfo(torch.float32).eps
+        assert abs(kl - exact_kl) <= 2e-5 * exact_kl
+
     def test_gaussians_of_another_width(self) -> None:
         for width in (3, 300):
             compare(objective, [*labelled_logits(5, 11), *gaussians(5, width, grad=ALL_FOUR)])

@@ -46,6 +46,46 @@ def softmax_case(classes: int, dtype: torch.dtype = torch.bfloat16, *, teacher: 
         loss.sum().backward()
 
 
+def class_maps(classes: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return logits (2, size, size, K) that lie in memory as (2, K, size, size)."""
+    return torch.zeros(2, classes, size, size, dtype=dtype).movedim(1, -1)
+
+
+def maps_case(
+    classes: int, *, loss: str = "softmax_kl", size: int = 128, teacher: str = "same", **settings: Any
+) -> None:
+    """Launch a loss of class maps forward."""
+    student, other = (class_maps(classes, size).requires_grad_(x) for x in (True, teacher == "gradient"))
+    labels, scale = torch.zeros(2, size, size, dtype=torch.int64), None
+    if teacher == "rows":
+        other = other.contiguous()
+    if teacher == "uint8":
+        other, scale = class_maps(classes, size, torch.uint8), torch.ones(2, size, size)
+    if loss == "dkd":
+        dkd.fused_dkd(student, other, scale, labels, **settings)
+    elif loss == "unikd_loss":
+        unikd_loss.fused_unikd_loss(
+            student,
+            other,
+            scale,
+            labels,
+            None,
+            None,
+            None,
+            alpha=0.0,
+            beta=1.0,
+            ce_weight=1.0,
+            temperature=4.0,
+            scale_by_t2=True,
+            feature_reduction="mean",
+            label_smoothing=0.0,
+            ignore_index=-100,
+            normalizer=None,
+        )
+    else:
+        softmax_kl.fused_softmax_kl(student, other, scale, temperature=4.0, **settings)
+
+
 def dkd_case(classes: int, *, standardized: bool = False) -> None:
     labels = torch.zeros(ROWS, dtype=torch.int64)
     dkd.fused_dkd(logits(classes, grad=True), logits(classes), None, labels, standardized=standardized)
@@ -148,6 +188,18 @@ for size in (1000, 128256):
     LAUNCHES[f"gaussian_kl-teacher_gradient-{size}"] = partial(gaussian_case, size, teacher_gradient=True)
     LAUNCHES[f"unikd_loss-soft-{size}"] = partial(unikd_case, size, soft=True)
     LAUNCHES[f"unikd_loss-uint8-{size}"] = partial(unikd_case, size, teacher="uint8")
+# 16,384 pixels an image are loaded 16 bytes at a time, 4,225 one by one.
+for size, name in ((128, "maps"), (65, "odd_maps")):
+    LAUNCHES[f"softmax_kl-{name}-150"] = partial(maps_case, 150, size=size)
+    LAUNCHES[f"dkd-{name}-150"] = partial(maps_case, 150, loss="dkd", size=size)
+    LAUNCHES[f"dkd-standardized-{name}-150"] = partial(maps_case, 150, loss="dkd", size=size, standardized=True)
+    LAUNCHES[f"unikd_loss-{name}-150"] = partial(maps_case, 150, loss="unikd_loss", size=size)
+    LAUNCHES[f"softmax_kl-teacher_gradient-{name}-150"] = partial(
+        maps_case, 150, size=size, teacher="gradient", divergence="jsd", standardized=True
+    )
+LAUNCHES["softmax_kl-maps-19"] = partial(maps_case, 19)
+LAUNCHES["softmax_kl-uint8-maps-150"] = partial(maps_case, 150, teacher="uint8")
+LAUNCHES["softmax_kl-rows-maps-150"] = partial(maps_case, 150, teacher="rows")
 LAUNCHES["softmax_kl-fp32-8192"] = partial(softmax_case, 8192, torch.float32)
 LAUNCHES["multiply-1000"] = partial(multiply_case, 1000)
 LAUNCHES["gaussian_kl-none-1000"] = partial(gaussian_case, 1000, reduction="none")

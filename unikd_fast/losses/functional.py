@@ -117,7 +117,8 @@ def channel_wise_kl(
         L = τ² / (N C) Σ_n Σ_c KL( softmax(t_nc / τ) || softmax(s_nc / τ) )
 
     For dense prediction, on class maps or features; the softmax is over positions and not over classes: the pixel-wise
-    loss of class maps is `softmax_kl(student.movedim(1, -1), teacher.movedim(1, -1))`.
+    loss of class maps is `softmax_kl(student.movedim(1, -1), teacher.movedim(1, -1))`. NCHW maps are read as they are;
+    channels-last ones of more than 512 positions are copied.
 
     Args:
         student_maps: s (N, C, ...), such as (N, C, H, W); all axes after the channels are positions.
