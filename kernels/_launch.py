@@ -1,7 +1,8 @@
 """Launch sizes, and what a launch needs besides its tensors: device, partial sums, strides.
 
 The sizes follow fixed rules, one per bucket of K, so that the same input gives the same bits; nothing is autotuned.
-They were chosen from the registers that compilation reports and from bytes in flight; no GPU has confirmed them yet.
+They were chosen by `benchmarks/instruction_counts.py`, from instructions, registers and bytes in flight; no GPU has
+confirmed them yet.
 """
 
 import contextlib
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Number of classes that a tile holds without spilling registers; longer rows are read twice, block by block.
+# Number of classes that a tile holds without spilling registers, in the forward KL, and half as many elsewhere; longer
+# rows are read twice, block by block.
 LARGEST_SINGLE_BLOCK = 8192
 MAX_PROGRAMS = 2048
 # Logits of more classes are copied as rows if their classes lie apart: often they have few rows side by side, as a
@@ -20,6 +22,10 @@ MAX_PROGRAMS = 2048
 MOST_STRIDED_CLASSES = 512
 # The fewest pixels of an image for which tiles run along them.
 LEAST_PIXELS = 16
+# Classes that a lane keeps, of whole rows and of blocks, by the numbers that a kernel keeps for each.
+CLASSES_OF_A_LANE = {1: (32, 16), 2: (32, 16), 3: (32, 8), 4: (16, 8), 5: (16, 8)}
+# Threads of all programs that a multiprocessor holds if they read rows in blocks: 128 registers for each.
+BLOCK_THREADS = 512
 LOG2E = math.log2(math.e)
 # Up to so many labels each program counts the labelled rows itself, which is cheaper than another launch.
 COUNTED_IN_KERNEL = 4096
@@ -35,6 +41,7 @@ class Launch(NamedTuple):
     programs: int  # at most; each takes tiles in turn
     amd: bool = False
     pixels: int = 0  # the largest power of 2, up to 16, that divides an image's pixels if tiles run along them, else 0
+    resident: int = 1  # programs for whose registers a multiprocessor must have room
 
     @property
     def options(self) -> dict[str, Any]:
@@ -46,8 +53,7 @@ class Launch(NamedTuple):
         options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         if self.amd:
             return options | {"waves_per_eu": 1}
-        resident = 1 if self.single else 2  # whose loops hide the latency of memory alone
-        return options | {"maxnreg": min(65536 // (32 * self.num_warps * resident), 255) // 8 * 8}
+        return options | {"maxnreg": min(65536 // (32 * self.num_warps * self.resident), 255) // 8 * 8}
 
 
 class Device(NamedTuple):
@@ -57,6 +63,7 @@ class Device(NamedTuple):
     warp_size: int
     l2_bytes: int
     amd: bool = False
+    capability: int = 90  # NVIDIA's compute capability, 80, 90, 100, ...
 
 
 @functools.lru_cache(maxsize=256)
@@ -67,20 +74,33 @@ def row_launch(classes: int, row_bytes: int, device: Device, *, numbers: int = 1
         classes: K.
         row_bytes: bytes of all logits read for one row.
         device: properties of the device.
-        numbers: 1, 2 or 4, how many numbers the kernel keeps per class, roughly, in terms of the forward KL: so much
-            fewer classes fit on chip.
+        numbers: 1 to 5, how many numbers the kernel keeps per class, roughly, in terms of the forward KL: so much fewer
+            classes fit into a lane's registers.
     """
     block = max(16, _next_power_of_2(classes))
-    per_thread = 8 if numbers == 4 else 16
-    if block <= LARGEST_SINGLE_BLOCK // numbers:
-        rows = max(1, 1024 // block)
-        return Launch(rows, block, True, _warps(rows * block, per_thread, device), MAX_PROGRAMS, device.amd)
-    # The second reading hits the L2 if few rows are in flight: as many as have the registers, or fewer.
-    block, resident = (1024, 3) if numbers == 4 else (4096, 2)
-    fitting = device.l2_bytes // (device.multiprocessors * row_bytes)
-    warps = _warps(block, per_thread, device)
-    programs = min(max(fitting, 1), resident) * device.multiprocessors
-    return Launch(1, block, False, warps, programs, device.amd)
+    # The same kernel takes more registers there, and would spill.
+    if not device.amd and numbers == 2 and device.capability < 90:
+        numbers = 4
+    elif numbers == 4 and device.capability >= 100:
+        numbers = 5
+    on_chip, in_blocks = CLASSES_OF_A_LANE[numbers]
+    if block <= (LARGEST_SINGLE_BLOCK if numbers == 1 else LARGEST_SINGLE_BLOCK // 2):
+        # What is done once a row, each warp does: the fewer warps, the fewer instructions, and one needs no barrier.
+        # 16 classes a lane where twice as many would leave one program a multiprocessor, or each has its own address.
+        if device.amd or block == LARGEST_SINGLE_BLOCK or (numbers > 1 and classes % 8):
+            on_chip = 16
+        of_a_warp = on_chip * device.warp_size
+        rows = max(1, of_a_warp // 2 // block)  # of short rows half as much: what is kept for each adds up
+        warps = max(1, rows * block // of_a_warp)
+        return Launch(rows, block, True, warps, MAX_PROGRAMS, device.amd)
+    # The second reading hits the L2 if few rows are in flight. Small programs do less once a row; where few rows fit,
+    # larger ones have as many bytes in flight.
+    resident = 4 if device.l2_bytes >= 4 * device.multiprocessors * row_bytes else 2
+    threads = BLOCK_THREADS // resident
+    programs = resident * device.multiprocessors
+    if numbers == 5:  # more than 128 registers
+        threads, programs, resident = BLOCK_THREADS // 4, 3 * device.multiprocessors, 2
+    return Launch(1, threads * in_blocks, False, threads // device.warp_size, programs, device.amd, resident=resident)
 
 
 def pixel_launch(pixels: int, classes: int, lane: int, device: Device, *, numbers: int = 1) -> Launch:
@@ -103,16 +123,11 @@ def pixel_launch(pixels: int, classes: int, lane: int, device: Device, *, number
     return Launch(rows, block, True, 1, MAX_PROGRAMS // 2, device.amd, alignment)
 
 
-def elementwise_launch(classes: int, device: Device) -> Launch:
+def elementwise_launch(classes: int, device: Device, threads: int = 128) -> Launch:
     """Return the launch for kernels that need no statistics of a row before its elements."""
-    block = min(2048, max(16, _next_power_of_2(classes)))
-    rows = max(1, 2048 // block)
-    return Launch(rows, block, classes <= block, _warps(rows * block, 16, device), MAX_PROGRAMS, device.amd)
-
-
-def _warps(elements: int, per_thread: int, device: Device) -> int:
-    # At most half of the threads of a block, which leaves 128 registers for each.
-    return min(max(elements // (device.warp_size * per_thread), 1), 512 // device.warp_size)
+    block = min(16 * threads, max(16, _next_power_of_2(classes)))
+    rows = 16 * threads // block
+    return Launch(rows, block, classes <= block, threads // device.warp_size, MAX_PROGRAMS, device.amd)
 
 
 def _next_power_of_2(n: int) -> int:
@@ -131,8 +146,11 @@ def row_launch_for(s: "Rows", t: "Rows", *, numbers: int = 1) -> Launch:
     return row_launch(classes, row_bytes, device, numbers=numbers)
 
 
-def elementwise_launch_for(x: Tensor) -> Launch:
-    return elementwise_launch(x.shape[-1], describe(x.device))
+def elementwise_launch_for(x: Tensor, warps: int | None = None) -> Launch:
+    """Return `elementwise_launch` for a tensor (N, K) on its device, of so many warps if they are given."""
+    device = describe(x.device)
+    threads = {} if warps is None else {"threads": warps * device.warp_size}
+    return elementwise_launch(x.shape[-1], device, **threads)
 
 
 def lane_of(student: Tensor) -> int:
@@ -161,8 +179,9 @@ def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(132, 32, 50 * 2**20)
     p = torch.cuda.get_device_properties(device)
+    l2_bytes = getattr(p, "L2_cache_size", 2**22)
     amd = torch.version.hip is not None
-    return Device(p.multi_processor_count, getattr(p, "warp_size", 32), getattr(p, "L2_cache_size", 2**22), amd)
+    return Device(p.multi_processor_count, getattr(p, "warp_size", 32), l2_bytes, amd, 10 * p.major + p.minor)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

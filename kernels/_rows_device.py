@@ -278,11 +278,17 @@ def last_to_arrive(partial_ptr, SUMS: tl.constexpr):
 
 
 @triton.jit
-def sum_of_partials(partial_ptr, MAX_PROGRAMS: tl.constexpr):
-    """Sum over programs in a fixed order, bypassing the L1 cache, which may be older than other programs' stores."""
-    programs = tl.arange(0, MAX_PROGRAMS)
-    x = tl.load(partial_ptr + programs, mask=programs < tl.num_programs(0), other=0.0, cache_modifier=".cg")
-    return tl.sum(x, axis=0)
+def sum_of_partials(partial_ptr):
+    """Sum over programs in a fixed order, bypassing the L1 cache, which may be older than other programs' stores.
+
+    512 at a time, or they would take more registers of a single warp than all else.
+    """
+    at = tl.arange(0, 512)
+    total = tl.zeros([512], tl.float32)
+    for start in range(0, tl.num_programs(0), 512):
+        mask = start + at < tl.num_programs(0)
+        total += tl.load(partial_ptr + start + at, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -290,7 +296,7 @@ def store_total(loss_ptr, partial_ptr, accumulated, MAX_PROGRAMS: tl.constexpr):
     """Let the last program store the sum over programs of what each has accumulated."""
     tl.store(partial_ptr + tl.program_id(0), accumulated)
     if last_to_arrive(partial_ptr, MAX_PROGRAMS):
-        tl.store(loss_ptr, sum_of_partials(partial_ptr, MAX_PROGRAMS))
+        tl.store(loss_ptr, sum_of_partials(partial_ptr))
 
 
 @triton.jit

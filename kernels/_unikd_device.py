@@ -295,11 +295,11 @@ def unikd_kernel(
         tl.store(partial_ptr + 2 * PROGRAMS + pid, feature_sum)
         tl.store(partial_ptr + 3 * PROGRAMS + pid, anchor_sum)
         if last_to_arrive(partial_ptr, 4 * PROGRAMS):
-            ce = sum_of_partials(partial_ptr, PROGRAMS) / ce_norm
-            logit_kl = sum_of_partials(partial_ptr + PROGRAMS, PROGRAMS) * (t2 / rows_norm)
-            feature_kl = sum_of_partials(partial_ptr + 2 * PROGRAMS, PROGRAMS) / gaussian_norm
+            ce = sum_of_partials(partial_ptr) / ce_norm
+            logit_kl = sum_of_partials(partial_ptr + PROGRAMS) * (t2 / rows_norm)
+            feature_kl = sum_of_partials(partial_ptr + 2 * PROGRAMS) / gaussian_norm
             tl.store(ce_ptr, ce)
             tl.store(logit_kl_ptr, logit_kl)
             tl.store(feature_kl_ptr, feature_kl)
-            tl.store(anchor_ptr, sum_of_partials(partial_ptr + 3 * PROGRAMS, PROGRAMS) / rows_norm)
+            tl.store(anchor_ptr, sum_of_partials(partial_ptr + 3 * PROGRAMS) / rows_norm)
             tl.store(total_ptr, ce_weight * ce + a * feature_kl + b * logit_kl)

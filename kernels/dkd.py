@@ -32,7 +32,6 @@ from unikd_fast.kernels._divergence_device import (
 )
 from unikd_fast.kernels._launch import (
     COUNTED_IN_KERNEL,
-    LARGEST_SINGLE_BLOCK,
     LOG2E,
     MAX_PROGRAMS,
     care_for,
@@ -286,7 +285,7 @@ def _launch(
     count = normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:
         count, normalizer = False, (~is_ignored(labels, ignore_index)).sum().clamp(min=1)
-    launch = row_launch_for(s, t, numbers=4 if standardized or classes > LARGEST_SINGLE_BLOCK // 2 else 2)
+    launch = row_launch_for(s, t, numbers=4 if standardized else 2)
     _dkd_kernel[(programs_for(launch, rows, student.device),)](
         s.tensor,
         t.tensor,

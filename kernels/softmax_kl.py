@@ -381,8 +381,13 @@ def _launch(
     assert teacher is not None
     s, t = logit_rows(student, teacher)
     rows, classes = s.number, student.shape[-1]
-    general = divergence != "forward" or standardized or gradients[1] is not None
-    launch = row_launch_for(s, t, numbers=4 if general else 1)
+    if gradients[1] is not None:
+        numbers = 5
+    elif divergence == "jsd":
+        numbers = 4
+    else:
+        numbers = 3 if divergence == "reverse" or standardized else 1
+    launch = row_launch_for(s, t, numbers=numbers)
     _softmax_kl_kernel[(programs_for(launch, rows, student.device),)](
         s.tensor,
         t.tensor,

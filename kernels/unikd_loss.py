@@ -75,13 +75,13 @@ def _launch(
     gaussian_rows = 0 if dense[0] is None else dense[0].shape[0]
     # L_anchor has the rows of the logits, which need not be those of L_FL.
     other_rows = gaussian_rows if dense[4] is None else max(gaussian_rows, rows)
-    launch = row_launch_for(s, t, numbers=2 if student.dtype == teacher.dtype else 4)
-    gaussian = elementwise_launch_for(of_dense)
+    soft = labels.is_floating_point()
+    launch = row_launch_for(s, t, numbers=4 if soft or student.dtype != teacher.dtype else 2)
+    gaussian = elementwise_launch_for(of_dense, launch.num_warps)
     logit_programs = programs_for(launch, rows, student.device) if rows else 0
     most = MAX_PROGRAMS if launch.pixels else 2 * MAX_PROGRAMS  # whose sums the last program adds
     other_programs = min(programs_for(gaussian, other_rows, student.device), most // 2) if other_rows else 0
     programs = logit_programs + other_programs
-    soft = labels.is_floating_point()
     row_normalizer = ce_normalizer = normalizer_or_rows(normalizer_value, normalizer, rows)
     count = not soft and normalizer is None and normalizer_value == 0
     if count and rows > COUNTED_IN_KERNEL:

@@ -17,7 +17,7 @@ import pytest
 
 POOLED_MODEL = str(Path(__file__).parents[2] / "benchmarks" / "pooled_model.py")
 COMPILE_CHECK = str(Path(__file__).parents[1] / "support" / "compile_check.py")
-ALIGNED = (1000, 8192, 16384, 32768, 128256)  # rows of whole 16 bytes, in bf16 too
+ALIGNED = (1000, 4096, 8192, 16384, 32768, 128256)  # rows of whole 16 bytes, in bf16 too
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
 KERNELS = 15  # of `compile_cases.KERNELS`
 # Each kernel for one NVIDIA architecture; AMD's is in the long round.

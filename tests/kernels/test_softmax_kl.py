@@ -32,7 +32,7 @@ TEMPERATURES = [(temperature, scale) for temperature in (0.5, 1.0, 4.0, 20.0) fo
 
 
 # A row of a heavy kernel, and one of any kernel, that takes more than one block.
-TWO_BLOCKS, MORE_BLOCKS = LARGEST_SINGLE_BLOCK // 4 + 1, LARGEST_SINGLE_BLOCK + 1
+TWO_BLOCKS, MORE_BLOCKS = LARGEST_SINGLE_BLOCK // 2 + 1, LARGEST_SINGLE_BLOCK + 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What is compiled: every kernel, at every launch size and with every feature that changes its code.
 
 The sizes of `_launch.py` depend on K alone, so one K for each bucket is all of them: 10 (many rows a tile), 100, 1000
-(not a multiple of 16), 1003 (odd), 8192 (the largest on chip), 16384 and 32768 (two rows a multiprocessor), 128256.
+(not a multiple of 16), 1003 (odd), 8192 (the largest on chip), 16384 (four rows a multiprocessor), 32768 and 128256.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from unikd_fast.kernels import (
 from unikd_fast.kernels.reference_moments import ChannelStatistics
 
 SIZES = (10, 100, 1000, 1003, 8192, 16384, 32768, 128256)
-HEAVY_SIZES = (10, 1000, 1003, 8192, 128256)  # on chip up to 2048, then one and two rows a multiprocessor
+HEAVY_SIZES = (10, 1000, 1003, 4096, 8192, 128256)  # on chip up to 4096, then four and two rows a multiprocessor
 ROWS = 4
 
 
@@ -277,10 +277,17 @@ def variants(name: str) -> dict[str, int]:
     return {kernel: len(found) for kernel, found in keys.items()}
 
 
+# Multiprocessors and MB of L2 of A100, H200, B200, RTX PRO 6000 and MI300X: so many rows are read at a time.
+CARDS = {"sm_80": (108, 40), "sm_90": (132, 50), "sm_100": (148, 126), "sm_120": (188, 128), "gfx942": (304, 4)}
+
+
 def launches_for(case: Callable[[], None], target: str) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return what a case launches, kernel, arguments and options, with the sizes that a target gets."""
     description = TARGETS[target]
-    device = _launch.Device(132, description.warp_size, 50 * 2**20, description.backend == "hip")
+    amd = description.backend == "hip"
+    multiprocessors, l2_megabytes = CARDS[target]
+    capability = 0 if amd else description.arch
+    device = _launch.Device(multiprocessors, description.warp_size, l2_megabytes * 2**20, amd, capability)
     users = (_launch, pixel_weights, _pooled_plan, feature_fusion)
     original = _launch.describe
     try:
