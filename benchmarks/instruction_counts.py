@@ -94,6 +94,9 @@ class Loop(NamedTuple):
     first: int
     last: int
 
+    def holds(self, place: int) -> bool:
+        return self.first <= place <= self.last
+
     def within(self, other: "Loop") -> bool:
         return other.first <= self.first and self.last <= other.last and self != other
 
@@ -163,9 +166,13 @@ def count_rows(
         unit: what instructions take.
         threads: threads of a program.
         read_bytes: bytes of an element in all inputs that a loop reads.
-        moment_loops: number of loops, the first ones, that read one input of two.
+        moment_loops: number of loops, the first ones, that read one input of two. Those that the compiler has unrolled
+            to the end are no loops, and are known by their loads.
     """
     found, body, inner = row_loops(code)
+    outside = [i for i in range(body.first, body.last + 1) if not any(loop.holds(i) for loop in inner)]
+    loaded = sum(width for width in _load_widths([found[i] for i in outside]) if width > 2) * threads / rows
+    moment_loops = max(0, moment_loops - round(2 * loaded / (classes * read_bytes)))
     places = [next((n for pattern, n in unit.items() if re.match(pattern, text)), 0) for text in found]
     whole_blocks = classes // block * block / classes
     rest = sum(places[body.first : body.last + 1])
