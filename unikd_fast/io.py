@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -199,8 +199,11 @@ def own_descriptor(path: Path, *, append: bool = False) -> int:
         return descriptor
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, without: str = "") -> dict[str, Any]:
     """Read a JSON file that holds an object.
+
+    Args:
+        without: key that all its objects are read without, to save the memory of what it holds.
 
     Raises:
         FileNotFoundError: it is missing.
@@ -215,12 +218,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not content.strip(b" \t\r\n\0"):
         raise FileError(f"{path} is empty: a full disk or a crash has cut it off")
     try:
-        found = json.loads(content)
+        found = json.loads(content, object_hook=_dropping(without) if without else None)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise FileError(f"{path} is damaged: it holds {type(found).__name__} where an object belongs")
     return found
+
+
+def _dropping(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def drop(read: dict[str, Any]) -> dict[str, Any]:
+        read.pop(key, None)
+        return read
+
+    return drop
 
 
 @contextmanager

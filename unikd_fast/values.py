@@ -25,6 +25,18 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,) int64, perhaps NO_LABEL; (N, K) float class weights if training samples are mixed
     sample_ids: Tensor  # (N,) int64, position of each sample in its data set
     second: Tensor | None = None  # another view of the same samples, if the loader makes one
+    near_objects: tuple[Tensor, ...] | None = None  # L x (N, 1, H_l, W_l) bool: of a detector's maps, if a method asks
+
+
+class DetectionBatch(NamedTuple):
+    """One micro-batch of images with boxes on one process."""
+
+    images: Tensor  # (N, 3, H, W) float, normalised; 0 beyond each image's size
+    sizes: Tensor  # (N, 2) int64, height and width of each image in it
+    boxes: tuple[Tensor, ...]  # N x (n, 4) fp32, x1, y1, x2, y2 in pixels of the image as it is here
+    labels: tuple[Tensor, ...]  # N x (n,) int64, classes from 0
+    sample_ids: Tensor  # (N,) int64, position of each sample in its data set
+    seeds: Tensor  # (N,) int64, of the random choices that a step makes in each image
 
 
 class Features(NamedTuple):

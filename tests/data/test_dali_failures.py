@@ -21,7 +21,7 @@ from nvidia.dali import Pipeline
 
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.dali import Source, decoding_pipeline
-from unikd_fast.data.dali_views import ImageFeed, ReadBatch, ReadViews, decoded, read_image
+from unikd_fast.data.dali_views import ImageFeed, ReadBatch, ReadViews, decoded, read_image, windows_by
 from unikd_fast.data.files import DecodeRequest
 from unikd_fast.data.images import StoredImage, read_rgb
 from unikd_fast.data.sets.image_folder import load_image_folder
@@ -199,7 +199,7 @@ def test_pil_decodes_what_dali_fails_on(jpegs: DataSplits, caplog: pytest.LogCap
 
     def parts(kind: type[ImageFeed], for_pil: set) -> list[np.ndarray]:
         with ThreadPoolExecutor(2) as threads:
-            feed = kind(iter(requests), Windows(64, 73), threads, ahead=3, for_pil=for_pil)
+            feed = kind(iter(requests), windows_by(Windows(64, 73)), threads, ahead=3, for_pil=for_pil)
 
             def pipeline_of(source: Source) -> Pipeline:
                 return decoding_pipeline(source, batch_size=8, threads=2, prefetch=3)

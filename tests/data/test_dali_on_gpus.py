@@ -14,7 +14,7 @@ pytest.importorskip("nvidia.dali")
 from support.dali_loaders import CROPS, RESIZED, SHORT, SIZE, crops, levels, make
 from unikd_fast.data.augmentation import Augmentation, view_parameters
 from unikd_fast.data.dali import choose_decoding, view_pipeline
-from unikd_fast.data.dali_views import ImageFeed, ReadViews, cut_view, read_image
+from unikd_fast.data.dali_views import ImageFeed, ReadViews, cut_view, read_image, windows_by
 from unikd_fast.data.files import DecodeRequest
 from unikd_fast.data.splits import DataSplits, ImageFiles
 from unikd_fast.data.views import Windows
@@ -29,7 +29,9 @@ def encoded(splits: DataSplits, augmentation: Augmentation, second: Augmentation
     )
     request = DecodeRequest(splits.train.images(ids), splits.train.labels[ids], ids, views, other)
     with ThreadPoolExecutor(1) as threads:
-        batch = ImageFeed(iter([request]), Windows(SIZE, SHORT), threads, ahead=1, for_pil=set()).next_batch()
+        batch = ImageFeed(
+            iter([request]), windows_by(Windows(SIZE, SHORT)), threads, ahead=1, for_pil=set()
+        ).next_batch()
     assert batch is not None
     return list(batch.images.values())
 

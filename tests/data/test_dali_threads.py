@@ -19,7 +19,7 @@ pytest.importorskip("nvidia.dali")
 from unikd_fast.data import dali
 from unikd_fast.data.augmentation import view_parameters
 from unikd_fast.data.dali import decoding_pipeline
-from unikd_fast.data.dali_views import ImageFeed, decoded
+from unikd_fast.data.dali_views import ImageFeed, decoded, windows_by
 from unikd_fast.data.files import DecodeRequest
 from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.splits import DataSplits, ImageFiles
@@ -37,7 +37,7 @@ def test_a_failure_that_is_no_images_fault_passes(jpegs: DataSplits) -> None:
     views = view_parameters(RESIZED, seed=0, epoch=0, sample_ids=ids)
     request = DecodeRequest(jpegs.train.images(ids), jpegs.train.labels[ids], ids, views)
     with ThreadPoolExecutor(1) as threads:
-        feed = ImageFeed(iter([request]), Windows(64, 73), threads, ahead=1, for_pil=set())
+        feed = ImageFeed(iter([request]), windows_by(Windows(64, 73)), threads, ahead=1, for_pil=set())
         # DALI refuses batches that are larger than it was told; halves of this one it takes.
         made = decoded(
             feed, lambda source: decoding_pipeline(source, batch_size=7, threads=1, prefetch=1), encoded_only=True

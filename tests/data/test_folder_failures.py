@@ -119,7 +119,7 @@ def test_the_report_of_a_dead_worker_names_the_remedies(
     def die(*_: object) -> None:
         raise symptom
 
-    monkeypatch.setattr("unikd_fast.data.files._SIGNAL_WAIT_S", 0.0)
+    monkeypatch.setattr("unikd_fast.data.workers._SIGNAL_WAIT_S", 0.0)
     monkeypatch.setattr("unikd_fast.data.files.Decoder.__getitem__", die)
     with pytest.raises(RuntimeError, match=rf"process died \({type(symptom).__name__}: .* data\.workers; .*/dev/shm"):
         next(loader(splits).train(0))

@@ -137,3 +137,30 @@ def test_refuses_ranks_and_micro_steps_out_of_range() -> None:
         EpochSampler(16, 0, seed=0)
     with pytest.raises(ValueError, match="seed must be in"):
         EpochSampler(16, 8, seed=-1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 60), st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_groups_share_batches_at_their_borders_alone(batch: int, extra: int, seed: int, epoch: int) -> None:
+    """And the epoch has the samples that it has without groups."""
+    count = batch + extra
+    groups = np.random.default_rng(seed).integers(0, 2, count)
+    grouped = EpochSampler(count, batch, seed=seed, groups=groups)
+    batches = [grouped.global_batch(epoch, step) for step in range(grouped.steps_per_epoch)]
+    assert sum(len(np.unique(groups[each])) > 1 for each in batches) <= 1
+    plain = EpochSampler(count, batch, seed=seed)
+    assert set(grouped.permutation(epoch)[: len(batches) * batch]) == set(
+        plain.permutation(epoch)[: len(batches) * batch]
+    )
+    assert sorted(grouped.permutation(epoch)) == list(range(count))
+
+
+def test_batches_of_groups_are_shuffled() -> None:
+    """Each epoch anew, and not one group after the other."""
+    groups = np.arange(400) % 2
+    sampler = EpochSampler(400, 4, seed=1, groups=groups)
+    kinds = np.array([[groups[sampler.global_batch(epoch, step)[0]] for step in range(100)] for epoch in range(2)])
+    assert (kinds[0] != kinds[1]).any()
+    changes = (kinds[:, 1:] != kinds[:, :-1]).sum(axis=1)
+    assert (changes > 25).all() and (changes < 75).all()  # 49.5 expected, with a deviation of 5
+    assert not np.array_equal(sampler.permutation(0), sampler.permutation(1))

@@ -49,6 +49,9 @@ _USUAL: dict[str, tuple[Crop, int, float]] = {
     "cifar100": ("pad", 4, 0.5),
     "synthetic": ("none", 0, 0.5),
     "fine_grained": ("none", 0, 0.0),
+    "coco": ("none", 0, 0.5),
+    "voc": ("none", 0, 0.5),
+    "toy_scenes": ("none", 0, 0.5),
 }
 _USUAL_OF_FILES: tuple[Crop, int, float] = ("resized", 0, 0.5)
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from weakref import WeakSet
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from unikd_fast.data.dali_views import ImageFeed, PipelineOf, ReadViews, ViewBatch, cpu_views, gpu_views
+from unikd_fast.data.dali_views import ImageFeed, PipelineOf, ReadViews, ViewBatch, cpu_views, gpu_views, windows_by
 from unikd_fast.data.device import Normalise, to_device
 from unikd_fast.data.files import DecodeRequest, FileRequests, Requested
 from unikd_fast.data.images import BadImage, StoredImage
@@ -49,9 +49,11 @@ _SIZE = 64
 _MAX_MEAN_DIFFERENCE = 8.0  # in levels: chroma is smoothed differently, a broken decoder is farther off
 
 # Iterators that are open. While Python shuts down, what their ends call may be gone before they are collected.
-_open: WeakSet[Generator[ViewBatch, None, None]] = WeakSet()
+_open: WeakSet[Generator[Any, None, None]] = WeakSet()
 
 _logger = logging.getLogger("unikd_fast")
+
+T = TypeVar("T")
 
 
 @cache
@@ -383,9 +385,9 @@ class DaliLoader:
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`."""
-        asked, samples = self._files.evaluation(split)
+        asked = self._files.evaluation(split)
         yield from self._batches(asked)
-        asked.log_missing(split, samples)
+        asked.tally.log_missing()
 
     def _batches(self, asked: Requested) -> Iterator[Batch]:
         requests, tally = asked
@@ -393,8 +395,7 @@ class DaliLoader:
         while first is not None:
             # A pipeline is built for a largest batch. Only `views` may ask for a larger one later, which gets another.
             fitting = _UpTo(len(first.images), chain((first,), requests))
-            with closing(self._views(first, fitting)) as made:
-                _open.add(made)
+            with closed_in_time(self._views(first, fitting)) as made:
                 for views in made:
                     tally.add(views.batch.bad)
                     if (batch := self._batch(views)) is not None:
@@ -421,7 +422,7 @@ class DaliLoader:
             self._number_of_threads, thread_name_prefix="unikd-dali-loader", initializer=limit_to_one_thread
         )
         try:
-            feed = ImageFeed(requests, self._windows, threads, ahead=PREFETCH + 1, for_pil=self._for_pil)
+            feed = ImageFeed(requests, windows_by(self._windows), threads, ahead=PREFETCH + 1, for_pil=self._for_pil)
             if self._decoding == "cpu":
                 yield from cpu_views(feed, pipeline_of, threads, self._windows.image_size, self._interpolation)
             else:
@@ -448,6 +449,14 @@ class DaliLoader:
             device_id=gpu_number(self._device),
             **shared,
         )
+
+
+@contextmanager
+def closed_in_time(made: Generator[T, None, None]) -> Iterator[Generator[T, None, None]]:
+    """Close an iterator that has threads or a pipeline at the end, or when Python shuts down."""
+    with closing(made):
+        _open.add(made)
+        yield made
 
 
 @atexit.register

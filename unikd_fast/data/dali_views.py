@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class ReadViews(NamedTuple):
 class ReadBatch(NamedTuple):
     """A request for N images and the M of them that are good, read."""
 
-    request: DecodeRequest
+    request: Any  # DecodeRequest, or SceneRequest
     images: dict[int, ReadViews]  # place in the request: image; M of them, by place
     bad: tuple[BadImage, ...]
 
@@ -80,20 +80,22 @@ class ImageFeed:
 
     Args:
         requests: requests, taken one by one as batches are asked for.
-        windows: windows of the views.
+        windows_of: function of a request, a place in it and the image there, that returns the windows of its views; it
+            raises DataError if the image cannot be used.
         threads: threads that read.
         ahead: number of requests that are read at a time, including the one asked for; at least 1.
         for_pil: images that Pillow is to decode, whatever they are; `read_by_pil` adds to them.
 
     Example:
         >>> with ThreadPoolExecutor(2) as threads:
-        ...     batch = ImageFeed(iter(requests), Windows(224, 256), threads, ahead=3, for_pil=set()).next_batch()
+        ...     feed = ImageFeed(iter(requests), windows_by(Windows(224, 256)), threads, ahead=3, for_pil=set())
+        ...     batch = feed.next_batch()
     """
 
     def __init__(
         self,
-        requests: Iterator[DecodeRequest],
-        windows: Windows,
+        requests: Iterator[Any],
+        windows_of: "WindowsOf",
         threads: Executor,
         *,
         ahead: int,
@@ -101,10 +103,10 @@ class ImageFeed:
     ) -> None:
         self._requests = requests
         self._for_pil = for_pil
-        self._windows = windows
+        self._windows_of = windows_of
         self._threads = threads
         self._ahead = ahead
-        self._reading: deque[tuple[DecodeRequest, list[Future[list[ReadViews | BadImage]]]]] = deque()
+        self._reading: deque[tuple[Any, list[Future[list[ReadViews | BadImage]]]]] = deque()
 
     def next_batch(self) -> ReadBatch | None:
         """Return the next request, read; None after the last.
@@ -123,7 +125,7 @@ class ImageFeed:
         good = {place: image for place, image in found.items() if isinstance(image, ReadViews)}
         return ReadBatch(request, good, tuple(image for image in found.values() if isinstance(image, BadImage)))
 
-    def read_by_pil(self, request: DecodeRequest, place: int) -> ReadViews | BadImage:
+    def read_by_pil(self, request: Any, place: int) -> ReadViews | BadImage:
         """Return an image of a request that DALI failed to decode, decoded by Pillow, now and in future.
 
         Raises:
@@ -132,33 +134,43 @@ class ImageFeed:
         self._for_pil.add(request.images[place])
         return self._read_one(request, place)
 
-    def is_by_pil(self, request: DecodeRequest, place: int) -> bool:
+    def is_by_pil(self, request: Any, place: int) -> bool:
         """Return whether `read_by_pil` was called for this image."""
         return request.images[place] in self._for_pil
 
-    def _read(self, request: DecodeRequest, places: range) -> list[ReadViews | BadImage]:
+    def _read(self, request: Any, places: range) -> list[ReadViews | BadImage]:
         return [self._read_one(request, place) for place in places]
 
-    def _read_one(self, request: DecodeRequest, place: int) -> ReadViews | BadImage:
+    def _read_one(self, request: Any, place: int) -> ReadViews | BadImage:
         """Read and check an image; all that is read comes through here."""
         stored = request.images[place]
         try:
             image = _decoded_by_pil(stored) if stored in self._for_pil else read_image(stored)
-            self._windows.check(stored, image.height, image.width)
+            windows = self._windows_of(request, place, image)
         except DataError as error:
             if request.on_bad == "raise":
                 raise
             return BadImage(stored.name, int(request.sample_ids[place]), str(error))
-        windows = self._windows_of(request, place, image)
         part = enclosing([window.box for window in windows])
         inside = tuple(window._replace(box=window.box.within(part)) for window in windows)
         return ReadViews(image.content, part, inside)
 
-    def _windows_of(self, request: DecodeRequest, place: int, image: ReadImage) -> list[ViewWindow]:
+
+WindowsOf = Callable[[Any, int, ReadImage], list[ViewWindow]]
+"""Returns the windows of the image at a place of a request."""
+
+
+def windows_by(windows: Windows) -> WindowsOf:
+    """Return the function that says which windows a `DecodeRequest` asks for."""
+
+    def windows_of(request: DecodeRequest, place: int, image: ReadImage) -> list[ViewWindow]:
+        windows.check(request.images[place], image.height, image.width)
         if request.views is None:
-            return [self._windows.central(image.height, image.width)]
+            return [windows.central(image.height, image.width)]
         shown = (request.views,) if request.second is None else (request.views, request.second)
-        return [self._windows.training(views, place, image.height, image.width) for views in shown]
+        return [windows.training(views, place, image.height, image.width) for views in shown]
+
+    return windows_of
 
 
 def read_image(stored: StoredImage) -> ReadImage:
@@ -371,12 +383,31 @@ def cpu_views(
     Raises:
         DataError: an image cannot be read or decoded, and its request makes that an error.
     """
-    started: deque[tuple[ViewBatch, list[Future[None]]]] = deque()
+    yield from made_ahead(
+        decoded(feed, pipeline_of, encoded_only=True),
+        lambda batch, outputs: _start(batch, outputs, threads, image_size, interpolation),
+    )
+
+
+V = TypeVar("V")
+
+
+def made_ahead(
+    batches: Generator[tuple[ReadBatch, Any], None, None],
+    start: Callable[[ReadBatch, Any], tuple[V, list[Future[None]]]],
+) -> Generator[V, None, None]:
+    """Yield what is made of decoded batches, while that of the next one is under way.
+
+    Args:
+        batches: batches of `decoded`.
+        start: function of a batch and DALI's outputs, that returns what will be there when the tasks have ended.
+    """
+    started: deque[tuple[V, list[Future[None]]]] = deque()
     bad: DataError | None = None
-    with closing(decoded(feed, pipeline_of, encoded_only=True)) as batches:
+    with closing(batches):
         try:
             for batch, outputs in batches:
-                started.append(_start(batch, outputs, threads, image_size, interpolation))
+                started.append(start(batch, outputs))
                 if len(started) > 1:
                     yield _finished(*started.popleft())
         except DataError as error:
@@ -387,14 +418,24 @@ def cpu_views(
         raise bad
 
 
+def raw_parts(batch: ReadBatch, outputs: Any) -> list[Any]:
+    """Return the decoded parts of the good images of a batch, by place, for `part_pixels`."""
+    by_dali = iter(() if outputs is None else outputs[0])
+    return [image.decoded_part() if image.is_decoded else next(by_dali) for image in batch.images.values()]
+
+
+def part_pixels(part: Any) -> Tensor:
+    """Return the (H, W, 3) uint8 pixels of a decoded part."""
+    return torch.from_numpy(part.copy()) if isinstance(part, np.ndarray) else torch.from_dlpack(part)
+
+
 def _start(
     batch: ReadBatch, outputs: Any, threads: Executor, image_size: int, interpolation: Interpolation
 ) -> tuple[ViewBatch, list[Future[None]]]:
     images = list(batch.images.items())
     if not images:
         return ViewBatch(batch, []), []
-    by_dali = iter(() if outputs is None else outputs[0])
-    parts = [image.decoded_part() if image.is_decoded else next(by_dali) for _, image in images]
+    parts = raw_parts(batch, outputs)
     shown = [torch.empty(len(images), 3, image_size, image_size, dtype=torch.uint8) for _ in images[0][1].windows]
 
     numbers_of = (batch.request.views, batch.request.second)
@@ -402,7 +443,7 @@ def _start(
     def make(rows: range) -> None:
         for row in rows:
             place, image = images[row]
-            part = torch.from_numpy(parts[row].copy()) if image.is_decoded else torch.from_dlpack(parts[row])
+            part = part_pixels(parts[row])
             for views, window, numbers in zip(shown, image.windows, numbers_of, strict=False):
                 view = cut_view(part, window, image_size, interpolation)
                 views[row] = view if numbers is None else _strong(view, numbers, place)
@@ -414,10 +455,10 @@ def _strong(view: Tensor, numbers: ViewParameters, place: int) -> Tensor:
     return strong_view(view, numbers, place) if numbers.augmentation.is_strong else view
 
 
-def _finished(views: ViewBatch, tasks: list[Future[None]]) -> ViewBatch:
+def _finished(made: V, tasks: list[Future[None]]) -> V:
     for task in tasks:
         task.result()
-    return views
+    return made
 
 
 def cut_view(image: Tensor, window: ViewWindow, image_size: int, interpolation: Interpolation = "bilinear") -> Tensor:

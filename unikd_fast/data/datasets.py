@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
-from unikd_fast.data.files import DecodedBatch, Decoder, DecodeRequest, without_bad, worker_died
+from unikd_fast.data.files import DecodedBatch, Decoder, DecodeRequest, without_bad
 from unikd_fast.data.images import BadImage, as_rgb
 from unikd_fast.data.splits import IMAGENET_MEAN, IMAGENET_STD, DatasetImages, DatasetItem, DataSplits
 from unikd_fast.data.views import Windows
+from unikd_fast.data.workers import worker_died
 from unikd_fast.errors import DataError
 from unikd_fast.values import NO_LABEL, Interpolation
 

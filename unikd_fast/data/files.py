@@ -1,14 +1,9 @@
 """The loader of image files: worker processes decode them with Pillow, the device normalises."""
 
-import atexit
-import logging
-import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL
@@ -16,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, features
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from unikd_fast.data.augmentation import SECOND_VIEWS, Augmentation, ViewParameters
 from unikd_fast.data.device import Normalise
@@ -25,22 +19,13 @@ from unikd_fast.data.sampler import Schedule
 from unikd_fast.data.settings import BadImages
 from unikd_fast.data.splits import DatasetImages, DataSplits, Split, StoredImages
 from unikd_fast.data.views import ViewWindow, Windows, strong_pixels, strong_views
-from unikd_fast.errors import DataError, LoaderError
+from unikd_fast.data.workers import DecodingWorkers
+from unikd_fast.errors import DataError
 from unikd_fast.values import Batch, Interpolation
 
 OnBad = Literal["raise", "replace", "leave_out"]
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-_SIGNAL_WAIT_S = 1.0
-
-_GRACE_S = 10
-
-# torch's iterators that have workers and are still there, and the queues through which the workers are told to end:
-# Python closes those first where it collects them and the iterator as one cycle of garbage.
-_with_workers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-_logger = logging.getLogger("unikd_fast")
 
 
 @dataclass(frozen=True)
@@ -162,11 +147,6 @@ class Requested(NamedTuple):
     requests: Iterator[DecodeRequest]
     tally: BadImageTally
 
-    def log_missing(self, split: str, samples: int) -> None:
-        """Log how many samples an evaluation went without, if any."""
-        if self.tally.images:
-            _logger.warning("%s: evaluated without %d of %d samples", split, len(self.tally.images), samples)
-
 
 class FileRequests:
     """Turn this rank's part of a data set of files into requests for any decoder.
@@ -242,8 +222,8 @@ class FileRequests:
         requests = (self._request(rows, self.schedule.views(rows, epoch), seeds=((epoch, 0),)) for rows, epoch in asked)
         return Requested(requests, self._new_tally("views", 0))
 
-    def evaluation(self, split: Literal["val", "test"]) -> tuple[Requested, int]:
-        """Return the requests for this rank's share of a split, and the samples of all; see `Loader.evaluate`."""
+    def evaluation(self, split: Literal["val", "test"]) -> Requested:
+        """Return the requests for this rank's share of a split; see `Loader.evaluate`."""
         files = self._held_out[split]
         sample_ids = files.sample_ids
         on_bad: OnBad = "leave_out" if self._skip_bad else "raise"
@@ -253,7 +233,7 @@ class FileRequests:
             )
             for part in self.schedule.evaluation(len(files))
         )
-        return Requested(requests, self._new_tally(split, len(files))), len(files)
+        return Requested(requests, self._new_tally(split, len(files)))
 
     def _request(
         self,
@@ -283,70 +263,10 @@ def _files(split: Split) -> StoredImages:
     return split
 
 
-def start_workers(loader: DataLoader) -> Any:
-    """Return an iterator over what a loader's workers make; they begin at once and end with this process.
-
-    Raises:
-        LoaderError: its workers died since they were last used.
-    """
-    try:
-        batches: Any = iter(loader)
-    except RuntimeError as error:  # persistent workers may have died since the last epoch
-        if "DataLoader worker" not in str(error):
-            raise
-        raise worker_died(error) from error
-    if loader.num_workers:
-        _with_workers[batches] = batches._index_queues
-        # The last to be registered is the first to be called. Of the others, torch's keep it from ending its workers or
-        # wait for them, and multiprocessing's sends them SIGTERM, which they put off, and waits too.
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)
-    return batches
-
-
-def _end_workers() -> None:
-    for batches in tuple(_with_workers):
-        batches.__del__()
-
-
-def worker_died(cause: Exception) -> LoaderError:
-    """Return the error to raise when a worker has died of this."""
-    return LoaderError(
-        f"FolderLoader: a decoding process died ({type(cause).__name__}: {cause}); short of memory, lower "
-        "data.workers; short of shared memory, enlarge /dev/shm (docker run --shm-size); "
-        "workers 0 shows where it happens"
-    )
-
-
-def worker_failure(broken_connection: Exception) -> Exception:
-    """Return what torch says about the death of a worker, otherwise how it was noticed.
-
-    torch raises from a signal handler, a moment after the connection breaks and wherever this process is by then. Wait
-    for it here, where it can be reported; later it could strike while the error is being printed.
-    """
-    try:
-        time.sleep(_SIGNAL_WAIT_S)
-    except RuntimeError as error:
-        return error
-    return broken_connection
-
-
-def outlive_stop_signals(worker: int) -> None:
-    """Keep a worker, which calls this first, alive through Ctrl-C and signals that are sent to all processes.
-
-    It must serve until the run has finished its step and saved. But Python also ends it by SIGTERM at exit, so that
-    signal is delayed, not ignored.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
-
-
 class FolderLoader:
     """Serve image files through worker processes; made by `build_loader`, which documents the methods.
 
-    The training workers live as long as the loader and serve one iterator at a time: a new `train` takes them over.
-    Each evaluation has workers of its own and may run in the middle of an epoch.
+    Its processes are `DecodingWorkers`: a new `train` takes over those of training, and each evaluation has its own.
 
     Args:
         splits: data set.
@@ -371,11 +291,8 @@ class FolderLoader:
         workers: int = 2,
         channels_last: bool = False,
     ) -> None:
-        if workers < 0:
-            raise ValueError(f"FolderLoader: workers must be at least 0, got {workers}")
         self._files = files
         self._device = device
-        self._workers = workers
         self._is_resized = splits.is_resized
         self._normalise: Callable[[Tensor], Tensor] = Normalise(
             splits.mean, splits.std, device=device, channels_last=channels_last
@@ -389,9 +306,7 @@ class FolderLoader:
             if not splits.is_resized:
                 layout = torch.channels_last if channels_last else torch.contiguous_format
                 self._normalise = partial(Tensor.contiguous, memory_format=layout)
-        self._requests = _Requests()
-        self._train_workers = self._data_loader(self._requests, persistent=workers > 0)
-        self._latest_train = 0
+        self._workers = DecodingWorkers(self._decoder, workers, pin_memory=device.type == "cuda")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -430,9 +345,7 @@ class FolderLoader:
             RuntimeError: the iterator is used after a newer `train` took over the workers.
         """
         requests, tally = self._files.training(epoch, start_step, stream, view_epoch=view_epoch)
-        self._requests.pending = requests
-        self._latest_train += 1
-        return self._train_batches(start_workers(self._train_workers), tally, self._latest_train)
+        return self._workers.train(requests, tally, self._batch)
 
     def views(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield a batch of views for each request, decoded ahead by workers of its own; see `Loader.views`.
@@ -442,9 +355,8 @@ class FolderLoader:
         Raises:
             LoaderError: a worker died.
         """
-        queue = _Requests()
-        queue.pending, tally = self._files.views(requests)
-        return self._batches(start_workers(self._data_loader(queue, persistent=False)), tally)
+        asked, tally = self._files.views(requests)
+        return self._workers.once(asked, tally, self._batch)
 
     def evaluate(self, split: Literal["val", "test"]) -> Iterator[Batch]:
         """Yield this rank's share of a split, without bad files if those are skipped; see `Loader.evaluate`.
@@ -452,75 +364,18 @@ class FolderLoader:
         Raises:
             LoaderError: a worker died.
         """
-        asked, samples = self._files.evaluation(split)
+        asked = self._files.evaluation(split)
         requests = list(asked.requests)
         if requests:
-            yield from self._batches(start_workers(self._data_loader(requests, persistent=False)), asked.tally)
-        asked.log_missing(split, samples)
+            yield from self._workers.once(requests, asked.tally, self._batch)
+        asked.tally.log_missing()
 
-    def _train_batches(self, decoded: Iterator[DecodedBatch], tally: BadImageTally, ticket: int) -> Iterator[Batch]:
-        batches = self._batches(decoded, tally)
-        while True:
-            if ticket != self._latest_train:
-                raise RuntimeError(
-                    "FolderLoader.train: this iterator ended when a newer call of train took over the workers; "
-                    "build a second loader to train from two iterators at once"
-                )
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    def _batches(self, decoded: Iterator[DecodedBatch], tally: BadImageTally) -> Iterator[Batch]:
-        try:
-            for images, labels, sample_ids, second, bad in decoded:
-                tally.add(bad)
-                if not len(images):
-                    continue
-                on_device = (part.to(self._device, non_blocking=True) for part in (images, labels, sample_ids))
-                pixels, labels, sample_ids = on_device
-                other = None if second is None else self._normalise(second.to(self._device, non_blocking=True))
-                yield Batch(self._normalise(pixels), labels, sample_ids, other)
-        except DataError as error:
-            # torch has put the worker's traceback into the message, whose end is what is wrong with the file. Its frame
-            # here holds the error and is held by the traceback; without one the workers end now and not at some garbage
-            # collection.
-            error.args = (str(error).rpartition("DataError: ")[2].rstrip(),)
-            raise error.with_traceback(None)  # noqa: B904
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise worker_died(error) from error
-        except (EOFError, ConnectionError, FileNotFoundError) as error:
-            # Files that cannot be read are DataErrors, so this is a batch whose maker is no longer there to hand over
-            # its memory.
-            cause = worker_failure(error)
-            raise worker_died(cause) from cause
-
-    def _data_loader(self, requests: Iterable[DecodeRequest], *, persistent: bool) -> DataLoader:
-        return DataLoader(
-            self._decoder,  # type: ignore[arg-type]
-            sampler=requests,
-            batch_size=None,
-            num_workers=self._workers,
-            collate_fn=_as_decoded,
-            pin_memory=self._device.type == "cuda",
-            persistent_workers=persistent,
-            worker_init_fn=outlive_stop_signals,
-            # Without a generator a DataLoader draws from the global one, and a resumed run would see other numbers.
-            generator=torch.Generator(),
-        )
-
-
-class _Requests:
-    """The queue of the training workers: a long-lived DataLoader asks anew for its sampler's items at each epoch."""
-
-    def __init__(self) -> None:
-        self.pending: Iterator[DecodeRequest] = iter(())
-
-    def __iter__(self) -> Iterator[DecodeRequest]:
-        return self.pending
-
-
-def _as_decoded(decoded: Any) -> Any:
-    return decoded
+    def _batch(self, decoded: DecodedBatch) -> Batch | None:
+        """Return a batch on the device, or None if all its images are left out."""
+        images, labels, sample_ids, second, _ = decoded
+        if not len(images):
+            return None
+        on_device = (part.to(self._device, non_blocking=True) for part in (images, labels, sample_ids))
+        pixels, labels, sample_ids = on_device
+        other = None if second is None else self._normalise(second.to(self._device, non_blocking=True))
+        return Batch(self._normalise(pixels), labels, sample_ids, other)

@@ -75,6 +75,8 @@ class StoredImage(NamedTuple):
                 return file.read()
         except OSError as error:
             raise DataError(f"cannot read {self.name}: {error.strerror}; restore the file or remove it") from error
+        except ValueError as error:
+            raise DataError(f"cannot read {self.name}: no file can have this name; correct it") from error
 
 
 def read_rgb(stored: StoredImage) -> Image.Image:
@@ -238,6 +240,11 @@ class BadImageTally:
         self._images += images
         names = [image.name for image in self._images[:_NAMED_IN_ERRORS]]
         check_bad_share(len(self._images), names, self._purpose, samples=self._samples, max_share=self._max_share)
+
+    def log_missing(self) -> None:
+        """Log how many samples an evaluation went without, if any."""
+        if self._images:
+            _logger.warning("%s: evaluated without %d of %d samples", self._purpose, len(self._images), self._samples)
 
 
 def check_bad_share(count: int, names: Sequence[str], purpose: str, *, samples: int, max_share: float) -> None:

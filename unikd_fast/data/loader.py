@@ -159,7 +159,7 @@ def _build_unmixed(
     second_view: bool,
 ) -> Loader:
     augmentation = data.first_augmentation
-    kind = _fitting_kind(data.loader, splits)
+    kind = fitting_kind(data.loader, _fitting(splits), type(splits.train).__name__)
     schedule, other = follow(augmentation), follow(data.second_augmentation) if second_view else None
     if kind == "device":
         return DeviceLoader(splits, augmentation, schedule, device=device, channels_last=channels_last, second=other)
@@ -185,17 +185,26 @@ def _build_unmixed(
     return FolderLoader(splits, files, device=device, workers=data.workers, channels_last=channels_last)
 
 
-def _fitting_kind(kind: LoaderKind, splits: DataSplits) -> LoaderKind:
-    """Return the kind that loads the data, "auto" resolved."""
-    fitting: tuple[LoaderKind, ...] = ("dali", "torchvision")
+def _fitting(splits: DataSplits) -> tuple[LoaderKind, ...]:
     if isinstance(splits.train, TensorImages):
-        fitting = ("device",)
-    elif isinstance(splits.train, DatasetImages):
-        fitting = ("torchvision",)
+        return ("device",)
+    return ("torchvision",) if isinstance(splits.train, DatasetImages) else ("dali", "torchvision")
+
+
+def fitting_kind(kind: LoaderKind, fitting: tuple[LoaderKind, ...], images: str) -> LoaderKind:
+    """Return the kind of loader to use, "auto" resolved.
+
+    Args:
+        kind: kind that is set.
+        fitting: kinds that load the images.
+        images: what messages call them.
+
+    Raises:
+        ValueError: the kind is not among these, or is "dali", which does not work here.
+    """
     if kind not in ("auto", *fitting):
         raise ValueError(
-            f"build_loader: kind {kind!r} does not load {type(splits.train).__name__}; use "
-            f"{', '.join(map(repr, fitting))} or 'auto'"
+            f"build_loader: kind {kind!r} does not load {images}; use {', '.join(map(repr, fitting))} or 'auto'"
         )
     if kind == "torchvision" or len(fitting) == 1:
         return fitting[-1]

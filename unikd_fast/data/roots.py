@@ -14,6 +14,8 @@ _LAYOUTS: dict[str, tuple[str, ...]] = {
     "image_folder": ("train", "val"),
     "imagenet": ("train", "val"),
     "arrow": (),
+    "coco": (),
+    "voc": ("JPEGImages", "Annotations", "ImageSets/Main"),
 }
 
 # Data set -> layout below the root in words; None where no files are needed.
@@ -26,6 +28,9 @@ _ROOTS: dict[str, str | None] = {
     "synthetic": None,
     "fine_grained": None,
     "given": None,
+    "coco": "annotations/instances_train<year>.json and train<year>/, or train.json and train/, and the same for val",
+    "voc": "JPEGImages, Annotations and ImageSets/Main/{train,val}.txt",
+    "toy_scenes": None,
 }
 DATA_NAMES = tuple(_ROOTS)
 

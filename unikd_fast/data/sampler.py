@@ -12,6 +12,7 @@ from unikd_fast.data.augmentation import Augmentation, ViewParameters, view_para
 from unikd_fast.data.philox import FIRST_RESERVED_STREAM, check_below, sort_keys
 
 _ORDER_STREAM = FIRST_RESERVED_STREAM
+_BATCH_STREAM = FIRST_RESERVED_STREAM + 4
 
 
 class EpochSampler:
@@ -23,6 +24,8 @@ class EpochSampler:
         num_samples: number of samples in the split.
         global_batch_size: number of samples per optimiser step, over all ranks and micro-steps.
         seed: seed in [0, 2^64).
+        groups: (N,) group of each sample, such as its image's shape: global batches are then of one group, except for
+            one at each border between groups, and come in random order. If None, samples are not grouped.
 
     Raises:
         ValueError: the split does not fill one global batch, or the seed is out of range.
@@ -33,7 +36,7 @@ class EpochSampler:
         781
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, *, seed: int) -> None:
+    def __init__(self, num_samples: int, global_batch_size: int, *, seed: int, groups: NDArray | None = None) -> None:
         if global_batch_size < 1:
             raise ValueError(
                 f"EpochSampler: global_batch_size must be at least 1, got {global_batch_size}; raise "
@@ -47,6 +50,7 @@ class EpochSampler:
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.seed = check_below("seed", seed, 2**64)
+        self._groups = groups
         self._cached: tuple[int, NDArray[np.int64]] | None = None
 
     @property
@@ -59,9 +63,22 @@ class EpochSampler:
         if self._cached is None or self._cached[0] != epoch:
             keys = sort_keys(self.seed, epoch, np.arange(self.num_samples), stream=_ORDER_STREAM)
             order = keys.argsort(kind="stable")
+            if self._groups is not None:
+                order = self._grouped(order, self._groups, epoch)
             order.flags.writeable = False
             self._cached = (epoch, order)
         return self._cached[1]
+
+    def _grouped(self, order: NDArray[np.int64], groups: NDArray, epoch: int) -> NDArray[np.int64]:
+        """Return an order in which the samples of each group follow each other, cut into batches and these shuffled.
+
+        The samples of the epoch stay those of `order`: which ones are left out does not depend on their group.
+        """
+        used = self.steps_per_epoch * self.global_batch_size
+        by_group = order[:used][groups[order[:used]].argsort(kind="stable")]
+        keys = sort_keys(self.seed, epoch, np.arange(self.steps_per_epoch), stream=_BATCH_STREAM)
+        batches = by_group.reshape(self.steps_per_epoch, -1)[keys.argsort(kind="stable")]
+        return np.concatenate((batches.ravel(), order[used:]))
 
     def global_batch(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Return the (global_batch_size,) positions of one optimiser step.
@@ -141,6 +158,7 @@ class Schedule:
         global_batch_size: number of samples per optimiser step, over all ranks and micro-steps.
         accumulation_steps: number of micro-batches per optimiser step.
         rank, world_size: number of this process, and of all.
+        groups: (N,) group of each sample; see `EpochSampler`.
 
     Raises:
         ValueError: the batch does not divide evenly, the split does not fill it, or the rank is out of range.
@@ -161,9 +179,10 @@ class Schedule:
         accumulation_steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        groups: NDArray | None = None,
     ) -> None:
         self.micro_batch_size = micro_batch_size(global_batch_size, world_size, accumulation_steps)
-        self._sampler = EpochSampler(len(sample_ids), global_batch_size, seed=seed)
+        self._sampler = EpochSampler(len(sample_ids), global_batch_size, seed=seed, groups=groups)
         if not 0 <= rank < world_size:
             raise ValueError(f"Schedule: rank must be in [0, {world_size}), got {rank}")
         self._sample_ids = sample_ids

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from unikd_fast.data.augmentation import Augmentation
+from unikd_fast.data.detection.views import DetectionSettings
 from unikd_fast.data.mixing import Mixing
 from unikd_fast.settings import Fraction, ImageSize, PositiveInt, Text, settings
 
@@ -17,11 +18,23 @@ BadImages = Literal["error", "skip"]
 class DataSettings:
     """The data set and how it is read."""
 
-    name: Literal["digits", "cifar100", "image_folder", "imagenet", "arrow", "synthetic", "fine_grained", "given"]
+    name: Literal[
+        "digits",
+        "cifar100",
+        "image_folder",
+        "imagenet",
+        "arrow",
+        "synthetic",
+        "fine_grained",
+        "given",
+        "coco",
+        "voc",
+        "toy_scenes",
+    ]
     """Name of the data set. digits ships with scikit-learn. cifar100, image_folder and imagenet are read from root, as
     is arrow: anything that Hugging Face datasets opens (stores of unikd data pack or save_to_disk, Parquet files,
     WebDataset tars, an imagefolder). synthetic and fine_grained are generated. given: data sets passed to
-    unikd_fast.distill."""
+    unikd_fast.distill. With boxes, for detection: coco and voc are read from root, toy_scenes is generated."""
     root: Text | None = None
     """Folder of the data set, for data that are read from disk. Environment variables are written ${IMAGENET_ROOT}."""
     unlabeled_root: Text | None = None
@@ -70,6 +83,8 @@ class DataSettings:
     RandAugment (2 operations at magnitude 10) and a quarter of the area erased."""
     mixing: Mixing = Mixing()
     """Mixup and CutMix."""
+    detection: DetectionSettings = DetectionSettings()
+    """How images with boxes are resized."""
 
     @property
     def first_augmentation(self) -> Augmentation:

@@ -63,6 +63,11 @@ def open_data(data: DataSettings) -> DataSplits:
         ),
         "given": lambda: find(data.digest, "data.digest"),
     }
+    if name not in openers:
+        raise ValueError(
+            f"open_data: images of {name} have boxes and no label, and the task is classification; choose another "
+            "data.name"
+        )
     if data.val_samples and name not in ("cifar100", "image_folder"):
         raise ValueError(
             f"open_data: val_samples is for cifar100 and image_folder, {name} has a val split; got {data.val_samples}, "
