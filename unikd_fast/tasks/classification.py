@@ -1,15 +1,9 @@
 """Image classification: accuracy and cross-entropy."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # reports, which read figures, need no torch
     from torch import Tensor
-
-FIGURES = ("accuracy", "top5", "ce")
-"""Figures of an evaluation in result.json and the report: two accuracies in percent and the mean cross-entropy."""
-OPTIONAL_FIGURES = ("top5",)
-"""Figures of more than five classes alone."""
 
 
 def count(logits: "Tensor", labels: "Tensor") -> "Tensor":
@@ -34,8 +28,3 @@ def figures(counts: "Tensor") -> dict[str, float]:
     most = max(samples, 1.0)
     five = {} if top5 != top5 else {"top5": 100 * top5 / most}
     return {"accuracy": 100 * top1 / most, **five, "ce": ce / most, "samples": int(samples)}
-
-
-def best_evaluation(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the evaluation with the highest accuracy, and among equal ones the lowest cross-entropy."""
-    return max(evaluations, key=lambda record: (record["accuracy"], -record["ce"]))
