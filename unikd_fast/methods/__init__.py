@@ -8,6 +8,7 @@ from unikd_fast.methods.blockwise import Blockwise
 from unikd_fast.methods.context import FeatureNetwork, RunContext
 from unikd_fast.methods.crd import CRD
 from unikd_fast.methods.dkd import DKD
+from unikd_fast.methods.fgfi import FGFI
 from unikd_fast.methods.fitnet import FitNet
 from unikd_fast.methods.flg import FLG
 from unikd_fast.methods.hybrid import Hybrid
@@ -23,6 +24,7 @@ __all__ = [
     "AT",
     "CRD",
     "DKD",
+    "FGFI",
     "FLG",
     "KD",
     "METHODS",
@@ -51,6 +53,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "mlkd": MLKD,
     "flg": FLG,
     "fitnet": FitNet,
+    "fgfi": FGFI,
     "at": AT,
     "ofd": OFD,
     "reviewkd": ReviewKD,

@@ -61,7 +61,7 @@ class AttentionMaps(nn.Module):
     """Maps a network's Features to a of its last levels, (N, size²) each, in fp32; has no parameters.
 
     Args:
-        sizes: height and width of each map, from fine to coarse.
+        sizes: height and width of each map, from fine to coarse; 0 for a level as it is.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -75,6 +75,6 @@ class AttentionMaps(nn.Module):
 
 def _attention(level: Tensor, size: int) -> Tensor:
     level = at_least_fp32(level)  # squares of half-precision features overflow
-    if level.shape[-1] != size:
+    if size and level.shape[-1] != size:
         level = F.adaptive_avg_pool2d(level, size)
     return F.normalize(level.square().mean(1).flatten(1))

@@ -77,7 +77,10 @@ class RunContext:
 
     @property
     def student_shapes(self) -> tuple[Shape, ...]:
-        """Shapes (C_l, H_l, W_l) of the student's levels, from fine to coarse."""
+        """Shapes (C_l, H_l, W_l) of the student's levels, from fine to coarse.
+
+        H_l and W_l are 0 for a detector's maps, which are as large as the images, and equal for both networks.
+        """
         return _asked(self.student).level_shapes
 
     @property
@@ -94,6 +97,11 @@ class RunContext:
     def teacher_width(self) -> int:
         """Width D of the teacher's embedding."""
         return _asked(_asked(self.teacher).embedding_width)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether the networks return their classifiers' inputs, if the method needs them; detectors do not."""
+        return _asked(self.student).embedding_width is not None
 
     @property
     def teacher_norms(self) -> list[nn.BatchNorm2d]:

@@ -76,9 +76,9 @@ class Regressor(nn.Module):
         (own, size, _), (channels, wanted, _) = student_shape, teacher_shape
         self.level = level
         self.convolution: nn.Conv2d | nn.ConvTranspose2d
-        if size == 2 * wanted:
+        if size and size == 2 * wanted:
             self.convolution = nn.Conv2d(own, channels, 3, stride=2, padding=1)
-        elif 2 * size == wanted:
+        elif wanted and 2 * size == wanted:
             self.convolution = nn.ConvTranspose2d(own, channels, 4, stride=2, padding=1)
         elif size >= wanted:
             self.convolution = nn.Conv2d(own, channels, 1 + size - wanted)

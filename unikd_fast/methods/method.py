@@ -20,8 +20,10 @@ class Needs(NamedTuple):
 
     teacher: bool = True
     levels: bool = False  # Features.levels
+    pooled: bool = False  # their averages alone: a detector gives the levels of its regions in place of its maps
     before_activation: bool = False  # Features.before_activation
     teacher_before_activation: bool = False  # the same, for the teacher alone
+    near_objects: bool = False  # Batch.near_objects, of a detector
     embedding: bool = False  # Features.embedding
     second_view: bool = False  # Batch.second, and both networks' logits for it
     teacher_batch_statistics: bool = False  # the teacher's BatchNorms use batch statistics, as in training
@@ -46,6 +48,7 @@ class Needs(NamedTuple):
             "the teacher's feature levels": self.levels,
             "its features before activation": self.before_activation_of("teacher"),
             "its embeddings": self.embedding,
+            "where objects are": self.near_objects,
             "its logits for a second view": self.second_view,
             "a teacher with batch statistics": self.teacher_batch_statistics,
             "the teacher's own blocks": self.teacher_network,

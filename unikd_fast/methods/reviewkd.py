@@ -43,6 +43,9 @@ class ReviewKD(Method[ReviewKDSettings]):
 
     The authors' code never calls ``teacher.eval()``, so its teacher uses batch statistics; ours is in eval mode, like
     mdistiller's.
+
+    A detector's levels, those of its pyramid, are before activation already, are not resized, and have no embedding
+    besides, as in mdistiller.
     """
 
     settings_class = ReviewKDSettings
@@ -53,10 +56,17 @@ class ReviewKD(Method[ReviewKDSettings]):
         student_shapes, teacher_shapes = context.student_shapes, context.teacher_shapes
         self.count = min(len(student_shapes), len(teacher_shapes))
         self.weight = Ramp(settings.weight, epochs=context.ramp(settings.ramp_epochs), device=context.device)
+        student = [shape[0] for shape in student_shapes[-self.count :]]
+        teacher = [(channels, size) for channels, size, _ in teacher_shapes[-self.count :]]
+        width = settings.width or student[-1]
+        if context.has_embeddings:
+            student, teacher = [*student, context.student_width], [*teacher, (context.teacher_width, 1)]
+            width = settings.width or min(512, context.student_width)
         self.adapter: Review = Review(
-            [*(shape[0] for shape in student_shapes[-self.count :]), context.student_width],
-            [*((channels, size) for channels, size, _ in teacher_shapes[-self.count :]), (context.teacher_width, 1)],
-            width=settings.width or min(512, context.student_width),
+            student,
+            teacher,
+            width=width,
+            with_embedding=context.has_embeddings,
             before_activation=settings.student_before_activation,
         )
 
@@ -91,6 +101,7 @@ class Review(nn.Module):
         student_channels: channels of each level, from fine to coarse, then of the embedding.
         teacher_shapes: (C_l, H_l) of each, in the same order.
         width: channels inside the fusion modules.
+        with_embedding: whether the last of them is the embedding.
         before_activation: whether the levels are used before their activation.
     """
 
@@ -100,10 +111,11 @@ class Review(nn.Module):
         teacher_shapes: Sequence[tuple[int, int]],
         *,
         width: int,
+        with_embedding: bool,
         before_activation: bool,
     ) -> None:
         super().__init__()
-        self.before_activation = before_activation
+        self.before_activation, self._levels = before_activation, len(student_channels) - with_embedding
         last = len(student_channels) - 1
         pairs = zip(student_channels, teacher_shapes, strict=True)
         self.fusions = nn.ModuleList(
@@ -113,7 +125,7 @@ class Review(nn.Module):
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         levels = features.before_activation if self.before_activation else features.levels
-        inputs = _with_embedding(levels[-(len(self.fusions) - 1) :], features)
+        inputs = _with_embedding(levels[-self._levels :], features)
         results: list[Tensor] = []
         fused: Tensor | None = None
         for fusion, level in zip(reversed(self.fusions), reversed(inputs), strict=True):
@@ -133,7 +145,7 @@ class AttentionFusion(nn.Module):
     Args:
         channels: channels of F.
         width: channels of x, y and z.
-        out_channels, size: channels and size of G, the teacher's.
+        out_channels, size: channels and size of G, the teacher's; with size 0 G is as large as F.
         has_above: whether there is a coarser level y.
     """
 
@@ -154,20 +166,20 @@ class AttentionFusion(nn.Module):
         x = self.project(level)
         if self.attention is not None:
             assert above is not None
-            above = _nearest(above, x.shape[-1])
+            above = _nearest(above, x.shape[-2:])
             maps = self.attention(torch.cat([x, above], dim=1)).sigmoid()
             x = maps[:, :1] * x + maps[:, 1:] * above
-        x = _nearest(x, self.size)
+        x = _nearest(x, (self.size, self.size) if self.size else x.shape[-2:])
         return self.output(x), x
 
 
 def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return HCL: the mean squared difference at full size and averaged to 4 x 4, 2 x 2 and 1 x 1, in fp32.
 
-        ( MSE + Σ_i 2^-i MSE_i ) / ( 1 + Σ_i 2^-i ),    i = 1, 2, .. over those sizes that are smaller than H
+        ( MSE + Σ_i 2^-i MSE_i ) / ( 1 + Σ_i 2^-i ),    i = 1, 2, .. over those sizes that are smaller than H and W
 
     Args:
-        student, teacher: levels (N, C, H, H).
+        student, teacher: levels (N, C, H, W).
 
     Example:
         >>> hierarchical_context_loss(torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
@@ -178,7 +190,7 @@ def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     difference = at_least_fp32(student) - at_least_fp32(teacher)
     total, weight, weights = difference.square().mean(), 1.0, 1.0
     for size in _CONTEXTS:
-        if size < difference.shape[-1]:
+        if size < min(difference.shape[-2:]):
             weight /= 2
             weights += weight
             total = total + weight * F.adaptive_avg_pool2d(difference, size).square().mean()
@@ -186,10 +198,11 @@ def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _with_embedding(levels: Sequence[Tensor], features: Features) -> tuple[Tensor, ...]:
-    """Append the embedding as a coarsest level of one pixel."""
-    assert features.embedding is not None
+    """Append the embedding, if there is one, as a coarsest level of one pixel."""
+    if features.embedding is None:
+        return tuple(levels)
     return (*levels, features.embedding[:, :, None, None])
 
 
-def _nearest(level: Tensor, size: int) -> Tensor:
-    return level if level.shape[-1] == size else F.interpolate(level, size=(size, size), mode="nearest")
+def _nearest(level: Tensor, size: Sequence[int]) -> Tensor:
+    return level if tuple(level.shape[-2:]) == tuple(size) else F.interpolate(level, size=tuple(size), mode="nearest")

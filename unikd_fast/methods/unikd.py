@@ -110,7 +110,7 @@ class UniKD(Method[UniKDSettings]):
 
     settings_class = UniKDSettings
     accepts_top_k = True
-    needs = Needs(levels=True)
+    needs = Needs(levels=True, pooled=True)
 
     @classmethod
     def needs_of(cls, settings: UniKDSettings) -> Needs:
