@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -24,7 +24,9 @@ from unikd_fast.models.weights import (
     torchvision_options,
 )
 
-_FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar")
+T = TypeVar("T")
+
+_FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar", ".pkl")
 
 
 def build_model(
@@ -45,10 +47,10 @@ def build_model(
             a module that can be imported, from the current folder too.
         num_classes: number of classes K; a function of one's own gets it if it takes ``num_classes``.
         model_args: further arguments of the network's class or function. If None, there are none.
-        weights: path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors, .bin or .tar), or an
-            identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1", a timm tag such as "a1_in1k", or
-            "pretrained" for the default of either and for those of a Hugging Face model. If None or "random", they are
-            initialised at random.
+        weights: path of a checkpoint (it contains a slash or ends in .pth, .pt, .safetensors, .bin, .tar or .pkl), or
+            an identifier: a member of torchvision's weight enum such as "IMAGENET1K_V1", a timm tag such as "a1_in1k",
+            or "pretrained" for the default of either and for those of a Hugging Face model. If None or "random", they
+            are initialised at random.
         weights_key: key of the state dict in a checkpoint. If None, see `load_weights`.
         new_classifier: whether weights of another number of classes are accepted: the network then gets a classifier
             with random weights, and the log says so.
@@ -63,8 +65,8 @@ def build_model(
     Example:
         >>> teacher = build_model("cifar/resnet56", num_classes=100, weights="resnet56_vanilla/ckpt_epoch_240.pth")
     """
-    is_file = weights is not None and _is_file(weights)
-    if weights_key is not None and not is_file:
+    from_file = weights is not None and is_file(weights)
+    if weights_key is not None and not from_file:
         raise ValueError(
             f"build_model: weights_key = {weights_key!r} with weights {weights!r}, which is not a file, for the "
             f"{role}; remove the key"
@@ -72,7 +74,7 @@ def build_model(
     if weights is None or weights == "random":
         return bare_model(name, num_classes=num_classes, model_args=model_args, role=role)
     source, model_name = _parsed(name, num_classes, role)  # refuse an unknown network before reading a large file
-    if not is_file:
+    if not from_file:
         return _BUILDERS[source](model_name, num_classes, model_args or {}, weights, new_classifier, role)
     state = read_state(weights, role=role, key=weights_key)
     model = bare_model(name, num_classes=num_classes, model_args=model_args, weights=weights, state=state, role=role)
@@ -106,31 +108,31 @@ def bare_model(
     source, model_name = _parsed(name, num_classes, role)
     arguments: dict[str, Any] = {"num_classes": num_classes}
     if source == "own":
-        build = _own(name, role)
+        build = own_network(name, role)
         if not _takes(build, "num_classes"):
             arguments = {}
-        return _constructed(build, {**arguments, **(model_args or {})}, name, role)
+        return constructed(build, {**arguments, **(model_args or {})}, name, role)
     if source == "cifar":
-        return _constructed(CIFAR_MODELS[model_name], {**arguments, **(model_args or {})}, name, role)
+        return constructed(CIFAR_MODELS[model_name], {**arguments, **(model_args or {})}, name, role)
     if source == "hf":
         return hugging_face_model(model_name, num_classes, model_args or {}, pretrained=False, role=role)
     if source == "torchvision":
         import torchvision
 
         arguments |= torchvision_options(model_name, weights, state) | dict(model_args or {})
-        return _constructed(partial(torchvision.models.get_model, model_name, weights=None), arguments, name, role)
+        return constructed(partial(torchvision.models.get_model, model_name, weights=None), arguments, name, role)
     arch, _, tag = model_name.partition(".")
-    if weights not in (None, "random", "pretrained") and not _is_file(str(weights)):
+    if weights not in (None, "random", "pretrained") and not is_file(str(weights)):
         tag = str(weights)
     if tag and tag not in _timm_tags(arch):
-        raise _unknown_identifier("timm/" + arch, tag, role, _timm_tags(arch))
+        raise unknown_identifier("timm/" + arch, tag, role, _timm_tags(arch))
     import timm
 
     build = partial(timm.create_model, f"{arch}.{tag}" if tag else arch, pretrained=False)
-    return _constructed(build, {**arguments, **(model_args or {})}, name, role)
+    return constructed(build, {**arguments, **(model_args or {})}, name, role)
 
 
-def _constructed(
+def constructed(
     build: Callable[..., Any], arguments: dict[str, Any], name: str, role: str, *, downloads: bool = False
 ) -> nn.Module:
     """Call a class or function that builds a network, and name it in its errors, apart from those of a download."""
@@ -157,7 +159,7 @@ def _takes(build: Callable[..., Any], argument: str) -> bool:
     return any(each.name == argument or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
-def _own(name: str, role: str) -> Callable[..., Any]:
+def own_network(name: str, role: str) -> Callable[..., Any]:
     """Return the class or function "<module>:<name>"; the module may lie in the current folder."""
     module_name, _, path = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:  # `python -m` has it, a console script has not
@@ -234,7 +236,8 @@ def has_published_weights(name: str) -> bool:
     return source == "hf" or (source == "timm" and bool(_timm_tags(model_name.partition(".")[0])))
 
 
-def _is_file(weights: str) -> bool:
+def is_file(weights: str) -> bool:
+    """Return whether weights are the path of a file, and not an identifier."""
     return "/" in weights or os.sep in weights or weights.endswith(_FILE_SUFFIXES)
 
 
@@ -252,14 +255,14 @@ def _torchvision_weights(
     members = torchvision.models.get_model_weights(name).__members__
     chosen = "DEFAULT" if weights == "pretrained" else weights
     if chosen not in members:
-        raise _unknown_identifier("torchvision/" + name, weights, role, list(members))
+        raise unknown_identifier("torchvision/" + name, weights, role, list(members))
     entry, full_name = members[chosen], "torchvision/" + name
     count = len(entry.meta["categories"])
     if not new_classifier:
         _check_class_count("torchvision", name, count, num_classes, weights, role)
     download = partial(torchvision.models.get_model, name, weights=entry)
-    build = partial(_constructed, download, dict(model_args), full_name, role, downloads=True)
-    model = _downloaded(build, full_name, weights, role)
+    build = partial(constructed, download, dict(model_args), full_name, role, downloads=True)
+    model = downloaded(build, full_name, weights, role)
     if count == num_classes:
         return model
     state = model.state_dict()
@@ -283,7 +286,7 @@ def _timm_weights(
     elif not tag and tags:
         tag = get_pretrained_cfg(arch).tag
     if tag not in tags:
-        raise _unknown_identifier("timm/" + arch, tag or weights, role, tags)
+        raise unknown_identifier("timm/" + arch, tag or weights, role, tags)
     full_name = f"{arch}.{tag}"
     count = get_pretrained_cfg(full_name).num_classes
     if not new_classifier:
@@ -292,15 +295,15 @@ def _timm_weights(
         log_new_classifier(f"timm/{full_name}", count, num_classes, role)
     download = partial(timm.create_model, full_name, pretrained=True)
     arguments = {"num_classes": num_classes, **model_args}
-    build = partial(_constructed, download, arguments, f"timm/{name}", role, downloads=True)
-    return _downloaded(build, "timm/" + arch, tag, role)
+    build = partial(constructed, download, arguments, f"timm/{name}", role, downloads=True)
+    return downloaded(build, "timm/" + arch, tag, role)
 
 
 def _hugging_face_weights(
     name: str, num_classes: int, model_args: Mapping[str, Any], weights: str, new_classifier: bool, role: str
 ) -> nn.Module:
     if weights != "pretrained":
-        raise _unknown_identifier(f"hf/{name}", weights, role, ["pretrained"])
+        raise unknown_identifier(f"hf/{name}", weights, role, ["pretrained"])
     return hugging_face_model(name, num_classes, model_args, pretrained=True, new_classifier=new_classifier, role=role)
 
 
@@ -366,7 +369,8 @@ def _check_class_count(source: str, name: str, count: int, num_classes: int, wei
     )
 
 
-def _unknown_identifier(name: str, weights: str, role: str, valid: list[str]) -> ValueError:
+def unknown_identifier(name: str, weights: str, role: str, valid: list[str]) -> ValueError:
+    """Return the error about an identifier that is not one of the valid ones."""
     nearest = difflib.get_close_matches(weights, valid, n=3, cutoff=0.3) or valid[:5]
     return ValueError(
         f"build_model: the {role} {name} has no weights {weights!r}; nearest: {', '.join(nearest) or 'none at all'}; "
@@ -374,7 +378,12 @@ def _unknown_identifier(name: str, weights: str, role: str, valid: list[str]) ->
     )
 
 
-def _downloaded(build: Callable[[], nn.Module], name: str, weights: str, role: str) -> nn.Module:
+def downloaded(build: Callable[[], T], name: str, weights: str, role: str) -> T:
+    """Return what a function gives that may download weights.
+
+    Raises:
+        ConnectionError: they could not be downloaded.
+    """
     try:
         return build()
     except OSError as error:  # base class of all errors of urllib and the Hugging Face client

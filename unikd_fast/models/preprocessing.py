@@ -76,6 +76,8 @@ class StudentCard:
         class_names: K names, or None.
         preprocessing: how an image becomes its input.
         preprocesses: whether an exported file does that itself, and takes uint8 images (N, H, W, 3) of any size.
+        long_side: of a detector, whose images are not cropped: the largest length in pixels of their long side, where
+            the short one is resized to `preprocessing.image_size`. If None, it is a classifier.
 
     Example:
         >>> StudentCard.read(Path("runs/photos/student.safetensors")).class_names
@@ -88,6 +90,7 @@ class StudentCard:
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing
     preprocesses: bool = False
+    long_side: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of student.json."""
@@ -110,6 +113,7 @@ class StudentCard:
             None if names is None else tuple(map(str, names)),
             Preprocessing(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])}),
             bool(found.get("preprocesses", False)),
+            None if found.get("long_side") is None else int(found["long_side"]),
         )
 
     def in_words(self) -> dict[str, str]:

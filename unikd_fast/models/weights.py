@@ -5,7 +5,8 @@ import codecs
 import logging
 import pickle
 import re
-from collections import Counter
+import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isqrt
@@ -101,16 +102,17 @@ _STATE_KEYS = ("model", "state_dict", "model_state", "student")
 # Not in checkpoints from before PyTorch 0.4.1.
 _COUNTER = "num_batches_tracked"
 _SHOWN = 5
+_NUMPY_CORES = ("numpy.core", "numpy._core")  # before and since numpy 2
 
 
 def load_weights(model: nn.Module, path: str | Path, *, role: str = "model", key: str | None = None) -> None:
     """Load a checkpoint into `model`, completely or not at all.
 
-    Reads .safetensors and torch.save files, the latter without executing any code in them. The state dict may be at top
-    level or under a key: that of a moving average (`state_dict_ema`, `model_ema`, ...), which is preferred, or `model`,
-    `state_dict`, `model_state` or `student`. A prefix common to all of the model's tensors, such as `module.`,
-    `backbone.` or `module.student.`, is removed; tensors that the model does not have, such as profiler counters or
-    other networks, are left out. The log says what was used.
+    Reads .safetensors, torch.save files and pickles of numpy arrays (.pkl), without executing any code in them. The
+    state dict may be at top level or under a key: that of a moving average (`state_dict_ema`, `model_ema`, ...), which
+    is preferred, or `model`, `state_dict`, `model_state` or `student`. A prefix common to all of the model's tensors,
+    such as `module.`, `backbone.` or `module.student.`, is removed; tensors that the model does not have, such as
+    profiler counters or other networks, are left out. The log says what was used.
 
     Args:
         model: network that gets the weights; unchanged if an error is raised.
@@ -201,6 +203,11 @@ def _read(path: Path, role: str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                found = _ArrayUnpickler(file, encoding="latin1").load()  # Python 2 wrote the oldest ones
+            if isinstance(found, dict):  # what torch.save wrote begins with a number
+                return _as_tensors(found)
         with _published_checkpoint_types():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -217,6 +224,33 @@ def _read(path: Path, role: str) -> Any:
         raise ValueError(_unreadable(path, role, error)) from error
 
 
+_ARRAY_TYPES: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{(f"{core}.multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0] for core in _NUMPY_CORES},
+    **{(f"{core}.multiarray", "scalar"): np.float64(0).__reduce__()[0] for core in _NUMPY_CORES},
+    **{(f"{core}.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0] for core in _NUMPY_CORES},
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads dictionaries of numpy arrays, as Detectron2 publishes them; none of what it makes executes code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ARRAY_TYPES:
+            raise pickle.UnpicklingError(f"{module}.{name} is refused")
+        return _ARRAY_TYPES[module, name]
+
+
+def _as_tensors(value: Any) -> Any:
+    """Return a dictionary of arrays, or of dictionaries of them, with tensors in their place."""
+    if isinstance(value, dict):
+        return {name: _as_tensors(each) for name, each in value.items()}
+    return torch.tensor(value) if isinstance(value, np.ndarray) else value
+
+
 def _unreadable(path: Path, role: str, error: Exception) -> str:
     said = f"{type(error).__name__}: {error}".partition("\n")[0]
     return f"load_weights: the {role}'s checkpoint {path} cannot be read ({said}); is the download complete?"
@@ -226,7 +260,7 @@ def _unreadable(path: Path, role: str, error: Exception) -> str:
 def _published_checkpoint_types() -> Iterator[None]:
     # Published checkpoints hold options and accuracies as numpy scalars. None of these execute code.
     numpy_scalar = np.float64(0).__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before and since numpy 2
+    names = [f"{core}.multiarray.scalar" for core in _NUMPY_CORES]
     dtypes = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
     allowed: list[Any] = [
         argparse.Namespace,

@@ -1,0 +1,147 @@
+"""A Faster R-CNN run part by part does what torchvision's forward does."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.image_list import ImageList
+
+from unikd_fast.models.detector import Detector, SeededSampler, balanced, sizes_of
+from unikd_fast.models.faster_rcnn import faster_rcnn
+from unikd_fast.values import DetectionBatch
+
+SMALL = {"norm": "batch", "frozen_stages": 0, "out_channels": 16, "representation_size": 32}
+
+
+class AsGiven(nn.Module):
+    """Takes the place of torchvision's transform: the batch is resized and normalised already."""
+
+    def __init__(self, batch: DetectionBatch) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def forward(self, images: list[Tensor], targets: object) -> tuple[ImageList, object]:
+        return ImageList(self.batch.images, sizes_of(self.batch)), targets
+
+    def postprocess(self, found: object, *sizes: object) -> object:
+        return found
+
+
+@pytest.fixture(scope="module")
+def network() -> FasterRCNN:
+    torch.manual_seed(0)
+    return faster_rcnn("timm/test_resnet", num_classes=4, anchor_sizes=(8, 16, 32, 64, 128), **SMALL)
+
+
+def make_batch() -> DetectionBatch:
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.tensor([[64, 96], [80, 90]])
+    images = torch.zeros(2, 3, 96, 96)
+    for image, (height, width) in zip(images, sizes.tolist(), strict=True):
+        image[:, :height, :width] = torch.randn(3, height, width, generator=generator)
+    boxes = (torch.tensor([[4.0, 8.0, 40.0, 50.0], [30.0, 10.0, 90.0, 60.0]]), torch.zeros(0, 4))
+    labels = (torch.tensor([2, 0]), torch.zeros(0, dtype=torch.int64))
+    return DetectionBatch(images, sizes, boxes, labels, torch.arange(2), torch.tensor([5, 6]))
+
+
+def as_targets(batch: DetectionBatch) -> list[dict[str, Tensor]]:
+    return [{"boxes": b, "labels": n + 1} for b, n in zip(batch.boxes, batch.labels, strict=True)]
+
+
+def test_losses_are_those_of_torchvision(network: FasterRCNN) -> None:
+    batch, plain = make_batch(), copy.deepcopy(network)
+    detector = Detector(copy.deepcopy(network)).train()
+    output = detector.train_step(batch)
+    ce = nn.functional.cross_entropy(output.features.logits, output.regions.labels)
+    for owner in (plain.rpn, plain.roi_heads):
+        given = owner.fg_bg_sampler
+        owner.fg_bg_sampler = SeededSampler(given.batch_size_per_image, given.positive_fraction)
+        owner.fg_bg_sampler.seeds = batch.seeds.tolist()
+    plain.transform = AsGiven(batch)
+    expected = plain.train()([*batch.images], as_targets(batch))
+    assert {**output.losses, "loss_classifier": ce} == expected
+    sum(expected.values()).backward()
+    (ce + sum(output.losses.values())).backward()
+    for (name, ours), theirs in zip(detector.plain.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_detections_are_those_of_torchvision(network: FasterRCNN) -> None:
+    batch, plain = make_batch(), copy.deepcopy(network).eval()
+    plain.transform = AsGiven(batch)
+    plain.roi_heads.score_thresh = 0.0
+    with torch.no_grad():
+        found = Detector(plain).eval()(batch.images, sizes_of(batch))
+        expected = plain([*batch.images])
+    assert all(len(each["boxes"]) for each in found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("boxes", "scores", "labels"))
+
+
+def test_choice_of_regions_repeats_whatever_the_batch() -> None:
+    sampler = SeededSampler(8, 0.25)
+    matched = [torch.tensor([1, 0, 0, -1, 2, 0, 3, 0, 0, 0, 0, 1]), torch.zeros(20, dtype=torch.int64)]
+    sampler.seeds = [3, 4]
+    positive, negative = sampler(matched)
+    assert [int(x.sum()) for x in positive] == [2, 0]
+    assert [int(x.sum()) for x in negative] == [6, 8]
+    assert not any((p & n).any() for p, n in zip(positive, negative, strict=True))
+    sampler.seeds = [4]
+    alone = sampler(matched[1:])
+    assert torch.equal(alone[1][0], negative[1])
+
+
+def test_region_levels(network: FasterRCNN) -> None:
+    batch = make_batch()
+    output = Detector(network, levels="regions").train().train_step(batch)
+    rows, compared = len(output.regions.labels), balanced(output.regions)
+    of_first = compared.labels[: len(compared.boxes[0])]
+    assert int((of_first > 0).sum()) == int((of_first == 0).sum()) == int((output.regions.labels > 0).sum()) > 0
+    assert len(compared.boxes[1]) == 1  # an image without objects
+    assert all(torch.equal(*pair) for pair in zip(balanced(compared).boxes, compared.boxes, strict=True))
+    shape = (len(compared.labels), 16, 7, 7)
+    assert [tuple(level.shape) for level in output.features.levels] == [shape] * 4
+    assert output.features.logits.shape == (rows, 5)
+    teacher = Detector(copy.deepcopy(network), levels="regions").eval()
+    with torch.no_grad():
+        maps = teacher.maps(batch.images)
+        features = teacher.at(maps, output.regions, sizes_of(batch))
+        own = teacher.sampled(maps, batch)
+    assert features.logits.shape == (rows, 5)
+    assert len(own.labels) == sum(map(len, own.boxes)) < rows
+
+
+def test_bodies() -> None:
+    import torchvision
+
+    own = faster_rcnn("torchvision/resnet50", num_classes=90)
+    theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    own.load_state_dict(theirs.state_dict(), strict=True)
+    frozen = {name.split(".")[2] for name, p in own.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+
+
+@pytest.mark.parametrize("body", ["timm/convnext_atto", "timm/mobilenetv2_100", "torchvision/mobilenet_v2"])
+def test_stages_that_are_frozen(body: str) -> None:
+    counts = []
+    for stages in range(6):
+        network = faster_rcnn(body, num_classes=3, frozen_stages=stages, out_channels=8, representation_size=8)
+        counts.append(sum(not p.requires_grad for p in network.parameters()))
+        assert not any(not p.requires_grad for n, p in network.named_parameters() if not n.startswith("backbone.body"))
+    assert counts[0] == 0
+    assert counts == sorted(set(counts))
+    levels = network.backbone(torch.zeros(1, 3, 64, 96))
+    assert [tuple(x.shape[-2:]) for x in levels.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+
+
+def test_bad_bodies() -> None:
+    with pytest.raises(ValueError, match=r"no body 'torchvision/resnet51'; nearest: .*torchvision/resnet50"):
+        faster_rcnn("torchvision/resnet51", num_classes=3)
+    with pytest.raises(ValueError, match=r"timm/test_vit has no features of strides 4, 8, 16, 32"):
+        faster_rcnn("timm/test_vit", num_classes=3)
+    with pytest.raises(ValueError, match=r"frozen_stages must be from 0 to 5, .* got 6"):
+        faster_rcnn("torchvision/resnet18", num_classes=3, frozen_stages=6)
+    with pytest.raises(ValueError, match=r"anchor_sizes must be 5 numbers, .* got 2"):
+        faster_rcnn("torchvision/resnet18", num_classes=3, anchor_sizes=(8, 16))
