@@ -106,6 +106,8 @@ def test_the_teacher_is_trained_like_a_student_alone() -> None:
         ("train.global_batch_size=7.5", ["train.global_batch_size = 7.5", "integer"]),
         ("train.global_batch_size=many", ["train.global_batch_size = 'many'", "integer"]),
         ("train.accumulation_steps=3", ["(50)", "divisible by train.accumulation_steps (3)"]),
+        ("train.warmup_steps=0.5", ["train.warmup_steps = 0.5", "integer"]),
+        ("train.milestone_steps=[0]", ["train.milestone_steps.0 = 0", "greater than or equal to 1"]),
         ("deepspeed.train_batch_size=8", ["deepspeed.train_batch_size = 8", "train.global_batch_size"]),
         ("deepspeed.bf16.enabled=true", ["deepspeed.bf16", "train.precision"]),
         ("distill.method=kd", ["compare.runs['student alone']", "--set compare=null"]),
@@ -147,6 +149,24 @@ def test_invalid_settings_name_path_value_and_allowed_values(override: str, part
         load_config(DIGITS, [override])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.warmup_epochs=1", "train.warmup_steps=9"], "train.warmup_epochs = 1.0 with train.warmup_steps = 9"),
+        (
+            ["train.milestones=[1]", "train.milestone_steps=[9,12]"],
+            "train.milestones = [1.0] with train.milestone_steps = [9, 12]",
+        ),
+    ],
+)
+def test_a_schedule_counts_in_epochs_or_in_steps(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(DIGITS, overrides)
+    assert f"{said}: they say the same in epochs and in steps; remove one of them" in str(error.value)
+    for override in overrides:
+        load_config(DIGITS, [override])
 
 
 @pytest.mark.parametrize(
@@ -257,6 +277,7 @@ def test_the_hash_is_stable_when_methods_are_added(monkeypatch: pytest.MonkeyPat
     assert config_hash(load_config(DIGITS)) == before
     assert config_hash(load_config(DIGITS, ["distill.kd.temperature=2"])) != before
     assert config_hash(load_config(DIGITS, ["data.second_view.policy=rand"])) != before
+    assert config_hash(load_config(DIGITS, ["data.detection.long_side=500"])) != before
 
 
 TOP_K = ["teacher.cache.mode=read_write", "teacher.cache.logits=top_k", "teacher.cache.top_k=5"]

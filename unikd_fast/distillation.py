@@ -377,7 +377,7 @@ def _usual(given: Mapping[str, Any], samples: int, batch: int | None, world_size
         "global_batch_size": batch,
         "learning_rate": 0.001 if adam else 0.05,
         "weight_decay": 5e-4,
-        "warmup_epochs": 1 if given.get("total_epochs", 0) >= 5 else 0,
+        "warmup_epochs": 1 if given.get("total_epochs", 0) >= 5 and "warmup_steps" not in given else 0,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from unikd_fast.config import Config, load_config, parse_config
-from unikd_fast.config.effect import without_effect
+from unikd_fast.config.effect import unreached_steps, without_effect
 from unikd_fast.recipes.experiments import read_experiment
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -92,8 +92,10 @@ def test_compile_with_blockwise_reports_eager_blocks() -> None:
         (
             ["train.schedule=step"],
             "train.schedule = 'step' without train.milestones: the learning rate stays constant; set the epochs of its "
-            "drops",
+            "drops, or the steps as train.milestone_steps",
         ),
+        (["train.schedule=step", "train.milestone_steps=[2,4]"], None),
+        (["train.milestone_steps=[2]"], "train.milestone_steps has no effect with train.schedule = 'cosine'"),
         (
             ["train.schedule=step", "train.milestones=[2,5,9]", "train.total_epochs=5"],
             "train.milestones = 5, 9 are not reached: the run ends after epoch 5 (train.total_epochs)",
@@ -114,6 +116,11 @@ def test_compile_with_blockwise_reports_eager_blocks() -> None:
             "data.workers, data.bad_images have no effect with data.name = 'digits'",
         ),
         (["data.name=synthetic", "data.num_classes=10", "data.synthetic_samples=64"], None),
+        (["data.detection.long_side=500"], "data.detection.long_side has no effect with data.name = 'digits'"),
+        (
+            ["data.name=toy_scenes", "data.image_size=64", "data.synthetic_samples=64", "data.detection.long_side=99"],
+            "data.image_size has no effect with data.name = 'toy_scenes'",
+        ),
         (["data.root=/data"], "data.root has no effect with data.name = 'digits'"),
         (["data.val_samples=10"], "data.val_samples has no effect with data.name = 'digits'"),
         (
@@ -140,3 +147,24 @@ def test_a_setting_that_one_run_of_many_reads_has_effect() -> None:
     runs = {"step": {"train.schedule": "step"}, "cosine": {"train.schedule": "cosine"}}
     given = ["train.milestones=[2]", "distill.method=unikd", f"compare.runs={json.dumps(runs)}"]
     assert without_effect(load_config(DIGITS, given)) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.warmup_steps=399"], []),
+        (
+            ["train.warmup_steps=400"],
+            ["train.warmup_steps = 400 is not shorter than the run's 400 steps: the schedule never begins"],
+        ),
+        (["train.schedule=step", "train.milestone_steps=[20,399]"], []),
+        (
+            ["train.schedule=step", "train.milestone_steps=[20,400,120000]"],
+            ["train.milestone_steps = 400, 120000 are not reached: the run has 400 steps"],
+        ),
+        (["train.milestone_steps=[400]"], []),
+        (["train.warmup_steps=1000", "train.max_steps=400"], []),  # a trial run
+    ],
+)
+def test_steps_that_a_run_does_not_reach(overrides: list[str], said: list[str]) -> None:
+    assert unreached_steps(load_config(DIGITS, overrides).train, 400) == said

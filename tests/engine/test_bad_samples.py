@@ -12,6 +12,7 @@ from support.real_runs import ALONE, run, run_ranks, train_records, write_config
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.dali import dali_problem
 from unikd_fast.data.sampler import EpochSampler
+from unikd_fast.engine.classification import CLASSIFICATION
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.evaluate import evaluate
 from unikd_fast.engine.folder import read_result
@@ -134,8 +135,8 @@ def test_a_skipped_file_is_skipped_after_training_too(how: str, tmp_path: Path) 
         bad.symlink_to(root / "gone.png")
         splits = build_data(config, ALONE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unikd_fast.engine.teacher.build_data", lambda *_: splits)  # listed when it was there
-        result = evaluate_teacher(config, tmp_path / "teacher", ALONE, label="teacher")
+        patch.setattr("unikd_fast.engine.classification.build_data", lambda *_: splits)  # listed when it was there
+        result = evaluate_teacher(config, tmp_path / "teacher", ALONE, task=CLASSIFICATION, label="teacher")
     assert result["last"]["test"]["samples"] == 10
     assert read_result(tmp_path / "teacher") == result
 

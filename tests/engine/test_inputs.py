@@ -18,6 +18,7 @@ from unikd_fast.config import load_config
 from unikd_fast.engine import inputs
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache import outputs_key, ready_cache
+from unikd_fast.engine.classification import CLASSIFICATION
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.folder import export_student
 from unikd_fast.engine.teacher import evaluate_teacher
@@ -242,7 +243,9 @@ def test_cached_outputs_are_those_of_its_own_images(files: Path, tmp_path: Path)
 @torch.no_grad()
 def test_the_teachers_accuracy_is_that_of_its_own_images(files: Path, tmp_path: Path) -> None:
     built = experiment(files, tmp_path, with_student(files))
-    found = evaluate_teacher(built.config, tmp_path / "teacher", ALONE, label="teacher")["last"]["test"]
+    found = evaluate_teacher(built.config, tmp_path / "teacher", ALONE, task=CLASSIFICATION, label="teacher")["last"][
+        "test"
+    ]
     batches = list(built.loader.evaluate("val"))
     images = normalised(levels_of(torch.cat([batch.images for batch in batches]), IMAGENET), HALF)
     labels = torch.cat([batch.labels for batch in batches])

@@ -47,6 +47,15 @@ def test_step_schedule_drops_at_milestones() -> None:
     assert rates == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004])
 
 
+def test_a_schedule_in_steps_is_the_same_for_any_epoch() -> None:
+    """COCO's: from 1/1000 of the rate to all of it in 1,000 steps; a tenth from 120,000 on, 1/100 from 160,000."""
+    train = train_section(schedule="step", milestone_steps=[120_000, 160_000], warmup_steps=1000)
+    steps = (0, 499, 999, 1000, 119_999, 120_000, 159_999, 160_000)
+    for steps_per_epoch in (1, 14_658):
+        rates = [learning_rate(train, step, total_steps=180_000, steps_per_epoch=steps_per_epoch) for step in steps]
+        assert rates == pytest.approx([0.0004, 0.2, 0.4, 0.4, 0.4, 0.04, 0.04, 0.004])
+
+
 TERMS = ("ce", "hint")
 
 

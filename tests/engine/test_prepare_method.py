@@ -28,7 +28,9 @@ class Images:
 
     def train(self, epoch: int, *, stream: int) -> Any:
         assert stream != 0, "that is the views of training"
-        return (SimpleNamespace(images=torch.randn(4, 3, 4, 4, generator=self._generator)) for _ in range(2))
+        return (
+            SimpleNamespace(images=torch.randn(4, 3, 4, 4, generator=self._generator), labels=None) for _ in range(2)
+        )
 
 
 def teacher(images: torch.Tensor) -> Features:

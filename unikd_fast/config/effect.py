@@ -1,6 +1,6 @@
 """Settings that no run of a configuration reads: not an error, since runs share keys, but worth a warning."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -32,8 +32,10 @@ def _by_augmentation(key: str, *keys: str, off: Any) -> _Rule:
     return _Rule("data.augmentation", keys, read, lambda _: f" with {key} = {off!r}")
 
 
-_IN_MEMORY = ("digits", "cifar100", "synthetic", "fine_grained")
-_WITHOUT_FILES = ("digits", "synthetic", "fine_grained")
+_GENERATED = ("synthetic", "fine_grained", "toy_scenes")
+_WITHOUT_FILES = ("digits", *_GENERATED)
+_IN_MEMORY = ("cifar100", *_WITHOUT_FILES)
+_WITH_BOXES = ("coco", "voc", "toy_scenes")
 _RULES = (
     _Rule(
         "distill",
@@ -43,7 +45,7 @@ _RULES = (
     ),
     _Rule(
         "train",
-        ("milestones", "gamma"),
+        ("milestones", "milestone_steps", "gamma"),
         lambda config: config.train.schedule == "step",
         lambda config: f" with train.schedule = {config.train.schedule!r}",
     ),
@@ -53,7 +55,14 @@ _RULES = (
         lambda config: config.train.optimizer == "sgd",
         lambda config: f" with train.optimizer = {config.train.optimizer!r}",
     ),
-    _Rule("data", ("synthetic_samples",), lambda config: config.data.name in ("synthetic", "fine_grained"), _with_data),
+    _Rule("data", ("synthetic_samples",), lambda config: config.data.name in _GENERATED, _with_data),
+    _Rule("data", ("image_size",), lambda config: config.data.name not in _WITH_BOXES, _with_data),
+    _Rule(
+        "data.detection",
+        ("short_sides", "long_side", "eval_short_side", "scale_jitter"),
+        lambda config: config.data.name in _WITH_BOXES,
+        _with_data,
+    ),
     _Rule("data", ("val_samples",), lambda config: config.data.name in ("cifar100", "image_folder"), _with_data),
     _Rule("data", ("root",), lambda config: config.data.name not in _WITHOUT_FILES, _with_data),
     _Rule(
@@ -136,17 +145,14 @@ def _useless(where: str, rule: _Rule, keys: list[str], singles: list[Config]) ->
 def _rate(train: TrainConfig) -> list[str]:
     """Describe schedule settings that are never reached. `train.max_steps` is ignored: it shortens trial runs."""
     found = []
-    if train.schedule == "step" and not train.milestones:
+    if train.schedule == "step" and not (train.milestones or train.milestone_steps):
         found.append(
             "train.schedule = 'step' without train.milestones: the learning rate stays constant; set the epochs of its "
-            "drops"
+            "drops, or the steps as train.milestone_steps"
         )
-    late = [milestone for milestone in train.milestones if milestone >= train.total_epochs]
-    if train.schedule == "step" and late:
-        which = ", ".join(f"{milestone:g}" for milestone in late)
+    if train.schedule == "step" and (late := _late(train.milestones, train.total_epochs)):
         found.append(
-            f"train.milestones = {which} {'is' if len(late) == 1 else 'are'} not reached: the run ends after epoch "
-            f"{train.total_epochs} (train.total_epochs)"
+            f"train.milestones = {late} not reached: the run ends after epoch {train.total_epochs} (train.total_epochs)"
         )
     if train.warmup_epochs >= train.total_epochs:
         found.append(
@@ -154,6 +160,32 @@ def _rate(train: TrainConfig) -> list[str]:
             f"{train.total_epochs}: the learning rate only rises, and the schedule never begins"
         )
     return found
+
+
+def unreached_steps(train: TrainConfig, total_steps: int) -> list[str]:
+    """Describe what of a schedule in steps a run never reaches, if it is `train.total_epochs` that end it.
+
+    Example:
+        >>> unreached_steps(load_config("configs/digits.json", ["train.warmup_steps=900"]).train, 400)
+        ["train.warmup_steps = 900 is not shorter than the run's 400 steps: the schedule never begins"]
+    """
+    if total_steps == train.max_steps:
+        return []
+    found = []
+    if train.schedule == "step" and (late := _late(train.milestone_steps, total_steps)):
+        found.append(f"train.milestone_steps = {late} not reached: the run has {total_steps} steps")
+    if train.warmup_steps >= total_steps:
+        found.append(
+            f"train.warmup_steps = {train.warmup_steps} is not shorter than the run's {total_steps} steps: the "
+            "schedule never begins"
+        )
+    return found
+
+
+def _late(milestones: Sequence[float], end: int) -> str:
+    """Return the milestones that are not before the end, with their verb; empty if there are none."""
+    late = [f"{milestone:.7g}" for milestone in milestones if milestone >= end]
+    return f"{', '.join(late)} {'is' if len(late) == 1 else 'are'}" if late else ""
 
 
 def _compiled(singles: Iterable[Config]) -> str:

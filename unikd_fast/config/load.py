@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from unikd_fast.config.explain import explain, nearest_key
 from unikd_fast.config.schema import Config, method_names
+from unikd_fast.data.detection.views import DetectionSettings
 from unikd_fast.errors import ConfigError, FileError
 from unikd_fast.io import read_json
 from unikd_fast.methods import METHODS
@@ -55,6 +56,11 @@ def config_hash(config: Config) -> str:
     for section, key in (("teacher", "image_size"), ("student", "image_size"), ("data", "digest")):
         if content[section] is not None and content[section][key] is None:
             del content[section][key]
+    if config.data.detection == DetectionSettings():
+        del content["data"]["detection"]
+    for key in ("milestone_steps", "warmup_steps"):
+        if not content["train"][key]:
+            del content["train"][key]
     if content["teacher"] is not None and not content["teacher"]["ensemble"]:
         del content["teacher"]["ensemble"], content["teacher"]["weight"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -247,10 +247,14 @@ class TrainConfig(Section):
     """cosine: to zero at the end; step: times gamma at each milestone."""
     milestones: tuple[NonNegative, ...] = ()
     """Epochs at which the step schedule lowers the learning rate."""
+    milestone_steps: tuple[PositiveInt, ...] = ()
+    """Optimiser steps at which the step schedule lowers the learning rate, in place of milestones."""
     gamma: Positive = 0.1
     """Factor applied at each milestone."""
     warmup_epochs: NonNegative = 0.0
     """Epochs of linear warm-up from zero."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps of linear warm-up from zero, in place of warmup_epochs."""
     clip_grad_norm: NonNegative = 0.0
     """Maximum norm of the gradient. 0 turns clipping off."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -281,6 +285,18 @@ class TrainConfig(Section):
                 f"train.global_batch_size ({self.global_batch_size}) must be divisible by train.accumulation_steps "
                 f"({self.accumulation_steps})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _counted_once(self) -> "TrainConfig":
+        for in_epochs, in_steps in (("milestones", "milestone_steps"), ("warmup_epochs", "warmup_steps")):
+            values = [getattr(self, name) for name in (in_epochs, in_steps)]
+            if all(values):
+                epochs, steps = (list(value) if isinstance(value, tuple) else value for value in values)
+                raise ValueError(
+                    f"train.{in_epochs} = {epochs} with train.{in_steps} = {steps}: they say the same in epochs and in "
+                    "steps; remove one of them"
+                )
         return self
 
     @model_validator(mode="after")

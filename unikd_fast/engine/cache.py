@@ -363,7 +363,7 @@ def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineT
         batch_size=batch_size,
     )
     if known is None:
-        teacher.record[VALIDATION] = measure_teacher(config, teacher, loader, processes)
+        teacher.record[VALIDATION] = measure_teacher(experiment, teacher)
     asked = teacher.record if known is None else known.record
     if asked.get(VALIDATION) is not None:  # before the long pass over all views
         require_accuracy(config, asked[VALIDATION], experiment.splits.num_classes, processes, name)

@@ -5,6 +5,7 @@ import logging
 from torch import nn
 
 from unikd_fast.config import Config
+from unikd_fast.config.effect import unreached_steps
 from unikd_fast.config.load import cache_dir
 from unikd_fast.config.schema import StudentConfig, TeacherConfig
 from unikd_fast.engine.build import Experiment, build_experiment
@@ -22,7 +23,7 @@ def data_line(config: Config, experiment: Experiment) -> str:
     without = f", {splits.unlabelled} of them without a label" if splits.unlabelled else ""
     return (
         f"data      {config.data.name}: {len(splits.train)} training samples{without}, {splits.num_classes} classes, "
-        f"{config.data.image_size} x {config.data.image_size}"
+        f"{experiment.task.size_in_words(config)}"
     )
 
 
@@ -66,6 +67,7 @@ def method_lines(config: Config, experiment: Experiment) -> list[str]:
         f"{local_batch_size(config, processes)} x {train.accumulation_steps} accumulation "
         f"step{'s' if train.accumulation_steps > 1 else ''}, ZeRO stage {zero_stage(config)}, {train.precision}",
         f"steps     {experiment.steps_per_epoch} per epoch, {experiment.total_steps} in all",
+        *(f"          {said}" for said in unreached_steps(train, experiment.total_steps)),
     ]
 
 
@@ -124,7 +126,10 @@ def describe(config: Config, processes: Processes) -> str:
 def _levels(network: nn.Module) -> list[str]:
     shapes = getattr(network, "level_shapes", ())
     names = getattr(network, "level_names", ())
-    return [f"          {name}: {c} x {h} x {w}" for name, (c, h, w) in zip(names, shapes, strict=True)]
+    return [
+        f"          {name}: {c} x {h} x {w}" if h else f"          {name}: {c} channels"
+        for name, (c, h, w) in zip(names, shapes, strict=True)
+    ]
 
 
 def _memory(experiment: Experiment) -> str:

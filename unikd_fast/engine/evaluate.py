@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from unikd_fast.losses import softmax_kl
 from unikd_fast.methods.head import TeacherHead
 from unikd_fast.report.run_files import write_test_logits
 from unikd_fast.tasks import classification
-from unikd_fast.values import Batch
+from unikd_fast.values import Batch, Features
 
 PROBE_TEMPERATURE = 4.0
 
@@ -152,7 +152,8 @@ def join_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
         if len(group) == 1:
             yield group[0]
         else:
-            yield Batch(*(torch.cat([getattr(batch, name) for batch in group]) for name in Batch._fields[:3]))
+            images, labels, ids = (torch.cat(parts) for parts in zip(*(batch[:3] for batch in group), strict=True))
+            yield Batch(images, labels, ids)
 
 
 class _Forward:
@@ -177,16 +178,29 @@ class _Forward:
             )
 
 
+TeacherFeatures = Callable[[Any, Any], tuple[Features, Tensor]]
+
+
+def image_features(teacher: nn.Module, batch: Batch) -> tuple[Features, Tensor]:
+    """Return the teacher's features of a batch of images, and their labels."""
+    return teacher(batch.images), batch.labels
+
+
 @torch.no_grad()
 def head_indicators(
     head: TeacherHead | None,
     teacher: nn.Module | None,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     processes: Processes,
     *,
+    features: TeacherFeatures = image_features,
     limit: int = 16,
 ) -> dict[str, float]:
-    """Return the head's indicators, averaged over at most ``limit`` batches of each process."""
+    """Return the head's indicators, averaged over at most ``limit`` batches of each process.
+
+    Args:
+        features: see `Task.teacher_features`.
+    """
     if head is None or teacher is None:
         return {}
     sums: dict[str, torch.Tensor] = {}
@@ -194,7 +208,7 @@ def head_indicators(
     for index, batch in enumerate(batches):
         if index == limit:
             break
-        for name, value in head.indicators(teacher(batch.images), batch.labels).items():
+        for name, value in head.indicators(*features(teacher, batch)).items():
             sums[name] = sums.get(name, 0.0) + value.double()
         count += 1
     gathered = processes.gather(({name: float(value) for name, value in sums.items()}, count))

@@ -28,7 +28,6 @@ from torch import nn
 
 from unikd_fast.config import Config, ConfigError, config_hash
 from unikd_fast.config.load import read_stored
-from unikd_fast.data.splits import DataSplits
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.errors import FileError
 from unikd_fast.io import (
@@ -43,7 +42,7 @@ from unikd_fast.io import (
     write_json,
 )
 from unikd_fast.models import StudentCard, options_in_words
-from unikd_fast.tasks.classification import FIGURES
+from unikd_fast.tasks import figures_of
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "numpy", "unikd-fast")
 CONFIG = "config.json"
@@ -237,16 +236,20 @@ def _is_result(found: dict[str, Any]) -> bool:
     return (
         {"seed", "test_is_val"} <= found.keys()
         and all(isinstance(name, str) for name in names)
-        and all(
-            isinstance(part, dict) and "epoch" in part and _has_numbers(part.get("test"), "accuracy", "ce")
-            for part in parts
-        )
+        and all(isinstance(part, dict) and "epoch" in part and _has_figures(part.get("test")) for part in parts)
     )
 
 
 def _is_teacher(found: dict[str, Any]) -> bool:
     figures = found.get(VALIDATION)
-    return figures is None or (_has_numbers(figures, "accuracy", "samples") and figures["samples"] > 0)
+    if figures is None:
+        return True
+    main = figures_of(figures).main if isinstance(figures, dict) else ""
+    return _has_numbers(figures, main, "samples") and figures["samples"] > 0
+
+
+def _has_figures(found: Any) -> bool:
+    return isinstance(found, dict) and _has_numbers(found, *figures_of(found).required)
 
 
 def _has_numbers(found: Any, *keys: str) -> bool:
@@ -276,7 +279,7 @@ def student_result(
     *,
     label: str,
     steps: int,
-    splits: DataSplits,
+    splits: Any,
     best: tuple[Mapping[str, Any], Mapping[str, Any]],
     last: tuple[Mapping[str, Any], Mapping[str, Any]],
     weights: Path,
@@ -294,10 +297,11 @@ def student_result(
 
     def figures(of: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
         val, test = of
+        known = figures_of(test)
         return {
             "epoch": val["epoch"],
-            "val": {name: val[name] for name in FIGURES if name in val},
-            "test": {name: test[name] for name in FIGURES if name in test},
+            "val": {name: val[name] for name in known.all if name in val},
+            "test": {name: test[name] for name in (*known.all, known.by_class) if name in test},
         }
 
     return {

@@ -33,9 +33,9 @@ class LocalEngine:
         if train.compile is not None:
             module.compile(mode=train.compile)
 
-    def __call__(self, *views: Tensor) -> Any:
-        with torch.autocast(views[0].device.type, self._autocast, enabled=self._autocast is not None):
-            return self.module(*views)
+    def __call__(self, *inputs: Any) -> Any:
+        with torch.autocast(self._trained[0].device.type, self._autocast, enabled=self._autocast is not None):
+            return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss."""

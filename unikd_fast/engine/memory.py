@@ -76,7 +76,7 @@ def estimate_memory(experiment: "Experiment", batch: int) -> dict[str, float]:
     if own := method.device_bytes(batch):
         parts["the method's own"] = own
     if experiment.teacher is not None:
-        size = torch.finfo(experiment.teacher.dtype).bits // 8
+        size = torch.finfo(getattr(experiment.teacher, "dtype", torch.float32)).bits // 8
         parts["teacher"] = size * count_parameters(experiment.teacher)
         shapes = getattr(experiment.teacher.network, "level_shapes", ())
         times = 1 + method.needs.before_activation_of("teacher")
@@ -109,16 +109,15 @@ def saved_bytes_of(experiment: "Experiment", images: int, device: torch.device) 
             total += storage.nbytes()
         return tensor.detach()  # itself it would keep the graph that computed it, and so all of this, for ever
 
-    size = experiment.config.data.image_size
-    views = torch.zeros(images, 3, size, size, device=device)
+    inputs = experiment.task.trial_inputs(experiment.config, experiment.method.needs, images, device)
     autocast = autocast_dtype(experiment.config.train.precision)
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast(device.type, autocast, enabled=autocast is not None),
     ):
-        outputs = experiment.student_module(views, views if experiment.method.needs.second_view else None)
+        outputs = experiment.student_module(*inputs)
         student = total
-        inside = experiment.method.inside(outputs)
+        inside = experiment.method.inside(outputs) if experiment.task.has_logits else None
     kept = SavedBytes(student, total - student)
     del outputs, inside
     return kept

@@ -22,6 +22,7 @@ from unikd_fast.engine.gradients import GradientWatch
 from unikd_fast.engine.trackers import Trackers
 from unikd_fast.errors import FileError, NonFiniteLoss
 from unikd_fast.io import append_line, write_file
+from unikd_fast.tasks import figures_of
 from unikd_fast.values import Loss
 
 
@@ -222,7 +223,7 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(line)
         if record["kind"] == "evaluation":  # a resumed run chooses the best among them
-            record |= {key: float(record[key]) for key in ("accuracy", "ce")}
+            record |= {key: float(record[key]) for key in figures_of(record).required}
         return {**record, "step": int(record["step"]), "kind": str(record["kind"])}
     except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{place} is damaged ({error}); remove it") from error

@@ -87,14 +87,15 @@ def clip_before_update(optimizer: torch.optim.Optimizer, max_norm: float) -> Non
 
 def learning_rate(train: TrainConfig, step: int, *, total_steps: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule over the other steps."""
-    warmup_steps = train.warmup_epochs * steps_per_epoch
+    warmup_steps = train.warmup_steps or train.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return train.learning_rate * (step + 1) / warmup_steps
     if train.schedule == "cosine":
         share = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
         return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
     if train.schedule == "step":
-        drops = sum(step >= milestone * steps_per_epoch for milestone in train.milestones)
+        milestones = train.milestone_steps or [milestone * steps_per_epoch for milestone in train.milestones]
+        drops = sum(step >= milestone for milestone in milestones)
         return train.learning_rate * train.gamma**drops
     return train.learning_rate
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from unikd_fast.config import Config, run_configs
 from unikd_fast.config.effect import without_effect
 from unikd_fast.config.load import override, run_path, teacher_config
-from unikd_fast.engine.build import build_experiment
+from unikd_fast.engine.build import build_experiment, task_of
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
 from unikd_fast.engine.folder import REPORT, open_run_folder, read_result, require_same_config
@@ -163,7 +163,9 @@ def _run_all(config: Config, folder: Path, processes: Processes, stop: StopSigna
         config,
         folder,
         lambda single, own, label: _run(single, own, processes, stop, label=label, resume=resume),
-        lambda single, own, cost: evaluate_teacher(single, own, processes, label=TEACHER, with_cost=cost),
+        lambda single, own, cost: evaluate_teacher(
+            single, own, processes, task=task_of(single), label=TEACHER, with_cost=cost
+        ),
     )
 
 

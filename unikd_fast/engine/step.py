@@ -4,27 +4,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from unikd_fast.engine.build import Experiment
+from unikd_fast.engine.classification import CLASSIFICATION
 from unikd_fast.engine.gradients import GradientWatch
 from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.optimizer import StudentAverage
+from unikd_fast.engine.task import Task
 from unikd_fast.engine.timing import UNTIMED, StepClock, Throughput
 from unikd_fast.engine.zero import gathered
 from unikd_fast.methods import Method
-from unikd_fast.values import Batch, Loss, Target
+from unikd_fast.values import Loss, Target
 
 
 def train_step(
     engine: Any,
     teacher: nn.Module | None,
     method: Method,
-    batch: Batch,
+    batch: Any,
     target: Target | None = None,
     *,
+    task: Task = CLASSIFICATION,
     update: bool,
     watch: GradientWatch | None = None,
     clock: StepClock = UNTIMED,
@@ -39,22 +41,14 @@ def train_step(
         method: distillation method.
         batch: this process's micro-batch.
         target: the teacher's outputs for this batch. If None, the teacher is run.
+        task: what the loss of a batch is.
         update: whether this is the last micro-batch of an optimiser step.
         watch: watch of the gradients. If None, gradients are not checked.
         clock: clock of the parts of a step.
     """
-    if target is None and teacher is not None:
-        with oom_hint("teacher"):
-            with torch.no_grad():
-                features = teacher(batch.images)
-                second = None if batch.second is None else teacher(batch.second)
-            target = method.target(features, second)
-    clock.mark("teacher")
+    loss = task.loss(engine, teacher, method, batch, target, clock)
+    clock.mark("loss")
     with oom_hint("student"):
-        student = engine(batch.images) if batch.second is None else engine(batch.images, batch.second)
-        clock.mark("student_forward")
-        loss = method.loss(student, target, batch)
-        clock.mark("loss")
         scale = None if watch is None else watch.scale
         engine.backward(loss.total if scale is None else scale.scaled(loss.total))
     clock.mark("backward")
@@ -122,7 +116,15 @@ class EagerSteps(Steps):
             clock.mark("data")
             update = micro_step == micro_steps - 1
             loss = train_step(
-                engine, experiment.teacher, experiment.method, batch, target, update=update, watch=watch, clock=clock
+                engine,
+                experiment.teacher,
+                experiment.method,
+                batch,
+                target,
+                task=experiment.task,
+                update=update,
+                watch=watch,
+                clock=clock,
             )
             self._meter.update(loss, step, updated=update)
         watch.require_progress(self._meter.describe_first)

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,11 +19,10 @@ from unikd_fast.data.splits import DataSplits, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.cost import cost_of
 from unikd_fast.engine.distributed import Processes, StopSignal, average_buffers
-from unikd_fast.engine.evaluate import BatchLogits, evaluate, write_outputs
+from unikd_fast.engine.evaluate import BatchLogits, TeacherFeatures, image_features
 from unikd_fast.engine.folder import VALIDATION, read_result, read_teacher, write_result
-from unikd_fast.engine.inputs import as_config_errors, build_data, build_data_loader, teacher_affine
+from unikd_fast.engine.inputs import as_config_errors
 from unikd_fast.engine.memory import oom_hint
-from unikd_fast.engine.networks import build_teacher_network
 from unikd_fast.engine.zero import autocast_dtype, local_batch_size
 from unikd_fast.errors import FileError, Interrupted
 from unikd_fast.io import make_folder, read_json, write_json
@@ -41,6 +40,7 @@ from unikd_fast.values import Features
 
 if TYPE_CHECKING:
     from unikd_fast.engine.build import Experiment
+    from unikd_fast.engine.task import Task
 
 
 def make_teacher(
@@ -193,32 +193,26 @@ _RANDOM = (None, "random")
 
 
 def measure_teacher(
-    config: Config,
-    teacher: OnlineTeacher,
-    loader: Loader,
-    processes: Processes,
-    *,
-    keep: list[BatchLogits] | None = None,
+    experiment: "Experiment", teacher: nn.Module, *, keep: list[BatchLogits] | None = None
 ) -> dict[str, float] | None:
     """Return the teacher's accuracy in percent on the validation split, and its samples; all processes must call it.
 
     Args:
-        config: configuration of a single run with a teacher.
+        experiment: run with a teacher.
         teacher: the teacher.
-        loader: this process's loader.
-        processes: processes of the run.
         keep: list to append this process's logits to. If None, they are not kept.
 
     Returns:
         None if the teacher is untrained on purpose (``teacher.weights = "random"``, and no ``min_accuracy``), or if
         there are no validation images.
     """
-    assert config.teacher is not None
-    if config.teacher.weights in _RANDOM and not config.teacher.min_accuracy:
+    section, task, splits = experiment.config.teacher, experiment.task, experiment.splits
+    assert section is not None
+    if section.weights in _RANDOM and not section.min_accuracy:
         return None
     with torch.random.fork_rng(devices=[]):  # from which a loader with workers draws
-        found = evaluate(teacher, loader.evaluate("val"), processes, keep=keep)
-    return {key: found[key] for key in ("accuracy", "samples")} if found["samples"] else None
+        found = task.evaluate(teacher, experiment.loader, splits, "val", experiment.processes, keep=keep)
+    return {key: found[key] for key in (task.figure, "samples")} if found["samples"] else None
 
 
 def require_accuracy(config: Config, found: dict[str, float], classes: int, processes: Processes, name: str) -> None:
@@ -287,37 +281,39 @@ def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: 
     )
     assert record is not None
     before = processes.from_first(lambda: read_teacher(folder)) if resume else None
-    keep: list[BatchLogits] | None = [] if config.run.probe else None
+    keep: list[BatchLogits] | None = [] if config.run.probe and experiment.task.has_logits else None
     if teacher is None:  # its outputs are cached, with its accuracy
         found = record["teacher"].get(VALIDATION)
     elif before is not None and VALIDATION in before:
         found = record[VALIDATION] = before[VALIDATION]
     else:
-        found = record[VALIDATION] = measure_teacher(config, teacher, experiment.loader, processes, keep=keep)
+        found = record[VALIDATION] = measure_teacher(experiment, teacher, keep=keep)
     if found is None:
         return None
     if not record.get("built_shards"):  # otherwise required before building
-        require_accuracy(config, found, experiment.splits.num_classes, processes, name)
+        experiment.task.require_teacher(config, found, experiment.splits, processes, name)
     if before is None and config.student.weights not in _RANDOM:
         _compare(experiment, found, name)
     return {int(i): row for each in keep for i, row in zip(each.sample_ids, each.logits, strict=True)} if keep else None
 
 
 def _compare(experiment: "Experiment", teacher: dict[str, float], name: str) -> None:
-    processes, batches = experiment.processes, experiment.loader.evaluate("val")
+    task, processes = experiment.task, experiment.processes
     dtype = autocast_dtype(experiment.config.train.precision)
     with torch.random.fork_rng(devices=[]):
-        student = evaluate(experiment.student, batches, processes, autocast=dtype)
+        student = task.evaluate(
+            experiment.student, experiment.loader, experiment.splits, "val", processes, autocast=dtype
+        )
     if not processes.is_first:
         return
-    _logger.info("[%s] the student starts with %.2f %%", name, student["accuracy"])
-    if teacher["accuracy"] < student["accuracy"]:
+    _logger.info("[%s] the student starts with %.2f %%", name, student[task.figure])
+    if teacher[task.figure] < student[task.figure]:
         _logger.warning(
             "[%s] the teacher is less accurate than the student at the start: %.2f %% of the validation images, the "
             "student %.2f %%",
             name,
-            teacher["accuracy"],
-            student["accuracy"],
+            teacher[task.figure],
+            student[task.figure],
         )
 
 
@@ -326,7 +322,14 @@ _STREAM = 1  # of augmentation views; training uses stream 0
 
 @oom_hint("method")
 def prepare_method(
-    method: Method, loader: Loader, teacher: OnlineTeacher, processes: Processes, stop: StopSignal, name: str
+    method: Method[Any],
+    loader: Any,
+    teacher: nn.Module,
+    processes: Processes,
+    stop: StopSignal,
+    name: str,
+    *,
+    features: TeacherFeatures = image_features,
 ) -> None:
     """Fit the method's head, if it has one, to the teacher's features of augmented training batches.
 
@@ -340,6 +343,7 @@ def prepare_method(
         processes: processes of the run.
         stop: signals that stop the run.
         name: label used in log messages.
+        features: see `Task.teacher_features`.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C.
@@ -347,12 +351,14 @@ def prepare_method(
     """
     if method.fixed_head is not None and processes.is_first:
         _logger.info("[%s] the teacher's head is fitted first, on %d batches", name, method.fixed_head.steps)
-    method.prepare(_features_without_end(loader, teacher, stop, name))
+    method.prepare(_features_without_end(loader, partial(features, teacher), stop, name))
     if method.fixed_head is not None:
         average_buffers(method.fixed_head.module, processes)
 
 
-def _features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSignal, name: str) -> Iterator[Features]:
+def _features_without_end(
+    loader: Any, features_of: Callable[[Any], tuple[Features, Tensor]], stop: StopSignal, name: str
+) -> Iterator[Features]:
     epoch = 0
     while True:
         for batch in loader.train(epoch, stream=_STREAM):
@@ -360,7 +366,7 @@ def _features_without_end(loader: Loader, teacher: OnlineTeacher, stop: StopSign
                 said = f"[{name}] stopped while the teacher's head was fitted; nothing to save"
                 raise Interrupted(number, f"{said}; start again with --resume auto")
             with oom_hint("teacher"):
-                features = teacher(batch.images)
+                features, _ = features_of(batch)
             yield features
         epoch += 1
 
@@ -370,7 +376,7 @@ TEACHER_RESULT = "teacher_result.json"
 
 @oom_hint("teacher")
 def evaluate_teacher(
-    config: Config, folder: Path, processes: Processes, *, label: str, with_cost: bool = False
+    config: Config, folder: Path, processes: Processes, *, task: "Task", label: str, with_cost: bool = False
 ) -> dict[str, Any]:
     """Return the accuracy of a given teacher on the test split, in the form of a run's result; it is kept in a folder.
 
@@ -380,6 +386,7 @@ def evaluate_teacher(
         config: configuration of a run with a teacher.
         folder: folder that keeps the result.
         processes: processes of the run.
+        task: task of the run.
         label: name of the teacher in tables.
         with_cost: whether to measure what the teacher costs, where it is loaded.
     """
@@ -388,21 +395,21 @@ def evaluate_teacher(
         return known
     assert config.teacher is not None
     with as_config_errors():
-        splits = build_data(config, processes)
+        splits = task.open_data(config, Needs(), processes)
         # Needed only for stored metrics; it reads every file, also those that were skipped.
         kept = _result_path(config) is not None
         test_split = processes.from_first(lambda: _test_images(config, splits)) if kept else ""
         found = processes.from_first(lambda: _read_figures(config, test_split))
         cost: dict[str, Any] = {}
         if found is None:
-            network = build_teacher_network(config, splits, needs=Needs())
-            if with_cost:
+            network = task.build_teacher(config, splits, Needs())
+            if with_cost and task.has_logits:
                 device = processes.device
                 cost = processes.from_first(lambda: cost_of(network.to(device), config.data.image_size, device))
-            outputs: list[BatchLogits] | None = [] if config.run.test_logits else None
-            found = _evaluate(config, network, splits, processes, outputs)
+            outputs: list[Any] | None = [] if config.run.test_logits else None
+            found = _evaluate(config, task, network, splits, processes, outputs)
             if outputs is not None:
-                write_outputs(folder, outputs, processes, split="test")
+                task.write_outputs(folder, outputs, splits, processes)
             processes.from_first(partial(_keep_figures, config, test_split, found))
     figures = {"epoch": None, "test": found}
     result = {
@@ -427,16 +434,16 @@ def evaluate_teacher(
 
 
 def _evaluate(
-    config: Config, network: nn.Module, splits: DataSplits, processes: Processes, keep: list[BatchLogits] | None
-) -> dict[str, float]:
-    assert config.teacher is not None
-    loader = build_data_loader(config, splits, processes)
-    # "auto" is fp32 here, whose range needs no check. Not compiled: it runs once over the split.
-    precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision
-    teacher = make_teacher(
-        config, network, processes.device, precision=precision, renormalise=teacher_affine(config, splits)
-    )
-    return evaluate(teacher, loader.evaluate("val" if splits.test_is_val else "test"), processes, keep=keep)
+    config: Config,
+    task: "Task",
+    network: nn.Module,
+    splits: Any,
+    processes: Processes,
+    keep: list[BatchLogits] | None,
+) -> dict[str, Any]:
+    loader = task.build_loader(config, splits, Needs(), processes)
+    teacher = task.plain_teacher(config, network, splits, processes)
+    return task.evaluate(teacher, loader, splits, "val" if splits.test_is_val else "test", processes, keep=keep)
 
 
 def _test_images(config: Config, splits: DataSplits) -> str:

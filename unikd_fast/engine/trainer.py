@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from unikd_fast.engine import checkpoint as ckpt
-from unikd_fast.engine.build import Experiment, student_card
+from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.cache import ready_cache
 from unikd_fast.engine.cost import cost_of
 from unikd_fast.engine.cuda_graph import CapturedSteps, captures
 from unikd_fast.engine.describe import log_run
 from unikd_fast.engine.distributed import StopSignal, average_buffers, explain_bad_evaluation
-from unikd_fast.engine.evaluate import BatchLogits, Probe, evaluate, head_indicators, write_outputs
+from unikd_fast.engine.evaluate import BatchLogits, Probe, head_indicators
 from unikd_fast.engine.folder import (
     BEST,
     STUDENT,
@@ -39,7 +39,7 @@ from unikd_fast.engine.zero import autocast_dtype, gathered, restore_optimizer_s
 from unikd_fast.errors import CheckpointError, Interrupted, NonFiniteLoss
 from unikd_fast.io import make_folder, remove_leftovers
 from unikd_fast.models import FeatureExtractor, LogitsOnly
-from unikd_fast.tasks.classification import best_evaluation
+from unikd_fast.tasks import best_evaluation
 
 _REMOVE = "remove that folder and continue with --resume auto"
 
@@ -102,7 +102,15 @@ class Trainer:
         scale = LossScale() if config.train.precision == "fp16" else None
         if newest is None or saved is None:
             if experiment.teacher is not None:
-                prepare_method(method, experiment.loader, experiment.teacher, processes, stop, self.name)
+                prepare_method(
+                    method,
+                    experiment.loader,
+                    experiment.teacher,
+                    processes,
+                    stop,
+                    self.name,
+                    features=experiment.task.teacher_features,
+                )
             torch.manual_seed(1_000_003 * (config.run.seed + 1) + processes.rank)  # dropout differs between processes
         else:
             with ckpt.restoring(newest, advice=_REMOVE):
@@ -117,7 +125,9 @@ class Trainer:
         skip = config.train.nonfinite == "skip"
         self.watch = GradientWatch(self.engine, skip=skip, scale=scale)
         # With fp16 gradients overflow now and then, which the loss scale handles.
-        self.meter = LossMeter(processes, method.term_names, None if scale else self.watch, skip=skip)
+        self.meter = LossMeter(
+            processes, (*method.term_names, *experiment.task.term_names), None if scale else self.watch, skip=skip
+        )
         self.clock = StepClock(processes.device if processes.is_first else None, whole=captured)
         kind = CapturedSteps if captured else EagerSteps
         self.steps: Steps = kind(experiment, self.engine, self.watch, self.meter, self.average, self.clock)
@@ -201,7 +211,7 @@ class Trainer:
 
     def _start_probe(self, known: dict[int, Tensor] | None) -> Probe | None:
         teacher, loader = self.experiment.teacher, self.experiment.loader
-        if teacher is None or not self.config.run.probe:
+        if teacher is None or not self.config.run.probe or not self.experiment.task.has_logits:
             return None
         return Probe(teacher, lambda: loader.evaluate("val"), self.processes, known)
 
@@ -330,9 +340,14 @@ class Trainer:
             values["probe_kl"] = self.probe.measure(outputs)
         values.update(
             head_indicators(
-                self.method.head, self.experiment.teacher, self.experiment.loader.evaluate("val"), self.processes
+                self.method.head,
+                self.experiment.teacher,
+                self.experiment.loader.evaluate("val"),
+                self.processes,
+                features=self.experiment.task.teacher_features,
             )
         )
+        values = {name: value for name, value in values.items() if not isinstance(value, dict)}  # details of a figure
         record = {"step": self.step, **values}
 
         def keep_best() -> None:
@@ -341,18 +356,22 @@ class Trainer:
 
         self.processes.from_first(keep_best)
         self._record("evaluation", values)
-        if self.processes.is_first:
+        if self.processes.is_first and "ce" in values:
             doubt = explain_bad_evaluation(values["ce"], self.evaluated, self.experiment.splits.num_classes)
             if doubt is not None:
                 self.writer.explain(doubt)
         self.evaluations.append(record)
 
     def _evaluate(self, split: Literal["val", "test"], keep: list[BatchLogits] | None = None) -> dict[str, float]:
-        batches, dtype = self.experiment.loader.evaluate(split), autocast_dtype(self.config.train.precision)
-        return evaluate(self.evaluated, batches, self.processes, autocast=dtype, keep=keep)
+        experiment, dtype = self.experiment, autocast_dtype(self.config.train.precision)
+        return experiment.task.evaluate(
+            self.evaluated, experiment.loader, experiment.splits, split, self.processes, autocast=dtype, keep=keep
+        )
 
     def _export(self, name: Path) -> None:
-        export_student(self.evaluated.plain, self.folder / name, student_card(self.experiment))
+        experiment = self.experiment
+        card = experiment.task.card(self.config, experiment.splits, experiment.loader)
+        export_student(self.evaluated.plain, self.folder / name, card)
 
     def _cost(self) -> dict[str, Any]:
         size = self.config.student.image_size or self.config.data.image_size
@@ -376,7 +395,7 @@ class Trainer:
                 import_student(self.evaluated.plain, self.folder / BEST)
                 best_test = self._evaluate("test")
         if outputs is not None:
-            write_outputs(self.folder, outputs, self.processes, split="test")
+            self.experiment.task.write_outputs(self.folder, outputs, self.experiment.splits, self.processes)
         result = student_result(
             self.config,
             label=self.label,
@@ -386,7 +405,8 @@ class Trainer:
             last=(last, last_test),
             weights=self.folder / STUDENT,
         )
-        if self.step * self.config.train.accumulation_steps >= _WORTH_MEASURING:
+        worth = self.step * self.config.train.accumulation_steps >= _WORTH_MEASURING
+        if worth and self.experiment.task.has_logits:
             result |= self.processes.from_first(self._cost)
         self.processes.from_first(lambda: write_result(self.folder, result))
         self.writer.finish(self.step, result)

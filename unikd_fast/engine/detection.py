@@ -1,0 +1,397 @@
+"""Training and evaluation of detectors: a region of an image is a sample, so that every method runs as it is.
+
+The student proposes regions; there both networks pool their features and classify them. Logits, labels and levels that
+a method sees are those of the regions; what is left of the detector's own loss is added once.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from unikd_fast.config import Config, ConfigError
+from unikd_fast.data.detection.loader import DetectionLoader, build_detection_loader
+from unikd_fast.data.detection.pictures import sheet
+from unikd_fast.data.detection.scenes import BoxedImages, DetectionSplits
+from unikd_fast.data.detection.sets import open_scenes
+from unikd_fast.data.detection.views import padded_size
+from unikd_fast.data.roots import named_as_configured
+from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.memory import oom_hint
+from unikd_fast.engine.task import Task
+from unikd_fast.engine.timing import UNTIMED, StepClock
+from unikd_fast.io import make_folder, write_file, write_json
+from unikd_fast.methods import Method, Needs
+from unikd_fast.models import Preprocessing, StudentCard
+from unikd_fast.models.detector import Detector, Maps, Regions, Sizes, sizes_of
+from unikd_fast.models.faster_rcnn import build_detector
+from unikd_fast.tasks import detection
+from unikd_fast.values import Batch, DetectionBatch, Features, Loss, StudentOutput, Target
+
+DETECTIONS = "detections.json"
+"""File of a run folder: detections in the test split, in COCO's format."""
+
+PICTURE = "detections.png"
+"""File of a run folder: a few images of the test split, above as annotated, below as detected."""
+
+_logger = logging.getLogger("unikd_fast")
+
+
+class StudentRegions(NamedTuple):
+    """The student's pass over a batch of images."""
+
+    output: StudentOutput  # logits (R, K + 1), and what the adapter makes of the student's levels
+    regions: Regions
+    losses: dict[str, Tensor]  # of proposals and boxes
+
+
+class DetectorModule(nn.Module):
+    """The student with what the method trains alongside it; see `networks.StudentModule`.
+
+    Args:
+        network: the student.
+        adapter, companion: as for `networks.StudentModule`.
+    """
+
+    def __init__(self, network: Detector, adapter: nn.Module | None, companion: nn.Module | None) -> None:
+        super().__init__()
+        self.network, self.adapter, self.companion = network, adapter, companion
+
+    def forward(self, batch: DetectionBatch) -> StudentRegions:
+        regions, features, losses = self.network.train_step(batch)
+        adapted = None if self.adapter is None else self.adapter(features)
+        return StudentRegions(StudentOutput(features.logits, adapted), regions, losses)
+
+
+class DetectorTeacher(nn.Module):
+    """A frozen detector that is asked about regions.
+
+    Args:
+        network: the teacher; changed in place.
+    """
+
+    def __init__(self, network: Detector) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.record: dict[str, Any] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Maps:
+        return self.network.maps(images)
+
+    @torch.no_grad()
+    def sampled(self, batch: DetectionBatch) -> tuple[Features, Tensor]:
+        """Return levels and logits at regions that the teacher itself proposes, chosen as in training, and labels."""
+        maps = self.maps(batch.images)
+        regions = self.network.sampled(maps, batch)
+        return self.at(maps, regions, sizes_of(batch)), regions.labels
+
+    @torch.no_grad()
+    def at(self, maps: Maps, regions: Regions, sizes: Sizes) -> Features:
+        """Return the teacher's logits (R, K + 1) and levels at these regions."""
+        return self.network.at(maps, regions, sizes)
+
+
+class Detection(Task):
+    """Images with boxes."""
+
+    figure = "ap"
+    has_logits = False
+    term_names = ("loss_objectness", "loss_rpn_box_reg", "loss_box_reg")
+
+    def open_data(self, config: Config, needs: Needs, processes: Processes) -> DetectionSplits:
+        _refuse(config, needs)
+        return open_scenes(config.data)
+
+    def build_loader(
+        self, config: Config, splits: DetectionSplits, needs: Needs, processes: Processes
+    ) -> DetectionLoader:
+        return build_detection_loader(
+            splits,
+            config.data,
+            seed=config.run.seed,
+            global_batch_size=config.train.global_batch_size,
+            accumulation_steps=config.train.accumulation_steps,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            device=processes.device,
+            channels_last=config.train.channels_last,
+        )
+
+    def build_student(self, config: Config, splits: DetectionSplits, needs: Needs, batch: int) -> Detector:
+        return _network(config, "student", splits, needs)
+
+    def build_teacher(
+        self,
+        config: Config,
+        splits: DetectionSplits,
+        needs: Needs,
+        *,
+        with_weights: bool = True,
+        batch: int | None = None,
+    ) -> Detector:
+        assert config.teacher is not None
+        if config.teacher.weights is None:
+            raise ConfigError(
+                f"teacher.weights is not set, so teacher {config.teacher.model} would be untrained; give a file or an "
+                "identifier, add teacher.training to train it first, or allow random weights with --set "
+                "teacher.weights=random"
+            )
+        torch.manual_seed(config.run.seed + 1)
+        return _network(config, "teacher", splits, needs)
+
+    def context(self, splits: DetectionSplits, student: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+        return {"student": student, "teacher": teacher, "num_classes": splits.num_classes + 1}
+
+    def student_module(self, student: nn.Module, method: Method[Any], autocast: torch.dtype | None) -> DetectorModule:
+        assert isinstance(student, Detector)
+        return DetectorModule(student, method.adapter, method.companion)
+
+    def start_teacher(
+        self, config: Config, network: nn.Module, loader: Any, splits: DetectionSplits, processes: Processes
+    ) -> DetectorTeacher:
+        section = config.teacher
+        assert section is not None
+        teacher = self.plain_teacher(config, network, splits, processes)
+        teacher.record |= {
+            "model": section.model,
+            "weights": section.weights,
+            "precision": "fp32",
+            "folded_batch_norms": 0,
+            "compile": None,
+            "fidelity": None,
+            "fidelity_skipped": "the teacher runs as it was given, in fp32 and eagerly",
+        }
+        return teacher
+
+    def plain_teacher(
+        self, config: Config, network: nn.Module, splits: DetectionSplits, processes: Processes
+    ) -> DetectorTeacher:
+        assert isinstance(network, Detector)
+        return DetectorTeacher(network.to(processes.device))
+
+    def loss(
+        self,
+        engine: Any,
+        teacher: nn.Module | None,
+        method: Method[Any],
+        batch: DetectionBatch,
+        target: Target | None = None,
+        clock: StepClock = UNTIMED,
+    ) -> Loss:
+        """Return the method's loss over regions, and the detector's own of proposals and boxes."""
+        assert teacher is None or isinstance(teacher, DetectorTeacher)
+        with oom_hint("teacher"):
+            maps = None if teacher is None else teacher.maps(batch.images)
+        clock.mark("teacher")
+        with oom_hint("student"):
+            student: StudentRegions = engine(batch)
+        clock.mark("student_forward")
+        if teacher is not None and maps is not None:
+            with oom_hint("teacher"):
+                target = method.target(teacher.at(maps, student.regions, sizes_of(batch)))
+        clock.mark("teacher")
+        counts = torch.tensor([len(boxes) for boxes in student.regions.boxes], device=batch.sample_ids.device)
+        near = None
+        if method.needs.near_objects and teacher is not None and maps is not None:
+            near = teacher.network.near_objects(maps, batch)
+        ids = batch.sample_ids.repeat_interleave(counts)
+        regions = Batch(batch.images, student.regions.labels, ids, near_objects=near)
+        with oom_hint("student"):
+            loss = method.loss(student.output, target, regions)
+            total = loss.total + torch.stack([*student.losses.values()]).sum()
+        return Loss(total, {**loss.terms, **{name: value.detach() for name, value in student.losses.items()}})
+
+    def trial_inputs(self, config: Config, needs: Needs, images: int, device: torch.device) -> tuple[DetectionBatch]:
+        sizes = config.data.detection.for_data(config.data.name)
+        assert sizes.short_sides is not None
+        assert sizes.long_side is not None
+        height, width = padded_size([(max(sizes.short_sides), sizes.long_side)])
+        box = torch.tensor([[0.0, 0.0, height / 2, width / 2]], device=device)
+        zeros = torch.zeros(images, dtype=torch.int64, device=device)
+        batch = DetectionBatch(
+            torch.zeros(images, 3, height, width, device=device),
+            torch.tensor([[height, width]] * images, device=device),
+            (box,) * images,
+            (zeros[:1],) * images,
+            zeros,
+            zeros,
+        )
+        return (batch,)
+
+    def teacher_features(self, teacher: nn.Module, batch: DetectionBatch) -> tuple[Features, Tensor]:
+        assert isinstance(teacher, DetectorTeacher)
+        return teacher.sampled(batch)
+
+    def evaluate(
+        self,
+        network: nn.Module,
+        loader: DetectionLoader,
+        splits: DetectionSplits,
+        split: Literal["val", "test"],
+        processes: Processes,
+        *,
+        autocast: torch.dtype | None = None,
+        keep: list[Any] | None = None,
+    ) -> dict[str, Any]:
+        network = network.network if isinstance(network, DetectorTeacher) else network
+        assert isinstance(network, Detector)
+        held_out: BoxedImages = splits.val if split == "val" else splits.test
+        with torch.autocast(processes.device.type, autocast, enabled=autocast is not None):
+            own = detect(network, loader.evaluate(split), held_out, splits.category_ids.tolist())
+        every = [each for share in processes.gather(own) for each in share]
+        every.sort(key=lambda each: each["image_id"])  # the order of one process
+        if keep is not None:
+            keep += every
+        return processes.from_first(lambda: detection.figures(splits.ground_truth(split), every))
+
+    def write_outputs(self, folder: Path, outputs: list[Any], splits: DetectionSplits, processes: Processes) -> None:
+        def write() -> None:
+            make_folder(folder)
+            write_json(folder / DETECTIONS, outputs)
+            write_file(folder / PICTURE, sheet(splits.test, splits.class_names, splits.category_ids, outputs))
+
+        processes.from_first(write)
+
+    def require_teacher(
+        self, config: Config, found: dict[str, float], splits: DetectionSplits, processes: Processes, name: str
+    ) -> None:
+        assert config.teacher is not None
+        reached, least = found["ap"] / 100, config.teacher.min_accuracy or 0.0
+        said = f"reaches an AP of {found['ap']:.2f} on {found['samples']:,} validation images"
+        if reached < least:
+            raise ConfigError(
+                f"the teacher, {config.teacher.label} with teacher.weights = {config.teacher.all_weights}, {said}, and "
+                f"teacher.min_accuracy is {least:g}; check that the weights are for these classes, in this order, or "
+                "train from it nevertheless with --set teacher.min_accuracy=0"
+            )
+        if processes.is_first:
+            _logger.info("[%s] the teacher %s", name, said)
+
+    def check_method(self, *arguments: Any) -> None:
+        """Regions have one shape, whatever the images: what runs on them needs no trial."""
+
+    def size_in_words(self, config: Config) -> str:
+        sizes = config.data.detection.for_data(config.data.name)
+        shorts = sizes.short_sides or ()
+        span = f"{min(shorts)} to {max(shorts)}" if len(set(shorts)) > 1 else f"{shorts[0]}"
+        return f"short sides {span} px, long sides to {sizes.long_side} px"
+
+    def card(self, config: Config, splits: DetectionSplits, loader: Any) -> StudentCard:
+        sizes = config.data.detection.for_data(config.data.name)
+        assert sizes.eval_short_side is not None
+        return StudentCard(
+            config.student.model,
+            config.student.model_args,
+            splits.num_classes,
+            splits.class_names,
+            Preprocessing(splits.mean, splits.std, "bilinear", 1.0, False, sizes.eval_short_side),
+            long_side=sizes.long_side,
+        )
+
+
+DETECTION = Detection()
+
+
+def _refuse(config: Config, needs: Needs) -> None:
+    """Refuse what has no meaning where regions are samples.
+
+    Raises:
+        ConfigError: a setting, or the method.
+    """
+    teacher, train, name = config.teacher, config.train, config.data.name
+    changing = "the sizes of images and the number of regions change with every step"
+    refused = (
+        (
+            "teacher.cache.mode",
+            "off" if teacher is None else teacher.cache.mode,
+            "off",
+            "the student proposes other regions in every step, whose outputs cannot be stored",
+        ),
+        ("teacher.compile", None if teacher is None else teacher.compile, None, changing),
+        ("train.compile", train.compile, None, changing),
+        ("train.cuda_graph", "auto" if train.cuda_graph == "off" else train.cuda_graph, "auto", changing),
+        (
+            "train.precision",
+            "fp32" if train.precision == "bf16" else train.precision,
+            "fp32",
+            "its range is too small",
+        ),
+        ("train.activation_checkpointing", train.activation_checkpointing, False, "it is for classifiers"),
+    )
+    for key, value, wanted, reason in refused:
+        if value != wanted:
+            shown = "null" if wanted is None else str(wanted).lower()
+            raise ConfigError(f"{key} = {value!r} with data.name = {name!r}: {reason}; set it to {shown}")
+    lacking = {
+        "a second view": needs.second_view,
+        "the input of the classifier": needs.embedding and not needs.levels,
+        "the teacher's own blocks": needs.teacher_network,
+        "a teacher with batch statistics": needs.teacher_batch_statistics,
+    }
+    for what, is_needed in lacking.items():
+        if is_needed:
+            raise ConfigError(
+                f"data.name = {name!r} with distill.method = {config.distill.label!r}, which needs {what}: a detector "
+                "has none; use a method that needs logits or levels alone, such as kd, dkd or unikd"
+            )
+
+
+def _network(config: Config, role: str, splits: DetectionSplits, needs: Needs) -> Detector:
+    section = config.student if role == "student" else config.teacher
+    assert section is not None
+    naming = nullcontext() if section.weights is None else named_as_configured(role, section.weights)
+    with naming as weights:
+        network = build_detector(
+            section.model,
+            num_classes=splits.num_classes,
+            model_args=section.model_args,
+            weights=weights,
+            weights_key=section.weights_key,
+            class_names=splits.class_names,
+            new_predictor=role == "student" or (config.teacher is not None and config.teacher.is_trained),
+            role=role,
+        )
+    of_regions: Literal["regions", "maps"] = "regions" if needs.pooled else "maps"
+    return Detector(network, levels=of_regions if needs.levels or needs.before_activation else "none")
+
+
+@torch.no_grad()
+def detect(
+    network: Detector, batches: Iterable[DetectionBatch], split: BoxedImages, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return the detections of a split in COCO's format, in pixels of the annotated images.
+
+    Args:
+        network: the detector; put into eval mode meanwhile.
+        batches: images of the split one by one: how they are batched changes the average precision.
+        split: the split.
+        category_ids: the data set's own number of each class.
+    """
+    place = {sample_id: position for position, sample_id in enumerate(split.ids.tolist())}
+    training = network.training
+    network.eval()
+    found: list[dict[str, Any]] = []
+    for batch in batches:
+        detections = network(batch.images, sizes_of(batch))
+        for sample_id, size, each in zip(batch.sample_ids.tolist(), sizes_of(batch), detections, strict=True):
+            position = place[sample_id]
+            height, width = (own / shown for own, shown in zip(split.sizes[position].tolist(), size, strict=True))
+            boxes = each["boxes"].double().cpu() * torch.tensor([width, height, width, height])
+            boxes[:, 2:] -= boxes[:, :2]
+            rows = zip(boxes.tolist(), each["labels"].tolist(), each["scores"].double().tolist(), strict=True)
+            image_id = int(split.image_ids[position])
+            found += [
+                {"image_id": image_id, "category_id": int(category_ids[label - 1]), "bbox": box, "score": score}
+                for box, label, score in rows
+            ]
+    network.train(training)
+    return found
