@@ -235,15 +235,22 @@ def _add_predict(commands: Any) -> None:
         "predict",
         _predict,
         extra="train",
-        help="name the classes of images",
+        help="name the classes of images, or the objects in them",
         description="Print the most probable classes of images, by the student of a run or of a file that unikd export "
-        "wrote. The images are preprocessed as in the run's evaluation.",
+        "wrote, or the objects that the student of a detection run finds. The images are preprocessed as in the run's "
+        "evaluation.",
         epilog="exit codes: 0 done; 1 a file cannot be read; 2 an argument is not usable; 5 images that cannot be "
         "decoded are named, and the others predicted",
     )
     parser.add_argument("source", metavar="SOURCE", help="run folder, or a file that unikd export wrote")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="paths of images")
-    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="number of classes shown (default: 5)")
+    parser.add_argument(
+        "--top", type=_positive, metavar="N", help="number of classes shown (default: 5), or of objects (default: 100)"
+    )
+    parser.add_argument(
+        "--least-score", type=_share, default=0.5, metavar="P", help="smallest score of an object (default: 0.5)"
+    )
+    parser.add_argument("--draw", metavar="FOLDER", help="write the images there with the boxes of the objects, as PNG")
     parser.add_argument(
         "--checkpoint", default="best", metavar="WHICH", help="of a run folder, as for unikd export (default: best)"
     )
@@ -252,12 +259,18 @@ def _add_predict(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):
+        from unikd_fast.data.images import BadImage
         from unikd_fast.export.predict import Prediction, as_json, predict
 
     paths, code = [Path(image) for image in options.images], 0
-    for found in predict(Path(options.source), paths, top=options.top, checkpoint=options.checkpoint):
+    settings = {"top": options.top, "checkpoint": options.checkpoint, "least_score": options.least_score}
+    for number, found in enumerate(predict(Path(options.source), paths, **settings)):
         if isinstance(found, Prediction):
             print(as_json(found) if options.json else found)
+        elif not isinstance(found, BadImage):
+            print(found.as_json() if options.json else found)
+            if options.draw is not None:
+                found.draw(Path(options.draw) / f"{number:04d}-{Path(found.image).stem}.png")
         else:  # the others are worth having
             print(f"unikd predict: error: {found.reason}", file=sys.stderr)
             code = DataError.exit_code
@@ -529,4 +542,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value

@@ -110,6 +110,53 @@ def test_only_data_sets_of_the_paper_have_printed_figures(tmp_path: Path, data: 
     assert bool(top1[0].remarks) == (data["name"] == "arrow" and printed)
 
 
+R101_R18 = ("frcnn/torchvision/resnet101", "frcnn/torchvision/resnet18")
+
+
+def with_boxes(folder: Path, method: Any, classes: int = 80, steps: int = 180_000, **distill: Any) -> list[RunGroup]:
+    teacher, student = R101_R18
+    train = {"total_epochs": 13, "max_steps": steps}
+    content = config(data={"name": "coco"}, teacher={"model": teacher}, distill=distill, train=train)
+    return groups_of(folder, content, method=method, model=student, classes_with_boxes=classes)
+
+
+@pytest.mark.parametrize(
+    ("method", "distill", "values"),
+    [
+        ("kd", {"kd": {"ce_weight": 1.0, "beta": 1.0}}, [33.97, 54.66, 36.62]),
+        (["unikd", "dkd"], {"unikd": {"beta": 0.0}}, [37.24, 57.86, 39.79]),
+        (["unikd", "dkd"], {"unikd": {"beta": 1.0}}, []),
+        (["kd", "fitnet"], {}, [54.52, 37.01]),
+        (["dkd", "reviewkd"], {}, [37.01, 57.53, 39.85]),
+    ],
+)
+def test_the_rows_of_detectors(tmp_path: Path, method: Any, distill: dict[str, Any], values: list[float]) -> None:
+    groups = with_boxes(tmp_path / "r", method, **distill)
+    rows = [row for metric in ("ap", "ap50", "ap75") for row in accuracy_rows(groups, metric)]
+    assert [row.last.mean for row in rows] == [69.5, 89.5, 67.5]
+    assert [one.value for row in rows for one in row.printed] == values
+    assert all(row.remarks == () for row in rows)
+    assert accuracy_rows(groups) == accuracy_rows(groups, "top5") == []
+
+
+def test_other_sets_and_shorter_runs_of_detectors(tmp_path: Path) -> None:
+    (other,) = accuracy_rows(with_boxes(tmp_path / "other", "kd", classes=3), "ap")
+    assert other.printed == ()
+    (short,) = accuracy_rows(with_boxes(tmp_path / "short", "kd", steps=90), "ap")
+    assert [one.value for one in short.printed] == [33.97]
+    assert short.remarks == ("stopped after 90 steps",)
+
+
+def test_the_sections_of_detectors(tmp_path: Path) -> None:
+    groups = with_boxes(tmp_path / "r", "kd")
+    captions = [part.caption for part in accuracy_section(groups, ()).parts if isinstance(part, Table)]
+    assert [caption.partition(" (%)")[0] for caption in captions[:3]] == ["Test AP", "Test AP50", "Test AP75"]
+    (table,) = single_runs_section(groups).parts
+    assert isinstance(table, Table)
+    assert table.header[-3:] == ("AP", "AP50", "AP75")
+    assert table.rows[0][-5:] == ("70.00", "9", "69.00", "89.00", "67.00")
+
+
 def test_cifar_100_pairs_have_no_figure_on_other_data(tmp_path: Path) -> None:
     (row,) = accuracy_rows(groups_of(tmp_path / "r", config(data={"name": "synthetic"})))
     assert row.printed == ()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from unikd_fast.export.formats import FORMATS, open_onnx, open_torchscript, with
 from unikd_fast.export.student import load_student, read_weights
 from unikd_fast.io import read_json
 from unikd_fast.models import StudentCard, bare_model
+
+if TYPE_CHECKING:
+    from unikd_fast.export.detect import Detected
 
 _BATCH = 16
 
@@ -47,16 +51,22 @@ class Prediction:
 
 
 def predict(
-    source: Path, images: Sequence[Path], *, top: int = 5, checkpoint: str = "best"
-) -> Iterator[Prediction | BadImage]:
+    source: Path,
+    images: Sequence[Path],
+    *,
+    top: int | None = None,
+    checkpoint: str = "best",
+    least_score: float = 0.5,
+) -> "Iterator[Prediction | Detected | BadImage]":
     """Yield the predictions for images, preprocessed as the student's were in its evaluation, and those that cannot be
     decoded, of 16 images at a time.
 
     Args:
         source: run folder, or a file that `unikd export` wrote.
         images: paths of images.
-        top: number of classes for each image.
+        top: number of classes for each image, or of objects. If None, 5 classes, or 100 objects.
         checkpoint: which checkpoint of a run, see `read_weights`.
+        least_score: smallest score of an object.
 
     Raises:
         ConfigError: the source is neither, or nothing is known of its preprocessing; an image does not exist.
@@ -64,7 +74,17 @@ def predict(
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise ConfigError(f"there is no image {missing[0]}; give the paths of image files")
-    card, run = _of_run(source, checkpoint) if source.is_dir() else _of_file(source)
+    if source.is_dir():
+        card, tensors = _card_of_run(source, checkpoint)
+        if card.long_side is not None:
+            from unikd_fast.export.detect import detect_in  # torchvision, half a second
+
+            yield from detect_in(card, tensors, images, least_score=least_score, most=100 if top is None else top)
+            return
+        run = _classifier(source, card, tensors)
+    else:
+        card, run = _of_file(source)
+    top = 5 if top is None else top
     names = card.class_names or tuple(map(str, range(card.num_classes)))
     for batch, places, bad in _raw(images) if card.preprocesses else _batches(card, images):
         yield from bad
@@ -82,7 +102,7 @@ def predict(
             yield Prediction(str(images[at]), tuple(names[place] for place in row), tuple(shares))
 
 
-def _of_run(folder: Path, checkpoint: str) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
+def _card_of_run(folder: Path, checkpoint: str) -> tuple[StudentCard, dict[str, Tensor]]:
     config = read_run(folder)
     if not (folder / BEST).is_file():
         raise ConfigError(f"{folder} has no {BEST}, which its first evaluation writes; let it train that far")
@@ -90,15 +110,20 @@ def _of_run(folder: Path, checkpoint: str) -> tuple[StudentCard, Callable[[Tenso
     card = StudentCard.read(folder / BEST)
     if card is None:
         raise FileError(f"{folder / BEST} is damaged, or does not say how to use the student; train it again")
+    return card, weights.tensors
+
+
+def _classifier(folder: Path, card: StudentCard, tensors: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    config = read_run(folder)
     student = load_student(
         config.student.model,
         config.student.weights,
-        weights.tensors,
+        tensors,
         num_classes=card.num_classes,
         model_args=config.student.model_args,
     )
     size = card.preprocessing.image_size
-    return card, with_logits(student.network, torch.zeros(2, 3, size, size))
+    return with_logits(student.network, torch.zeros(2, 3, size, size))
 
 
 def _of_file(path: Path) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:

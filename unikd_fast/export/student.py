@@ -28,7 +28,7 @@ from unikd_fast.engine.metrics import read_metrics
 from unikd_fast.errors import CheckpointError, ConfigError
 from unikd_fast.given import find, is_given
 from unikd_fast.models import StudentCard, bare_model
-from unikd_fast.tasks.classification import best_evaluation
+from unikd_fast.tasks import best_evaluation
 
 Average = Literal["auto", "yes", "no"]
 

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from unikd_fast.report.page import Missing, Part, Section, Table
-from unikd_fast.report.printed import Metric, Pair, Printed, printed_alone, printed_anywhere
+from unikd_fast.report.printed import FIGURES, Metric, Pair, Printed, printed_alone, printed_anywhere
 from unikd_fast.report.runs import Run, RunGroup
 from unikd_fast.report.table import TEACHER
+from unikd_fast.tasks import CLASSIFICATION, DETECTION, Figures, figures_of
 
 _CIFAR100 = "cifar100"
 _IMAGE_FOLDERS = ("image_folder", "arrow")
-_EPOCHS = {_CIFAR100: 240, "imagenet": 100}
-"""Epochs of the recipes behind the paper's figures."""
+_COCO, _COCO_CLASSES, _COCO_STEPS = "coco", 80, 180_000
+_EPOCHS = {_CIFAR100: 240, "imagenet": 100, _COCO: 13}
+"""Epochs of the recipes behind the paper's figures; the last one of COCO's ends early."""
 
 
 class Spread(NamedTuple):
@@ -55,10 +57,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def accuracy_rows(groups: Sequence[RunGroup], metric: Metric = "top1") -> list[AccuracyRow]:
-    """Return one row per group; for ``top5``, only groups whose top-5 accuracy the paper prints."""
-    key = "accuracy" if metric == "top1" else "top5"
+    """Return one row per group that has the figure; for ``top5``, only those for which the paper prints it."""
+    key = FIGURES[metric]
     rows = []
     for group in groups:
+        if key not in group.runs[0].result["last"]["test"]:
+            continue
         found = tuple(printed_for(group, metric))
         if metric == "top5" and not found:
             continue
@@ -72,7 +76,9 @@ def printed_for(group: RunGroup, metric: Metric = "top1") -> list[Printed]:
     """Return what the paper prints for a group's method and pair; nothing for data sets and pairs it does not cover."""
     run = group.runs[0]
     config = run.config
-    if _dataset(config) is None:
+    dataset = _dataset(config)
+    classes = run.result["last"]["test"].get(_figures(run).by_class, ())
+    if dataset is None or (dataset == _COCO and len(classes) != _COCO_CLASSES):  # another set in its format
         return []
     teacher = (config.get("teacher") or {}).get("model")
     if teacher is None:
@@ -81,7 +87,9 @@ def printed_for(group: RunGroup, metric: Metric = "top1") -> list[Printed]:
     pair: Pair = (teacher, student)
     if group.is_teacher:
         return printed_anywhere(TEACHER, pair, metric)
-    return printed_anywhere(_row(run.result["method"], config.get("distill") or {}), pair, metric)
+    distill = config.get("distill") or {}
+    row = _row_on_coco(run.result["method"], distill) if dataset == _COCO else _row(run.result["method"], distill)
+    return printed_anywhere(row, pair, metric)
 
 
 def method_name(method: Any) -> str:
@@ -105,8 +113,14 @@ def _row(method: Any, distill: dict[str, Any]) -> str:
     return "unikd without aff" if own.get("fusion") == "last" else "unikd"
 
 
+def _row_on_coco(method: Any, distill: dict[str, Any]) -> str:
+    """Return the paper's row; UniKD's loss of the logits may be DKD's, as in the public development code."""
+    name, of_unikd = method_name(method), distill.get("unikd") or {}
+    return "unikd" if name == "unikd+dkd" and of_unikd.get("beta") == 0 else name
+
+
 def _dataset(config: dict[str, Any]) -> str | None:
-    """Return cifar100, imagenet, or None. Image folders with 1000 classes count as ImageNet."""
+    """Return cifar100, imagenet, coco, or None. Image folders with 1000 classes count as ImageNet."""
     data = config.get("data") or {}
     name = data.get("name")
     if name in _EPOCHS:
@@ -130,7 +144,7 @@ def _remarks(group: RunGroup) -> list[str]:
         remarks.append(f"{unlabelled:,} of the training samples have no label")
     if train.get("total_epochs") != _EPOCHS[dataset]:
         remarks.append(f"trained for {train.get('total_epochs')} epochs; the usual recipe has {_EPOCHS[dataset]}")
-    if train.get("max_steps"):
+    if train.get("max_steps") not in (None, _COCO_STEPS if dataset == _COCO else None):
         remarks.append(f"stopped after {train['max_steps']:,} steps")
     if not group.runs[0].result["test_is_val"]:
         remarks.append("best epoch chosen on a validation split; the literature chooses on the test split")
@@ -173,14 +187,20 @@ def _costs(measured: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 _MINUS, _NONE = "\u2212", "–"
-_METRICS: tuple[tuple[Metric, str], ...] = (("top1", "top-1"), ("top5", "top-5"))
+_METRICS: dict[Metric, str] = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+}
 
 
 def accuracy_section(groups: Sequence[RunGroup], unfinished: Sequence[str]) -> Section:
     """Build the first section: the accuracy of every group."""
     parts: list[Part] = [_how_chosen([run for group in groups for run in group.runs])]
     remarks: dict[str, dict[str, None]] = {}
-    for metric, title in _METRICS:
+    for metric, title in _METRICS.items():
         rows = accuracy_rows(groups, metric)
         if not rows:
             continue
@@ -188,7 +208,7 @@ def accuracy_section(groups: Sequence[RunGroup], unfinished: Sequence[str]) -> S
         for row in rows:
             for remark in [*_notes(row.printed), *row.remarks]:
                 remarks.setdefault(row.name, {})[remark] = None
-        if metric == "top1" and not any(row.printed for row in rows):
+        if metric in ("top1", "ap") and not any(row.printed for row in rows):
             parts.append(Missing(_nothing_printed(groups)))
     if remarks:
         lines = tuple((name, "; ".join(found)) for name, found in remarks.items())
@@ -198,12 +218,31 @@ def accuracy_section(groups: Sequence[RunGroup], unfinished: Sequence[str]) -> S
 
 
 def single_runs_section(groups: Sequence[RunGroup]) -> Section:
-    """Build the table of every single run."""
-    names = ("run", "seed", "method", "model", "best epoch", "top-1", "last epoch", "top-1", "top-5", "cross-entropy")
-    header = tuple(name.replace("top-", "top\u2011") for name in names)  # a non-breaking hyphen
-    rows = tuple(_single(group.name, run) for group in groups for run in group.runs)
-    caption = "Every run on the test split: top-1 (%) at both epochs, top-5 (%) and cross-entropy (nats) at the last."
-    return Section("runs", "Single runs", (Table(caption, header, rows),))
+    """Build the tables of every single run, one for each task."""
+    tables = []
+    for figures, (columns, caption) in _SINGLE.items():
+        runs = [(group.name, run) for group in groups for run in group.runs if _figures(run) == figures]
+        names = [heading.replace("top-", "top\u2011") for _, heading, _ in columns]  # a non-breaking hyphen
+        header = ("run", "seed", "method", "model", "best epoch", names[0], "last epoch", *names)
+        if runs:
+            tables.append(Table(caption, header, tuple(_single(name, run, columns) for name, run in runs)))
+    return Section("runs", "Single runs", tuple(tables))
+
+
+_SINGLE = {
+    CLASSIFICATION: (
+        (("accuracy", "top-1", ".2f"), ("top5", "top-5", ".2f"), ("ce", "cross-entropy", ".4f")),
+        "Every run on the test split: top-1 (%) at both epochs, top-5 (%) and cross-entropy (nats) at the last.",
+    ),
+    DETECTION: (
+        DETECTION.columns,
+        "Every run on the test split: AP (%) at both epochs, AP50 (%) and AP75 (%) at the last.",
+    ),
+}
+
+
+def _figures(run: Run) -> Figures:
+    return figures_of(run.result["last"]["test"])
 
 
 def _table(rows: Sequence[AccuracyRow], metric: str) -> Table:
@@ -221,7 +260,7 @@ def _table(rows: Sequence[AccuracyRow], metric: str) -> Table:
                 _each(row.printed, lambda one, mean=row.last.mean: signed(mean - one.value)),  # type: ignore[misc]
             )
         cells.append(own)
-    caption = f"Test {metric} accuracy (%), mean ± sample standard deviation over seeds"
+    caption = f"Test {metric} (%), mean ± sample standard deviation over seeds"
     if compared:
         caption += "; printed: in the UniKD paper, T: its table; differences in percentage points"
     return Table(f"{caption}.", header, tuple(cells))
@@ -273,23 +312,22 @@ def _nothing_printed(groups: Sequence[RunGroup]) -> str:
         found[f"{(run.config.get('data') or {}).get('name')} with {teacher} to {run.result['model']}"] = None
     return (
         f"The paper prints nothing for {'; '.join(found)}. Its figures appear for its own network pairs on "
-        "cifar100 and imagenet."
+        "cifar100, imagenet and coco."
     )
 
 
-def _single(name: str, run: Run) -> tuple[str, ...]:
+def _single(name: str, run: Run, columns: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
     result = run.result
     best, last = result["best"], result["last"]
     epochs = [_NONE if part.get("epoch") is None else str(part["epoch"]) for part in (best, last)]
+    figure, _, shown = columns[0]
     return (
         name,
         str(run.seed),
         method_name(result["method"]),
         str(result["model"]),
         epochs[0],
-        f"{best['test']['accuracy']:.2f}",
+        format(best["test"][figure], shown),
         epochs[1],
-        f"{last['test']['accuracy']:.2f}",
-        f"{last['test']['top5']:.2f}" if "top5" in last["test"] else _NONE,
-        f"{last['test']['ce']:.4f}",
+        *(format(last["test"][each], shown) if each in last["test"] else _NONE for each, _, shown in columns),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unikd_fast import io
 from unikd_fast.errors import FileError, RunError
 from unikd_fast.io import write_file, write_json
-from unikd_fast.tasks.classification import FIGURES, OPTIONAL_FIGURES
+from unikd_fast.tasks import figures_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,12 +100,13 @@ def read_result(path: Path) -> dict[str, Any]:
     _require_cost(path, result.get("cost"))
     for which in ("best", "last"):
         _require(path, f"{which}.test", result[which].get("test"), dict)
-        for split, figure in ((split, figure) for split in ("val", "test") for figure in FIGURES):
+        known = figures_of(result[which]["test"])
+        for split, figure in ((split, figure) for split in ("val", "test") for figure in known.all):
             figures = result[which].get(split, {})
             _require(path, f"{which}.{split}", figures, dict)
             value = figures.get(figure)
             if not (is_number(value) and math.isfinite(value)) and (
-                figure in figures or (split == "test" and figure not in OPTIONAL_FIGURES)
+                figure in figures or (split == "test" and figure in known.required)
             ):
                 raise RunFileError(f"{path}: {which}.{split}.{figure} must be a finite number, got {value!r}")
     return result

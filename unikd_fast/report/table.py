@@ -4,12 +4,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from unikd_fast.tasks import figures_of
+
 TEACHER = "teacher"
 HEADER = ("", "model", "best epoch", "last epoch", "seeds")
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of test top-1 accuracy, one row per label, aligned for terminals too.
+    """Return a Markdown table of the task's main figure on the test split, one row per label, also aligned as text.
 
     Args:
         results: contents of result.json files; several with one label are seeds of one run.
@@ -29,9 +31,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
     """Return report.md: the table, every single run, and what the columns mean."""
     data, train = config["data"], config["train"]
+    known = figures_of(results[0]["last"]["test"])
+    heading = ["run", "seed", "best epoch", f"test {known.columns[0][1]}", "last epoch"]
+    heading += [f"test {name}" for _, name, _ in known.columns]
     singles = [
-        f"| {r['label']} | {r['seed']} | {_epoch(r['best'])} | {r['best']['test']['accuracy']:.2f} | "
-        f"{_epoch(r['last'])} | {r['last']['test']['accuracy']:.2f} | {r['last']['test']['ce']:.4f} |"
+        [
+            r["label"],
+            str(r["seed"]),
+            _epoch(r["best"]),
+            f"{r['best']['test'][known.main]:.2f}",
+            _epoch(r["last"]),
+            *(format(r["last"]["test"][figure], shown) for figure, _, shown in known.columns),
+        ]
         for r in results
     ]
     unlabelled = max((result.get("unlabelled", 0) for result in results), default=0)
@@ -48,22 +59,23 @@ def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -
             "",
             "## Single runs",
             "",
-            "| run | seed | best epoch | test top-1 | last epoch | test top-1 | test cross-entropy |",
-            "|---|---|---|---|---|---|---|",
-            *singles,
+            f"| {' | '.join(heading)} |",
+            "|" + "---|" * len(heading),
+            *(f"| {' | '.join(row)} |" for row in singles),
             "",
         ]
     )
 
 
 def _caption(results: Sequence[dict[str, Any]]) -> str:
+    title = figures_of(results[0]["last"]["test"]).title
     if any(result["test_is_val"] for result in results):
         return (
-            "Test top-1 accuracy (%), mean ± standard deviation over seeds. One split is for validation and the test: "
+            f"Test {title} (%), mean ± standard deviation over seeds. One split is for validation and the test: "
             "best epoch is the maximum on it, as the literature reports it; last epoch has no such choice."
         )
     return (
-        "Test top-1 accuracy (%), mean ± standard deviation over seeds. The best epoch was chosen on the validation "
+        f"Test {title} (%), mean ± standard deviation over seeds. The best epoch was chosen on the validation "
         "split; the test split was used once, at the end."
     )
 
@@ -76,8 +88,9 @@ def _by_label(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
 
 
 def _row(label: str, group: list[dict[str, Any]]) -> tuple[str, ...]:
-    best = [result["best"]["test"]["accuracy"] for result in group]
-    last = [result["last"]["test"]["accuracy"] for result in group]
+    main = figures_of(group[0]["last"]["test"]).main
+    best = [result["best"]["test"][main] for result in group]
+    last = [result["last"]["test"][main] for result in group]
     return label, group[0]["model"], _spread(best), _spread(last), str(len(group))
 
 
