@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from unikd_fast.engine.distributed import Processes
 from unikd_fast.recipes import recipe_names
 from unikd_fast.recipes import runs as training
 from unikd_fast.recipes.runs import Training
+from unikd_fast.recipes.tables import TABLES, Cell, stand_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +40,8 @@ if weights.startswith("${UNIKD"):
     path = Path(weights.replace("${UNIKD_TRAINED_TEACHERS}", os.environ["UNIKD_TRAINED_TEACHERS"]))
     assert path.parent.joinpath("result.json").exists(), path
 figures = {"accuracy": 90.0 + config["run"]["seed"], "top5": 99.0, "ce": 0.5}
+if config["data"]["name"] in ("coco", "toy_scenes"):
+    figures = {"ap": 30.0, "ap50": 50.0, "ap75": 29.0, "ap_by_class": {"cat": 30.0}}
 part = {"epoch": 3, "val": figures, "test": figures}
 result = {"label": "student", "seed": config["run"]["seed"], "method": config["distill"]["method"],
     "model": config["student"]["model"], "steps": 10, "test_is_val": False, "best": part, "last": part, "weights": ""}
@@ -159,7 +163,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_without_data_it_says_what_to_put_where(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("CIFAR100_ROOT", "CIFAR100_TEACHERS", "IMAGENET_ROOT"):
+    for name in ("CIFAR100_ROOT", "CIFAR100_TEACHERS", "IMAGENET_ROOT", "COCO_ROOT", "DETECTRON2_ZOO"):
         monkeypatch.delenv(name, raising=False)
     out = ("--out", tmp_path / "out")
     message = refused(capsys, "table1", *out)
@@ -179,6 +183,24 @@ def test_without_data_it_says_what_to_put_where(
     message = refused(capsys, "table3", *out)
     assert "IMAGENET_ROOT is not set" in message
     assert "FOLDER/train/<class>/<image>" in message
+    message = refused(capsys, "table4", *out)
+    for part in (
+        "COCO_ROOT is not set",
+        "FOLDER/annotations/instances_{train,val}2017.json",
+        "FOLDER/{train,val}2017/<image>",
+        "resnet18-f37072fd.pth",
+        "DETECTRON2_ZOO is not set",
+        "FOLDER/COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl",
+        "https://dl.fbaipublicfiles.com/detectron2/<file>",
+        "--data toy_scenes",
+    ):
+        assert part in message
+    assert "--data digits" not in message
+    assert "R_101" not in refused(capsys, "table4", *out, "--pairs", "resnet50-mobilenet_v2")
+    (tmp_path / "empty").mkdir()
+    message = refused(capsys, "table4", *out, "--root", tmp_path / "empty", "--teachers", "train")
+    assert f"{tmp_path / 'empty'} has no annotations of train; it must hold annotations/instances_train" in message
+    assert "FOLDER" in message and "zoo" not in message
     assert not (tmp_path / "out").exists()
     assert not runs.exists()
 
@@ -204,6 +226,46 @@ def test_a_teacher_that_is_not_there_is_named(runs: Path, tmp_path: Path, capsys
     assert f"CIFAR100_TEACHERS={teachers}" in log
 
 
+def test_detectors_are_taught_by_the_zoo_or_by_one_trained_here(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, zoo, out = tmp_path / "coco", tmp_path / "zoo", tmp_path / "out"
+    (root / "annotations").mkdir(parents=True)
+    for part in ("train", "val"):
+        (root / "annotations" / f"instances_{part}2017.json").touch()
+    file = zoo / TABLES["table4"].pairs[2].teacher_weights
+    file.parent.mkdir(parents=True)
+    file.touch()
+    one = ("reproduce", "table4", "--root", root, "--pairs", "resnet50-mobilenet_v2", "--methods", "dkd")
+    cell = "coco/dkd/resnet50-mobilenet_v2/seed-0"
+    assert main([str(each) for each in (*one, "--teachers", zoo, "--out", out, "--dry-run")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("MLKD: not run: ")
+    assert not runs.exists()
+    assert main([str(each) for each in (*one, "--teachers", zoo, "--out", out)]) == 0
+    assert noted(runs) == [cell]
+    given = json.loads((out / f"{cell}.json").read_text())["teacher"]
+    assert (given["weights"], given["model_args"]["stride_in_1x1"]) == (
+        "${DETECTRON2_ZOO}/COCO-Detection/faster_rcnn_R_50_FPN_3x/137849458/model_final_280758.pkl",
+        True,
+    )
+    assert f"DETECTRON2_ZOO={zoo}" in (out / f"{cell}.log").read_text()
+    runs.unlink()
+    assert main([str(each) for each in (*one, "--teachers", "train", "--out", tmp_path / "trained")]) == 0
+    assert noted(runs) == [cell, "coco/teacher/resnet50/seed-0"]
+    files = [tmp_path / "trained" / f"{name}.json" for name in (cell, "coco/teacher/resnet50/seed-0")]
+    taught, trained = (json.loads(file.read_text()) for file in files)
+    assert taught["teacher"]["model_args"] == trained["student"]["model_args"] == {"conventions": "detectron2"}
+
+
+def test_a_stand_in_of_detectors(runs: Path, tmp_path: Path) -> None:
+    assert main(["reproduce", "table4", "--data", "toy_scenes", "--out", str(tmp_path), "--jobs", "4"]) == 0
+    assert len(noted(runs)) == 10
+    home = tmp_path / "toy_scenes" / "table4"
+    assert "a stand-in on generated scenes" in (home / "ledger.md").read_text()
+    assert json.loads((home / "ledger.json").read_text())["missing"] == []
+    assert "UniKD, test_resnet-test_efficientnet" in (home / "report.html").read_text()
+
+
 def test_arguments_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--data", "digits", "--out", tmp_path)
     assert "has no such, only unikd_without" in refused(capsys, "table6", *out, "--methods", "kd")
@@ -217,7 +279,10 @@ def test_arguments_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "train.nonsense" in refused(capsys, "table6", *out, "--set", "train.nonsense=1")
     assert "no table is given; give one of table1, " in refused(capsys)
     assert "--list imagnet: no recipe begins with it" in refused(capsys, "--list", "imagnet")
-    for wrong in (["table4"], ["table6", "--seeds", "0"], ["table6", "--jobs", "many"]):
+    assert "the stand-in of table4 is on toy_scenes; give that" in refused(capsys, "table4", *out)
+    assert "the stand-in of table1 is on digits; give that" in refused(capsys, "table1", "--data", "toy_scenes")
+    assert "toy_scenes needs no files" in refused(capsys, "table4", "--data", "toy_scenes", "--root", "/x")
+    for wrong in (["table8"], ["table6", "--seeds", "0"], ["table6", "--jobs", "many"]):
         with pytest.raises(SystemExit) as end:
             main(["reproduce", *wrong])
         assert end.value.code == 2
@@ -272,6 +337,22 @@ def test_a_table_on_digits_with_the_real_engine(
     monkeypatch.setattr(Processes, "leave", lambda self: None)  # DeepSpeed keeps the group of the first run
     assert main(["reproduce", *ONE_CELL, "--out", str(tmp_path), *SHORT]) == 0
     assert_one_cell(tmp_path, capsys.readouterr().out)
+
+
+@pytest.mark.long
+def test_a_table_of_detectors_with_the_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Training, "run", train_here)
+    monkeypatch.setattr(Processes, "leave", lambda self: None)
+    one = ("table4", "--data", "toy_scenes", "--methods", "unikd", "--out", str(tmp_path))
+    assert main(["reproduce", *one, *SHORT]) == 0
+    home = tmp_path / "toy_scenes" / "table4"
+    finished = [e for e in json.loads((home / "ledger.json").read_text())["entries"] if e["best"] is not None]
+    metrics = ("ap", "ap50", "ap75")
+    assert {(e["method"], e["metric"]) for e in finished} == set(product(("teacher", "unikd"), metrics))
+    folder = Cell("unikd", stand_in(TABLES["table4"]).pairs[0], 0).folder(tmp_path)
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["steps"], result["method"]) == (2, "unikd+dkd")
+    assert "Test AP75 (%)" in (home / "report.html").read_text()
 
 
 @pytest.mark.long

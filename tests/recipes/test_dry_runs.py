@@ -3,7 +3,9 @@
 The data are small, in the published layouts; teachers of random weights lie where the published ones would.
 """
 
+import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,25 +16,35 @@ import torch
 import torchvision
 from PIL import Image
 
-from support.real_runs import ALONE
+from support.real_runs import ALONE, train_here
+from support.scene_files import write_coco
+from support.zoo_files import R50, R101, as_pickle, detectron2_state
 from unikd_fast.config import ConfigError
+from unikd_fast.data.detection.toy_scenes import load_toy_scenes
 from unikd_fast.engine.describe import describe
 from unikd_fast.models import build_model
+from unikd_fast.models.detector_weights import COCO_CLASSES, COCO_ROWS
 from unikd_fast.recipes import recipe_names
 from unikd_fast.recipes.experiments import read_experiment
-from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS
-from unikd_fast.recipes.settings import METHODS
+from unikd_fast.recipes.pairs import CIFAR_PAIRS, COCO_PAIRS, IMAGENET_PAIRS
+from unikd_fast.recipes.settings import CLASSIFIERS
+from unikd_fast.report.run_files import read_lines
 
 TRAIN, TEST = 200, 100
 CLASSES = 1000
+SCENES = 20
 SAMPLES = {"cifar100": TRAIN, "imagenet": CLASSES}
 RECIPES = recipe_names()
 # Every method with the shallowest networks, every pair of networks with one method, and ImageNet's classes once.
-METHOD_BY_METHOD = [f"cifar100/{method}/{'vgg8' if method == 'none' else 'vgg13-vgg8'}" for method in METHODS]
+METHOD_BY_METHOD = [f"cifar100/{method}/{'vgg8' if method == 'none' else 'vgg13-vgg8'}" for method in CLASSIFIERS]
 PAIR_BY_PAIR = [f"cifar100/kd/{pair.name}" for pair in CIFAR_PAIRS if pair.name != "vgg13-vgg8"]
 QUICK = [*METHOD_BY_METHOD, *PAIR_BY_PAIR, "imagenet/kd/resnet34-resnet18"]
+# The smallest pair on COCO, with every kind of loss.
+OF_BOXES = "coco/unikd/resnet50-mobilenet_v2"
+# Of images as large as the published ones a dry run takes a minute.
+SMALLER = ["data.detection.short_sides=[96,128]", "data.detection.long_side=192"]
 # The other shipped ones are recipes, as test_experiments.py shows.
-SHIPPED = ["digits", "digits_cached", "synthetic"]
+SHIPPED = ["digits", "digits_cached", "synthetic", "toy_scenes"]
 
 
 def write_cifar100(folder: Path) -> Path:
@@ -76,10 +88,31 @@ def write_torchvision(folder: Path) -> Path:
     """Those of ImageNet where torchvision keeps what it has downloaded; ``folder`` is its TORCH_HOME."""
     (folder / "hub" / "checkpoints").mkdir(parents=True)
     for pair in IMAGENET_PAIRS:
-        name = pair.teacher.removeprefix("torchvision/")
-        url = torchvision.models.get_model_weights(name)[pair.teacher_weights].url
-        network = torchvision.models.get_model(name)
-        torch.save(network.state_dict(), folder / "hub" / "checkpoints" / Path(urlparse(url).path).name)
+        write_published(folder, pair.teacher.removeprefix("torchvision/"))
+    return folder
+
+
+def write_published(folder: Path, name: str) -> None:
+    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    path = folder / "hub" / "checkpoints" / Path(urlparse(url).path).name
+    if not path.exists():
+        torch.save(torchvision.models.get_model(name).state_dict(), path)
+
+
+def write_scenes(folder: Path) -> Path:
+    """Toy scenes as COCO publishes its images, with its classes."""
+    toy = load_toy_scenes(SCENES)
+    names = {name: i for i, name in enumerate(COCO_ROWS)}
+    ids = np.array([names[name] for name in COCO_CLASSES])
+    write_coco(folder, replace(toy, class_names=COCO_CLASSES, category_ids=ids), ("train", "val"), "jpg")
+    for part in ("train", "val"):
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / f"{part}.json").rename(folder / "annotations" / f"instances_{part}2017.json")
+        (folder / part).rename(folder / f"{part}2017")
+    return folder
+
+
+def write_nothing(folder: Path) -> Path:
     return folder
 
 
@@ -88,6 +121,8 @@ WRITERS = {
     "IMAGENET_ROOT": write_imagenet,
     "CIFAR100_TEACHERS": write_teachers,
     "TORCH_HOME": write_torchvision,
+    "COCO_ROOT": write_scenes,
+    "DETECTRON2_ZOO": write_nothing,
 }
 
 
@@ -100,26 +135,44 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+def provide(recipe: str) -> None:
+    """Write what a recipe on COCO begins with: large files, of which most tests need none."""
+    _, method, networks = recipe.split("/")
+    write_published(Path(os.environ["TORCH_HOME"]), networks.rpartition("-")[2])
+    for pair in COCO_PAIRS:
+        path = Path(os.environ["DETECTRON2_ZOO"]) / pair.teacher_weights
+        if pair.networks(method) == networks and not path.exists() and method != "none":
+            path.parent.mkdir(parents=True)
+            blocks = R101 if "R_101" in path.parts[-3] else R50
+            state = detectron2_state(channels=256, width=1024, blocks=blocks)
+            as_pickle({name: tensor.float() for name, tensor in state.items()}, path)
+
+
 def described(config: str | None, recipe: str | None) -> str:
     """Return the dry run, without comparing a teacher that knows nothing with itself."""
     read = read_experiment(config, recipe)
+    overrides = SMALLER if read.data.name == "coco" else []
     if read.teacher is not None:
-        read = read_experiment(config, recipe, ["teacher.fidelity.batches=0"])
+        overrides = [*overrides, "teacher.fidelity.batches=0"]
+    read = read_experiment(config, recipe, overrides)
     return describe(read, ALONE)
 
 
-def assert_described(shipped: str | None, recipe: str | None) -> None:
+def assert_described(shipped: str | None, recipe: str | None) -> list[str]:
     config, lines = read_experiment(shipped, recipe), described(shipped, recipe).splitlines()
     found = {line.split()[0]: line for line in lines if not line.startswith(" ")}
-    samples, size = SAMPLES.get(config.data.name), config.data.image_size
-    assert f"{size} x {size}" in found["data"] and (samples is None or f" {samples} training samples" in found["data"])
+    samples, side = SAMPLES.get(config.data.name), config.data.image_size
+    size = "short sides 96 to 128 px" if config.data.name == "coco" else f"{side} x {side}"
+    assert size in found["data"] and (samples is None or f" {samples} training samples" in found["data"])
     alone = config.distill.method == "none"
     assert config.student.model in found["network" if alone else "student"]
     assert ("teacher" in found) == (not alone)
     method = found["method"].removeprefix("method    ").partition(": ")[0]
     assert method == ("none, cross-entropy alone" if alone else config.distill.label)
-    assert f"{config.train.total_epochs * int(found['steps'].split()[1])} in all" in found["steps"]
+    steps = config.train.total_epochs * int(found["steps"].split()[1])
+    assert f"{min(steps, config.train.max_steps or steps)} in all" in found["steps"]
     assert "MiB per process" in found["memory"]
+    return [line.strip() for line in lines]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -132,8 +185,32 @@ def test_a_dry_run_of_every_method_and_every_pair(name: str) -> None:
     assert_described(None, name)
 
 
+def test_a_dry_run_with_boxes() -> None:
+    provide(OF_BOXES)
+    lines = assert_described(None, OF_BOXES)
+    assert "train.milestone_steps = 120000, 160000 are not reached: the run has 26 steps" in lines
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in QUICK])
+@pytest.mark.parametrize("method", ["unikd", "dkd_reviewkd"])
+def test_a_recipe_with_boxes_trains(method: str, tmp_path: Path) -> None:
+    name = OF_BOXES.replace("unikd", method)
+    provide(name)
+    made = [*SMALLER, f"run.dir={tmp_path / 'run'}", "train.max_steps=2", "run.log_every_steps=1", "data.workers=0"]
+    train_here(read_experiment(None, name, made))
+    records = [each for each in read_lines(tmp_path / "run" / "metrics.jsonl") if each["kind"] == "train"]
+    assert [each["lr"] for each in records] == pytest.approx([0.01 / 1000, 0.02 / 1000])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("coco/") and name != OF_BOXES])
+def test_a_dry_run_of_all_others_with_boxes(name: str) -> None:
+    provide(name)
+    assert_described(None, name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in QUICK and not name.startswith("coco/")])
 def test_a_dry_run_of_all_others(name: str) -> None:
     assert_described(None, name)
 
@@ -142,6 +219,9 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CIFAR100_TEACHERS", str(tmp_path))
     with pytest.raises(ConfigError, match=r"vgg13_vanilla/ckpt_epoch_240\.pth"):
         described(None, "cifar100/kd/vgg13-vgg8")
+    monkeypatch.setenv("DETECTRON2_ZOO", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"faster_rcnn_R_50_FPN_3x/137849458/model_final_280758\.pkl"):
+        described(None, OF_BOXES)
     monkeypatch.delenv("CIFAR100_ROOT")
     with pytest.raises(ConfigError, match="CIFAR100_ROOT"):
         described(None, "cifar100/kd/vgg13-vgg8")

@@ -11,8 +11,9 @@ from unikd_fast.config import ConfigError, config_hash, load_config
 from unikd_fast.config.effect import without_effect
 from unikd_fast.recipes import recipe, recipe_names
 from unikd_fast.recipes.experiments import find_config, read_experiment
-from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS
-from unikd_fast.recipes.settings import METHODS
+from unikd_fast.recipes.pairs import CIFAR_PAIRS, COCO_PAIRS, IMAGENET_PAIRS
+from unikd_fast.recipes.settings import CLASSIFIERS
+from unikd_fast.recipes.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
 NAMES = recipe_names()
@@ -20,16 +21,18 @@ NAMES = recipe_names()
 
 def test_there_is_a_recipe_for_every_method_and_pair() -> None:
     assert len(CIFAR_PAIRS) == 11 and len(IMAGENET_PAIRS) == 2
-    for method in METHODS.keys() - {"none"}:
+    for method in set(CLASSIFIERS) - {"none"}:
         assert {f"cifar100/{method}/{pair.name}" for pair in CIFAR_PAIRS} <= set(NAMES)
-    for data, pairs in (("cifar100", CIFAR_PAIRS), ("imagenet", IMAGENET_PAIRS)):
+    for data, pairs in (("cifar100", CIFAR_PAIRS), ("imagenet", IMAGENET_PAIRS), ("coco", COCO_PAIRS)):
         alone = {name.rpartition("/")[2] for name in NAMES if name.startswith(f"{data}/none/")}
         networks = {network for pair in pairs for network in (pair.teacher, pair.student)}
         assert alone == {network.rpartition("/")[2].removesuffix("_100") for network in networks}
     for method in ("at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd"):  # the columns of Table 3
         assert {f"imagenet/{method}/{pair.name}" for pair in IMAGENET_PAIRS} <= set(NAMES)
     assert {"cifar100/unikd/resnet32x4-resnet8x4", "imagenet/kd/resnet50-mobilenetv1"} <= set(NAMES)
-    assert len(NAMES) == 20 * 11 + 15 + 8 * 2 + 4
+    for method in set(TABLES["table4"].methods) - {"none"}:
+        assert {f"coco/{method}/{pair.name}" for pair in COCO_PAIRS} <= set(NAMES)
+    assert len(NAMES) == 20 * 11 + 15 + 8 * 2 + 4 + 8 * 3 + 4
 
 
 def test_every_recipe_is_valid_and_sets_nothing_in_vain() -> None:
@@ -38,6 +41,14 @@ def test_every_recipe_is_valid_and_sets_nothing_in_vain() -> None:
         assert config.run.dir == f"runs/{name}-{config_hash(config)}"
         assert (config.distill.method == "none") == (config.teacher is None), name
         assert without_effect(config) is None, name
+
+
+def test_experiments_keep_their_names() -> None:
+    """Those of the versions before: folders of their runs are found again."""
+    known = {"cifar100/kd/vgg13-vgg8": "c0b22583", "imagenet/unikd/resnet34-resnet18": "25c221c0"}
+    assert {name: config_hash(read_experiment(None, name)) for name in known} == known
+    steps = ["train.schedule=step", "train.milestones=[]", "train.milestone_steps=[9]"]
+    assert config_hash(read_experiment(None, "cifar100/kd/vgg13-vgg8", steps)) != known["cifar100/kd/vgg13-vgg8"]
 
 
 def test_a_recipe_is_a_copy() -> None:
@@ -62,7 +73,7 @@ def test_shipped_configurations_are_recipes(shipped: str) -> None:
 
 def test_the_other_shipped_ones_are_those_of_the_dry_runs() -> None:
     shipped = {path.stem for path in (ROOT / "configs").glob("*.json")}
-    assert shipped == {*SHIPPED_RECIPES, "digits", "digits_cached", "synthetic", "schema"}
+    assert shipped == {*SHIPPED_RECIPES, "digits", "digits_cached", "synthetic", "toy_scenes", "schema"}
 
 
 def distill(method: str, pair: str) -> dict[str, Any]:
@@ -95,12 +106,42 @@ def test_settings_are_the_published_ones() -> None:
     assert (section["total_epochs"], section["global_batch_size"], section["milestones"]) == (240, 64, [150, 180, 210])
 
 
+def test_settings_on_coco_are_the_published_ones() -> None:
+    """Retyped from mdistiller's detection/configs and Detectron2's defaults."""
+
+    def section(method: str, pair: str) -> dict[str, Any]:
+        found: dict[str, Any] = recipe(f"coco/{method}/{pair}")["distill"]
+        return found
+
+    dkd = {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "ramp_epochs": 0.0}
+    weights = {"resnet101-resnet18": 1.2, "resnet101-resnet50": 1.0, "resnet50-mobilenet_v2": 2.0}
+    for pair, weight in weights.items():
+        review = {"weight": weight, "ramp_epochs": 0.0}
+        assert section("reviewkd", pair) == {"method": "reviewkd", "reviewkd": review}
+        assert section("dkd_reviewkd", pair) == {"method": ["dkd", "reviewkd"], "dkd": dkd, "reviewkd": review}
+        assert section("dkd", pair) == {"method": "dkd", "dkd": dkd}
+        assert section("fgfi", pair)["fgfi"] == {"weight": 0.01}
+        assert section("unikd", pair)["dkd"] == dkd
+    assert section("kd", "resnet101-resnet18")["kd"]["ce_weight"] == 1.0
+    config = recipe("coco/dkd/resnet50-mobilenet_v2")
+    train = config["train"]
+    assert (train["global_batch_size"], train["learning_rate"], train["weight_decay"]) == (8, 0.01, 1e-4)
+    assert (train["max_steps"], train["milestone_steps"], train["warmup_steps"]) == (180_000, [120_000, 160_000], 1000)
+    assert train["total_epochs"] * (117_266 // 8) > train["max_steps"]
+    assert config["teacher"]["model_args"] == {"conventions": "detectron2", "stride_in_1x1": True}
+    assert config["student"]["model_args"] == {"conventions": "detectron2", "frozen_stages": 0}
+    for student in ("resnet101-resnet18", "resnet101-resnet50"):
+        own = recipe(f"coco/dkd/{student}")["student"]
+        assert (own["model_args"], own["weights"]) == ({"conventions": "detectron2"}, "IMAGENET1K_V1")
+
+
 def test_a_teacher_alone_has_the_rate_of_its_data_set() -> None:
     for name, network, rate in (
         ("cifar100/none/vgg13", "cifar/vgg13", 0.05),
         ("cifar100/none/MobileNetV2", "cifar/MobileNetV2", 0.01),
         ("imagenet/none/resnet34", "torchvision/resnet34", 0.2),
         ("imagenet/none/resnet18", "torchvision/resnet18", 0.2),
+        ("coco/none/resnet101", "frcnn/torchvision/resnet101", 0.01),
     ):
         config = recipe(name)
         assert config["student"]["model"] == network
@@ -113,7 +154,7 @@ def test_a_teacher_alone_has_the_rate_of_its_data_set() -> None:
     [
         ("cifar100/kd/resnet56-resnet2", "did you mean cifar100/kd/resnet56-resnet20 or "),
         ("imagenet/kd/resnet50-mobilenetv1_100", "did you mean imagenet/kd/resnet50-mobilenetv1 or "),
-        ("?", "there is no recipe '?'; `unikd reproduce --list` lists all 255"),
+        ("?", "there is no recipe '?'; `unikd reproduce --list` lists all 283"),
     ],
 )
 def test_an_unknown_recipe_names_the_similar_ones(name: str, said: str) -> None:
@@ -121,7 +162,7 @@ def test_an_unknown_recipe_names_the_similar_ones(name: str, said: str) -> None:
         recipe(name)
     message = str(refusal.value)
     assert said in message
-    assert message.endswith("`unikd reproduce --list` lists all 255")
+    assert message.endswith("`unikd reproduce --list` lists all 283")
     assert "\n" not in message
 
 
@@ -130,7 +171,7 @@ def test_shipped_configurations_are_found_by_name(tmp_path: Path, monkeypatch: p
     shipped = read_experiment("digits", None, ["train.max_steps=3"])
     assert shipped == load_config(ROOT / "configs" / "digits.json", ["train.max_steps=3"])
     with pytest.raises(
-        ConfigError, match=r"--config digit: no such file, nor one of .* synthetic; did you mean digits"
+        ConfigError, match=r"--config digit: no such file, nor one of .* toy_scenes; did you mean digits"
     ):
         read_experiment("digit", None)
     with pytest.raises(ConfigError, match=r"--config digits\.json: no such file"):

@@ -196,6 +196,32 @@ def test_the_stand_in_is_compared_with_nothing(tmp_path: Path) -> None:
     assert "says nothing about the paper's" in text
 
 
+def test_a_table_of_detectors(tmp_path: Path) -> None:
+    pair = TABLES["table4"].pairs[0]
+    folder = Cell("kd", pair, 0).folder(tmp_path)
+    write_result(folder, "student", best=34.0, last=33.5, classes_with_boxes=80)
+    ledger = made("table4", tmp_path, seeds=1)
+    found = {metric: entry(ledger, "kd", pair, metric) for metric in ("ap", "ap50", "ap75")}
+    assert [each.figures.best and each.figures.best.mean for each in found.values()] == [34.0, 54.0, 32.0]
+    assert [each.differences and round(each.differences[0], 2) for each in found.values()] == [0.03, -0.66, -4.62]
+    text, content = ledger_markdown(ledger), ledger_json(ledger)
+    assert "## Test AP50 (%), best epoch" in text
+    assert "highest AP on the validation split" in text
+    assert "- KR (ReviewKD), resnet101-resnet18: \\* 34.00: below that of the student alone" in text
+    assert "- MLKD: not run: it compares two views" in text
+    assert "- resnet101-resnet50: the ResNet-50 of the published student begins as MSRA's" in text
+    # A row that cannot run is there with what is printed, and no run of it is missed.
+    mlkd = entry(ledger, "mlkd", TABLES["table4"].pairs[1], "ap75")
+    assert mlkd.printed is not None
+    assert (mlkd.printed.value, mlkd.figures.best, mlkd.figures.missing) == (44.57, None, ())
+    assert entry(ledger, "mlkd", pair, "ap50").printed is None
+    row = next(line for line in overviews(ledger).splitlines() if line.startswith("| MLKD"))
+    assert row.count("not run") == 3
+    assert {each["method"] for each in content["missing"]} == {*TABLES["table4"].methods}
+    assert content["left_out"]["mlkd"].startswith("not run: ")
+    assert list(content["remarks"]) == ["resnet101-resnet50"]
+
+
 def test_as_markdown(tmp_path: Path) -> None:
     finish(tmp_path, "unikd", R110, 0, 75.0, 74.0, (3661.0,))
     finish(tmp_path, "unikd", R110, 1, 76.0, 75.0, (3661.0,))

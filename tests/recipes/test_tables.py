@@ -1,5 +1,6 @@
 """The tables as cells, against the paper's tables typed a second time."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from unikd_fast.config import parse_config
 from unikd_fast.recipes.experiments import experiment
 from unikd_fast.recipes.settings import METHODS
-from unikd_fast.recipes.tables import TABLES, Cell, printed_row, stand_in, student_cells, teacher_cells
+from unikd_fast.recipes.tables import TABLES, Cell, left_out, printed_row, stand_in, student_cells, teacher_cells
 from unikd_fast.report.printed import MEAN, pairs, printed, rows
 
 # Rows and columns as the paper has them, beside the teacher's row.
@@ -15,6 +16,7 @@ ROWS = {
     "table1": ["Student", "FitNet", "CRD", "AT", "KR", "KD", "DKD", "NKD*", "UniKD"],
     "table2": ["Student", "FitNet", "CRD", "AT", "KR", "KD", "DKD", "NKD*", "UniKD"],
     "table3": ["Student", "AT", "OFD", "CRD", "KR", "KD", "DKD", "UniKD"],
+    "table4": ["Student", "FitNet", "FGFI", "KR", "KD", "DKD", "KD+FitNet", "DKD+KR", "UniKD"],
     "table5": ["Student", "KD+FitNet", "KD+CRD", "DKD+KR", "MLKD+KR", "FLG", "UniKD"],
     "table6": ["none", "FDP", "FDP + AFF"],
     "table7": ["FitNet", "CRD", "AT", "KR", "KD", "DKD", "NKD*", "DKD+KR", "UniKD"],
@@ -25,6 +27,7 @@ OURS = {
     "CRD": "crd",
     "AT": "at",
     "OFD": "ofd",
+    "FGFI": "fgfi",
     "KR": "reviewkd",
     "KD": "kd",
     "DKD": "dkd",
@@ -45,6 +48,7 @@ COLUMNS = {
     "table3": "R34/R18 R50/MV1",
     "table6": "R110/R32 WRN-40-2/SNv1",
 }
+COLUMNS["table4"] = "R101/R18 R101/R50 COCO/MV2"
 COLUMNS["table5"] = COLUMNS["table7"] = COLUMNS["table1"]
 PAIR_NAMES = {
     "R56/R20": "resnet56-resnet20",
@@ -60,6 +64,9 @@ PAIR_NAMES = {
     "32x4/SNv2": "resnet32x4-ShuffleV2",
     "R34/R18": "resnet34-resnet18",
     "R50/MV1": "resnet50-mobilenetv1",
+    "R101/R18": "resnet101-resnet18",
+    "R101/R50": "resnet101-resnet50",
+    "COCO/MV2": "resnet50-mobilenet_v2",
 }
 
 
@@ -75,12 +82,13 @@ def test_every_cell_finds_its_printed_figure(name: str) -> None:
     table = TABLES[name]
     assert table.number is not None
     known = set(rows(table.number)) - {"teacher"}
-    assert {printed_row(method) for method in table.methods} == known
+    assert {printed_row(method) for method in (*table.methods, *table.left_out)} == known
     columns = [MEAN] if table.is_mean else [(pair.teacher, pair.student) for pair in table.pairs]
     assert tuple(columns) == pairs(table.number)
-    for method in table.methods:
-        for column in columns:
-            assert printed(table.number, printed_row(method), column).value > 60
+    least = {"ap": 29, "ap50": 48, "ap75": 30}
+    for method, column, metric in itertools.product(table.methods, columns, table.metrics):
+        if (method, metric, column[1]) != ("kd_fitnet", "ap", "frcnn/torchvision/resnet18"):  # missing from the text
+            assert printed(table.number, printed_row(method), column, metric).value > least.get(metric, 60)
 
 
 # Runs of one seed: methods times pairs, a student alone once for all the pairs that have it.
@@ -88,6 +96,7 @@ COUNTS = {
     "table1": 54,
     "table2": 43,
     "table3": 16,
+    "table4": 27,
     "table5": 42,
     "table6": 6,
     "table7": 54,
@@ -99,6 +108,7 @@ TEACHERS = {
     "table1": 5,
     "table2": 4,
     "table3": 2,
+    "table4": 2,
     "table5": 5,
     "table6": 2,
     "table7": 5,
@@ -142,12 +152,13 @@ def test_students_share_a_teacher_or_have_none() -> None:
 @pytest.mark.parametrize("name", [name for name in TABLES if TABLES[name].needs_files])
 def test_the_stand_in_has_the_same_rows_on_small_networks(name: str) -> None:
     table = stand_in(TABLES[name])
-    assert (table.methods, table.number, table.data) == (TABLES[name].methods, None, "digits")
+    data = "toy_scenes" if name == "table4" else "digits"
+    assert (table.methods, table.number, table.data) == (TABLES[name].methods, None, data)
     cells = student_cells(table, range(1))
     for cell in (*cells, *teacher_cells(cells)):
         raw = experiment(cell.method, cell.pair)
         config = parse_config(raw, ["teacher.weights=random"] if "teacher" in raw else [], name="x", source="x")
-        assert config.data.name == "digits"
+        assert config.data.name == data
         if cell.method not in ("none", "teacher"):
             assert config.distill.method == parse_method(cell.method, cell)
             assert "ramp_epochs" not in str(raw)
@@ -156,6 +167,15 @@ def test_the_stand_in_has_the_same_rows_on_small_networks(name: str) -> None:
 def parse_method(method: str, cell: Cell) -> object:
     named = METHODS[method].distill(cell.pair)["method"]
     return tuple(named) if isinstance(named, list) else named
+
+
+def test_what_cannot_run_is_left_out_with_its_reason() -> None:
+    assert [line for table in TABLES.values() for line in left_out(table)] == [
+        "MLKD: not run: it compares two views of an image by the logits of both, and a detector's two views have "
+        "different regions; no public code has it on COCO"
+    ]
+    assert "mlkd" not in {cell.method for cell in student_cells(TABLES["table4"], range(1))}
+    assert left_out(stand_in(TABLES["table4"])) == []
 
 
 def test_the_stand_ins_students_have_fewer_samples() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unikd_fast.errors import ConfigError, Interrupted, RunError
 from unikd_fast.io import make_folder, write_file, write_json
 from unikd_fast.recipes.experiments import recipe_names
-from unikd_fast.recipes.tables import TABLES, Cell, Table, stand_in, student_cells, teacher_cells, title
+from unikd_fast.recipes.tables import TABLES, Cell, Table, left_out, stand_in, student_cells, teacher_cells, title
 from unikd_fast.units import duration
 
 if TYPE_CHECKING:
@@ -33,13 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list the recipes whose names begin with PREFIX, and stop",
     )
     parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="run seeds 0 to N-1 (default: 1)")
-    parser.add_argument("--root", type=Path, help="folder of the data set (default: $CIFAR100_ROOT or $IMAGENET_ROOT)")
+    parser.add_argument(
+        "--root", type=Path, help="folder of the data set (default: $CIFAR100_ROOT, $IMAGENET_ROOT or $COCO_ROOT)"
+    )
     parser.add_argument(
         "--teachers",
         metavar="FOLDER|train",
-        help="folder of the published teachers (default: $CIFAR100_TEACHERS); train: train each here, once",
+        help="folder of the published teachers (default: $CIFAR100_TEACHERS or $DETECTRON2_ZOO); train: train each "
+        "here, once",
     )
-    parser.add_argument("--data", choices=("digits",), help="a stand-in on scikit-learn's digits: minutes on a CPU")
+    parser.add_argument(
+        "--data",
+        choices=("digits", "toy_scenes"),
+        help="a stand-in with small networks, minutes on a CPU: on scikit-learn's digits, or for table4 on generated "
+        "scenes",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/reproduce"), help="folder of all runs (default: %(default)s)"
     )
@@ -75,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
         if not table.needs_files:
             raise ConfigError(f"--data {options.data}: {table.name} has data of its own, {table.data}; leave it out")
         table = stand_in(table)
+        if table.data != options.data:
+            raise ConfigError(f"--data {options.data}: the stand-in of {table.name} is on {table.data}; give that")
     _check_names("--methods", options.methods, table.methods)
     _check_names("--pairs", options.pairs, [pair.name for pair in table.pairs])
     out, seeds = options.out.resolve(), range(options.seeds)
@@ -88,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     waiting = [run for run in runs if run.state != "done"]
     lacking = missing_requirements(waiting, teachers, published)
     if options.dry_run:
-        print(_listing(runs, out))
+        print("\n".join([_listing(runs, out), *left_out(table)]))
     if lacking:
         raise ConfigError("\n\n".join([f"{table.name} cannot run yet", *lacking]))
     if options.dry_run:

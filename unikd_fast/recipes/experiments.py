@@ -1,4 +1,4 @@
-"""Experiments by name: the raw configuration of every recipe and of the stand-ins on digits.
+"""Experiments by name: the raw configuration of every recipe, and of the stand-ins on digits and toy scenes.
 
 `read_experiment` is the one place where the options of a command become a configuration.
 """
@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unikd_fast.errors import ConfigError
-from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS, TEACHER, Pair
-from unikd_fast.recipes.settings import METHODS
+from unikd_fast.recipes.pairs import CIFAR_PAIRS, COCO_PAIRS, IMAGENET_PAIRS, TEACHER, Pair
+from unikd_fast.recipes.settings import CLASSIFIERS, METHODS
 from unikd_fast.recipes.study import STUDY_PAIR, study_experiment
 
 if TYPE_CHECKING:
     from unikd_fast.config import Config
 
-TEACHERS_ROOT = "CIFAR100_TEACHERS"
-"""Environment variable of the folder that holds the published teachers."""
+TEACHERS_ROOTS = {"cifar100": "CIFAR100_TEACHERS", "coco": "DETECTRON2_ZOO"}
+"""Environment variables of the folders that hold the published teachers, by data set; others are downloaded."""
 
 _SHIPPED = Path(__file__).parents[1] / "configs"
 
-# The tables on ImageNet have these alone.
+# The tables on ImageNet and COCO have these alone.
 _ON_IMAGENET = (TEACHER, "none", "at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd", "blockwise")
+_ON_COCO = (TEACHER, "none", "fitnet", "fgfi", "reviewkd", "kd", "dkd", "kd_fitnet", "dkd_reviewkd", "unikd")
 
 _TRAIN: dict[str, dict[str, Any]] = {
     "cifar100": {
@@ -46,6 +47,26 @@ _TRAIN: dict[str, dict[str, Any]] = {
         "precision": "bf16",
         "channels_last": True,
     },
+    "coco": {
+        "total_epochs": 13,  # 117,266 images with boxes are 14,658 steps: 180,000 end in the thirteenth
+        "max_steps": 180_000,
+        "global_batch_size": 8,
+        "optimizer": "sgd",
+        "weight_decay": 0.0001,
+        "schedule": "step",
+        "milestone_steps": [120_000, 160_000],
+        "warmup_steps": 1000,
+    },
+    "toy_scenes": {
+        "total_epochs": 20,
+        "global_batch_size": 8,
+        "optimizer": "sgd",
+        "learning_rate": 0.02,
+        "weight_decay": 0.0001,
+        "schedule": "cosine",
+        "warmup_steps": 20,
+        "clip_grad_norm": 10.0,
+    },
     "digits": {
         "total_epochs": 50,
         "global_batch_size": 50,
@@ -58,6 +79,27 @@ _TRAIN: dict[str, dict[str, Any]] = {
 _DATA: dict[str, dict[str, Any]] = {
     "cifar100": {"name": "cifar100", "root": "${CIFAR100_ROOT}", "image_size": 32},
     "imagenet": {"name": "imagenet", "root": "${IMAGENET_ROOT}", "image_size": 224, "num_classes": 1000, "workers": 8},
+    "coco": {"name": "coco", "root": "${COCO_ROOT}", "workers": 8},
+}
+
+# Students on COCO compute as those of Detectron2, and begin with torchvision's weights of ImageNet, whose bottlenecks
+# have their strides in the 3x3; teachers of its zoo have them in the 1x1.
+_CONVENTIONS: dict[str, Any] = {"conventions": "detectron2"}
+_OF_THE_ZOO = {**_CONVENTIONS, "stride_in_1x1": True}
+_NOT_FROZEN = {"frcnn/torchvision/mobilenet_v2": {**_CONVENTIONS, "frozen_stages": 0}}  # FREEZE_AT as published
+_BODY = "IMAGENET1K_V1"
+
+# On toy scenes networks are trained from nothing, the teacher on more images.
+_TOY_STUDENT_SAMPLES = 100
+_TOY_ARGS: dict[str, Any] = {
+    "norm": "batch",
+    "frozen_stages": 0,
+    "out_channels": 64,
+    "representation_size": 128,
+    "anchor_sizes": [12, 20, 32, 48, 64],
+    "box_batch_size_per_image": 64,
+    "rpn_post_nms_top_n_train": 200,
+    "rpn_post_nms_top_n_test": 100,
 }
 
 # On digits teachers are trained on all samples and students on few, so that there is something to distil.
@@ -108,7 +150,8 @@ def experiment(method: str, pair: Pair, seed: int = 0) -> dict[str, Any]:
     if pair == STUDY_PAIR:
         config = study_experiment(method, pair, seed)
     else:
-        config = _on_digits(method, pair) if pair.data == "digits" else _published(method, pair)
+        small = {"digits": _on_digits, "toy_scenes": _on_toy_scenes}
+        config = small.get(pair.data, _published)(method, pair)
     return copy.deepcopy(config)
 
 
@@ -177,8 +220,9 @@ def find_config(config: str) -> Path:
 def _recipes() -> dict[str, tuple[str, Pair]]:
     """Return method and pair by the name of the recipe."""
     cells = [
-        *((method, pair) for method in (TEACHER, *METHODS) for pair in CIFAR_PAIRS),
+        *((method, pair) for method in (TEACHER, *CLASSIFIERS) for pair in CIFAR_PAIRS),
         *((method, pair) for method in _ON_IMAGENET for pair in IMAGENET_PAIRS),
+        *((method, pair) for method in _ON_COCO for pair in COCO_PAIRS),
     ]
     found: dict[str, tuple[str, Pair]] = {}
     for method, pair in cells:
@@ -192,20 +236,44 @@ def _name(method: str, pair: Pair) -> str:
 
 def _published(method: str, pair: Pair) -> dict[str, Any]:
     rate, weights = pair.learning_rate, pair.teacher_weights
-    if pair.data == "cifar100":
-        weights = f"${{{TEACHERS_ROOT}}}/{weights}"
-        if method == TEACHER:
-            rate = 0.05  # of all teachers; a student's rate is that of its pair
+    if pair.data in TEACHERS_ROOTS:
+        weights = f"${{{TEACHERS_ROOTS[pair.data]}}}/{weights}"
+    if pair.data == "cifar100" and method == TEACHER:
+        rate = 0.05  # of all teachers; a student's rate is that of its pair
     alone = method in (TEACHER, "none")
+    teacher: dict[str, Any] = {"model": pair.teacher, "weights": weights}
+    student: dict[str, Any] = {"model": pair.teacher if method == TEACHER else pair.student}
+    if pair.data == "coco":
+        teacher["model_args"] = _OF_THE_ZOO
+        student |= {"model_args": _NOT_FROZEN.get(student["model"], _CONVENTIONS), "weights": _BODY}
     return {
         "run": {"dir": f"runs/{_name(method, pair)}-{{hash}}", "log_every_steps": 100},
         "data": _DATA[pair.data],
-        **({} if alone else {"teacher": {"model": pair.teacher, "weights": weights}}),
-        "student": {"model": pair.teacher if method == TEACHER else pair.student},
+        **({} if alone else {"teacher": teacher}),
+        "student": student,
         "distill": {"method": "none"} if alone else METHODS[method].distill(pair),
         "train": {**_TRAIN[pair.data], "learning_rate": rate},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
+
+
+def _on_toy_scenes(method: str, pair: Pair) -> dict[str, Any]:
+    """Return the stand-in on generated scenes, without the weights of the teacher; see `_on_digits`."""
+    data: dict[str, Any] = {"name": "toy_scenes", "synthetic_samples": 200}
+    if method != TEACHER:
+        data["train_samples"] = _TOY_STUDENT_SAMPLES
+    alone = method in (TEACHER, "none")
+    config: dict[str, Any] = {
+        "run": {"log_every_steps": 20, "evaluate_every_epochs": 10},
+        "data": data,
+        "student": {"model": pair.teacher if method == TEACHER else pair.student, "model_args": _TOY_ARGS},
+        "distill": {"method": "none"} if alone else _without_ramps(METHODS[method].distill(pair)),
+        "train": _TRAIN["toy_scenes"],
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+    if not alone:
+        config["teacher"] = {"model": pair.teacher, "model_args": _TOY_ARGS}
+    return config
 
 
 def _on_digits(method: str, pair: Pair) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.runs import Teachers, total_seconds
 from unikd_fast.recipes.tables import Cell, Table, printed_row, setting, teacher_cells, title
 from unikd_fast.report.accuracy import Spread, signed, spread
-from unikd_fast.report.printed import MEAN, Metric, Printed, printed, printed_anywhere, rows
+from unikd_fast.report.printed import FIGURES, MEAN, Metric, Printed, is_known, printed, printed_anywhere
 from unikd_fast.report.run_files import read_json, read_result
 from unikd_fast.report.table import markdown_table
 from unikd_fast.units import duration
 
-_KEYS: dict[Metric, str] = {"top1": "accuracy", "top5": "top5"}
 _EPOCHS = ("best", "last")
 _NONE = "–"
 
@@ -42,13 +41,13 @@ class Finished(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Test accuracies of a table's cell over seeds.
+    """Test figures of a table's cell over seeds.
 
     Args:
         best, last: percent at the best epoch and at the last one. If None, no seed is finished.
         epochs: best epoch by seed; empty for means and for published teachers.
         seeds: finished seeds.
-        missing: other seeds.
+        missing: other seeds. A row that cannot run has neither.
     """
 
     best: Spread | None
@@ -80,7 +79,7 @@ class Entry(NamedTuple):
     Args:
         method: the row, or TEACHER.
         pair: name of the column; of a mean, how many pairs.
-        metric: top1 or top5.
+        metric: what the figures are.
         figures: results of the runs.
         printed: figure that this table prints. If None, it prints none.
         elsewhere: other figures that the paper prints for the same.
@@ -168,7 +167,9 @@ def make_ledger(
             continue
         entries += [_teacher(table, pair, metric, seeds, teachers, found) for pair in table.pairs]
         entries += [
-            _student(table, method, pair, metric, seeds, found) for method in table.methods for pair in table.pairs
+            _student(table, method, pair, metric, () if method in table.left_out else seeds, found)
+            for method in (*table.methods, *table.left_out)
+            for pair in table.pairs
         ]
     return Ledger(table, tuple(seeds), teachers, tuple(overrides), tuple(entries))
 
@@ -241,7 +242,7 @@ def _figures(runs: Mapping[int, Finished | None], metric: Metric) -> Figures:
 
 
 def _accuracy(run: Finished, which: str, metric: Metric) -> float:
-    return float(run.result[which]["test"][_KEYS[metric]])
+    return float(run.result[which]["test"][FIGURES[metric]])
 
 
 def _printed(
@@ -249,7 +250,7 @@ def _printed(
 ) -> tuple[Printed | None, tuple[Printed, ...]]:
     """Return what the table prints, and other figures of other tables; nothing for networks that are in none."""
     own = None
-    if table.number is not None and row in rows(table.number):
+    if table.number is not None and is_known(table.number, row, pair, metric):
         own = printed(table.number, row, pair, metric)
     return own, tuple(other for other in printed_anywhere(row, pair, metric) if own is None or other.value != own.value)
 
@@ -283,8 +284,10 @@ def ledger_json(ledger: Ledger) -> dict[str, Any]:
         "missing": [
             {"method": entry.method, "pair": entry.pair, "seeds": list(entry.figures.missing)}
             for entry in ledger.entries
-            if entry.figures.missing and entry.metric == "top1"
+            if entry.figures.missing and entry.metric == table.metrics[0]
         ],
+        "remarks": {pair.name: pair.remark for pair in table.pairs if pair.remark},
+        "left_out": {method: setting(method).remark_for(table.data) for method in table.left_out},
     }
 
 
@@ -325,7 +328,7 @@ def ledger_markdown(ledger: Ledger) -> str:
     for metric, entries in _by_metric(ledger).items():
         parts += [f"## Test {_name(metric)} (%), best epoch", _overview(entries)]
         parts += [f"## Test {_name(metric)} in full", _details(entries)]
-    notes = _notes(ledger.entries)
+    notes = _notes(ledger)
     if notes:
         parts += ["## Notes", notes]
     parts += ["## Missing", _missing(ledger.entries) or "Nothing: every cell is finished for every seed."]
@@ -344,22 +347,23 @@ def _by_metric(ledger: Ledger) -> dict[Metric, list[Entry]]:
 
 
 def _name(metric: Metric) -> str:
-    return metric.replace("top", "top-")
+    return metric.replace("top", "top-").replace("ap", "AP")
 
 
 def _preface(ledger: Ledger) -> str:
     seeds = ", ".join(map(str, ledger.seeds))
     trained = "trained here, once each" if ledger.teachers == "trained" else "the published ones"
+    figure = "AP" if ledger.table.metrics[0] == "ap" else "accuracy"
     sentences = [
         f"Data: {ledger.table.data}. Seeds: {seeds}. Teachers: {trained}.",
-        "Mean ± sample standard deviation over seeds; best: the epoch with the highest accuracy on the validation "
+        f"Mean ± sample standard deviation over seeds; best: the epoch with the highest {figure} on the validation "
         "split, which where there is none is the test split, as in the literature; last: the last epoch.",
     ]
     if ledger.table.is_mean:
         sentences.append("A seed counts once all pairs have it; the deviation is that of the means over pairs.")
     if ledger.overrides:
         sentences.append(f"Settings that differ from the recipes: {', '.join(f'`{o}`' for o in ledger.overrides)}.")
-    if ledger.table.data == "digits":
+    if ledger.table.data in ("digits", "toy_scenes"):
         sentences.append("A stand-in: no figures are printed for it, and it says nothing about the paper's.")
     return "\n".join(sentences)
 
@@ -375,10 +379,14 @@ def _overview(entries: Sequence[Entry]) -> str:
 def _short(entry: Entry) -> str:
     figures = entry.figures
     if figures.best is None:
-        return "missing"
+        return _absent(entry)
     incomplete = f" ({_finished_seeds(figures)} seeds)" if figures.missing else ""
     difference = "" if entry.differences is None else f" [{signed(entry.differences[0])}]"
     return f"{figures.best.text()}{difference}{incomplete}"
+
+
+def _absent(entry: Entry) -> str:
+    return "missing" if entry.figures.missing or entry.method == TEACHER else "not run"
 
 
 def _details(entries: Sequence[Entry]) -> str:
@@ -391,7 +399,7 @@ def _details(entries: Sequence[Entry]) -> str:
                 entry.title,
                 entry.pair,
                 _finished_seeds(figures),
-                *("missing" if found is None else found.text() for found in (figures.best, figures.last)),
+                *(_absent(entry) if found is None else found.text() for found in (figures.best, figures.last)),
                 _printed_text(entry),
                 *([_NONE, _NONE] if differences is None else [signed(value) for value in differences]),
                 _NONE if seconds is None else duration(seconds),
@@ -414,9 +422,9 @@ def _tables(printed: Printed) -> str:
     return ", ".join(f"Table {table}" for table in printed.tables)
 
 
-def _notes(entries: Sequence[Entry]) -> str:
-    lines: dict[str, None] = {}
-    for entry in entries:
+def _notes(ledger: Ledger) -> str:
+    lines = {f"- {pair.name}: {pair.remark}.": None for pair in ledger.table.pairs if pair.remark}
+    for entry in ledger.entries:
         if entry.printed is not None and entry.printed.note:
             printed = f"{entry.printed.value:.2f}"
             lines[f"- {entry.title}, {entry.pair}: \\* {printed}: {entry.printed.note}."] = None

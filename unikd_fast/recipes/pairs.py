@@ -14,13 +14,15 @@ class Pair(NamedTuple):
         teacher, student: names of the networks; see `build_model`.
         teacher_weights: file below the folder of published teachers, or identifier of torchvision.
         learning_rate: learning rate of the student, at the batch size of the recipe.
+        remark: what to know about the figures of all its students.
     """
 
-    data: Literal["cifar100", "imagenet", "digits", "fine_grained"]
+    data: Literal["cifar100", "imagenet", "coco", "digits", "fine_grained", "toy_scenes"]
     teacher: str
     student: str
     teacher_weights: str
     learning_rate: float
+    remark: str = ""
 
     @property
     def name(self) -> str:
@@ -77,3 +79,23 @@ IMAGENET_PAIRS = (
     Pair("imagenet", "torchvision/resnet50", "timm/mobilenetv1_100", "IMAGENET1K_V1", 0.2),
 )
 """The pairs of Table 3."""
+
+
+def _coco(teacher: str, student: str, weights: str, remark: str = "") -> Pair:
+    file = f"COCO-Detection/{weights}"
+    return Pair("coco", f"frcnn/torchvision/{teacher}", f"frcnn/torchvision/{student}", file, 0.01, remark)
+
+
+_R50 = "faster_rcnn_R_50_FPN_3x/137849458/model_final_280758.pkl"
+_R101 = "faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl"
+_BODY = (
+    "the ResNet-50 of the published student begins as MSRA's, with the strides in the 1x1 convolutions; ours as "
+    "torchvision's, with the strides in the 3x3"
+)
+
+COCO_PAIRS = (
+    _coco("resnet101", "resnet18", _R101),
+    _coco("resnet101", "resnet50", _R101, _BODY),
+    _coco("resnet50", "mobilenet_v2", _R50),
+)
+"""The pairs of Table 4; their teachers' files lie as on Detectron2's server."""

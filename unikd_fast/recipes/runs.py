@@ -21,10 +21,11 @@ from typing import Any, Literal, NamedTuple
 
 from unikd_fast.config import Config, ConfigError, config_hash, parse_config
 from unikd_fast.config.load import parse_override, read_stored
+from unikd_fast.data.detection.coco import find_annotations
 from unikd_fast.data.roots import check_root
 from unikd_fast.errors import OutOfMemory, stop_signals
 from unikd_fast.io import append_line, make_folder, open_own, write_json
-from unikd_fast.recipes.experiments import TEACHERS_ROOT, experiment
+from unikd_fast.recipes.experiments import TEACHERS_ROOTS, experiment
 from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.tables import Cell
 from unikd_fast.units import duration
@@ -121,7 +122,7 @@ def plan_runs(
 def teachers_environment(out: Path, data: str, published: Path | None) -> dict[str, str]:
     """Return the environment variables by which configurations name their teachers."""
     own = {TRAINED_TEACHERS: str(out / data / TEACHER)}
-    return own if published is None else {**own, TEACHERS_ROOT: str(published)}
+    return own if published is None else {**own, TEACHERS_ROOTS[data]: str(published)}
 
 
 def _plan(cell: Cell, out: Path, teachers: Teachers, root: Path | None, overrides: Sequence[str]) -> Run:
@@ -134,6 +135,8 @@ def _plan(cell: Cell, out: Path, teachers: Teachers, root: Path | None, override
         teacher = cell.teacher
         weights = f"${{{TRAINED_TEACHERS}}}/{teacher.networks}/seed-{teacher.seed}/student.safetensors"
         raw["teacher"]["weights"] = weights
+        made = experiment(TEACHER, cell.pair, cell.seed)["student"]  # a published one may have been made otherwise
+        raw["teacher"] |= {key: value for key, value in made.items() if key == "model_args"}
     own = [text for text in overrides if "teacher" in raw or not text.startswith(("teacher.", "distill."))]
     # The cache of the teacher's outputs has this name: two rows of one method may fit different heads.
     name = f"{cell.pair.data}-{cell.method}-{cell.networks}"
@@ -174,10 +177,27 @@ docs/data.md says how torchvision sorts the three published archives so."""
 _CIFAR_TEACHERS = f"""The published teachers are RepDistiller's, which all of this literature uses: unpack
 cifar_teachers.tar of https://github.com/megvii-research/mdistiller/releases/tag/checkpoints (or run RepDistiller's
 scripts/fetch_pretrained_teachers.sh, if its server answers), and name the folder by --teachers FOLDER or
-`export {TEACHERS_ROOT}=FOLDER`. Or train them here: --teachers train, once each, by the recipe of a student alone."""
-_NO_DATA_AT_ALL = "Without data: --data digits runs a stand-in of the table on scikit-learn's digits."
+`export {TEACHERS_ROOTS["cifar100"]}=FOLDER`. Or train them here: --teachers train, once each, by the recipe of a
+student alone."""
+_COCO_DATA = """COCO 2017: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip of
+https://cocodataset.org in a folder, and name that by --root FOLDER or `export COCO_ROOT=FOLDER`:
+  FOLDER/annotations/instances_{train,val}2017.json
+  FOLDER/{train,val}2017/<image>
+Students begin with torchvision's weights of ImageNet, which are downloaded by the first run to
+$TORCH_HOME/hub/checkpoints (default: ~/.cache/torch). Without a connection, put them there from
+https://download.pytorch.org/models: resnet18-f37072fd.pth, resnet50-0676ba61.pth, mobilenet_v2-b0353104.pth, and for
+--teachers train also resnet101-63fe2227.pth."""
+_COCO_TEACHERS = f"""The published teachers are of Detectron2's zoo: download each file from
+https://dl.fbaipublicfiles.com/detectron2/<file> with its folders, which name the model, to a folder, and name that by
+--teachers FOLDER or `export {TEACHERS_ROOTS["coco"]}=FOLDER`. Or train them here: --teachers train, once each, by the
+recipe of a student alone."""
 
-_DATA_IN_WORDS = {"cifar100": _CIFAR_DATA, "imagenet": _IMAGENET_DATA}
+_DATA_IN_WORDS = {"cifar100": _CIFAR_DATA, "imagenet": _IMAGENET_DATA, "coco": _COCO_DATA}
+_TEACHERS_IN_WORDS = {"cifar100": _CIFAR_TEACHERS, "coco": _COCO_TEACHERS}
+_WITHOUT_DATA = {
+    "coco": "Without data: --data toy_scenes runs a stand-in of the table on generated scenes.",
+}
+_ON_DIGITS = "Without data: --data digits runs a stand-in of the table on scikit-learn's digits."
 
 
 def missing_requirements(runs: Sequence[Run], teachers: Teachers, published: Path | None) -> list[str]:
@@ -193,26 +213,29 @@ def missing_requirements(runs: Sequence[Run], teachers: Teachers, published: Pat
     said: list[str] = []
     name, root = runs[0].config.data.name, runs[0].config.data.root
     try:
-        check_root(name, root)
+        folder = check_root(name, root)
+        if name == "coco" and folder is not None:
+            find_annotations(folder)
     except (ValueError, FileNotFoundError) as error:
-        problem = str(error).removeprefix("check_root: ").replace("--set data.root=", "--root ")
+        problem = str(error).partition(": ")[2].replace("--set data.root=", "--root ")
         said.append(f"{problem}\n\n{_DATA_IN_WORDS[name]}")
-    if teachers == "published" and name == "cifar100":
-        absent = _missing_teachers([run.cell.pair for run in runs if run.config.teacher is not None], published)
+    if teachers == "published" and name in TEACHERS_ROOTS:
+        pairs = [run.cell.pair for run in runs if run.config.teacher is not None]
+        absent = _missing_teachers(pairs, published, TEACHERS_ROOTS[name])
         if absent is not None:
-            said.append(f"{absent}\n\n{_CIFAR_TEACHERS}")
-    return [*said, _NO_DATA_AT_ALL] if said else []
+            said.append(f"{absent}\n\n{_TEACHERS_IN_WORDS[name]}")
+    return [*said, _WITHOUT_DATA.get(name, _ON_DIGITS)] if said else []
 
 
-def _missing_teachers(pairs: Sequence[Pair], published: Path | None) -> str | None:
+def _missing_teachers(pairs: Sequence[Pair], published: Path | None, variable: str) -> str | None:
     files = list(dict.fromkeys(pair.teacher_weights for pair in pairs))
     if not files:
         return None
     if published is None:
-        folder = os.environ.get(TEACHERS_ROOT)
+        folder = os.environ.get(variable)
         if not folder:
             listed = "\n".join(f"  FOLDER/{file}" for file in files)
-            return f"no folder of teachers is given, and {TEACHERS_ROOT} is not set; it must hold\n{listed}"
+            return f"no folder of teachers is given, and {variable} is not set; it must hold\n{listed}"
         published = Path(folder)
     absent = [str(published / file) for file in files if not (published / file).is_file()]
     if not absent:

@@ -1,6 +1,7 @@
 """The published settings of each method by pair of networks: the `distill` section of its recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from unikd_fast.recipes.pairs import Pair
@@ -14,6 +15,10 @@ _R56, _R110, _R32X4, _WRN_16_2, _WRN_40_1, _VGG = (
     "vgg13-vgg8",
 )
 _R18, _MV1 = "resnet34-resnet18", "resnet50-mobilenetv1"
+# Weight of ReviewKD on COCO; 1 for other pairs.
+_REVIEWS = {"resnet101-resnet18": 1.2, "resnet101-resnet50": 1.0, "resnet50-mobilenet_v2": 2.0}
+# Weight of UniKD's L_FL on regions.
+_FEATURES_OF_REGIONS = 0.2
 
 
 class Setting(NamedTuple):
@@ -23,13 +28,13 @@ class Setting(NamedTuple):
         title: name in tables.
         distill: function that returns the `distill` section for a pair.
         remark: what to know about its figures.
-        on_imagenet: what else to know about its figures on ImageNet.
+        on: what else to know about its figures on a data set, by its name.
     """
 
     title: str
     distill: Callable[[Pair], dict[str, Any]]
     remark: str = ""
-    on_imagenet: str = ""
+    on: Mapping[str, str] = MappingProxyType({})
 
     def remark_for(self, data: str) -> str:
         """Return what to know about its figures on a data set.
@@ -38,11 +43,16 @@ class Setting(NamedTuple):
             >>> METHODS["at"].remark_for("imagenet"), METHODS["flg"].remark_for("cifar100")
             ('', 'our reading: the original formula was not found')
         """
-        return "; ".join(filter(None, (self.remark, self.on_imagenet if data == "imagenet" else "")))
+        return "; ".join(filter(None, (self.remark, self.on.get(data))))
 
 
 def _on_imagenet(pair: Pair) -> bool:
     return pair.data == "imagenet"
+
+
+def _of_regions(pair: Pair) -> bool:
+    """Return whether the networks are detectors, whose samples are regions; the paper's pairs are those of COCO."""
+    return pair.data in ("coco", "toy_scenes")
 
 
 def _none(pair: Pair) -> dict[str, Any]:
@@ -50,12 +60,16 @@ def _none(pair: Pair) -> dict[str, Any]:
 
 
 def _kd(pair: Pair) -> dict[str, Any]:
+    if _of_regions(pair):  # with the cross-entropy whole: it is the detector's own loss
+        return {"method": "kd", "kd": {"ce_weight": 1.0, "beta": 1.0, "temperature": 1.0}}
     if _on_imagenet(pair):
         return {"method": "kd", "kd": {"ce_weight": 0.5, "beta": 0.5, "temperature": 1.0}}
     return {"method": "kd", "kd": {"ce_weight": 0.1, "beta": 0.9, "temperature": 4.0}}
 
 
 def _dkd_section(pair: Pair) -> dict[str, Any]:
+    if _of_regions(pair):
+        return {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "ramp_epochs": 0.0}
     if _on_imagenet(pair):
         beta = {_R18: 0.5, _MV1: 2.0}[pair.name]
         return {"alpha": 1.0, "beta": beta, "temperature": 1.0, "ramp_epochs": 1.0}
@@ -87,6 +101,8 @@ def _dkd_standardized(pair: Pair) -> dict[str, Any]:
 
 
 def _reviewkd_section(pair: Pair) -> dict[str, Any]:
+    if _of_regions(pair):
+        return {"weight": _REVIEWS.get(pair.name, 1.0), "ramp_epochs": 0.0}
     if _on_imagenet(pair):
         weight = {_R18: 1.0, _MV1: 8.0}[pair.name]
         width = {"width": 256} if pair.name == _MV1 else {}
@@ -102,7 +118,11 @@ def _reviewkd(pair: Pair) -> dict[str, Any]:
 
 
 def _fitnet(pair: Pair) -> dict[str, Any]:
-    return {"method": "fitnet", "fitnet": {"weight": 100.0}}
+    return {"method": "fitnet", "fitnet": {"weight": 1.0 if _of_regions(pair) else 100.0}}
+
+
+def _fgfi(pair: Pair) -> dict[str, Any]:
+    return {"method": "fgfi", "fgfi": {"weight": 0.01}}
 
 
 def _at(pair: Pair) -> dict[str, Any]:
@@ -138,6 +158,9 @@ def _nkd(pair: Pair) -> dict[str, Any]:
 
 
 def _unikd(pair: Pair) -> dict[str, Any]:
+    if _of_regions(pair):  # DKD in place of L_L, as in the public development code
+        section = {"alpha": _FEATURES_OF_REGIONS, "beta": 0.0}
+        return {"method": ["unikd", "dkd"], "unikd": section, "dkd": _dkd_section(pair)}
     temperature, ramp = (1.0, 1.0) if _on_imagenet(pair) else (4.0, 20.0)
     return {"method": "unikd", "unikd": {"alpha": 4.0, "temperature": temperature, "alpha_ramp_epochs": ramp}}
 
@@ -191,27 +214,42 @@ _OFD_BATCH = (
     "0.1; here all methods have 512 and 0.2"
 )
 
+_UNPUBLISHED = "recipe unpublished on COCO: no public code has it, and the weight is ours"
+_MANY_LEVELS = "published for a VGG of one level: on a pyramid the places of all levels are joined"
+_ON_REGIONS = (
+    "recipe unpublished: L_FL is of features of regions, and the logits have DKD's loss in place of the softmax KL, as "
+    "in the public development code; the weight of L_FL is ours"
+)
+_TWO_VIEWS = (
+    "not run: it compares two views of an image by the logits of both, and a detector's two views have different "
+    "regions; no public code has it on COCO"
+)
+
 METHODS: dict[str, Setting] = {
     "none": Setting("student alone", _none),
-    "fitnet": Setting("FitNet", _fitnet),
+    "fitnet": Setting("FitNet", _fitnet, on={"coco": _UNPUBLISHED}),
+    "fgfi": Setting("FGFI", _fgfi, on={"coco": _MANY_LEVELS}),
     "at": Setting("AT", _at),
-    "ofd": Setting("OFD", _ofd, on_imagenet=_OFD_BATCH),
-    "crd": Setting("CRD", _crd, on_imagenet=_SMALLER_BATCH),
-    "reviewkd": Setting("KR (ReviewKD)", _reviewkd, on_imagenet=_SMALLER_BATCH),
-    "kd": Setting("KD", _kd),
+    "ofd": Setting("OFD", _ofd, on={"imagenet": _OFD_BATCH}),
+    "crd": Setting("CRD", _crd, on={"imagenet": _SMALLER_BATCH}),
+    "reviewkd": Setting("KR (ReviewKD)", _reviewkd, on={"imagenet": _SMALLER_BATCH}),
+    "kd": Setting("KD", _kd, on={"coco": _UNPUBLISHED}),
     "dkd": Setting("DKD", _dkd),
     "dkd_standardized": Setting("NKD* (logit standardisation with DKD)", _dkd_standardized),
     "nkd": Setting("NKD proper", _nkd),
-    "mlkd": Setting("MLKD", _mlkd, remark=_LONGER),
+    "mlkd": Setting("MLKD", _mlkd, on={"cifar100": _LONGER, "coco": _TWO_VIEWS}),
     "flg": Setting("FLG", _flg, remark="our reading: the original formula was not found"),
-    "kd_fitnet": Setting("KD + FitNet", _sum(_kd, _fitnet)),
+    "kd_fitnet": Setting("KD + FitNet", _sum(_kd, _fitnet), on={"coco": _UNPUBLISHED}),
     "kd_crd": Setting("KD + CRD", _kd_crd),
     "dkd_reviewkd": Setting("DKD + KR", _sum(_dkd, _reviewkd)),
     "mlkd_reviewkd": Setting("MLKD + KR", _sum(_mlkd, _reviewkd), remark=_LONGER),
-    "unikd": Setting("UniKD", _unikd),
+    "unikd": Setting("UniKD", _unikd, on={"coco": _ON_REGIONS}),
     "unikd_without_aff": Setting("UniKD, FDP only", _unikd_without_aff),
     "unikd_without_fdp_and_aff": Setting("UniKD without FDP and AFF", _unikd_without_both),
     "blockwise": Setting("block-wise logit distillation", _blockwise),
     "blockwise_light": Setting("block-wise logit distillation, light", _blockwise_light),
 }
 """By their names in those of recipes."""
+
+CLASSIFIERS = tuple(name for name in METHODS if name != "fgfi")
+"""Those for classifiers: FGFI is about places near objects."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from unikd_fast.recipes.pairs import CIFAR_PAIRS, IMAGENET_PAIRS, TEACHER, Pair
-from unikd_fast.recipes.settings import METHODS, Setting
+from unikd_fast.recipes.pairs import CIFAR_PAIRS, COCO_PAIRS, IMAGENET_PAIRS, TEACHER, Pair
+from unikd_fast.recipes.settings import CLASSIFIERS, METHODS, Setting
 from unikd_fast.recipes.study import STUDY, STUDY_PAIR
 from unikd_fast.report.printed import Metric
 
@@ -36,6 +36,7 @@ class Table(NamedTuple):
         pairs: columns.
         is_mean: whether its only column is the mean over the pairs.
         metrics: what it prints.
+        left_out: rows that are printed and cannot run; their remarks say why.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Table(NamedTuple):
     pairs: tuple[Pair, ...]
     is_mean: bool = False
     metrics: tuple[Metric, ...] = ("top1",)
+    left_out: tuple[str, ...] = ()
 
     @property
     def data(self) -> str:
@@ -54,7 +56,7 @@ class Table(NamedTuple):
     @property
     def needs_files(self) -> bool:
         """Whether the user has to provide its data, which are neither generated nor installed with a package."""
-        return self.data not in ("digits", "fine_grained")
+        return self.data not in ("digits", "fine_grained", "toy_scenes")
 
     @property
     def heading(self) -> str:
@@ -110,7 +112,7 @@ class Cell(NamedTuple):
 
 _ALONE_AND_SINGLE = ("none", "fitnet", "crd", "at", "reviewkd", "kd", "dkd", "dkd_standardized", "unikd")
 _SUMS = ("none", "kd_fitnet", "kd_crd", "dkd_reviewkd", "mlkd_reviewkd", "flg", "unikd")
-_EVERY_METHOD = tuple(method for method in METHODS if not method.startswith("unikd_"))
+_EVERY_METHOD = tuple(method for method in CLASSIFIERS if not method.startswith("unikd_"))
 _SAME_FAMILY, _OTHER_FAMILY = CIFAR_PAIRS[:6], CIFAR_PAIRS[6:]
 
 TABLES: dict[str, Table] = {
@@ -125,6 +127,15 @@ TABLES: dict[str, Table] = {
             ("none", "at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd"),
             IMAGENET_PAIRS,
             metrics=("top1", "top5"),
+        ),
+        Table(
+            "table4",
+            "COCO, Faster R-CNN with a feature pyramid",
+            4,
+            ("none", "fitnet", "fgfi", "reviewkd", "kd", "dkd", "kd_fitnet", "dkd_reviewkd", "unikd"),
+            COCO_PAIRS,
+            metrics=("ap", "ap50", "ap75"),
+            left_out=("mlkd",),
         ),
         Table("table5", "CIFAR-100, sums of methods", 5, _SUMS, _SAME_FAMILY),
         Table(
@@ -167,6 +178,7 @@ _SMALL_PAIRS = {
     "table1": _SMALL_SAME,
     "table2": _SMALL_OTHER,
     "table3": (_SMALL_SAME[0], _SMALL_OTHER[1]),
+    "table4": (Pair("toy_scenes", "frcnn/timm/test_resnet", "frcnn/timm/test_efficientnet", "", 0.02),),
     "table5": _SMALL_SAME,
     "table6": (_SMALL_SAME[0], _SMALL_OTHER[0]),
     "table7": _SMALL_SAME,
@@ -176,9 +188,11 @@ _SMALL_PAIRS = {
 
 
 def stand_in(table: Table) -> Table:
-    """Return the table with pairs of small networks on scikit-learn's digits, for which no figures are printed."""
-    title = f"{table.title}; a stand-in on digits"
-    return table._replace(title=title, number=None, pairs=_SMALL_PAIRS[table.name], metrics=("top1",))
+    """Return the table with pairs of small networks, for which no figures are printed, on data that need no files."""
+    pairs, metrics = _SMALL_PAIRS[table.name], tuple(metric for metric in table.metrics if metric != "top5")
+    on = {"digits": "digits", "toy_scenes": "generated scenes"}[pairs[0].data]
+    title = f"{table.title}; a stand-in on {on}"
+    return table._replace(title=title, number=None, pairs=pairs, metrics=metrics, left_out=())
 
 
 def printed_row(method: str) -> str:
@@ -189,6 +203,16 @@ def printed_row(method: str) -> str:
 def setting(method: str) -> Setting:
     """Return the setting of a row, of the papers' tables or of the study."""
     return METHODS[method] if method in METHODS else STUDY[method]
+
+
+def left_out(table: Table) -> list[str]:
+    """Return the rows that are printed and cannot run, each with its reason.
+
+    Example:
+        >>> left_out(TABLES["table4"])[0][:13]
+        'MLKD: not run'
+    """
+    return [f"{title(method)}: {setting(method).remark_for(table.data)}" for method in table.left_out]
 
 
 def title(method: str) -> str:
