@@ -6,7 +6,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-all test-compat conformance lint docs bench gpu-check gpu-wheels schema clean
+.PHONY: help setup distill distill-detection test test-all test-compat conformance lint docs bench gpu-check gpu-wheels schema clean
 
 help: ## list the tasks
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -24,6 +24,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 distill: setup ## distil on scikit-learn's digits and print the table (2 to 10 minutes on 2 cores)
 	$(RUN) deepspeed launch_distill.py --config configs/digits.json --resume auto
+
+distill-detection: setup ## distil detectors on generated scenes and print the table
+	$(RUN) deepspeed launch_distill.py --config configs/toy_scenes.json --resume auto
 
 # Processes that test side by side. In the order of the files, of which those that start runs come early; xdist itself
 # would begin with the files of many, short tests, and end with one process waiting for the other.

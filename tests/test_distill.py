@@ -127,6 +127,16 @@ def test_accuracy_is_that_of_the_student_over_the_test_data() -> None:
     assert json.loads((run.folder / "config.json").read_text())["train"]["total_epochs"] == 4
 
 
+def test_a_warm_up_in_steps_takes_the_place_of_the_usual_one() -> None:
+    def warm_up(**settings: Any) -> tuple[float, int]:
+        settings |= {"method": "none", "epochs": 5, "max_steps": 1, "global_batch_size": 8, "workers": 0}
+        run = distill(None, net(1), tensors(), tensors(12, seed=1), **settings)
+        train = json.loads((run.folder / "config.json").read_text())["train"]
+        return train["warmup_epochs"], train["warmup_steps"]
+
+    assert (warm_up(), warm_up(warmup_steps=2)) == ((1.0, 0), (0.0, 2))
+
+
 def test_files_given_as_a_data_set_train_as_an_image_folder() -> None:
     root = write_images(Path("images"), {"train": 24, "val": 9})
     raw = {
