@@ -21,7 +21,9 @@ from unikd_fast.data.detection.sets import open_scenes
 from unikd_fast.data.detection.views import padded_size
 from unikd_fast.data.roots import named_as_configured
 from unikd_fast.engine.distributed import Processes
+from unikd_fast.engine.inputs import loader_arguments
 from unikd_fast.engine.memory import oom_hint
+from unikd_fast.engine.networks import require_teacher_weights
 from unikd_fast.engine.task import Task
 from unikd_fast.engine.timing import UNTIMED, StepClock
 from unikd_fast.io import make_folder, write_file, write_json
@@ -114,17 +116,7 @@ class Detection(Task):
     def build_loader(
         self, config: Config, splits: DetectionSplits, needs: Needs, processes: Processes
     ) -> DetectionLoader:
-        return build_detection_loader(
-            splits,
-            config.data,
-            seed=config.run.seed,
-            global_batch_size=config.train.global_batch_size,
-            accumulation_steps=config.train.accumulation_steps,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            device=processes.device,
-            channels_last=config.train.channels_last,
-        )
+        return build_detection_loader(splits, config.data, **loader_arguments(config, processes))
 
     def build_student(self, config: Config, splits: DetectionSplits, needs: Needs, batch: int) -> Detector:
         return _network(config, "student", splits, needs)
@@ -138,13 +130,7 @@ class Detection(Task):
         with_weights: bool = True,
         batch: int | None = None,
     ) -> Detector:
-        assert config.teacher is not None
-        if config.teacher.weights is None:
-            raise ConfigError(
-                f"teacher.weights is not set, so teacher {config.teacher.model} would be untrained; give a file or an "
-                "identifier, add teacher.training to train it first, or allow random weights with --set "
-                "teacher.weights=random"
-            )
+        require_teacher_weights(config)
         torch.manual_seed(config.run.seed + 1)
         return _network(config, "teacher", splits, needs)
 
@@ -309,6 +295,7 @@ def _refuse(config: Config, needs: Needs) -> None:
     """
     teacher, train, name = config.teacher, config.train, config.data.name
     changing = "the sizes of images and the number of regions change with every step"
+    sizes = "images have the sizes of data.detection"
     refused = (
         (
             "teacher.cache.mode",
@@ -316,6 +303,9 @@ def _refuse(config: Config, needs: Needs) -> None:
             "off",
             "the student proposes other regions in every step, whose outputs cannot be stored",
         ),
+        ("teacher.ensemble", () if teacher is None else teacher.ensemble, (), "regions are of one teacher"),
+        ("teacher.image_size", None if teacher is None else teacher.image_size, None, sizes),
+        ("student.image_size", config.student.image_size, None, sizes),
         ("teacher.compile", None if teacher is None else teacher.compile, None, changing),
         ("train.compile", train.compile, None, changing),
         ("train.cuda_graph", "auto" if train.cuda_graph == "off" else train.cuda_graph, "auto", changing),

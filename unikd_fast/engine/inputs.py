@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.config.load import single_teachers
@@ -191,15 +192,17 @@ def build_data(config: Config, processes: Processes) -> DataSplits:
 
 def build_data_loader(config: Config, splits: DataSplits, processes: Processes, *, second_view: bool = False) -> Loader:
     """Return this process's loader; with ``second_view`` it shows two views of each training sample."""
-    return build_loader(
-        splits,
-        config.data,
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        accumulation_steps=config.train.accumulation_steps,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        device=processes.device,
-        channels_last=config.train.channels_last,
-        second_view=second_view,
-    )
+    return build_loader(splits, config.data, **loader_arguments(config, processes), second_view=second_view)
+
+
+def loader_arguments(config: Config, processes: Processes) -> dict[str, Any]:
+    """Return the arguments of this process's loader of any data."""
+    return {
+        "seed": config.run.seed,
+        "global_batch_size": config.train.global_batch_size,
+        "accumulation_steps": config.train.accumulation_steps,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+        "device": processes.device,
+        "channels_last": config.train.channels_last,
+    }

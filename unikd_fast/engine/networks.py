@@ -274,10 +274,12 @@ def _check_logits(
         check_forward(network, {network: True}, **settings, batch=batch)
 
 
-def build_teacher_network(
-    config: Config, splits: DataSplits, *, needs: Needs, with_weights: bool = True, batch: int | None = None
-) -> TeacherNetwork:
-    """Build the teacher as `build_network` does; random weights must be requested, and are those of the seed."""
+def require_teacher_weights(config: Config) -> None:
+    """Refuse a teacher without weights: random ones must be asked for.
+
+    Raises:
+        ConfigError: it has none.
+    """
     assert config.teacher is not None
     if config.teacher.weights is None:
         raise ConfigError(
@@ -285,6 +287,14 @@ def build_teacher_network(
             "identifier, add teacher.training to train it first, or allow random weights with --set "
             "teacher.weights=random"
         )
+
+
+def build_teacher_network(
+    config: Config, splits: DataSplits, *, needs: Needs, with_weights: bool = True, batch: int | None = None
+) -> TeacherNetwork:
+    """Build the teacher as `build_network` does; random weights must be requested, and are those of the seed."""
+    require_teacher_weights(config)
+    assert config.teacher is not None
     torch.manual_seed(config.run.seed + 1)
     first, *others = single_teachers(config)
     network = build_network(first, "teacher", splits, needs=needs, with_weights=with_weights, batch=batch)

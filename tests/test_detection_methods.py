@@ -1,1 +1,0 @@
-"""Every method that a detector can be distilled by trains a step; the others say why they cannot."""
