@@ -113,6 +113,13 @@ def check_prediction(folder: Path) -> None:
     width, height = Image.open(folder / "scene.png").size
     assert drawn.size == (drawn.width // width * width, drawn.width // width * height)  # enlarged
     assert Image.open(folder / "run" / PICTURE).height > 2 * 240
+    said = succeeded(call("export", folder / "run", "--to", folder / "out.safetensors"))
+    assert "which load into the plain torchvision FasterRCNN, and how to use it in out.json" in said
+    again = call("predict", folder / "out.safetensors", folder / "scene.png", "--json", "--least-score", "0")
+    assert json.loads(succeeded(again))["objects"] == found
+    refused = call("export", folder / "run", "--to", folder / "out.onnx")
+    assert refused.returncode == 2
+    assert "trained a detector, which is exported as its weights alone" in refused.stderr
     text = succeeded(call("predict", folder / "run", folder / "scene.png", "--top", 1, "--least-score", "0"))
     assert re.search(r"scene\.png: (disc|square|triangle|cross) [0-9.]+ % at \d+, \d+, \d+, \d+\n", text)
 

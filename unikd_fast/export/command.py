@@ -73,6 +73,24 @@ def export_run(
     file_format = format_of(target, opset, preprocesses=preprocess)
     has_average = config.train.ema_decay is not None
     weights = read_weights(run, checkpoint, average, has_average=has_average)
+    # The mean and deviation may be measured on the data, which need not be here: the run's own file holds them.
+    with as_config_errors():
+        card = StudentCard.read(run / BEST)
+    if card is not None and card.long_side is not None:
+        if target.suffix != ".safetensors" or image_size is not None:
+            raise ConfigError(
+                f"--to {target}: {run} trained a detector, which is exported as its weights alone, for images of any "
+                "size; give a file that ends in .safetensors, without --image-size"
+            )
+        _refuse_card(target, card.as_dict(), tuple(FORMATS), force=force)
+        from unikd_fast.export.detect import export_detector
+
+        export_detector(card, weights.tensors, target)
+        write_json(card_path(target), card.as_dict())
+        return (
+            f"{target}: {card.model} of {run} from {weights.origin}; {card.num_classes} classes, safetensors which "
+            f"load into the plain torchvision FasterRCNN, and how to use it in {card_path(target).name}"
+        )
     student = load_student(
         config.student.model,
         config.student.weights,
@@ -80,9 +98,6 @@ def export_run(
         num_classes=config.data.num_classes,
         model_args=config.student.model_args,
     )
-    # The mean and deviation may be measured on the data, which need not be here: the run's own file holds them.
-    with as_config_errors():
-        card = StudentCard.read(run / BEST)
     if card is not None:
         card = replace(card, preprocesses=preprocess)
         if image_size is not None:  # some formats take images of this size alone

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 
 from unikd_fast.data.detection.pictures import draw_boxes
 from unikd_fast.data.detection.views import padded_size, resized
 from unikd_fast.data.device import Normalise
 from unikd_fast.data.images import BadImage, StoredImage, read_rgb
-from unikd_fast.errors import DataError
+from unikd_fast.engine.folder import export_student
+from unikd_fast.errors import DataError, RunError
 from unikd_fast.io import make_folder, write_file
 from unikd_fast.models import StudentCard
 from unikd_fast.models.detector import Detector
@@ -67,6 +69,26 @@ class Detected:
         write_file(target, content.getvalue())
 
 
+def export_detector(card: StudentCard, tensors: dict[str, Tensor], target: Path) -> None:
+    """Write a student's weights, which load strictly into its plain network, as safetensors with its card.
+
+    Raises:
+        FileError: the disk is full, or cannot be written to.
+        RunError: they do not load.
+    """
+    export_student(_plain(card, tensors), target, card)
+
+
+def _plain(card: StudentCard, tensors: dict[str, Tensor]) -> FasterRCNN:
+    network = build_detector(card.model, num_classes=card.num_classes, model_args=card.model_args, role="student")
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise RunError(f"the weights do not load into {card.model} ({said}); export the student again") from error
+    return network
+
+
 def detect_in(
     card: StudentCard, tensors: dict[str, Tensor], images: Sequence[Path], *, least_score: float, most: int
 ) -> Iterator[Detected | BadImage]:
@@ -80,9 +102,7 @@ def detect_in(
         most: largest number of objects of an image.
     """
     assert card.long_side is not None
-    network = build_detector(card.model, num_classes=card.num_classes, model_args=card.model_args, role="student")
-    network.load_state_dict(tensors, strict=True)
-    detector = Detector(network).eval()
+    detector = Detector(_plain(card, tensors)).eval()
     names = card.class_names or tuple(map(str, range(card.num_classes)))
     wanted = card.preprocessing
     normalise = Normalise(wanted.mean, wanted.std, device=torch.device("cpu"))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unikd_fast.config import ConfigError
@@ -74,16 +76,14 @@ def predict(
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise ConfigError(f"there is no image {missing[0]}; give the paths of image files")
-    if source.is_dir():
-        card, tensors = _card_of_run(source, checkpoint)
-        if card.long_side is not None:
-            from unikd_fast.export.detect import detect_in  # torchvision, half a second
+    card, tensors = _card_of_run(source, checkpoint) if source.is_dir() else (_card_of_file(source), None)
+    if card.long_side is not None:
+        from unikd_fast.export.detect import detect_in  # torchvision, half a second
 
-            yield from detect_in(card, tensors, images, least_score=least_score, most=100 if top is None else top)
-            return
-        run = _classifier(source, card, tensors)
-    else:
-        card, run = _of_file(source)
+        tensors = _tensors_of(source) if tensors is None else tensors
+        yield from detect_in(card, tensors, images, least_score=least_score, most=100 if top is None else top)
+        return
+    run = _of_file(source, card) if tensors is None else _classifier(source, card, tensors)
     top = 5 if top is None else top
     names = card.class_names or tuple(map(str, range(card.num_classes)))
     for batch, places, bad in _raw(images) if card.preprocesses else _batches(card, images):
@@ -126,7 +126,14 @@ def _classifier(folder: Path, card: StudentCard, tensors: dict[str, Tensor]) -> 
     return with_logits(student.network, torch.zeros(2, 3, size, size))
 
 
-def _of_file(path: Path) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} cannot be read ({error}); export the student again") from error
+
+
+def _card_of_file(path: Path) -> StudentCard:
     if not path.is_file():
         raise ConfigError(f"there is no {path}; give a run folder, or a file that unikd export wrote")
     beside = card_path(path)
@@ -135,11 +142,14 @@ def _of_file(path: Path) -> tuple[StudentCard, Callable[[Tensor], Tensor]]:
             f"{path} is not a file that unikd export wrote with a {beside.name} beside it; export it again"
         )
     try:
-        card = StudentCard.from_dict(read_json(beside))
+        return StudentCard.from_dict(read_json(beside))
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{beside} is damaged ({error}); export the student again") from error
+
+
+def _of_file(path: Path, card: StudentCard) -> Callable[[Tensor], Tensor]:
     try:
-        return card, _opened(card, path)
+        return _opened(card, path)
     except (RunError, MemoryError):
         raise
     except ModuleNotFoundError as error:
