@@ -192,6 +192,7 @@ sys.exit(__import__("pytest").main(sys.argv[1:]))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_captured_steps_and_loaders_run_without_deepspeed() -> None:
     """As on a GPU machine without it: what needs it says so, and the rest is collected and runs."""
     tests = [

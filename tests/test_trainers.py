@@ -23,7 +23,7 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.folder import STUDENT, import_student, read_result
 from unikd_fast.engine.run import launch
-from unikd_fast.methods import METHODS
+from unikd_fast.methods import OF_IMAGES
 from unikd_fast.models import build_model
 
 CLASSES, EPOCHS = 5, 2
@@ -116,7 +116,7 @@ def test_accelerate_trains_as_the_plain_loop(tmp_path: Path, monkeypatch: pytest
     assert same(distiller.state_dict(), state)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("none", "crd")])
+@pytest.mark.parametrize("method", [name for name in OF_IMAGES if name not in ("none", "crd")])
 def test_a_copy_shares_nothing_with_its_original(method: str) -> None:
     """As averages of weights (EMA) and callbacks make them."""
     distiller = make(method)

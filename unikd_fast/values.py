@@ -25,7 +25,6 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,) int64, perhaps NO_LABEL; (N, K) float class weights if training samples are mixed
     sample_ids: Tensor  # (N,) int64, position of each sample in its data set
     second: Tensor | None = None  # another view of the same samples, if the loader makes one
-    near_objects: tuple[Tensor, ...] | None = None  # L x (N, 1, H_l, W_l) bool: of a detector's maps, if a method asks
 
 
 class DetectionBatch(NamedTuple):
@@ -37,6 +36,16 @@ class DetectionBatch(NamedTuple):
     labels: tuple[Tensor, ...]  # N x (n,) int64, classes from 0
     sample_ids: Tensor  # (N,) int64, position of each sample in its data set
     seeds: Tensor  # (N,) int64, of the random choices that a step makes in each image
+
+
+class RegionBatch(NamedTuple):
+    """A micro-batch of regions, as a `Batch` of samples, of the images that they lie in."""
+
+    images: Tensor  # (N, 3, H, W)
+    labels: Tensor  # (R,) int64, 0 for background
+    sample_ids: Tensor  # (R,) int64, of each region's image
+    second: None = None
+    near_objects: tuple[Tensor, ...] | None = None  # L x (N, 1, H_l, W_l) bool, places of the maps, if a method asks
 
 
 class Features(NamedTuple):

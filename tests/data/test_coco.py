@@ -360,6 +360,7 @@ def test_missing_areas_and_crowds_have_their_usual_value(written: Path, tmp_path
     assert isinstance(val.images[0], StoredImage)
 
 
+@pytest.mark.long
 def test_a_large_file_is_read_in_seconds(tmp_path: Path) -> None:
     """20,000 images and 150,000 boxes took 0.8 s of one AMD EPYC core."""
     generator = np.random.default_rng(0)

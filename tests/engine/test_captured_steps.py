@@ -24,7 +24,7 @@ from unikd_fast.engine.trainer import Trainer
 from unikd_fast.engine.zero import collect_optimizer_state
 from unikd_fast.errors import ConfigError, OutOfMemory, RunError
 from unikd_fast.kernels import _checks, reference
-from unikd_fast.methods import METHODS
+from unikd_fast.methods import OF_IMAGES
 
 EAGER = {"train": {**CHANGING["train"], "cuda_graph": "off"}}
 
@@ -108,7 +108,7 @@ def test_eager_and_captured_runs_resume_each_other(tmp_path: Path, weights: Path
 
 
 # All of them claim it; unikd with a head that is trained along does not, see the obstacles.
-CAPTURABLE: list[Any] = [pytest.param(name, {}, id=name) for name in METHODS] + [
+CAPTURABLE: list[Any] = [pytest.param(name, {}, id=name) for name in OF_IMAGES] + [
     pytest.param("unikd", {"distill": {**CHANGING["distill"], "teacher_head": "literal"}}, id="literal"),
     pytest.param("unikd", {"distill": {**CHANGING["distill"], "fdp": "direct"}}, id="direct"),
     pytest.param("unikd", {"train": {**CHANGING["train"], "precision": "bf16", "optimizer": "adamw"}}, id="bf16"),

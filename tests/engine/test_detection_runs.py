@@ -159,6 +159,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         ({"train": {"cuda_graph": "on"}}, "train.cuda_graph = 'on'"),
         ({"train": {"precision": "fp16"}}, "train.precision = 'fp16'"),
         ({"distill": {"method": "mlkd"}}, "which needs a second view"),
+        ({"distill": {"method": ["unikd", "fitnet"]}}, "unikd takes the levels of regions, fitnet those of images"),
         ({"distill": {"method": "crd"}}, "which needs the input of the classifier"),
         ({"distill": {"method": "blockwise"}}, "which needs the teacher's own blocks"),
         ({"distill": {"method": "ofd"}}, "is not computed by a BatchNorm"),

@@ -15,9 +15,9 @@ from support.real_runs import config_of as path_of
 from support.real_runs import newest_checkpoint, opened, train_here, train_records
 from unikd_fast.config import Config, load_config
 from unikd_fast.engine.checkpoint import FOLDER, checkpoint_name
-from unikd_fast.methods import METHODS
+from unikd_fast.methods import OF_IMAGES
 
-EACH = {name: name for name in METHODS} | {
+EACH = {name: name for name in OF_IMAGES} | {
     "kd+unikd": ["kd", "unikd"],
     "a sum over levels": ["kd", "fitnet", "at", "ofd", "reviewkd"],
 }

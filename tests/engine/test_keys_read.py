@@ -12,7 +12,7 @@ from unikd_fast.config import Config, parse_config
 from unikd_fast.engine import build
 from unikd_fast.engine import run as launch
 from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.methods import METHODS, Method, ReviewKD, RunContext, needs_of
+from unikd_fast.methods import METHODS, OF_IMAGES, Method, ReviewKD, RunContext, needs_of
 
 
 def config_of(**distill: Any) -> Config:
@@ -42,7 +42,7 @@ class Noting:
         return getattr(self._settings, name)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_a_method_reads_all_its_settings_in_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: dict[str, Noting] = {}
 

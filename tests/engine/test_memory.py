@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from support.build_method import build
 from support.real_runs import ALONE, opened, write_config
+from unikd_fast.engine.classification import CLASSIFICATION
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.memory import estimate_memory, saved_bytes, saved_bytes_of
 from unikd_fast.engine.networks import StudentModule
@@ -90,7 +91,8 @@ def stones_experiment(*, light: bool = False) -> Any:
     method = build(Blockwise, SHAPES, SHAPES, blocks, light=light)
     config = SimpleNamespace(data=SimpleNamespace(image_size=4), train=SimpleNamespace(precision="fp32"))
     student_module = StudentModule(Student(), method.adapter, None)
-    return SimpleNamespace(config=config, student_module=student_module, method=method, teacher=None)
+    parts = {"config": config, "student_module": student_module, "method": method, "teacher": None}
+    return SimpleNamespace(**parts, task=CLASSIFICATION)
 
 
 @pytest.mark.parametrize("batch", [1, 8])

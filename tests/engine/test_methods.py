@@ -268,7 +268,7 @@ def test_one_class_is_refused(tmp_path: Path, distill: dict[str, Any]) -> None:
 def test_a_name_is_a_method_and_a_list_their_sum(tmp_path: Path, weights: Path) -> None:
     assert set(METHODS) == set(DistillConfig.model_json_schema()["properties"]["method"]["oneOf"][0]["enum"])
     assert needs_of(DistillConfig(method="none").settings) == Needs(teacher=False, labels=True)
-    assert needs_of(DistillConfig(method=("kd", "unikd")).settings) == Needs(levels=True)
+    assert needs_of(DistillConfig(method=("kd", "unikd")).settings) == Needs(levels=True, pooled=True)
     both = {"method": ["kd", "unikd"], "kd": {"beta": 2.0}}
     found = built(config_of(tmp_path, weights, "sum", distill=both)).method
     assert isinstance(found, Hybrid)

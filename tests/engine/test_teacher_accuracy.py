@@ -1,6 +1,8 @@
 """What the teacher knows is said before training, and one that knows nothing does not teach."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from support.real_runs import (
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.data.sets import open_data
 from unikd_fast.data.settings import DataSettings
-from unikd_fast.engine import teacher as teacher_accuracy
+from unikd_fast.engine import cache, teacher
 from unikd_fast.engine.build import Experiment
 from unikd_fast.engine.teacher import check_teacher, require_accuracy
 from unikd_fast.models import build_model
@@ -185,15 +187,16 @@ def test_random_weights_are_not_measured(tmp_path: Path) -> None:
 
 
 class Counted:
-    """The evaluation, counted."""
+    """The evaluations before a run, counted: of the teacher, and of a student that begins with weights."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, self.evaluate = 0, teacher_accuracy.evaluate
-        monkeypatch.setattr(teacher_accuracy, "evaluate", self)
+        self.count = 0
+        for module, name in ((teacher, "measure_teacher"), (teacher, "_compare"), (cache, "measure_teacher")):
+            monkeypatch.setattr(module, name, partial(self, getattr(module, name)))
 
-    def __call__(self, *arguments: Any, **options: Any) -> dict[str, float]:
+    def __call__(self, measure: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         self.count += 1
-        return self.evaluate(*arguments, **options)
+        return measure(*arguments, **options)
 
 
 @pytest.mark.slow

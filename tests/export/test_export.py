@@ -132,6 +132,7 @@ def test_an_unfinished_run_is_exported(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_is_exported(tmp_path: Path) -> None:
     settings = {**SHORT["train"], "ema_decay": None, "total_epochs": 500}
     short(tmp_path, "killed", **ALONE_TRAINED, run={**SHORT["run"], "keep_checkpoints": 1}, train=settings)

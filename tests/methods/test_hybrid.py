@@ -138,7 +138,7 @@ def test_needs_and_reasons_are_combined() -> None:
     assert build(Hybrid, {"kd": build(KD), "two": build(KD)}).adapter is None
 
 
-NOT_OUTPUTS = ("teacher", "labels", "hard_labels", "two_classes", "whole_head")
+NOT_OUTPUTS = ("teacher", "pooled", "labels", "hard_labels", "two_classes", "whole_head")
 
 
 @pytest.mark.parametrize("field", [field for field in Needs._fields if field not in NOT_OUTPUTS])

@@ -224,6 +224,7 @@ LITERATURE: dict[str, dict[str, object]] = {
     "mlkd": {"ce_weight": 0.1, "weight": 0.9, "temperatures": (3.0, 4.0, 5.0), "first_view_temperatures": (2.0, 6.0)},
     "flg": {"ce_weight": 1.0, "beta": 1.0, "gamma": 1.0, "temperature": 4.0},
     "fitnet": {"weight": 100.0},
+    "fgfi": {"weight": 0.01},
     "at": {"weight": 1000.0},
     "ofd": {"weight": 1e-3},
     "reviewkd": {"weight": 1.0},

@@ -162,7 +162,8 @@ def assert_described(shipped: str | None, recipe: str | None) -> list[str]:
     config, lines = read_experiment(shipped, recipe), described(shipped, recipe).splitlines()
     found = {line.split()[0]: line for line in lines if not line.startswith(" ")}
     samples, side = SAMPLES.get(config.data.name), config.data.image_size
-    size = "short sides 96 to 128 px" if config.data.name == "coco" else f"{side} x {side}"
+    of_boxes = {"coco": "short sides 96 to 128 px", "toy_scenes": "short sides 64 to 80 px"}
+    size = of_boxes.get(config.data.name, f"{side} x {side}")
     assert size in found["data"] and (samples is None or f" {samples} training samples" in found["data"])
     alone = config.distill.method == "none"
     assert config.student.model in found["network" if alone else "student"]
@@ -185,6 +186,7 @@ def test_a_dry_run_of_every_method_and_every_pair(name: str) -> None:
     assert_described(None, name)
 
 
+@pytest.mark.long
 def test_a_dry_run_with_boxes() -> None:
     provide(OF_BOXES)
     lines = assert_described(None, OF_BOXES)

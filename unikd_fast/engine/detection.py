@@ -27,12 +27,12 @@ from unikd_fast.engine.networks import require_teacher_weights
 from unikd_fast.engine.task import Task
 from unikd_fast.engine.timing import UNTIMED, StepClock
 from unikd_fast.io import make_folder, write_file, write_json
-from unikd_fast.methods import Method, Needs
+from unikd_fast.methods import METHODS, Method, Needs
 from unikd_fast.models import Preprocessing, StudentCard
 from unikd_fast.models.detector import Detector, Maps, Regions, Sizes, sizes_of
 from unikd_fast.models.faster_rcnn import build_detector
 from unikd_fast.tasks import detection
-from unikd_fast.values import Batch, DetectionBatch, Features, Loss, StudentOutput, Target
+from unikd_fast.values import DetectionBatch, Features, Loss, RegionBatch, StudentOutput, Target
 
 DETECTIONS = "detections.json"
 """File of a run folder: detections in the test split, in COCO's format."""
@@ -190,7 +190,7 @@ class Detection(Task):
         if method.needs.near_objects and teacher is not None and maps is not None:
             near = teacher.network.near_objects(maps, batch)
         ids = batch.sample_ids.repeat_interleave(counts)
-        regions = Batch(batch.images, student.regions.labels, ids, near_objects=near)
+        regions: Any = RegionBatch(batch.images, student.regions.labels, ids, near_objects=near)
         with oom_hint("student"):
             loss = method.loss(student.output, target, regions)
             total = loss.total + torch.stack([*student.losses.values()]).sum()
@@ -321,6 +321,14 @@ def _refuse(config: Config, needs: Needs) -> None:
         if value != wanted:
             shown = "null" if wanted is None else str(wanted).lower()
             raise ConfigError(f"{key} = {value!r} with data.name = {name!r}: {reason}; set it to {shown}")
+    of_levels = {name: METHODS[name].needs_of(own) for name, own in config.distill.settings.items()}
+    pooled = {name: own.pooled for name, own in of_levels.items() if own.levels}
+    if len(set(pooled.values())) > 1:
+        regions = [name for name, is_pooled in pooled.items() if is_pooled]
+        raise ConfigError(
+            f"distill.method = {config.distill.label!r} with data.name = {name!r}: {' and '.join(regions)} takes the "
+            f"levels of regions, {' and '.join(sorted(pooled.keys() - regions))} those of images; take one kind"
+        )
     lacking = {
         "a second view": needs.second_view,
         "the input of the classifier": needs.embedding and not needs.levels,

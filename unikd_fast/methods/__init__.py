@@ -63,6 +63,9 @@ METHODS: dict[str, type[Method[Any]]] = {
 }
 """Every method by its name in a configuration, which is also the section of its settings."""
 
+OF_IMAGES = tuple(name for name, method in METHODS.items() if not method.needs.near_objects)
+"""Those that classifiers are distilled by."""
+
 
 def needs_of(settings: dict[str, Any]) -> Needs:
     """Return what a method, or the sum of several, needs, before any of them is built.

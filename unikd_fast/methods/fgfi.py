@@ -8,7 +8,7 @@ from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
 from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs
 from unikd_fast.settings import NonNegative, settings
-from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+from unikd_fast.values import Batch, Features, Loss, RegionBatch, StudentOutput, Target
 
 
 @settings
@@ -52,8 +52,9 @@ class FGFI(Method[FGFISettings]):
     def target(self, teacher: Features, second: Features | None = None) -> Target:
         return Target(teacher.logits, extra=teacher.levels)
 
-    def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
+    def loss(self, student: StudentOutput, target: Target | None, batch: Batch | RegionBatch) -> Loss:
         assert target is not None
+        assert isinstance(batch, RegionBatch)
         assert batch.near_objects is not None
         ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
         total = student.logits.new_zeros((), dtype=torch.float32)

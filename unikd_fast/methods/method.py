@@ -23,7 +23,7 @@ class Needs(NamedTuple):
     pooled: bool = False  # their averages alone: a detector gives the levels of its regions in place of its maps
     before_activation: bool = False  # Features.before_activation
     teacher_before_activation: bool = False  # the same, for the teacher alone
-    near_objects: bool = False  # Batch.near_objects, of a detector
+    near_objects: bool = False  # RegionBatch.near_objects, of a detector
     embedding: bool = False  # Features.embedding
     second_view: bool = False  # Batch.second, and both networks' logits for it
     teacher_batch_statistics: bool = False  # the teacher's BatchNorms use batch statistics, as in training
