@@ -82,6 +82,7 @@ print(*grown(before))
 """
 
 
+@pytest.mark.long
 @kinds
 def test_epochs_and_dropped_iterators_leave_nothing_behind(root: Path, kind: str) -> None:
     """A batch of 16 views kept of each of five epochs, of each of five iterators, or of each of twenty epochs where it

@@ -259,6 +259,7 @@ def test_a_comparison_builds_each_cache_once(tmp_path: Path) -> None:
     assert "teacher.cache.dir" in said.stderr
 
 
+@pytest.mark.long
 def test_ranks_share_a_build(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=20)
     make_folder(config, 288)
@@ -278,6 +279,7 @@ def test_concurrent_builds_share_the_work(tmp_path: Path) -> None:
     assert command("verify", "--config", config).returncode == 0
 
 
+@pytest.mark.long
 def test_sigterm_stops_a_build_that_can_continue(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=60)
     folder = make_folder(config, 480)  # 12 shards

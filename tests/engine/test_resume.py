@@ -45,6 +45,7 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("processes", "stage", "epochs"), CASES)
 def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, processes: int, stage: int, epochs: int) -> None:
     sections: dict[str, Any] = {

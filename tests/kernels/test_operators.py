@@ -81,6 +81,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
             torch.library.opcheck(MODULES[name]._loss.operator, arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 def test_opcheck_of_maps(reduction: str) -> None:
     """Gradients with the strides of the logits: fake tensors have them too."""
@@ -106,6 +107,7 @@ def test_opcheck_with_an_upstream_gradient(name: str) -> None:
     torch.library.opcheck(loss.operator, (*tensors, wanted, *upstream, *rest))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("classes", [*SIZES, *map(long, MORE_SIZES)])
 @every_loss
 def test_number_of_classes(name: str, classes: int) -> None:

@@ -381,6 +381,7 @@ class TestPixels:
         inputs = [x.detach().requires_grad_() for x in self.maps(7)]
         compare(softmax_kl, inputs, divergence=divergence, beta=0.3, standardized=standardized)
 
+    @pytest.mark.long
     def test_ignored_pixels(self) -> None:
         """They are read with their neighbours, and may hold anything."""
         maps = [x.detach() for x in self.maps()]
@@ -394,6 +395,7 @@ class TestPixels:
             results.append([loss, *torch.autograd.grad(loss, inputs)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
+    @pytest.mark.long
     def test_other_teachers(self) -> None:
         """In rows, one image for all, of another dtype, and stored in a byte."""
         student, teacher = self.maps()
