@@ -19,13 +19,13 @@ from unikd_fast import distill
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.load import config_hash
 from unikd_fast.engine.checkpoint import FOLDER, checkpoint_name
-from unikd_fast.methods import METHODS
+from unikd_fast.methods import OF_IMAGES
 from unikd_fast.models import build_model
 from unikd_fast.values import NO_LABEL
 
 SIZE = 16
 NEEDS = ("dkd", "nkd", "crd")
-WITHOUT = [name for name in METHODS if name not in (*NEEDS, "none")]
+WITHOUT = [name for name in OF_IMAGES if name not in (*NEEDS, "none")]
 
 
 @pytest.fixture(scope="module")

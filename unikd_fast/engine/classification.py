@@ -33,7 +33,7 @@ from unikd_fast.engine.networks import (
 from unikd_fast.engine.task import Task
 from unikd_fast.engine.teacher import make_teacher, require_accuracy, start_teacher
 from unikd_fast.engine.timing import UNTIMED, StepClock
-from unikd_fast.methods import METHODS, Method, Needs
+from unikd_fast.methods import METHODS, OF_IMAGES, Method, Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, StudentCard
 from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.teacher import OnlineTeacher
@@ -208,7 +208,7 @@ def _usable(config: Config, needs: Needs, splits: DataSplits) -> DataSplits:
     if not needs.teacher:
         return replace(splits, train=splits.train.select(np.flatnonzero(splits.train.labels != NO_LABEL)))
     if needs.labels:
-        others = [name for name, kind in METHODS.items() if not kind.needs_of(kind.settings_class()).labels]
+        others = [name for name in OF_IMAGES if not METHODS[name].needs_of(METHODS[name].settings_class()).labels]
         key = "" if config.data.unlabeled_root is None else " (data.unlabeled_root = null)"
         raise ConfigError(
             f"distill.method = {label!r} needs the class of every training image, and {without} of {total} have no "
