@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from support.ranks import Done
 from support.real_runs import call, run, run_ranks, start, wait_for_step
+from support.scene_files import write_coco
 from unikd_fast.data.detection.sets import open_scenes
 from unikd_fast.data.settings import DataSettings
 from unikd_fast.engine.detection import DETECTIONS, PICTURE
@@ -93,6 +94,22 @@ def test_a_run_from_teacher_to_table(tmp_path: Path, capfd: pytest.CaptureFixtur
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| test AP | test AP50 | test AP75 |" in report
     check_prediction(tmp_path)
+
+
+def test_one_split_for_validation_and_test(tmp_path: Path) -> None:
+    """As in COCO 2017: the AP of classes are those of the evaluations in training."""
+    write_coco(tmp_path, open_scenes(DataSettings(name="toy_scenes", synthetic_samples=8)), ("train", "val"))
+    sizes = {"short_sides": [64], "long_side": 128}
+    data = {"name": "coco", "root": str(tmp_path), "loader": "torchvision", "workers": 0, "detection": sizes}
+    done = run(write(tmp_path, data=data, distill={"method": "none"}, train={"max_steps": 1}))
+    succeeded(done)
+    result, log = result_of(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_text()
+    by_class = json.loads(log.splitlines()[-1])["ap_by_class"]
+    assert result["test_is_val"]
+    assert set(by_class) == {"square", "triangle", "cross"}  # there is no disc among them
+    assert [result[which]["test"]["ap_by_class"] for which in ("best", "last")] == [by_class] * 2
+    assert " ap50 " in done.stderr
+    assert "ap_by_class" not in done.stderr
 
 
 def check_prediction(folder: Path) -> None:

@@ -170,8 +170,9 @@ class MetricsWriter:
         append_line(self._path, json.dumps({"kind": kind, "step": step, **values}))
         if self._trackers is not None:
             self._trackers.log(kind, step, values)
-        shown = {name: value for name, value in values.items() if not self._hidden or not name.startswith(self._hidden)}
-        text = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
+        shown = [name for name in values if not self._hidden or not name.startswith(self._hidden)]
+        # Without the figures of single classes, which may be many.
+        text = "  ".join(f"{name} {_short(values[name])}" for name in shown if not isinstance(values[name], dict))
         if kind == "train":
             text += f"  eta {self._eta(step)}"
         if self._bar is not None and kind == "train":

@@ -347,7 +347,6 @@ class Trainer:
                 features=self.experiment.task.teacher_features,
             )
         )
-        values = {name: value for name, value in values.items() if not isinstance(value, dict)}  # details of a figure
         record = {"step": self.step, **values}
 
         def keep_best() -> None:
