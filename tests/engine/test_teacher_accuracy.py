@@ -170,7 +170,7 @@ def test_a_teacher_below_its_student_is_named(
         weak = checked(experiment, tmp_path)["validation"]["accuracy"]
     assert f"the student starts with {known:.2f} %" in caplog.text
     assert "the teacher is less accurate than the student at the start" in caplog.text
-    assert f"{weak:.2f} % of the validation images, the student {known:.2f} %" in caplog.text
+    assert f"its top-1 accuracy on the validation images is {weak:.2f} %, the student's {known:.2f} %" in caplog.text
     caplog.clear()
     experiment = opened(config_of(tmp_path, folder / "much.pth", student=student))
     with caplog.at_level("INFO", "unikd_fast"):

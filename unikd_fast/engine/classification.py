@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unikd_fast import tasks
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits
@@ -43,7 +44,7 @@ from unikd_fast.values import NO_LABEL, Batch, Features, Loss, Target
 class Classification(Task):
     """Images with one class each."""
 
-    figure = "accuracy"
+    figures = tasks.CLASSIFICATION
 
     def open_data(self, config: Config, needs: Needs, processes: Processes) -> DataSplits:
         if needs.near_objects:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from unikd_fast import tasks
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.detection.loader import DetectionLoader, build_detection_loader
 from unikd_fast.data.detection.pictures import sheet
@@ -105,8 +106,7 @@ class DetectorTeacher(nn.Module):
 class Detection(Task):
     """Images with boxes."""
 
-    figure = "ap"
-    has_logits = False
+    figures = tasks.DETECTION
     term_names = ("loss_objectness", "loss_rpn_box_reg", "loss_box_reg")
 
     def open_data(self, config: Config, needs: Needs, processes: Processes) -> DetectionSplits:

@@ -117,7 +117,7 @@ def saved_bytes_of(experiment: "Experiment", images: int, device: torch.device) 
     ):
         outputs = experiment.student_module(*inputs)
         student = total
-        inside = experiment.method.inside(outputs) if experiment.task.has_logits else None
+        inside = experiment.method.inside(outputs) if experiment.task.figures.has_logits else None
     kept = SavedBytes(student, total - student)
     del outputs, inside
     return kept

@@ -16,6 +16,7 @@ from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.timing import UNTIMED, StepClock
 from unikd_fast.methods import Method, Needs
 from unikd_fast.models import StudentCard
+from unikd_fast.tasks import Figures
 from unikd_fast.values import Features, Loss, Target
 
 
@@ -23,13 +24,11 @@ class Task(ABC):
     """A task: `Classification` or `Detection`; its objects have no state.
 
     Attributes:
-        figure: figure of an evaluation, in percent, that decides on the best one.
+        figures: figures of its evaluations.
         term_names: terms of `loss` besides the method's.
-        has_logits: whether a sample has logits (K,), which a probe compares.
     """
 
-    figure: str
-    has_logits: bool = True
+    figures: Figures
     term_names: tuple[str, ...] = ()
 
     @abstractmethod

@@ -212,7 +212,7 @@ def measure_teacher(
         return None
     with torch.random.fork_rng(devices=[]):  # from which a loader with workers draws
         found = task.evaluate(teacher, experiment.loader, splits, "val", experiment.processes, keep=keep)
-    return {key: found[key] for key in (task.figure, "samples")} if found["samples"] else None
+    return {key: found[key] for key in (task.figures.main, "samples")} if found["samples"] else None
 
 
 def require_accuracy(config: Config, found: dict[str, float], classes: int, processes: Processes, name: str) -> None:
@@ -281,7 +281,7 @@ def check_teacher(experiment: "Experiment", folder: Path, name: str, *, resume: 
     )
     assert record is not None
     before = processes.from_first(lambda: read_teacher(folder)) if resume else None
-    keep: list[BatchLogits] | None = [] if config.run.probe and experiment.task.has_logits else None
+    keep: list[BatchLogits] | None = [] if config.run.probe and experiment.task.figures.has_logits else None
     if teacher is None:  # its outputs are cached, with its accuracy
         found = record["teacher"].get(VALIDATION)
     elif before is not None and VALIDATION in before:
@@ -306,14 +306,16 @@ def _compare(experiment: "Experiment", teacher: dict[str, float], name: str) -> 
         )
     if not processes.is_first:
         return
-    _logger.info("[%s] the student starts with %.2f %%", name, student[task.figure])
-    if teacher[task.figure] < student[task.figure]:
+    its, own = teacher[task.figures.main], student[task.figures.main]
+    _logger.info("[%s] the student starts with %.2f %%", name, own)
+    if its < own:
         _logger.warning(
-            "[%s] the teacher is less accurate than the student at the start: %.2f %% of the validation images, the "
-            "student %.2f %%",
+            "[%s] the teacher is less accurate than the student at the start: its %s on the validation images is "
+            "%.2f %%, the student's %.2f %%",
             name,
-            teacher[task.figure],
-            student[task.figure],
+            task.figures.title,
+            its,
+            own,
         )
 
 
@@ -403,7 +405,7 @@ def evaluate_teacher(
         cost: dict[str, Any] = {}
         if found is None:
             network = task.build_teacher(config, splits, Needs())
-            if with_cost and task.has_logits:
+            if with_cost and task.figures.has_logits:
                 device = processes.device
                 cost = processes.from_first(lambda: cost_of(network.to(device), config.data.image_size, device))
             outputs: list[Any] | None = [] if config.run.test_logits else None

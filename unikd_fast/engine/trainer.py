@@ -211,7 +211,7 @@ class Trainer:
 
     def _start_probe(self, known: dict[int, Tensor] | None) -> Probe | None:
         teacher, loader = self.experiment.teacher, self.experiment.loader
-        if teacher is None or not self.config.run.probe or not self.experiment.task.has_logits:
+        if teacher is None or not self.config.run.probe or not self.experiment.task.figures.has_logits:
             return None
         return Probe(teacher, lambda: loader.evaluate("val"), self.processes, known)
 
@@ -405,7 +405,7 @@ class Trainer:
             weights=self.folder / STUDENT,
         )
         worth = self.step * self.config.train.accumulation_steps >= _WORTH_MEASURING
-        if worth and self.experiment.task.has_logits:
+        if worth and self.experiment.task.figures.has_logits:
             result |= self.processes.from_first(self._cost)
         self.processes.from_first(lambda: write_result(self.folder, result))
         self.writer.finish(self.step, result)

@@ -13,6 +13,7 @@ class Figures(NamedTuple):
     optional: tuple[str, ...]
     columns: tuple[tuple[str, str, str], ...]  # of a table of single runs: figure, heading, format
     by_class: str = ""  # the main figure of each class, by its name
+    has_logits: bool = True  # of a sample (K,), which the probe and the report compare
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -33,6 +34,7 @@ DETECTION = Figures(
     ("ap_small", "ap_medium", "ap_large"),
     (("ap", "AP", ".2f"), ("ap50", "AP50", ".2f"), ("ap75", "AP75", ".2f")),
     "ap_by_class",
+    has_logits=False,
 )
 
 
