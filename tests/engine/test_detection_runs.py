@@ -172,6 +172,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     [
         ({"teacher": {"compile": "default"}}, "teacher.compile = 'default' with data.name = 'toy_scenes'"),
         ({"teacher": {"cache": {"mode": "read_write"}}}, "teacher.cache.mode = 'read_write'"),
+        ({"teacher": {"ensemble": [NETWORK | {"weights": "x"}]}}, "regions are of one teacher; set it to []"),
         ({"student": {"image_size": 64}}, "student.image_size = 64"),
         ({"train": {"cuda_graph": "on"}}, "train.cuda_graph = 'on'"),
         ({"train": {"precision": "fp16"}}, "train.precision = 'fp16'"),

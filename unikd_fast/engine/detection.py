@@ -4,6 +4,7 @@ The student proposes regions; there both networks pool their features and classi
 a method sees are those of the regions; what is left of the detector's own loss is added once.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -303,7 +304,12 @@ def _refuse(config: Config, needs: Needs) -> None:
             "off",
             "the student proposes other regions in every step, whose outputs cannot be stored",
         ),
-        ("teacher.ensemble", () if teacher is None else teacher.ensemble, (), "regions are of one teacher"),
+        (
+            "teacher.ensemble",
+            [] if teacher is None else [each.model for each in teacher.ensemble],
+            [],
+            "regions are of one teacher",
+        ),
         ("teacher.image_size", None if teacher is None else teacher.image_size, None, sizes),
         ("student.image_size", config.student.image_size, None, sizes),
         ("teacher.compile", None if teacher is None else teacher.compile, None, changing),
@@ -319,8 +325,7 @@ def _refuse(config: Config, needs: Needs) -> None:
     )
     for key, value, wanted, reason in refused:
         if value != wanted:
-            shown = "null" if wanted is None else str(wanted).lower()
-            raise ConfigError(f"{key} = {value!r} with data.name = {name!r}: {reason}; set it to {shown}")
+            raise ConfigError(f"{key} = {value!r} with data.name = {name!r}: {reason}; set it to {json.dumps(wanted)}")
     of_levels = {name: METHODS[name].needs_of(own) for name, own in config.distill.settings.items()}
     pooled = {name: own.pooled for name, own in of_levels.items() if own.levels}
     if len(set(pooled.values())) > 1:
