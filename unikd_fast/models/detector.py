@@ -167,8 +167,8 @@ class Detector(nn.Module):
         return DetectorOutput(regions, features, {**losses, "loss_box_reg": box_loss})
 
     def sampled(self, maps: Maps, batch: DetectionBatch) -> Regions:
-        """Return `balanced` regions, chosen as in training from those that this network proposes."""
-        proposals, _ = self.plain.rpn.eval()(ImageList(batch.images, sizes_of(batch)), maps)
+        """Return `balanced` regions, chosen as in training from those that this network proposes in eval mode."""
+        proposals, _ = self.plain.rpn(ImageList(batch.images, sizes_of(batch)), maps)
         heads, targets = self.plain.roi_heads, targets_of(batch)
         heads.fg_bg_sampler.seeds = batch.seeds.tolist()
         boxes, _, labels, _ = heads.select_training_samples(proposals, targets)
