@@ -297,7 +297,7 @@ def _refuse(config: Config, needs: Needs) -> None:
     teacher, train, name = config.teacher, config.train, config.data.name
     changing = "the sizes of images and the number of regions change with every step"
     sizes = "images have the sizes of data.detection"
-    refused = (
+    refused: tuple[tuple[str, object, object, str], ...] = (
         (
             "teacher.cache.mode",
             "off" if teacher is None else teacher.cache.mode,
