@@ -24,7 +24,7 @@ from unikd_fast.models import build_model
 from unikd_fast.values import NO_LABEL
 
 SIZE = 16
-NEEDS = ("dkd", "nkd", "crd")
+NEEDS = ("dkd", "nkd", "wkd", "crd")
 WITHOUT = [name for name in OF_IMAGES if name not in (*NEEDS, "none")]
 
 

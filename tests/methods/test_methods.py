@@ -223,6 +223,10 @@ LITERATURE: dict[str, dict[str, object]] = {
     "nkd": {"ce_weight": 1.0, "gamma": 1.5, "temperature": 1.0},
     "mlkd": {"ce_weight": 0.1, "weight": 0.9, "temperatures": (3.0, 4.0, 5.0), "first_view_temperatures": (2.0, 6.0)},
     "flg": {"ce_weight": 1.0, "beta": 1.0, "gamma": 1.0, "temperature": 4.0},
+    "wkd": {
+        **{"ce_weight": 1.0, "logit_weight": 200.0, "target_weight": 1.0, "temperature": 8.0, "sharpness": 1.0},
+        **{"epsilon": 0.05, "iterations": 10, "feature_weight": 0.08, "mean_ratio": 8.0, "grid": 1},
+    },
     "fitnet": {"weight": 100.0},
     "fgfi": {"weight": 0.01},
     "at": {"weight": 1000.0},
@@ -272,6 +276,8 @@ def test_a_method_uses_the_runs_smoothing_and_losses() -> None:
         ("mlkd", {"temperatures": [4.0, 0.0]}, ("mlkd", "temperatures", 1)),
         ("mlkd", {"first_view_temperatures": [-1.0]}, ("mlkd", "first_view_temperatures", 0)),
         ("fitnet", {"level": -1}, ("fitnet", "level")),
+        ("wkd", {"epsilon": 0.01}, ("wkd", "epsilon")),
+        ("wkd", {"iterations": 0}, ("wkd", "iterations")),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, section: dict[str, object], place: tuple[object, ...]) -> None:

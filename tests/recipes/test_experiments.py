@@ -27,12 +27,12 @@ def test_there_is_a_recipe_for_every_method_and_pair() -> None:
         alone = {name.rpartition("/")[2] for name in NAMES if name.startswith(f"{data}/none/")}
         networks = {network for pair in pairs for network in (pair.teacher, pair.student)}
         assert alone == {network.rpartition("/")[2].removesuffix("_100") for network in networks}
-    for method in ("at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd"):  # the columns of Table 3
+    for method in ("at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd", "wkd"):  # and the columns of Table 3
         assert {f"imagenet/{method}/{pair.name}" for pair in IMAGENET_PAIRS} <= set(NAMES)
     assert {"cifar100/unikd/resnet32x4-resnet8x4", "imagenet/kd/resnet50-mobilenetv1"} <= set(NAMES)
     for method in set(TABLES["table4"].methods) - {"none"}:
         assert {f"coco/{method}/{pair.name}" for pair in COCO_PAIRS} <= set(NAMES)
-    assert len(NAMES) == 20 * 11 + 15 + 8 * 2 + 4 + 8 * 3 + 4
+    assert len(NAMES) == 21 * 11 + 15 + 9 * 2 + 4 + 8 * 3 + 4
 
 
 def test_every_recipe_is_valid_and_sets_nothing_in_vain() -> None:
@@ -106,6 +106,22 @@ def test_settings_are_the_published_ones() -> None:
     assert (section["total_epochs"], section["global_batch_size"], section["milestones"]) == (240, 64, [150, 180, 210])
 
 
+def test_settings_of_wkd_are_those_of_its_code() -> None:
+    """Retyped from its files of both parts together: a, b, τ, ρ, κ, G."""
+    keys = ("logit_weight", "feature_weight", "temperature", "mean_ratio", "sharpness", "grid", "decay_from")
+    published = {
+        "cifar100/wkd/resnet32x4-resnet8x4": (200, 0.08, 8, 8, 1, 1, 150 / 240),
+        "cifar100/wkd/wrn_40_2-ShuffleV1": (60, 0.5, 4, 3, 1, 4, 150 / 240),
+        "imagenet/wkd/resnet34-resnet18": (10, 1, 2, 2, 1, 4, 0),
+        "imagenet/wkd/resnet50-mobilenetv1": (25, 0.005, 2, 2, 2, 4, 0),
+    }
+    for name, values in published.items():
+        own = read_experiment(None, name).distill.settings["wkd"]
+        assert tuple(getattr(own, key) for key in keys) == values
+        assert (own.epsilon, own.iterations, own.ce_weight) == (0.05, 10, 1)
+        assert own.projector == ("bottleneck" if name.startswith("imagenet") else "conv")
+
+
 def test_settings_on_coco_are_the_published_ones() -> None:
     """Retyped from mdistiller's detection/configs and Detectron2's defaults."""
 
@@ -154,7 +170,7 @@ def test_a_teacher_alone_has_the_rate_of_its_data_set() -> None:
     [
         ("cifar100/kd/resnet56-resnet2", "did you mean cifar100/kd/resnet56-resnet20 or "),
         ("imagenet/kd/resnet50-mobilenetv1_100", "did you mean imagenet/kd/resnet50-mobilenetv1 or "),
-        ("?", "there is no recipe '?'; `unikd reproduce --list` lists all 283"),
+        ("?", "there is no recipe '?'; `unikd reproduce --list` lists all 296"),
     ],
 )
 def test_an_unknown_recipe_names_the_similar_ones(name: str, said: str) -> None:
@@ -162,7 +178,7 @@ def test_an_unknown_recipe_names_the_similar_ones(name: str, said: str) -> None:
         recipe(name)
     message = str(refusal.value)
     assert said in message
-    assert message.endswith("`unikd reproduce --list` lists all 283")
+    assert message.endswith("`unikd reproduce --list` lists all 296")
     assert "\n" not in message
 
 

@@ -101,7 +101,8 @@ COUNTS = {
     "table6": 6,
     "table7": 54,
     "blockwise": 42,
-    "methods": 207,
+    "wkd": 8,
+    "methods": 218,
     "defaults": 52,
 }
 TEACHERS = {
@@ -113,6 +114,7 @@ TEACHERS = {
     "table6": 2,
     "table7": 5,
     "blockwise": 6,
+    "wkd": 2,
     "methods": 6,
     "defaults": 3,
 }

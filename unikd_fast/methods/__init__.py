@@ -19,6 +19,7 @@ from unikd_fast.methods.nkd import NKD
 from unikd_fast.methods.ofd import OFD
 from unikd_fast.methods.reviewkd import ReviewKD
 from unikd_fast.methods.unikd import UniKD
+from unikd_fast.methods.wkd import WKD
 
 __all__ = [
     "AT",
@@ -31,6 +32,7 @@ __all__ = [
     "MLKD",
     "NKD",
     "OFD",
+    "WKD",
     "Blockwise",
     "FeatureNetwork",
     "FitNet",
@@ -52,6 +54,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "nkd": NKD,
     "mlkd": MLKD,
     "flg": FLG,
+    "wkd": WKD,
     "fitnet": FitNet,
     "fgfi": FGFI,
     "at": AT,

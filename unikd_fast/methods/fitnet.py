@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
-from unikd_fast.methods.context import RunContext
+from unikd_fast.methods.context import RunContext, Shape
 from unikd_fast.methods.method import Method, Needs
 from unikd_fast.settings import NonNegative, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
@@ -69,9 +69,15 @@ class FitNet(Method[FitNetSettings]):
 
 
 class Regressor(nn.Module):
-    """Maps the student's Features to its level in the teacher's shape, (N, C_t, H_t, W_t)."""
+    """Maps the student's Features to its level in the teacher's shape, (N, C_t, H_t, W_t).
 
-    def __init__(self, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int], *, level: int) -> None:
+    Args:
+        student_shape, teacher_shape: shapes (C, H, W) of the level in both networks.
+        level: its index.
+        method: name of the method in errors.
+    """
+
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, level: int, method: str = "FitNet") -> None:
         super().__init__()
         (own, size, _), (channels, wanted, _) = student_shape, teacher_shape
         self.level = level
@@ -84,8 +90,8 @@ class Regressor(nn.Module):
             self.convolution = nn.Conv2d(own, channels, 1 + size - wanted)
         else:
             raise ValueError(
-                f"FitNet: a level of the student must be half as large as the teacher's, or not smaller, got {size} x "
-                f"{size} and {wanted} x {wanted} at level {level}; use another level, or name levels that fit "
+                f"{method}: a level of the student must be half as large as the teacher's, or not smaller, got {size} "
+                f"x {size} and {wanted} x {wanted} at level {level}; use another level, or name levels that fit "
                 "(feature_nodes)"
             )
         self.norm = nn.BatchNorm2d(channels)

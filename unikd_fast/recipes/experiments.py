@@ -25,7 +25,7 @@ TEACHERS_ROOTS = {"cifar100": "CIFAR100_TEACHERS", "coco": "DETECTRON2_ZOO"}
 _SHIPPED = Path(__file__).parents[1] / "configs"
 
 # The tables on ImageNet and COCO have these alone.
-_ON_IMAGENET = (TEACHER, "none", "at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd", "blockwise")
+_ON_IMAGENET = (TEACHER, "none", "at", "ofd", "crd", "reviewkd", "kd", "dkd", "unikd", "wkd", "blockwise")
 _ON_COCO = (TEACHER, "none", "fitnet", "fgfi", "reviewkd", "kd", "dkd", "kd_fitnet", "dkd_reviewkd", "unikd")
 
 _TRAIN: dict[str, dict[str, Any]] = {
