@@ -17,8 +17,12 @@ from support.real_runs import call, run, run_ranks, start, wait_for_step
 from support.scene_files import write_coco
 from unikd_fast.data.detection.sets import open_scenes
 from unikd_fast.data.settings import DataSettings
-from unikd_fast.engine.detection import DETECTIONS, PICTURE
+from unikd_fast.engine.detection import DETECTIONS
 from unikd_fast.models.faster_rcnn import build_detector
+from unikd_fast.report.command import _sections
+from unikd_fast.report.page import Missing, Picture, Table
+from unikd_fast.report.run_files import PICTURE
+from unikd_fast.report.runs import find_runs
 
 SAMPLES = 24
 NETWORK: dict[str, Any] = {
@@ -94,6 +98,20 @@ def test_a_run_from_teacher_to_table(tmp_path: Path, capfd: pytest.CaptureFixtur
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| test AP | test AP50 | test AP75 |" in report
     check_prediction(tmp_path)
+    check_page(tmp_path / "run", result)
+
+
+def check_page(folder: Path, result: dict[str, Any]) -> None:
+    """The page shows figures and pictures of teacher and student, and lacks none."""
+    sections = {section.anchor: section for section in _sections(find_runs([folder]))}
+    every, by_class = (part for part in sections["results"].parts[-2:] if isinstance(part, Table))
+    figures = result["last"]["test"]
+    assert every.rows[1][1:4] == tuple(f"{figures[key]:.2f}" for key in ("ap", "ap50", "ap75"))
+    assert {row[0]: row[2] for row in by_class.rows} == {k: f"{v:.2f}" for k, v in figures["ap_by_class"].items()}
+    pictures = [part.draw for part in sections["detections"].parts if isinstance(part, Picture)]
+    assert pictures == [(place / PICTURE).read_bytes() for place in (folder / "teacher", folder)]
+    missing = [part.text for section in sections.values() for part in section.parts if isinstance(part, Missing)]
+    assert [text[:34] for text in missing if "step" not in text] == ["The paper prints nothing for toy_s"]
 
 
 def test_one_split_for_validation_and_test(tmp_path: Path) -> None:

@@ -33,14 +33,12 @@ from unikd_fast.methods import METHODS, Method, Needs
 from unikd_fast.models import Preprocessing, StudentCard
 from unikd_fast.models.detector import Detector, Maps, Regions, Sizes, sizes_of
 from unikd_fast.models.faster_rcnn import build_detector
+from unikd_fast.report.run_files import PICTURE
 from unikd_fast.tasks import detection
 from unikd_fast.values import DetectionBatch, Features, Loss, RegionBatch, StudentOutput, Target
 
 DETECTIONS = "detections.json"
 """File of a run folder: detections in the test split, in COCO's format."""
-
-PICTURE = "detections.png"
-"""File of a run folder: a few images of the test split, above as annotated, below as detected."""
 
 _logger = logging.getLogger("unikd_fast")
 

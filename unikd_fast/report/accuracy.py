@@ -1,4 +1,4 @@
-"""The accuracy table: mean and deviation over seeds, next to the paper's figures, and every single run."""
+"""The tables of results: mean and deviation over seeds, next to the paper's figures, and every single run."""
 
 import math
 import statistics
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from unikd_fast.report.page import Missing, Part, Section, Table
 from unikd_fast.report.printed import FIGURES, Metric, Pair, Printed, printed_alone, printed_anywhere
 from unikd_fast.report.runs import Run, RunGroup
-from unikd_fast.report.table import TEACHER
-from unikd_fast.tasks import CLASSIFICATION, DETECTION, Figures, figures_of
+from unikd_fast.report.table import NONE, TEACHER, figure_cells
+from unikd_fast.tasks import CLASSIFICATION, DETECTION
 
 _CIFAR100 = "cifar100"
 _IMAGE_FOLDERS = ("image_folder", "arrow")
@@ -32,12 +32,12 @@ class Spread(NamedTuple):
 
 
 class AccuracyRow(NamedTuple):
-    """One group's accuracy on the test split, in percent.
+    """One figure of a group on the test split, in percent.
 
     Args:
         name: name of the group.
         model: name of its network.
-        best, last: accuracy at the best and at the last epoch.
+        best, last: figure at the best and at the last epoch.
         printed: figures the paper prints; several if its tables disagree.
         remarks: what limits the comparison with the printed figure.
     """
@@ -57,14 +57,14 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def accuracy_rows(groups: Sequence[RunGroup], metric: Metric = "top1") -> list[AccuracyRow]:
-    """Return one row per group that has the figure; for ``top5``, only those for which the paper prints it."""
+    """Return one row per group that has the figure; if it is not its main one, only if the paper prints it."""
     key = FIGURES[metric]
     rows = []
     for group in groups:
         if key not in group.runs[0].result["last"]["test"]:
             continue
         found = tuple(printed_for(group, metric))
-        if metric == "top5" and not found:
+        if key != group.figures.main and not found:
             continue
         best, last = (spread([run.result[which]["test"][key] for run in group.runs]) for which in ("best", "last"))
         remarks = tuple(_remarks(group)) if found else ()
@@ -77,7 +77,7 @@ def printed_for(group: RunGroup, metric: Metric = "top1") -> list[Printed]:
     run = group.runs[0]
     config = run.config
     dataset = _dataset(config)
-    classes = run.result["last"]["test"].get(_figures(run).by_class, ())
+    classes = run.result["last"]["test"].get(run.figures.by_class, ())
     if dataset is None or (dataset == _COCO and len(classes) != _COCO_CLASSES):  # another set in its format
         return []
     teacher = (config.get("teacher") or {}).get("model")
@@ -152,7 +152,9 @@ def _remarks(group: RunGroup) -> list[str]:
 
 
 def cost_section(groups: Sequence[RunGroup]) -> Section:
-    """Build the table of what teacher and student cost, one row per network."""
+    """Build the table of what teacher and student cost, one row per network; without groups it is empty."""
+    if not groups:
+        return Section("cost", "Cost", ())
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for group in groups:
         for run in group.runs:
@@ -186,7 +188,7 @@ def _costs(measured: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     )
 
 
-_MINUS, _NONE = "\u2212", "–"
+_MINUS = "\u2212"
 _METRICS: dict[Metric, str] = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
@@ -197,7 +199,7 @@ _METRICS: dict[Metric, str] = {
 
 
 def accuracy_section(groups: Sequence[RunGroup], unfinished: Sequence[str]) -> Section:
-    """Build the first section: the accuracy of every group."""
+    """Build the first section: the figures of every group."""
     parts: list[Part] = [_how_chosen([run for group in groups for run in group.runs])]
     remarks: dict[str, dict[str, None]] = {}
     for metric, title in _METRICS.items():
@@ -210,18 +212,55 @@ def accuracy_section(groups: Sequence[RunGroup], unfinished: Sequence[str]) -> S
                 remarks.setdefault(row.name, {})[remark] = None
         if metric in ("top1", "ap") and not any(row.printed for row in rows):
             parts.append(Missing(_nothing_printed(groups)))
+    parts += _tables_by_class([group for group in groups if group.figures.by_class])
     if remarks:
         lines = tuple((name, "; ".join(found)) for name, found in remarks.items())
         parts.append(Table("Notes on the printed figures and the comparison", ("", "remarks"), lines, numbers=False))
     parts += [Missing(sentence) for sentence in unfinished]
-    return Section("accuracy", "Accuracy", tuple(parts))
+    return Section("results", "Results", tuple(parts))
+
+
+def _tables_by_class(groups: Sequence[RunGroup]) -> list[Part]:
+    """Return a table of every figure, and one of the main figure of each class, where the task has such figures."""
+    if not groups:
+        return []
+    columns = groups[0].figures.columns
+    rows = tuple((group.name, *(_over_seeds(_last(group, key)) for key, _, _ in columns)) for group in groups)
+    last = "on the test split at the last epoch (%), mean ± sample standard deviation over seeds"
+    caption = (
+        f"Every AP {last}: over IoU 0.5 to 0.95, at IoU 0.5 and at 0.75, and of small boxes (less than 32² pixels), "
+        "medium ones (up to 96²) and large ones, where there are such boxes."
+    )
+    parts: list[Part] = [Table(caption, ("", *(heading for _, heading, _ in columns)), rows)]
+    found = {group.name: _last(group, group.figures.by_class) for group in groups}
+    names = list(dict.fromkeys(name for each in found.values() for one in each for name in one or ()))
+    shown = [group for group, each in found.items() if all(each)]
+    if names:
+        by_class = tuple(
+            (name, *(_over_seeds([one.get(name) for one in found[group]]) for group in shown)) for name in names
+        )
+        parts.append(Table(f"AP of each class {last}.", ("class", *shown), by_class))
+    if lacking := [group for group in found if group not in shown]:
+        text = f"The AP of each class is missing for {', '.join(lacking)}: a result.json has no ap_by_class"
+        parts.append(Missing(f"{text}, which runs of this version write."))
+    return parts
+
+
+def _last(group: RunGroup, key: str) -> list[Any]:
+    """Return the figure of each seed at the last epoch, None where there is none."""
+    return [run.result["last"]["test"].get(key) for run in group.runs]
+
+
+def _over_seeds(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return spread(known).text() if known else NONE
 
 
 def single_runs_section(groups: Sequence[RunGroup]) -> Section:
     """Build the tables of every single run, one for each task."""
     tables = []
     for figures, (columns, caption) in _SINGLE.items():
-        runs = [(group.name, run) for group in groups for run in group.runs if _figures(run) == figures]
+        runs = [(group.name, run) for group in groups for run in group.runs if run.figures == figures]
         names = [heading.replace("top-", "top\u2011") for _, heading, _ in columns]  # a non-breaking hyphen
         header = ("run", "seed", "method", "model", "best epoch", names[0], "last epoch", *names)
         if runs:
@@ -236,13 +275,9 @@ _SINGLE = {
     ),
     DETECTION: (
         DETECTION.columns,
-        "Every run on the test split: AP (%) at both epochs, AP50 (%) and AP75 (%) at the last.",
+        "Every run on the test split: AP (%) at both epochs, the other figures (%) at the last.",
     ),
 }
-
-
-def _figures(run: Run) -> Figures:
-    return figures_of(run.result["last"]["test"])
 
 
 def _table(rows: Sequence[AccuracyRow], metric: str) -> Table:
@@ -267,7 +302,7 @@ def _table(rows: Sequence[AccuracyRow], metric: str) -> Table:
 
 
 def _each(printed: Sequence[Printed], write: Callable[[Printed], str]) -> str:
-    return "\n".join(map(write, printed)) or _NONE
+    return "\n".join(map(write, printed)) or NONE
 
 
 def _notes(printed: Sequence[Printed]) -> list[str]:
@@ -319,7 +354,7 @@ def _nothing_printed(groups: Sequence[RunGroup]) -> str:
 def _single(name: str, run: Run, columns: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
     result = run.result
     best, last = result["best"], result["last"]
-    epochs = [_NONE if part.get("epoch") is None else str(part["epoch"]) for part in (best, last)]
+    epochs = [NONE if part.get("epoch") is None else str(part["epoch"]) for part in (best, last)]
     figure, _, shown = columns[0]
     return (
         name,
@@ -329,5 +364,5 @@ def _single(name: str, run: Run, columns: Sequence[tuple[str, str, str]]) -> tup
         epochs[0],
         format(best["test"][figure], shown),
         epochs[1],
-        *(format(last["test"][each], shown) if each in last["test"] else _NONE for each, _, shown in columns),
+        *figure_cells(last["test"], columns),
     )

@@ -69,7 +69,10 @@ def _draw(target: Path, pictures: "Sequence[Picture]", *, force: bool) -> dict[P
     paths = {target.with_name(f"{target.stem}-{picture.name}.png"): picture for picture in pictures}
     for path in paths:
         _refuse_existing(path, force=force)
-    return {path: render(picture.draw, LIGHT, "png") for path, picture in paths.items()}
+    return {
+        path: picture.draw if isinstance(picture.draw, bytes) else render(picture.draw, LIGHT, "png")
+        for path, picture in paths.items()
+    }
 
 
 def _sections(found: Found) -> "list[Section]":
@@ -78,6 +81,7 @@ def _sections(found: Found) -> "list[Section]":
     from unikd_fast.report.sections import (
         collapse_section,
         convergence_section,
+        detections_section,
         environment_section,
         logit_sections,
         step_time_section,
@@ -87,9 +91,10 @@ def _sections(found: Found) -> "list[Section]":
     students = gather([group for group in groups if not group.is_teacher])
     return [
         accuracy_section(groups, found.unfinished),
-        cost_section(groups),
+        detections_section([group for group in groups if group.figures.by_class]),
+        cost_section([group for group in groups if group.figures.has_logits]),
         convergence_section(students),
-        *logit_sections(students),
+        *logit_sections([group for group in students if group.figures.has_logits]),
         collapse_section(students),
         step_time_section(students),
         single_runs_section(groups),

@@ -2,8 +2,11 @@
 
 import base64
 import html
+import io
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from PIL import Image
 
 from unikd_fast.report.figures import DARK, LIGHT, Draw, Theme, render
 
@@ -31,13 +34,13 @@ class Picture(NamedTuple):
         name: suffix of its PNG file, after the page's own name.
         caption: what the figure shows.
         alt: alternative text, with the final values.
-        draw: function that draws it in the colours of a theme.
+        draw: function that draws it in the colours of a theme, or a PNG.
     """
 
     name: str
     caption: str
     alt: str
-    draw: Draw
+    draw: Draw | bytes
 
 
 class Missing(NamedTuple):
@@ -162,17 +165,29 @@ def _table(table: Table) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    light, dark = (_data_address(render(picture.draw, theme, "svg")) for theme in (LIGHT, DARK))
+    if isinstance(picture.draw, bytes):
+        source, address = "", _image_address(picture.draw)
+    else:
+        address, dark = (_data_address("svg+xml", render(picture.draw, theme, "svg")) for theme in (LIGHT, DARK))
+        source = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
     return (
         '<figure><div class="scroll" tabindex="0" role="group" aria-label="Figure"><picture>'
-        f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{_text(picture.alt)}" src="{light}"></picture></div>'
+        f'{source}<img alt="{_text(picture.alt)}" src="{address}"></picture></div>'
         f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
     )
 
 
-def _data_address(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+def _image_address(png: bytes) -> str:
+    """Return the address of a PNG, as a JPEG if that is smaller: photographs are, several times."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        image.convert("RGB").save(file, "JPEG", quality=90)
+    kind, content = min(("png", png), ("jpeg", file.getvalue()), key=lambda each: len(each[1]))
+    return _data_address(kind, content)
+
+
+def _data_address(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _variables(theme: Theme) -> str:

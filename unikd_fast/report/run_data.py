@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from unikd_fast.report.run_files import TEST_LOGITS, StepTime, is_number, read_records, read_step_time, read_test_logits
 from unikd_fast.report.runs import Run, RunGroup
+from unikd_fast.tasks import Figures
 
 Floats = NDArray[np.float64]
 Records = Sequence[dict[str, Any]]
@@ -243,6 +244,11 @@ class GroupData(NamedTuple):
 
     name: str
     seeds: tuple[RunData, ...]
+
+    @property
+    def figures(self) -> Figures:
+        """Return the figures of its task."""
+        return self.seeds[0].run.figures
 
     def name_of(self, one: RunData) -> str:
         return f"{self.name}, seed {one.run.seed}"

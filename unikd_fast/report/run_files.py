@@ -2,8 +2,9 @@
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from unikd_fast import io
 from unikd_fast.errors import FileError, RunError
@@ -104,12 +105,18 @@ def read_result(path: Path) -> dict[str, Any]:
         for split, figure in ((split, figure) for split in ("val", "test") for figure in known.all):
             figures = result[which].get(split, {})
             _require(path, f"{which}.{split}", figures, dict)
-            value = figures.get(figure)
-            if not (is_number(value) and math.isfinite(value)) and (
-                figure in figures or (split == "test" and figure in known.required)
-            ):
-                raise RunFileError(f"{path}: {which}.{split}.{figure} must be a finite number, got {value!r}")
+            if figure in figures or (split == "test" and figure in known.required):
+                _require_finite(path, f"{which}.{split}.{figure}", figures.get(figure))
+        by_class = result[which]["test"].get(known.by_class, {})
+        _require(path, f"{which}.test.{known.by_class}", by_class, dict)
+        for name, value in by_class.items():
+            _require_finite(path, f"{which}.test.{known.by_class}.{name}", value)
     return result
+
+
+def _require_finite(path: Path, key: str, value: object) -> None:
+    if not (is_number(value) and math.isfinite(value)):
+        raise RunFileError(f"{path}: {key} must be a finite number, got {value!r}")
 
 
 def _require_cost(path: Path, cost: object) -> None:
@@ -155,7 +162,7 @@ def read_config(path: Path) -> dict[str, Any]:
 _COSTS = ("image_size", "parameters", "bytes", "multiply_adds")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether a JSON value is a number; true and false are not.
 
     Example:
@@ -172,6 +179,8 @@ def _require(path: Path, key: str, value: object, kind: type) -> None:
 
 
 TEST_LOGITS = "test_logits.safetensors"
+PICTURE = "detections.png"
+"""File of a run folder: a few images of the test split, above as annotated, below as detected."""
 STEP_TIME = "step_time.json"
 _STEP_PARTS = ("data_ms", "teacher_ms", "student_forward_ms", "loss_ms", "backward_ms", "optimiser_ms")
 
@@ -252,6 +261,26 @@ def read_test_logits(folder: Path) -> TestLogits | None:
         span = f"{labels.min()} to {labels.max()} ({labels.dtype})"
         raise RunFileError(f"{path}: labels must be integers from 0 to {logits.shape[1] - 1}, got {span}")
     return TestLogits(logits, labels.astype(np.int64, copy=False), split)
+
+
+def read_picture(folder: Path) -> bytes | None:
+    """Return the PNG of detections in ``folder``, or None if it has none.
+
+    Raises:
+        RunFileError: the file is not a PNG, or is cut off.
+    """
+    from PIL import Image
+
+    path = folder / PICTURE
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    try:
+        with Image.open(BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RunFileError(f"{path} cannot be read: {error}; delete it, or run the evaluation again") from error
+    return content
 
 
 def write_step_time(folder: Path, times: StepTime) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from unikd_fast.report.run_files import RunFileError, read_config, read_result
 from unikd_fast.report.table import TEACHER
+from unikd_fast.tasks import Figures, figures_of
 
 _CONFIG, _RESULT = "config.json", "result.json"
 
@@ -45,6 +46,11 @@ class Run(NamedTuple):
     def is_teacher(self) -> bool:
         return self.label == TEACHER
 
+    @property
+    def figures(self) -> Figures:
+        """Return the figures of its task."""
+        return figures_of(self.result["last"]["test"])
+
 
 class RunGroup(NamedTuple):
     """The seeds of one experiment, in ascending order; ``name`` is unique within a report."""
@@ -55,6 +61,10 @@ class RunGroup(NamedTuple):
     @property
     def is_teacher(self) -> bool:
         return self.runs[0].is_teacher
+
+    @property
+    def figures(self) -> Figures:
+        return self.runs[0].figures
 
 
 class Found(NamedTuple):

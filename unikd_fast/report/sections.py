@@ -1,4 +1,4 @@
-"""Further sections of the page: curves over epochs, what the test logits show, step time and environment."""
+"""Further sections of the page: curves, what the test logits show, detections, step time and environment."""
 
 import json
 import math
@@ -23,7 +23,16 @@ from unikd_fast.report.run_data import (
     line_over_seeds,
     loss_terms,
 )
-from unikd_fast.report.run_files import STEP_TIME, TEST_LOGITS, StepTime, read_json, read_lines
+from unikd_fast.report.run_files import (
+    PICTURE,
+    STEP_TIME,
+    TEST_LOGITS,
+    StepTime,
+    read_json,
+    read_lines,
+    read_picture,
+)
+from unikd_fast.report.runs import RunGroup
 
 _EPOCH = "epoch"
 _PROBE = "probe_kl"
@@ -35,23 +44,29 @@ _INDICATORS = {
 
 
 def convergence_section(groups: Sequence[GroupData]) -> Section:
-    """Build Fig. 3 of the UniKD paper: cross-entropy, the common probe, and each method's own loss terms."""
+    """Build Fig. 3 of the UniKD paper: cross-entropy or AP, the common probe, and the loss terms."""
     split, names = _split(groups), [group.name for group in groups]
+    with_logits = [group for group in groups if group.figures.has_logits]
     parts: list[Part] = []
+    held_out = dict.fromkeys(group.figures.course for group in groups)
+    probe = Panel(
+        f"Common probe, {split}", _EPOCH, "τ² KL, τ = 4 (nats per sample)", _lines(with_logits, "evaluation", _PROBE)
+    )
     panels = [
-        Panel(f"Cross-entropy, {split}", _EPOCH, "nats per sample", _lines(groups, "evaluation", "ce")),
-        Panel(f"Common probe, {split}", _EPOCH, "τ² KL, τ = 4 (nats per sample)", _lines(groups, "evaluation", _PROBE)),
+        *(Panel(f"{title}, {split}", _EPOCH, unit, _lines(groups, "evaluation", key)) for key, title, unit in held_out),
+        probe,
     ]
     terms = dict.fromkeys(term for group in groups for seed in group.seeds for term in loss_terms(seed.records))
     panels += [Panel(f"{term}, training", _EPOCH, "loss term", _term_lines(groups, term)) for term in terms]
     shown = tuple(panel for panel in panels if panel.lines)
     if shown:
+        titles = [*(title for _, title, _ in held_out), *(["the common probe"] if with_logits else [])]
+        measure = "; the probe is the same measure for all (Fig. 3 of the UniKD paper)" if with_logits else ""
         parts.append(
             Picture(
                 "convergence",
-                "Cross-entropy and the common probe on held-out data, then each method's own loss terms in "
-                f"training, as it logs them (Fig. 3 of the UniKD paper).{_band(groups)} Loss "
-                "terms of different methods are not comparable; the probe is the same measure for all.",
+                f"{' and '.join(titles)} on held-out data, then the loss terms in training, as each method logs them."
+                f"{_band(groups)} Loss terms of different methods are not comparable{measure}.",
                 _alt(shown),
                 lambda theme: draw_curves(shown, theme, names),
             )
@@ -60,9 +75,10 @@ def convergence_section(groups: Sequence[GroupData]) -> Section:
         parts.append(
             Missing("The training curves appear once the run folders hold metrics.jsonl with evaluation records.")
         )
-    probed = {line.name for line in panels[1].lines}
-    taught = [m for m in groups if m.seeds[0].run.teacher is not None and m.seeds[0].run.result["method"] != "none"]
-    lacking = [m.name for m in taught if m.name not in probed]
+    probed = {line.name for line in probe.lines}
+    first = {group.name: group.seeds[0].run for group in with_logits}
+    taught = [name for name, run in first.items() if run.teacher is not None and run.result["method"] != "none"]
+    lacking = [name for name in taught if name not in probed]
     if lacking:
         parts.append(
             Missing(
@@ -169,7 +185,9 @@ _MEASURES: tuple[tuple[str, int, Callable[[LogitComparison], float]], ...] = (
 
 
 def logit_sections(groups: Sequence[GroupData]) -> list[Section]:
-    """Build three sections, or one that says what is missing if no run has test logits."""
+    """Build three sections, one that says what is missing if no run has test logits, or none without groups."""
+    if not groups:
+        return []
     usable = [group for group in groups if group.compared]
     reasons: dict[str, list[str]] = {}
     for group in groups:
@@ -299,6 +317,35 @@ def _agreement(groups: Sequence[GroupData]) -> tuple[Part, ...]:
         lambda theme: draw_dots(dots, theme, x_label="samples with the same top-1 class (%)"),
     )
     return (picture, table)
+
+
+def detections_section(groups: Sequence[RunGroup]) -> Section:
+    """Build a picture for each group, that of its first seed: images as annotated and as detected."""
+    if not groups:
+        return Section("detections", "Detections", ())
+    parts: list[Part] = []
+    lacking = []
+    for number, group in enumerate(groups, 1):
+        run = group.runs[0]
+        picture = read_picture(run.folder)
+        if picture is None:
+            lacking.append(group.name)
+            continue
+        seed = f", seed {run.seed}" if len(group.runs) > 1 else ""
+        caption = (
+            f"{group.name}{seed}: images of the test split as annotated and, below, as detected (score 0.5 or more)."
+        )
+        ap = run.result["last"]["test"][group.figures.main]
+        alt = f"Images with boxes. The {group.figures.title} on the whole split is {ap:.2f} %."
+        parts.append(Picture(f"detections-{number}", caption, alt, picture))
+    if lacking:
+        text = f"Pictures are missing for {', '.join(lacking)}; they appear once the run folder holds {PICTURE}"
+        parts.append(Missing(f"{text}, which a run writes at its end (run.test_logits)."))
+    parts.append(
+        "Logits are not compared here, because each detector proposes regions of its own; the costs of detectors are "
+        "not measured."
+    )
+    return Section("detections", "Detections", tuple(parts))
 
 
 _STARTS = "starts.jsonl"

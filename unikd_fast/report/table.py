@@ -1,12 +1,13 @@
 """Results of runs as a table: mean and standard deviation over seeds, at the best and the last epoch."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unikd_fast.tasks import figures_of
 
 TEACHER = "teacher"
+NONE = "–"
 HEADER = ("", "model", "best epoch", "last epoch", "seeds")
 
 
@@ -41,7 +42,7 @@ def markdown_report(config: dict[str, Any], results: Sequence[dict[str, Any]]) -
             _epoch(r["best"]),
             f"{r['best']['test'][known.main]:.2f}",
             _epoch(r["last"]),
-            *(format(r["last"]["test"][figure], shown) for figure, _, shown in known.columns),
+            *figure_cells(r["last"]["test"], known.columns),
         ]
         for r in results
     ]
@@ -100,5 +101,10 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
+def figure_cells(figures: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
+    """Return the figures of `Figures.columns` as they are shown; one that is not there is a dash."""
+    return tuple(format(figures[name], shown) if name in figures else NONE for name, _, shown in columns)
+
+
 def _epoch(part: dict[str, Any]) -> str:
-    return "–" if part["epoch"] is None else str(part["epoch"])
+    return NONE if part["epoch"] is None else str(part["epoch"])

@@ -12,6 +12,7 @@ class Figures(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...]
     columns: tuple[tuple[str, str, str], ...]  # of a table of single runs: figure, heading, format
+    course: tuple[str, str, str]  # of a curve over the epochs: figure, title, unit
     by_class: str = ""  # the main figure of each class, by its name
     has_logits: bool = True  # of a sample (K,), which the probe and the report compare
 
@@ -26,13 +27,22 @@ CLASSIFICATION = Figures(
     ("accuracy", "ce"),
     ("top5",),
     (("accuracy", "top-1", ".2f"), ("ce", "cross-entropy", ".4f")),
+    ("ce", "Cross-entropy", "nats per sample"),
 )
 DETECTION = Figures(
     "ap",
     "AP",
     ("ap", "ap50", "ap75"),
     ("ap_small", "ap_medium", "ap_large"),
-    (("ap", "AP", ".2f"), ("ap50", "AP50", ".2f"), ("ap75", "AP75", ".2f")),
+    (
+        ("ap", "AP", ".2f"),
+        ("ap50", "AP50", ".2f"),
+        ("ap75", "AP75", ".2f"),
+        ("ap_small", "AP small", ".2f"),
+        ("ap_medium", "AP medium", ".2f"),
+        ("ap_large", "AP large", ".2f"),
+    ),
+    ("ap", "AP", "AP (%)"),
     "ap_by_class",
     has_logits=False,
 )

@@ -37,7 +37,7 @@ def draw_boxes(
         scale = largest / short
     sampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BILINEAR
     picture = image.resize((round(image.width * scale), round(image.height * scale)), sampling)
-    pen, width = ImageDraw.Draw(picture), max(1, min(picture.size) // 150)
+    pen, width = ImageDraw.Draw(picture), max(2, min(picture.size) // 150)
     font = ImageFont.load_default(max(11, min(picture.size) // 24))
     for box, said in zip(boxes, words, strict=True):
         colour = _COLOURS[sum(map(ord, said.partition(" ")[0])) % len(_COLOURS)]
