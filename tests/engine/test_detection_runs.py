@@ -152,9 +152,13 @@ def check_prediction(folder: Path) -> None:
     assert "which load into the plain torchvision FasterRCNN, and how to use it in out.json" in said
     again = call("predict", folder / "out.safetensors", folder / "scene.png", "--json", "--least-score", "0")
     assert json.loads(succeeded(again))["objects"] == found
-    refused = call("export", folder / "run", "--to", folder / "out.onnx")
-    assert refused.returncode == 2
-    assert "trained a detector, which is exported as its weights alone" in refused.stderr
+    said = succeeded(call("export", folder / "run", "--to", folder / "out.onnx"))
+    assert "ONNX for images of any size; boxes and scores differ by at most " in said
+    again = call("predict", folder / "out.onnx", folder / "scene.png", "--json", "--least-score", "0")
+    others = json.loads(succeeded(again))["objects"]
+    assert [each["class"] for each in others] == [each["class"] for each in found]
+    assert [each["score"] for each in others] == pytest.approx([each["score"] for each in found], abs=2e-6)
+    assert [each["box"] for each in others] == [pytest.approx(each["box"], abs=0.02) for each in found]
     text = succeeded(call("predict", folder / "run", folder / "scene.png", "--top", 1, "--least-score", "0"))
     assert re.search(r"scene\.png: (disc|square|triangle|cross) [0-9.]+ % at \d+, \d+, \d+, \d+\n", text)
 

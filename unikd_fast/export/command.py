@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from unikd_fast.io import make_folder, new_path, read_json, write_json
 from unikd_fast.settings import LARGEST_IMAGE
 
 if TYPE_CHECKING:
+    from unikd_fast.export.formats import Agreement
     from unikd_fast.export.student import Average
 
 _CONFIG = "config.json"
@@ -77,19 +79,25 @@ def export_run(
     with as_config_errors():
         card = StudentCard.read(run / BEST)
     if card is not None and card.long_side is not None:
-        if target.suffix != ".safetensors" or image_size is not None:
-            raise ConfigError(
-                f"--to {target}: {run} trained a detector, which is exported as its weights alone, for images of any "
-                "size; give a file that ends in .safetensors, without --image-size"
-            )
-        _refuse_card(target, card.as_dict(), tuple(FORMATS), force=force)
-        from unikd_fast.export.detect import export_detector
+        from unikd_fast.export.detectors import FORMATS as DETECTOR_FORMATS
+        from unikd_fast.export.detectors import check_detector_format, write_detector
 
-        export_detector(card, weights.tensors, target)
+        check_detector_format(target, preprocesses=preprocess, image_size=image_size)
+        _refuse_card(target, card.as_dict(), DETECTOR_FORMATS, force=force)
+        what = f"{card.model} of {run} from {weights.origin}; {card.num_classes} classes"
+        title = f"{card.model} as {file_format.title}"
+        write_it = partial(write_detector, card, weights.tensors, opset=opset)
+        agreement, size = _written(target, write_it, title, force=force)
         write_json(card_path(target), card.as_dict())
+        compared = (
+            "which load into the plain torchvision FasterRCNN"
+            if file_format.exact
+            else f"for images of any size; boxes and scores differ by at most {agreement.difference:.1e} of their size "
+            f"({agreement.allowed:.1e} allowed)"
+        )
         return (
-            f"{target}: {card.model} of {run} from {weights.origin}; {card.num_classes} classes, safetensors which "
-            f"load into the plain torchvision FasterRCNN, and how to use it in {card_path(target).name}"
+            f"{target}: {what}, {size / 2**20:.2f} MiB, {file_format.title} {compared}, and how to use it in "
+            f"{card_path(target).name}"
         )
     student = load_student(
         config.student.model,
@@ -109,24 +117,16 @@ def export_run(
     images = random_images(image_size or config.student.image_size or config.data.image_size)
     student = replace(student, logits=with_logits(student.network, images))
     logits = plain_logits(student.logits, images)
-    make_folder(target.parent)
-    with new_path(target) as unfinished:
-        try:
-            file_format.write(student, unfinished, images[:2], opset)
-            run_again = file_format.read(student, unfinished)
-            if card is not None and preprocess:
-                agreement = check_preprocessing(run_again, student.logits, card.preprocessing)
-            else:
-                agreement = check(run_again, student.logits, images, logits, exact=file_format.exact)
-        except OSError:
-            raise
-        except Exception as error:  # of one of three libraries, each with its own kinds
-            raise RunError(
-                f"{target} is not written, exporting {student.name} as {file_format.title} failed: {_root_cause(error)}"
-            ) from error
-        size = unfinished.stat().st_size
-        _refuse_existing(target, force=force)  # it may have been written meanwhile
-        beside = ""
+
+    def write(path: Path) -> "Agreement":
+        file_format.write(student, path, images[:2], opset)
+        run_again = file_format.read(student, path)
+        if card is not None and preprocess:
+            return check_preprocessing(run_again, student.logits, card.preprocessing)
+        return check(run_again, student.logits, images, logits, exact=file_format.exact)
+
+    agreement, size = _written(target, write, f"{student.name} as {file_format.title}", force=force)
+    beside = ""
     if card is not None:
         write_json(card_path(target), card.as_dict())
         beside = f", and how to use it in {card_path(target).name}"
@@ -141,6 +141,26 @@ def export_run(
         f"{parameter_count(student.network):,} parameters, {size / 2**20:.2f} MiB, {file_format.title} "
         f"{compared}{beside}"
     )
+
+
+def _written(target: Path, write: "Callable[[Path], Agreement]", title: str, *, force: bool) -> "tuple[Agreement, int]":
+    """Write a file under another name, check it, and put it in place; return how it compares and its size in bytes.
+
+    Raises:
+        RunError: it cannot be written, or its outputs differ.
+        ConfigError: there is another file by now.
+    """
+    make_folder(target.parent)
+    with new_path(target) as unfinished:
+        try:
+            agreement = write(unfinished)
+        except OSError:
+            raise
+        except Exception as error:  # of one of three libraries, each with its own kinds
+            raise RunError(f"{target} is not written, exporting {title} failed: {_root_cause(error)}") from error
+        size = unfinished.stat().st_size
+        _refuse_existing(target, force=force)  # it may have been written meanwhile
+    return agreement, size
 
 
 def card_path(exported: Path) -> Path:

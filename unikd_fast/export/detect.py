@@ -9,19 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.models.detection import FasterRCNN
 
 from unikd_fast.data.detection.pictures import draw_boxes
-from unikd_fast.data.detection.views import padded_size, resized
+from unikd_fast.data.detection.views import resized
 from unikd_fast.data.device import Normalise
 from unikd_fast.data.images import BadImage, StoredImage, read_rgb
-from unikd_fast.engine.folder import export_student
-from unikd_fast.errors import DataError, RunError
+from unikd_fast.errors import DataError, FileError
+from unikd_fast.export.detectors import Detect
 from unikd_fast.io import make_folder, write_file
 from unikd_fast.models import StudentCard
-from unikd_fast.models.detector import Detector
-from unikd_fast.models.faster_rcnn import build_detector
 
 
 @dataclass(frozen=True)
@@ -69,40 +65,22 @@ class Detected:
         write_file(target, content.getvalue())
 
 
-def export_detector(card: StudentCard, tensors: dict[str, Tensor], target: Path) -> None:
-    """Write a student's weights, which load strictly into its plain network, as safetensors with its card.
-
-    Raises:
-        FileError: the disk is full, or cannot be written to.
-        RunError: they do not load.
-    """
-    export_student(_plain(card, tensors), target, card)
-
-
-def _plain(card: StudentCard, tensors: dict[str, Tensor]) -> FasterRCNN:
-    network = build_detector(card.model, num_classes=card.num_classes, model_args=card.model_args, role="student")
-    try:
-        network.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise RunError(f"the weights do not load into {card.model} ({said}); export the student again") from error
-    return network
-
-
 def detect_in(
-    card: StudentCard, tensors: dict[str, Tensor], images: Sequence[Path], *, least_score: float, most: int
+    detect: Detect, card: StudentCard, images: Sequence[Path], *, least_score: float, most: int
 ) -> Iterator[Detected | BadImage]:
     """Yield the objects in each image, preprocessed as in the student's evaluation, and images that cannot be decoded.
 
     Args:
-        card: what is known of the student.
-        tensors: its weights.
+        detect: the student, as `open_detector` returns it.
+        card: what is known of it.
         images: paths of images.
         least_score: smallest score of an object.
         most: largest number of objects of an image.
+
+    Raises:
+        FileError: the card has fewer classes than the detector.
     """
     assert card.long_side is not None
-    detector = Detector(_plain(card, tensors)).eval()
     names = card.class_names or tuple(map(str, range(card.num_classes)))
     wanted = card.preprocessing
     normalise = Normalise(wanted.mean, wanted.std, device=torch.device("cpu"))
@@ -114,16 +92,18 @@ def detect_in(
             continue
         height, width = resized(image.height, image.width, wanted.image_size, card.long_side)
         pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
-        padded_height, padded_width = padded_size([(height, width)])
-        shown = torch.zeros(1, 3, padded_height, padded_width)
-        shown[:, :, :height, :width] = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])
         with torch.no_grad():
-            (found,) = detector(shown, [(height, width)])
-        kept = (found["scores"] >= least_score).nonzero()[:most, 0]
+            found = detect(normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+        if len(found.labels) and int(found.labels.max()) > len(names):
+            raise FileError(
+                f"the detector finds class {int(found.labels.max())}, and its card has only {len(names)}; export the "
+                "student again"
+            )
+        kept = (found.scores >= least_score).nonzero()[:most, 0]
         scale = torch.tensor([image.width / width, image.height / height] * 2)
         yield Detected(
             str(path),
-            tuple(names[label - 1] for label in found["labels"][kept].tolist()),
-            tuple(found["scores"][kept].tolist()),
-            tuple(tuple(box) for box in (found["boxes"][kept] * scale).tolist()),
+            tuple(names[label - 1] for label in found.labels[kept].tolist()),
+            tuple(found.scores[kept].tolist()),
+            tuple(tuple(box) for box in (found.boxes[kept] * scale).tolist()),
         )

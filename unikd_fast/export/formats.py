@@ -31,8 +31,8 @@ BATCHES = (2, 3, 1)  # exporters see two images; one is the batch size they most
 # kinds ONNX Runtime differed from it by 0.6 to 1.9 times that (ResNet-152 with statistics of two batches: 1.5e-3 of the
 # logits, SqueezeNet: 7e-7). The rounding of three images is one sample, hence 8, and fp32's last bits on top: 2^-19 of
 # the row's size. A wrong operation stands out: approximate GELU changes logits by 1e-3.
-_TIMES_ROUNDING = 8.0
-_LAST_BITS = 2.0**-19
+TIMES_ROUNDING = 8.0
+LAST_BITS = 2.0**-19
 # For a network that does not run in float64; see `unikd_fast.teacher.unit_rounding` for the reason.
 _ROUNDING_UNKNOWN = 2.0**-15
 
@@ -143,7 +143,7 @@ def _allowed(network: nn.Module, images: Tensor, expected: dict[int, Tensor]) ->
         exact = copy.deepcopy(network).double()(images.double())
     except RuntimeError:  # it converts something to fp32 on its way
         return _ROUNDING_UNKNOWN
-    return _TIMES_ROUNDING * relative_difference(expected[len(images)], exact) + _LAST_BITS
+    return TIMES_ROUNDING * relative_difference(expected[len(images)], exact) + LAST_BITS
 
 
 def _first_line(error: Exception) -> str:
@@ -241,11 +241,16 @@ def _write_safetensors(student: PlainStudent, path: Path, images: Tensor, opset:
 def _read_safetensors(student: PlainStudent, path: Path) -> Run:
     network = student.fresh()
     import_student(network, path)
-    written, expected = load_file(path), student.network.state_dict()
-    for name, tensor in expected.items():
+    check_tensors(path, student.network)
+    return network if student.logits is student.network else Logits(network)
+
+
+def check_tensors(path: Path, network: nn.Module) -> None:
+    """Raise RunError unless a safetensors file holds the network bit for bit."""
+    written = load_file(path)
+    for name, tensor in network.state_dict().items():
         if not torch.equal(_bits(written[name]), _bits(tensor)):
             raise RunError(f"{name} came back from the file with other numbers")
-    return network if student.logits is student.network else Logits(network)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -255,7 +260,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
     # Traced, not scripted: many networks are not written in the scriptable subset of Python. What a trace may get
     # wrong, another batch size, is checked after writing.
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         traced = torch.jit.trace(student.logits, images, check_trace=False)
         buffer = io.BytesIO()  # written to a file by torch, a full disk would end the process
         torch.jit.save(traced, buffer, student.in_words)
@@ -264,19 +269,24 @@ def _write_torchscript(student: PlainStudent, path: Path, images: Tensor, opset:
 
 def open_torchscript(path: Path) -> Run:
     """Return the network of a TorchScript file: images to logits."""
-    with _quiet():
+    with quiet():
         loaded: nn.Module = torch.jit.load(path, map_location="cpu")
     return loaded.eval()
+
+
+def refuse_large(network: nn.Module) -> None:
+    """Raise RunError for a network that does not fit into an ONNX file."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    if needed > _ONNX_LIMIT:
+        raise RunError(f"an ONNX file holds at most 2 GiB, and the student has {needed / 2**30:.1f}")
 
 
 def _write_onnx(student: PlainStudent, path: Path, images: Tensor, opset: int | None) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in student.network.state_dict().values())
-    if needed > _ONNX_LIMIT:
-        raise RunError(f"an ONNX file holds at most 2 GiB, and the student has {needed / 2**30:.1f}")
+    refuse_large(student.network)
     inside = None if student.card is None or not student.card.preprocesses else student.card.preprocessing
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             student.logits,
             (images,),
@@ -324,7 +334,7 @@ def open_onnx(path: Path) -> Run:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence exporters' warnings, most of which do not concern this network; the check after writing counts."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

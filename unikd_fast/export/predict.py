@@ -4,12 +4,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unikd_fast.config import ConfigError
@@ -29,6 +27,8 @@ from unikd_fast.models import StudentCard, bare_model
 
 if TYPE_CHECKING:
     from unikd_fast.export.detect import Detected
+
+T = TypeVar("T")
 
 _BATCH = 16
 
@@ -79,11 +79,16 @@ def predict(
     card, tensors = _card_of_run(source, checkpoint) if source.is_dir() else (_card_of_file(source), None)
     if card.long_side is not None:
         from unikd_fast.export.detect import detect_in  # torchvision, half a second
+        from unikd_fast.export.detectors import OneImage, open_detector, plain_detector
 
-        tensors = _tensors_of(source) if tensors is None else tensors
-        yield from detect_in(card, tensors, images, least_score=least_score, most=100 if top is None else top)
+        detect = (
+            _of_file(source, lambda: open_detector(card, source))
+            if tensors is None
+            else OneImage(plain_detector(card, tensors))
+        )
+        yield from detect_in(detect, card, images, least_score=least_score, most=100 if top is None else top)
         return
-    run = _of_file(source, card) if tensors is None else _classifier(source, card, tensors)
+    run = _of_file(source, lambda: _opened(card, source)) if tensors is None else _classifier(source, card, tensors)
     top = 5 if top is None else top
     names = card.class_names or tuple(map(str, range(card.num_classes)))
     for batch, places, bad in _raw(images) if card.preprocesses else _batches(card, images):
@@ -126,13 +131,6 @@ def _classifier(folder: Path, card: StudentCard, tensors: dict[str, Tensor]) -> 
     return with_logits(student.network, torch.zeros(2, 3, size, size))
 
 
-def _tensors_of(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} cannot be read ({error}); export the student again") from error
-
-
 def _card_of_file(path: Path) -> StudentCard:
     if not path.is_file():
         raise ConfigError(f"there is no {path}; give a run folder, or a file that unikd export wrote")
@@ -147,9 +145,15 @@ def _card_of_file(path: Path) -> StudentCard:
         raise FileError(f"{beside} is damaged ({error}); export the student again") from error
 
 
-def _of_file(path: Path, card: StudentCard) -> Callable[[Tensor], Tensor]:
+def _of_file(path: Path, open_it: Callable[[], T]) -> T:
+    """Return what an exported file holds.
+
+    Raises:
+        ConfigError: a package is missing.
+        FileError: the file is damaged.
+    """
     try:
-        return _opened(card, path)
+        return open_it()
     except (RunError, MemoryError):
         raise
     except ModuleNotFoundError as error:

@@ -107,7 +107,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         levels = (self.canonical_level + (sides / self.canonical_scale + 1e-8).log2()).floor() - first
         levels = levels.clamp(0, len(maps) - 1)
         regions = torch.cat([images, every], 1)
-        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
+        pooled = maps[0].new_zeros(regions.shape[0], maps[0].shape[1], *self.output_size)
         for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
             rows = (levels == level).nonzero()[:, 0]
             wide = features.to(torch.promote_types(features.dtype, torch.float32))  # it has no bf16 on CPU

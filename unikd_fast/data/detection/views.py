@@ -168,4 +168,5 @@ def padded_size(sizes: Sequence[tuple[int, int]], multiple: int = 32) -> tuple[i
         (800, 1120)
     """
     high, wide = (max(side) for side in zip(*sizes, strict=True))
-    return -(-high // multiple) * multiple, -(-wide // multiple) * multiple
+    # Of numbers above 0, since ONNX divides towards 0.
+    return (high + multiple - 1) // multiple * multiple, (wide + multiple - 1) // multiple * multiple
