@@ -204,6 +204,15 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         ({"distill": {"method": "blockwise"}}, "which needs the teacher's own blocks"),
         ({"distill": {"method": "ofd"}}, "is not computed by a BatchNorm"),
         ({"student": {"model": "torchvision/resnet18"}}, "no detector 'torchvision/resnet18' for the student"),
+        ({"distill": {"method": "unikd", "max_levels": 2}}, "distill.max_levels = 2 with data.name = 'toy_scenes'"),
+        (
+            {"distill": {"method": "unikd"}, "student": {"feature_nodes": ["layer1"]}},
+            "student.feature_nodes: the levels of regions are 0, 1, 2, 3, from fine to coarse, got ('layer1',)",
+        ),
+        (
+            {"distill": {"method": "fgfi"}, "student": {"feature_nodes": ["0"]}},
+            "student.feature_nodes = ('0',) and teacher.feature_nodes = None with distill.method = 'fgfi'",
+        ),
         ({"teacher": {"min_accuracy": 0.5}}, "reaches an AP of 0.0"),
     ],
 )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import roi_align
 
-from unikd_fast.models.detector import Detector, SeededSampler, balanced, sizes_of
+from unikd_fast.models.detector import Detector, SeededSampler, balanced, region_features, sizes_of
 from unikd_fast.models.faster_rcnn import faster_rcnn
 from unikd_fast.values import DetectionBatch
 
@@ -111,6 +112,46 @@ def test_region_levels(network: FasterRCNN) -> None:
         own = teacher.sampled(maps, batch)
     assert features.logits.shape == (rows, 5)
     assert len(own.labels) == sum(map(len, own.boxes)) < rows
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_region_features_are_those_of_roi_align(aligned: bool, samples: int) -> None:
+    """Boxes inside, over the edges, outside, thinner than a pixel and of no image; values and gradients."""
+    torch.manual_seed(0)
+    level = torch.randn(3, 5, 9, 13, dtype=torch.float64, requires_grad=True)
+    corners = 80 * torch.rand(20, 2, dtype=torch.float64) - 20
+    boxes = torch.cat([corners, corners + 60 * torch.rand(20, 2, dtype=torch.float64)], dim=1)
+    odd = torch.tensor([[0, 0, 52, 36], [4, 4, 4.5, 4.2], [90, 90, 99, 99], [-9, -9, 90, 90]], dtype=torch.float64)
+    of_images = [torch.cat([boxes, odd]), boxes[:0], odd]
+    ours = region_features(level, of_images, (7, 5), 0.25, samples, aligned)
+    theirs = roi_align(level, of_images, (7, 5), 0.25, samples, aligned)
+    upstream = torch.randn_like(theirs)
+    # Both in float64, where they differ by roundings alone.
+    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(each, level, upstream)[0] for each in (ours, theirs))
+    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-12)
+    assert theirs.any()
+    none = [boxes[:0]] * 3
+    assert region_features(level, none, (7, 5), 0.25, samples, aligned).shape == (0, 5, 7, 5)
+
+
+def test_levels_by_name(network: FasterRCNN) -> None:
+    batch = make_batch()
+    whole, some = (Detector(copy.deepcopy(network), levels="regions", level_names=n) for n in (None, ["0", "2"]))
+    levels = [detector.train().train_step(batch).features.levels for detector in (whole, some)]
+    assert whole.level_names == ("0", "1", "2", "3")
+    assert len(some.level_shapes) == len(levels[1]) == 2
+    assert all(a.equal(b) for a, b in zip((levels[0][0], levels[0][2]), levels[1], strict=True))
+    maps = Detector(copy.deepcopy(network), levels="maps", level_names=["1", "pool"])
+    near = maps.near_objects(maps.maps(batch.images), batch)
+    every = Detector(copy.deepcopy(network), levels="maps")
+    expected = every.near_objects(every.maps(batch.images), batch)
+    assert near[0].equal(expected[1])
+    assert near[1].equal(expected[4])
+    for names in (["2", "0"], ["0", "pool"], [], ["layer1"]):
+        with pytest.raises(ValueError, match="the levels of regions are 0, 1, 2, 3, from fine to coarse"):
+            Detector(copy.deepcopy(network), levels="regions", level_names=names)
 
 
 def test_bodies() -> None:

@@ -319,11 +319,18 @@ def _refuse(config: Config, needs: Needs) -> None:
             "fp32",
             "its range is too small",
         ),
+        ("distill.max_levels", config.distill.max_levels, 4, "levels are chosen by the names of feature_nodes"),
         ("train.activation_checkpointing", train.activation_checkpointing, False, "it is for classifiers"),
     )
     for key, value, wanted, reason in refused:
         if value != wanted:
             raise ConfigError(f"{key} = {value!r} with data.name = {name!r}: {reason}; set it to {json.dumps(wanted)}")
+    own, other = config.student.feature_nodes, None if teacher is None else teacher.feature_nodes
+    if needs.near_objects and own != other:
+        raise ConfigError(
+            f"student.feature_nodes = {own} and teacher.feature_nodes = {other} with distill.method = "
+            f"{config.distill.label!r}, which compares the same maps of both; set both to the same names"
+        )
     of_levels = {name: METHODS[name].needs_of(own) for name, own in config.distill.settings.items()}
     pooled = {name: own.pooled for name, own in of_levels.items() if own.levels}
     if len(set(pooled.values())) > 1:
@@ -361,8 +368,13 @@ def _network(config: Config, role: str, splits: DetectionSplits, needs: Needs) -
             new_predictor=role == "student" or (config.teacher is not None and config.teacher.is_trained),
             role=role,
         )
-    of_regions: Literal["regions", "maps"] = "regions" if needs.pooled else "maps"
-    return Detector(network, levels=of_regions if needs.levels or needs.before_activation else "none")
+    levels: Literal["none", "maps", "regions"] = "none"
+    if needs.levels or needs.before_activation:
+        levels = "regions" if needs.pooled else "maps"
+    try:
+        return Detector(network, levels=levels, level_names=section.feature_nodes)
+    except ValueError as error:
+        raise ConfigError(f"{role}.feature_nodes: {error}") from error
 
 
 @torch.no_grad()

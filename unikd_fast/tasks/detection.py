@@ -33,7 +33,8 @@ def figures(ground_truth: dict[str, Any], detections: Sequence[Mapping[str, Any]
             f"figures: the {len(images)} images have no annotated box, so that there is no AP; evaluate on images with "
             "boxes"
         )
-    truth = COCO(ground_truth, use_deepcopy=True)
+    # The evaluator writes into annotations and detections.
+    truth = COCO({**ground_truth, "annotations": [dict(box) for box in ground_truth["annotations"]]})
     found = truth.loadRes([dict(each) for each in detections])
     evaluation = COCOeval_faster(truth, found, "bbox", print_function=_silent)
     evaluation.run()
@@ -54,19 +55,29 @@ def figures(ground_truth: dict[str, Any], detections: Sequence[Mapping[str, Any]
 
 
 def _check(detections: Sequence[Mapping[str, Any]], images: set[int], categories: set[int]) -> None:
-    for place, each in enumerate(detections):
-        numbers = [*each["bbox"], each["score"]]
-        wrong = {
-            f"image {each['image_id']}": each["image_id"] not in images,
-            f"category {each['category_id']}": each["category_id"] not in categories,
-            f"numbers {numbers}": not all(abs(number) < float("inf") for number in numbers),
-        }
-        for what, is_wrong in wrong.items():
-            if is_wrong:
-                raise ValueError(
-                    f"figures: detection {place} has {what}; detections must be finite, of one of the {len(images)} "
-                    f"images and {len(categories)} categories that are annotated"
-                )
+    import numpy as np
+
+    numbers = np.array([[*each["bbox"], each["score"]] for each in detections]).reshape(-1, 5)
+    wrong = {
+        place
+        for key, known in (("image_id", images), ("category_id", categories))
+        for place, each in enumerate(detections)
+        if each[key] not in known
+    } | set(np.flatnonzero(~np.isfinite(numbers).all(1)).tolist())
+    if not wrong:
+        return
+    place = min(wrong)
+    each = detections[place]
+    if each["image_id"] not in images:
+        what = f"image {each['image_id']}"
+    elif each["category_id"] not in categories:
+        what = f"category {each['category_id']}"
+    else:
+        what = f"numbers {[*each['bbox'], each['score']]}"
+    raise ValueError(
+        f"figures: detection {place} has {what}; detections must be finite, of one of the {len(images)} images and "
+        f"{len(categories)} categories that are annotated"
+    )
 
 
 def _silent(*said: object) -> None:
