@@ -86,6 +86,7 @@ class StudentOutput(NamedTuple):
     logits: Tensor  # (N, K)
     adapted: Any = None  # output of the method's adapter for the Features: any pytree of tensors
     second_logits: Tensor | None = None  # (N, K) for the second view, for methods that need one
+    second_adapted: Any = None  # what an adapter with a method ``second`` makes of the second view's Features
 
 
 class Target(NamedTuple):

@@ -19,6 +19,7 @@ from unikd_fast.methods import OF_IMAGES
 
 EACH = {name: name for name in OF_IMAGES} | {
     "kd+unikd": ["kd", "unikd"],
+    "unikd_dev+mlkd": ["unikd_dev", "mlkd"],
     "a sum over levels": ["kd", "fitnet", "at", "ofd", "reviewkd"],
 }
 STEPS = 4  # two epochs

@@ -218,6 +218,7 @@ def test_state_is_restored_and_a_prefit_head_stays_frozen() -> None:
 
 LITERATURE: dict[str, dict[str, object]] = {
     "unikd": {"beta": 1.0, "temperature": 4.0},
+    "unikd_dev": {"ce_weight": 1.0, "feature_weight": 1.0, "head_weight": 1.0, "temperature": 1.0},
     "kd": {"ce_weight": 0.1, "beta": 0.9, "temperature": 4.0},
     "dkd": {"ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0},
     "nkd": {"ce_weight": 1.0, "gamma": 1.5, "temperature": 1.0},

@@ -97,6 +97,26 @@ def test_the_default_matches_the_published_code(dtype: torch.dtype, impl: str, a
     )
 
 
+def test_gram_terms_of_the_strong_view_are_the_development_codes() -> None:
+    """Of UniKD's public development code, written out: of samples with the mask, of classes without."""
+    method = build(MLKD, ce_weight=1.0, second_ce_weight=1.0, weight=1.0, second_grams=True)
+
+    def formula(*views: Tensor) -> Found:
+        student, second, teacher, second_teacher = views
+        total, terms = published(views)
+        total = (total - 0.1 * (terms["ce"] + terms["second_ce"])) / 0.9 + terms["ce"] + terms["second_ce"]
+        confidence = softmax(teacher.detach()).max(-1).values.numpy()
+        mask = torch.tensor(confidence <= np.percentile(confidence, 50))
+        batches = torch.stack([gram(second, second_teacher, t, classes=False) for t in (4.0, 3.0, 5.0, 2.0, 6.0)])
+        strong = [gram(second, second_teacher, t, classes=True) for t in (4.0, 3.0, 5.0)]
+        mistaken = [gram(student, teacher, t, classes=True) for t in (2.0, 6.0)]
+        classes = torch.stack([*strong, *mistaken]).sum()
+        total = total + sum((value * mask).mean() for value in batches) + classes
+        return total, {**terms, "second_batch_gram": batches.sum(), "second_class_gram": classes}
+
+    assert_is_the_formula(lambda *views: run(method, views), formula, views_of())
+
+
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS.double()], ids=["labels", "mixed"])
 def test_without_masks_it_sums_over_views_and_temperatures(labels: Tensor) -> None:
     at = (1.0, 2.5, 4.0)

@@ -32,7 +32,7 @@ def test_there_is_a_recipe_for_every_method_and_pair() -> None:
     assert {"cifar100/unikd/resnet32x4-resnet8x4", "imagenet/kd/resnet50-mobilenetv1"} <= set(NAMES)
     for method in set(TABLES["table4"].methods) - {"none"}:
         assert {f"coco/{method}/{pair.name}" for pair in COCO_PAIRS} <= set(NAMES)
-    assert len(NAMES) == 21 * 11 + 15 + 9 * 2 + 4 + 8 * 3 + 4
+    assert len(NAMES) == 23 * 11 + 15 + 9 * 2 + 4 + 8 * 3 + 4
 
 
 def test_every_recipe_is_valid_and_sets_nothing_in_vain() -> None:
@@ -45,7 +45,11 @@ def test_every_recipe_is_valid_and_sets_nothing_in_vain() -> None:
 
 def test_experiments_keep_their_names() -> None:
     """Those of the versions before: folders of their runs are found again."""
-    known = {"cifar100/kd/vgg13-vgg8": "c0b22583", "imagenet/unikd/resnet34-resnet18": "25c221c0"}
+    known = {
+        "cifar100/kd/vgg13-vgg8": "c0b22583",
+        "cifar100/mlkd/vgg13-vgg8": "fab01403",
+        "imagenet/unikd/resnet34-resnet18": "25c221c0",
+    }
     assert {name: config_hash(read_experiment(None, name)) for name in known} == known
     steps = ["train.schedule=step", "train.milestones=[]", "train.milestone_steps=[9]"]
     assert config_hash(read_experiment(None, "cifar100/kd/vgg13-vgg8", steps)) != known["cifar100/kd/vgg13-vgg8"]
@@ -122,6 +126,23 @@ def test_settings_of_wkd_are_those_of_its_code() -> None:
         assert own.projector == ("bottleneck" if name.startswith("imagenet") else "conv")
 
 
+def test_the_development_codes_forms_have_its_schedules() -> None:
+    """Retyped from its configurations for CIFAR-100."""
+    for pair, epochs, rate in (
+        ("resnet32x4-resnet8x4", 480, 0.025),
+        ("wrn_40_2-ShuffleV1", 480, 0.01),
+        ("vgg13-MobileNetV2", 480, 0.01),
+        ("resnet32x4-ShuffleV2", 960, 0.01),
+    ):
+        train = recipe(f"cifar100/unikd_dev_mlkd/{pair}")["train"]
+        assert (train["total_epochs"], train["learning_rate"], train["milestones"]) == (epochs, rate, [150, 180, 210])
+    train = recipe("cifar100/unikd_dev_dkd/resnet32x4-resnet8x4")["train"]
+    assert (train["total_epochs"], train["learning_rate"]) == (240, 0.05)
+    for pair, beta in (("resnet110-resnet32", 2), ("resnet32x4-resnet8x4", 8), ("vgg13-vgg8", 6)):
+        wanted = {"alpha": 1, "beta": beta, "temperature": 4, "ramp_epochs": 20}
+        assert distill("unikd_dev_dkd", pair)["dkd"] == wanted
+
+
 def test_settings_on_coco_are_the_published_ones() -> None:
     """Retyped from mdistiller's detection/configs and Detectron2's defaults."""
 
@@ -170,7 +191,7 @@ def test_a_teacher_alone_has_the_rate_of_its_data_set() -> None:
     [
         ("cifar100/kd/resnet56-resnet2", "did you mean cifar100/kd/resnet56-resnet20 or "),
         ("imagenet/kd/resnet50-mobilenetv1_100", "did you mean imagenet/kd/resnet50-mobilenetv1 or "),
-        ("?", "there is no recipe '?'; `unikd reproduce --list` lists all 296"),
+        ("?", "there is no recipe '?'; `unikd reproduce --list` lists all 318"),
     ],
 )
 def test_an_unknown_recipe_names_the_similar_ones(name: str, said: str) -> None:
@@ -178,7 +199,7 @@ def test_an_unknown_recipe_names_the_similar_ones(name: str, said: str) -> None:
         recipe(name)
     message = str(refusal.value)
     assert said in message
-    assert message.endswith("`unikd reproduce --list` lists all 296")
+    assert message.endswith("`unikd reproduce --list` lists all 318")
     assert "\n" not in message
 
 

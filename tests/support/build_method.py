@@ -18,6 +18,7 @@ from unikd_fast.methods import (
     ReviewKD,
     RunContext,
     UniKD,
+    UniKDDev,
 )
 
 # What is given by place, by the name it has here.
@@ -32,6 +33,7 @@ _BY_PLACE: dict[type, tuple[str, ...]] = {
     WKD: (*_SHAPES, *_WIDTHS, "classifier_weight"),
     CRD: (*_WIDTHS, "sample_ids", "sample_labels", "num_classes"),
     Blockwise: (*_SHAPES, "blocks"),
+    UniKDDev: (*_SHAPES, *_WIDTHS, "num_classes"),
     UniKD: ("student_channels", "teacher_channels", "num_classes"),
 }
 _OF_THE_RUN = {field.name for field in fields(RunContext)} - {"student", "teacher", "teacher_blocks"}

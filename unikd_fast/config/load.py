@@ -53,6 +53,8 @@ def config_hash(config: Config) -> str:
         content["data"]["unlabelled"] = True  # wherever they are
     # An experiment keeps its name when a method or a key is added that it does not have.
     content["distill"] = {key: value for key, value in content["distill"].items() if value is not None}
+    if not content["distill"].get("mlkd", {}).get("second_grams", True):
+        del content["distill"]["mlkd"]["second_grams"]
     for section, key in (("teacher", "image_size"), ("student", "image_size"), ("data", "digest")):
         if content[section] is not None and content[section][key] is None:
             del content[section][key]

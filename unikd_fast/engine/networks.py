@@ -143,8 +143,11 @@ class StudentModule(nn.Module):
     def _forward(self, images: Tensor, second: Tensor | None) -> StudentOutput:
         features: Features = self.network(images)
         adapted = None if self.adapter is None else self.adapter(features)
-        second_logits = None if second is None else self.network(second).logits
-        return StudentOutput(features.logits, adapted, second_logits)
+        if second is None:
+            return StudentOutput(features.logits, adapted)
+        of_second: Features = self.network(second)
+        adapt = getattr(self.adapter, "second", None)
+        return StudentOutput(features.logits, adapted, of_second.logits, None if adapt is None else adapt(of_second))
 
 
 def build_network(

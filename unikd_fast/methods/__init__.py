@@ -19,6 +19,7 @@ from unikd_fast.methods.nkd import NKD
 from unikd_fast.methods.ofd import OFD
 from unikd_fast.methods.reviewkd import ReviewKD
 from unikd_fast.methods.unikd import UniKD
+from unikd_fast.methods.unikd_dev import UniKDDev
 from unikd_fast.methods.wkd import WKD
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "RunContext",
     "StudentAlone",
     "UniKD",
+    "UniKDDev",
     "build_method",
     "needs_of",
 ]
@@ -62,6 +64,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "reviewkd": ReviewKD,
     "crd": CRD,
     "blockwise": Blockwise,
+    "unikd_dev": UniKDDev,
     "none": StudentAlone,
 }
 """Every method by its name in a configuration, which is also the section of its settings."""

@@ -79,16 +79,14 @@ class Hybrid(Method[NoSettings]):
         ce = reference.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
         total, terms = ce, {"ce": ce.detach()}
         for name, part in self.parts.items():
-            adapted = None if student.adapted is None else student.adapted.get(name)
             extra = None if target.extra is None else target.extra.get(name)
-            found = part.loss(student._replace(adapted=adapted), target._replace(extra=extra), batch)
+            found = part.loss(_own(student, name), target._replace(extra=extra), batch)
             total = total + found.total
             terms |= {public: found.terms[term] for term, public in self._public[name].items()}
         return Loss(total, terms)
 
     def inside(self, student: StudentOutput) -> Any:
-        adapted = {name: None if student.adapted is None else student.adapted.get(name) for name in self.parts}
-        return [part.inside(student._replace(adapted=adapted[name])) for name, part in self.parts.items()]
+        return [part.inside(_own(student, name)) for name, part in self.parts.items()]
 
     def device_bytes(self, batch: int) -> int:
         return sum(part.device_bytes(batch) for part in self.parts.values())
@@ -122,6 +120,17 @@ class _Adapters(nn.Module):
 
     def forward(self, features: Features) -> dict[str, Any]:
         return {name: adapter(features) for name, adapter in self.parts.items()}
+
+    def second(self, features: Features) -> dict[str, Any]:
+        """Return the output for the second view of those that have one."""
+        adapts = {name: getattr(adapter, "second", None) for name, adapter in self.parts.items()}
+        return {name: adapt(features) for name, adapt in adapts.items() if adapt is not None}
+
+
+def _own(student: StudentOutput, name: str) -> StudentOutput:
+    """Return the output with what the adapter of this part made."""
+    adapted, second = (None if each is None else each.get(name) for each in (student.adapted, student.second_adapted))
+    return student._replace(adapted=adapted, second_adapted=second)
 
 
 def _without_clashes(own: Mapping[str, list[str]]) -> dict[str, dict[str, str]]:

@@ -85,7 +85,8 @@ class Method(Generic[Settings]):
     """Weight of the cross-entropy, the term "ce", in the total. A hybrid sets it to 0 and adds its own."""
     adapter: nn.Module | None = None
     """The part applied to the student: maps its Features to any pytree of tensors (`StudentOutput.adapted`). Its
-    parameters are trained with the student; it runs where they are unsharded, under the student's autocast."""
+    parameters are trained with the student; it runs where they are unsharded, under the student's autocast. If it has a
+    method ``second``, that is applied to the Features of a second view."""
     companion: nn.Module | None = None
     """Further parameters that are trained with the student, but used only by ``loss``, which calls modules of it."""
     head: TeacherHead | None = None

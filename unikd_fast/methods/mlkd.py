@@ -32,6 +32,9 @@ class MLKDSettings:
     masks: bool = True
     """Scale the weak view's terms by the shares of samples and of classes for which the teacher is at most as confident
     as the median, about 1/2: the effect of the masks in the published code."""
+    second_grams: bool = False
+    """Compare Gram matrices of the strong view as well, as the public development code of UniKD does; MLKD's published
+    code computes them and leaves them out."""
     standardized: bool = False
     """Logit standardisation of the KL terms, as in kd, but not of the Gram terms, as its authors do. Published with CE
     weights 1, weight 9, temperatures 2, 3, 5."""
@@ -53,7 +56,8 @@ class MLKD(Method[MLKDSettings]):
       and takes the mean, so they select nothing: they are factors, m and c the shares of samples and of classes kept,
       1/2 apart from ties and odd numbers.
     - The strong view's KL at τ = 2 and 6 is computed from the weak view's logits, so F counts the weak view once more.
-    - It also computes Gram terms of the strong view, but leaves them out of the loss.
+    - It also computes Gram terms of the strong view, but leaves them out of the loss. With ``second_grams`` they are in
+      it, with weight v: those of samples with the factor m, those of classes without c, and at F of the weak view.
 
     Its strong view is weaker than our default (``data.second_view``): two operations, each at a random magnitude,
     although it is given as "10", and a grey square at any place, with a random side up to half the image's.
@@ -72,7 +76,8 @@ class MLKD(Method[MLKDSettings]):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        return ("ce", "second_ce", "logit_kl", "second_logit_kl", "batch_gram", "class_gram")
+        grams = ("second_batch_gram", "second_class_gram") if self.settings.second_grams else ()
+        return ("ce", "second_ce", "logit_kl", "second_logit_kl", "batch_gram", "class_gram", *grams)
 
     def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         assert target is not None
@@ -93,7 +98,15 @@ class MLKD(Method[MLKDSettings]):
         first = m * (shared + again) + again
         total = self.settings.weight * (first + second_kl + m * batch_gram + c * class_gram)
         total = total + self.ce_weight * ce + self.settings.second_ce_weight * second_ce
-        values = (ce, second_ce, shared + again, second_kl, batch_gram, class_gram)
+        values = [ce, second_ce, shared + again, second_kl, batch_gram, class_gram]
+        if self.settings.second_grams:
+            q_2, p_2 = (self._probabilities(logits) for logits in (student.second_logits, target.second_logits))
+            both = len(self.settings.temperatures)
+            with autocast_off(q.device):
+                batch_gram = _gram_gap(p_2, q_2)
+                class_gram = _gram_gap(p_2[:both].mT, q_2[:both].mT) + _gram_gap(p[both:].mT, q[both:].mT)
+            total = total + self.settings.weight * (m * batch_gram + class_gram)
+            values += [batch_gram, class_gram]
         return Loss(total, {name: value.detach() for name, value in zip(self.term_names, values, strict=True)})
 
     def _divergence(self, student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:

@@ -252,7 +252,7 @@ def _published(method: str, pair: Pair) -> dict[str, Any]:
         **({} if alone else {"teacher": teacher}),
         "student": student,
         "distill": {"method": "none"} if alone else METHODS[method].distill(pair),
-        "train": {**_TRAIN[pair.data], "learning_rate": rate},
+        "train": {**_TRAIN[pair.data], "learning_rate": rate, **(METHODS[method].train(pair) if not alone else {})},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
 
