@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from unikd_fast.engine.folder import export_student
-from unikd_fast.models import bare_model, build_model, parameter_count
+from unikd_fast.models import bare_model, build_model, has_published_weights, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -267,3 +267,10 @@ def test_a_tag_in_the_name_sets_its_configuration(tmp_path: Path) -> None:
     assert model.pretrained_cfg["tag"] == "r160_in1k"
     with pytest.raises(ValueError, match="no weights 'nope'"):
         build_model("timm/test_resnet.nope", num_classes=3)
+
+
+def test_a_detector_has_the_weights_of_its_body() -> None:
+    names = ("frcnn/torchvision/resnet18", "frcnn/timm/convnext_atto", "frcnn/timm/resnet50t")
+    assert [has_published_weights(name) for name in names] == [True, True, False]
+    with pytest.raises(ValueError, match="no network 'torchvision/resnet19'"):
+        has_published_weights("frcnn/torchvision/resnet19")

@@ -1,6 +1,7 @@
 """A Faster R-CNN run part by part does what torchvision's forward does."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from unikd_fast.models.faster_rcnn import faster_rcnn
 from unikd_fast.values import DetectionBatch
 
 SMALL = {"norm": "batch", "frozen_stages": 0, "out_channels": 16, "representation_size": 32}
+NARROW = {"out_channels": 8, "representation_size": 8}
 
 
 class AsGiven(nn.Module):
@@ -177,7 +179,38 @@ def test_stages_that_are_frozen(body: str) -> None:
     assert [tuple(x.shape[-2:]) for x in levels.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
 
 
+@pytest.mark.parametrize("conventions", ["torchvision", "detectron2"])
+@torch.no_grad()
+def test_places_are_exact_in_bf16(conventions: Any) -> None:
+    """Anchors are the same, and boxes have more digits than bf16."""
+    torch.manual_seed(0)
+    sizes = (8.0, 16.0, 32.0, 64.0, 128.0)
+    network = faster_rcnn("timm/test_resnet", num_classes=4, anchor_sizes=sizes, conventions=conventions, **SMALL)
+    network.roi_heads.score_thresh = 0.0
+    detector, batch, found = Detector(network, levels="regions").eval(), make_batch(), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            maps = detector.maps(batch.images)
+            assert maps["0"].dtype == (torch.bfloat16 if enabled else torch.float32)
+            anchors = network.rpn.anchor_generator(ImageList(batch.images, sizes_of(batch)), [*maps.values()])
+            regions = detector.sampled(maps, batch)
+            features, objects = detector.at(maps, regions, sizes_of(batch)), detector(batch.images, sizes_of(batch))
+        assert {each.dtype for each in (*anchors, features.logits, *features.levels)} == {torch.float32}
+        for boxes in (*regions.boxes, *(each["boxes"] for each in objects)):
+            assert not torch.equal(boxes, boxes.bfloat16().float())
+        found.append((anchors, features))
+    assert all(torch.equal(*pair) for pair in zip(found[0][0], found[1][0], strict=True))
+
+
 def test_bad_bodies() -> None:
+    with pytest.raises(ValueError, match=r"frozen_stages = 2, but .* of timm/hrnet_w18_small_v2 do not tell"):
+        faster_rcnn("timm/hrnet_w18_small_v2", num_classes=3, **NARROW)
+    body = faster_rcnn("timm/hrnet_w18_small_v2", num_classes=3, frozen_stages=0, **NARROW)
+    assert all(parameter.requires_grad for parameter in body.parameters())
+    with pytest.raises(ValueError, match=r"timm/coat_lite_tiny does not take images of 64 x 96 px \(AssertionError: "):
+        faster_rcnn("timm/coat_lite_tiny", num_classes=3, **NARROW)
+    with pytest.raises(ValueError, match=r"timm/dla46_c has maps of \[\(32, 48\), .* use another network"):
+        faster_rcnn("timm/dla46_c", num_classes=3, **NARROW)
     with pytest.raises(ValueError, match=r"no body 'torchvision/resnet51'; nearest: .*torchvision/resnet50"):
         faster_rcnn("torchvision/resnet51", num_classes=3)
     with pytest.raises(ValueError, match=r"timm/test_vit has no features of strides 4, 8, 16, 32"):

@@ -219,7 +219,7 @@ def has_published_weights(name: str) -> bool:
     A name of the Hugging Face hub is taken to have them.
 
     Args:
-        name: name of the network, as in `build_model`.
+        name: name of the network, as in `build_model`, or "frcnn/<body>" of a detector, which has those of its body.
 
     Raises:
         ValueError: the name is unknown.
@@ -228,7 +228,7 @@ def has_published_weights(name: str) -> bool:
         >>> has_published_weights("timm/resnet50"), has_published_weights("cifar/resnet56")
         (True, False)
     """
-    source, model_name = _parsed(name, 1, "network")
+    source, model_name = _parsed(name.removeprefix("frcnn/"), 1, "network")
     if source == "torchvision":
         import torchvision
 

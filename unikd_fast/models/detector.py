@@ -4,7 +4,7 @@ A region is a sample: the student proposes regions, and both networks pool their
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,9 @@ def region_features(
     )
     of_image = from_y.split([len(each) for each in boxes])
     images = level.transpose(1, 2).flatten(2)  # (N, H, C W)
-    rows = torch.cat([own.flatten(0, 1) @ image for own, image in zip(of_image, images, strict=True)])
-    pooled = torch.bmm(rows.view(len(every), size[0] * channels, width), from_x.mT)
+    with torch.autocast("cpu", enabled=False):  # as for `roi_align`
+        rows = torch.cat([own.flatten(0, 1) @ image for own, image in zip(of_image, images, strict=True)])
+        pooled = torch.bmm(rows.view(len(every), size[0] * channels, width), from_x.mT)
     return pooled.view(len(every), size[0], channels, size[1]).transpose(1, 2)
 
 
@@ -178,6 +179,9 @@ class Detector(nn.Module):
         for owner in (plain.rpn, plain.roi_heads):
             given = owner.fg_bg_sampler
             owner.fg_bg_sampler = SeededSampler(given.batch_size_per_image, given.positive_fraction)
+        plain.rpn.anchor_generator.register_forward_pre_hook(_as_if_wide)
+        for predictor in (plain.rpn.head, plain.roi_heads.box_predictor):
+            predictor.register_forward_hook(_wide)
 
     @property
     def level_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -277,6 +281,28 @@ class Detector(nn.Module):
             )
         # Those of a pyramid are sums of convolutions, without an activation.
         return Features(levels, logits, before_activation=levels)
+
+
+# Half precision does not hold the numbers of an image's pixels: in bf16, 1000 is followed by 1008. torchvision makes
+# anchors of the dtype of the maps, and boxes of that of the moves that are predicted for them.
+
+
+def _as_if_wide(anchors: nn.Module, inputs: tuple[ImageList, list[Tensor]]) -> tuple[ImageList, list[Tensor]]:
+    """Pass on maps of the same shapes, in at least fp32: a generator of anchors reads nothing else of them."""
+    images, maps = inputs
+    wide = (each.new_empty((), dtype=torch.promote_types(each.dtype, torch.float32)) for each in maps)
+    return images, [number.expand(each.shape) for number, each in zip(wide, maps, strict=True)]
+
+
+def _wide(predictor: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return logits and moves, a tensor or a list of each, in at least fp32."""
+    logits, moves = (
+        [each.to(torch.promote_types(each.dtype, torch.float32)) for each in output]
+        if isinstance(output, list)
+        else output.to(torch.promote_types(output.dtype, torch.float32))
+        for output in outputs
+    )
+    return logits, moves
 
 
 def sizes_of(batch: DetectionBatch) -> Sizes:

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -29,6 +30,7 @@ PYRAMID = ("0", "1", "2", "3")
 STRIDES = (4, 8, 16, 32)
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BODIES = tuple(f"torchvision/{name}" for name in (*_RESNETS, "mobilenet_v2"))
+_TRIAL = (64, 96)  # pixels
 _POOLED = 7  # height and width of a region's features
 # Of MobileNetV2: first and last block of the stages of 24, 32, 96 and 320 channels, whose features are mdistiller's.
 _MOBILENET_STARTS, _MOBILENET_ENDS = ("2", "4", "7", "14"), {"3": 24, "6": 32, "13": 96, "17": 320}
@@ -66,8 +68,9 @@ def faster_rcnn(
         arguments: of torchvision's `FasterRCNN`.
 
     Raises:
-        ValueError: there is no such body, it has no such features, more stages are frozen than it has, there is not
-            one anchor size a level, there are no such conventions, or the body has no bottlenecks.
+        ValueError: there is no such body, it has no such features or takes images of one size alone, more stages are
+            frozen than it has or shows, there is not one anchor size a level, there are no such conventions, or the
+            body has no bottlenecks.
 
     Example:
         >>> faster_rcnn("torchvision/resnet18", num_classes=80).roi_heads.box_predictor.cls_score.out_features
@@ -215,26 +218,55 @@ def _torchvision_backbone(name: str, out_channels: int, *, frozen: bool) -> tupl
     return backbone, [*_MOBILENET_STARTS]
 
 
-def _timm_backbone(name: str, out_channels: int, *, frozen: bool) -> tuple[nn.Module, list[str]]:
+def _timm_backbone(name: str, out_channels: int, *, frozen: bool) -> tuple[nn.Module, list[str] | None]:
+    """Return the same of a network of timm; None if the names of its parameters do not tell where stages begin."""
     import timm
     from timm.layers import freeze_batch_norm_2d
 
     try:
         found = timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
         levels = [found.index(stride) for stride in STRIDES]
+        body = timm.create_model(name, pretrained=False, features_only=True, out_indices=levels)
     except Exception as error:  # timm raises whatever its networks meet
         said = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else f"it has strides {found}"
         raise ValueError(
             f"faster_rcnn: timm/{name} has no features of strides {', '.join(map(str, STRIDES))} ({said}); use a "
             "convolutional network, or a hierarchical transformer"
         ) from error
-    body = timm.create_model(name, pretrained=False, features_only=True, out_indices=levels)
+    _check_maps(body, name)
     names = [each for each, _ in body.named_parameters()]
     of_stage = [[i for i, each in enumerate(names) if _is_in(each, end)] for end in body.feature_info.module_name()]
-    starts = [names[i] for i in (of_stage[0][0], *(stage[-1] + 1 for stage in of_stage[:-1]))]
+    # Some stages end in a module without parameters, or are branches that run on beside the next one.
+    ends = [0 if not stage else stage[-1] + 1 for stage in of_stage[:-1]]
+    is_told = all(of_stage) and ends == sorted(set(ends)) and ends[-1] < len(names)
+    starts = [names[i] for i in (of_stage[0][0], *ends)] if is_told else None
     if frozen:
         body = freeze_batch_norm_2d(body)
     return TimmBackbone(body, body.feature_info.channels(), out_channels), starts
+
+
+@torch.no_grad()
+def _check_maps(body: nn.Module, name: str) -> None:
+    """Refuse a body of timm whose maps are not what it says, or that takes images of one size alone.
+
+    Raises:
+        ValueError: it is one.
+    """
+    height, width = _TRIAL
+    try:
+        maps = body.eval()(torch.zeros(1, 3, height, width))
+    except Exception as error:  # timm raises whatever its networks meet
+        raise ValueError(
+            f"faster_rcnn: timm/{name} does not take images of {height} x {width} px ({type(error).__name__}: {error}); use "
+            "a network that takes images of any size"
+        ) from error
+    body.train()
+    found, wanted = [(*each.shape[-2:],) for each in maps], [(height // each, width // each) for each in STRIDES]
+    if found != wanted:
+        raise ValueError(
+            f"faster_rcnn: timm/{name} has maps of {found} for images of {height} x {width} px, and not {wanted}, as "
+            "strides of 4 to 32 would have it; use another network"
+        )
 
 
 def _is_in(parameter: str, module: str) -> bool:
@@ -242,8 +274,15 @@ def _is_in(parameter: str, module: str) -> bool:
     return parameter.startswith((f"{module}.", f"{module.replace('.', '_')}."))
 
 
-def _freeze(body: nn.Module, starts: Sequence[str], stages: int, name: str) -> None:
+def _freeze(body: nn.Module, starts: Sequence[str] | None, stages: int, name: str) -> None:
     """Freeze the first stages of a body, the stem first; the parameters lie in the order of the stages."""
+    if starts is None:
+        if stages:
+            raise ValueError(
+                f"faster_rcnn: frozen_stages = {stages}, but the parameters of {name} do not tell where its stages "
+                "begin; set frozen_stages to 0"
+            )
+        return
     if not 0 <= stages <= len(starts) + 1:
         raise ValueError(
             f"faster_rcnn: frozen_stages must be from 0 to {len(starts) + 1}, the stages of {name} with its stem, got "
