@@ -257,8 +257,8 @@ def _check_maps(body: nn.Module, name: str) -> None:
         maps = body.eval()(torch.zeros(1, 3, height, width))
     except Exception as error:  # timm raises whatever its networks meet
         raise ValueError(
-            f"faster_rcnn: timm/{name} does not take images of {height} x {width} px ({type(error).__name__}: {error}); use "
-            "a network that takes images of any size"
+            f"faster_rcnn: timm/{name} does not take images of {height} x {width} px "
+            f"({type(error).__name__}: {error}); use a network that takes images of any size"
         ) from error
     body.train()
     found, wanted = [(*each.shape[-2:],) for each in maps], [(height // each, width // each) for each in STRIDES]
