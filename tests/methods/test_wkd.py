@@ -131,6 +131,23 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda maps: cell_statistics(maps, *cells), randn(2, 2, 5, 3, grad=True))
 
 
+def test_the_memory_estimate_is_what_autograd_saves() -> None:
+    classes, batch = 60, 40
+    method = build(WKD, STUDENT, TEACHER, 6, 6, randn(classes, 6).float(), num_classes=classes, feature_weight=0.0)
+    p, q = (randn(batch, classes, seed=seed, dtype=torch.float32).log_softmax(1) for seed in (1, 2))
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transport_cost(p.requires_grad_(), q, method.cost, epsilon=0.05, iterations=10)
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    # Besides: the costs, which need no gradient, and a few numbers a row at either end of the iterations.
+    assert method.device_bytes(batch) == pytest.approx(saved + method.cost.nbytes, rel=0.05)
+
+
 def test_costs_are_zero_to_oneself_and_below_one() -> None:
     weight = torch.cat([CLASSIFIER, -CLASSIFIER[:1], CLASSIFIER[:1] * 3]).float()
     cost = class_costs(weight, sharpness=2.0)

@@ -149,10 +149,11 @@ class WKD(Method[WKDSettings]):
         return Loss(total, {name: value.detach() for name, value in zip(self.term_names, values, strict=True)})
 
     def device_bytes(self, batch: int) -> int:
-        """Return the bytes of the costs, of two matrices derived from them, and of what the iterations save."""
+        """Return the bytes of the costs, of two matrices made of them, and of what the iterations save: two sums each,
+        and their summands."""
         if self.cost is None:
             return 0
-        saved = 6 * self.settings.iterations * batch * len(self.cost)
+        saved = 4 * self.settings.iterations * batch * len(self.cost)
         return 3 * self.cost.nbytes + saved * self.cost.element_size()
 
     @property
