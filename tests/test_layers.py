@@ -119,7 +119,7 @@ def test_kernel_references_import_torch_only() -> None:
 
 
 DETECTORS = [*(f"unikd_fast.models.{name}" for name in ("detector", "detector_weights", "detectron2", "faster_rcnn"))]
-DETECTORS += ["unikd_fast.engine.detection"]
+DETECTORS += ["unikd_fast.engine.detection", "unikd_fast.engine.detector_teacher"]
 """They are made of torchvision, and are themselves imported where they are used."""
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from support.long_rounds import long
 from unikd_fast.models import FeatureExtractor, LogitsOnly, build_model, extract_features
+from unikd_fast.models.faster_rcnn import faster_rcnn
 from unikd_fast.teacher import fold_batch_norm
 from unikd_fast.values import Features
 
@@ -108,6 +109,21 @@ def test_logits_only_networks_fold_if_fx_can_trace_them(caplog: pytest.LogCaptur
         assert fold_batch_norm(branches) == 0
     assert "cannot trace Branches" in caplog.text
     assert norms(branches) == 1
+
+
+@pytest.mark.parametrize(("body", "count"), [("torchvision/resnet18", 20), ("timm/test_efficientnet", 12)])
+@torch.no_grad()
+def test_frozen_norms_of_detectors_fold(body: str, count: int) -> None:
+    backbone = faster_rcnn(body, num_classes=2, out_channels=8, representation_size=8).backbone.eval()
+    for tensor in backbone.body.buffers():
+        tensor.uniform_(0.5, 1.5)
+    images = torch.randn(1, 3, 64, 96)
+    expected = backbone(images)
+    assert fold_batch_norm(backbone) == count
+    assert not any("BatchNorm" in type(module).__name__ for module in backbone.modules())
+    found = backbone(images)
+    assert all((found[name] - maps).norm() < 1e-5 * maps.norm() for name, maps in expected.items())
+    assert not torch.equal(found["0"], expected["0"])
 
 
 def test_activations_inside_timm_norm_layers_are_kept() -> None:

@@ -34,7 +34,8 @@ class TeacherFidelity(Section):
     batches: Annotated[int, Field(ge=0)] = 4
     """Number of training batches per process to compare on. 0 turns the comparison off."""
     min_agreement: Fraction = 0.995
-    """Smallest share of images on which both must predict the same class; near ties count as agreement."""
+    """Smallest share of images, or of regions of a detector, on which both must predict the same class; near ties count
+    as agreement."""
 
 
 class TeacherCache(Section):

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from unikd_fast.data.detection.scenes import BoxedImages, DetectionSplits
 from unikd_fast.data.detection.sets import open_scenes
 from unikd_fast.data.detection.views import padded_size
 from unikd_fast.data.roots import named_as_configured
+from unikd_fast.engine.detector_teacher import DetectorTeacher, start_detector
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.inputs import loader_arguments
 from unikd_fast.engine.memory import oom_hint
@@ -31,7 +32,7 @@ from unikd_fast.engine.timing import UNTIMED, StepClock
 from unikd_fast.io import make_folder, write_file, write_json
 from unikd_fast.methods import METHODS, Method, Needs
 from unikd_fast.models import Preprocessing, StudentCard
-from unikd_fast.models.detector import Detector, Maps, Regions, Sizes, sizes_of
+from unikd_fast.models.detector import Detector, Regions, sizes_of
 from unikd_fast.models.faster_rcnn import build_detector
 from unikd_fast.report.run_files import PICTURE
 from unikd_fast.tasks import detection
@@ -67,39 +68,6 @@ class DetectorModule(nn.Module):
         regions, features, losses = self.network.train_step(batch)
         adapted = None if self.adapter is None else self.adapter(features)
         return StudentRegions(StudentOutput(features.logits, adapted), regions, losses)
-
-
-class DetectorTeacher(nn.Module):
-    """A frozen detector that is asked about regions.
-
-    Args:
-        network: the teacher; changed in place.
-    """
-
-    def __init__(self, network: Detector) -> None:
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
-        self.record: dict[str, Any] = {}
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever is asked."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def maps(self, images: Tensor) -> Maps:
-        return self.network.maps(images)
-
-    @torch.no_grad()
-    def sampled(self, batch: DetectionBatch) -> tuple[Features, Tensor]:
-        """Return levels and logits at regions that the teacher itself proposes, chosen as in training, and labels."""
-        maps = self.maps(batch.images)
-        regions = self.network.sampled(maps, batch)
-        return self.at(maps, regions, sizes_of(batch)), regions.labels
-
-    @torch.no_grad()
-    def at(self, maps: Maps, regions: Regions, sizes: Sizes) -> Features:
-        """Return the teacher's logits (R, K + 1) and levels at these regions."""
-        return self.network.at(maps, regions, sizes)
 
 
 class Detection(Task):
@@ -143,25 +111,17 @@ class Detection(Task):
     def start_teacher(
         self, config: Config, network: nn.Module, loader: Any, splits: DetectionSplits, processes: Processes
     ) -> DetectorTeacher:
-        section = config.teacher
-        assert section is not None
-        teacher = self.plain_teacher(config, network, splits, processes)
-        teacher.record |= {
-            "model": section.model,
-            "weights": section.weights,
-            "precision": "fp32",
-            "folded_batch_norms": 0,
-            "compile": None,
-            "fidelity": None,
-            "fidelity_skipped": "the teacher runs as it was given, in fp32 and eagerly",
-        }
-        return teacher
+        assert isinstance(network, Detector)
+        return start_detector(config, network, loader, processes)
 
     def plain_teacher(
         self, config: Config, network: nn.Module, splits: DetectionSplits, processes: Processes
     ) -> DetectorTeacher:
         assert isinstance(network, Detector)
-        return DetectorTeacher(network.to(processes.device))
+        assert config.teacher is not None
+        precision = "fp32" if config.teacher.precision == "auto" else config.teacher.precision  # see Classification
+        network = network.to(processes.device)
+        return DetectorTeacher(network, precision=precision, fold=config.teacher.fold_batch_norm)
 
     def loss(
         self,
@@ -227,8 +187,7 @@ class Detection(Task):
         autocast: torch.dtype | None = None,
         keep: list[Any] | None = None,
     ) -> dict[str, Any]:
-        network = network.network if isinstance(network, DetectorTeacher) else network
-        assert isinstance(network, Detector)
+        assert isinstance(network, Detector | DetectorTeacher)
         held_out: BoxedImages = splits.val if split == "val" else splits.test
         with torch.autocast(processes.device.type, autocast, enabled=autocast is not None):
             own = detect(network, loader.evaluate(split), held_out, splits.category_ids.tolist())
@@ -379,7 +338,10 @@ def _network(config: Config, role: str, splits: DetectionSplits, needs: Needs) -
 
 @torch.no_grad()
 def detect(
-    network: Detector, batches: Iterable[DetectionBatch], split: BoxedImages, category_ids: Sequence[int]
+    network: Detector | DetectorTeacher,
+    batches: Iterable[DetectionBatch],
+    split: BoxedImages,
+    category_ids: Sequence[int],
 ) -> list[dict[str, Any]]:
     """Return the detections of a split in COCO's format, in pixels of the annotated images.
 

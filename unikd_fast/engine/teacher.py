@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from unikd_fast.io import make_folder, read_json, write_json
 from unikd_fast.methods import Method, Needs
 from unikd_fast.teacher import (
     Affine,
+    Fidelity,
     OnlineTeacher,
     check_fidelity,
     measure_fidelity,
@@ -36,6 +37,7 @@ from unikd_fast.teacher import (
     resolve_precision,
 )
 from unikd_fast.teacher.cache.files import folder_lock
+from unikd_fast.teacher.fidelity import Checked
 from unikd_fast.values import Features
 
 if TYPE_CHECKING:
@@ -84,10 +86,8 @@ def start_teacher(
     precision: str | None = None,
     batch_size: int | None = None,
 ) -> OnlineTeacher:
-    """Make the teacher that ``config.teacher`` describes and compare it with the network on training batches.
-
-    All processes decide alike: the first one resolves precision "auto", fp16 is replaced by bf16 everywhere if it is
-    not finite on any of them, and the metrics are pooled.
+    """Make the teacher that ``config.teacher`` describes and compare it with the network on training batches; see
+    `checked_teacher`.
 
     Args:
         config: configuration of a run with a teacher.
@@ -107,29 +107,79 @@ def start_teacher(
     """
     section = config.teacher
     assert section is not None
-    device = processes.device
-    unsettled = precision is None and section.precision == "auto"
-    precision = processes.broadcast(resolve_precision(precision or section.precision, device))
-    unsettled = unsettled and precision == "fp16"
-    network = network.to(device).eval()
-    unchecked = _why_unchecked(config, precision)
-    reference = None if unchecked else copy.deepcopy(network).requires_grad_(False)
     if batch_size is None and section.compile is not None:
         batch_size = local_batch_size(config, processes)
-    teacher = make_teacher(
+    make = partial(
+        make_teacher,
         config,
-        network,
-        device,
-        precision="auto" if unsettled else precision,
+        device=processes.device,
         renormalise=renormalise,
         compile_mode=section.compile,
         batch_size=batch_size,
     )
+
+    def images(count: int) -> list[Tensor]:
+        return [batch.images for batch in islice(loader.train(0), count)]
+
+    return checked_teacher(config, network, images, processes, make=make, measure=measure_fidelity, precision=precision)
+
+
+T = TypeVar("T", bound="CheckedTeacher")
+
+
+class CheckedTeacher(Checked, Protocol):
+    """A teacher whose precision can be settled, see `OnlineTeacher`."""
+
+    record: dict[str, Any]
+
+    def is_finite(self, batches: Any) -> bool: ...
+
+    def settle(self, finite: bool) -> None: ...
+
+
+def checked_teacher(
+    config: Config,
+    network: nn.Module,
+    batches: Callable[[int], list[Any]],
+    processes: Processes,
+    *,
+    make: Callable[..., T],
+    measure: Callable[[T, nn.Module, list[Any]], Fidelity],
+    precision: str | None = None,
+    compared: str = "training images",
+) -> T:
+    """Make a teacher and compare it with the network that it is made from.
+
+    All processes decide alike: the first one resolves precision "auto", fp16 is replaced by bf16 everywhere if it is
+    not finite on any of them, and the metrics are pooled.
+
+    Args:
+        config: configuration of a run with a teacher.
+        network: network in fp32; moved to the device, and changed in place.
+        batches: function of a number that returns as many training batches, on the device.
+        processes: processes of the run.
+        make: function of the network, and of a precision by name, that returns the teacher.
+        measure: function of teacher, copy of the network and batches that compares the two.
+        precision: precision of the teacher. If None, the configuration's.
+        compared: what is compared, for messages.
+
+    Raises:
+        ValueError: see `start_teacher`.
+    """
+    section = config.teacher
+    assert section is not None
+    unsettled = precision is None and section.precision == "auto"
+    precision = processes.broadcast(resolve_precision(precision or section.precision, processes.device))
+    unsettled = unsettled and precision == "fp16"
+    network = network.to(processes.device).eval()
+    unchecked = _why_unchecked(config, precision)
+    reference = None if unchecked else copy.deepcopy(network).requires_grad_(False)
+    teacher = make(network, precision="auto" if unsettled else precision)
     first_call = unsettled or section.compile is not None
     needed = section.fidelity.batches if reference is not None else int(first_call)
-    batches = [batch.images for batch in islice(loader.train(0), needed)] if needed else []
+    shown = batches(needed) if needed else []
     if first_call:  # compiles here, and not in the first step
-        teacher.settle(all(processes.gather(teacher.is_finite(batches))))
+        teacher.settle(all(processes.gather(teacher.is_finite(shown))))
     several = [dict(member) for member in section.ensemble]
     teacher.record |= {
         "model": section.model,
@@ -143,8 +193,8 @@ def start_teacher(
     }
     if reference is None:
         return teacher
-    found = pool_fidelity(processes.gather(measure_fidelity(teacher, reference, batches)))
-    check_fidelity(found, teacher, min_agreement=section.fidelity.min_agreement)
+    found = pool_fidelity(processes.gather(measure(teacher, reference, shown)))
+    check_fidelity(found, teacher, min_agreement=section.fidelity.min_agreement, compared=compared)
     teacher.record["fidelity"] = found._asdict()
     return teacher
 
@@ -158,10 +208,11 @@ def describe_teacher(record: dict[str, Any]) -> list[str]:
     found = record["fidelity"]
     if found is None:
         return [*lines, f"          fidelity not checked: {record['fidelity_skipped']}"]
+    what = record.get("compared", "images")
     levels = ", ".join(f"{error:.1e}" for error in found["feature_errors"]) or "none"
     return [
         *lines,
-        f"          against fp32 on {found['images']} images: logits {found['relative_logit_error']:.1e}, same class "
+        f"          against fp32 on {found['images']} {what}: logits {found['relative_logit_error']:.1e}, same class "
         f"{100 * found['top1_agreement']:.2f} % ({found['near_ties']} near ties), levels {levels}",
     ]
 

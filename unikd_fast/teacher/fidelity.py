@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +29,24 @@ class Fidelity(NamedTuple):
     near_ties: int  # images whose class differs while the reference's lead is within rounding error
 
 
-@torch.no_grad()
-def measure_fidelity(teacher: OnlineTeacher, reference: nn.Module, batches: Iterable[Tensor]) -> Fidelity:
-    """Compare a teacher with the network it was made from, on real images.
+class Checked(Protocol):
+    """What is asked of a teacher that is compared with the network it was made from."""
 
-    An image whose predicted class differs is a near tie, and not a disagreement, if the reference's lead of its own
-    class over the teacher's is at most `TIE_BOUND` roundings of the teacher's precision times the RMS of the image's
-    centred logits. The bound is fixed in advance: errors of the teacher do not widen it, and the logit error covers all
-    images.
+    precision: str
+    folded: int
+    compile_mode: str | None
+
+    @property
+    def network(self) -> nn.Module: ...
+
+
+def measure_fidelity(teacher: OnlineTeacher, reference: nn.Module, batches: Iterable[Tensor]) -> Fidelity:
+    """Compare a teacher with the network it was made from, on real images; see `compare_features`.
 
     Args:
         teacher: teacher to check.
         reference: the same network in fp32, run eagerly; a deep copy from before the teacher folded and cast it.
         batches: images (N, 3, H, W), on the device of both.
-
-    Returns:
-        Errors and agreement; NaN or inf where a value is not finite.
 
     Raises:
         ValueError: there are no images.
@@ -54,21 +56,46 @@ def measure_fidelity(teacher: OnlineTeacher, reference: nn.Module, batches: Iter
         >>> measure_fidelity(OnlineTeacher(network, precision="bf16"), reference, [images]).top1_agreement
         1.0
     """
+
+    def exact(images: Tensor) -> Features:
+        with exact_convolutions(images.device), torch.no_grad():
+            features: Features = reference(teacher.renormalised(images.float()))
+        return features
+
+    return compare_features(((teacher(batch), exact(batch)) for batch in batches), teacher.precision)
+
+
+@torch.no_grad()
+def compare_features(pairs: Iterable[tuple[Features, Features]], precision: str) -> Fidelity:
+    """Compare what a teacher returns with what the network it was made from returns in fp32.
+
+    An image whose predicted class differs is a near tie, and not a disagreement, if the reference's lead of its own
+    class over the teacher's is at most `TIE_BOUND` roundings of the teacher's precision times the RMS of the image's
+    centred logits. The bound is fixed in advance: errors of the teacher do not widen it, and the logit error covers all
+    images. Of a detector, an image is a region here.
+
+    Args:
+        pairs: features of the teacher and of the network, for the same images.
+        precision: the teacher's precision.
+
+    Returns:
+        Errors and agreement; NaN or inf where a value is not finite.
+
+    Raises:
+        ValueError: there are no images.
+    """
     sums = torch.zeros(0)
     images = disagreements = ties = 0
-    for batch in batches:
-        fast = teacher(batch)
-        with _exact_convolutions(batch.device):
-            exact: Features = reference(teacher.renormalised(batch.float()))
+    for fast, exact in pairs:
         rows = [_squares(a, b) for a, b in zip(fast.levels, exact.levels, strict=True)]
         y, z = (_centred(logits) for logits in (fast.logits, exact.logits))
         table = torch.stack([*rows, _squares(y, z)]).cpu()  # (L + 1, 2)
         sums = table if not len(sums) else sums + table
         other = y.argmax(1) != z.argmax(1)
         lead = z.amax(1) - z.gather(1, y.argmax(1, keepdim=True)).squeeze(1)
-        rounding = TIE_BOUND * unit_rounding(teacher.precision, batch.device)
+        rounding = TIE_BOUND * unit_rounding(precision, z.device)
         tie = other & (lead <= rounding * z.square().mean(1).sqrt())
-        images += len(batch)
+        images += len(z)
         disagreements += int((other & ~tie).sum())
         ties += int(tie.sum())
     if not images:
@@ -94,7 +121,9 @@ def pool_fidelity(found: Sequence[Fidelity]) -> Fidelity:
     )
 
 
-def check_fidelity(fidelity: Fidelity, teacher: OnlineTeacher, *, min_agreement: float = 0.995) -> None:
+def check_fidelity(
+    fidelity: Fidelity, teacher: Checked, *, min_agreement: float = 0.995, compared: str = "training images"
+) -> None:
     """Raise ValueError if a teacher does not reproduce the network it was made from.
 
     The largest logit error allowed is `LOGIT_BOUND` roundings of the precision: 12.5 % in bf16, 1.6 % in fp16 and
@@ -104,6 +133,7 @@ def check_fidelity(fidelity: Fidelity, teacher: OnlineTeacher, *, min_agreement:
         fidelity: measured fidelity.
         teacher: teacher it was measured on.
         min_agreement: smallest allowed share of images on which both predict the same class.
+        compared: what was compared, for the message.
 
     Raises:
         ValueError: a value is not finite, the logits are too far off, or too few classes agree; the message gives both
@@ -113,7 +143,7 @@ def check_fidelity(fidelity: Fidelity, teacher: OnlineTeacher, *, min_agreement:
         >>> check_fidelity(measure_fidelity(teacher, reference, [images]), teacher)
     """
     how = f"teacher in {teacher.precision}, {teacher.folded} BatchNorms folded, compile {teacher.compile_mode or 'off'}"
-    on = f"on {fidelity.images} training images, against the network in fp32"
+    on = f"on {fidelity.images} {compared}, against the network in fp32"
     remedy = _remedy(teacher)
     names = [f"level {index}" for index in range(len(fidelity.feature_errors))] + ["the logits"]
     errors = (*fidelity.feature_errors, fidelity.relative_logit_error)
@@ -130,13 +160,13 @@ def check_fidelity(fidelity: Fidelity, teacher: OnlineTeacher, *, min_agreement:
     if fidelity.top1_agreement < min_agreement - 1e-9:
         disagreeing = round((1 - fidelity.top1_agreement) * fidelity.images)
         raise ValueError(
-            f"{how}: {disagreeing} of {fidelity.images} training images get another class than from the fp32 network, "
+            f"{how}: {disagreeing} of {fidelity.images} {compared} get another class than from the fp32 network, "
             f"an agreement of {fidelity.top1_agreement:.4f}; teacher.fidelity.min_agreement is "
             f"{min_agreement}; {remedy}"
         )
 
 
-def _remedy(teacher: OnlineTeacher) -> str:
+def _remedy(teacher: Checked) -> str:
     finer = {"fp16": ["teacher.precision=bf16", "teacher.precision=fp32"], "bf16": ["teacher.precision=fp32"]}
     changes = finer.get(teacher.precision, [])
     if teacher.compile_mode is not None:
@@ -166,7 +196,7 @@ def _worst(errors: Iterable[float]) -> float:
 
 
 @contextmanager
-def _exact_convolutions(device: torch.device) -> Iterator[None]:
+def exact_convolutions(device: torch.device) -> Iterator[None]:
     """Compute fp32 convolutions in fp32: a GPU would use TF32, which rounds as coarsely as fp16."""
     if device.type != "cuda":
         yield

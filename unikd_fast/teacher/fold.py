@@ -4,6 +4,7 @@ import logging
 import sys
 from collections import Counter
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,12 @@ _logger = logging.getLogger("unikd_fast")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Norms of other packages: if one is not imported, the network has none of its norms.
+_OTHER_NORMS = (
+    ("timm.layers", "BatchNormAct2d"),
+    ("timm.layers", "FrozenBatchNormAct2d"),
+    ("torchvision.ops", "FrozenBatchNorm2d"),
+)
 
 
 def fold_batch_norm(network: nn.Module) -> int:
@@ -25,7 +32,7 @@ def fold_batch_norm(network: nn.Module) -> int:
 
     W' = W γ / sqrt(σ² + ε) and b' = (b - μ) γ / sqrt(σ² + ε) + β, computed in float64 by PyTorch's own
     `fuse_conv_bn_weights` and rounded once to the dtype of W. The norm becomes an identity, or what follows the
-    normalisation inside a timm BatchNormAct2d.
+    normalisation inside a timm BatchNormAct2d. Frozen BatchNorms of torchvision and timm are folded alike.
 
     A norm is folded if the graph of the forward pass shows that it is the only user of the convolution's output, that
     each of the two runs once, and that nothing else reads their weights; the output folded away is therefore never a
@@ -47,7 +54,7 @@ def fold_batch_norm(network: nn.Module) -> int:
         raise ValueError("fold_batch_norm: the network must be in eval mode, got training mode; call network.eval()")
     if isinstance(network, Ensemble):  # one that cannot be traced must not keep the others from it
         return sum(map(fold_batch_norm, network.members))
-    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+    if not any(map(_is_norm, network.modules())):
         return 0
     graph = _graph(network)
     if graph is None:
@@ -65,7 +72,7 @@ def fold_batch_norm(network: nn.Module) -> int:
         layer, norm = modules[str(source.target)], modules[str(node.target)]
         once = calls[source.target] == calls[node.target] == 1 and len(source.users) == 1
         alone = not {source.target, node.target} & read and owners[id(getattr(layer, "weight", None))] == 1
-        if once and alone and isinstance(norm, _BatchNorm) and _fits(layer, norm):
+        if once and alone and _is_norm(norm) and _fits(layer, norm):
             _fold(layer, norm)
             _replace(network, norm, _after(norm))
             folded += 1
@@ -78,9 +85,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # so that a forward that reads running statistics is seen to do so
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name):
+        if _is_norm(m) or super().is_leaf_module(m, module_qualified_name):
             return True
-        return not isinstance(m, nn.Sequential) and not any(isinstance(inner, _BatchNorm) for inner in m.modules())
+        return not isinstance(m, nn.Sequential) and not any(map(_is_norm, m.modules()))
 
 
 def _graph(network: nn.Module) -> fx.Graph | None:
@@ -101,20 +108,28 @@ def _graph(network: nn.Module) -> fx.Graph | None:
             delattr(network, name)
 
 
-def _fits(layer: nn.Module, norm: _BatchNorm) -> bool:
-    timm = sys.modules.get("timm.layers")  # if it is not imported, the network has none of its norms
-    if type(norm) not in _NORMS and (timm is None or type(norm) is not timm.BatchNormAct2d):
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or _is_foldable(module)
+
+
+def _is_foldable(module: nn.Module) -> bool:
+    others = (getattr(sys.modules.get(package), name, None) for package, name in _OTHER_NORMS)
+    return type(module) in (*_NORMS, *others)
+
+
+def _fits(layer: nn.Module, norm: Any) -> bool:
+    if not _is_foldable(norm):
         return False
     if norm.running_mean is None or norm.running_var is None:  # uses batch statistics in eval mode too
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in (layer, norm)):
         return False
     if type(layer) in _CONVOLUTIONS or (type(layer) in _TRANSPOSED and layer.groups == 1):
-        return bool(layer.out_channels == norm.num_features)
+        return bool(layer.out_channels == len(norm.running_var))
     return False
 
 
-def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+def _fold(layer: nn.Module, norm: Any) -> None:
     assert isinstance(layer.weight, Tensor)
     device, dtype = layer.weight.device, layer.weight.dtype
 
@@ -135,7 +150,7 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
     layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
 
 
-def _after(norm: _BatchNorm) -> nn.Module:
+def _after(norm: nn.Module) -> nn.Module:
     rest = [m for m in norm.children() if not isinstance(m, nn.Identity)]  # of BatchNormAct2d: dropout, activation
     return nn.Sequential(*rest).eval() if rest else nn.Identity().eval()
 
