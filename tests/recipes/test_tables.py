@@ -189,5 +189,7 @@ def test_the_stand_ins_students_have_fewer_samples() -> None:
     assert "train_samples" not in teacher["data"]
     assert (student["student"]["model"], teacher["student"]["model"]) == ("cifar/resnet8", "cifar/resnet20")
     assert (student["teacher"]["model"], "teacher" in teacher) == ("cifar/resnet20", False)
+    slower = experiment("unikd_dev_mlkd", pair)["train"]
+    assert (slower["learning_rate"], slower["total_epochs"]) == (0.025, student["train"]["total_epochs"])
     # What does not count epochs or samples is the recipe's.
     assert student["distill"]["unikd"]["alpha"] == METHODS["unikd"].distill(TABLES["table6"].pairs[0])["unikd"]["alpha"]

@@ -288,6 +288,7 @@ def _on_digits(method: str, pair: Pair) -> dict[str, Any]:
         train["total_epochs"] = _DIGITS_TEACHER_EPOCHS
     else:
         data["train_samples"] = _DIGITS_STUDENT_SAMPLES
+        train["learning_rate"] = METHODS[method].train(pair).get("learning_rate", train["learning_rate"])
     alone = method in (TEACHER, "none")
     config: dict[str, Any] = {
         "run": {"log_every_steps": 20, "evaluate_every_epochs": 4 if method == TEACHER else 10},
