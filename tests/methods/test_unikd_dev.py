@@ -59,7 +59,8 @@ def fused_by_hand(method: UniKDDev, own: Features, *, chained: bool) -> Tensor:
 
 
 def drawn(pooled: Tensor, head: Any) -> Tensor:
-    mean, log_var = (pooled @ layer.weight.T + layer.bias for layer in (head.mean, head.log_var))
+    layers = zip(head.weight.chunk(2), head.bias.chunk(2), strict=True)
+    mean, log_var = (pooled @ weight.T + bias for weight, bias in layers)
     return mean + log_var.exp().sqrt() * torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
 
 

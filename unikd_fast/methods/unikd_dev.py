@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unikd_fast.kernels.reference import at_least_fp32, autocast_off, cross_entropy
+from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
 from unikd_fast.losses import softmax_kl
 from unikd_fast.methods.context import RunContext
 from unikd_fast.methods.method import Method, Needs
 from unikd_fast.settings import NonNegative, Positive, settings
-from unikd_fast.values import Batch, Features, Gaussian, Loss, StudentOutput, Target
+from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
 _WIDEST = 512  # of the fusion, as in the code
 
@@ -104,38 +104,35 @@ class UniKDDev(Method[UniKDDevSettings]):
         values = zip(self.term_names, (ce, *terms), strict=True)
         return Loss(total, {name: value.detach() for name, value in values})
 
-    def _terms(self, logits: Tensor, gaussian: Gaussian, teacher: Tensor, pooled: Tensor) -> list[Tensor]:
+    def _terms(self, logits: Tensor, gaussian: Tensor, teacher: Tensor, pooled: Tensor) -> list[Tensor]:
         """Return d(x_s, x_t), d(x_s, z_s) and d(x_t, z_t) of one view."""
         own, other = sample(gaussian), sample(self.teacher_head(pooled))
         pairs = ((own, other), (own, logits), (other, teacher))
         return [softmax_kl(x, y, temperature=self.settings.temperature, impl=self.impl) for x, y in pairs]
 
 
-def sample(gaussian: Gaussian) -> Tensor:
-    """Return m + exp(log v / 2) ε, ε from torch's generator, which a checkpoint keeps: (N, K) in fp32."""
-    mean, log_var = (at_least_fp32(part) for part in gaussian)
+def sample(gaussian: Tensor) -> Tensor:
+    """Return m + exp(log v / 2) ε for m and log v (N, 2 K), ε from torch's generator, which a checkpoint keeps: (N, K)
+    in fp32."""
+    mean, log_var = at_least_fp32(gaussian).chunk(2, dim=1)
     return mean + (log_var / 2).exp() * torch.randn_like(mean)
 
 
-class SampleHead(nn.Module):
-    """Maps a pooled vector (N, C) to a Gaussian over the classes by two linear layers, in fp32 under autocast too."""
+class SampleHead(nn.Linear):
+    """Maps a pooled vector (N, C) to means and log-variances over the classes, (N, 2 K): two linear layers as one.
+
+    A subclass of nn.Linear, as CRD's: its weight is whole inside its own forward at ZeRO stage 3, and fp32 there.
+    """
 
     def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.mean, self.log_var = nn.Linear(channels, classes), nn.Linear(channels, classes)
+        super().__init__(channels, 2 * classes)
 
-    def forward(self, pooled: Tensor) -> Gaussian:
-        pooled = at_least_fp32(pooled)
-        with autocast_off(pooled.device):
-            return Gaussian(*(_linear(pooled, layer) for layer in (self.mean, self.log_var)))
-
-
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    def forward(self, pooled: Tensor) -> Tensor:
+        return super().forward(pooled.to(self.weight.dtype))
 
 
 class StudentHead(nn.Module):
-    """Maps the student's Features to its Gaussian: from the pooled vector down to the finest level.
+    """Maps the student's Features to means and log-variances (N, 2 K), from the pooled vector to the finest level.
 
         R = E(pooled);    R <- z_0 E_l(F_l) + z_1 Up(R), coarse to fine;    head( mean( relu( conv3x3(R) ) ) )
 
@@ -165,7 +162,7 @@ class StudentHead(nn.Module):
             nn.init.kaiming_uniform_(layer.weight, a=1)
         self.head = SampleHead(out_channels, classes)
 
-    def forward(self, features: Features) -> Gaussian:
+    def forward(self, features: Features) -> Tensor:
         assert features.embedding is not None
         fused = F.relu(self.pooled(features.embedding[:, :, None, None]))
         count = len(self.expanders)
@@ -176,10 +173,10 @@ class StudentHead(nn.Module):
             z = gate(torch.cat([own, above], dim=1)).sigmoid()
             fused = z[:, :1] * own + z[:, 1:] * above
         fused = F.interpolate(fused, size=self.size, mode="nearest")
-        gaussian: Gaussian = self.head(F.relu(self.close(fused)).mean((2, 3)))
+        gaussian: Tensor = self.head(F.relu(self.close(fused)).mean((2, 3)))
         return gaussian
 
-    def second(self, features: Features) -> Gaussian:
-        """Return the Gaussian of the second view; see `Method.adapter`."""
-        gaussian: Gaussian = self(features)
+    def second(self, features: Features) -> Tensor:
+        """Return the output for the second view; see `Method.adapter`."""
+        gaussian: Tensor = self(features)
         return gaussian
