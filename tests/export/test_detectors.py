@@ -1,9 +1,12 @@
 """The ONNX file of a detector finds what the plain network finds, in images of any size."""
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +15,7 @@ from torch import Tensor
 from unikd_fast.data.detection.toy_scenes import load_toy_scenes
 from unikd_fast.errors import ConfigError, FileError, RunError
 from unikd_fast.export import detectors
-from unikd_fast.export.detect import detect_in
+from unikd_fast.export.detect import Detected, detect_in
 from unikd_fast.export.detectors import (
     Objects,
     OneImage,
@@ -21,6 +24,7 @@ from unikd_fast.export.detectors import (
     open_detector,
     write_detector,
 )
+from unikd_fast.io import write_json
 from unikd_fast.models import Preprocessing, StudentCard
 from unikd_fast.models.faster_rcnn import build_detector
 
@@ -34,6 +38,8 @@ SMALL = {
     "rpn_post_nms_top_n_test": 200,
 }
 
+NMS = {"rpn_nms_thresh": 0.6, "box_nms_thresh": 0.1}
+
 
 class Written(NamedTuple):
     path: Path
@@ -42,7 +48,7 @@ class Written(NamedTuple):
 
 
 def write(folder: Path, conventions: str, body: str = "timm/test_resnet", spread: float = 1.0) -> Written:
-    preprocessing = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 1.0, False, 64)
+    preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0, False, 64)
     arguments = SMALL | {"conventions": conventions}
     card = StudentCard(f"frcnn/{body}", arguments, 4, None, preprocessing, long_side=96)
     torch.manual_seed(0)
@@ -71,6 +77,11 @@ def scenes() -> list[Tensor]:
     return images
 
 
+def save_scene(path: Path) -> None:
+    scene = torch.as_tensor(load_toy_scenes(2).test.images[0])
+    Image.fromarray(scene.permute(1, 2, 0).numpy()).save(path, "PNG")
+
+
 @torch.no_grad()
 def test_a_file_finds_what_the_network_finds(written: Written) -> None:
     """Scores and sides up to the rounding of sums in another order: measured 1e-6 and 5e-5 pixels."""
@@ -87,22 +98,46 @@ def test_a_file_finds_what_the_network_finds(written: Written) -> None:
     assert len(counts) > 2
 
 
-def test_a_file_of_other_operations_is_refused(written: Written) -> None:
+LATER = [pytest.param({name: value}, marks=pytest.mark.long) for name, value in NMS.items()]
+
+
+@pytest.mark.parametrize("changed", [{"conventions": None}, *LATER])
+def test_a_file_of_other_operations_is_refused(written: Written, changed: dict[str, Any]) -> None:
     arguments = written.card.model_args
     other = {"detectron2": "torchvision", "torchvision": "detectron2"}[arguments["conventions"]]
-    for changed in ({"rpn_nms_thresh": 0.6}, {"box_nms_thresh": 0.1}, {"conventions": other}):
-        plain = build_detector(written.card.model, num_classes=4, model_args=arguments | changed)
-        plain.load_state_dict(written.tensors)
-        with pytest.raises(RunError, match=r"pixels boxes and scores differ by .* from those of the plain network"):
-            detectors._compare(written.path, OneImage(plain), scenes()[:1])
+    changed = {"conventions": other} if "conventions" in changed else changed
+    plain = build_detector(written.card.model, num_classes=4, model_args=arguments | changed)
+    plain.load_state_dict(written.tensors)
+    with pytest.raises(RunError, match=r"pixels boxes and scores differ by .* from those of the plain network"):
+        detectors._compare(written.path, OneImage(plain), scenes()[:1])
+
+
+def test_the_page_uses_a_file_as_predict_does(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "long_side" in block)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(written.path, "student.onnx")
+    write_json(Path("student.json"), written.card.as_dict())
+    save_scene(Path("image.jpg"))
+    found: dict[str, Any] = {}
+    exec(code, found)
+    run, image = open_detector(written.card, Path("student.onnx")), Path("image.jpg")
+    (expected,) = detect_in(run, written.card, [image], least_score=0, most=100)
+    assert isinstance(expected, Detected)
+    assert expected.scores
+    np.testing.assert_allclose(found["scores"], expected.scores, atol=1e-5)
+    np.testing.assert_allclose(found["boxes"], expected.boxes, atol=1e-3)
+    assert [str(label - 1) for label in found["labels"]] == [*expected.classes]
 
 
 def test_a_card_of_other_classes_is_refused(written: Written, tmp_path: Path) -> None:
-    Image.new("RGB", (70, 80)).save(tmp_path / "black.png")
+    save_scene(tmp_path / "scene.png")
     of_one = replace(written.card, num_classes=1)
     run = open_detector(written.card, written.path)
     with pytest.raises(FileError, match="and its card has only 1; export the student again"):
-        list(detect_in(run, of_one, [tmp_path / "black.png"], least_score=0, most=9))
+        list(detect_in(run, of_one, [tmp_path / "scene.png"], least_score=0, most=9))
 
 
 def test_objects_are_compared_by_class_place_and_score() -> None:
