@@ -18,13 +18,14 @@ from torch import Tensor
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.detection import DETECTION
+from unikd_fast.engine.detector_teacher import DetectorTeacher
 from unikd_fast.engine.distributed import start_processes
 from unikd_fast.engine.step import train_step
 from unikd_fast.engine.zero import start_engine
 from unikd_fast.models.detector import FEATURE_REGIONS, Detector, Regions, sizes_of
 from unikd_fast.models.faster_rcnn import faster_rcnn
 from unikd_fast.tasks import detection
-from unikd_fast.values import DetectionBatch
+from unikd_fast.values import DetectionBatch, Features
 
 CONFIG = Path(__file__).parents[1] / "configs" / "toy_scenes.json"
 BATCH = 8
@@ -41,9 +42,18 @@ METHODS = {
 
 
 def experiment(method: str) -> Experiment:
-    given = ["compare=null", f"data.synthetic_samples={4 * BATCH}", "data.train_samples=null", "teacher.training=null"]
-    teacher = ["teacher.weights=random", "teacher.min_accuracy=0", "train.learning_rate=0.001"]
-    return build_experiment(load_config(CONFIG, [*given, *teacher, *METHODS[method]]), start_processes())
+    overrides = [
+        "compare=null",
+        f"data.synthetic_samples={4 * BATCH}",
+        "data.train_samples=null",
+        "teacher.training=null",
+        "teacher.weights=random",
+        "teacher.precision=fp32",
+        "teacher.fold_batch_norm=false",
+        "train.learning_rate=0.001",
+        *METHODS[method],
+    ]
+    return build_experiment(load_config(CONFIG, overrides), start_processes())
 
 
 class Step:
@@ -79,22 +89,35 @@ def test_distillation_step_over_teacher_and_student(benchmark: Any) -> None:
     assert all(value.equal(before[name]) for name, value in teacher.state_dict().items())
 
     regions: Regions = student.train_step(batch).regions
-    logits_alone = Detector(teacher.network.plain, levels="none")
+    logits_alone = DetectorTeacher(Detector(teacher.network.plain, levels="none"))
 
-    @torch.no_grad()
     def teacher_logits() -> Tensor:
         return logits_alone.at(logits_alone.maps(batch.images), regions, sizes).logits
 
-    times = interleaved_medians(
-        {**steps, "teacher": teacher_logits, "teacher_maps": lambda: teacher.maps(batch.images)},
-        rounds=15,
-        clock=time.process_time,
-    )
-    parts = times["none"] + times["teacher"]
-    ratio = times["unikd"] / parts
+    unikd = steps["unikd"].method.parts["unikd"]
+    features = teacher.at(teacher.maps(batch.images), regions, sizes)
+    maps = {name: each.detach().requires_grad_() for name, each in student.maps(batch.images).items()}
+    levels = [each.detach().requires_grad_() for each in student._features(maps, regions, features.logits).levels]
+
+    def student_levels() -> None:
+        sum(each.sum() for each in student._features(maps, regions, features.logits).levels).backward()
+
+    def student_fusion() -> None:
+        unikd.student_gaussian(unikd.adapter(Features(tuple(levels), features.logits))).mean.sum().backward()
+
+    parts = {
+        "teacher": teacher_logits,
+        "teacher_levels": torch.no_grad()(lambda: teacher.network._features(maps, regions, features.logits)),
+        "teacher_fusion": lambda: unikd.target(features),
+        "student_levels": student_levels,
+        "student_fusion": student_fusion,
+    }
+    times = interleaved_medians({**steps, **parts}, rounds=15, clock=time.process_time)
+    both = times["none"] + times["teacher"]
+    ratio = times["unikd"] / both
     benchmark.extra_info.update(
         ratio=round(ratio, 4),
-        dkd_ratio=round(times["dkd"] / parts, 4),
+        dkd_ratio=round(times["dkd"] / both, 4),
         cpu_ms={name: round(1000 * seconds, 2) for name, seconds in times.items()},
         regions=len(regions.labels),
         torch=torch.__version__,
