@@ -95,7 +95,8 @@ def test_distillation_step_over_teacher_and_student(benchmark: Any) -> None:
         return logits_alone.at(logits_alone.maps(batch.images), regions, sizes).logits
 
     unikd = steps["unikd"].method.parts["unikd"]
-    features = teacher.at(teacher.maps(batch.images), regions, sizes)
+    teacher_maps = teacher.maps(batch.images)
+    features = teacher.at(teacher_maps, regions, sizes)
     maps = {name: each.detach().requires_grad_() for name, each in student.maps(batch.images).items()}
     levels = [each.detach().requires_grad_() for each in student._features(maps, regions, features.logits).levels]
 
@@ -107,7 +108,7 @@ def test_distillation_step_over_teacher_and_student(benchmark: Any) -> None:
 
     parts = {
         "teacher": teacher_logits,
-        "teacher_levels": torch.no_grad()(lambda: teacher.network._features(maps, regions, features.logits)),
+        "teacher_levels": lambda: teacher.network._features(teacher_maps, regions, features.logits),
         "teacher_fusion": lambda: unikd.target(features),
         "student_levels": student_levels,
         "student_fusion": student_fusion,

@@ -125,9 +125,9 @@ class TeacherConfig(Section):
     """Height and width of the images that the teacher sees: those of the loader, resized on the device by antialiased
     bilinear interpolation. At most data.image_size, which is what null stands for."""
     feature_nodes: tuple[Text, ...] | None = None
-    """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages. Of a detector,
-    maps of its pyramid, "0" of stride 4 to "3" of stride 32 and, for methods that compare maps, "pool" of stride 64; if
-    null, all."""
+    """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages. For a
+    detector, maps of its pyramid, "0" of stride 4 to "3" of stride 32 and, for methods that compare maps, "pool" of
+    stride 64; if null, all."""
     ensemble: tuple[TeacherMember, ...] = ()
     """Further networks, each with model and weights and, if needed, model_args, weights_key, image_size and weight: the
     logits are the mean of all of them by their weights (1 where not set); features are those of the first network,
@@ -195,9 +195,9 @@ class StudentConfig(Section):
     """Height and width of the images that the student sees: those of the loader, resized on the device by antialiased
     bilinear interpolation. At most data.image_size, which is what null stands for."""
     feature_nodes: tuple[Text, ...] | None = None
-    """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages. Of a detector,
-    maps of its pyramid, "0" of stride 4 to "3" of stride 32 and, for methods that compare maps, "pool" of stride 64; if
-    null, all."""
+    """Modules whose outputs are the feature levels, from fine to coarse. If null, the ends of the stages. For a
+    detector, maps of its pyramid, "0" of stride 4 to "3" of stride 32 and, for methods that compare maps, "pool" of
+    stride 64; if null, all."""
 
     @model_validator(mode="after")
     def _key_of_a_file(self) -> "StudentConfig":

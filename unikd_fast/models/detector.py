@@ -83,12 +83,14 @@ def region_features(
         _bin_weights(every[:, axis], every[:, axis + 2], scale, bins, samples, aligned, pixels)
         for axis, bins, pixels in ((1, size[0], height), (0, size[1], width))
     )
-    of_image = from_y.split([len(each) for each in boxes])
-    images = level.transpose(1, 2).flatten(2)  # (N, H, C W)
+    counts = [len(each) for each in boxes]
+    images = level.permute(0, 3, 2, 1).flatten(2)  # (N, W, H C)
+    pooled = []
     with torch.autocast("cpu", enabled=False):  # as for `roi_align`
-        rows = torch.cat([own.flatten(0, 1) @ image for own, image in zip(of_image, images, strict=True)])
-        pooled = torch.bmm(rows.view(len(every), size[0] * channels, width), from_x.mT)
-    return pooled.view(len(every), size[0], channels, size[1]).transpose(1, 2)
+        for y, x, image in zip(from_y.split(counts), from_x.split(counts), images, strict=True):
+            columns = (x.flatten(0, 1) @ image).view(len(x), size[1], height, channels)
+            pooled.append(y[:, None] @ columns)  # (r, bins of x, bins of y, C)
+    return torch.cat(pooled).permute(0, 3, 2, 1).contiguous()
 
 
 def _bin_weights(
