@@ -17,7 +17,7 @@ from support.plain_engine import PlainEngine
 from support.ranks import Done, Ranks
 from support.real_runs import ALONE, in_this_process, write_config
 from unikd_fast.cli import main
-from unikd_fast.engine.gradients import GradientWatch
+from unikd_fast.engine.gradients import GradientWatch, largest_entries
 from unikd_fast.engine.metrics import LossMeter
 from unikd_fast.engine.step import train_step
 from unikd_fast.errors import NonFiniteLoss
@@ -61,6 +61,15 @@ def test_the_first_non_finite_gradients_are_named(module: nn.Sequential) -> None
         meter.read()
     with pytest.raises(NonFiniteLoss):
         meter.check()
+
+
+def test_largest_entries_are_infinity_norms() -> None:
+    rows = [[-3.0, 2.0], [0.0, -0.0], [1.0, -math.inf], [math.inf, math.nan]]
+    kinds = (torch.float32, torch.bfloat16, torch.complex64)
+    tensors = [torch.tensor(row).to(kind) for kind in kinds for row in rows]
+    for some in (tensors[:8], tensors):  # complex numbers have no order
+        wanted = torch.stack([torch.linalg.vector_norm(tensor, math.inf).float() for tensor in some])
+        torch.testing.assert_close(largest_entries(some), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_non_finite_loss_is_reported_with_gradients(module: nn.Sequential) -> None:

@@ -125,7 +125,7 @@ class GradientWatch:
             gradients = [p.grad if p.grad is not None else p.new_zeros(1) for p in self._parameters]
             if self.scale is not None:
                 self.scale.unscale_(gradients)
-            norms = torch.stack(torch._foreach_norm(gradients, math.inf)).float()
+            norms = largest_entries(gradients)
         # In place: a captured step finds them where they were.
         self.finite.copy_(norms.isfinite().all())
         self.norms.copy_(torch.where(self.finite | self._found, self.norms, norms))
@@ -191,6 +191,20 @@ class GradientWatch:
         shown = ", ".join(f"{self.names[i]} {norms[i]:.3g}" for i in order[:count])
         bad = sum(not math.isfinite(norm) for norm in norms)
         return f"{bad} of {len(norms)} parameters have gradients that are not finite; largest entries: {shown}"
+
+
+def largest_entries(tensors: list[Tensor]) -> Tensor:
+    """Return the largest absolute value in each tensor, (P,) in fp32; NaN for a tensor that holds one.
+
+    Example:
+        >>> largest_entries([torch.tensor([1.0, -2.0])])
+        tensor([2.])
+    """
+    if tensors[0].device.type != "cpu" or any(map(torch.is_complex, tensors)):
+        return torch.stack(torch._foreach_norm(tensors, math.inf)).float()
+    # A CPU's norm takes an entry at a time, and 20 times as long: 1 to 2 % of a step of a MobileNet.
+    low, high = (torch.stack(bound).float().abs() for bound in zip(*map(torch.aminmax, tensors), strict=True))
+    return torch.maximum(low, high)
 
 
 def _no_update(*_: Any, **__: Any) -> None:
