@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unikd_fast.data.detection.pictures import sheet
+from unikd_fast.data.detection.pictures import draw_boxes, sheet
 from unikd_fast.data.detection.scenes import BoxedImages
 
 ORANGE, BLACK = (245, 130, 49), (0, 0, 0)  # the colour of "disc", and the images
@@ -43,3 +43,9 @@ def test_a_sheet_has_both_above_each_other() -> None:
     assert page.getpixel((431 + 200, 324 + 120)) == BLACK  # image 11, in which nothing is found
     assert page.getpixel((431 + 100, 120)) == ORANGE
     assert page.getpixel((600, 900)) == (255, 255, 255)
+
+
+def test_a_strip_is_not_enlarged_without_end() -> None:
+    """Two rows of 900 pixels: at a height of 240 they would be 108,000 wide."""
+    assert draw_boxes(Image.new("RGB", (900, 2)), [(0, 0, 9, 2)], ["disc"]).size == (1800, 4)
+    assert draw_boxes(Image.new("RGB", (90, 60)), [], []).size == (360, 240)

@@ -13,6 +13,7 @@ from unikd_fast.data.detection.scenes import BoxedImages
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c")
 _SMALLEST = 240  # pixels of a picture's short side, so that boxes and words can be seen
+_LONGEST = 2000  # of an enlarged picture's long side: a strip of two rows would become gigabytes
 _LARGEST = 320  # the same of a sheet, which is to fit on a page
 _SHOWN, _ABREAST = 6, 3  # images of a sheet
 _GAP = 4
@@ -32,7 +33,7 @@ def draw_boxes(
         largest: length of the short side in pixels to which larger images are reduced. If None, they are not.
     """
     short = min(image.size)
-    scale: float = max(1, -(-_SMALLEST // short))
+    scale: float = max(1, min(-(-_SMALLEST // short), _LONGEST // max(image.size)))
     if largest is not None and short > largest:
         scale = largest / short
     sampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BILINEAR
