@@ -248,6 +248,10 @@ def test_every_stage_trains_the_same_weights(tmp_path: Path, method: Any, studen
             {"distill": {"method": "fgfi"}, "student": {"feature_nodes": ["0"]}},
             "student.feature_nodes = ('0',) and teacher.feature_nodes = None with distill.method = 'fgfi'",
         ),
+        (
+            {"distill": {"method": "at"}, "student": {"feature_nodes": ["0", "1"]}},
+            "those of the student have 4, 8, of the teacher 4, 8, 16, 32, 64; set student.feature_nodes",
+        ),
         ({"teacher": {"min_accuracy": 0.5}}, "reaches an AP of 0.0"),
     ],
 )

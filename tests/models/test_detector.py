@@ -1,17 +1,19 @@
 """A Faster R-CNN run part by part does what torchvision's forward does."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import roi_align
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from unikd_fast.models.detector import Detector, SeededSampler, balanced, region_features, sizes_of
-from unikd_fast.models.faster_rcnn import faster_rcnn
+from unikd_fast.models.faster_rcnn import build_detector, faster_rcnn
 from unikd_fast.values import DetectionBatch
 
 SMALL = {"norm": "batch", "frozen_stages": 0, "out_channels": 16, "representation_size": 32}
@@ -219,3 +221,59 @@ def test_bad_bodies() -> None:
         faster_rcnn("torchvision/resnet18", num_classes=3, frozen_stages=6)
     with pytest.raises(ValueError, match=r"anchor_sizes must be 5 numbers, .* got 2"):
         faster_rcnn("torchvision/resnet18", num_classes=3, anchor_sizes=(8, 16))
+
+
+def test_first_image_does_not_decide_on_scales(network: FasterRCNN) -> None:
+    """A panorama is padded to more than twice its height, and torchvision would take strides to be half as long."""
+    first, second = Detector(copy.deepcopy(network)).eval(), Detector(copy.deepcopy(network)).eval()
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        first(torch.zeros(1, 3, 32, 128), [(13, 128)])
+        found, expected = first(image, [(64, 96)])[0], second(image, [(64, 96)])[0]
+    assert first.plain.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+class OneMap(nn.Sequential):
+    """A body of one map of stride 4, which it returns as a tensor, as torchvision allows."""
+
+    out_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 4, 4))
+
+
+def one_map(num_classes: int, *, extra: int = 1, name: str = "0", anchors: int = 1, kind: Any = FasterRCNN) -> Any:
+    generator = AnchorGenerator(((16, 32),) * anchors, ((1.0,),) * anchors)
+    pools = {"box_roi_pool": MultiScaleRoIAlign([name], 7, 2)}
+    if kind is not FasterRCNN:
+        pools["mask_roi_pool"] = MultiScaleRoIAlign([name], 14, 2)
+    return kind(OneMap(), num_classes + extra, rpn_anchor_generator=generator, **pools)
+
+
+def test_a_map_alone_is_a_pyramid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    plain = build_detector("test_detector:one_map", num_classes=4)
+    assert all(module.training for module in plain.modules())
+    detector = Detector(plain, levels="maps").train()
+    assert (detector.level_names, detector.level_strides) == (("0",), (4,))
+    output, batch = detector.train_step(make_batch()), make_batch()
+    assert [level.shape for level in output.features.levels] == [(2, 8, 24, 24)]
+    assert [near.shape for near in detector.near_objects(detector.maps(batch.images), batch)] == [(2, 1, 24, 24)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"extra": 3}, "has 7 logits of a region, and the data have 4 classes, with the background 5"),
+        ({"name": "1"}, "its box_roi_pool reads the map '1', and its backbone returns 0"),
+        ({"anchors": 2}, "its anchors are for 2 maps, and its backbone returns 1, 0"),
+        ({"kind": MaskRCNN}, "builds a MaskRCNN with a head of masks, and only boxes are trained"),
+    ],
+)
+def test_parts_of_ones_own_that_do_not_fit(
+    arguments: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    with pytest.raises(ValueError, match=said):
+        build_detector("test_detector:one_map", num_classes=4, model_args=arguments)

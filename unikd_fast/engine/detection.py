@@ -220,8 +220,26 @@ class Detection(Task):
         if processes.is_first:
             _logger.info("[%s] the teacher %s", name, said)
 
-    def check_method(self, *arguments: Any) -> None:
-        """Regions have one shape, whatever the images: what runs on them needs no trial."""
+    def check_method(
+        self,
+        config: Config,
+        student_module: nn.Module,
+        method: Method[Any],
+        teacher: nn.Module | None,
+        head: nn.Module | None,
+        batch: int,
+        processes: Processes,
+    ) -> None:
+        """Check that maps are of the same strides; regions have one shape, and what runs on them needs no trial."""
+        assert isinstance(student_module, DetectorModule)
+        if not isinstance(teacher, Detector) or student_module.network.level_strides == teacher.level_strides:
+            return
+        own, other = (", ".join(map(str, each.level_strides)) for each in (student_module.network, teacher))
+        raise ConfigError(
+            f"distill.method = {config.distill.label!r} with data.name = {config.data.name!r} compares maps of the "
+            f"same strides, and those of the student have {own}, of the teacher {other}; set student.feature_nodes "
+            "and teacher.feature_nodes to maps of the same strides"
+        )
 
     def size_in_words(self, config: Config) -> str:
         sizes = config.data.detection.for_data(config.data.name)

@@ -12,6 +12,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import box_iou, roi_align
+from torchvision.ops.poolers import _setup_scales
 
 from unikd_fast.models.detectron2 import AlignedRoIAlign, L1Proposals, l1_box_loss
 from unikd_fast.values import DetectionBatch, Features
@@ -149,6 +150,26 @@ def _some(mask: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return torch.zeros_like(mask).index_fill_(0, places[order], True)
 
 
+def maps_of(plain: FasterRCNN, images: Tensor) -> Maps:
+    """Return the maps of a network's backbone by name; one alone is named as torchvision names it."""
+    maps: Maps | Tensor = plain.backbone(images)
+    return {"0": maps} if isinstance(maps, Tensor) else maps
+
+
+TRIAL = (64, 96)
+"""Height and width in pixels of an image on which a network is tried."""
+
+
+@torch.no_grad()
+def map_strides(plain: FasterRCNN) -> dict[str, int]:
+    """Return the strides of a network's maps by name, in its order, from a trial."""
+    modes = [(module, module.training) for module in plain.modules()]
+    maps = maps_of(plain.eval(), next(plain.parameters()).new_zeros(1, 3, *TRIAL))
+    for module, training in modes:
+        module.training = training
+    return {name: round(TRIAL[0] / each.shape[-2]) for name, each in maps.items()}
+
+
 class Detector(nn.Module):
     """Runs the parts of a `FasterRCNN`.
 
@@ -172,12 +193,15 @@ class Detector(nn.Module):
         super().__init__()
         self.plain, self.levels = plain, levels
         pooled = tuple(plain.roi_heads.box_roi_pool.featmap_names)
-        known = {"regions": pooled, "maps": (*pooled, "pool"), "none": ()}[levels]
+        strides = map_strides(plain) if levels == "maps" else {}
+        known = {"regions": pooled, "maps": tuple(strides), "none": ()}[levels]
         self.level_names = known if level_names is None or levels == "none" else tuple(level_names)
         """Names of the levels, from fine to coarse."""
         in_order = tuple(name for name in known if name in self.level_names)
         if self.level_names != in_order or (known and not in_order):
             raise ValueError(f"the levels of {levels} are {', '.join(known)}, from fine to coarse, got {level_names}")
+        self.level_strides = tuple(strides[name] for name in self.level_names if strides)
+        """Strides of the levels, if they are maps."""
         for owner in (plain.rpn, plain.roi_heads):
             given = owner.fg_bg_sampler
             owner.fg_bg_sampler = SeededSampler(given.batch_size_per_image, given.positive_fraction)
@@ -204,7 +228,15 @@ class Detector(nn.Module):
 
     def maps(self, images: Tensor) -> Maps:
         """Return the maps of the pyramid by name, finest first."""
-        maps: Maps = self.plain.backbone(images)
+        maps = maps_of(self.plain, images)
+        pool = self.plain.roi_heads.box_roi_pool
+        if pool.scales is None:
+            # Of the padded images, as the maps are. torchvision takes the images' own size, and keeps what it finds
+            # for the first batch: a first image that is padded by half of its height would put regions at twice
+            # their size on every map of every later one.
+            read = [maps[name] for name in pool.featmap_names]
+            size = (images.shape[-2], images.shape[-1])
+            pool.scales, pool.map_levels = _setup_scales(read, [size], pool.canonical_scale, pool.canonical_level)
         return maps
 
     def train_step(self, batch: DetectionBatch) -> DetectorOutput:

@@ -22,6 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from unikd_fast.models.build import constructed, own_network
+from unikd_fast.models.detector import TRIAL, maps_of
 from unikd_fast.models.detector_weights import load_detector_weights
 from unikd_fast.models.detectron2 import AlignedRoIAlign, ExactAnchors, L1Proposals, initialise, move_strides
 
@@ -30,7 +31,6 @@ PYRAMID = ("0", "1", "2", "3")
 STRIDES = (4, 8, 16, 32)
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BODIES = tuple(f"torchvision/{name}" for name in (*_RESNETS, "mobilenet_v2"))
-_TRIAL = (64, 96)  # pixels
 _POOLED = 7  # height and width of a region's features
 # Of MobileNetV2: first and last block of the stages of 24, 32, 96 and 320 channels, whose features are mdistiller's.
 _MOBILENET_STARTS, _MOBILENET_ENDS = ("2", "4", "7", "14"), {"3": 24, "6": 32, "13": 96, "17": 320}
@@ -173,6 +173,8 @@ def build_detector(
             f"build_model: {role}.model = {name} builds a {type(network).__name__}, and not a torchvision FasterRCNN; "
             "name a function that returns one"
         )
+    if ":" in name:
+        _check_own(network, name, num_classes, role)
     if weights is not None and weights != "random":
         load_detector_weights(
             network,
@@ -184,6 +186,55 @@ def build_detector(
             role=role,
         )
     return network
+
+
+@torch.no_grad()
+def _check_own(network: FasterRCNN, name: str, num_classes: int, role: str) -> None:
+    """Refuse a detector of one's own that does not run, or whose parts do not fit each other or the data.
+
+    Raises:
+        ValueError: it is one.
+    """
+    what, heads = f"build_model: {role}.model = {name}", network.roi_heads
+    if heads.has_mask() or heads.has_keypoint():
+        kind = "masks" if heads.has_mask() else "keypoints"
+        raise ValueError(
+            f"{what} builds a {type(network).__name__} with a head of {kind}, and only boxes are trained; name a "
+            "function that returns a FasterRCNN without it"
+        )
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        maps = maps_of(network, torch.zeros(1, 3, *TRIAL))
+    except Exception as error:  # whatever one's own network raises
+        height, width = TRIAL
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{what}: its backbone does not take images of {height} x {width} px ({said}); correct it"
+        ) from error
+    pool = heads.box_roi_pool
+    if lacking := [each for each in pool.featmap_names if each not in maps]:
+        raise ValueError(
+            f"{what}: its box_roi_pool reads the map {lacking[0]!r}, and its backbone returns {', '.join(maps)}; "
+            "correct featmap_names"
+        )
+    if (levels := len(network.rpn.anchor_generator.num_anchors_per_location())) != len(maps):
+        raise ValueError(
+            f"{what}: its anchors are for {levels} maps, and its backbone returns {len(maps)}, {', '.join(maps)}; give "
+            "the anchor generator a tuple of sizes for each map"
+        )
+    try:
+        logits, _ = heads.box_predictor(heads.box_head(pool(maps, [torch.tensor([[0.0, 0.0, 32.0, 32.0]])], [TRIAL])))
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{what}: its box head does not take the features of a region ({said}); correct it") from error
+    if logits.shape[-1] != num_classes + 1:
+        raise ValueError(
+            f"{what} has {logits.shape[-1]} logits of a region, and the data have {num_classes} classes, with the "
+            f"background {num_classes + 1}; build it from its argument num_classes, and one more"
+        )
+    for module, training in modes:
+        module.training = training
 
 
 class TimmBackbone(nn.Module):
@@ -252,7 +303,7 @@ def _check_maps(body: nn.Module, name: str) -> None:
     Raises:
         ValueError: it is one.
     """
-    height, width = _TRIAL
+    height, width = TRIAL
     try:
         maps = body.eval()(torch.zeros(1, 3, height, width))
     except Exception as error:  # timm raises whatever its networks meet
