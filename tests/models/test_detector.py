@@ -234,6 +234,21 @@ def test_first_image_does_not_decide_on_scales(network: FasterRCNN) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_a_batch_without_objects_and_proposals(network: FasterRCNN) -> None:
+    """The whole of each image is its region; torchvision's loss of boxes is 0 / 0 there."""
+    batch, detector = make_batch(), Detector(copy.deepcopy(network), levels="regions").train()
+    batch = batch._replace(boxes=(torch.zeros(0, 4),) * 2, labels=(torch.zeros(0, dtype=torch.int64),) * 2)
+    detector.plain.rpn.score_thresh = 1.0
+    output = detector.train_step(batch)
+    assert [each.tolist() for each in output.regions.boxes] == [[[0, 0, 96, 64]], [[0, 0, 90, 80]]]
+    assert output.regions.labels.tolist() == [0, 0]
+    assert output.losses["loss_box_reg"] == 0
+    assert [level.shape[0] for level in output.features.levels] == [2] * 4
+    detector.eval()
+    regions = detector.sampled(detector.maps(batch.images), batch)
+    assert torch.equal(torch.cat(regions.boxes), torch.cat(output.regions.boxes))
+
+
 class OneMap(nn.Sequential):
     """A body of one map of stride 4, which it returns as a tensor, as torchvision allows."""
 

@@ -246,6 +246,7 @@ class Detector(nn.Module):
         for owner in (self.plain.rpn, heads):
             owner.fg_bg_sampler.seeds = batch.seeds.tolist()
         proposals, losses = self.plain.rpn(ImageList(batch.images, sizes), maps, targets)
+        proposals = _of_every_image(proposals, targets, sizes)
         boxes, _, labels, encoded = heads.select_training_samples(proposals, targets)
         logits, moves = self._classified(maps, boxes, sizes)
         if isinstance(self.plain.rpn, L1Proposals):
@@ -258,8 +259,9 @@ class Detector(nn.Module):
 
     def sampled(self, maps: Maps, batch: DetectionBatch) -> Regions:
         """Return `balanced` regions, chosen as in training from those that this network proposes in eval mode."""
-        proposals, _ = self.plain.rpn(ImageList(batch.images, sizes_of(batch)), maps)
-        heads, targets = self.plain.roi_heads, targets_of(batch)
+        sizes, heads, targets = sizes_of(batch), self.plain.roi_heads, targets_of(batch)
+        proposals, _ = self.plain.rpn(ImageList(batch.images, sizes), maps)
+        proposals = _of_every_image(proposals, targets, sizes)
         heads.fg_bg_sampler.seeds = batch.seeds.tolist()
         boxes, _, labels, _ = heads.select_training_samples(proposals, targets)
         return balanced(Regions(boxes, torch.cat(labels)))
@@ -315,6 +317,17 @@ class Detector(nn.Module):
             )
         # Those of a pyramid are sums of convolutions, without an activation.
         return Features(levels, logits, before_activation=levels)
+
+
+def _of_every_image(proposals: list[Tensor], targets: list[dict[str, Tensor]], sizes: Sizes) -> list[Tensor]:
+    """Return the proposals (r, 4) of each image: the whole of it, where it has neither a proposal nor an object.
+
+    Otherwise a batch could be without regions, whose mean loss torchvision has as NaN.
+    """
+    return [
+        own if len(own) or len(target["boxes"]) else own.new_tensor([[0, 0, width, height]])
+        for own, target, (height, width) in zip(proposals, targets, sizes, strict=True)
+    ]
 
 
 # Half precision does not hold the numbers of an image's pixels: in bf16, 1000 is followed by 1008. torchvision makes
