@@ -230,6 +230,10 @@ def test_every_stage_trains_the_same_weights(tmp_path: Path, method: Any, studen
         ({"teacher": {"compile": "default"}}, "teacher.compile = 'default' with data.name = 'toy_scenes'"),
         ({"teacher": {"cache": {"mode": "read_write"}}}, "teacher.cache.mode = 'read_write'"),
         ({"teacher": {"ensemble": [NETWORK | {"weights": "x"}]}}, "regions are of one teacher; set it to []"),
+        (
+            {"student": {"model_args": {"min_size": 64}}},
+            "student.model_args.min_size = 64 with data.name = 'toy_scenes'",
+        ),
         ({"student": {"image_size": 64}}, "student.image_size = 64"),
         ({"train": {"cuda_graph": "on"}}, "train.cuda_graph = 'on'"),
         ({"train": {"precision": "fp16"}}, "train.precision = 'fp16'"),

@@ -41,6 +41,9 @@ from unikd_fast.values import DetectionBatch, Features, Loss, RegionBatch, Stude
 DETECTIONS = "detections.json"
 """File of a run folder: detections in the test split, in COCO's format."""
 
+_OF_TRANSFORM = {"min_size", "max_size", "image_mean", "image_std", "size_divisible", "fixed_size"}
+"""Arguments of torchvision's `FasterRCNN` for its own transform of images, which does not run here."""
+
 _logger = logging.getLogger("unikd_fast")
 
 
@@ -302,6 +305,13 @@ def _refuse(config: Config, needs: Needs) -> None:
     for key, value, wanted, reason in refused:
         if value != wanted:
             raise ConfigError(f"{key} = {value!r} with data.name = {name!r}: {reason}; set it to {json.dumps(wanted)}")
+    for role, section in (("student", config.student), ("teacher", teacher)):
+        unread = [] if section is None or ":" in section.model else sorted(_OF_TRANSFORM & section.model_args.keys())
+        if section is not None and unread:
+            raise ConfigError(
+                f"{role}.model_args.{unread[0]} = {section.model_args[unread[0]]!r} with data.name = {name!r}: images "
+                "are resized as data.detection says, and normalised as all networks see them; remove it"
+            )
     own, other = config.student.feature_nodes, None if teacher is None else teacher.feature_nodes
     if needs.near_objects and own != other:
         raise ConfigError(
