@@ -118,7 +118,7 @@ class TeacherConfig(Section):
     min_accuracy: Fraction | None = None
     """Smallest validation accuracy (0 to 1) of the teacher; below it the run is refused. If null, twice chance level, 2
     / (K + 1) for K classes, with an allowance for few images. 0 accepts any teacher. A teacher with weights = random is
-    not checked."""
+    not checked. Of a detector it is the smallest AP, and null accepts any."""
     cache: TeacherCache = TeacherCache()
     """The teacher's outputs, stored on disk."""
     image_size: ImageSize | None = None
@@ -428,11 +428,12 @@ class RunConfig(Section):
     """Epochs between two evaluations on the validation split; the last epoch is always evaluated."""
     test_logits: bool = True
     """Write the logits of the final student, and of a given teacher, over the test split to test_logits.safetensors,
-    two bytes each; `unikd report` draws distributions and correlations from them."""
+    two bytes each; `unikd report` draws distributions and correlations from them. Of detectors, detections.json and
+    detections.png."""
     probe: bool = True
     """Compute τ² KL from the teacher to the student at τ = 4 on the validation split (probe_kl) at every evaluation, to
     compare methods whose own losses are not comparable. The teacher sees the split once; if its outputs are cached,
-    there is no teacher to run, and no probe."""
+    there is no teacher to run, and no probe. Detectors have none."""
     show_head: bool = False
     """Also print the metrics of the method's head (head_accuracy, head_mean_std, head_variance) at every evaluation;
     they are always in metrics.jsonl."""
