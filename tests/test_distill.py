@@ -30,6 +30,7 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from support.folder_images import write_images
+from support.long_rounds import long
 from support.ranks import Ranks
 from unikd_fast import distill
 from unikd_fast.config import ConfigError, parse_config
@@ -521,7 +522,7 @@ def doubles() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "setting",
-    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), doubles],
+    [long(torch.no_grad), torch.inference_mode, long(lambda: torch.autocast("cpu", torch.bfloat16)), long(doubles)],
     ids=["no grad", "inference", "autocast", "float64"],
 )
 def test_settings_of_the_caller_neither_count_nor_change(setting: Any) -> None:
@@ -614,6 +615,7 @@ def test_wrapped_networks_train_as_what_they_wrap() -> None:
     assert load_file(run.folder / "student.safetensors").keys() == plain.state_dict().keys()
 
 
+@pytest.mark.long
 def test_networks_of_other_precisions_train_in_fp32() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         student, plain = net(1).to(dtype), net(1).to(dtype).float()

@@ -102,6 +102,7 @@ def test_the_call_of_the_front_page_trains(tmp_path: Path, monkeypatch: pytest.M
     assert Path("student.onnx").is_file() and (names["run"].folder / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_the_page_about_python_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shortened(monkeypatch)

@@ -144,6 +144,7 @@ def test_hugging_face_reads_stores(source: Path, stores: dict[str, Path]) -> Non
     assert len({part[name]._fingerprint for part in (files, raw) for name in part}) == 4
 
 
+@pytest.mark.long
 def test_any_kill_leaves_a_store_or_what_is_continued(source: Path, tmp_path: Path, stores: dict[str, Path]) -> None:
     store, expected = tmp_path / "store", content(stores["files"])
     kills = 0

@@ -56,6 +56,7 @@ def data_section(root: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_sum_skipped_samples(tmp_path: Path) -> None:
     path = write_config(
         tmp_path,

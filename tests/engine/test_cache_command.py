@@ -269,6 +269,7 @@ def test_ranks_share_a_build(tmp_path: Path) -> None:
     assert command("verify", "--config", config).returncode == 0
 
 
+@pytest.mark.long
 def test_concurrent_builds_share_the_work(tmp_path: Path) -> None:
     config = cached_config(tmp_path, views=20)
     make_folder(config, 288)

@@ -23,6 +23,7 @@ from support.cached_runs import (
     same_weights,
     steps,
 )
+from support.long_rounds import long
 from support.real_runs import (
     cached_config,
     opened,
@@ -34,7 +35,7 @@ from unikd_fast.engine import networks
 from unikd_fast.teacher.cache import CacheFolder
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [long(0.0), 0.5])
 def test_only_rank_0_loads_the_teacher(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:

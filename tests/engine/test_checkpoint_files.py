@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.kills import killed_at_each_operation
+from support.long_rounds import quick
 from support.small_disks import small_disk
 from support.written_checkpoints import PARTS, write_steps
 from unikd_fast.engine.checkpoint import CheckpointWriter, find_newest, read_folder
@@ -131,7 +132,7 @@ BEFORE = {"step 5": (5,), "steps 4 and 5": (4, 5)}
 
 
 @pytest.mark.parametrize("step", [5, 6], ids=["the same step", "the next step"])
-@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("before", quick(BEFORE, "steps 4 and 5"))
 @pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_kill_leaves_the_newest_checkpoint_intact(tmp_path: Path, step: int, before: str, keep: int) -> None:
     write_steps(tmp_path, *BEFORE[before], keep=keep)

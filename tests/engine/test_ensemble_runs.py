@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.long_rounds import long
 from support.real_runs import ALONE, config_of, opened, run, save_teacher, train_here, train_records
 from unikd_fast.config import ConfigError, load_config
 from unikd_fast.config.load import config_hash
@@ -53,7 +54,7 @@ def test_a_run_learns_from_the_weighted_mean(tmp_path: Path, files: list[Path]) 
     torch.testing.assert_close(built.teacher(images).logits, expected, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["kd", "unikd"])
+@pytest.mark.parametrize("method", [long("kd"), "unikd"])
 def test_a_cached_run_is_the_online_one(tmp_path: Path, files: list[Path], method: str) -> None:
     curves = []
     for mode in ("off", "read_write"):

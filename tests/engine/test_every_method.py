@@ -101,6 +101,7 @@ def test_a_hybrid_logs_each_term(tmp_path: Path, weights: Path) -> None:
     assert result["method"] == "kd+unikd"
 
 
+@pytest.mark.long
 def test_a_cached_hybrid_resumes_bit_for_bit(tmp_path: Path, weights: Path) -> None:
     """From a cache, which means that the head of the checkpoint is compared with that of the cache."""
     settings: dict[str, Any] = {"distill": HYBRID, "cache": {"mode": "read_write"}, "train": {"total_epochs": 2}}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from support.captured_runs import CHANGING, config_of, curve, state
+from support.long_rounds import long
 from support.real_runs import ALONE, ROOT, train_here, write_config
 from unikd_fast.config import Config
 from unikd_fast.engine.build import build_experiment
@@ -100,7 +101,7 @@ class StopsAfter(StopSignal):
         return 0 if self._left > 0 else signal.SIGTERM
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [long("sgd"), "adamw"])
 def test_either_engine_resumes_the_others_checkpoint(tmp_path: Path, weights: Path, optimizer: str) -> None:
     train = {**CHANGING["train"], "optimizer": optimizer, "accumulation_steps": 2}
     straight = config_of(tmp_path, weights, "straight", "kd", train=train)

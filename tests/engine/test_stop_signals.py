@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
     [
         pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),  # below with two processes
         pytest.param(signal.SIGINT, id="Ctrl-C"),
-        pytest.param(signal.SIGHUP, id="SIGHUP"),
+        pytest.param(signal.SIGHUP, id="SIGHUP", marks=pytest.mark.long),
     ],
 )
 def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
@@ -49,7 +49,7 @@ def test_a_stop_signal_saves_then_exits(tmp_path: Path, number: int) -> None:
     ("number", "loader"),
     [
         pytest.param(signal.SIGTERM, "torchvision", id="SIGTERM-torchvision", marks=pytest.mark.long),
-        pytest.param(signal.SIGINT, "dali", id="Ctrl-C-dali"),
+        pytest.param(signal.SIGINT, "dali", id="Ctrl-C-dali", marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, "dali", id="SIGTERM-dali", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, "torchvision", id="Ctrl-C-torchvision", marks=pytest.mark.long),
     ],

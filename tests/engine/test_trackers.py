@@ -75,6 +75,7 @@ def test_a_tracker_has_every_figure_and_the_settings(tmp_path: Path, told: list[
     assert json.loads((folder / "trackers.json").read_text()) == {"tensorboard": "its id"}
 
 
+@pytest.mark.long
 def test_a_comparison_has_a_tracked_run_for_each_seed(tmp_path: Path, told: list[Told]) -> None:
     runs = {"alone": {"distill.method": "none"}, "KD": {"distill.method": "kd"}}
     done = run(config_of(tmp_path, "tensorboard", compare={"seeds": [3, 4], "runs": runs}))

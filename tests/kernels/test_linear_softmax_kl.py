@@ -310,7 +310,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 class TestCompiled:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.float32, long(torch.float16)])
     def test_it_is_eager(self, impl: str, dtype: torch.dtype) -> None:
         torch._dynamo.reset()
         inputs = inputs_for(CHUNK + 9, dtype=dtype, labels=True)

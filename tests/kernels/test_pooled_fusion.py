@@ -216,7 +216,7 @@ def test_more_accurate_than_stagewise_in_bf16() -> None:
     assert 2 * relative_error(fused(*x), exact) < relative_error(stagewise(*x), exact)
 
 
-@pytest.mark.parametrize(("images", "width"), [(1, 1), (1, 6), (10, 1)])  # 10: more images than groups of ∂M
+@pytest.mark.parametrize(("images", "width"), [(1, 1), (1, 6), long(10, 1)])  # 10: more images than groups of ∂M
 def test_number_of_images_and_width(images: int, width: int) -> None:
     assert_no_worse(inputs("ratio 2", width, images=images))
 

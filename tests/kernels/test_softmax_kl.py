@@ -496,7 +496,7 @@ def test_fp16_teachers_beyond_range_or_with_absent_class() -> None:
     compare(quantized_kl(stored.values), [randn(3, 10, seed=1, grad=True), stored.scale, stored.offset])
 
 
-@pytest.mark.parametrize("examples", [10, long(40)])
+@pytest.mark.parametrize("examples", [4, long(40)])
 def test_any_inputs(examples: int) -> None:
     drawn(compare_any, examples)
 

@@ -51,7 +51,7 @@ def test_soft_labels_that_do_not_sum_to_one(classes: int) -> None:
     compare(objective, inputs)
 
 
-@pytest.mark.parametrize("rows", [COUNTED_IN_KERNEL, COUNTED_IN_KERNEL + 1])
+@pytest.mark.parametrize("rows", [long(COUNTED_IN_KERNEL), long(COUNTED_IN_KERNEL + 1)])
 def test_count_of_labelled_rows(rows: int) -> None:
     student, teacher, labels = labelled_logits(rows, 3)
     labels[::7] = -100

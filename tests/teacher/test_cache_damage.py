@@ -208,7 +208,8 @@ def test_malformed_manifests_raise_errors_that_name_them(tmp_path: Path) -> None
     assert tried > 100 and refused > 0.9 * tried
 
 
-@pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.long)], ids=["anew", "over a begun one"])
+@pytest.mark.parametrize("begun", [False, True], ids=["anew", "over a begun one"])
+@pytest.mark.long
 def test_a_build_killed_at_any_operation_resumes(tmp_path: Path, begun: bool) -> None:
     """What is there never shows a wrong value, and the same build again completes it and leaves nothing beside."""
     path, kills = tmp_path / "cache", 0

@@ -76,6 +76,7 @@ def test_each_teacher_of_a_comparison_compiles_once(compilations: list[int], ima
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_compiled_teacher_matches_the_eager_one(images: Tensor) -> None:
     plain = network()
     affine = ((0.458, 0.448, 0.45), (-0.03, -0.088, -0.188))  # in the graph too

@@ -180,7 +180,7 @@ def _picture(picture: Picture) -> str:
 def _image_address(png: bytes) -> str:
     """Return the address of a PNG, as a JPEG if that is smaller: photographs are, several times."""
     file = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         image.convert("RGB").save(file, "JPEG", quality=90)
     kind, content = min(("png", png), ("jpeg", file.getvalue()), key=lambda each: len(each[1]))
     return _data_address(kind, content)
