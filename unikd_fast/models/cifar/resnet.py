@@ -2,7 +2,7 @@
 
 Parameter names are those of the published checkpoints, which differ between the families: `downsample` and `fc` in the
 first, `shortcut` and `linear` in the second. Pooling is global, so that other image sizes work; at 32x32 it equals the
-literature's 8x8 (4x4) average.
+literature's 8x8 (4x4) average. Residuals are added in place: another tensor for each sum is 1 % of a step on a CPU.
 """
 
 from typing import ClassVar
@@ -37,8 +37,9 @@ class DownsampleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(out)) + identity)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += identity
+        return self.relu(out)
 
 
 class CifarResNet(nn.Module):
@@ -104,8 +105,9 @@ class ShortcutBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return self.relu(out)
 
 
 class ShortcutBottleneck(nn.Module):
@@ -129,7 +131,9 @@ class ShortcutBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        return self.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        out = self.bn3(self.conv3(out))
+        out += self.shortcut(x)
+        return self.relu(out)
 
 
 class CifarResNet4Stage(nn.Module):
