@@ -77,7 +77,7 @@ def region_features(
     and channel. On a CPU and small maps that is faster than `roi_align`, above all backwards, and differs by rounding.
     """
     _, channels, height, width = level.shape
-    if samples <= 0 or level.is_cuda or height * width > DENSE_PIXELS:
+    if samples <= 0 or level.device.type != "cpu" or height * width > DENSE_PIXELS:
         return roi_align(level, boxes, size, scale, samples, aligned)
     every = torch.cat(boxes)
     from_y, from_x = (  # (R, bins, pixels)
