@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="run seeds 0 to N-1 (default: 1)")
     parser.add_argument(
-        "--root", type=Path, help="folder of the data set (default: $CIFAR100_ROOT, $IMAGENET_ROOT or $COCO_ROOT)"
+        "--root", type=Path, help="folder of the data set (default: $CIFAR100_ROOT, $IMAGENET_ROOT, $COCO_ROOT or $STUDY_ROOT)"
     )
     parser.add_argument(
         "--teachers",
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
     table = TABLES[options.table]
     if options.data is not None:
-        if not table.needs_files:
+        if table.trains_teachers:
             raise ConfigError(f"--data {options.data}: {table.name} has data of its own, {table.data}; leave it out")
         table = stand_in(table)
         if table.data != options.data:
@@ -115,12 +115,6 @@ def run(options: argparse.Namespace) -> int:
     ledger = make_ledger(table, out, seeds=seeds, teachers=teachers, overrides=options.set)
     write_json(home / "ledger.json", ledger_json(ledger))
     write_file(home / "ledger.md", ledger_markdown(ledger))
-    if table.name == "defaults":
-        from unikd_fast.recipes.study_results import read_study, study_json, study_markdown
-
-        study = read_study(out, seeds)
-        write_file(home / "study.json", study_json(study))
-        write_file(home / "study.md", study_markdown(study))
     print(f"\n{overviews(ledger)}\n\nledger: {home / 'ledger.md'}, {home / 'ledger.json'}", flush=True)
     if training.signal:
         raise Interrupted(training.signal, "stopped; start it again to continue")
@@ -143,7 +137,7 @@ def _listed(prefix: str) -> list[str]:
 
 def _teachers(table: Table, given: str | None) -> "tuple[Teachers, Path | None]":
     """Return whether teachers are published or trained here, and the folder of the published ones if it is given."""
-    if not table.needs_files:
+    if table.trains_teachers:
         if given not in (None, "train"):
             raise ConfigError(f"--teachers {given}: with {table.data} teachers are trained here; leave it out")
         return "trained", None

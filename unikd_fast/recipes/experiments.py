@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unikd_fast.errors import ConfigError
 from unikd_fast.recipes.pairs import CIFAR_PAIRS, COCO_PAIRS, IMAGENET_PAIRS, TEACHER, Pair
 from unikd_fast.recipes.settings import CLASSIFIERS, METHODS
-from unikd_fast.recipes.study import STUDY_PAIR, study_experiment
+from unikd_fast.recipes.study import study_experiment
 
 if TYPE_CHECKING:
     from unikd_fast.config import Config
@@ -144,10 +144,10 @@ def experiment(method: str, pair: Pair, seed: int = 0) -> dict[str, Any]:
     """Return the raw configuration of a method with a pair of networks.
 
     Args:
-        method: name in `METHODS`, or in `STUDY` for its pair; TEACHER trains the pair's teacher alone.
-        seed: seed of the images, if the data set is generated.
+        method: name in `METHODS`, or in `STUDY` or `TUNING` for their pairs; TEACHER trains the pair's teacher alone.
+        seed: seed of the study's training images.
     """
-    if pair == STUDY_PAIR:
+    if pair.data == "study":
         config = study_experiment(method, pair, seed)
     else:
         small = {"digits": _on_digits, "toy_scenes": _on_toy_scenes}

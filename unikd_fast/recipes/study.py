@@ -1,197 +1,286 @@
-"""The study of what UniKD's paper leaves open: its rows, and the configuration of each.
+"""The study on real images: every method after a search of its weights, and UniKD's choices one at a time.
 
-Eq. 1 to 7 are published; what trains the teacher's head, the shape of the gate, the width D and the weight alpha are
-not. `docs/defaults.md` reports the study's result, which the defaults of the configuration follow.
+Every method has three candidates, which `unikd reproduce tuning` compares on held-out images; `CHOSEN` names the best,
+and `unikd reproduce study` runs it over seeds on the test images. `docs/defaults.md` reports the result, which the
+defaults of the configuration follow.
 """
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any, NamedTuple
 
 from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.settings import Setting
 
-STUDY_PAIR = Pair("fine_grained", "cifar/resnet20", "cifar/resnet8", "", 0.05)
-"""A teacher that can tell the generated classes apart, and a student that by itself cannot."""
+STUDY_ROOT = "STUDY_ROOT"
+"""Environment variable of the folder that holds the image folders of the study."""
 
-HEADS, GATES, WIDTHS, ALPHAS = ("prefit", "anchored"), ("spatial", "channel"), (32, 64, 128), (1.0, 4.0, 10.0)
-# The baseline levels: 64 is the deepest width of both networks, which `width: auto` comes to.
-_WIDTH, _ALPHA = 64, 4.0
-
-
-class Choice(NamedTuple):
-    """One way to settle what is open."""
-
-    head: str
-    gate: str
-    width: int
-    alpha: float
-
-    @property
-    def name(self) -> str:
-        """Return the name of its row.
-
-        Example:
-            >>> Choice("prefit", "spatial", 64, 4.0).name
-            'unikd_prefit_spatial_64_4'
-        """
-        return f"unikd_{self.head}_{self.gate}_{self.width}_{self.alpha:g}"
-
-    @property
-    def title(self) -> str:
-        return f"UniKD, {self.head} head, {self.gate} gate, D = {self.width}, alpha = {self.alpha:g}"
+CIFAR10 = Pair("study", "cifar/resnet20", "cifar/resnet8", "", 0.05, "CIFAR-10, JPEG re-encoded")
+STUDY_PAIRS = (CIFAR10,)
+"""Networks that two cores train in a minute, and the images of each in the remark."""
 
 
-MIDDLE = Choice("prefit", "spatial", _WIDTH, _ALPHA)
-"""The combination that the single changes start from."""
+class Images(NamedTuple):
+    """The images of a pair.
 
-CHOICES = (
-    *(Choice(head, gate, _WIDTH, alpha) for head, gate, alpha in product(HEADS, GATES, ALPHAS)),
-    *(MIDDLE._replace(head=head, width=width) for head, width in product(HEADS, WIDTHS) if width != _WIDTH),
-)
-"""All combinations of head, gate and alpha; and of head and width, with the gate and the alpha of the middle."""
+    Args:
+        folder: folder below the study's root, with train/<class>/<image>, and val/<class>/<image> for the test.
+        size: their side in pixels.
+        held_out: training images that the teacher and the students of the search do not see, for validation.
+        student_samples: training images of a student, others for every seed.
+        teacher_epochs, student_epochs: lengths of the runs.
+    """
 
-# Beside the combinations: the head that is not recommended, and larger weights.
-_FURTHER = (
-    *(Choice("literal", "spatial", _WIDTH, alpha) for alpha in ALPHAS),
-    MIDDLE._replace(alpha=30.0),
-    MIDDLE._replace(head="anchored", alpha=30.0),
-)
+    folder: str
+    size: int
+    held_out: int
+    student_samples: int
+    teacher_epochs: int
+    student_epochs: int
 
 
-class Change(NamedTuple):
-    """A row that differs from another in one thing."""
+IMAGES = {CIFAR10.name: Images("cifar10", 32, 5000, 5000, 8, 12)}
+"""By the names of pairs."""
 
-    base: str
+_TUNING_DATA_SEED = 1000  # the search is on other images than any seed of the study
+_HEAD_STEPS = 400  # of UniKD's head; the default is the student's 936
+_NEGATIVES = 1024  # of CRD, whose published 16,384 are drawn from 50,000 samples
+
+
+class Candidate(NamedTuple):
+    """One setting of a method.
+
+    Args:
+        text: what it sets, in words.
+        section: the `distill` section.
+    """
+
     text: str
-    keys: dict[str, Any]
-
-
-CHANGES: dict[str, Change] = {
-    "unikd_last_level": Change(MIDDLE.name, "FDP only (the deepest level alone)", {"fusion": "last"}),
-    "unikd_bilinear": Change(MIDDLE.name, "bilinear upsampling", {"upsample": "bilinear"}),
-    # A method is no better for a larger sum of weights: as much of the logits' loss as KD has below.
-    "unikd_beta_2": Change(MIDDLE.name, "beta = 2", {"beta": 2.0}),
-    "unikd_beta_4": Change(MIDDLE.name, "beta = 4", {"beta": 4.0}),
-    "unikd_beta_8": Change(MIDDLE.name, "beta = 8", {"beta": 8.0}),
-    "unikd_beta_16": Change(MIDDLE.name, "beta = 16", {"beta": 16.0}),
-    "unikd_beta_4_alpha_10": Change("unikd_beta_4", "alpha = 10", {"alpha": 10.0}),
-    "unikd_beta_4_last_level": Change("unikd_beta_4", "FDP only", {"fusion": "last"}),
-    "unikd_batch_norm": Change(MIDDLE.name, "batch norm after the expanders", {"norm": "batch"}),
-    "unikd_batch_norm_anchored": Change("unikd_batch_norm", "anchored head", {"teacher_head": "anchored"}),
-    "unikd_batch_norm_last_level": Change("unikd_batch_norm", "FDP only", {"fusion": "last"}),
-    "unikd_batch_norm_alpha_10": Change("unikd_batch_norm", "alpha = 10", {"alpha": 10.0}),
-    "unikd_batch_norm_beta_4": Change("unikd_batch_norm", "beta = 4", {"beta": 4.0}),
-    "unikd_batch_norm_beta_8": Change("unikd_batch_norm", "beta = 8", {"beta": 8.0}),
-    "unikd_input_norm": Change(MIDDLE.name, "batch norm before the expanders", {"norm": "input"}),
-    "unikd_input_norm_anchored": Change("unikd_input_norm", "anchored head", {"teacher_head": "anchored"}),
-    "unikd_input_norm_channel": Change("unikd_input_norm", "channel gate", {"gate": "channel"}),
-    "unikd_input_norm_last_level": Change("unikd_input_norm", "FDP only", {"fusion": "last"}),
-    "unikd_input_norm_alpha_1": Change("unikd_input_norm", "alpha = 1", {"alpha": 1.0}),
-    "unikd_input_norm_alpha_10": Change("unikd_input_norm", "alpha = 10", {"alpha": 10.0}),
-    "unikd_input_norm_beta_4": Change("unikd_input_norm", "beta = 4", {"beta": 4.0}),
-}
-"""Single changes by the names of their rows, each after the row that it changes."""
-
-
-def _unikd(choice: Choice) -> dict[str, Any]:
-    section = {"temperature": 4.0, "alpha": choice.alpha, "teacher_head": choice.head}
-    return {"method": "unikd", "unikd": {**section, "gate": choice.gate, "width": choice.width, "norm": None}}
-
-
-def _changed(row: str) -> dict[str, Any]:
-    if row not in CHANGES:
-        return _unikd(MIDDLE)
-    return {"method": "unikd", "unikd": {**_changed(CHANGES[row].base)["unikd"], **CHANGES[row].keys}}
-
-
-def _title(row: str) -> str:
-    if row not in CHANGES:
-        return "UniKD"
-    return f"{_title(CHANGES[row].base)}, {CHANGES[row].text}"
+    section: dict[str, Any]
 
 
 def _kd(ce_weight: float, beta: float) -> dict[str, Any]:
     return {"method": "kd", "kd": {"ce_weight": ce_weight, "beta": beta, "temperature": 4.0}}
 
 
-def _dkd(alpha: float, beta: float) -> dict[str, Any]:
-    return {"method": "dkd", "dkd": {"alpha": alpha, "beta": beta, "temperature": 4.0}}
+def _dkd_section(alpha: float, beta: float, temperature: float = 4.0, *, standardized: bool = False) -> dict[str, Any]:
+    section: dict[str, Any] = {"alpha": alpha, "beta": beta, "temperature": temperature}
+    return {**section, "standardized": True} if standardized else section
 
 
-def _always(section: dict[str, Any]) -> Callable[[Pair], dict[str, Any]]:
-    return lambda pair: section
+def _standardized(weight: float) -> dict[str, Any]:
+    section = {"ce_weight": 1.0, "beta": weight, "temperature": 2.0, "standardized": True}
+    return {"method": "kd", "kd": section}
 
+
+def _mlkd(weight: float) -> dict[str, Any]:
+    return {"method": "mlkd", "mlkd": {"weight": weight}}
+
+
+def _reviewkd(weight: float) -> dict[str, Any]:
+    return {"method": "reviewkd", "reviewkd": {"weight": weight}}
+
+
+def _crd(weight: float) -> dict[str, Any]:
+    return {"method": "crd", "crd": {"weight": weight, "negatives": _NEGATIVES}}
+
+
+def _wkd(share: float) -> dict[str, Any]:
+    return {"method": "wkd", "wkd": {"logit_weight": 200.0 * share, "feature_weight": 0.08 * share}}
+
+
+def _unikd(alpha: float, beta: float) -> dict[str, Any]:
+    section = {"alpha": alpha, "beta": beta, "temperature": 4.0, "head_steps": _HEAD_STEPS}
+    return {"method": "unikd", "unikd": section}
+
+
+def _unikd_dev(alpha: float, beta: float) -> dict[str, Any]:
+    return {
+        "method": ["unikd_dev", "dkd"],
+        "unikd_dev": {"temperature": 1.0},
+        "dkd": _dkd_section(alpha, beta),
+    }
+
+
+def _blockwise(weight: float) -> dict[str, Any]:
+    return {"method": "blockwise", "blockwise": {"distill_weight": weight, "cross_weight": weight}}
+
+
+_DKD = ((1.0, 2.0), (1.0, 8.0), (4.0, 8.0))
+
+CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
+    "kd": (
+        "KD",
+        (
+            Candidate("0.1 CE + 0.9 KD", _kd(0.1, 0.9)),
+            Candidate("CE + 2 KD", _kd(1.0, 2.0)),
+            Candidate("CE + 8 KD", _kd(1.0, 8.0)),
+        ),
+    ),
+    "dkd": (
+        "DKD",
+        tuple(Candidate(f"alpha {a:g}, beta {b:g}", {"method": "dkd", "dkd": _dkd_section(a, b)}) for a, b in _DKD),
+    ),
+    "standardized": (
+        "logit standardisation",
+        tuple(Candidate(f"CE + {weight:g} KD", _standardized(weight)) for weight in (1.0, 3.0, 9.0)),
+    ),
+    "mlkd": ("MLKD", tuple(Candidate(f"weight {weight:g}", _mlkd(weight)) for weight in (0.1, 0.3, 0.9))),
+    "reviewkd": ("ReviewKD", tuple(Candidate(f"weight {weight:g}", _reviewkd(weight)) for weight in (0.6, 2.0, 6.0))),
+    "crd": ("CRD", tuple(Candidate(f"weight {weight:g}", _crd(weight)) for weight in (0.2, 0.8, 2.0))),
+    "wkd": ("WKD", tuple(Candidate(f"{share:g} of the published weights", _wkd(share)) for share in (0.05, 0.2, 1.0))),
+    "unikd": (
+        "UniKD",
+        tuple(
+            Candidate(f"alpha {alpha:g}, beta {beta:g}", _unikd(alpha, beta))
+            for alpha, beta in ((4.0, 1.0), (10.0, 1.0), (4.0, 4.0))
+        ),
+    ),
+    "unikd_dev": (
+        "UniKD, development code, with DKD",
+        tuple(Candidate(f"DKD's alpha {a:g}, beta {b:g}", _unikd_dev(a, b)) for a, b in _DKD),
+    ),
+    "blockwise": (
+        "block-wise logit distillation",
+        tuple(Candidate(f"weight {weight:g}", _blockwise(weight)) for weight in (0.3, 1.0, 3.0)),
+    ),
+}
+"""Title and candidates of every method: the same number of each, around its published setting."""
+
+CHOSEN: dict[str, dict[str, int]] = {CIFAR10.name: dict.fromkeys(CANDIDATES, 0)}
+"""Which candidate was best in the search, by pair and method, counted from 0; `docs/study.json` has the figures."""
+
+
+class Change(NamedTuple):
+    """UniKD as chosen, with one thing changed.
+
+    Args:
+        choice: what is chosen.
+        text: how it is settled here.
+        keys: settings of `distill.unikd`.
+        distill: further settings of `distill`.
+        cache: settings of `teacher.cache`.
+    """
+
+    choice: str
+    text: str
+    keys: dict[str, Any] = {}
+    distill: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
+
+
+_STORED = {"mode": "read_write", "recheck": 0.0}
+
+CHANGES: dict[str, Change] = {
+    "unikd_two_levels": Change("levels", "without the finest", distill={"max_levels": 2}),
+    "unikd_last_level": Change("levels", "the deepest alone", {"fusion": "last"}),
+    "unikd_channel_gate": Change("gate", "a map for every channel", {"gate": "channel"}),
+    "unikd_no_norm": Change("norm", "none", {"norm": None}),
+    "unikd_batch_norm": Change("norm", "after the expanders", {"norm": "batch"}),
+    "unikd_direct": Change("FDP", "direct", {"fdp": "direct"}),
+    "unikd_anchored": Change("teacher's head", "anchored", {"teacher_head": "anchored"}),
+    "unikd_alpha_1": Change("alpha", "1", {"alpha": 1.0}),
+    "unikd_alpha_2": Change("alpha", "2", {"alpha": 2.0}),
+    "unikd_views_1": Change("views", "1", cache={**_STORED, "views": 1}),
+    "unikd_views_5": Change("views", "5", cache={**_STORED, "views": 5}),
+    "unikd_views_all": Change("views", "one an epoch", cache=_STORED),
+}
+"""By the names of their rows."""
+
+
+def candidate_row(method: str, number: int) -> str:
+    """Return the row of a candidate in the search.
+
+    Example:
+        >>> candidate_row("kd", 0)
+        'kd_1'
+    """
+    return f"{method}_{number + 1}"
+
+
+def chosen_row(method: str) -> str:
+    """Return the row of a method as chosen by the search.
+
+    Example:
+        >>> chosen_row("kd")
+        'tuned_kd'
+    """
+    return f"tuned_{method}"
+
+
+def _candidate(method: str, number: int) -> Callable[[Pair], dict[str, Any]]:
+    return lambda pair: CANDIDATES[method][1][number].section
+
+
+def _chosen(method: str) -> Callable[[Pair], dict[str, Any]]:
+    return lambda pair: CANDIDATES[method][1][CHOSEN[pair.name][method]].section
+
+
+def _changed(change: Change) -> Callable[[Pair], dict[str, Any]]:
+    def distill(pair: Pair) -> dict[str, Any]:
+        section = _chosen("unikd")(pair)
+        return {**section, **change.distill, "unikd": {**section["unikd"], **change.keys}}
+
+    return distill
+
+
+TUNING: dict[str, Setting] = {
+    candidate_row(method, number): Setting(f"{title}, {candidate.text}", _candidate(method, number))
+    for method, (title, candidates) in CANDIDATES.items()
+    for number, candidate in enumerate(candidates)
+}
+"""The rows of the search."""
 
 STUDY: dict[str, Setting] = {
-    "none": Setting("student alone", _always({"method": "none"})),
-    "kd_1_1": Setting("CE + KD (UniKD without FDP and AFF)", _always(_kd(1.0, 1.0))),
-    "kd_1_2": Setting("CE + 2 KD", _always(_kd(1.0, 2.0))),
-    "kd_1_4": Setting("CE + 4 KD", _always(_kd(1.0, 4.0))),
-    "kd_1_8": Setting("CE + 8 KD", _always(_kd(1.0, 8.0))),
-    "kd_1_16": Setting("CE + 16 KD", _always(_kd(1.0, 16.0))),
-    "kd_published": Setting("0.1 CE + 0.9 KD, as published", _always(_kd(0.1, 0.9))),
-    "dkd_2": Setting("DKD, alpha 1, beta 2", _always(_dkd(1.0, 2.0))),
-    "dkd_8": Setting("DKD, alpha 1, beta 8", _always(_dkd(1.0, 8.0))),
-    "dkd_4_8": Setting("DKD, alpha 4, beta 8", _always(_dkd(4.0, 8.0))),
-    **{each.name: Setting(each.title, _always(_unikd(each))) for each in (*CHOICES, *_FURTHER)},
-    **{row: Setting(_title(row), _always(_changed(row))) for row in CHANGES},
+    "none": Setting("student alone", lambda pair: {"method": "none"}),
+    **{chosen_row(method): Setting(f"{title}, tuned", _chosen(method)) for method, (title, _) in CANDIDATES.items()},
+    **{
+        row: Setting(f"UniKD, tuned; {change.choice}: {change.text}", _changed(change))
+        for row, change in CHANGES.items()
+    },
 }
-"""Rows by their names: the baselines, each over a range of its own weight as UniKD is over alpha; then UniKD."""
-
-SAME_LOGIT_LOSS = {
-    MIDDLE.name: "kd_1_1",
-    **{f"unikd_beta_{beta}": f"kd_1_{beta}" for beta in (2, 4, 8, 16)},
-    "unikd_last_level": "kd_1_1",
-    "unikd_batch_norm": "kd_1_1",
-    "unikd_batch_norm_last_level": "kd_1_1",
-    "unikd_batch_norm_beta_4": "kd_1_4",
-    "unikd_batch_norm_beta_8": "kd_1_8",
-    "unikd_input_norm": "kd_1_1",
-    "unikd_input_norm_last_level": "kd_1_1",
-    "unikd_input_norm_beta_4": "kd_1_4",
-    "unikd_beta_4_alpha_10": "kd_1_4",
-    "unikd_beta_4_last_level": "kd_1_4",
-}
-"""Rows of UniKD, and the rows that are the same without the features: Eq. 7 with alpha = 0."""
-
-_CLASSES = 50
-_TRAIN_SAMPLES = 3000
-_SAMPLES = 9000  # generated; a third of them is the test split
-_EPOCHS = 10
-_TEACHER_EPOCHS = 20
+"""The rows of the study: every method as chosen, then UniKD's choices."""
 
 
 def study_experiment(row: str, pair: Pair, seed: int) -> dict[str, Any]:
     """Return the raw configuration of a row, without the weights of its teacher.
 
-    Every seed generates images of its own; its teacher and all its students train on the same 3000 of them.
+    One teacher serves all students; every seed draws training images of its own for them.
     """
-    section = {"method": "none"} if row == TEACHER else STUDY[row].distill(pair)
-    epochs = _TEACHER_EPOCHS if row == TEACHER else _EPOCHS
+    images = IMAGES[pair.name]
+    is_tuning, is_teacher = row in TUNING, row == TEACHER
+    epochs = images.teacher_epochs if is_teacher else images.student_epochs
+    root = f"${{{STUDY_ROOT}}}/{images.folder}"
+    data: dict[str, Any] = {
+        "name": "image_folder",
+        "root": f"{root}/train" if is_tuning or is_teacher else root,
+        "image_size": images.size,
+        "loader": "torchvision",
+        "workers": 1,
+        "augmentation": {"crop": "pad", "padding": images.size // 8},
+    }
+    if is_tuning or is_teacher:
+        data["val_samples"] = images.held_out
+    if not is_teacher:
+        data |= {"train_samples": images.student_samples, "seed": seed + (_TUNING_DATA_SEED if is_tuning else 0)}
+    section = {"method": "none"} if is_teacher else {**STUDY, **TUNING}[row].distill(pair)
     config: dict[str, Any] = {
         "run": {"log_every_steps": 100, "evaluate_every_epochs": epochs, "probe": False},
-        "data": {
-            "name": "fine_grained",
-            "image_size": 16,
-            "num_classes": _CLASSES,
-            "synthetic_samples": _SAMPLES,
-            "train_samples": _TRAIN_SAMPLES,
-            "seed": seed,
-            "augmentation": {"crop": "pad", "padding": 1},
-        },
-        "student": {"model": pair.teacher if row == TEACHER else pair.student},
+        "data": data,
+        "student": {"model": pair.teacher if is_teacher else pair.student},
         "distill": section,
         "train": {
             "total_epochs": epochs,
-            "global_batch_size": 50,
+            "global_batch_size": 64,
             "optimizer": "sgd",
             "learning_rate": pair.learning_rate,
             "weight_decay": 0.0005,
             "schedule": "cosine",
+            "channels_last": True,
         },
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     if section["method"] != "none":
-        config["teacher"] = {"model": pair.teacher, "precision": "fp32", "fold_batch_norm": False}
+        config["teacher"] = {"model": pair.teacher, "precision": "fp32"}
+        cache = CHANGES[row].cache if row in CHANGES else {}
+        config["teacher"] |= {"cache": cache} if cache else {}
     return config

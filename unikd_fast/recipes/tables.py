@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from unikd_fast.recipes.pairs import CIFAR_PAIRS, COCO_PAIRS, IMAGENET_PAIRS, TEACHER, Pair
 from unikd_fast.recipes.settings import CLASSIFIERS, METHODS, Setting
-from unikd_fast.recipes.study import STUDY, STUDY_PAIR
+from unikd_fast.recipes.study import STUDY, STUDY_PAIRS, TUNING
 from unikd_fast.report.printed import Metric
 
 # Methods whose row has another name in report.printed.
@@ -33,7 +33,7 @@ class Table(NamedTuple):
         name: name on the command line.
         title: what it is about.
         number: number of the UniKD paper's table. If None, it is not of that paper.
-        methods: rows, names in `METHODS` or `STUDY`.
+        methods: rows, names in `METHODS`, `STUDY` or `TUNING`.
         pairs: columns.
         is_mean: whether its only column is the mean over the pairs.
         metrics: what it prints.
@@ -57,7 +57,12 @@ class Table(NamedTuple):
     @property
     def needs_files(self) -> bool:
         """Whether the user has to provide its data, which are neither generated nor installed with a package."""
-        return self.data not in ("digits", "fine_grained", "toy_scenes")
+        return self.data not in ("digits", "toy_scenes")
+
+    @property
+    def trains_teachers(self) -> bool:
+        """Whether its teachers are always trained here."""
+        return self.data in ("digits", "study", "toy_scenes")
 
     @property
     def heading(self) -> str:
@@ -102,9 +107,9 @@ class Cell(NamedTuple):
     def teacher(self) -> "Cell":
         """Return the run of its teacher, if that is trained here.
 
-        As in the literature, one teacher serves all seeds of all students, unless every seed has data of its own.
+        As in the literature, one teacher serves all seeds of all students.
         """
-        return Cell(TEACHER, self.pair, self.seed if self.pair == STUDY_PAIR else 0)
+        return Cell(TEACHER, self.pair, 0)
 
     def folder(self, out: Path) -> Path:
         """Return the folder of its run."""
@@ -177,7 +182,8 @@ TABLES: dict[str, Table] = {
             metrics=("top1", "top5"),
         ),
         Table("methods", "CIFAR-100, every method", None, _EVERY_METHOD, CIFAR_PAIRS),
-        Table("defaults", "what the paper leaves open, on generated classes", None, tuple(STUDY), (STUDY_PAIR,)),
+        Table("tuning", "the search of every method's weights, on held-out images", None, tuple(TUNING), STUDY_PAIRS),
+        Table("study", "every method as chosen, and UniKD's choices, on real images", None, tuple(STUDY), STUDY_PAIRS),
     )
 }
 """By their names on the command line."""
@@ -220,7 +226,7 @@ def printed_row(method: str) -> str:
 
 def setting(method: str) -> Setting:
     """Return the setting of a row, of the papers' tables or of the study."""
-    return METHODS[method] if method in METHODS else STUDY[method]
+    return {**TUNING, **STUDY, **METHODS}[method]
 
 
 def left_out(table: Table) -> list[str]:
