@@ -15,7 +15,7 @@ def make_folders(root: Path, *parts: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic", "fine_grained"])
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_data_sets_without_files_need_no_root(name: str) -> None:
     assert check_root(name, None) is None
     assert check_root(name, "/nowhere") is None

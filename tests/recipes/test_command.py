@@ -272,8 +272,11 @@ def test_arguments_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "only resnet20-resnet8, wrn_16_2-resnet8" in refused(capsys, "table6", *out, "--pairs", "vgg13-vgg8")
     assert "with digits teachers are trained here" in refused(capsys, "table6", *out, "--teachers", "/x")
     assert "digits needs no files" in refused(capsys, "table6", *out, "--root", "/x")
-    assert "defaults has data of its own, fine_grained" in refused(capsys, "defaults", *out)
-    assert "fine_grained needs no files" in refused(capsys, "defaults", *out[2:], "--root", "/x")
+    assert "study has data of its own" in refused(capsys, "study", *out)
+    assert "with study teachers are trained here" in refused(capsys, "study", *out[2:], "--teachers", "/x")
+    said = refused(capsys, "study", *out[2:], "--root", tmp_path)
+    assert f"the root of data set image_folder, {tmp_path}/cifar10/train, is missing" in said
+    assert "CIFAR-10 as JPEG files is at" in said
     assert "torchvision's" in refused(capsys, "table3", "--out", tmp_path, "--teachers", "/x")
     assert "the table decides run.dir; see --out" in refused(capsys, "table6", *out, "--set", "run.dir=/x")
     assert "train.nonsense" in refused(capsys, "table6", *out, "--set", "train.nonsense=1")
@@ -299,13 +302,15 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_study_writes_its_own_page_too(runs: Path, tmp_path: Path) -> None:
-    arguments = ("defaults", "--out", str(tmp_path), "--jobs", "4", "--seeds", "2", "--methods", "none,kd_1_1,dkd_2")
-    assert main(["reproduce", *arguments]) == 0
-    assert len(noted(runs)) == 2 + 6
-    page = (tmp_path / "fine_grained" / "defaults" / "study.md").read_text()
+    for part in ("train", "val"):
+        (tmp_path / "images" / "cifar10" / part).mkdir(parents=True)
+    given = ("--root", str(tmp_path / "images"), "--out", str(tmp_path), "--jobs", "4", "--seeds", "2")
+    assert main(["reproduce", "study", *given, "--methods", "none,tuned_kd,tuned_dkd"]) == 0
+    assert len(noted(runs)) == 1 + 6
+    page = (tmp_path / "study" / "study" / "study.md").read_text()
     assert "| student alone" in page
-    study = json.loads((tmp_path / "fine_grained" / "defaults" / "study.json").read_text())
-    assert study["accuracies"]["dkd_2"] == {"0": 90.0, "1": 91.0}
+    study = json.loads((tmp_path / "study" / "study" / "study.json").read_text())
+    assert study["accuracies"]["resnet20-resnet8"]["tuned_dkd"] == {"0": 90.0, "1": 91.0}
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -1,122 +1,113 @@
-"""The study of the defaults: its rows, its cells, and its figures by hand."""
+"""The study: its rows, its cells, and its figures by hand."""
 
 import math
-from itertools import product
 from pathlib import Path
 
 import pytest
 
 from support.report_runs import ENVIRONMENT, write_json, write_result
-from unikd_fast.config import parse_config
-from unikd_fast.recipes.ledger import make_ledger
-from unikd_fast.recipes.pairs import TEACHER
+from unikd_fast.config import Config, parse_config
+from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.runs import plan_runs
 from unikd_fast.recipes.settings import METHODS
 from unikd_fast.recipes.study import (
-    ALPHAS,
+    CANDIDATES,
     CHANGES,
-    CHOICES,
-    GATES,
-    HEADS,
-    MIDDLE,
-    SAME_LOGIT_LOSS,
+    CHOSEN,
+    CIFAR10,
+    IMAGES,
     STUDY,
-    STUDY_PAIR,
-    WIDTHS,
+    STUDY_PAIRS,
+    TUNING,
+    as_chosen,
+    candidate_row,
+    chosen_row,
     study_experiment,
 )
 from unikd_fast.recipes.study_results import (
-    Accuracies,
+    Study,
+    best_candidate,
+    cheapest_equal,
+    choices,
     difference,
-    effect,
-    effects,
     interval,
     interval_text,
+    merged,
     parse_study,
     read_study,
-    strongest_baseline,
     study_json,
     study_markdown,
 )
 from unikd_fast.recipes.tables import TABLES, Cell, student_cells, teacher_cells
 
-TABLE = TABLES["defaults"]
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "docs" / "study.json"
 
 
 def finish(out: Path, row: str, seed: int, accuracy: float) -> None:
-    folder = Cell(row, STUDY_PAIR, seed).folder(out)
+    folder = Cell(row, CIFAR10, seed).folder(out)
     write_result(folder, "student", seed=seed, best=accuracy + 1, last=accuracy)
     write_json(folder / "environment.json", ENVIRONMENT | {"gpus": [], "cpu": "a processor", "commit": "abc"})
 
 
-def test_every_combination_is_a_row() -> None:
-    combinations = set(product(HEADS, GATES, (64,), ALPHAS)) | set(product(HEADS, ("spatial",), WIDTHS, (4.0,)))
-    assert set(CHOICES) == combinations
-    assert len(CHOICES) == 16
-    assert MIDDLE in CHOICES
-    assert {choice.name for choice in CHOICES} <= STUDY.keys()
-    assert len({setting.title for setting in STUDY.values()}) == len(STUDY)
+def test_every_method_has_the_same_number_of_candidates() -> None:
+    assert {len(candidates) for _, candidates in CANDIDATES.values()} == {3}
+    assert len(TUNING) == 3 * len(CANDIDATES)
+    titles = [setting.title for setting in (*STUDY.values(), *TUNING.values())]
+    assert len(set(titles)) == len(titles)
     # A name means one thing in all tables.
     assert STUDY.keys() & METHODS.keys() == {"none"}
+    assert not TUNING.keys() & (METHODS.keys() | STUDY.keys())
 
 
-@pytest.mark.parametrize("row", [TEACHER, *STUDY])
-def test_a_row_is_what_it_says(row: str) -> None:
-    raw = study_experiment(row, STUDY_PAIR, 3)
-    config = parse_config(raw, ["teacher.weights=random"] if "teacher" in raw else [], name="x", source="x")
-    assert (config.data.name, config.data.seed, config.data.train_samples) == ("fine_grained", 3, 3000)
+@pytest.mark.parametrize("pair", STUDY_PAIRS)
+@pytest.mark.parametrize("row", [TEACHER, *TUNING, *STUDY])
+def test_a_row_is_what_it_says(row: str, pair: Pair) -> None:
+    images = IMAGES[pair.name]
+    config = as_config(row, 3, pair)
+    is_search, is_teacher = row in TUNING, row == TEACHER
     assert (config.teacher is None) == (row in (TEACHER, "none"))
-    assert config.student.model == ("cifar/resnet20" if row == TEACHER else "cifar/resnet8")
-    distill = config.distill
-    for choice in CHOICES:
-        if choice.name == row:
-            own = distill.unikd
-            found = (own.teacher_head, own.gate, own.width, own.alpha)
-            assert found == tuple(choice)
-    if row.startswith("unikd"):
-        assert distill.method == "unikd"
-        assert distill.unikd.temperature == 4.0
+    assert config.student.model == (pair.teacher if is_teacher else pair.student)
+    # Neither the teacher nor the search sees the images that decide: those held out, and those of the test.
+    assert config.data.val_samples == (images.held_out if is_search or is_teacher else 0)
+    assert config.data.root.endswith("/train") == (is_search or is_teacher)
+    assert config.data.train_samples == (None if is_teacher else images.student_samples)
+    assert config.train.total_epochs == (images.teacher_epochs if is_teacher else images.student_epochs)
+    if not is_teacher:
+        assert config.data.seed == (1003 if is_search else 3)
 
 
-def test_changes_are_one_each() -> None:
+def as_config(row: str, seed: int = 0, pair: Pair = CIFAR10) -> Config:
+    raw = study_experiment(row, pair, seed)
+    return parse_config(raw, ["teacher.weights=random"] if "teacher" in raw else [], name="x", source="x")
+
+
+def test_a_change_changes_one_thing() -> None:
+    base = as_config(chosen_row("unikd")).model_dump(mode="json")
     for row, change in CHANGES.items():
-        base, changed = (STUDY[each].distill(STUDY_PAIR) for each in (change.base, row))
-        base, changed = base["unikd"], changed["unikd"]
-        (key,) = (name for name in base.keys() | changed.keys() if base.get(name) != changed.get(name))
-        assert change.keys == {key: changed[key]}
-    assert STUDY["unikd_beta_4_alpha_10"].distill(STUDY_PAIR)["unikd"] == {
-        **STUDY[MIDDLE.name].distill(STUDY_PAIR)["unikd"],
-        "beta": 4.0,
-        "alpha": 10.0,
-    }
-    assert STUDY["unikd_input_norm_beta_4"].title == "UniKD, batch norm before the expanders, beta = 4"
+        changed = as_config(row).model_dump(mode="json")
+        kinds = {
+            "keys": base["distill"]["unikd"] != changed["distill"]["unikd"],
+            "distill": base["distill"] | {"unikd": 0} != changed["distill"] | {"unikd": 0},
+            "cache": base["teacher"] != changed["teacher"],
+        }
+        assert [kind for kind, is_other in kinds.items() if is_other] == [
+            kind for kind in kinds if getattr(change, kind)
+        ], row
+        own, other = base["distill"]["unikd"], changed["distill"]["unikd"]
+        assert {key: other[key] for key in own if own[key] != other[key]} == change.keys
+    assert as_chosen(CIFAR10, "alpha") == f"{base['distill']['unikd']['alpha']:g}"
 
 
-def test_rows_without_features_have_the_same_logit_loss() -> None:
-    for row, without in SAME_LOGIT_LOSS.items():
-        ours, theirs = (STUDY[each].distill(STUDY_PAIR) for each in (row, without))
-        assert (ours["method"], theirs["method"], theirs["kd"]["ce_weight"]) == ("unikd", "kd", 1.0)
-        assert ours["unikd"].get("beta", 1.0) == theirs["kd"]["beta"]
-        assert ours["unikd"]["temperature"] == theirs["kd"]["temperature"]
-
-
-def test_every_seed_has_images_and_a_teacher_of_its_own(tmp_path: Path) -> None:
-    cells = student_cells(TABLE, range(2), ["none", "kd_1_1"])
+def test_one_teacher_serves_all_seeds(tmp_path: Path) -> None:
+    cells = student_cells(TABLES["study"], range(2), ["none", "tuned_kd"])
     teachers = teacher_cells(cells)
-    assert [cell.name for cell in teachers] == [f"fine_grained/teacher/resnet20/seed-{seed}" for seed in (0, 1)]
-    runs = plan_runs([*teachers, *cells], tmp_path, teachers="trained")
-    assert [run.config.data.seed for run in runs] == [0, 1, 0, 0, 1, 1]
-    weights = [run.config.teacher.weights for run in runs if run.config.teacher is not None]
-    assert weights == [f"${{UNIKD_TRAINED_TEACHERS}}/resnet20/seed-{seed}/student.safetensors" for seed in (0, 1)]
-
-
-def test_the_ledger_has_all_teachers(tmp_path: Path) -> None:
-    for seed, accuracy in enumerate((80.0, 84.0)):
-        finish(tmp_path, TEACHER, seed, accuracy)
-    ledger = make_ledger(TABLE, tmp_path, seeds=range(3), teachers="trained")
-    teacher = ledger.entries[0]
-    assert teacher.figures.last is not None
-    assert (teacher.method, teacher.figures.last.mean, *teacher.figures[3:]) == (TEACHER, 82.0, (0, 1), (2,))
+    assert [cell.name for cell in teachers] == ["study/teacher/resnet20/seed-0"]
+    runs = plan_runs([*teachers, *cells], tmp_path, teachers="trained", root=Path("/images"))
+    assert [run.config.data.root for run in runs] == ["/images/cifar10/train", *["/images/cifar10"] * 4]
+    assert [run.config.data.seed for run in runs] == [0, 0, 0, 1, 1]
+    weights = {run.config.teacher.weights for run in runs if run.config.teacher is not None}
+    assert weights == {"${UNIKD_TRAINED_TEACHERS}/resnet20/seed-0/student.safetensors"}
 
 
 def test_an_interval_by_hand() -> None:
@@ -131,102 +122,88 @@ def test_an_interval_by_hand() -> None:
 
 
 def test_differences_are_taken_within_a_seed() -> None:
-    accuracies = {"kd_1_1": {0: 70.0, 1: 60.0, 2: 1.0}, "dkd_2": {0: 71.0, 1: 62.0}}
-    found = difference(accuracies, "dkd_2", "kd_1_1")
+    accuracies = {"tuned_kd": {0: 70.0, 1: 60.0, 2: 1.0}, "tuned_dkd": {0: 71.0, 1: 62.0}}
+    found = difference(accuracies, "tuned_dkd", "tuned_kd")
     assert found is not None
     assert (found.mean, found.seeds) == (1.5, 2)
     assert found.half_width == pytest.approx(12.706 * math.sqrt(0.5 / 2), rel=1e-4)
-    assert difference(accuracies, "dkd_2", "none") is None
+    assert difference(accuracies, "tuned_dkd", "none") is None
 
 
-def additive(seeds: int) -> Accuracies:
-    """Accuracies in which every level has a worth of its own, the anchored head one more at alpha 10, and seeds a level
-    of theirs."""
-    worth: dict[object, float] = {"prefit": 0.5, "channel": -0.25, 128: 0.125, 1.0: -1.0, 10.0: 0.0}
-    return {
-        choice.name: {
-            seed: 80.0 + seed + sum(worth.get(level, 0.0) for level in choice) + (choice[::3] == ("anchored", 10.0))
-            for seed in range(seeds)
-        }
-        for choice in CHOICES
-    }
+def test_the_best_candidate_waits_for_all() -> None:
+    accuracies = {"kd_1": {0: 60.0}, "kd_2": {0: 62.0, 1: 60.0}, "kd_3": {0: 61.0}}
+    assert best_candidate(accuracies, "kd") == 1  # the first of two that are equal
+    assert best_candidate({**accuracies, "kd_3": {0: 61.5}}, "kd") == 2
+    del accuracies["kd_1"]
+    assert best_candidate(accuracies, "kd") is None
 
 
-def test_what_a_level_is_worth() -> None:
-    accuracies = additive(3)
-
-    def mean(factor: str, level: object, against: object, **among: object) -> float:
-        found = effect(accuracies, factor, level, against, among)
-        assert found is not None
-        assert (found.interval.seeds, round(found.interval.half_width, 9)) == (3, 0.0)
-        return found.interval.mean
-
-    assert mean("gate", "channel", "spatial") == -0.25
-    assert mean("width", 128, 64) == 0.125
-    assert mean("alpha", 1.0, 4.0) == -1.0
-    assert mean("head", "anchored", "prefit") == pytest.approx(-0.5 + 2 / 8)
-    assert mean("head", "anchored", "prefit", alpha=10.0) == 0.5
-    assert mean("alpha", 10.0, 4.0, head="prefit") == 0.0
-    assert mean("alpha", 10.0, 4.0) == 0.5
-    with pytest.raises(ValueError, match="no combinations differ by alpha 30"):
-        effect(accuracies, "alpha", 30.0, 4.0)
-
-
-def test_a_level_waits_for_all_its_combinations() -> None:
-    accuracies = {name: dict(of_seeds) for name, of_seeds in additive(2).items()}
-    del accuracies[MIDDLE.name][1]
-    found = effect(accuracies, "gate", "channel", "spatial")
-    assert found is not None
-    assert found.interval.seeds == 1
-    del accuracies[MIDDLE.name][0]
-    assert effect(accuracies, "gate", "channel", "spatial") is None
-    complete = {(each.factor, each.level, *each.among.values()) for each in effects(accuracies)}
-    assert complete == {
-        ("head", "anchored", 1.0),
-        ("head", "anchored", 10.0),
-        ("alpha", 1.0, "anchored"),
-        ("alpha", 10.0, "anchored"),
-    }
+def test_the_default_is_the_cheapest_of_the_best() -> None:
+    accuracies = {"a": {0: 70.0, 1: 71.0, 2: 72.0}, "b": {0: 70.2, 1: 70.7, 2: 72.0}, "c": {0: 65.0, 1: 66.1, 2: 66.9}}
+    costs = {"a": (2.0, 2.1, 2.2), "b": (1.5, 1.6, 1.7), "c": (1.0, 1.0, 1.0)}
+    assert cheapest_equal("abc", accuracies, costs) == "b"
+    assert cheapest_equal("ac", accuracies, costs) == "a"
+    assert cheapest_equal("abc", accuracies, {"a": costs["a"]}) == "a"
+    assert cheapest_equal("abc", {}, costs) is None
 
 
 def test_the_page(tmp_path: Path) -> None:
     assert study_markdown(read_study(tmp_path, range(2))) == "Nothing has run yet.\n"
-    for row, by_seed in additive(2).items():
-        for seed, accuracy in by_seed.items():
+    figures = {
+        "none": (60.0, 61.0),
+        "tuned_kd": (63.0, 65.0),
+        "tuned_unikd": (66.0, 67.0),
+        "unikd_last_level": (64.0, 67.0),
+    }
+    for row, by_seed in figures.items():
+        for seed, accuracy in enumerate(by_seed):
             finish(tmp_path, row, seed, accuracy)
-    further = {"none": (60.0, 61.0), "kd_1_1": (75.0, 76.5), "kd_1_4": (76.0, 77.0), "unikd_bilinear": (83.0, 83.0)}
-    for row, figures in further.items():
-        for seed, accuracy in enumerate(figures):
-            finish(tmp_path, row, seed, accuracy)
+    for number, accuracy in enumerate((50.0, 52.0, 51.0)):
+        finish(tmp_path, candidate_row("kd", number), 0, accuracy)
+    finish(tmp_path, TEACHER, 0, 80.0)
     study = read_study(tmp_path, range(2))
-    assert study.accuracies["none"] == {0: 60.0, 1: 61.0}  # of the last epoch
+    assert study.accuracies[CIFAR10.name]["none"] == {0: 60.0, 1: 61.0}  # of the last epoch
+    costs = {CIFAR10.name: {"tuned_unikd": [2.0, 2.25, 2.5], "unikd_last_level": [1.5, 1.75, 2.0]}}
+    study = study._replace(costs=costs)
     assert parse_study(study_json(study)) == study
-    assert strongest_baseline(study.accuracies) == "kd_1_4"
     page = study_markdown(study)
-    assert "Seeds: 0, 1; " in page
-    assert "40 runs" in page
+    assert "12 runs on a processor, by commit abc" in page
+    assert "the teacher has 80.00" in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
-    found = {row[0]: row[1:] for row in reversed(rows)}  # of the first table
-    assert rows[0][-1] == "over the best baseline, CE + 4 KD"
-    assert found["teacher"] == ["missing", "", ""]
-    assert found["CE + 4 KD"] == ["76.50 ± 0.71", "+0.75 ± 3.18", ""]
-    assert found["student alone"][0] == "60.50 ± 0.71"
-    assert found["UniKD, prefit head, spatial gate, D = 64, alpha = 4"] == [
-        "81.00 ± 0.71",
-        "+5.25 ± 3.18",
-        "+4.50 ± 0.00",
-    ]
-    assert ["gate", "channel against spatial", "all combinations", "\u22120.25 ± 0.00", "yes"] in rows
-    assert ["head", "anchored against prefit", "alpha 10", "+0.50 ± 0.00", "yes"] in rows
-    added = [MIDDLE.title, "CE + KD (UniKD without FDP and AFF)", "+5.25 ± 3.18", "yes"]
-    assert added in rows
-    assert ["UniKD, bilinear upsampling", MIDDLE.title, "+2.00 ± 6.35", "no"] in rows
-    assert sum(row[1] == "CE + 4 KD" for row in rows) == 0  # nothing has run that it would be compared with
-    assert "a processor, by commit abc" in page
+    assert ["student alone", "60.50 ± 0.71", "\u22123.50 ± 6.35", "\u22126.00 ± 0.00, told apart", ""] in rows
+    assert ["UniKD, tuned", "66.50 ± 0.71", "+2.50 ± 6.35", "", "2.25 (2.00 to 2.50)"] in rows
+    of_last = ["levels", "the deepest alone", "65.50 ± 2.12", "\u22121.00 ± 12.71", "1.75 (1.50 to 2.00)", "x"]
+    assert of_last in rows
+    assert ["levels", "all", "66.50 ± 0.71", "", "2.25 (2.00 to 2.50)", ""] in rows
+    (of_kd,) = (row for row in rows if row[0] == "KD")
+    assert [cell.rpartition(": ")[2].strip("*") for cell in of_kd[1:]] == ["50.00", "52.00", "51.00"]
 
 
-def test_the_docs_say_what_was_found() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    study = parse_study((docs / "defaults.json").read_text())
-    assert study.accuracies.keys() == {TEACHER, *STUDY}
-    assert study_markdown(study) in (docs / "defaults.md").read_text()
+def test_records_are_added_to() -> None:
+    pair = CIFAR10.name
+    first = Study({pair: {"none": {0: 1.0, 1: 2.0}}}, {pair: {"none": [1.0, 1.0, 1.0]}}, ("one",), ("a",))
+    second = Study({pair: {"none": {1: 3.0}, "tuned_kd": {0: 4.0}}}, {}, ("one",), ("b",))
+    both = merged(first, second)
+    assert both.accuracies == {pair: {"none": {0: 1.0, 1: 3.0}, "tuned_kd": {0: 4.0}}}
+    assert both[1:] == ({pair: {"none": [1.0, 1.0, 1.0]}}, ("one",), ("a", "b"))
+
+
+def test_the_docs_say_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import study_table
+
+    page = (ROOT / "docs" / "defaults.md").read_text()
+    assert study_table.rewritten(page, parse_study(RECORDS.read_text())) == page, (
+        "run `python benchmarks/study_table.py`"
+    )
+
+
+@pytest.mark.parametrize("pair", STUDY_PAIRS)
+def test_the_best_of_the_search_is_chosen(pair: Pair) -> None:
+    accuracies = parse_study(RECORDS.read_text()).accuracies[pair.name]
+    assert CHOSEN[pair.name] == {method: best_candidate(accuracies, method) for method in CANDIDATES}
+
+
+def test_choices_begin_with_what_is_chosen() -> None:
+    assert {rows[0] for rows in choices().values()} == {"tuned_unikd"}
+    assert sorted(row for rows in choices().values() for row in rows[1:]) == sorted(CHANGES)

@@ -32,7 +32,7 @@ def _by_augmentation(key: str, *keys: str, off: Any) -> _Rule:
     return _Rule("data.augmentation", keys, read, lambda _: f" with {key} = {off!r}")
 
 
-_GENERATED = ("synthetic", "fine_grained", "toy_scenes")
+_GENERATED = ("synthetic", "toy_scenes")
 _WITHOUT_FILES = ("digits", *_GENERATED)
 _IN_MEMORY = ("cifar100", *_WITHOUT_FILES)
 _WITH_BOXES = ("coco", "voc", "toy_scenes")

@@ -48,7 +48,6 @@ _USUAL: dict[str, tuple[Crop, int, float]] = {
     "digits": ("pad", 1, 0.0),  # a mirrored 2 is not a digit
     "cifar100": ("pad", 4, 0.5),
     "synthetic": ("none", 0, 0.5),
-    "fine_grained": ("none", 0, 0.0),
     "coco": ("none", 0, 0.5),
     "voc": ("none", 0, 0.5),
     "toy_scenes": ("none", 0, 0.5),

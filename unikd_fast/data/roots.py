@@ -26,7 +26,6 @@ _ROOTS: dict[str, str | None] = {
     "imagenet": "train/<class>/<image> and val/<class>/<image>",
     "arrow": "a store of `unikd data pack`, or what Hugging Face datasets reads",
     "synthetic": None,
-    "fine_grained": None,
     "given": None,
     "coco": "annotations/instances_train<year>.json and train<year>/, or train.json and train/, and the same for val",
     "voc": "JPEGImages, Annotations and ImageSets/Main/{train,val}.txt",

@@ -25,7 +25,6 @@ class DataSettings:
         "imagenet",
         "arrow",
         "synthetic",
-        "fine_grained",
         "given",
         "coco",
         "voc",
@@ -33,7 +32,7 @@ class DataSettings:
     ]
     """Name of the data set. digits ships with scikit-learn. cifar100, image_folder and imagenet are read from root, as
     is arrow: anything that Hugging Face datasets opens (stores of unikd data pack or save_to_disk, Parquet files,
-    WebDataset tars, an imagefolder). synthetic and fine_grained are generated. given: data sets passed to
+    WebDataset tars, an imagefolder). synthetic is generated. given: data sets passed to
     unikd_fast.distill. With boxes, for detection: coco and voc are read from root, toy_scenes is generated."""
     root: Text | None = None
     """Folder of the data set, for data that are read from disk. Environment variables are written ${IMAGENET_ROOT}."""
@@ -51,7 +50,7 @@ class DataSettings:
     """Height and width, in pixels, of the loader's images, which the networks see unless they have an image_size of
     their own."""
     num_classes: PositiveInt | None = None
-    """Number of classes of generated data (if null, 10 for synthetic and 50 for fine_grained), and of arrow data whose
+    """Number of classes of generated data (if null, 10), and of arrow data whose
     labels are plain numbers (if null, one more than the largest). For all other data only their own number is
     accepted."""
     train_samples: PositiveInt | None = None

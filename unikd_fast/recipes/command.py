@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="run seeds 0 to N-1 (default: 1)")
     parser.add_argument(
-        "--root", type=Path, help="folder of the data set (default: $CIFAR100_ROOT, $IMAGENET_ROOT, $COCO_ROOT or $STUDY_ROOT)"
+        "--root",
+        type=Path,
+        help="folder of the data set (default: $CIFAR100_ROOT, $IMAGENET_ROOT, $COCO_ROOT or $STUDY_ROOT)",
     )
     parser.add_argument(
         "--teachers",
@@ -115,6 +117,12 @@ def run(options: argparse.Namespace) -> int:
     ledger = make_ledger(table, out, seeds=seeds, teachers=teachers, overrides=options.set)
     write_json(home / "ledger.json", ledger_json(ledger))
     write_file(home / "ledger.md", ledger_markdown(ledger))
+    if table.data == "study":
+        from unikd_fast.recipes.study_results import read_study, study_json, study_markdown
+
+        study = read_study(out, seeds)
+        write_file(home / "study.json", study_json(study))
+        write_file(home / "study.md", study_markdown(study))
     print(f"\n{overviews(ledger)}\n\nledger: {home / 'ledger.md'}, {home / 'ledger.json'}", flush=True)
     if training.signal:
         raise Interrupted(training.signal, "stopped; start it again to continue")

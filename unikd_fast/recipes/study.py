@@ -5,7 +5,8 @@ and `unikd reproduce study` runs it over seeds on the test images. `docs/default
 defaults of the configuration follow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from unikd_fast.recipes.pairs import TEACHER, Pair
@@ -163,9 +164,9 @@ class Change(NamedTuple):
 
     choice: str
     text: str
-    keys: dict[str, Any] = {}
-    distill: dict[str, Any] = {}
-    cache: dict[str, Any] = {}
+    keys: Mapping[str, Any] = MappingProxyType({})
+    distill: Mapping[str, Any] = MappingProxyType({})
+    cache: Mapping[str, Any] = MappingProxyType({})
 
 
 _STORED = {"mode": "read_write", "recheck": 0.0}
@@ -185,6 +186,26 @@ CHANGES: dict[str, Change] = {
     "unikd_views_all": Change("views", "one an epoch", cache=_STORED),
 }
 """By the names of their rows."""
+
+
+_AS_CHOSEN = {
+    "levels": "all",
+    "gate": "one map",
+    "norm": "before the expanders",
+    "FDP": "projected",
+    "teacher's head": "prefit",
+    "views": "teacher on line",
+}
+
+
+def as_chosen(pair: Pair, choice: str) -> str:
+    """Return how a choice is settled in UniKD as chosen.
+
+    Example:
+        >>> as_chosen(CIFAR10, "levels")
+        'all'
+    """
+    return _AS_CHOSEN[choice] if choice in _AS_CHOSEN else f"{_chosen('unikd')(pair)['unikd'][choice]:g}"
 
 
 def candidate_row(method: str, number: int) -> str:
@@ -282,5 +303,5 @@ def study_experiment(row: str, pair: Pair, seed: int) -> dict[str, Any]:
     if section["method"] != "none":
         config["teacher"] = {"model": pair.teacher, "precision": "fp32"}
         cache = CHANGES[row].cache if row in CHANGES else {}
-        config["teacher"] |= {"cache": cache} if cache else {}
+        config["teacher"] |= {"cache": dict(cache)} if cache else {}
     return config

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from unikd_fast.data.roots import check_root, check_unlabeled_root
-from unikd_fast.data.sets.fine_grained import load_fine_grained
 from unikd_fast.data.sets.image_folder import load_image_folder
 from unikd_fast.data.sets.in_memory import CIFAR_SIZE, load_cifar100, load_digits
 from unikd_fast.data.sets.synthetic import load_synthetic
@@ -20,9 +19,9 @@ from unikd_fast.values import NO_LABEL
 def open_data(data: DataSettings) -> DataSplits:
     """Open a data set.
 
-    If it is not set, the number of classes is 10 for synthetic, 50 for fine_grained, and for arrow with plain numbers
-    as labels one more than the largest. A subset keeps the ids of its samples and all images without a label, and mean
-    and deviation stay those of the whole.
+    If it is not set, the number of classes is 10 for synthetic, and for arrow with plain numbers as labels one more
+    than the largest. A subset keeps the ids of its samples and all images without a label, and mean and deviation stay
+    those of the whole.
 
     Raises:
         ValueError: a setting does not fit the data set, or its files are not what they should be.
@@ -58,9 +57,6 @@ def open_data(data: DataSettings) -> DataSplits:
         "imagenet": lambda: load_image_folder(_given(folder), image_size, unlabelled=unlabelled),
         "arrow": arrow,
         "synthetic": lambda: load_synthetic(data.synthetic_samples, num_classes or 10, image_size, seed=data.seed),
-        "fine_grained": lambda: load_fine_grained(
-            data.synthetic_samples, num_classes or 50, image_size, seed=data.seed
-        ),
         "given": lambda: find(data.digest, "data.digest"),
     }
     if name not in openers:
