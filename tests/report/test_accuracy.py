@@ -38,7 +38,8 @@ def test_a_row_has_both_epochs_and_the_printed_figures(tmp_path: Path) -> None:
     (row,) = accuracy_rows(groups_of(tmp_path / "r", config()))
     assert (row.best.text(), row.last.text(), row.best.seeds) == ("71.00 ± 1.41", "69.50 ± 0.71", 2)
     assert [(one.value, one.tables) for one in row.printed] == [(73.01, (1, 5))]
-    assert row.remarks == ()
+    (remark,) = row.remarks
+    assert "is by all signs of 480 epochs" in remark
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,8 @@ def test_a_row_has_both_epochs_and_the_printed_figures(tmp_path: Path) -> None:
         (["kr", "dkd"], {}, 74.23),
         ("unikd", {"unikd": {"fusion": "last"}}, 74.42),
         ("unikd", {"unikd": {"alpha": 0}}, 73.08),
+        (["unikd_dev", "mlkd"], {}, 75.36),
+        (["unikd_dev", "dkd"], {}, None),
         ("kd", {"kd": {"ce_weight": 0.1, "beta": 0.9}}, 73.08),
         ("dkd", {"dkd": {"standardized": True}}, 74.29),
         ("dkd", {"dkd": {"standardized": False}}, 74.11),
