@@ -117,30 +117,35 @@ def _through_the_norm(
     slope = -stretch * rstd.square() / count
     offset = -drift * rstd / count - slope * mean
     scaled = [part * rstd for part in left]
-    if feature.dtype == rstd.dtype:  # the offset as one more row, and the rest into the product where it lies
+    if feature.dtype == rstd.dtype:  # the offset as one more row of the product, which is added to the rest
         n, pixels = len(feature), right[0].shape[2]
         rows = offset.expand(n, 1, -1), offset.new_ones(()).expand(n, 1, pixels)
-        return _outer_sum([*scaled, rows[0]], [*right, rows[1]], feature).addcmul_(feature, slope[:, None, None])
+        return _outer_sum([*scaled, rows[0]], [*right, rows[1]], feature, onto=feature * slope[:, None, None])
     rest = torch.addcmul(offset[:, None, None], feature.to(rstd.dtype), slope[:, None, None])
     return _outer_sum(scaled, right, feature).add_(rest)
 
 
-def _outer_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], like: Tensor) -> Tensor:
+def _outer_sum(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], like: Tensor, *, onto: Tensor | None = None
+) -> Tensor:
     """Return leftᵀ right, left (N, R, C) and right (N, R, P) given in parts, with shape, layout and dtype of `like`.
 
     The result (N, C, H, W) is a tensor of its own and not a view: autograd adds the network's own gradient of a level
-    in place where it can, and into a view it cannot.
+    in place where it can, and into a view it cannot. A tensor `onto` which it is added is overwritten.
     """
     left, right = (torch.cat(list(parts), dim=1).to(like.dtype) for parts in (lefts, rights))
-    if like.is_contiguous():
-        result = torch.empty_like(like)
-        torch.bmm(left.transpose(1, 2), right, out=result.view(len(like), like.shape[1], -1))
-    elif like.is_contiguous(memory_format=torch.channels_last):
-        result = torch.empty_like(like)
-        by_pixel = result.permute(0, 2, 3, 1)
-        torch.bmm(right.transpose(1, 2), left, out=by_pixel.view(len(like), -1, like.shape[1]))
+    result = torch.empty_like(like) if onto is None else onto
+    if result.is_contiguous():
+        flat, factors = result.view(len(like), like.shape[1], -1), (left.transpose(1, 2), right)
+    elif result.is_contiguous(memory_format=torch.channels_last):
+        flat, factors = result.permute(0, 2, 3, 1).view(len(like), -1, like.shape[1]), (right.transpose(1, 2), left)
     else:
-        result = torch.bmm(left.transpose(1, 2), right).unflatten(2, like.shape[2:])
+        product = torch.bmm(left.transpose(1, 2), right).unflatten(2, like.shape[2:])
+        return product if onto is None else onto.add_(product)
+    if onto is None:
+        torch.bmm(*factors, out=flat)
+    else:
+        flat.baddbmm_(*factors)
     return result
 
 
