@@ -12,10 +12,12 @@ linearity of E, Up and the average. Letters and the layout of the parameters are
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from unikd_fast.kernels.reference import autocast_off
 from unikd_fast.kernels.reference_fusion import resize, resize_adjoint
@@ -74,8 +76,8 @@ def pool_collapsed(
         projections, factors = [], []
         for level, feature in enumerate(features):
             composite = taps_on(level, taps, expand[level])  # (9 * gates, D)
-            seen, factor = project(feature, composite @ expand[level], moments[level])
-            seen = seen + (composite @ biases[level])[:, None]
+            offset = composite @ biases[level]
+            seen, factor = project(feature, composite @ expand[level], offset, moments[level])
             projections.append(seen.unflatten(2, feature.shape[-2:]))
             factors.append(factor)
         weights = pixel_weights(projections, [bias.to(exact) for bias in gate_biases], upsample)
@@ -116,24 +118,52 @@ def _gates(projections: Sequence[Tensor], biases: Sequence[Tensor], upsample: st
     gates: list[Tensor] = []
     state = projections[-1]  # the taps of R_{l+1} for gates 1..l
     for level in reversed(range(len(biases))):
-        seen = projections[level]
-        coarse = resize(state, seen.shape[-2:], upsample)
-        finer = TAPS * level
-        gate = torch.sigmoid(_sum_taps(seen[:, finer:] + coarse[:, finer:]) + biases[level])
-        state = torch.lerp(coarse[:, :finer], seen[:, :finer], gate)
+        seen, own = _split(projections[level], TAPS * level)
+        coarse, coarse_own = _split(resize(state, own.shape[-2:], upsample), TAPS * level)
+        gate = torch.sigmoid(_SumTaps.apply(own + coarse_own) + biases[level])
+        state = torch.lerp(coarse, seen, gate)
         gates.insert(0, gate)
     return gates
 
 
-def _sum_taps(taps: Tensor) -> Tensor:
-    """Finish a zero-padded 3x3 convolution from what its taps saw, (N, 9, H, W): shift each and add, (N, 1, H, W).
+def _split(taps: Tensor, finer: int) -> tuple[Tensor, Tensor]:
+    """Return the taps of the finer gates and those of the own one; the gradient of two slices is twice as large."""
+    if finer == 0:
+        return taps[:, :0], taps
+    of_finer, own = taps.split((finer, TAPS), dim=1)
+    return of_finer, own
 
-    Rows first, then columns. `fold` does the same in one call, but compiles to atomic adds, which are not reproducible.
+
+class _SumTaps(torch.autograd.Function):
+    """Finishes a zero-padded 3x3 convolution from what its taps saw, (N, 9, H, W): shifts each and adds, (N, 1, H, W).
+
+    Rows first, then columns, in place. `fold` does the same in one call, but takes longer, and compiles to atomic adds,
+    which are not reproducible.
     """
-    h, w = taps.shape[-2:]
-    padded = F.pad(taps.unflatten(1, (3, 3)), (1, 1, 1, 1))
-    rows = padded[:, 0, :, :h] + padded[:, 1, :, 1 : h + 1] + padded[:, 2, :, 2:]
-    return (rows[:, 0, :, :w] + rows[:, 1, :, 1 : w + 1] + rows[:, 2, :, 2:])[:, None]
+
+    @staticmethod
+    def forward(taps: Tensor) -> Tensor:
+        above, rows, below = taps.unflatten(1, (3, 3)).unbind(1)
+        rows = rows.clone()
+        rows[:, :, 1:] += above[:, :, :-1]
+        rows[:, :, :-1] += below[:, :, 1:]
+        left, sums, right = rows.unbind(1)
+        sums = sums.clone()
+        sums[:, :, 1:] += left[:, :, :-1]
+        sums[:, :, :-1] += right[:, :, 1:]
+        return sums[:, None]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        h, w = gradient.shape[-2:]
+        padded = F.pad(gradient[:, 0], (1, 1, 1, 1))
+        shifted = [padded[:, y : y + h, x : x + w] for y in (2, 1, 0) for x in (2, 1, 0)]
+        return torch.stack(shifted, dim=1)
 
 
 def _pool(

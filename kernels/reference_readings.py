@@ -32,18 +32,20 @@ def takes_handles() -> bool:
     return _COMPILES_HANDLES or not torch.compiler.is_compiling()
 
 
-def project(feature: Tensor, rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor | None]:
-    """Return M x̂, (N, R, P), and the handle for `average`.
+def project(feature: Tensor, rows: Tensor, offset: Tensor, moments: Moments) -> tuple[Tensor, Tensor | None]:
+    """Return M x̂ + o, (N, R, P), and the handle for `average`.
 
     Args:
         feature: x, (N, C, H, W).
         rows: M, (R, C).
+        offset: o, (R,).
         moments: moments to normalise x with; the caller passes (None, None) where there are no handles.
     """
     if takes_handles():
-        seen, handle = _Project.apply(feature, rows, *moments)
+        seen, handle = _Project.apply(feature, rows, offset, *moments)
         return seen, handle
-    return torch.bmm(rows.to(feature.dtype).expand(len(feature), -1, -1), feature.flatten(2)).to(rows.dtype), None
+    seen = torch.bmm(rows.to(feature.dtype).expand(len(feature), -1, -1), feature.flatten(2))
+    return seen.to(rows.dtype) + offset[:, None], None
 
 
 def average(feature: Tensor, weight: Tensor, handle: Tensor | None, moments: Moments) -> Tensor:
@@ -55,13 +57,16 @@ def average(feature: Tensor, weight: Tensor, handle: Tensor | None, moments: Mom
 
 
 class _Project(torch.autograd.Function):
-    """M x̂ for a feature (N, C, H, W) and rows M (R, C), (N, R, P); and the handle that `_Average` takes.
+    """M x̂ + o for a feature (N, C, H, W), rows M (R, C) and an offset o (R,): (N, R, P); and the handle that `_Average`
+    takes.
 
     The handle is (N, C + P), and (N, C + P + C) for normalised features.
     """
 
     @staticmethod
-    def forward(feature: Tensor, rows: Tensor, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        feature: Tensor, rows: Tensor, offset: Tensor, mean: Tensor | None, rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         # On a flattened feature the batched product is a view in both layouts; a 1x1 conv2d copies the contiguous one.
         flat = feature.flatten(2)
         n, channels, pixels = flat.shape
@@ -69,26 +74,28 @@ class _Project(torch.autograd.Function):
         read = (rows if rstd is None else rows * rstd).to(feature.dtype)
         seen = torch.bmm(read.expand(n, -1, -1), flat).to(rows.dtype)
         if mean is not None:
-            seen = seen - (read.to(rows.dtype) @ mean)[:, None]  # of what was multiplied, not of what was meant
+            offset = offset - read.to(rows.dtype) @ mean  # of what was multiplied, not of what was meant
             size += channels
-        # Never read: expanded, it takes up no memory.
-        return seen, rows.new_zeros(()).expand(n, size)
+        # The handle is never read: expanded, it takes up no memory.
+        return seen.add_(offset[:, None]), rows.new_zeros(()).expand(n, size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
+        feature, rows, _, mean, rstd = inputs
+        ctx.save_for_backward(feature, rows, mean, rstd)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_seen: Tensor, factors: Tensor) -> tuple[Tensor | None, ...]:
         feature, rows, mean, rstd = ctx.saved_tensors
-        wanted, wants_rows = ctx.needs_input_grad[:2]
+        wanted, wants_rows, wants_offset = ctx.needs_input_grad[:3]
         grad_feature = grad_rows = None
+        grad_offset = grad_seen.sum((0, 2))
         if wants_rows or (wanted and mean is not None):
             multiplied = grad_seen.to(feature.dtype)
             grad_rows = torch.bmm(multiplied, feature.flatten(2).transpose(1, 2)).to(rows.dtype).sum(0)
             if mean is not None:
-                total = multiplied.to(rows.dtype).sum((0, 2))  # (R,)
+                total = grad_offset if multiplied is grad_seen else multiplied.to(rows.dtype).sum((0, 2))  # (R,)
                 grad_rows = torch.addr(grad_rows, total, mean, alpha=-1) * rstd
         if wanted:
             sizes = (feature.shape[1], feature.shape[2] * feature.shape[3])
@@ -100,7 +107,7 @@ class _Project(torch.autograd.Function):
                 drift = (grad_average * weight.sum(1, keepdim=True)).sum(0) + total @ rows
                 stretch = factors[:, sum(sizes) :].sum(0) + (grad_rows * rows).sum(0)
                 grad_feature = _through_the_norm(left, right, feature, mean, rstd, drift, stretch)
-        return grad_feature, grad_rows if wants_rows else None, None, None
+        return grad_feature, grad_rows if wants_rows else None, grad_offset if wants_offset else None, None, None
 
 
 def _through_the_norm(
