@@ -2,13 +2,17 @@
 
 import copy
 import logging
+import operator
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unikd_fast.models import build_model, extract_features
 from unikd_fast.values import Features
@@ -224,6 +228,83 @@ def test_a_named_node_is_returned_before_in_place_activation(training: bool) -> 
     assert torch.equal(features.levels[0], reference.bn1(reference.conv1(images)))
     assert features.levels[1].min() < 0  # the sum, not its ReLU
     assert torch.equal(features.logits, expected_logits)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what is run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: build_model("cifar/resnet8", num_classes=10),
+        lambda: torchvision.models.resnet18(num_classes=10),
+        lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+        lambda: torchvision.models.efficientnet_b0(num_classes=10),
+        lambda: timm.create_model("resnet10t", num_classes=10),
+        lambda: timm.create_model("seresnet18", num_classes=10),
+    ],
+    ids=["cifar", "torchvision", "mobilenet", "stochastic depth", "timm", "squeeze and excitation"],
+)
+def test_sums_in_place_stay_in_place(build: Callable[[], nn.Module], training: bool) -> None:
+    model = build().train(training)
+    extractor = extract_features(model, image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(0)
+    with torch.no_grad(), _Operations() as plain:
+        expected = model(images)
+    torch.manual_seed(0)
+    with torch.no_grad(), _Operations() as own:
+        features = extractor(images)
+    assert plain.counts["aten.add_.Tensor"] > 0
+    assert own.counts == plain.counts
+    assert training or torch.equal(features.logits, expected)  # training has moved BatchNorm's statistics meanwhile
+
+
+class Sums(nn.Module):
+    """Sums whose first term is read once more: by the caller, by its own gradient, and by a square's."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.add = add
+        self.conv1, self.norm1, self.skip1 = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1, 2)
+        self.conv2, self.sigmoid, self.skip2 = nn.Conv2d(4, 8, 3, 2, 1), nn.Sigmoid(), nn.Conv2d(4, 8, 1, 2)
+        self.conv3, self.norm3 = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.add(self.norm1(self.conv1(images)), self.skip1(images))
+        x = self.add(self.sigmoid(self.conv2(x)), self.skip2(x))
+        normalised = self.norm3(self.conv3(x))
+        energy = normalised.square()
+        return self.fc((self.add(normalised, x) + energy).mean((2, 3)))
+
+
+def test_what_is_read_again_is_not_added_to_in_place() -> None:
+    torch.manual_seed(0)
+    model = Sums(operator.iadd)
+    reference = Sums(operator.add)
+    reference.load_state_dict(model.state_dict())
+    images = torch.randn(4, 3, 16, 16)
+    levels, logits = _hooked(reference, ("norm1", "norm3"), images)
+    features = extract_features(model, image_size=16, nodes=["norm1", "norm3"])(images)
+
+    assert torch.equal(features.logits, logits)
+    for own, expected in zip(features.levels, levels, strict=True):
+        assert torch.equal(own, expected)
+    for outputs in ((*features.levels, features.logits), (*levels, logits)):
+        sum(output.square().sum() for output in outputs).backward()
+    for own, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(own.grad, expected.grad)
 
 
 def test_deep_copies_are_independent() -> None:

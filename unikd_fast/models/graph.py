@@ -5,6 +5,7 @@ import itertools
 import linecache
 import logging
 import math
+import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,19 @@ def _vision_ops() -> Iterator[type[nn.Module]]:
                 yield kind
 
 
+_IN_PLACE = "in_place"  # in a node's meta: a sum that forward makes in place
+
+
+class _Proxy(fx.Proxy):
+    """Notes that a sum is made in place, which torch.fx records as any other."""
+
+    def __iadd__(self, other: Any) -> Any:
+        total = self + other
+        if isinstance(total, fx.Proxy):
+            total.node.meta[_IN_PLACE] = True
+        return total
+
+
 class _OutputTracer(fx.Tracer):
     """Traces, and records which node holds the output of each module and operation.
 
@@ -88,6 +102,9 @@ class _OutputTracer(fx.Tracer):
         if isinstance(output, fx.Proxy):
             self._note(path, output.node)
         return output
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_proxy(self, kind: str, target: fx.node.Target, *args: Any, **kwargs: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, *args, **kwargs)
@@ -171,6 +188,8 @@ def compile_forward(
 ) -> Forward:
     """Compile a trace to a function of (model, images) that returns (levels, logits, before activation, embedding).
 
+    Sums that forward makes in place (`out += identity`) are made in place where nothing else reads their first term.
+
     Args:
         model: network; names the function in tracebacks.
         traced: trace whose graph gets a new output.
@@ -193,8 +212,30 @@ def compile_forward(
     graph.erase_node(next(node for node in graph.nodes if node.op == "output"))
     # Nothing is pruned: an auxiliary head keeps updating its BatchNorm statistics, as in the plain network.
     graph.output((tuple(returned), traced.logits, tuple(before_activation), embedding))
+    for node in graph.nodes:
+        if node.meta.get(_IN_PLACE) and _may_be_overwritten(model, node.args[0]):
+            node.target = operator.iadd
     graph.lint()
     return compiled_code(model, graph)
+
+
+_UNSAVED = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Conv2d, nn.Linear)  # their gradients need no output
+
+
+def _may_be_overwritten(model: nn.Module, node: Any) -> bool:
+    """Return whether only one node reads this value, a new tensor that no gradient is computed from.
+
+    What is returned has another reader, the output.
+    """
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return False
+    if node.op != "call_module":
+        return node.target is operator.mul  # squeeze and excitation
+    module = model.get_submodule(str(node.target))
+    if isinstance(module, imported("torchvision.ops.StochasticDepth")):  # it may return its input
+        return _may_be_overwritten(model, node.args[0])
+    # Exactly these types: a subclass may have an activation in it, whose gradient is computed from its output.
+    return type(module) in _UNSAVED or isinstance(module, imported("torchvision.ops.FrozenBatchNorm2d"))
 
 
 def compiled_code(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
