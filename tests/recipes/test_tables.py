@@ -104,7 +104,7 @@ COUNTS = {
     "unikd_dev": 42,
     "wkd": 8,
     "methods": 218,
-    "tuning": 30,
+    "tuning": 40,
     "study": 23,
 }
 TEACHERS = {

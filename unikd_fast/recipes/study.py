@@ -1,6 +1,6 @@
 """The study on real images: every method after a search of its weights, and UniKD's choices one at a time.
 
-Every method has three candidates, which `unikd reproduce tuning` compares on held-out images; `CHOSEN` names the best,
+Every method has four candidates, which `unikd reproduce tuning` compares on held-out images; `CHOSEN` names the best,
 and `unikd reproduce study` runs it over seeds on the test images. `docs/defaults.md` reports the result, which the
 defaults of the configuration follow.
 """
@@ -106,7 +106,7 @@ def _blockwise(weight: float) -> dict[str, Any]:
     return {"method": "blockwise", "blockwise": {"distill_weight": weight, "cross_weight": weight}}
 
 
-_DKD = ((1.0, 2.0), (1.0, 8.0), (4.0, 8.0))
+_DKD = ((1.0, 2.0), (1.0, 8.0), (4.0, 8.0), (8.0, 16.0))
 
 CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
     "kd": (
@@ -115,6 +115,7 @@ CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
             Candidate("0.1 CE + 0.9 KD", _kd(0.1, 0.9)),
             Candidate("CE + 2 KD", _kd(1.0, 2.0)),
             Candidate("CE + 8 KD", _kd(1.0, 8.0)),
+            Candidate("CE + 4 KD", _kd(1.0, 4.0)),
         ),
     ),
     "dkd": (
@@ -123,17 +124,23 @@ CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
     ),
     "standardized": (
         "logit standardisation",
-        tuple(Candidate(f"CE + {weight:g} KD", _standardized(weight)) for weight in (1.0, 3.0, 9.0)),
+        tuple(Candidate(f"CE + {weight:g} KD", _standardized(weight)) for weight in (1.0, 3.0, 9.0, 0.3)),
     ),
-    "mlkd": ("MLKD", tuple(Candidate(f"weight {weight:g}", _mlkd(weight)) for weight in (0.1, 0.3, 0.9))),
-    "reviewkd": ("ReviewKD", tuple(Candidate(f"weight {weight:g}", _reviewkd(weight)) for weight in (0.6, 2.0, 6.0))),
-    "crd": ("CRD", tuple(Candidate(f"weight {weight:g}", _crd(weight)) for weight in (0.2, 0.8, 2.0))),
-    "wkd": ("WKD", tuple(Candidate(f"{share:g} of the published weights", _wkd(share)) for share in (0.05, 0.2, 1.0))),
+    "mlkd": ("MLKD", tuple(Candidate(f"weight {weight:g}", _mlkd(weight)) for weight in (0.1, 0.3, 0.9, 0.2))),
+    "reviewkd": (
+        "ReviewKD",
+        tuple(Candidate(f"weight {weight:g}", _reviewkd(weight)) for weight in (0.6, 2.0, 6.0, 20.0)),
+    ),
+    "crd": ("CRD", tuple(Candidate(f"weight {weight:g}", _crd(weight)) for weight in (0.2, 0.8, 2.0, 0.05))),
+    "wkd": (
+        "WKD",
+        tuple(Candidate(f"{share:g} of the published weights", _wkd(share)) for share in (0.05, 0.2, 1.0, 3.0)),
+    ),
     "unikd": (
         "UniKD",
         tuple(
             Candidate(f"alpha {alpha:g}, beta {beta:g}", _unikd(alpha, beta))
-            for alpha, beta in ((4.0, 1.0), (10.0, 1.0), (4.0, 4.0))
+            for alpha, beta in ((4.0, 1.0), (10.0, 1.0), (4.0, 4.0), (10.0, 4.0))
         ),
     ),
     "unikd_dev": (
@@ -142,10 +149,11 @@ CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
     ),
     "blockwise": (
         "block-wise logit distillation",
-        tuple(Candidate(f"weight {weight:g}", _blockwise(weight)) for weight in (0.3, 1.0, 3.0)),
+        tuple(Candidate(f"weight {weight:g}", _blockwise(weight)) for weight in (0.3, 1.0, 3.0, 10.0)),
     ),
 }
-"""Title and candidates of every method: the same number of each, around its published setting."""
+"""Title and candidates of every method: three around its published setting, and a fourth beyond or between them, where
+the three were best."""
 
 CHOSEN: dict[str, dict[str, int]] = {CIFAR10.name: dict.fromkeys(CANDIDATES, 0)}
 """Which candidate was best in the search, by pair and method, counted from 0; `docs/study.json` has the figures."""
