@@ -106,7 +106,7 @@ def _blockwise(weight: float) -> dict[str, Any]:
     return {"method": "blockwise", "blockwise": {"distill_weight": weight, "cross_weight": weight}}
 
 
-_DKD = ((1.0, 2.0), (1.0, 8.0), (4.0, 8.0), (8.0, 16.0))
+_DKD = ((1.0, 2.0), (1.0, 8.0), (4.0, 8.0))
 
 CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
     "kd": (
@@ -120,7 +120,10 @@ CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
     ),
     "dkd": (
         "DKD",
-        tuple(Candidate(f"alpha {a:g}, beta {b:g}", {"method": "dkd", "dkd": _dkd_section(a, b)}) for a, b in _DKD),
+        tuple(
+            Candidate(f"alpha {a:g}, beta {b:g}", {"method": "dkd", "dkd": _dkd_section(a, b)})
+            for a, b in (*_DKD, (8.0, 16.0))
+        ),
     ),
     "standardized": (
         "logit standardisation",
@@ -145,11 +148,11 @@ CANDIDATES: dict[str, tuple[str, tuple[Candidate, ...]]] = {
     ),
     "unikd_dev": (
         "UniKD, development code, with DKD",
-        tuple(Candidate(f"DKD's alpha {a:g}, beta {b:g}", _unikd_dev(a, b)) for a, b in _DKD),
+        tuple(Candidate(f"DKD's alpha {a:g}, beta {b:g}", _unikd_dev(a, b)) for a, b in (*_DKD, (2.0, 4.0))),
     ),
     "blockwise": (
         "block-wise logit distillation",
-        tuple(Candidate(f"weight {weight:g}", _blockwise(weight)) for weight in (0.3, 1.0, 3.0, 10.0)),
+        tuple(Candidate(f"weight {weight:g}", _blockwise(weight)) for weight in (0.3, 1.0, 3.0, 0.1)),
     ),
 }
 """Title and candidates of every method: three around its published setting, and a fourth beyond or between them, where
