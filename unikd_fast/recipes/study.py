@@ -168,7 +168,7 @@ CHOSEN: dict[str, dict[str, int]] = {
         "crd": 0,
         "wkd": 2,
         "unikd": 2,
-        "unikd_dev": 0,
+        "unikd_dev": 3,
         "blockwise": 0,
     }
 }
