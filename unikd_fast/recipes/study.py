@@ -169,7 +169,7 @@ CHOSEN: dict[str, dict[str, int]] = {
         "wkd": 2,
         "unikd": 2,
         "unikd_dev": 3,
-        "blockwise": 0,
+        "blockwise": 3,
     }
 }
 """Which candidate was best in the search, by pair and method, counted from 0; `docs/study.json` has the figures."""
