@@ -2,12 +2,14 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
 
 from unikd_fast.engine.distributed import reuse_freed_memory
 
@@ -28,6 +30,15 @@ if importlib.util.find_spec("pytest_benchmark") is None:
     @pytest.fixture
     def benchmark() -> Unrecorded:
         return Unrecorded()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads on shared cores wait for each other, and that would be what is compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

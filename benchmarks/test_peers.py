@@ -6,7 +6,7 @@ train. Then the processor's time of both in turn, on one thread. A peer that is 
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,15 +35,6 @@ CASES = [
 CIFAR_SAMPLES = 50_000
 ROUNDS = 9
 LIMIT = 1.0
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Several threads on shared cores wait for each other, and that would be what is compared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares the time of a processor")

@@ -1,28 +1,18 @@
 """Training from the teacher's cache against its parts, and what building and reading a cache cost."""
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distillation_steps import CUDA, PAIRS, experiment, steps
 from timing import interleaved_medians
 
-from unikd_fast.config import load_config
-from unikd_fast.engine.build import Experiment, build_experiment
-from unikd_fast.engine.cache import ready_cache
-from unikd_fast.engine.distributed import Processes, StopSignal, start_processes
-from unikd_fast.engine.step import train_step
-from unikd_fast.engine.zero import start_engine
 from unikd_fast.teacher.cache import CacheFolder, build_cache
-from unikd_fast.teacher.cache.outputs import read_ahead
-from unikd_fast.values import Batch, Target
 
-CONFIG = Path(__file__).parents[1] / "configs" / "imagenet_r50_mbv1.json"
-CUDA = torch.cuda.is_available()
-BATCH = 64 if CUDA else 8
+PAIR = "R50-MV1"
+BATCH = PAIRS[PAIR].batch
 BUILT_BATCHES = 8  # making a folder and ending a shard take 30 ms, whatever is in them
 CACHED_OVER_STUDENT = 1.03 if CUDA else 1.05
 PREDICTION = 0.05
@@ -30,73 +20,10 @@ READING = 1.02  # nothing that the medians of one run could tell from 1
 BUILDING = 0.95
 
 
-def experiment(method: str, folder: Path | None = None, batches: int = 2) -> Experiment:
-    overrides = [
-        "data.name=synthetic",
-        f"data.synthetic_samples={batches * BATCH}",
-        "teacher.weights=random",
-        "teacher.precision=fp32",
-        "teacher.fold_batch_norm=false",
-        "train.precision=fp32",
-        f"train.global_batch_size={BATCH}",
-        f"distill.method={method}",
-        "distill.unikd.head_steps=2",
-        "train.learning_rate=0.001",
-        "train.total_epochs=2",
-    ]
-    if folder is not None:
-        overrides += ["teacher.cache.mode=read_write", f"teacher.cache.dir={folder}"]
-        overrides += [f"teacher.cache.batch_size={BATCH}"]
-    return build_experiment(load_config(CONFIG, overrides), start_processes())
-
-
-@dataclass
-class Steps:
-    """The steps of one method, on the same images: online, from the cache, with targets in memory."""
-
-    online: Any
-    cached: Any
-    held: Any
-    teacher: Any
-    student: Any
-
-
-def steps(method: str, folder: Path, processes: Processes) -> Steps:
-    distilled, cached, alone = experiment(method), experiment(method, folder), experiment("none")
-    assert cached.cache is not None
-    assert distilled.teacher is not None
-    teacher, cache = distilled.teacher, cached.cache
-    with StopSignal(processes) as stop:
-        ready_cache(cached, stop, method)
-    if cached.method.fixed_head is not None:
-        distilled.method.head.adopt(cached.method.fixed_head.module.state_dict())
-    batch: Batch
-    batch, held = next(cached.micro_batches(0))
-    engines = [start_engine(e.config, e.student_module, processes) for e in (distilled, cached, alone)]
-    for engine in engines:
-        engine.train()
-
-    def stored() -> Iterator[Target]:
-        positions = next(iter(cached.loader.schedule.order(0)))
-        while True:
-            for outputs in read_ahead(cache.folder, itertools.repeat(positions, 1000), 0, device=processes.device):
-                yield Target(*outputs)
-
-    reading = stored()
-    return Steps(
-        online=lambda: train_step(engines[0], teacher, distilled.method, batch, update=True).total,
-        cached=lambda: train_step(engines[1], None, cached.method, batch, next(reading), update=True).total,
-        held=lambda: train_step(engines[1], None, cached.method, batch, held, update=True).total,
-        teacher=lambda: teacher(batch.images),
-        student=lambda: train_step(engines[2], None, alone.method, batch, update=True).total,
-    )
-
-
 @pytest.mark.benchmark(group=f"cached step R50 -> MobileNetV1, 224 px, batch {BATCH}, fp32")
 @pytest.mark.parametrize("method", ["kd", "unikd"])
 def test_a_step_from_the_cache(benchmark: Any, tmp_path: Path, method: str) -> None:
-    processes = start_processes()
-    of = steps(method, tmp_path / "cache", processes)
+    of = steps(PAIR, method, tmp_path / "cache")
 
     # Correct before fast: the first step from the cache has the loss of the online one, within the rounding of fp16.
     first = of.online().item()
@@ -119,7 +46,7 @@ def test_a_step_from_the_cache(benchmark: Any, tmp_path: Path, method: str) -> N
     )
     benchmark.pedantic(of.cached, rounds=3, warmup_rounds=0)
     missed = []
-    if ratio > CACHED_OVER_STUDENT:
+    if (CUDA or method == "kd") and ratio > CACHED_OVER_STUDENT:  # UniKD's on a processor: test_train_step.py
         missed.append(f"t_C / t_S = {ratio:.3f}, limit {CACHED_OVER_STUDENT}")
     if abs(gain / predicted - 1) > PREDICTION:
         missed.append(f"the cache gains {gain:.3f}x, predicted (t_S + t_T) / t_S = {predicted:.3f}, limit 5 % apart")
@@ -130,8 +57,8 @@ def test_a_step_from_the_cache(benchmark: Any, tmp_path: Path, method: str) -> N
 
 @pytest.mark.benchmark(group=f"building a cache, ResNet-50, 224 px, batch {BATCH}, fp32")
 def test_building_over_the_teachers_forward_passes(benchmark: Any, tmp_path: Path) -> None:
-    cached = experiment("kd", tmp_path / "cache", BUILT_BATCHES)
-    online = experiment("kd", batches=BUILT_BATCHES)
+    cached = experiment(PAIR, "kd", tmp_path / "cache", BUILT_BATCHES)
+    online = experiment(PAIR, "kd", batches=BUILT_BATCHES)
     assert cached.cache is not None
     assert online.teacher is not None
     teacher, loader, made = online.teacher, online.loader, cached.cache.folder
