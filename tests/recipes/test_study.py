@@ -145,6 +145,8 @@ def test_the_default_is_the_cheapest_of_the_best() -> None:
     assert cheapest_equal("ac", accuracies, costs) == "a"
     assert cheapest_equal("abc", accuracies, {"a": costs["a"]}) == "a"
     assert cheapest_equal("abc", {}, costs) is None
+    assert cheapest_equal("abc", {**accuracies, "b": {0: 70.2}}, costs) == "a"  # a seed alone says nothing
+    assert cheapest_equal("ab", {"a": {0: 70.0}, "b": {0: 71.0}}, costs) is None
 
 
 def test_the_page(tmp_path: Path) -> None:
