@@ -21,11 +21,11 @@ def softmax_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * TEMPERATURE * TEMPERATURE
 
 
-def mdistiller_kd(student: Tensor, teacher: Tensor) -> Tensor:
+def mdistiller_kd(student: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """The same as mdistiller writes it, against probabilities."""
-    log_q = F.log_softmax(student / TEMPERATURE, dim=1)
-    p = F.softmax(teacher / TEMPERATURE, dim=1)
-    return F.kl_div(log_q, p, reduction="none").sum(1).mean() * TEMPERATURE**2
+    log_q = F.log_softmax(student / temperature, dim=1)
+    p = F.softmax(teacher / temperature, dim=1)
+    return F.kl_div(log_q, p, reduction="none").sum(1).mean() * temperature**2
 
 
 def jsd(student: Tensor, teacher: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def plain(run: Run) -> Step:
         ce = F.cross_entropy(logits, labels)
         if name == "dkd":
             return ce + dkd(logits, target, labels)
-        return settings.ce_weight * ce + settings.beta * mdistiller_kd(logits, target)
+        return settings.ce_weight * ce + settings.beta * mdistiller_kd(logits, target, settings.temperature)
 
     def of_levels() -> Tensor:
         with torch.no_grad():
@@ -291,9 +291,9 @@ def timm(run: Run) -> Step:
     if task_class is None:
         pytest.skip("this timm has no LogitDistillationTask")
     settings, (images, labels, *_) = run.method.settings, run.batch
-    statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    classes, statistics = run.built.splits.num_classes, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     for network in (run.student, run.teacher):
-        network.pretrained_cfg, network.num_classes, network.in_chans = statistics, 100, 3
+        network.pretrained_cfg, network.num_classes, network.in_chans = statistics, classes, 3
     task = task_class(
         run.student,
         run.teacher,

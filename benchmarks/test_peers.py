@@ -30,7 +30,8 @@ CASES = [
         for peer, methods in PEERS.items()
         for m in methods
     ),
-    *(pytest.param(mdistiller, LARGE.format(m), id=f"mdistiller-{m}-r50") for m in ("kd", "reviewkd")),
+    *(pytest.param(peer, LARGE.format("kd"), id=f"{peer.__name__}-kd-r50") for peer in (plain, mdistiller, timm)),
+    pytest.param(mdistiller, LARGE.format("reviewkd"), id="mdistiller-reviewkd-r50"),
 ]
 CIFAR_SAMPLES = 50_000
 ROUNDS = 9
