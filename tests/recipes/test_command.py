@@ -277,6 +277,8 @@ def test_arguments_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     said = refused(capsys, "study", *out[2:], "--root", tmp_path)
     assert f"the root of data set image_folder, {tmp_path}/cifar10/train, is missing" in said
     assert "CIFAR-10 as JPEG files is at" in said
+    (tmp_path / "cifar10" / "train").mkdir(parents=True)  # enough for the teacher, and not for its students
+    assert f"{tmp_path}/cifar10/val is missing" in refused(capsys, "study", *out[2:], "--root", tmp_path)
     assert "torchvision's" in refused(capsys, "table3", "--out", tmp_path, "--teachers", "/x")
     assert "the table decides run.dir; see --out" in refused(capsys, "table6", *out, "--set", "run.dir=/x")
     assert "train.nonsense" in refused(capsys, "table6", *out, "--set", "train.nonsense=1")

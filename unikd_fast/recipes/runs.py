@@ -220,12 +220,12 @@ def missing_requirements(runs: Sequence[Run], teachers: Teachers, published: Pat
     if not runs:
         return []
     said: list[str] = []
-    data = runs[0].config.data
-    name = data.name
+    name = runs[0].config.data.name
     try:
-        folder = check_root(name, data.root, val_samples=data.val_samples)
-        if name == "coco" and folder is not None:
-            find_annotations(folder)
+        for root, val_samples in dict.fromkeys((run.config.data.root, run.config.data.val_samples) for run in runs):
+            folder = check_root(name, root, val_samples=val_samples)
+            if name == "coco" and folder is not None:
+                find_annotations(folder)
     except (ValueError, FileNotFoundError) as error:
         problem = str(error).partition(": ")[2].replace("--set data.root=", "--root ")
         said.append(f"{problem}\n\n{_DATA_IN_WORDS[name]}")
