@@ -149,11 +149,12 @@ def best_candidate(accuracies: Accuracies, method: str) -> int | None:
 def cheapest_equal(rows: Sequence[str], accuracies: Accuracies, costs: Mapping[str, Sequence[float]]) -> str | None:
     """Return the cheapest of these rows that its seeds do not tell from the one with the highest mean accuracy.
 
-    Rows without a measured cost, or with fewer seeds than the others, do not count. None if there are no two seeds.
+    Rows without a measured cost, or with fewer seeds than the others, do not count. None if there are no two such
+    rows, or no two seeds.
     """
     most = max((len(accuracies.get(row, ())) for row in rows), default=0)
     known = [row for row in rows if row in costs and len(accuracies.get(row, ())) == most]
-    if most < 2 or not known:
+    if most < 2 or len(known) < 2:
         return None
     best = max(known, key=lambda row: statistics.mean(accuracies[row].values()))
     by_best = {row: difference(accuracies, row, best) for row in known}
