@@ -152,6 +152,7 @@ def test_without_any_label_a_trained_teacher_is_needed(tmp_path: Path, monkeypat
     assert done.returncode == 2
     assert "none of the training images of photos has a label" in done.stderr
     assert "by --teacher NAME and --teacher-weights FILE" in done.stderr
+    torch.manual_seed(0)  # some random networks round more in bf16 than is allowed
     torch.save(build_model("cifar/resnet14", num_classes=2).state_dict(), "teacher.pth")
     given = ["--teacher", "cifar/resnet14", "--teacher-weights", "teacher.pth", "--student", "cifar/resnet8"]
     assert call("init", "photos", *given).returncode == 0
