@@ -177,6 +177,10 @@ def test_the_page(tmp_path: Path) -> None:
     of_last = ["levels", "the deepest alone", "65.50 ± 2.12", "\u22121.00 ± 12.71", "1.75 (1.50 to 2.00)", "x"]
     assert of_last in rows
     assert ["levels", "all", "66.50 ± 0.71", "", "2.25 (2.00 to 2.50)", ""] in rows
+    fewer = {**study.accuracies[CIFAR10.name], "tuned_kd": {0: 63.0}}
+    assert "| KD, tuned                                | 63.00, 1 of 2 seeds |" in study_markdown(
+        study._replace(accuracies={CIFAR10.name: fewer})
+    )
     (of_kd,) = (row for row in rows if row[0] == "KD")
     assert [cell.rpartition(": ")[2].strip("*") for cell in of_kd[1:]] == ["50.00", "52.00", "51.00", "49.00"]
 

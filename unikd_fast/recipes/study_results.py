@@ -227,8 +227,7 @@ def _methods(accuracies: Accuracies, costs: Mapping[str, Sequence[float]]) -> st
     against = (chosen_row("kd"), chosen_row("unikd"))
     rows = []
     for row in ("none", *map(chosen_row, CANDIDATES)):
-        found = accuracies.get(row)
-        accuracy = spread(list(found.values())).text() if found else "missing"
+        accuracy = _accuracy(accuracies, row)
         rows.append(
             [title(row), accuracy, *(_difference(accuracies, row, other) for other in against), _cost(costs, row)]
         )
@@ -241,9 +240,8 @@ def _choices(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[fl
     for choice, of_choice in choices().items():
         cheapest = cheapest_equal(of_choice, accuracies, costs)
         for row in of_choice:
-            found = accuracies.get(row)
             text = as_chosen(pair, choice) if row == base else CHANGES[row].text
-            accuracy = spread(list(found.values())).text() if found else "missing"
+            accuracy = _accuracy(accuracies, row)
             by, cost = _difference(accuracies, row, base), _cost(costs, row)
             rows.append([choice, text, accuracy, by, cost, "x" if row == cheapest else ""])
     heading = [
@@ -255,6 +253,15 @@ def _choices(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[fl
         "cheapest of the best",
     ]
     return markdown_table(heading, rows)
+
+
+def _accuracy(accuracies: Accuracies, row: str) -> str:
+    """Return the mean over seeds with its deviation, and how many seeds there are if other rows have more."""
+    found = list(accuracies.get(row, {}).values())
+    if not found:
+        return "missing"
+    most = max(map(len, accuracies.values()))
+    return f"{spread(found).text()}{f', {len(found)} of {most} seeds' if len(found) < most else ''}"
 
 
 def _difference(accuracies: Accuracies, row: str, other: str) -> str:
