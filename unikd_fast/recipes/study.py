@@ -63,9 +63,8 @@ def _kd(ce_weight: float, beta: float) -> dict[str, Any]:
     return {"method": "kd", "kd": {"ce_weight": ce_weight, "beta": beta, "temperature": 4.0}}
 
 
-def _dkd_section(alpha: float, beta: float, temperature: float = 4.0, *, standardized: bool = False) -> dict[str, Any]:
-    section: dict[str, Any] = {"alpha": alpha, "beta": beta, "temperature": temperature}
-    return {**section, "standardized": True} if standardized else section
+def _dkd_section(alpha: float, beta: float) -> dict[str, Any]:
+    return {"alpha": alpha, "beta": beta, "temperature": 4.0}
 
 
 def _standardized(weight: float) -> dict[str, Any]:

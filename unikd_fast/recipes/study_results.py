@@ -72,9 +72,8 @@ def read_study(out: Path, seeds: Iterable[int]) -> Study:
     Raises:
         RunFileError: a file of a run is damaged.
     """
-    cells = [
-        Cell(row, pair, seed) for pair in STUDY_PAIRS for row in (TEACHER, *TUNING, *STUDY) for seed in list(seeds)
-    ]
+    seeds = list(seeds)
+    cells = [Cell(row, pair, seed) for pair in STUDY_PAIRS for row in (TEACHER, *TUNING, *STUDY) for seed in seeds]
     found = [(cell, run) for cell in cells if (run := read_finished(cell, out)) is not None]
     accuracies: dict[str, dict[str, dict[int, float]]] = {}
     for cell, run in found:
