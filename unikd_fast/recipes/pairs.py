@@ -37,12 +37,15 @@ class Pair(NamedTuple):
     def networks(self, method: str) -> str:
         """Return the networks of a method's run, as in its name: only one if there is no teacher.
 
+        In the study a pair stands for its images too, so that a student alone belongs to it.
+
         Example:
             >>> [CIFAR_PAIRS[0].networks(method) for method in ("kd", "none", TEACHER)]
             ['resnet56-resnet20', 'resnet20', 'resnet56']
         """
-        alone = {TEACHER: self.teacher, "none": self.student}
-        return _short(alone[method]) if method in alone else self.name
+        if method == TEACHER:
+            return _short(self.teacher)
+        return _short(self.student) if method == "none" and self.data != "study" else self.name
 
 
 def _short(network: str) -> str:

@@ -7,7 +7,7 @@ defaults of the configuration follow.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.settings import Setting
@@ -16,8 +16,9 @@ STUDY_ROOT = "STUDY_ROOT"
 """Environment variable of the folder that holds the image folders of the study."""
 
 CIFAR10 = Pair("study", "cifar/resnet20", "cifar/resnet8", "", 0.05, "CIFAR-10, JPEG re-encoded")
-STUDY_PAIRS = (CIFAR10,)
-"""Networks that two cores train in a minute, and the images of each in the remark."""
+TINY = Pair("study", "cifar/wrn_16_1", "cifar/resnet8", "", 0.05, "Tiny-ImageNet, 50 classes, 64 pixels")
+STUDY_PAIRS = (CIFAR10, TINY)
+"""Networks that two cores train in minutes, and the images of each in the remark."""
 
 
 class Images(NamedTuple):
@@ -25,21 +26,30 @@ class Images(NamedTuple):
 
     Args:
         folder: folder below the study's root, with train/<class>/<image>, and val/<class>/<image> for the test.
+        classes: their number.
         size: their side in pixels.
         held_out: training images that the teacher and the students of the search do not see, for validation.
         student_samples: training images of a student, others for every seed.
         teacher_epochs, student_epochs: lengths of the runs.
+        batch_size: images a step.
+        precision: of the students' and teachers' passes.
     """
 
     folder: str
+    classes: int
     size: int
     held_out: int
     student_samples: int
     teacher_epochs: int
     student_epochs: int
+    batch_size: int
+    precision: Literal["fp32", "bf16"]
 
 
-IMAGES = {CIFAR10.name: Images("cifar10", 32, 5000, 5000, 8, 12)}
+IMAGES = {
+    CIFAR10.name: Images("cifar10", 10, 32, 5000, 5000, 8, 12, 64, "fp32"),
+    TINY.name: Images("tiny_imagenet", 50, 64, 2500, 2500, 15, 12, 32, "bf16"),
+}
 """By the names of pairs."""
 
 _TUNING_DATA_SEED = 1000  # the search is on other images than any seed of the study
@@ -169,7 +179,8 @@ CHOSEN: dict[str, dict[str, int]] = {
         "unikd": 2,
         "unikd_dev": 3,
         "blockwise": 3,
-    }
+    },
+    TINY.name: dict.fromkeys(CANDIDATES, 0),
 }
 """Which candidate was best in the search, by pair and method, counted from 0; `docs/study.json` has the figures."""
 
@@ -314,17 +325,18 @@ def study_experiment(row: str, pair: Pair, seed: int) -> dict[str, Any]:
         "distill": section,
         "train": {
             "total_epochs": epochs,
-            "global_batch_size": 64,
+            "global_batch_size": images.batch_size,
             "optimizer": "sgd",
             "learning_rate": pair.learning_rate,
             "weight_decay": 0.0005,
             "schedule": "cosine",
             "channels_last": True,
+            "precision": images.precision,
         },
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     if section["method"] != "none":
-        config["teacher"] = {"model": pair.teacher, "precision": "fp32"}
+        config["teacher"] = {"model": pair.teacher, "precision": images.precision}
         cache = CHANGES[row].cache if row in CHANGES else {}
         config["teacher"] |= {"cache": dict(cache)} if cache else {}
     return config
