@@ -22,7 +22,7 @@ from unikd_fast.engine.zero import start_engine
 from unikd_fast.io import write_file
 from unikd_fast.recipes.experiments import experiment
 from unikd_fast.recipes.pairs import Pair
-from unikd_fast.recipes.study import CHANGES, STUDY, STUDY_PAIRS
+from unikd_fast.recipes.study import CHANGES, IMAGES, STUDY, STUDY_PAIRS
 from unikd_fast.recipes.study_results import Study, merged, parse_study, read_study, study_json, study_markdown
 from unikd_fast.values import Batch
 
@@ -37,7 +37,6 @@ _OVERRIDES = (
     "data.loader=device",
     "data.synthetic_samples=128",
     "data.train_samples=null",
-    "data.num_classes=10",
     "train.learning_rate=0.001",
 )
 
@@ -74,7 +73,8 @@ def _step(row: str, pair: Pair) -> Callable[[], Any]:
     if "crd" in raw["distill"]:
         raw["distill"]["crd"]["negatives"] = 64  # no more than there are images
     processes = start_processes()
-    built = build_experiment(parse_config(raw, _OVERRIDES, name=row, source=row), processes)
+    overrides = (*_OVERRIDES, f"data.num_classes={IMAGES[pair.name].classes}")
+    built = build_experiment(parse_config(raw, overrides, name=row, source=row), processes)
     method, teacher = built.method, built.teacher
     batch: Batch = next(built.loader.train(0))
     target = None

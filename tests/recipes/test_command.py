@@ -274,11 +274,12 @@ def test_arguments_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "digits needs no files" in refused(capsys, "table6", *out, "--root", "/x")
     assert "study has data of its own" in refused(capsys, "study", *out)
     assert "with study teachers are trained here" in refused(capsys, "study", *out[2:], "--teachers", "/x")
-    said = refused(capsys, "study", *out[2:], "--root", tmp_path)
+    on_cifar = ("--pairs", "resnet20-resnet8", "--root", tmp_path)
+    said = refused(capsys, "study", *out[2:], *on_cifar)
     assert f"the root of data set image_folder, {tmp_path}/cifar10/train, is missing" in said
     assert "CIFAR-10 as JPEG files is at" in said
     (tmp_path / "cifar10" / "train").mkdir(parents=True)  # enough for the teacher, and not for its students
-    assert f"{tmp_path}/cifar10/val is missing" in refused(capsys, "study", *out[2:], "--root", tmp_path)
+    assert f"{tmp_path}/cifar10/val is missing" in refused(capsys, "study", *out[2:], *on_cifar)
     assert "torchvision's" in refused(capsys, "table3", "--out", tmp_path, "--teachers", "/x")
     assert "the table decides run.dir; see --out" in refused(capsys, "table6", *out, "--set", "run.dir=/x")
     assert "train.nonsense" in refused(capsys, "table6", *out, "--set", "train.nonsense=1")
@@ -304,15 +305,17 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_study_writes_its_own_page_too(runs: Path, tmp_path: Path) -> None:
-    for part in ("train", "val"):
-        (tmp_path / "images" / "cifar10" / part).mkdir(parents=True)
+    for name in ("cifar10", "tiny_imagenet"):
+        for part in ("train", "val"):
+            (tmp_path / "images" / name / part).mkdir(parents=True)
     given = ("--root", str(tmp_path / "images"), "--out", str(tmp_path), "--jobs", "4", "--seeds", "2")
     assert main(["reproduce", "study", *given, "--methods", "none,tuned_kd,tuned_dkd"]) == 0
-    assert len(noted(runs)) == 1 + 6
+    assert len(noted(runs)) == 2 * (1 + 6)
     page = (tmp_path / "study" / "study" / "study.md").read_text()
     assert "| student alone" in page
     study = json.loads((tmp_path / "study" / "study" / "study.json").read_text())
-    assert study["accuracies"]["resnet20-resnet8"]["tuned_dkd"] == {"0": 90.0, "1": 91.0}
+    for pair in ("resnet20-resnet8", "wrn_16_1-resnet8"):
+        assert study["accuracies"][pair]["tuned_dkd"] == {"0": 90.0, "1": 91.0}
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -104,8 +104,8 @@ COUNTS = {
     "unikd_dev": 42,
     "wkd": 8,
     "methods": 218,
-    "tuning": 40,
-    "study": 23,
+    "tuning": 80,
+    "study": 46,
 }
 TEACHERS = {
     "table1": 5,
@@ -119,8 +119,8 @@ TEACHERS = {
     "unikd_dev": 6,
     "wkd": 2,
     "methods": 6,
-    "tuning": 1,
-    "study": 1,
+    "tuning": 2,
+    "study": 2,
 }
 
 

