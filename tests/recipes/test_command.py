@@ -109,6 +109,19 @@ def test_a_run_of_another_table_is_not_repeated(runs: Path, tmp_path: Path) -> N
     assert len(ledger["missing"]) == 5 + 1  # the whole table, with the teacher of the other pair
 
 
+def test_a_row_of_other_settings_is_not_in_the_ledger(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ledger says that its settings are those of all rows, also of those that are not asked for."""
+    assert digits(tmp_path, "--methods", "unikd", "--pairs", "resnet20-resnet8", "--set", "distill.unikd.alpha=7") == 0
+    before = noted(runs)
+    capsys.readouterr()
+    assert digits(tmp_path, "--methods", "unikd_without_aff") == 2
+    said = capsys.readouterr().err
+    assert "unikd/resnet20-resnet8/seed-0 was run with another configuration: distill.unikd.alpha was 7.0" in said
+    assert noted(runs) == before  # said before anything runs
+
+
 def test_a_failure_is_told_at_the_end_and_run_again(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,9 @@ def run(options: argparse.Namespace) -> int:
     root = _root(table, options.root)
     cells = student_cells(table, seeds, options.methods, options.pairs)
     students = plan_runs(cells, out, teachers=teachers, root=root, overrides=options.set)
+    # The ledger has the table's other rows too, if they are finished: of other settings they are refused as well.
+    finished = [cell for cell in student_cells(table, seeds) if (cell.folder(out) / "result.json").exists()]
+    plan_runs(finished, out, teachers=teachers, root=root, overrides=options.set)
     unfinished = [run for run in students if run.state != "done"]
     needed = teacher_cells(run.cell for run in unfinished) if teachers == "trained" else []
     runs = [*plan_runs(needed, out, teachers=teachers, root=root, overrides=options.set), *students]
