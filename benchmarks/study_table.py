@@ -6,24 +6,27 @@ python benchmarks/study_table.py --costs                # after every row's step
 """
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import interleaved_times, ratio_quartiles
 
+from unikd_fast.command import run_command
 from unikd_fast.config import parse_config
 from unikd_fast.engine.build import build_experiment
 from unikd_fast.engine.distributed import start_processes
 from unikd_fast.engine.step import train_step
 from unikd_fast.engine.zero import start_engine
+from unikd_fast.errors import ConfigError
 from unikd_fast.io import write_file
 from unikd_fast.recipes.experiments import experiment
 from unikd_fast.recipes.pairs import Pair
 from unikd_fast.recipes.study import CHANGES, IMAGES, STUDY, STUDY_PAIRS
-from unikd_fast.recipes.study_results import Study, merged, parse_study, read_study, study_json, study_markdown
+from unikd_fast.recipes.study_results import Study, load_study, merged, read_study, study_json, study_markdown
 from unikd_fast.values import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,19 +91,27 @@ def _step(row: str, pair: Pair) -> Callable[[], Any]:
     return lambda: train_step(engine, teacher, method, batch, *(() if target is None else (target,)), update=True).total
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="add the finished runs in it to the records")
     parser.add_argument("--costs", action="store_true", help="time a step of every row, and add that to the records")
-    options = parser.parse_args()
-    study = parse_study(RECORDS.read_text()) if RECORDS.exists() else Study({}, {}, (), ())
-    if options.runs is not None:
-        study = merged(study, read_study(options.runs, SEEDS))
-    if options.costs:
+    options = parser.parse_args(arguments)
+    return run_command("study_table.py", lambda: _update(options.runs, costs=options.costs))
+
+
+def _update(runs: Path | None, *, costs: bool) -> int:
+    study = load_study(RECORDS) if RECORDS.exists() else Study({}, {}, (), ())
+    if runs is not None:
+        added = read_study(runs, SEEDS)
+        if not added.accuracies:
+            raise ConfigError(f"--runs {runs}: no run of the study is finished there; give the folder of all runs")
+        study = merged(study, added)
+    if costs:
         study = merged(study, Study({}, measure_costs(), (), ()))
     write_file(RECORDS, study_json(study))
     write_file(PAGE, rewritten(PAGE.read_text(), study))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.report_runs import ENVIRONMENT, write_json, write_result
-from unikd_fast.config import Config, parse_config
+from unikd_fast.config import Config, ConfigError, parse_config
 from unikd_fast.recipes.pairs import TEACHER, Pair
 from unikd_fast.recipes.runs import plan_runs
 from unikd_fast.recipes.settings import METHODS
@@ -32,13 +32,14 @@ from unikd_fast.recipes.study_results import (
     difference,
     interval,
     interval_text,
+    load_study,
     merged,
-    parse_study,
     read_study,
     study_json,
     study_markdown,
 )
 from unikd_fast.recipes.tables import TABLES, Cell, student_cells, teacher_cells
+from unikd_fast.report.run_files import RunFileError
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "study.json"
@@ -169,7 +170,9 @@ def test_the_page(tmp_path: Path) -> None:
     assert study.accuracies[CIFAR10.name]["none"] == {0: 60.0, 1: 61.0}  # of the last epoch
     costs = {CIFAR10.name: {"tuned_unikd": [2.0, 2.25, 2.5], "unikd_last_level": [1.5, 1.75, 2.0]}}
     study = study._replace(costs=costs)
-    assert parse_study(study_json(study)) == study
+    records = tmp_path / "study.json"
+    records.write_text(study_json(study))
+    assert load_study(records) == study
     page = study_markdown(study)
     assert "13 runs on a processor, by commit abc" in page
     assert "the teacher has 80.00" in page
@@ -187,6 +190,55 @@ def test_the_page(tmp_path: Path) -> None:
     assert [cell.rpartition(": ")[2].strip("*") for cell in of_kd[1:]] == ["50.00", "52.00", "51.00", "49.00"]
 
 
+def test_a_run_of_another_candidate_is_refused(tmp_path: Path) -> None:
+    """A row of the study is the candidate that is chosen now: another's accuracy must not stand for it."""
+    finish(tmp_path, chosen_row("kd"), 0, 60.0)
+    (run,) = plan_runs([Cell(chosen_row("kd"), CIFAR10, 0)], tmp_path, teachers="trained")
+    write_json(run.folder / "config.json", run.config.model_dump(mode="json", by_alias=True))
+    assert read_study(tmp_path, range(1)).accuracies
+    other = CHOSEN[CIFAR10.name] | {"kd": (CHOSEN[CIFAR10.name]["kd"] + 1) % 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHOSEN, CIFAR10.name, other)
+        with pytest.raises(ConfigError, match=r"tuned_kd/\S+ was run with another configuration: distill.kd"):
+            read_study(tmp_path, range(1))
+    with pytest.raises(ConfigError, match="another configuration"):
+        read_study(tmp_path, range(1), ["train.max_steps=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ('{"accuracies"', "is damaged"),
+        ("[]", "is damaged"),
+        ("{}", "there is no 'accuracies'"),
+        ('{"accuracies": {"a": {"kd_1": {"first": 60.0}}}, "costs": {}}', "'first'"),
+        ('{"accuracies": {"a": {"kd_1": {"0": NaN}}}, "costs": {}}', "must be finite numbers, got nan"),
+        ('{"accuracies": {"a": {"kd_1": {"0": "60"}}}, "costs": {}}', "must be finite numbers, got '60'"),
+        ('{"accuracies": {"a": {"kd_1": [60.0]}}, "costs": {}}', "'list'"),
+        ('{"accuracies": {}, "costs": {"a": {"none": [1.0, 2.0]}}}', "expected 3"),
+        ('{"accuracies": {}, "costs": {}, "hardware": null, "commits": []}', "NoneType"),
+    ],
+)
+def test_damaged_records_are_named(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    path.write_text(text)
+    with pytest.raises(RunFileError, match=f"study.json does not hold the records of a study: .*{said}.*; restore it"):
+        load_study(path)
+
+
+def test_nothing_to_add_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import study_table
+
+    before = RECORDS.read_text()
+    assert study_table.main(["--runs", str(tmp_path)]) == 2
+    assert f"--runs {tmp_path}: no run of the study is finished there" in capsys.readouterr().err
+    assert RECORDS.read_text() == before
+
+
 def test_records_are_added_to() -> None:
     pair = CIFAR10.name
     first = Study({pair: {"none": {0: 1.0, 1: 2.0}}}, {pair: {"none": [1.0, 1.0, 1.0]}}, ("one",), ("a",))
@@ -201,14 +253,12 @@ def test_the_docs_say_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import study_table
 
     page = (ROOT / "docs" / "defaults.md").read_text()
-    assert study_table.rewritten(page, parse_study(RECORDS.read_text())) == page, (
-        "run `python benchmarks/study_table.py`"
-    )
+    assert study_table.rewritten(page, load_study(RECORDS)) == page, "run `python benchmarks/study_table.py`"
 
 
 @pytest.mark.parametrize("pair", STUDY_PAIRS)
 def test_the_best_of_the_search_is_chosen(pair: Pair) -> None:
-    accuracies = parse_study(RECORDS.read_text()).accuracies.get(pair.name, {})
+    accuracies = load_study(RECORDS).accuracies.get(pair.name, {})
     found = {method: best_candidate(accuracies, method) for method in CANDIDATES}
     assert CHOSEN[pair.name].keys() == CANDIDATES.keys()
     assert {method: CHOSEN[pair.name][method] for method in found if found[method] is not None} == {

@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
     if table.data == "study":
         from unikd_fast.recipes.study_results import read_study, study_json, study_markdown
 
-        study = read_study(out, seeds)
+        study = read_study(out, seeds, options.set)
         write_file(home / "study.json", study_json(study))
         write_file(home / "study.md", study_markdown(study))
     print(f"\n{overviews(ledger)}\n\nledger: {home / 'ledger.md'}, {home / 'ledger.json'}", flush=True)

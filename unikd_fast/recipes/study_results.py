@@ -12,8 +12,11 @@ from typing import NamedTuple
 
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
+from unikd_fast.errors import FileError
+from unikd_fast.io import read_json
 from unikd_fast.recipes.ledger import read_finished
 from unikd_fast.recipes.pairs import TEACHER, Pair
+from unikd_fast.recipes.runs import plan_runs
 from unikd_fast.recipes.study import (
     CANDIDATES,
     CHANGES,
@@ -28,6 +31,7 @@ from unikd_fast.recipes.study import (
 )
 from unikd_fast.recipes.tables import Cell, title
 from unikd_fast.report.accuracy import signed, spread
+from unikd_fast.report.run_files import RunFileError, is_number
 from unikd_fast.report.table import markdown_table
 
 _CONFIDENCE = 0.95
@@ -63,18 +67,21 @@ class Study(NamedTuple):
     commits: tuple[str, ...]
 
 
-def read_study(out: Path, seeds: Iterable[int]) -> Study:
+def read_study(out: Path, seeds: Iterable[int], overrides: Sequence[str] = ()) -> Study:
     """Read the runs of the study and of its search that are finished.
 
     Args:
         out: folder of all runs.
+        overrides: settings that differ from the recipes.
 
     Raises:
+        ConfigError: a run has other settings than its row, such as a candidate that is not the chosen one any more.
         RunFileError: a file of a run is damaged.
     """
     seeds = list(seeds)
     cells = [Cell(row, pair, seed) for pair in STUDY_PAIRS for row in (TEACHER, *TUNING, *STUDY) for seed in seeds]
     found = [(cell, run) for cell in cells if (run := read_finished(cell, out)) is not None]
+    plan_runs([cell for cell, _ in found], out, teachers="trained", overrides=overrides)  # refuses other settings
     accuracies: dict[str, dict[str, dict[int, float]]] = {}
     for cell, run in found:
         of_row = accuracies.setdefault(cell.pair.name, {}).setdefault(cell.method, {})
@@ -103,18 +110,39 @@ def merged(first: Study, second: Study) -> Study:
 
 
 def study_json(study: Study) -> str:
-    """Return the study as the content of a file; `parse_study` reads it back."""
+    """Return the study as the content of a file; `load_study` reads it back."""
     return json.dumps(study._asdict(), indent=1) + "\n"
 
 
-def parse_study(text: str) -> Study:
-    """Return the study that `study_json` wrote."""
-    found = json.loads(text)
-    accuracies = {
-        pair: {row: {int(seed): value for seed, value in own.items()} for row, own in rows.items()}
-        for pair, rows in found["accuracies"].items()
-    }
-    return Study(accuracies, found["costs"], tuple(found["hardware"]), tuple(found["commits"]))
+def load_study(path: Path) -> Study:
+    """Return the study that `study_json` wrote to a file.
+
+    Raises:
+        RunFileError: it is damaged, or holds something else.
+        FileNotFoundError: it is missing.
+    """
+    try:
+        found = read_json(path)
+        accuracies = {
+            pair: {row: {int(seed): _figure(value) for seed, value in own.items()} for row, own in rows.items()}
+            for pair, rows in found["accuracies"].items()
+        }
+        costs = {pair: {row: _quartiles(own) for row, own in rows.items()} for pair, rows in found["costs"].items()}
+        return Study(accuracies, costs, tuple(map(str, found["hardware"])), tuple(map(str, found["commits"])))
+    except (FileError, AttributeError, KeyError, TypeError, ValueError) as error:
+        said = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise RunFileError(f"{path} does not hold the records of a study: {said}; restore it") from error
+
+
+def _quartiles(values: Iterable[object]) -> list[float]:
+    low, median, high = map(_figure, values)
+    return [low, median, high]
+
+
+def _figure(value: object) -> float:
+    if not (is_number(value) and math.isfinite(value)):
+        raise ValueError(f"figures must be finite numbers, got {value!r}")
+    return value
 
 
 def interval(values: Sequence[float]) -> Interval:
