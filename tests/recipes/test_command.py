@@ -301,7 +301,7 @@ def test_arguments_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the stand-in of table4 is on toy_scenes; give that" in refused(capsys, "table4", *out)
     assert "the stand-in of table1 is on digits; give that" in refused(capsys, "table1", "--data", "toy_scenes")
     assert "toy_scenes needs no files" in refused(capsys, "table4", "--data", "toy_scenes", "--root", "/x")
-    for wrong in (["table8"], ["table6", "--seeds", "0"], ["table6", "--jobs", "many"]):
+    for wrong in (["table8"], ["table6", "--seeds", "0"], ["table6", "--jobs", "many"], ["table6", "--methods", ""]):
         with pytest.raises(SystemExit) as end:
             main(["reproduce", *wrong])
         assert end.value.code == 2

@@ -1,5 +1,7 @@
 """The ledger: means, deviations and differences by hand, and the origin of each figure."""
 
+import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -7,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from support.forged_json import places
 from support.report_runs import ENVIRONMENT, write_json, write_result
 from unikd_fast.recipes.ledger import Entry, Ledger, ledger_json, ledger_markdown, make_ledger, overviews
 from unikd_fast.recipes.pairs import Pair
 from unikd_fast.recipes.tables import TABLES, Cell, stand_in
+from unikd_fast.report.run_files import RunFileError
 
 R110, WRN_SHUFFLE = TABLES["table6"].pairs
 
@@ -254,3 +258,24 @@ def test_as_markdown(tmp_path: Path) -> None:
     assert "- UniKD, FDP only, resnet110-resnet32: seed 1\n" in text
     assert "- UniKD, wrn_40_2-ShuffleV1: seeds 0, 1\n" in text
     assert "- Hardware: a processor.\n- Commit: abc.\n" in text
+
+
+def test_malformed_files_of_a_run_are_named(tmp_path: Path) -> None:
+    """Whatever a run's files hold: a ledger, or an error with the file's name."""
+    folder = finish(tmp_path, "unikd", R110, 0, 71.0, 70.0, gpus=["a GPU"])
+    refused = 0
+    for path in (folder / "result.json", folder / "environment.json"):
+        content = json.loads(path.read_text())
+        for way, odd in itertools.product(places(content), (None, -1, 0.5, "", [], {}, [1], [[]], True, math.nan)):
+            forged = inner = copy.deepcopy(content)
+            for key in way[:-1]:
+                inner = inner[key]
+            inner[way[-1]] = odd
+            path.write_text(json.dumps(forged))
+            try:
+                ledger_markdown(made("table6", tmp_path, seeds=1))
+            except RunFileError as error:
+                assert str(path) in str(error)
+                refused += 1
+        path.write_text(json.dumps(content))
+    assert refused > 100

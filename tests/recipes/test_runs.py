@@ -114,3 +114,6 @@ def test_the_time_of_a_run_adds_up_and_outlives_a_kill(tmp_path: Path) -> None:
     timings = tmp_path / "seed-0.timings.jsonl"
     timings.write_text('{"seconds": 10.5, "exit_code": 143}\n{"seconds": 1\n{"seconds": 4.5, "exit_code": 0}\n')
     assert total_seconds(folder) == 15.0
+    with timings.open("ab") as file:  # what a power cut leaves
+        file.write(b'\xff\n\0\0\n7\n[]\n{"seconds": null}\n')
+    assert total_seconds(folder) == 15.0

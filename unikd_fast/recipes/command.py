@@ -230,4 +230,7 @@ def _positive(text: str) -> int:
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    names = [name for name in text.split(",") if name]
+    if not names:  # a variable of a shell that is not set would run nothing, and say that it is done
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}; leave it out for all")
+    return names

@@ -14,7 +14,7 @@ from unikd_fast.recipes.runs import Teachers, total_seconds
 from unikd_fast.recipes.tables import Cell, Table, printed_row, setting, teacher_cells, title
 from unikd_fast.report.accuracy import Spread, signed, spread
 from unikd_fast.report.printed import FIGURES, MEAN, Metric, Printed, is_known, printed, printed_anywhere
-from unikd_fast.report.run_files import read_json, read_result
+from unikd_fast.report.run_files import RunFileError, read_json, read_result
 from unikd_fast.report.table import markdown_table
 from unikd_fast.units import duration
 
@@ -138,8 +138,10 @@ def read_finished(cell: Cell, out: Path) -> Finished | None:
         return None
     path = folder / "environment.json"
     made = read_json(path) if path.exists() else {}
-    gpus = list(dict.fromkeys(made.get("gpus") or []))
-    hardware = ", ".join(gpus) or str(made.get("cpu", "unknown"))
+    gpus = made.get("gpus") or []
+    if not isinstance(gpus, list):
+        raise RunFileError(f"{path}: gpus must be a list, got {gpus!r}")
+    hardware = ", ".join(dict.fromkeys(map(str, gpus))) or str(made.get("cpu", "unknown"))
     result = read_result(folder / "result.json")
     return Finished(folder, result, total_seconds(folder), hardware, str(made.get("commit", "unknown")))
 
@@ -236,7 +238,7 @@ def _done(runs: Mapping[int, Finished | None]) -> dict[int, Finished]:
 def _figures(runs: Mapping[int, Finished | None], metric: Metric) -> Figures:
     done = _done(runs)
     best, last = (_spread_of([_accuracy(run, which, metric) for run in done.values()]) for which in _EPOCHS)
-    epochs = (run.result["best"]["epoch"] for run in done.values())
+    epochs = (run.result["best"].get("epoch") for run in done.values())
     missing = tuple(seed for seed in runs if seed not in done)
     return Figures(best, last, tuple(int(epoch) for epoch in epochs if epoch is not None), tuple(done), missing)
 

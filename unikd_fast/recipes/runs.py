@@ -413,8 +413,8 @@ def total_seconds(folder: Path) -> float | None:
     if not path.exists():
         return None
     found = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # cut off by a kill
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill, or damaged
             found.append(float(json.loads(line)["seconds"]))
     return sum(found) if found else None
 

@@ -101,6 +101,8 @@ def read_result(path: Path) -> dict[str, Any]:
     _require_cost(path, result.get("cost"))
     for which in ("best", "last"):
         _require(path, f"{which}.test", result[which].get("test"), dict)
+        if result[which].get("epoch") is not None:
+            _require_finite(path, f"{which}.epoch", result[which]["epoch"])
         known = figures_of(result[which]["test"])
         for split, figure in ((split, figure) for split in ("val", "test") for figure in known.all):
             figures = result[which].get(split, {})

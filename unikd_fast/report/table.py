@@ -107,4 +107,4 @@ def figure_cells(figures: Mapping[str, Any], columns: Sequence[tuple[str, str, s
 
 
 def _epoch(part: dict[str, Any]) -> str:
-    return NONE if part["epoch"] is None else str(part["epoch"])
+    return NONE if part.get("epoch") is None else str(part["epoch"])
