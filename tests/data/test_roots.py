@@ -66,6 +66,14 @@ def test_a_missing_folder_comes_with_layout_and_remedy(tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
+def test_classes_to_hold_out_from_lie_in_the_root_itself(tmp_path: Path) -> None:
+    missing = tmp_path / "images"
+    with pytest.raises(FileNotFoundError, match="is missing; it must hold <class>/<image>; set it by"):
+        check_root("image_folder", str(missing), val_samples=10)
+    missing.mkdir()
+    assert check_root("image_folder", str(missing), val_samples=10) == missing
+
+
 def test_only_a_variable_that_the_root_names_is_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SETS", str(tmp_path / "gone"))
     with pytest.raises(FileNotFoundError, match=r"`export SETS=/path/to/image_folder` or `--set data.root="):

@@ -56,6 +56,9 @@ def check_root(name: str, root: str | None, *, val_samples: int = 0, needs_train
     layout = _ROOTS[name]
     if layout is None:
         return None
+    held_out = name == "image_folder" and val_samples > 0
+    if held_out:
+        layout = "<class>/<image>"
     if not root:
         raise ValueError(f"check_root: data set {name} needs a root folder and got none; {_remedy(name)}")
     expanded = _expand(root, f"check_root: the root of data set {name}", lambda unset: _remedy(name, [unset]))
@@ -68,7 +71,7 @@ def check_root(name: str, root: str | None, *, val_samples: int = 0, needs_train
         )
     if name == "cifar100" and (folder / _CIFAR_FOLDER).is_dir():
         folder = folder / _CIFAR_FOLDER
-    parts = () if name == "image_folder" and val_samples else _LAYOUTS[name]
+    parts = () if held_out else _LAYOUTS[name]
     for part in parts:
         if not (folder / part).exists() and (part != "train" or needs_train):
             shown = Path(root, *folder.parts[len(Path(expanded).expanduser().parts) :], part)
