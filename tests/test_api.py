@@ -117,6 +117,16 @@ def test_warm_ups_follow_the_epoch_and_are_over_without_one(teacher: nn.Module) 
     assert terms[1] == pytest.approx(0.5 * float(whole.total - whole.terms["ce"]), rel=1e-3)
 
 
+def test_weights_that_fall_stay_where_no_epoch_is_given(teacher: nn.Module) -> None:
+    """WKD's fall to 0 at the end of the run: without an epoch nothing would be distilled."""
+    kd = distiller(teacher, "wkd", epochs=10)
+    images, labels = next(batches(1))
+    without, begun, ended = (kd(images, labels, epoch=epoch) for epoch in (None, 0.0, 10.0))
+    assert without.terms["transport"] > 0 and without.terms["mean_gap"] > 0
+    torch.testing.assert_close(without.total, begun.total)
+    torch.testing.assert_close(ended.total, ended.terms["ce"] + ended.terms["target_class"])
+
+
 def test_only_what_is_trained_is_a_parameter(teacher: nn.Module) -> None:
     kd = distiller(teacher, "unikd")
     student = kd.module.network.plain
@@ -201,9 +211,9 @@ def test_a_head_can_be_fitted_again_after_an_older_state(teacher: nn.Module) -> 
     assert not any(parameter.requires_grad for parameter in kd.head.parameters())
 
 
-@pytest.mark.parametrize("method", ["nkd", "dkd"])
-def test_samples_without_a_label_are_left_out(teacher: nn.Module, method: str) -> None:
-    kd = distiller(teacher, method).eval()
+@pytest.mark.parametrize(("method", "settings"), [("nkd", {}), ("dkd", {}), ("wkd", {"feature_weight": 0.0})])
+def test_samples_without_a_label_are_left_out(teacher: nn.Module, method: str, settings: dict[str, float]) -> None:
+    kd = distiller(teacher, method, **settings).eval()
     images, labels = next(batches(1))
     labels[::3] = -100
     kept = labels != -100
@@ -324,6 +334,7 @@ IMAGES = torch.zeros(4, 3, SIZE, SIZE)
         (lambda t: distiller(t).fit_teacher([]), "the loader yields no batches"),
         (lambda t: distiller(t).fit_teacher([("a", 1)]), "a batch must be images .* got tuple"),
         (lambda t: distiller(t, "dkd")(IMAGES), "DKD needs labels; pass them, or use a method that needs none"),
+        (lambda t: distiller(t, "wkd")(IMAGES, torch.ones(4, 5)), r"WKD needs one class a sample, got .* \(4, 5\)"),
         (lambda t: distiller(t, "mlkd")(IMAGES), "pass the other one as second=..."),
         (lambda t: Distiller(t, Stages(4, 7), image_size=SIZE), "the student has 7 classes and the teacher 5"),
         (lambda t: Distiller(t, nn.Identity(), method="kd", image_size=SIZE), r"must return logits \(N, K\)"),

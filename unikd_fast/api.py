@@ -43,7 +43,8 @@ class Distiller(nn.Module):
         teacher_weights: weight of each of several teachers. If None, all are the same.
         method: name of a method, or a list, which is their sum; see docs/methods.md.
         image_size: H and W of the images.
-        epochs: number of epochs that will be trained, which limits warm-ups to 8 % of them. If None, 250.
+        epochs: number of epochs that will be trained, which limits warm-ups to 8 % of them, and at whose end wkd's
+            weights are 0. If None, 250.
         label_smoothing: label smoothing of the cross-entropy.
         feature_nodes: names of the modules whose outputs are the levels, by "teacher" and "student". If None, the ends
             of the stages.
@@ -196,11 +197,12 @@ class Distiller(nn.Module):
             images: images (N, 3, H, W), preprocessed for both networks.
             labels: classes (N,), with -100 for samples without one, or class weights (N, K) as mixup makes them. If
                 None, no sample has one and there is no cross-entropy.
-            epoch: epochs trained so far, for warm-ups; may be fractional. If None, the weights are those after them.
+            epoch: epochs trained so far, for warm-ups; may be fractional. If None, the weights are those after them,
+                and those of wkd do not fall.
             second: another view of the images, for methods that compare two (mlkd).
 
         Raises:
-            ValueError: the method needs labels or a second view, or `fit_teacher` was not called.
+            ValueError: the method needs labels, a class a sample or a second view, or `fit_teacher` was not called.
         """
         if not self._fitted:
             raise ValueError(
@@ -215,6 +217,11 @@ class Distiller(nn.Module):
                     "none, such as unikd or kd"
                 )
             labels = torch.full((len(images),), NO_LABEL, device=images.device)
+        if self.needs.hard_labels and labels.is_floating_point():
+            raise ValueError(
+                f"Distiller: {type(self.method).__name__} needs one class a sample, got {labels.dtype} labels of shape "
+                f"{tuple(labels.shape)}; pass class indices as int64, or use a method that takes weights, such as kd"
+            )
         if epoch is not None:
             self.method.set_progress(epoch)
         self._settle(images)

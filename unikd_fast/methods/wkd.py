@@ -8,12 +8,12 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unikd_fast.kernels.reference import at_least_fp32, autocast_off, cross_entropy
+from unikd_fast.kernels.reference import at_least_fp32, autocast_off, cross_entropy, is_ignored, reduce_rows
 from unikd_fast.methods.context import RunContext, Shape
 from unikd_fast.methods.fitnet import Regressor
 from unikd_fast.methods.method import Method, Needs, Ramp
 from unikd_fast.settings import Fraction, NonNegative, Positive, PositiveInt, settings
-from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
+from unikd_fast.values import NO_LABEL, Batch, Features, Loss, StudentOutput, Target
 
 _VARIANCE_FLOOR = 1e-5  # as published
 _BOTTLENECK_WIDTH = 256  # as published
@@ -63,7 +63,7 @@ class WKD(Method[WKDSettings]):
     Sinkhorn iterations, C_ij = 1 - exp(-κ (1 - IR_ij)), IR_ij how alike classes i and j are. μ and σ are a channel's
     mean and standard deviation over the pixels of a cell of the last level: with ρ = 1 the squared 2-Wasserstein
     distance of two diagonal Gaussians, summed over channels, averaged over G x G cells. s falls from 1 to 0 along half
-    a cosine.
+    a cosine. Samples without a label have the features' part alone.
 
     IR is the cosine of two rows of the teacher's classifier, which is an option of the published code. The published
     figures have the linear CKA of the classes' features in a pass over the training data instead, on ImageNet of their
@@ -136,8 +136,12 @@ class WKD(Method[WKDSettings]):
         ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
         total, values = self.ce_weight * ce, [ce]
         if self.cost is not None:
-            of_target = target_cross_entropy(student.logits, target.logits, batch.labels)
-            transport = self._transport(student.logits, target.logits, batch.labels)
+            without = is_ignored(batch.labels, NO_LABEL)
+            given_rows = student.logits, target.logits, batch.labels.long().masked_fill(without, 0)
+            of_target, transport = (
+                reduce_rows(of(*given_rows), "batchmean", classes=len(self.cost), ignore_mask=without)
+                for of in (target_cross_entropy, self._transport)
+            )
             total = total + given.target_weight * of_target + given.logit_weight * self.decay.value * transport
             values += [of_target, transport]
         if given.feature_weight:
@@ -169,7 +173,7 @@ class WKD(Method[WKDSettings]):
         return f"WKD needs {' and '.join(beyond)}, not only its logits"
 
     def _transport(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Return W_ε between the classes other than each sample's own, averaged over the batch."""
+        """Return W_ε between the classes other than each sample's own, (N,)."""
         assert self.cost is not None
         own = labels[:, None] == torch.arange(len(self.cost), device=labels.device)
         log_q, log_p = (
@@ -177,7 +181,7 @@ class WKD(Method[WKDSettings]):
             for logits in (student, teacher)
         )
         epsilon, iterations = self.settings.epsilon, self.settings.iterations
-        return transport_cost(log_q, log_p, self.cost, epsilon=epsilon, iterations=iterations).mean()
+        return transport_cost(log_q, log_p, self.cost, epsilon=epsilon, iterations=iterations)
 
 
 def class_costs(weight: Tensor, *, sharpness: float) -> Tensor:
@@ -194,10 +198,10 @@ def class_costs(weight: Tensor, *, sharpness: float) -> Tensor:
 
 
 def target_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Return -p_y log q_y, averaged over the batch, for logits (N, K) and labels (N,)."""
+    """Return -p_y log q_y, (N,), for logits (N, K) and labels (N,)."""
     p, log_q = at_least_fp32(teacher).softmax(dim=-1), at_least_fp32(student).log_softmax(dim=-1)
     place = labels[:, None]
-    return -(p.gather(1, place) * log_q.gather(1, place)).mean()
+    return -(p.gather(1, place) * log_q.gather(1, place))[:, 0]
 
 
 def transport_cost(log_p: Tensor, log_q: Tensor, cost: Tensor, *, epsilon: float, iterations: int) -> Tensor:
@@ -326,6 +330,7 @@ class CosineDecay(Ramp):
         self.start = start
 
     def set_progress(self, epochs: float) -> None:
-        """Set the value for this number of epochs."""
-        past = 0.0 if self.start >= self.epochs else (epochs - self.start) / (self.epochs - self.start)
+        """Set the value for this number of epochs; infinity, in a loop that does not count them, leaves it at 1."""
+        never = self.start >= self.epochs or math.isinf(epochs)
+        past = 0.0 if never else (epochs - self.start) / (self.epochs - self.start)
         self.value.fill_(0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, past)))))
