@@ -320,6 +320,10 @@ def test_every_kind_of_batch_fits_the_teacher(teacher: nn.Module, batch: str) ->
 IMAGES = torch.zeros(4, 3, SIZE, SIZE)
 
 
+def one_class(method: str) -> Distiller:
+    return Distiller(Stages(4, 1), Stages(4, 1), method=method, image_size=SIZE)
+
+
 @pytest.mark.parametrize(
     ("use", "said"),
     [
@@ -337,6 +341,7 @@ IMAGES = torch.zeros(4, 3, SIZE, SIZE)
         (lambda t: distiller(t, "wkd")(IMAGES, torch.ones(4, 5)), r"WKD needs one class a sample, got .* \(4, 5\)"),
         (lambda t: distiller(t, "mlkd")(IMAGES), "pass the other one as second=..."),
         (lambda t: Distiller(t, Stages(4, 7), image_size=SIZE), "the student has 7 classes and the teacher 5"),
+        (lambda t: one_class("wkd"), "'wkd' weighs classes against each other and needs at least 2, got 1"),
         (lambda t: Distiller(t, nn.Identity(), method="kd", image_size=SIZE), r"must return logits \(N, K\)"),
         (lambda t: Distiller(t, Stages(4), image_size=SIZE, feature_nodes={"teacher": ["tow"]}), "no node 'tow'"),
     ],

@@ -106,6 +106,11 @@ class Distiller(nn.Module):
                     f"Distiller: the student has {ours} classes and the teacher {theirs}; fine-tune the teacher on the "
                     "student's classes, or give the student the teacher's"
                 )
+        if self.needs.two_classes and ours < 2:
+            raise ValueError(
+                f"Distiller: method = {method!r} weighs classes against each other and needs at least 2, got {ours}; "
+                "use another method, such as unikd or kd"
+            )
         whole: nn.Module = Ensemble(members, teacher_weights) if others or teacher_weights is not None else members[0]
         device = _device(student)
         extractors = {role: each if isinstance(each, FeatureExtractor) else None for role, each in networks.items()}
