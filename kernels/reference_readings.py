@@ -141,11 +141,12 @@ def _outer_sum(
     in place where it can, and into a view it cannot. A tensor `onto` which it is added is overwritten.
     """
     left, right = (torch.cat(list(parts), dim=1).to(like.dtype) for parts in (lefts, rights))
+    images, channels, pixels = len(left), left.shape[2], right.shape[2]  # -1 would stand for nothing of no images
     result = torch.empty_like(like) if onto is None else onto
     if result.is_contiguous():
-        flat, factors = result.view(len(like), like.shape[1], -1), (left.transpose(1, 2), right)
+        flat, factors = result.view(images, channels, pixels), (left.transpose(1, 2), right)
     elif result.is_contiguous(memory_format=torch.channels_last):
-        flat, factors = result.permute(0, 2, 3, 1).view(len(like), -1, like.shape[1]), (right.transpose(1, 2), left)
+        flat, factors = result.permute(0, 2, 3, 1).view(images, pixels, channels), (right.transpose(1, 2), left)
     else:
         product = torch.bmm(left.transpose(1, 2), right).unflatten(2, like.shape[2:])
         return product if onto is None else onto.add_(product)

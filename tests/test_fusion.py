@@ -84,6 +84,16 @@ class TestModule:
         for gradient, value in zip(gradients, expected, strict=True):
             torch.testing.assert_close(gradient, value, rtol=1e-10, atol=1e-12)  # float64 in another order
 
+    @pytest.mark.parametrize("norm", [None, "input", "batch"])
+    def test_no_images_have_gradients_of_zero(self, norm: str | None) -> None:
+        """As with any layer: a batch of a detector may have no regions."""
+        fusion = module(norm=norm).eval()
+        features = [x.requires_grad_() for x in features_of(SIZES, CHANNELS, batch=0)]
+        fusion.pooled(features).sum().backward()
+        assert [x.grad.shape for x in features] == [x.shape for x in features]
+        assert not any(p.grad.any() for p in fusion.parameters() if p.grad is not None)
+        assert fusion.expanders[0].weight.grad is not None
+
     @pytest.mark.parametrize("norm", ["input", "batch"])
     def test_statistics_move_in_training_only(self, norm: str) -> None:
         fusion, features = module(norm=norm), features_of(SIZES, CHANNELS)
