@@ -85,12 +85,14 @@ class UniKDSettings:
     fusion: Literal["aff", "last"] = "last"
     """aff: all levels by Eq. 4, as in the paper; last: the coarsest level alone (the paper's "FDP only"), which costs
     less and which our study does not tell from aff."""
-    gate: Literal["spatial", "channel"] = "spatial"
-    """One gate map for all channels, or one per channel."""
+    gate: Literal["spatial", "rank_one", "channel", "channel_1x1"] = "spatial"
+    """One gate map for all channels, by 3x3 kernels or by such as are a vector of channels times one 3x3 kernel, or one
+    per channel, by 3x3 or 1x1 kernels."""
     upsample: Literal["nearest", "bilinear"] = "nearest"
     """Upsampling of the coarser level."""
-    norm: Literal["input", "batch"] | None = "input"
-    """Batch normalisation at the 1x1 expanders of AFF. input: before them; batch: after them. If null, none."""
+    norm: Literal["input", "running", "batch"] | None = "input"
+    """Batch normalisation at the 1x1 expanders of AFF. input: before them; running: before them, by running statistics;
+    batch: after them. If null, none."""
     fdp: Literal["auto", "projected", "direct"] = "auto"
     """Form of FDP. projected: the paper's, a layer D -> K and two K -> K; direct: two layers D -> K, for many classes;
     auto: direct above 2,048 classes."""

@@ -180,7 +180,7 @@ CHOSEN: dict[str, dict[str, int]] = {
         "unikd_dev": 3,
         "blockwise": 3,
     },
-    TINY.name: dict.fromkeys(CANDIDATES, 0),
+    TINY.name: {**dict.fromkeys(CANDIDATES, 0), "kd": 2, "unikd": 2},
 }
 """Which candidate was best in the search, by pair and method, counted from 0; `docs/study.json` has the figures."""
 
@@ -209,6 +209,9 @@ CHANGES: dict[str, Change] = {
     "unikd_two_levels": Change("levels", "without the finest", distill={"max_levels": 2}),
     "unikd_last_level": Change("levels", "the deepest alone", {"fusion": "last"}),
     "unikd_channel_gate": Change("gate", "a map for every channel", {"gate": "channel"}),
+    "unikd_channel_1x1_gate": Change("gate", "a map for every channel, by 1x1 kernels", {"gate": "channel_1x1"}),
+    "unikd_rank_one_gate": Change("gate", "one map, of rank one", {"gate": "rank_one"}),
+    "unikd_running_norm": Change("norm", "by running statistics", {"norm": "running"}),
     "unikd_no_norm": Change("norm", "none", {"norm": None}),
     "unikd_batch_norm": Change("norm", "after the expanders", {"norm": "batch"}),
     "unikd_direct": Change("FDP", "direct", {"fdp": "direct"}),
