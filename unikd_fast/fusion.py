@@ -50,7 +50,7 @@ class AdaptiveFeatureFusion(nn.Module):
     Args:
         in_channels: C_l of each level, fine to coarse.
         width: D, the fused width.
-        gate: "spatial" for one map per gate, broadcast over D, "rank_one" for one map by kernels u(c) v(3x3), or, always
+        gate: "spatial" for one map per gate, broadcast over D, "rank_one" the same by kernels u(c) v(3x3), or, always
             in plain PyTorch, "channel" for D maps and "channel_1x1" for D maps by 1x1 convolutions.
         upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
         norm: batch normalisation next to E: "input" before it, without scale and shift, "running" the same by the
