@@ -235,6 +235,8 @@ def test_levels_that_do_not_fit_are_refused() -> None:
         build(WKD, STUDENT, TEACHER, None, None, CLASSIFIER)
     with pytest.raises(ValueError, match="WKD: a level of the student must be half as large"):
         wkd(teacher=[(5, 9, 9)])
+    with pytest.raises(ValueError, match=r"the last level is 14 x 7, and its cells were made for 7 x 7; give images"):
+        wkd().target(frozen(features([(5, 14, 7)], seed=2)))
 
 
 def test_the_decay_ends_with_the_run() -> None:

@@ -274,7 +274,15 @@ def cell_statistics(maps: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor
     """Return the mean and the standard deviation of each channel in each cell, (N, C, G, G), of maps (N, C, H, W).
 
     The variance is the unbiased one, plus 1e-5. For rows and columns see `grid_cells`.
+
+    Raises:
+        ValueError: the cells are of maps of another size.
     """
+    if maps.shape[2:] != (rows.shape[1], columns.shape[1]):
+        raise ValueError(
+            f"WKD: the last level is {maps.shape[2]} x {maps.shape[3]}, and its cells were made for {rows.shape[1]} x "
+            f"{columns.shape[1]}; give images of the size that the method was built for (image_size)"
+        )
     maps = at_least_fp32(maps)
     rows, columns = rows.to(maps.dtype), columns.to(maps.dtype)
     count = rows.sum(1)[:, None] * columns.sum(1)
