@@ -183,9 +183,10 @@ def test_the_page(tmp_path: Path) -> None:
     assert of_last in rows
     assert ["levels", "all", "66.50 ± 0.71", "", "2.25 (2.00 to 2.50)", ""] in rows
     fewer = {**study.accuracies[CIFAR10.name], "tuned_kd": {0: 63.0}}
-    assert "| KD, tuned                                | 63.00, 1 of 2 seeds |" in study_markdown(
-        study._replace(accuracies={CIFAR10.name: fewer})
-    )
+    assert "| KD, tuned     | 63.00, 1 of 2 seeds |" in study_markdown(study._replace(accuracies={CIFAR10.name: fewer}))
+    assert not any(row[:1] == ["DKD, tuned"] for row in rows)
+    assert "Not run: DKD, tuned; logit standardisation, tuned; " in page
+    assert "Not run: levels: without the finest; " in page
     (of_kd,) = (row for row in rows if row[0] == "KD")
     assert [cell.rpartition(": ")[2].strip("*") for cell in of_kd[1:]] == ["50.00", "52.00", "51.00", "49.00"]
 

@@ -180,7 +180,7 @@ CHOSEN: dict[str, dict[str, int]] = {
         "unikd_dev": 3,
         "blockwise": 3,
     },
-    TINY.name: {**dict.fromkeys(CANDIDATES, 0), "kd": 2, "unikd": 2},
+    TINY.name: {**dict.fromkeys(CANDIDATES, 0), "kd": 2, "unikd": 2},  # the other methods have not been searched
 }
 """Which candidate was best in the search, by pair and method, counted from 0; `docs/study.json` has the figures."""
 

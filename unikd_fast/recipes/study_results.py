@@ -238,35 +238,49 @@ def _of_pair(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[fl
 
 
 def _search(pair: Pair, accuracies: Accuracies) -> str:
-    rows = []
+    rows, not_run = [], []
     for method, (method_title, candidates) in CANDIDATES.items():
+        if not any(candidate_row(method, number) in accuracies for number in range(len(candidates))):
+            not_run.append(method_title)
+            continue
         cells = []
         for number, candidate in enumerate(candidates):
             found = accuracies.get(candidate_row(method, number))
             figure = f"{statistics.mean(found.values()):.2f}" if found else "missing"
             cells.append(f"{candidate.text}: {f'**{figure}**' if CHOSEN[pair.name][method] == number else figure}")
         rows.append([method_title, *cells])
-    most = max(len(row) for row in rows) - 1
-    return markdown_table(["method", *(f"candidate {number + 1}" for number in range(most))], rows)
+    most = max(map(len, rows), default=1) - 1
+    return _table(["method", *(f"candidate {number + 1}" for number in range(most))], rows, not_run)
 
 
 def _methods(accuracies: Accuracies, costs: Mapping[str, Sequence[float]]) -> str:
     against = (chosen_row("kd"), chosen_row("unikd"))
-    rows = []
-    for row in ("none", *map(chosen_row, CANDIDATES)):
-        accuracy = _accuracy(accuracies, row)
-        rows.append(
-            [title(row), accuracy, *(_difference(accuracies, row, other) for other in against), _cost(costs, row)]
-        )
-    return markdown_table(["method", "test accuracy", "over KD", "over UniKD", "step, of the student's"], rows)
+    of_methods = ["none", *map(chosen_row, CANDIDATES)]
+    rows = [
+        [
+            title(row),
+            _accuracy(accuracies, row),
+            *(_difference(accuracies, row, other) for other in against),
+            _cost(costs, row),
+        ]
+        for row in of_methods
+        if row in accuracies
+    ]
+    not_run = [title(row) for row in of_methods if row not in accuracies]
+    return _table(["method", "test accuracy", "over KD", "over UniKD", "step, of the student's"], rows, not_run)
 
 
 def _choices(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[float]]) -> str:
-    rows = []
+    rows, not_run = [], []
     base = chosen_row("unikd")
     for choice, of_choice in choices().items():
         cheapest = cheapest_equal(of_choice, accuracies, costs)
+        not_run += [f"{choice}: {CHANGES[row].text}" for row in of_choice[1:] if row not in accuracies]
+        if not any(row in accuracies for row in of_choice[1:]):
+            continue
         for row in of_choice:
+            if row not in accuracies:
+                continue
             text = as_chosen(pair, choice) if row == base else CHANGES[row].text
             accuracy = _accuracy(accuracies, row)
             by, cost = _difference(accuracies, row, base), _cost(costs, row)
@@ -279,14 +293,18 @@ def _choices(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[fl
         "step, of the student's",
         "cheapest of the best",
     ]
-    return markdown_table(heading, rows)
+    return _table(heading, rows, not_run)
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], not_run: Sequence[str]) -> str:
+    """Return a table, and below it what would be in it and has not run."""
+    said = f"Not run: {'; '.join(not_run)}." if not_run else ""
+    return "\n\n".join(filter(None, (markdown_table(heading, rows) if rows else "", said)))
 
 
 def _accuracy(accuracies: Accuracies, row: str) -> str:
     """Return the mean over seeds with its deviation, and how many seeds there are if other rows have more."""
-    found = list(accuracies.get(row, {}).values())
-    if not found:
-        return "missing"
+    found = list(accuracies[row].values())
     most = max(map(len, accuracies.values()))
     return f"{spread(found).text()}{f', {len(found)} of {most} seeds' if len(found) < most else ''}"
 
