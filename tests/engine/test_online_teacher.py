@@ -18,6 +18,7 @@ from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.describe import log_run
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.models import build_model
+from unikd_fast.teacher import fidelity
 from unikd_fast.teacher import online as formats
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -81,6 +82,26 @@ def test_auto_avoids_fp16_where_it_overflows(
     assert built.teacher_record["precision"] == "bf16"  # type: ignore[index]
     assert built.teacher.dtype == torch.bfloat16  # type: ignore[union-attr]
     assert experiment(tmp_path, weights=str(weights["ordinary"])).teacher_record["precision"] == "fp16"  # type: ignore[index]
+
+
+def test_auto_avoids_a_precision_that_is_not_faithful(
+    tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (online_teacher, formats):  # as on a CPU with bf16 units
+        monkeypatch.setattr(module, "resolve_precision", lambda precision, device: precision.replace("auto", "bf16"))
+    exact = experiment(tmp_path, weights=str(weights["ordinary"]), precision="fp32").teacher
+    monkeypatch.setattr(fidelity, "LOGIT_BOUND", 0.3)  # 1.2e-3 of the logits in bf16, 9e-6 in fp32
+    given = {"weights": str(weights["ordinary"])}
+    with caplog.at_level(logging.WARNING, logger="unikd_fast"):
+        built = experiment(tmp_path, **given, precision="auto")
+    assert "precision = auto: the teacher runs in fp32 instead; teacher in bf16, " in caplog.text
+    assert "the logits differ by" in caplog.text and "--set" not in caplog.text
+    assert built.teacher_record is not None and built.teacher is not None and exact is not None
+    assert built.teacher_record["precision"] == "fp32"
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(built.teacher(images).logits, exact(images).logits)
+    with pytest.raises(ConfigError, match=r"in bf16, .*--set teacher.precision=fp32"):
+        experiment(tmp_path, **given, precision="bf16")
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ class TeacherConfig(Section):
     they have other classes than the data. Required if weights is null, and not used if weights is random."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the teacher's weights and features. auto: on a GPU fp16, or bf16 if fp16 overflows on training
-    images; on a CPU bf16 if it has bf16 units, otherwise fp32."""
+    images; on a CPU bf16 if it has bf16 units, otherwise fp32; and fp32 if the check of teacher.fidelity fails."""
     fold_batch_norm: bool = True
     """Fold BatchNorm into the preceding convolutions, in fp32, wherever that is exact."""
     compile: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None

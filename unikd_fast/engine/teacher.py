@@ -151,7 +151,8 @@ def checked_teacher(
     """Make a teacher and compare it with the network that it is made from.
 
     All processes decide alike: the first one resolves precision "auto", fp16 is replaced by bf16 everywhere if it is
-    not finite on any of them, and the metrics are pooled.
+    not finite on any of them, and the metrics are pooled. Where "auto" came to a precision that fails the comparison,
+    the teacher runs in fp32.
 
     Args:
         config: configuration of a run with a teacher.
@@ -168,9 +169,9 @@ def checked_teacher(
     """
     section = config.teacher
     assert section is not None
-    unsettled = precision is None and section.precision == "auto"
+    chosen_here = precision is None and section.precision == "auto"
     precision = processes.broadcast(resolve_precision(precision or section.precision, processes.device))
-    unsettled = unsettled and precision == "fp16"
+    unsettled = chosen_here and precision == "fp16"
     network = network.to(processes.device).eval()
     unchecked = _why_unchecked(config, precision)
     reference = None if unchecked else copy.deepcopy(network).requires_grad_(False)
@@ -194,7 +195,16 @@ def checked_teacher(
     if reference is None:
         return teacher
     found = pool_fidelity(processes.gather(measure(teacher, reference, shown)))
-    check_fidelity(found, teacher, min_agreement=section.fidelity.min_agreement, compared=compared)
+    try:
+        check_fidelity(found, teacher, min_agreement=section.fidelity.min_agreement, compared=compared)
+    except ValueError as error:
+        if not chosen_here or teacher.precision == "fp32":
+            raise
+        _logger.warning(
+            "teacher.precision = auto: the teacher runs in fp32 instead; %s", str(error).rpartition("; ")[0]
+        )
+        again = partial(checked_teacher, make=make, measure=measure, precision="fp32", compared=compared)
+        return again(config, reference, batches, processes)
     teacher.record["fidelity"] = found._asdict()
     return teacher
 
