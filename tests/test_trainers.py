@@ -35,7 +35,7 @@ def network(name: str = "resnet8") -> nn.Module:
 
 def make(method: str = "unikd", **settings: Any) -> Distiller:
     torch.manual_seed(0)
-    settings |= {"head_steps": 6, "fusion": "aff"} if method == "unikd" else {}
+    settings |= {"head_steps": 6} if method == "unikd" else {}
     return Distiller(network("resnet14"), network(), method=method, image_size=16, epochs=EPOCHS, **settings)
 
 

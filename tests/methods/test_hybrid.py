@@ -76,7 +76,7 @@ def stream() -> Iterator[Features]:
 
 def unikd(**options: Any) -> UniKD:
     torch.manual_seed(0)
-    return build(UniKD, STUDENT, TEACHER, CLASSES, width=8, fusion="aff", head_steps=3, **options)
+    return build(UniKD, STUDENT, TEACHER, CLASSES, width=8, head_steps=3, **options)
 
 
 BATCH = Batch(torch.zeros(6, 3, 1, 1), torch.arange(6) % CLASSES, torch.arange(6))

@@ -40,7 +40,7 @@ def stream() -> Iterator[Features]:
 
 def build(**options: object) -> UniKD:
     torch.manual_seed(0)
-    return build_method(UniKD, STUDENT, TEACHER, CLASSES, **{"width": 16, "fusion": "aff", **options})  # type: ignore[arg-type]
+    return build_method(UniKD, STUDENT, TEACHER, CLASSES, width=16, **options)  # type: ignore[arg-type]
 
 
 def batch_of(labels: Tensor) -> Batch:

@@ -76,8 +76,7 @@ def test_every_pair_trains_or_is_refused_by_name(method: str, teacher: str, stud
         with pytest.raises(ValueError, match=r"use (a method that needs none|another method), such as unikd, .*kd"):
             Distiller(*pair, method=method, image_size=SIZE)
         return
-    settings = {"fusion": "aff"} if method == "unikd" else {}
-    distiller = Distiller(*pair, method=method, image_size=SIZE, **settings)
+    distiller = Distiller(*pair, method=method, image_size=SIZE)
     images = torch.randn(2, 3, SIZE, SIZE)
     distiller.fit_teacher([images], steps=1)
     before = [parameter.detach().clone() for parameter in distiller.parameters()]

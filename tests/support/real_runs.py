@@ -51,7 +51,7 @@ TINY: dict[str, Any] = {
     # In fp32 on every processor. Random weights know nothing, also those of a file.
     "teacher": {"model": "cifar/resnet8", "weights": "random", "precision": "fp32", "min_accuracy": 0},
     "student": {"model": "torchvision/mobilenet_v3_small"},
-    "distill": {"method": "unikd", "fusion": "aff", "teacher_head": "anchored", "alpha_ramp_epochs": 1.0},
+    "distill": {"method": "unikd", "teacher_head": "anchored", "alpha_ramp_epochs": 1.0},
     "train": {
         "total_epochs": 3,
         "global_batch_size": 16,

@@ -68,7 +68,7 @@ def check_levels_and_a_step(name: str) -> None:
     torch.manual_seed(0)
     network, size = smallest(name)
     student = build_model("cifar/resnet8", num_classes=CLASSES)
-    distiller = Distiller(network, student, method="unikd", fusion="aff", image_size=size)
+    distiller = Distiller(network, student, method="unikd", image_size=size)
     images = torch.randn(2, 3, size, size)
     teacher = distiller.teacher.network
     assert isinstance(teacher, FeatureExtractor)

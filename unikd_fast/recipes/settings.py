@@ -173,11 +173,10 @@ def _nkd(pair: Pair) -> dict[str, Any]:
 
 def _unikd(pair: Pair) -> dict[str, Any]:
     if _of_regions(pair):  # DKD in place of L_L, as in the public development code
-        section = {"fusion": "aff", "alpha": _FEATURES_OF_REGIONS, "beta": 0.0}
+        section = {"alpha": _FEATURES_OF_REGIONS, "beta": 0.0}
         return {"method": ["unikd", "dkd"], "unikd": section, "dkd": _dkd_section(pair)}
     temperature, ramp = (1.0, 1.0) if _on_imagenet(pair) else (4.0, 20.0)
-    section = {"fusion": "aff", "alpha": 4.0, "temperature": temperature, "alpha_ramp_epochs": ramp}
-    return {"method": "unikd", "unikd": section}
+    return {"method": "unikd", "unikd": {"alpha": 4.0, "temperature": temperature, "alpha_ramp_epochs": ramp}}
 
 
 def _unikd_dev_dkd(pair: Pair) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _wkd(share: float) -> dict[str, Any]:
 
 
 def _unikd(alpha: float, beta: float) -> dict[str, Any]:
-    section = {"fusion": "aff", "alpha": alpha, "beta": beta, "temperature": 4.0, "head_steps": _HEAD_STEPS}
+    section = {"alpha": alpha, "beta": beta, "temperature": 4.0, "head_steps": _HEAD_STEPS}
     return {"method": "unikd", "unikd": section}
 
 
