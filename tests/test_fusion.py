@@ -1,6 +1,5 @@
 """The AFF module: both paths against the reference, options, autocast, compiled graphs, state, and what it refuses."""
 
-import copy
 import logging
 import sys
 
@@ -15,7 +14,6 @@ from unikd_fast.kernels.reference_fusion import fuse_stagewise
 
 Size = tuple[int, int]
 MODES = ["nearest", "bilinear"]
-GATES = ["spatial", "rank_one", "channel", "channel_1x1"]
 
 
 def features_of(sizes: list[Size], channels: list[int], *, batch: int = 2, seed: int = 0) -> list[Tensor]:
@@ -41,7 +39,7 @@ def module(seed: int = 0, **options: str | None) -> AdaptiveFeatureFusion:
 
 class TestModule:
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("gate", GATES)
+    @pytest.mark.parametrize("gate", ["spatial", "channel"])
     def test_forward_is_the_reference(self, gate: str, mode: str) -> None:
         fusion, features = module(gate=gate, upsample=mode), features_of(SIZES, CHANNELS)
         expected = fuse_stagewise(
@@ -64,34 +62,15 @@ class TestModule:
         assert torch.equal(fusion(features), expected[0])
         assert torch.equal(fusion.pooled(features), expected[1])
 
-    @pytest.mark.parametrize("norm", [None, "input", "running", "batch"])
-    @pytest.mark.parametrize("gate", GATES)
+    @pytest.mark.parametrize("norm", [None, "input", "batch"])
+    @pytest.mark.parametrize("gate", ["spatial", "channel"])
     @pytest.mark.parametrize("training", [False, True])
     def test_pooled_is_the_average_of_forward(self, gate: str, norm: str | None, training: bool) -> None:
         """Whatever the path; for batch norm in eval mode that is the fold of its statistics into E."""
         fusion = module(gate=gate, norm=norm).double().train(training)
         features = [x.double() for x in features_of(SIZES, CHANNELS)]
-        expected = copy.deepcopy(fusion)(features).mean((2, 3))  # a copy, whose statistics may move
+        expected = fusion(features).mean((2, 3))
         assert relative_error(fusion.pooled(features), expected) < 1e-13
-
-    def test_a_kernel_of_rank_one(self) -> None:
-        fusion = module(gate="rank_one")
-        assert [tuple(kernel.shape) for kernel in fusion.gate_kernels] == [(1, 12, 3, 3)] * 2
-        assert [int(torch.linalg.matrix_rank(kernel[0].flatten(1))) for kernel in fusion.gate_kernels] == [1, 1]
-
-    def test_running_statistics_are_those_of_a_part(self) -> None:
-        """In training they are applied as in eval mode, after some samples have updated them."""
-        fusion = module(norm="running").train()
-        features = features_of(SIZES, CHANNELS, batch=16)
-        plain = module(norm="input").train()
-        plain.pooled([x[::2] for x in features])  # eight samples
-        for own, expected in zip(fusion.norms, plain.norms, strict=True):
-            assert not torch.equal(own.running_mean, expected.running_mean)
-        pooled = fusion.pooled(features)
-        for own, expected in zip(fusion.norms, plain.norms, strict=True):
-            torch.testing.assert_close(own.running_mean, expected.running_mean)
-            torch.testing.assert_close(own.running_var, expected.running_var)
-        assert relative_error(fusion.eval().pooled(features), pooled) < 1e-6  # fp32
 
     @pytest.mark.parametrize("norm", ["input", "batch"])
     @pytest.mark.parametrize("training", [False, True])
@@ -282,9 +261,9 @@ class TestErrors:
             ({"in_channels": []}, "at least one level"),
             ({"in_channels": [3, 0]}, r"every size must be at least 1, got in_channels \(3, 0\) and width 6"),
             ({"width": 0}, "and width 0"),
-            ({"gate": "pixel"}, r"gate must be one of \('spatial', .*\), got 'pixel'"),
+            ({"gate": "pixel"}, r"gate must be one of \('spatial', 'channel'\), got 'pixel'"),
             ({"upsample": "bicubic"}, r"upsample must be one of \('nearest', 'bilinear'\), got 'bicubic'"),
-            ({"norm": "layer"}, r"norm must be one of \(None, 'batch', 'input', 'running'\), got 'layer'"),
+            ({"norm": "layer"}, r"norm must be one of \(None, 'batch', 'input'\), got 'layer'"),
             ({"path": "fast"}, "path must be one of .* got 'fast'"),
             ({"path": "collapsed", "gate": "channel"}, "path='collapsed' needs gate='spatial', got gate='channel'"),
             ({"impl": "fused", "gate": "channel"}, "impl='fused' needs gate='spatial', got gate='channel'"),

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -50,19 +49,17 @@ class AdaptiveFeatureFusion(nn.Module):
     Args:
         in_channels: C_l of each level, fine to coarse.
         width: D, the fused width.
-        gate: "spatial" for one map per gate, broadcast over D, "rank_one" the same by kernels u(c) v(3x3), or, always
-            in plain PyTorch, "channel" for D maps and "channel_1x1" for D maps by 1x1 convolutions.
+        gate: "spatial" for one map per gate, broadcast over D, or "channel" for D maps, always in plain PyTorch.
         upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
-        norm: batch normalisation next to E: "input" before it, without scale and shift, "running" the same by the
-            running statistics, which eight samples of a batch update, or "batch" after it. If None, E is a 1x1
-            convolution alone, as in the paper.
+        norm: batch normalisation next to E: "input" before it, without scale and shift, or "batch" after it. If None,
+            E is a 1x1 convolution alone, as in the paper.
         path: how `pooled` is computed: "auto" collapses it where that is exact, "collapsed" raises where it is not,
             "stagewise" never collapses it.
         impl: "auto" uses the kernels on a GPU and plain PyTorch elsewhere, "reference" always plain PyTorch; "fused"
             uses the kernels or raises. It applies to both paths; the expanders are always PyTorch's.
 
     Raises:
-        ValueError: If an argument is not valid, or path="collapsed" or impl="fused" with a gate per channel.
+        ValueError: If an argument is not valid, or path="collapsed" or impl="fused" with gate="channel".
 
     Example:
         >>> fusion = AdaptiveFeatureFusion([64, 128, 256], 32)
@@ -88,29 +85,26 @@ class AdaptiveFeatureFusion(nn.Module):
                 f"AdaptiveFeatureFusion: there must be at least one level and every size must be at least 1, got "
                 f"in_channels {tuple(in_channels)} and width {width}"
             )
-        _check_option("gate", gate, ("spatial", "rank_one", "channel", "channel_1x1"))
+        _check_option("gate", gate, ("spatial", "channel"))
         _check_option("upsample", upsample, ("nearest", "bilinear"))
-        _check_option("norm", norm, (None, "batch", "input", "running"))
+        _check_option("norm", norm, (None, "batch", "input"))
         _check_option("path", path, ("auto", "collapsed", "stagewise"))
         _check_option("impl", impl, ("auto", "reference", "fused"))
-        if impl == "fused" and gate.startswith("channel"):
+        if impl == "fused" and gate == "channel":
             raise ValueError(
-                f"AdaptiveFeatureFusion: impl='fused' needs gate='spatial', got gate={gate!r}, which has no kernel; "
+                "AdaptiveFeatureFusion: impl='fused' needs gate='spatial', got gate='channel', which has no kernel; "
                 "use impl='auto'"
             )
         self.in_channels, self.width = tuple(in_channels), width
         self.gate, self.upsample, self.norm, self.path, self.impl = gate, upsample, norm, path, impl
-        maps = width if gate.startswith("channel") else 1
-        side = 3 if gate in ("spatial", "channel") else 1
+        maps = 1 if gate == "spatial" else width
         self.expanders = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
         self.norms = nn.ModuleList(_norm_of(norm, channels, width) for channels in in_channels if norm)
-        self.gates = nn.ModuleList(nn.Conv2d(2 * width, maps, side, padding=side // 2) for _ in in_channels[1:])
-        pixels = (torch.ones(3, 3) for _ in in_channels[1:] if gate == "rank_one")
-        self.gate_pixels = nn.ParameterList(map(nn.Parameter, pixels))
+        self.gates = nn.ModuleList(nn.Conv2d(2 * width, maps, 3, padding=1) for _ in in_channels[1:])
         self.reset_parameters()
-        if path == "collapsed" and gate.startswith("channel"):
+        if path == "collapsed" and gate == "channel":
             raise ValueError(
-                f"AdaptiveFeatureFusion: path='collapsed' needs gate='spatial', got gate={gate!r}: a gate per channel "
+                "AdaptiveFeatureFusion: path='collapsed' needs gate='spatial', got gate='channel': a gate per channel "
                 "cannot be pulled out of the projections; use path='auto'"
             )
         # Logged here and not at the first call, which may be inside a compiled graph.
@@ -182,11 +176,8 @@ class AdaptiveFeatureFusion(nn.Module):
     @property
     def gate_kernels(self) -> list[Tensor]:
         """Kernels of the gates' convolutions in Eq. 4, fine to coarse: L - 1 of (1 or D, 2 D, 3, 3)."""
-        inputs = 2 * self.width * (1 if self.gate == "channel_1x1" else 9)
-        kernels = [gate.weight * inputs**-0.5 for gate in _convolutions(self.gates)]
-        if self.gate == "rank_one":
-            return [kernel * pixels for kernel, pixels in zip(kernels, self.gate_pixels, strict=True)]
-        return [F.pad(kernel, (1, 1, 1, 1)) for kernel in kernels] if self.gate == "channel_1x1" else kernels
+        scale = (9 * 2 * self.width) ** -0.5
+        return [gate.weight * scale for gate in _convolutions(self.gates)]
 
     def extra_repr(self) -> str:
         names = ("gate", "upsample", "norm", "path", "impl")
@@ -195,15 +186,13 @@ class AdaptiveFeatureFusion(nn.Module):
     def _collapses(self) -> bool:
         shared = any(norm.training and not isinstance(norm, nn.BatchNorm2d) for norm in self.norms)
         mixed = any(norm.training != self.norms[0].training for norm in self.norms)
-        return self.path != "stagewise" and self.gate in ("spatial", "rank_one") and not shared and not mixed
+        return self.path != "stagewise" and self.gate == "spatial" and not shared and not mixed
 
     def _stagewise(self, features: Sequence[Tensor], *, pool: bool) -> Tensor:
         self._check(features)
         weights, biases = _weights(self.expanders), _biases(self.expanders)
         if self.norm == "input":
             features = [norm(x) for norm, x in zip(self.norms, features, strict=True)]
-        elif self.norm == "running":
-            weights, biases = self._folded_expanders(features)
         expanded = [expand(*level) for level in zip(features, weights, biases, strict=True)]
         if self.norm == "batch":
             expanded = [norm(x) for norm, x in zip(self.norms, expanded, strict=True)]
@@ -216,15 +205,12 @@ class AdaptiveFeatureFusion(nn.Module):
         return blend_top_down(expanded, *gates, upsample=self.upsample, pool=pool, stage=stage)
 
     def _fuses(self, features: Sequence[Tensor]) -> bool:
-        return (
-            self.gate in ("spatial", "rank_one")
-            and choose_impl("AdaptiveFeatureFusion", self.impl, *features) == "fused"
-        )
+        return self.gate == "spatial" and choose_impl("AdaptiveFeatureFusion", self.impl, *features) == "fused"
 
     def _path_and_reason(self) -> str:
         if self.path == "stagewise":
             return "pooled() runs stage-wise, as requested"
-        if self.gate.startswith("channel"):
+        if self.gate == "channel":
             return "pooled() runs stage-wise: a gate per channel has no collapsed form"
         if self.norm:
             return "pooled() runs collapsed: exact with spatial gates; batch norm is folded into E"
@@ -237,11 +223,7 @@ class AdaptiveFeatureFusion(nn.Module):
             given = weights[level], biases[level]
             if self.norm == "batch":
                 weights[level], biases[level] = _fold_after(norm, features[level], *given)
-            elif self.norm == "running" or not norm.training:
-                if norm.training:
-                    part = features[level][:: len(features[level]) // 8 or 1]
-                    with torch.no_grad():
-                        _update_running(norm, *channel_moments(part), part)
+            elif not norm.training:
                 weights[level], biases[level] = _fold_before(norm, *given)
         return weights, biases
 
@@ -276,7 +258,7 @@ def _check_option(name: str, value: str | None, allowed: tuple[str | None, ...])
 
 def _norm_of(norm: str, channels: int, width: int) -> nn.BatchNorm2d:
     # Before E a scale and shift would be redundant with E's.
-    return nn.BatchNorm2d(width) if norm == "batch" else nn.BatchNorm2d(channels, affine=False)
+    return nn.BatchNorm2d(channels, affine=False) if norm == "input" else nn.BatchNorm2d(width)
 
 
 def _convolutions(modules: Iterable[nn.Module]) -> list[nn.Conv2d]:

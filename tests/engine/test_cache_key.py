@@ -12,7 +12,6 @@ from support.outputs_runs import Settings, experiment, of, save_random_teacher
 from support.real_runs import cached_config, opened, save_teacher
 from unikd_fast.engine import cache as cache_key
 from unikd_fast.errors import CacheError
-from unikd_fast.teacher import resolve_precision
 from unikd_fast.teacher.cache import CacheFolder
 
 
@@ -212,13 +211,23 @@ def test_methods_without_a_head_share_a_cache(caches: Path) -> None:
 def test_auto_is_resolved_in_the_key(
     caches: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By what may become of it: half precision that is not faithful is fp32, which must not be read as half."""
+
+    def resolve_to(found: str) -> None:
+        monkeypatch.setattr(cache_key, "resolve_precision", lambda asked, device: asked.replace("auto", found))
+
+    resolve_to("fp32")  # as on a CPU without bf16 units
     experiment(tmp_path, weights, "kd", {"teacher.precision": "auto"})
-    experiment(tmp_path, weights, "kd", {"teacher.precision": resolve_precision("auto", "cpu")})
-    monkeypatch.setattr(cache_key, "resolve_precision", lambda precision, device: "fp16")  # as on a GPU
-    with pytest.raises(CacheError, match='"fp32" in the cache, "fp16, or bf16 where it overflows" now'):
-        experiment(caches, weights, "kd", {"teacher.precision": "auto"})
-    with pytest.raises(CacheError, match='"fp32" in the cache, "fp16" now'):
-        experiment(caches, weights, "kd", {"teacher.precision": "fp16"})
+    experiment(tmp_path, weights, "kd", {"teacher.precision": "fp32"})
+    for device, now in (
+        ("bf16", "bf16, or fp32 where it is not faithful"),
+        ("fp16", "fp16, or bf16 where it overflows, or fp32 where it is not faithful"),
+    ):
+        resolve_to(device)
+        with pytest.raises(CacheError, match=f'"fp32" in the cache, "{now}" now'):
+            experiment(caches, weights, "kd", {"teacher.precision": "auto"})
+        with pytest.raises(CacheError, match=f'"fp32" in the cache, "{device}" now'):
+            experiment(caches, weights, "kd", {"teacher.precision": device})
 
 
 AUGMENTATION = {"crop": "pad", "padding": 2, "flip_probability": 0.5}  # of the others

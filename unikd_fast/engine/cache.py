@@ -136,7 +136,10 @@ def _precision(config: Config, device: torch.device) -> str:
     assert config.teacher is not None
     asked = config.teacher.precision
     resolved = resolve_precision(asked, device)
-    return "fp16, or bf16 where it overflows" if asked == "auto" and resolved == "fp16" else resolved
+    if asked != "auto" or resolved == "fp32":
+        return resolved
+    overflow = ", or bf16 where it overflows" if resolved == "fp16" else ""
+    return f"{resolved}{overflow}, or fp32 where it is not faithful"
 
 
 def _head(config: Config, network: TeacherNetwork, method: Method) -> dict[str, Any] | None:
@@ -373,6 +376,12 @@ def fill_cache(experiment: "Experiment", stop: StopSignal, name: str) -> OnlineT
         processes.from_first(lambda: bool(cache.folder.attach(head, teacher.record)))
         known = cache.folder.attachment()
         assert known is not None
+        if known.record["precision"] != teacher.precision:
+            raise CacheError(
+                f"{cache}: teacher.precision = auto came to {teacher.precision} here, and to "
+                f"{known.record['precision']} in another run that began this cache meanwhile; start this run again, "
+                "which takes that one's"
+            )
     _adopt_head(experiment, known)  # of another run, if that was faster
 
     def outputs(requests: Iterable[Any]) -> Iterator[TeacherOutputs]:

@@ -197,16 +197,16 @@ def checked_teacher(
     found = pool_fidelity(processes.gather(measure(teacher, reference, shown)))
     try:
         check_fidelity(found, teacher, min_agreement=section.fidelity.min_agreement, compared=compared)
+        teacher.record["fidelity"] = found._asdict()
+        return teacher
     except ValueError as error:
         if not chosen_here or teacher.precision == "fp32":
             raise
-        _logger.warning(
-            "teacher.precision = auto: the teacher runs in fp32 instead; %s", str(error).rpartition("; ")[0]
-        )
-        again = partial(checked_teacher, make=make, measure=measure, precision="fp32", compared=compared)
-        return again(config, reference, batches, processes)
-    teacher.record["fidelity"] = found._asdict()
-    return teacher
+        reason = str(error).rpartition("; ")[0]
+    _logger.warning("teacher.precision = auto: the teacher runs in fp32 instead; %s", reason)
+    del teacher, network, shown  # before there is another
+    again = partial(checked_teacher, make=make, measure=measure, precision="fp32", compared=compared)
+    return again(config, reference, batches, processes)
 
 
 def describe_teacher(record: dict[str, Any]) -> list[str]:

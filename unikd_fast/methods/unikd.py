@@ -84,15 +84,13 @@ class UniKDSettings:
     """Fused width D of both AFF modules. auto: min(256, the teacher's deepest width); deepest: that width."""
     fusion: Literal["aff", "last"] = "aff"
     """aff: all levels by Eq. 4, as in the paper; last: the coarsest level alone (the paper's "FDP only"), which costs
-    less; on small networks our study does not tell them apart, on a larger pair aff is ahead."""
-    gate: Literal["spatial", "rank_one", "channel", "channel_1x1"] = "spatial"
-    """One gate map for all channels, by 3x3 kernels or by such as are a vector of channels times one 3x3 kernel, or one
-    per channel, by 3x3 or 1x1 kernels."""
+    less; on two small pairs our study does not tell them apart, on a larger one aff is ahead."""
+    gate: Literal["spatial", "channel"] = "spatial"
+    """One gate map for all channels, or one per channel."""
     upsample: Literal["nearest", "bilinear"] = "nearest"
     """Upsampling of the coarser level."""
-    norm: Literal["input", "running", "batch"] | None = "input"
-    """Batch normalisation at the 1x1 expanders of AFF. input: before them; running: before them, by running statistics;
-    batch: after them. If null, none."""
+    norm: Literal["input", "batch"] | None = "input"
+    """Batch normalisation at the 1x1 expanders of AFF. input: before them; batch: after them. If null, none."""
     fdp: Literal["auto", "projected", "direct"] = "auto"
     """Form of FDP. projected: the paper's, a layer D -> K and two K -> K; direct: two layers D -> K, for many classes;
     auto: direct above 2,048 classes."""

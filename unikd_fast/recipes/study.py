@@ -208,10 +208,7 @@ _STORED = {"mode": "read_write", "recheck": 0.0}
 CHANGES: dict[str, Change] = {
     "unikd_two_levels": Change("levels", "without the finest", distill={"max_levels": 2}),
     "unikd_last_level": Change("levels", "the deepest alone", {"fusion": "last"}),
-    "unikd_channel_gate": Change("gate", "a map a channel", {"gate": "channel"}),
-    "unikd_channel_1x1_gate": Change("gate", "a map a channel, 1x1", {"gate": "channel_1x1"}),
-    "unikd_rank_one_gate": Change("gate", "one map, rank one", {"gate": "rank_one"}),
-    "unikd_running_norm": Change("norm", "by running statistics", {"norm": "running"}),
+    "unikd_channel_gate": Change("gate", "one map per channel", {"gate": "channel"}),
     "unikd_no_norm": Change("norm", "none", {"norm": None}),
     "unikd_batch_norm": Change("norm", "after the expanders", {"norm": "batch"}),
     "unikd_direct": Change("FDP", "direct", {"fdp": "direct"}),
@@ -231,7 +228,7 @@ _AS_CHOSEN = {
     "norm": "before the expanders",
     "FDP": "projected",
     "teacher's head": "prefit",
-    "views": "teacher on line",
+    "views": "online teacher",
 }
 
 
