@@ -33,6 +33,7 @@ from support.small_shards import (
 )
 from unikd_fast.config import load_config
 from unikd_fast.engine.build import build_experiment
+from unikd_fast.engine.cache import fill_cache
 from unikd_fast.engine.distributed import StopSignal
 from unikd_fast.engine.trainer import Trainer
 from unikd_fast.errors import CacheError, Interrupted
@@ -198,6 +199,24 @@ def test_resuming_with_another_head_is_refused(tmp_path: Path, weights: Path) ->
     experiment.cache.folder.attach({name: value + 0.01 for name, value in head.module.state_dict().items()}, record)
     with pytest.raises(CacheError, match=r"another head than the checkpoint was trained with .* start a new run"):
         train_here(load_config(config), resume=True)
+
+
+def test_another_precision_of_a_run_that_was_faster(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison with fp32 is on other images in another number of processes, and may have come out otherwise."""
+    experiment = opened(cached_config(tmp_path, weights))
+    attach = CacheFolder.attach
+
+    def after_another(folder: CacheFolder, tensors: Any, record: dict[str, Any]) -> Any:
+        attach(folder, tensors, {**record, "precision": "bf16"})
+        return attach(folder, tensors, record)
+
+    monkeypatch.setattr(CacheFolder, "attach", after_another)
+    with pytest.raises(CacheError, match=r"came to fp32 here, and to bf16 in another run .*; start this run again"):
+        fill_cache(experiment, StopSignal(ALONE), "student")
+    assert experiment.cache is not None
+    assert not list(experiment.cache.folder.path.glob("shard-*"))  # nothing was mixed
 
 
 @pytest.mark.long
