@@ -47,8 +47,28 @@ class Images(NamedTuple):
 
 
 IMAGES = {
-    CIFAR10.name: Images("cifar10", 10, 32, 5000, 5000, 8, 12, 64, "fp32"),
-    TINY.name: Images("tiny_imagenet", 50, 64, 2500, 2500, 15, 12, 32, "bf16"),
+    CIFAR10.name: Images(
+        "cifar10",
+        classes=10,
+        size=32,
+        held_out=5000,
+        student_samples=5000,
+        teacher_epochs=8,
+        student_epochs=12,
+        batch_size=64,
+        precision="fp32",
+    ),
+    TINY.name: Images(
+        "tiny_imagenet",
+        classes=50,
+        size=64,
+        held_out=2500,
+        student_samples=2500,
+        teacher_epochs=15,
+        student_epochs=12,
+        batch_size=32,
+        precision="bf16",
+    ),
 }
 """By the names of pairs."""
 

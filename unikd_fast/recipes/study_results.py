@@ -275,12 +275,9 @@ def _choices(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[fl
     base = chosen_row("unikd")
     for choice, of_choice in choices().items():
         cheapest = cheapest_equal(of_choice, accuracies, costs)
-        not_run += [f"{choice}: {CHANGES[row].text}" for row in of_choice[1:] if row not in accuracies]
-        if not any(row in accuracies for row in of_choice[1:]):
-            continue
-        for row in of_choice:
-            if row not in accuracies:
-                continue
+        known = [row for row in of_choice if row in accuracies]
+        not_run += [f"{choice}: {CHANGES[row].text}" for row in of_choice[1:] if row not in known]
+        for row in known if known != [base] else ():
             text = as_chosen(pair, choice) if row == base else CHANGES[row].text
             accuracy = _accuracy(accuracies, row)
             by, cost = _difference(accuracies, row, base), _cost(costs, row)
