@@ -10,8 +10,7 @@ import torch
 
 from support.real_runs import ALONE
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.engine import detector_teacher
-from unikd_fast.engine import teacher as online_teacher
+from unikd_fast.engine import checked_teacher, detector_teacher
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.describe import describe
 from unikd_fast.engine.detector_teacher import DetectorTeacher
@@ -111,7 +110,7 @@ def test_an_unfaithful_teacher_is_refused(tmp_path: Path, weights: dict[str, str
 def test_auto_avoids_fp16_where_it_overflows(
     tmp_path: Path, weights: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (online_teacher, formats, detector_teacher):  # as on a GPU
+    for module in (checked_teacher, formats, detector_teacher):  # as on a GPU
         monkeypatch.setattr(module, "resolve_precision", lambda precision, device: "fp16")
     with caplog.at_level(logging.WARNING, logger="unikd_fast"):
         record = experiment(tmp_path, weights["loud"], precision="auto", fidelity={"batches": 0}).teacher_record

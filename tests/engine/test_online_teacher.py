@@ -13,7 +13,7 @@ from torch import nn
 
 from support.real_runs import run, run_ranks, write_config
 from unikd_fast.config import ConfigError, load_config
-from unikd_fast.engine import teacher as online_teacher
+from unikd_fast.engine import checked_teacher
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.describe import log_run
 from unikd_fast.engine.distributed import Processes
@@ -74,7 +74,7 @@ def test_an_unfaithful_teacher_is_refused_before_training(tmp_path: Path, weight
 def test_auto_avoids_fp16_where_it_overflows(
     tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (online_teacher, formats):  # as on a GPU
+    for module in (checked_teacher, formats):  # as on a GPU
         monkeypatch.setattr(module, "resolve_precision", lambda precision, device: "fp16")
     with caplog.at_level(logging.WARNING, logger="unikd_fast"):
         built = experiment(tmp_path, weights=str(weights["loud"]), precision="auto")
@@ -87,7 +87,7 @@ def test_auto_avoids_fp16_where_it_overflows(
 def test_auto_avoids_a_precision_that_is_not_faithful(
     tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (online_teacher, formats):  # as on a CPU with bf16 units
+    for module in (checked_teacher, formats):  # as on a CPU with bf16 units
         monkeypatch.setattr(module, "resolve_precision", lambda precision, device: precision.replace("auto", "bf16"))
     exact = experiment(tmp_path, weights=str(weights["ordinary"]), precision="fp32").teacher
     monkeypatch.setattr(fidelity, "LOGIT_BOUND", 0.3)  # 1.2e-3 of the logits in bf16, 9e-6 in fp32

@@ -20,18 +20,13 @@ from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits, hash_split
 from unikd_fast.data.views import Windows
 from unikd_fast.engine.cache_plan import cache_sizes, plan_cache
+from unikd_fast.engine.checked_teacher import make_teacher, start_teacher
 from unikd_fast.engine.distributed import Processes, StopSignal
+from unikd_fast.engine.folder import VALIDATION
 from unikd_fast.engine.inputs import as_config_errors, network_size, teacher_affine, teacher_constants
 from unikd_fast.engine.memory import oom_hint
 from unikd_fast.engine.networks import TeacherNetwork, build_teacher_network
-from unikd_fast.engine.teacher import (
-    VALIDATION,
-    make_teacher,
-    measure_teacher,
-    prepare_method,
-    require_accuracy,
-    start_teacher,
-)
+from unikd_fast.engine.teacher import measure_teacher, prepare_method, require_accuracy
 from unikd_fast.errors import CacheError, Interrupted
 from unikd_fast.methods import Method
 from unikd_fast.models import LogitsOnly

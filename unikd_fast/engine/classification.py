@@ -12,6 +12,7 @@ from unikd_fast import tasks
 from unikd_fast.config import Config, ConfigError
 from unikd_fast.data.loader import Loader
 from unikd_fast.data.splits import DataSplits
+from unikd_fast.engine.checked_teacher import make_teacher, start_teacher
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.evaluate import BatchLogits, evaluate, image_features, write_outputs
 from unikd_fast.engine.inputs import (
@@ -32,7 +33,7 @@ from unikd_fast.engine.networks import (
     first_network,
 )
 from unikd_fast.engine.task import Task
-from unikd_fast.engine.teacher import make_teacher, require_accuracy, start_teacher
+from unikd_fast.engine.teacher import require_accuracy
 from unikd_fast.engine.timing import UNTIMED, StepClock
 from unikd_fast.methods import METHODS, OF_IMAGES, Method, Needs
 from unikd_fast.models import FeatureExtractor, LogitsOnly, StudentCard

@@ -10,9 +10,9 @@ from unikd_fast.config.load import cache_dir
 from unikd_fast.config.schema import StudentConfig, TeacherConfig
 from unikd_fast.engine.build import Experiment, build_experiment
 from unikd_fast.engine.cache_commands import plan_experiment, without_cache
+from unikd_fast.engine.checked_teacher import describe_teacher
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.memory import count_parameters, estimate_memory, head_parameters
-from unikd_fast.engine.teacher import describe_teacher
 from unikd_fast.engine.zero import check_engine, local_batch_size, zero_stage
 
 _logger = logging.getLogger("unikd_fast")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from unikd_fast.config import Config
 from unikd_fast.data.detection.loader import DetectionLoader
+from unikd_fast.engine.checked_teacher import checked_teacher
 from unikd_fast.engine.distributed import Processes
 from unikd_fast.engine.memory import oom_hint
-from unikd_fast.engine.teacher import checked_teacher
 from unikd_fast.models.detector import Detector, Maps, Regions, Sizes, sizes_of
 from unikd_fast.teacher import Fidelity, compare_features, exact_convolutions, fold_batch_norm, resolve_precision
 from unikd_fast.teacher.online import PRECISIONS
