@@ -318,10 +318,15 @@ def test_every_kind_of_batch_fits_the_teacher(teacher: nn.Module, batch: str) ->
 
 
 IMAGES = torch.zeros(4, 3, SIZE, SIZE)
+LARGER, LABELS = torch.zeros(4, 3, SIZE + 8, SIZE + 8), torch.arange(4)
 
 
 def one_class(method: str) -> Distiller:
     return Distiller(Stages(4, 1), Stages(4, 1), method=method, image_size=SIZE)
+
+
+def of_resnets(method: str) -> Distiller:
+    return Distiller(*(build_model("cifar/resnet8", num_classes=CLASSES) for _ in "ts"), method=method, image_size=SIZE)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +345,9 @@ def one_class(method: str) -> Distiller:
         (lambda t: distiller(t, "dkd")(IMAGES), "DKD needs labels; pass them, or use a method that needs none"),
         (lambda t: distiller(t, "wkd")(IMAGES, torch.ones(4, 5)), r"WKD needs one class a sample, got .* \(4, 5\)"),
         (lambda t: distiller(t, "mlkd")(IMAGES), "pass the other one as second=..."),
+        (lambda t: distiller(t, "reviewkd")(LARGER, LABELS), r"ReviewKD: a map .* is 8 x 8, .* 12 x 12.*image_size"),
+        (lambda t: of_resnets("ofd")(LARGER, LABELS), r"OFD: a map .* is \d+ x .*image_size"),
+        (lambda t: distiller(t, "fgfi"), "fgfi compares the maps of detectors near objects"),
         (lambda t: Distiller(t, Stages(4, 7), image_size=SIZE), "the student has 7 classes and the teacher 5"),
         (lambda t: one_class("wkd"), "'wkd' weighs classes against each other and needs at least 2, got 1"),
         (lambda t: Distiller(t, nn.Identity(), method="kd", image_size=SIZE), r"must return logits \(N, K\)"),

@@ -179,6 +179,20 @@ class Method(Generic[Settings]):
         """Restore what ``state_dict`` returned; ``prepare`` is then not called."""
 
 
+def check_map_sizes(method: str, student: Tensor, teacher: Tensor) -> None:
+    """Refuse maps of a method (N, C, H, W) that cannot be compared place by place.
+
+    Raises:
+        ValueError: they differ in H or W.
+    """
+    if student.shape[2:] != teacher.shape[2:]:
+        own, other = (f"{shape[2]} x {shape[3]}" for shape in (student.shape, teacher.shape))
+        raise ValueError(
+            f"{method}: a map of the student is {own}, and the teacher's is {other}; give images of the size that the "
+            "method was built for (image_size)"
+        )
+
+
 class Ramp:
     """peak min(1, t / T), after t epochs.
 

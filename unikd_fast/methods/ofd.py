@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
 from unikd_fast.methods.context import RunContext
-from unikd_fast.methods.method import Method, Needs
+from unikd_fast.methods.method import Method, Needs, check_map_sizes
 from unikd_fast.settings import NonNegative, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
@@ -83,7 +83,9 @@ class OFD(Method[OFDSettings]):
     def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         assert target is not None
         ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
-        levels = zip(student.adapted, target.extra, self.margins, strict=True)
+        levels = list(zip(student.adapted, target.extra, self.margins, strict=True))
+        for own, other, _ in levels:
+            check_map_sizes("OFD", own, other)
         finest_first = [partial_l2(own, other, margin) for own, other, margin in levels]
         partial = torch.stack([term / 2**above for above, term in enumerate(reversed(finest_first))]).sum()
         terms = {"ce": ce.detach(), "partial_l2": partial.detach()}

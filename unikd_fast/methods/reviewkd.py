@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from unikd_fast.kernels.reference import at_least_fp32, cross_entropy
 from unikd_fast.methods.context import RunContext
-from unikd_fast.methods.method import Method, Needs, Ramp
+from unikd_fast.methods.method import Method, Needs, Ramp, check_map_sizes
 from unikd_fast.settings import NonNegative, PositiveInt, settings
 from unikd_fast.values import Batch, Features, Loss, StudentOutput, Target
 
@@ -88,7 +88,9 @@ class ReviewKD(Method[ReviewKDSettings]):
     def loss(self, student: StudentOutput, target: Target | None, batch: Batch) -> Loss:
         assert target is not None
         ce = cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
-        pairs = zip(student.adapted, target.extra, strict=True)
+        pairs = list(zip(student.adapted, target.extra, strict=True))
+        for own, other in pairs:
+            check_map_sizes("ReviewKD", own, other)
         hcl = torch.stack([hierarchical_context_loss(own, other) for own, other in pairs]).sum()
         terms = {"ce": ce.detach(), "hcl": hcl.detach()}
         return Loss(self.ce_weight * ce + self.weight.value * hcl, terms)
