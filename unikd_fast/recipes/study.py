@@ -206,8 +206,8 @@ CHOSEN: dict[str, dict[str, int]] = {
         "standardized": 2,
         "mlkd": 2,
         "reviewkd": 3,
-        "crd": 0,  # its search, and WKD's, is not finished
-        "wkd": 0,
+        "crd": 0,
+        "wkd": 2,
         "unikd": 2,
         "unikd_dev": 3,
         "blockwise": 1,
