@@ -37,6 +37,9 @@ def test_shipped_configurations_set_nothing_without_effect() -> None:
         ("unikd", ["distill.max_levels=2", "distill.unikd.alpha=2"], None),
         (["dkd", "at"], ["distill.max_levels=2"], None),
         ("dkd", ["distill.dkd.alpha=2"], None),
+        ("dkd", ['teacher.feature_nodes=["layer1"]'], "teacher.feature_nodes has no effect with method dkd"),
+        ("dkd", ['student.feature_nodes=["layer1"]'], "student.feature_nodes has no effect with method dkd"),
+        ("at", ['teacher.feature_nodes=["layer1"]', 'student.feature_nodes=["layer1"]'], None),
     ],
 )
 def test_a_key_that_no_method_reads_is_reported(method: Any, overrides: list[str], said: str | None) -> None:
@@ -131,6 +134,17 @@ def test_compile_with_blockwise_reports_eager_blocks() -> None:
             ["data.augmentation.rand_ops=3", "data.augmentation.erase_scale=[0.1,0.2]"],
             "data.augmentation.rand_ops has no effect with policy = 'none'. data.augmentation.erase_scale has no "
             "effect with erase_probability = 0.0",
+        ),
+        (["data.augmentation.padding=2"], None),
+        (["data.augmentation.scale=[0.2,1]"], "data.augmentation.scale has no effect with crop = 'pad'"),
+        (
+            ["data.augmentation.crop=resized", "data.augmentation.padding=2", "data.augmentation.ratio=[1,1]"],
+            "data.augmentation.padding has no effect with crop = 'resized'",
+        ),
+        (
+            ["data.name=toy_scenes", "data.synthetic_samples=64", "data.augmentation.padding=2"],
+            "data.image_size has no effect with data.name = 'toy_scenes'. data.augmentation.padding has no effect with "
+            "crop = 'none'",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

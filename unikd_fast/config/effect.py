@@ -32,17 +32,29 @@ def _by_augmentation(key: str, *keys: str, off: Any) -> _Rule:
     return _Rule("data.augmentation", keys, read, lambda _: f" with {key} = {off!r}")
 
 
+def _by_crop(crop: str, *keys: str) -> _Rule:
+    def read(config: Config) -> bool:
+        return config.data.first_augmentation.crop == crop
+
+    return _Rule(
+        "data.augmentation", keys, read, lambda config: f" with crop = {config.data.first_augmentation.crop!r}"
+    )
+
+
+def _of_levels(section: str, key: str) -> _Rule:
+    return _Rule(
+        section, (key,), lambda config: _uses_levels(config), lambda config: f" with method {config.distill.label}"
+    )
+
+
 _GENERATED = ("synthetic", "toy_scenes")
 _WITHOUT_FILES = ("digits", *_GENERATED)
 _IN_MEMORY = ("cifar100", *_WITHOUT_FILES)
 _WITH_BOXES = ("coco", "voc", "toy_scenes")
 _RULES = (
-    _Rule(
-        "distill",
-        ("max_levels",),
-        lambda config: _uses_levels(config),
-        lambda config: f" with method {config.distill.label}",
-    ),
+    _of_levels("distill", "max_levels"),
+    _of_levels("teacher", "feature_nodes"),
+    _of_levels("student", "feature_nodes"),
     _Rule(
         "train",
         ("milestones", "milestone_steps", "gamma"),
@@ -83,6 +95,8 @@ _RULES = (
         lambda config: config.data.mixing.mixup_alpha > 0 and config.data.mixing.cutmix_alpha > 0,
         lambda _: ": one of mixup_alpha and cutmix_alpha is 0",
     ),
+    _by_crop("pad", "padding"),
+    _by_crop("resized", "scale", "ratio"),
     _by_augmentation("policy", "rand_ops", "rand_magnitude", off="none"),
     _by_augmentation("erase_probability", "erase_scale", "erase_ratio", off=0.0),
 )
@@ -132,6 +146,8 @@ def _explicit_keys(config: Config, rule: _Rule) -> list[str]:
     section: Any = config
     for name in rule.section.split("."):
         section = getattr(section, name)
+    if section is None:
+        return []
     return [key for key in _explicit(section) if key in rule.keys and getattr(section, key) != ()]
 
 
