@@ -246,6 +246,7 @@ CHANGES: dict[str, Change] = {
     "unikd_anchored": Change("teacher's head", "anchored", {"teacher_head": "anchored"}),
     "unikd_alpha_1": Change("alpha", "1", {"alpha": 1.0}),
     "unikd_alpha_10": Change("alpha", "10", {"alpha": 10.0}),
+    "unikd_beta_1": Change("beta", "1", {"beta": 1.0}),
     "unikd_views_1": Change("views", "1", cache={**_STORED, "views": 1}),
     "unikd_views_5": Change("views", "5", cache={**_STORED, "views": 5}),
     "unikd_views_all": Change("views", "one an epoch", cache=_STORED),
