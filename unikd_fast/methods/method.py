@@ -188,8 +188,8 @@ def check_map_sizes(method: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape[2:] != teacher.shape[2:]:
         own, other = (f"{shape[2]} x {shape[3]}" for shape in (student.shape, teacher.shape))
         raise ValueError(
-            f"{method}: a map of the student is {own}, and the teacher's is {other}; give images of the size that the "
-            "method was built for (image_size)"
+            f"{method}: maps of {own} and of {other} cannot be compared; give images of the size that the method was "
+            "built for (image_size)"
         )
 
 

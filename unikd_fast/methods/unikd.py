@@ -84,7 +84,7 @@ class UniKDSettings:
     """Fused width D of both AFF modules. auto: min(256, the teacher's deepest width); deepest: that width."""
     fusion: Literal["aff", "last"] = "aff"
     """aff: all levels by Eq. 4, as in the paper; last: the coarsest level alone (the paper's "FDP only"), which costs
-    less; on two small pairs our study does not tell them apart, on a larger one aff is ahead."""
+    less; on three small pairs our study does not tell them apart, on a larger one aff is ahead."""
     gate: Literal["spatial", "channel"] = "spatial"
     """One gate map for all channels, or one per channel."""
     upsample: Literal["nearest", "bilinear"] = "nearest"

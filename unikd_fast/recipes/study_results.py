@@ -222,7 +222,9 @@ def _of_pair(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[fl
     images = IMAGES[pair.name]
     teacher = accuracies.get(TEACHER)
     of_teacher = (
-        "" if not teacher else f"; the teacher has {spread(list(teacher.values())).text()} of the held-out ones"
+        ""
+        if not teacher
+        else f"; the teacher gets {spread(list(teacher.values())).text()} % of the held-out ones right"
     )
     return [
         f"### {pair.remark}",
