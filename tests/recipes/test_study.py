@@ -175,7 +175,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert load_study(records) == study
     page = study_markdown(study)
     assert "13 runs on a processor, by commit abc" in page
-    assert "the teacher has 80.00" in page
+    assert "the teacher gets 80.00" in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
     assert ["student alone", "60.50 ± 0.71", "\u22123.50 ± 6.35", "\u22126.00 ± 0.00, told apart", ""] in rows
     assert ["UniKD, tuned", "66.50 ± 0.71", "+2.50 ± 6.35", "", "2.25 (2.00 to 2.50)"] in rows

@@ -221,11 +221,8 @@ def _preface(study: Study) -> str:
 def _of_pair(pair: Pair, accuracies: Accuracies, costs: Mapping[str, Sequence[float]]) -> list[str]:
     images = IMAGES[pair.name]
     teacher = accuracies.get(TEACHER)
-    of_teacher = (
-        ""
-        if not teacher
-        else f"; the teacher gets {spread(list(teacher.values())).text()} % of the held-out ones right"
-    )
+    right = "" if not teacher else spread(list(teacher.values())).text()
+    of_teacher = right and f"; the teacher gets {right} % of the held-out ones right"
     return [
         f"### {pair.remark}",
         f"{pair.teacher} to {pair.student}, {images.student_samples:,} training images, {images.student_epochs} epochs"
