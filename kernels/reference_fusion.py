@@ -83,9 +83,7 @@ def blend(
     check_blend(fine, coarse, gate_weight, gate_bias)
     coarse = resize(coarse, fine.shape[-2:], upsample)
     both = torch.cat([fine, coarse], dim=1)
-    gate = torch.sigmoid(
-        F.conv2d(both, gate_weight.to(both.dtype), gate_bias.to(both.dtype), padding=gate_weight.shape[-1] // 2)
-    )
+    gate = torch.sigmoid(F.conv2d(both, gate_weight.to(both.dtype), gate_bias.to(both.dtype), padding=1))
     fused = gate * fine + (1 - gate) * coarse
     return _mean(fused) if pool else fused
 
@@ -128,7 +126,7 @@ def check_blend(fine: Tensor, coarse: Tensor, gate_weight: Tensor, gate_bias: Te
             f"swap them"
         )
     width = fine.shape[1]
-    if tuple(gate_weight.shape) not in ((1, 2 * width, 3, 3), (width, 2 * width, 3, 3), (width, 2 * width, 1, 1)):
+    if tuple(gate_weight.shape) not in ((1, 2 * width, 3, 3), (width, 2 * width, 3, 3)):
         raise ValueError(
             f"blend: gate_weight must be (1, {2 * width}, 3, 3) or ({width}, {2 * width}, 3, 3) for D = {width}, got "
             f"{tuple(gate_weight.shape)}; its inputs are E_l(F_l) and then Up(R_{{l+1}})"

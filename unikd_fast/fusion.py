@@ -49,8 +49,7 @@ class AdaptiveFeatureFusion(nn.Module):
     Args:
         in_channels: C_l of each level, fine to coarse.
         width: D, the fused width.
-        gate: "spatial" for one map per gate, broadcast over D, or "channel" for D maps and "channel_1x1" for D maps
-            by 1x1 kernels, always in plain PyTorch.
+        gate: "spatial" for one map per gate, broadcast over D, or "channel" for D maps, always in plain PyTorch.
         upsample: Up, "nearest" or "bilinear" (align_corners=False), to the size of the finer level.
         norm: batch normalisation next to E: "input" before it, without scale and shift, or "batch" after it. If None,
             E is a 1x1 convolution alone, as in the paper.
@@ -86,12 +85,12 @@ class AdaptiveFeatureFusion(nn.Module):
                 f"AdaptiveFeatureFusion: there must be at least one level and every size must be at least 1, got "
                 f"in_channels {tuple(in_channels)} and width {width}"
             )
-        _check_option("gate", gate, ("spatial", "channel", "channel_1x1"))
+        _check_option("gate", gate, ("spatial", "channel"))
         _check_option("upsample", upsample, ("nearest", "bilinear"))
         _check_option("norm", norm, (None, "batch", "input"))
         _check_option("path", path, ("auto", "collapsed", "stagewise"))
         _check_option("impl", impl, ("auto", "reference", "fused"))
-        if impl == "fused" and gate != "spatial":
+        if impl == "fused" and gate == "channel":
             raise ValueError(
                 "AdaptiveFeatureFusion: impl='fused' needs gate='spatial', got gate='channel', which has no kernel; "
                 "use impl='auto'"
@@ -99,12 +98,11 @@ class AdaptiveFeatureFusion(nn.Module):
         self.in_channels, self.width = tuple(in_channels), width
         self.gate, self.upsample, self.norm, self.path, self.impl = gate, upsample, norm, path, impl
         maps = 1 if gate == "spatial" else width
-        side = 1 if gate == "channel_1x1" else 3
         self.expanders = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
         self.norms = nn.ModuleList(_norm_of(norm, channels, width) for channels in in_channels if norm)
-        self.gates = nn.ModuleList(nn.Conv2d(2 * width, maps, side, padding=side // 2) for _ in in_channels[1:])
+        self.gates = nn.ModuleList(nn.Conv2d(2 * width, maps, 3, padding=1) for _ in in_channels[1:])
         self.reset_parameters()
-        if path == "collapsed" and gate != "spatial":
+        if path == "collapsed" and gate == "channel":
             raise ValueError(
                 "AdaptiveFeatureFusion: path='collapsed' needs gate='spatial', got gate='channel': a gate per channel "
                 "cannot be pulled out of the projections; use path='auto'"
@@ -178,7 +176,8 @@ class AdaptiveFeatureFusion(nn.Module):
     @property
     def gate_kernels(self) -> list[Tensor]:
         """Kernels of the gates' convolutions in Eq. 4, fine to coarse: L - 1 of (1 or D, 2 D, 3, 3)."""
-        return [gate.weight * gate.weight[0].numel() ** -0.5 for gate in _convolutions(self.gates)]
+        scale = (9 * 2 * self.width) ** -0.5
+        return [gate.weight * scale for gate in _convolutions(self.gates)]
 
     def extra_repr(self) -> str:
         names = ("gate", "upsample", "norm", "path", "impl")
@@ -211,7 +210,7 @@ class AdaptiveFeatureFusion(nn.Module):
     def _path_and_reason(self) -> str:
         if self.path == "stagewise":
             return "pooled() runs stage-wise, as requested"
-        if self.gate != "spatial":
+        if self.gate == "channel":
             return "pooled() runs stage-wise: a gate per channel has no collapsed form"
         if self.norm:
             return "pooled() runs collapsed: exact with spatial gates; batch norm is folded into E"

@@ -85,7 +85,7 @@ class UniKDSettings:
     fusion: Literal["aff", "last"] = "aff"
     """aff: all levels by Eq. 4, as in the paper; last: the coarsest level alone (the paper's "FDP only"), which costs
     less; on three small pairs our study does not tell them apart, on a larger one aff is ahead."""
-    gate: Literal["spatial", "channel", "channel_1x1"] = "spatial"
+    gate: Literal["spatial", "channel"] = "spatial"
     """One gate map for all channels, or one per channel."""
     upsample: Literal["nearest", "bilinear"] = "nearest"
     """Upsampling of the coarser level."""

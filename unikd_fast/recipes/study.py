@@ -240,7 +240,6 @@ CHANGES: dict[str, Change] = {
     "unikd_two_levels": Change("levels", "without the finest", distill={"max_levels": 2}),
     "unikd_last_level": Change("levels", "the deepest alone", {"fusion": "last"}),
     "unikd_channel_gate": Change("gate", "one map per channel", {"gate": "channel"}),
-    "unikd_channel_1x1_gate": Change("gate", "one map per channel, 1x1 kernels", {"gate": "channel_1x1"}),
     "unikd_no_norm": Change("norm", "none", {"norm": None}),
     "unikd_batch_norm": Change("norm", "after the expanders", {"norm": "batch"}),
     "unikd_direct": Change("FDP", "direct", {"fdp": "direct"}),
