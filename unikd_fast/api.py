@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unikd_fast.engine.networks import StudentModule, with_features
-from unikd_fast.methods import METHODS, Method, Needs, RunContext, build_method, needs_of
+from unikd_fast.methods import METHODS, OF_IMAGES, Method, RunContext, build_method, needs_of
 from unikd_fast.models import FeatureExtractor, LogitsOnly
 from unikd_fast.models.blocks import split_at_levels
 from unikd_fast.models.graph import in_mode
@@ -79,7 +79,7 @@ class Distiller(nn.Module):
         super().__init__()
         chosen = _settings(method, settings)
         self.needs = needs_of(chosen)
-        _refuse(list(chosen), self.needs)
+        _refuse(list(chosen), self.needs.teacher_batch_statistics)
         if epochs is not None and not epochs > 0:
             raise ValueError(f"Distiller: epochs must be above 0, got {epochs}; None stands for {_USUAL_EPOCHS}")
         nodes = feature_nodes or {}
@@ -328,19 +328,19 @@ def _validated(name: str, given: Mapping[str, Any]) -> Any:
         raise ValueError(f"Distiller: {key} = {first['input']!r} of {name} is not valid: {first['msg']}") from None
 
 
-def _refuse(names: Sequence[str], needs: Needs) -> None:
+def _refuse(names: Sequence[str], batch_statistics: bool) -> None:
     if "crd" in names:
         raise ValueError(
             "Distiller: crd compares with features of all other samples, which it keeps by sample; use unikd train"
         )
     if "none" in names:
         raise ValueError("Distiller: method 'none' learns from no teacher; use the cross-entropy")
-    if needs.near_objects:
+    if of_detectors := [name for name in names if name not in OF_IMAGES]:
         raise ValueError(
-            f"Distiller: {'+'.join(names)} compares the maps of detectors near objects, and a Distiller is for "
+            f"Distiller: {of_detectors[0]} compares the maps of detectors near objects, and a Distiller is for "
             "classification; use unikd train with a detection data set"
         )
-    if needs.teacher_batch_statistics:
+    if batch_statistics:
         raise ValueError("Distiller: teacher_batch_statistics = True needs the engine; use unikd train")
 
 
